@@ -1,0 +1,1 @@
+"""From text to rows of tokens: `config` says what, `rows` prepares them once and loads them for training."""

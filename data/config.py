@@ -1,0 +1,71 @@
+"""The `data` section of a run: where the text comes from and how it becomes rows of tokens."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from refreshkv.settings import SettingsError
+
+PYTHON_STDLIB = "python-stdlib"
+"""The `path` that needs no download: the library sources of the running Python."""
+
+FILE_BUILDERS = ("arrow", "csv", "json", "parquet", "text", "xml")
+"""Builders of `datasets` that read the user's own files and nothing else."""
+
+SMALLEST_VOCABULARY = 257
+"""A byte-level vocabulary holds the 256 bytes and the end-of-text token."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is prepared, and where. Raises `SettingsError` for values that cannot work together.
+
+    `tokenizer` or `train_vocabulary` is needed to prepare rows, and only then.
+    """
+
+    folder: str = "rows/python-stdlib"
+    """Folder of the prepared rows: written by launch/prepare.py, read by training and evaluation."""
+    path: str = PYTHON_STDLIB
+    """What `datasets.load_dataset` takes first: a builder (json, text, parquet, ...), a folder, or a dataset's id on
+    the hub. Or python-stdlib, which needs no download: the library sources of the running Python."""
+    name: str | None = None
+    """The dataset's configuration, where it has several."""
+    data_files: str | list[str] | dict[str, Any] | None = None
+    """Files for a builder: a path or glob, a list of them, or a section split -> files."""
+    split: str = "train"
+    """The source's split that is read; the rows are then split 80/10/10 by each document's own hash."""
+    streaming: bool = False
+    """Read the source as it arrives, without a copy on disk. The rows are the same."""
+    text_column: str = "text"
+    """The column that holds a document's text."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer: the model's own."""
+    train_vocabulary: int | None = None
+    """Without a tokenizer: train a byte-level BPE of this many tokens on the documents of the train split (>= 257)."""
+    row_length: int = 1024
+    """Tokens in a row (>= 2). Documents shorter than this give no row."""
+    max_documents: int | None = None
+    """Read at most this many documents from the front of the source (>= 1)."""
+
+    def __post_init__(self) -> None:
+        for key in ("folder", "path", "split", "text_column"):
+            if not getattr(self, key):
+                raise SettingsError(f"data.{key} must not be empty")
+        _check_least("row_length", self.row_length, 2)
+        _check_least("max_documents", self.max_documents, 1)
+        _check_least("train_vocabulary", self.train_vocabulary, SMALLEST_VOCABULARY)
+        if self.path == PYTHON_STDLIB:
+            self._check_nothing_ignored()
+        elif self.path in FILE_BUILDERS and not self.data_files:
+            raise SettingsError(f"data.path={self.path} reads files of yours: name them in data.data_files")
+
+    def _check_nothing_ignored(self) -> None:
+        for key, unset in (("name", None), ("data_files", None), ("split", "train")):
+            if getattr(self, key) != unset:
+                raise SettingsError(
+                    f"data.{key} means nothing for data.path={PYTHON_STDLIB}: leave it out or set data.path too"
+                )
+
+
+def _check_least(key: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise SettingsError(f"data.{key} must be a whole number >= {least}, got {value!r}")

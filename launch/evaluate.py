@@ -1,0 +1,159 @@
+"""Perplexity of the last tokens of each row: full attention, refreshed at several strides, never refreshed.
+
+    python launch/evaluate.py --model DIR_OR_HUB_ID --data ROWS [--compare REPORT] [refresh.key=value ...]
+
+The schedule and the selection are the model's own ("refreshkv" in its config.json), or the defaults for a model that
+has none; refresh.key=value changes them. Writes report.json, report.md and report.png. With --compare, the folder of an
+earlier report on the same rows, they show before and after, and the share of the gap to full attention that is closed.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from refreshkv import RefreshConfig, cli, enable
+from refreshkv.data.rows import SPLITS, check_tokenizer, load_rows
+from refreshkv.loading import load_model
+from refreshkv.settings import SettingsError, load_settings
+from refreshkv.train.evaluation import budget_warnings, check_last_tokens, default_strategies, evaluate
+from refreshkv.train.model import check_same_tokens
+from refreshkv.train.report import (
+    build_report,
+    check_comparable,
+    check_output,
+    load_report,
+    protocol,
+    text_table,
+    write_report,
+)
+
+DEFAULT_ROWS = 100
+
+
+@dataclass
+class Overrides:
+    """What refresh.key=value may change."""
+
+    refresh: RefreshConfig = field(default_factory=RefreshConfig)
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(argv)
+    output = arguments.output or Path("reports", Path(arguments.model).resolve().name)
+    before = load_earlier(arguments.compare, output) if arguments.compare else None
+
+    rows = load_rows(arguments.data)
+    split = spread(getattr(rows, arguments.split), arguments.rows, f"the {arguments.split} split of {arguments.data}")
+    row_length = len(split[0]["input_ids"])
+    check_last_tokens(arguments.last_tokens, row_length)
+
+    path = model_path(arguments.model)
+    model = load_model(path, "--model", dtype=arguments.dtype)
+    check_tokenizer(rows.info, model.get_input_embeddings().num_embeddings)
+    check_same_tokens(path, rows)
+    config = refresh_config(model, arguments)
+    strategies = default_strategies(config, arguments.strides)
+    measured = protocol(
+        rows.info["fingerprint"], arguments.split, len(split), row_length, arguments.last_tokens, strategies
+    )
+    if before:
+        check_comparable(before, measured, arguments.compare)
+    enable(model, config).to(device(arguments.device)).eval()
+    check_output(output, arguments.overwrite)
+    for warning in budget_warnings(strategies, row_length, arguments.last_tokens):
+        print(f"warning: {warning}", file=sys.stderr)
+
+    evaluation = evaluate(model, split, strategies, arguments.last_tokens, arguments.batch_size)
+
+    settings = {
+        "data": arguments.data,
+        "refresh": config.to_dict(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "batch size": arguments.batch_size,
+    }
+    command = shlex.join(["python", "launch/evaluate.py", *argv])
+    report = build_report(evaluation, measured, arguments.model, settings, command, before)
+    write_report(output, report)
+    print(text_table(report))
+    print(f"{output}: report.json, report.md, report.png")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or hub id of a transformers model")
+    parser.add_argument("--data", required=True, help="folder of rows that launch/prepare.py wrote")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="(default: %(default)s)")
+    parser.add_argument("--last-tokens", type=int, default=256, help="tokens scored per row (default: %(default)s)")
+    parser.add_argument("--rows", type=int, help=f"rows, spread over the split (default: {DEFAULT_ROWS} or all)")
+    parser.add_argument("--strides", type=strides, default=[5, 10, 25, 50], help="(default: 5,10,25,50)")
+    parser.add_argument("--budget", help="size of the small cache: tokens, or a fraction of the prompt such as 0.125")
+    parser.add_argument("--threshold", help="evaluate the similarity schedule with this threshold as well")
+    parser.add_argument("--batch-size", type=int, default=1, help="rows per forward pass (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="(default: the model's)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    parser.add_argument("--compare", type=Path, help="folder of an earlier report to compare with")
+    parser.add_argument("--output", type=Path, help="folder of the report (default: reports/NAME_OF_THE_MODEL)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a report that the folder already holds")
+    parser.add_argument("overrides", nargs="*", metavar="refresh.key=value", help="schedule and selection")
+    return parser.parse_intermixed_args(argv)
+
+
+def strides(text: str) -> list[int]:
+    values = [int(part) for part in text.split(",")]
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"strides must be whole numbers >= 1, got {text}")
+    return values
+
+
+def load_earlier(folder: Path, output: Path) -> dict:
+    if folder.resolve() == output.resolve():
+        raise SettingsError(f"--compare and --output are the same folder, {folder}: choose another --output")
+    return load_report(folder)
+
+
+def spread(rows: Dataset, count: int | None, source: str) -> Dataset:
+    """`count` rows at equal distances, so that they come from many documents."""
+    available = len(rows)
+    if available == 0:
+        raise SettingsError(f"{source} has no rows: choose another --split, or prepare more documents")
+    if count is not None and not 1 <= count <= available:
+        raise SettingsError(f"--rows must lie between 1 and {available}, got {count}: more are not in {source}")
+    count = count or min(DEFAULT_ROWS, available)
+    return rows.select([i * available // count for i in range(count)])
+
+
+def model_path(name: str) -> str:
+    """`name`, or the `model` folder inside it."""
+    folder = Path(name)
+    nested = (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file()
+    return str(folder / "model") if nested else name
+
+
+def refresh_config(model: PreTrainedModel, arguments: argparse.Namespace) -> RefreshConfig:
+    """The model's own settings, changed by the command line's."""
+    saved = getattr(model.config, "refreshkv", None)
+    config = RefreshConfig() if saved is None else RefreshConfig.from_dict(saved)
+    values = [f"refresh.{key}={json.dumps(value)}" for key, value in config.to_dict().items()]
+    flags = {"budget": arguments.budget, "threshold": arguments.threshold}
+    values += [f"refresh.{key}={value}" for key, value in flags.items() if value is not None]
+    return load_settings(Overrides, None, [*values, *arguments.overrides]).refresh
+
+
+def device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device cuda: torch sees no GPU; use --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,40 @@
+"""Turns a training checkpoint into a plain transformers folder, checked, and pushes it to the Hub if asked to.
+
+    python launch/export.py CHECKPOINT OUT [--report DIR] [--overwrite] [--push-to-hub REPO [--private]]
+
+CHECKPOINT is a checkpoint's folder, or a run's: then its newest finished checkpoint. What was written is loaded again,
+and must compute what the checkpoint does, before it gets the name OUT.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from refreshkv.cli import run
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint's folder, or a run's")
+    parser.add_argument("output", type=Path, metavar="OUT", help="the folder to write")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="evaluation whose table goes into the model card")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the export to this repository, made if missing")
+    parser.add_argument("--private", action="store_true", help="the repository must be private")
+    args = parser.parse_args(arguments)
+    if args.private and not args.push_to_hub:
+        parser.error("--private is about --push-to-hub REPO: add it")
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # an export needs no GPU, and DeepSpeed would look for one
+    from refreshkv.train.export import export
+    from refreshkv.train.hub import check_push, push
+
+    if args.push_to_hub:
+        check_push(args.push_to_hub)
+    print(export(args.checkpoint, args.output, args.report, args.overwrite, name=args.push_to_hub), flush=True)
+    if args.push_to_hub:
+        print("pushed to", push(args.output, args.push_to_hub, args.private))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,7 @@
+"""RefreshKV: decode from a small KV cache that a full attention step refreshes now and then, and train for it."""
+
+from refreshkv.cache import RefreshCache
+from refreshkv.config import NEVER, RefreshConfig, Simulation
+from refreshkv.modeling import enable
+
+__all__ = ["NEVER", "RefreshCache", "RefreshConfig", "Simulation", "enable"]

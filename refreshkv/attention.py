@@ -1,0 +1,251 @@
+"""The attention function registered with transformers: prompt, simulated rows, decoding steps.
+
+Training and generation come through here: a `Simulation` computes all positions of known tokens at once, a
+`RefreshCache` one token at a time, and both equal `refreshkv.ops.naive`. Without either, attention is the ordinary one.
+
+Shapes: `B` batch rows, `T` query positions, `L` key positions, `H` query heads, `Hkv` key/value heads, `D` head size.
+"""
+
+from copy import copy
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from refreshkv import schedule
+from refreshkv.cache import RefreshCache, RefreshLayer
+from refreshkv.config import Simulation
+from refreshkv.ops import naive
+from refreshkv.selection import gather_observers, select_positions
+from refreshkv.settings import SettingsError
+
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+"""Changes of the softmax that some models ask for; ignoring one would give other numbers than the model's."""
+
+
+def refresh_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    refresh: Simulation | None = None,
+    refresh_cache: RefreshCache | None = None,
+    prompt_attention: str = "sdpa",
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, in transformers' interface: query (B, H, T, D), key and value (B, Hkv, L, D).
+
+    attention_mask: what `left_padding_mask` returned. Returns (B, T, H, D) and None.
+    """
+    scaling = module.head_dim**-0.5 if scaling is None else scaling
+    left_padding = _checked_padding(attention_mask)
+
+    def ordinary(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return ordinary_attention(
+            module, query, key, value, left_padding, scaling, dropout, sliding_window, prompt_attention, **kwargs
+        )
+
+    if sliding_window is not None or (refresh is None and refresh_cache is None):
+        return ordinary(query, key, value), None
+
+    _check_supported(dropout, kwargs)
+    if refresh is not None and refresh_cache is not None:
+        raise ValueError("refresh=Simulation(...) and a RefreshCache exclude each other: pass one of them")
+    if refresh is not None and left_padding is not None and bool((left_padding >= refresh.prompt_length).any()):
+        raise SettingsError(f"prompt_length={refresh.prompt_length}: a row of the batch has only padding there")
+    if refresh_cache is None:
+        rows = _no_padding(query) if left_padding is None else left_padding
+        return _simulate(module, query, key, value, rows, scaling, refresh, ordinary), None
+    layer = refresh_cache.layers[module.layer_idx]
+    if query.shape[2] > 1 or layer.length == 1:
+        output = ordinary(query, key, value)
+        layer.begin(query, _no_padding(query) if left_padding is None else left_padding, scaling)
+        return output, None
+    return _decode(layer, query, key, value, scaling), None
+
+
+def _simulate(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    left_padding: Tensor,
+    scaling: float,
+    simulation: Simulation,
+    ordinary,
+) -> Tensor:
+    """All positions of known tokens in one pass (specification, section 8): returns (B, T, H, D)."""
+    length, prompt = query.shape[2], simulation.prompt_length
+    config = simulation.config
+    if key.shape[2] != length:
+        raise ValueError("refresh=Simulation(...) takes whole rows: pass use_cache=False and no past_key_values")
+    if prompt > length:
+        raise SettingsError(f"prompt_length={prompt} is outside the row of {length} tokens")
+    output = ordinary(query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt])
+    plan = schedule.plan(query.detach(), prompt, config.stride, config.threshold)
+    if simulation.record:
+        simulation.full_steps[module.layer_idx] = _as_flags(plan.full_positions, length)
+    if prompt == length:
+        return output
+    budgets = config.budgets(prompt - left_padding)
+    observers = gather_observers(query.detach(), plan.full_positions, config.observation_window)
+    selected = select_positions(observers, key.detach(), plan.full_positions, budgets, left_padding, config, scaling)
+    decoded = naive.decoded_rows(
+        query[:, :, prompt:],
+        key,
+        value,
+        plan.anchors,
+        plan.segments,
+        plan.full_positions,
+        selected,
+        budgets,
+        left_padding,
+        scaling,
+    )
+    return torch.cat([output, decoded.transpose(1, 2)], dim=1)
+
+
+def _decode(layer: RefreshLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """One token (specification, sections 2 to 4): returns (B, 1, H, D)."""
+    is_full = layer.decide(query)
+    output = naive.decode(
+        query, key, value, is_full, layer.anchors, layer.selected, layer.budgets, layer.left_padding, scaling
+    )
+    layer.end_step(query, is_full, scaling)
+    return output.transpose(1, 2)
+
+
+def ordinary_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    left_padding: Tensor | None,
+    scaling: float,
+    dropout: float,
+    sliding_window: int | None,
+    implementation: str,
+    **kwargs,
+) -> Tensor:
+    """Causal attention by one of transformers' own implementations; the queries are the last T of L positions.
+
+    Returns (B, T, H, D).
+    """
+    is_flash = implementation.startswith("flash")
+    if is_flash:
+        # transformers reads the implementation's name from the module's config, where ours stands
+        config = copy(module.config)
+        config._attn_implementation = implementation
+        mask = _key_mask(left_padding, key.shape[2])
+        module = SimpleNamespace(config=config, is_causal=True, layer_idx=module.layer_idx, modules=module.modules)
+        kwargs.pop("position_ids", None)  # of the whole row, and packed sequences are refused anyway
+    else:
+        mask = _causal_mask(left_padding, query.shape[2], key.shape[2], sliding_window, query.device)
+    output, _ = ALL_ATTENTION_FUNCTIONS[implementation](
+        module, query, key, value, mask, scaling=scaling, dropout=dropout, sliding_window=sliding_window, **kwargs
+    )
+    return output
+
+
+def _key_mask(left_padding: Tensor | None, columns: int) -> Tensor | None:
+    """(B, L) bool: the keys that exist; None if all do."""
+    if left_padding is None:
+        return None
+    return torch.arange(columns, device=left_padding.device) >= left_padding[:, None]
+
+
+def _causal_mask(
+    left_padding: Tensor | None, rows: int, columns: int, window: int | None, device: torch.device
+) -> Tensor | None:
+    """(B or 1, 1, T, L) bool, or None where the implementation's own causal flag says the same."""
+    if left_padding is None and (rows == 1 or rows == columns) and (window is None or columns <= window):
+        return None
+    column = torch.arange(columns, device=device)
+    row = torch.arange(columns - rows, columns, device=device).unsqueeze(-1)
+    mask = column <= row
+    if window is not None:
+        mask = mask & (column > row - window)
+    if left_padding is not None:
+        mask = mask & _key_mask(left_padding, columns).unsqueeze(1)
+        mask = mask.unsqueeze(1)
+    else:
+        mask = mask[None, None]
+    return mask
+
+
+def left_padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs,
+) -> Tensor | None:
+    """The mask function registered with transformers: the number of padded columns of each row, or None without any.
+
+    Takes transformers' mask arguments; attention_mask (B, columns) bool. Returns (B, 1, 1, 1) int64, counted from the
+    layer's first key; four dimensions because transformers hands those on untouched. Raises `ValueError` for padding
+    elsewhere than on the left, packed sequences and static caches, whose masks the attention could not see.
+    """
+    if isinstance(q_offset, Tensor) or kv_length + kv_offset != q_offset + q_length:
+        raise ValueError(
+            "the refresh attention has no use for a static cache: pass past_key_values=RefreshCache(...), or for "
+            'ordinary attention model.set_attn_implementation("sdpa")'
+        )
+    if not allow_is_causal_skip and q_length > 1:
+        raise ValueError("packed sequences and custom masks are not supported: give each row one sequence")
+    if attention_mask is None:
+        return None
+    if attention_mask.shape[1] < kv_length + kv_offset:
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[1]} columns for {kv_length + kv_offset} tokens: it covers the "
+            "cached ones too"
+        )
+    mask = attention_mask[:, : kv_length + kv_offset].bool()
+    padding = (~mask).sum(dim=-1)
+    if not bool(padding.any()):
+        return None
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    if not bool((mask == (columns >= padding[:, None])).all()):
+        raise ValueError('only left padding is supported: set tokenizer.padding_side = "left"')
+    if bool((padding >= mask.shape[1]).any()):
+        raise ValueError(
+            "a row of the batch is padding only: every row needs at least one token, in the first chunk of a prompt too"
+        )
+    return (padding - kv_offset).clamp(min=0)[:, None, None, None]
+
+
+def _checked_padding(attention_mask: Tensor | None) -> Tensor | None:
+    """(B,) int64 from what `left_padding_mask` returned; anything else was not made for this attention."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dtype != torch.int64 or attention_mask.shape[1:] != (1, 1, 1):
+        raise ValueError(
+            "the refresh attention takes a (B, T) attention_mask with left padding, not a prepared 4D mask"
+        )
+    return attention_mask[:, 0, 0, 0]
+
+
+def _check_supported(dropout: float, kwargs: dict) -> None:
+    if dropout:
+        raise ValueError(f"attention dropout ({dropout}) is not simulated: set model.config.attention_dropout to 0")
+    for name in UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"models whose attention uses {name} are not supported")
+
+
+def _no_padding(query: Tensor) -> Tensor:
+    return torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
+
+
+def _as_flags(full_positions: Tensor, length: int) -> Tensor:
+    """(B, C) positions, -1 where none -> (B, length) bool."""
+    flags = torch.zeros(full_positions.shape[0], length + 1, dtype=torch.bool, device=full_positions.device)
+    return flags.scatter(1, full_positions.masked_fill(full_positions < 0, length), True)[:, :length]

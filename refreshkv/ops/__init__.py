@@ -1,0 +1,1 @@
+"""The operations of the refresh pattern: tensors and numbers in, tensors out."""

@@ -1,0 +1,244 @@
+"""The readable truth: every operation of the refresh pattern in plain PyTorch, on any device, forward and backward.
+
+Shapes: `B` batch rows, `T` positions of the query, `L` positions of the keys, `H` query heads, `Hkv` key/value heads,
+`G = H / Hkv`, `D` head size, `N` full steps, `R` decoded rows (positions `P .. T-1`), `W` width of a selection,
+`O` observing queries. Positions are columns, left padding included; -1 fills what does not exist.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_SCORES = 2**26
+"""Attention scores that `select` holds at once (float32: 256 MiB); longer inputs are taken in chunks of full steps."""
+
+
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Tensor:
+    """Softmax attention over the visible keys, without copying keys to all query heads.
+
+    query (B, H, R, D); key, value (B, Hkv, L, D); visible (B, 1 or Hkv, R, L) bool, at least one key in each row.
+    Returns (B, H, R, D) in the query's dtype; logits and softmax are at least float32.
+    """
+    kv_heads, rows = key.shape[1], query.shape[2]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.unflatten(1, (kv_heads, -1)).flatten(2, 3).to(wide)
+    logits = (grouped @ key.to(wide).transpose(-1, -2) * scaling).unflatten(2, (-1, rows))
+    probabilities = logits.masked_fill(~visible.unsqueeze(2), -torch.inf).softmax(dim=-1)
+    output = probabilities.flatten(2, 3) @ value.to(wide)
+    return output.unflatten(2, (-1, rows)).flatten(1, 2).to(query.dtype)
+
+
+@torch.no_grad()
+def select(
+    observers: Tensor,
+    key: Tensor,
+    positions: Tensor,
+    budgets: Tensor,
+    left_padding: Tensor,
+    *,
+    width: int,
+    pool_kernel: int,
+    recent_window: int,
+    sink_tokens: int,
+    scaling: float,
+) -> Tensor:
+    """The positions each full step keeps, by rank (specification, sections 3 and 5; paper section 2.2).
+
+    observers (B, H, N, O, D): the queries of positions `a-O+1 .. a` of each full step `a`; key (B, Hkv, L, D);
+    positions (B, N) int64: `a`, or -1 for no step; budgets, left_padding (B,) int64; width: slots of the result, at
+    least the largest `min(budget, a+1)`. Returns (B, Hkv, N, width) int64 by rank, best first, -1 past the end.
+    """
+    heads, steps, observing = observers.shape[1:4]
+    chunk = max(1, MAX_SCORES // (observers.shape[0] * heads * observing * key.shape[2]))
+    parts = []
+    for first in range(0, steps, chunk):
+        here = slice(first, first + chunk)
+        scores = _observed_scores(observers[:, :, here], key, positions[:, here], left_padding, scaling)
+        scores = _pool(scores, positions[:, here], left_padding, pool_kernel)
+        ranking = _ranking_keys(scores, positions[:, here], left_padding, recent_window, sink_tokens)
+        parts.append(_best(ranking, positions[:, here], budgets, left_padding, width))
+    return torch.cat(parts, dim=2)
+
+
+def _observed_scores(observers: Tensor, key: Tensor, positions: Tensor, left_padding: Tensor, scaling: float) -> Tensor:
+    """(B, Hkv, N, L) float32: softmax probabilities, maximum over the group, mean over the observing queries."""
+    (steps, observing), kv_heads = observers.shape[2:4], key.shape[1]
+    wide = torch.promote_types(observers.dtype, torch.float32)
+    grouped = observers.unflatten(1, (kv_heads, -1)).flatten(2, 4).to(wide)
+    logits = grouped @ key.to(wide).transpose(-1, -2) * scaling
+    logits = logits.unflatten(2, (-1, steps, observing))  # (B, Hkv, G, N, O, L)
+    column = torch.arange(key.shape[2], device=key.device)
+    observer = positions.unsqueeze(-1) - torch.arange(observing - 1, -1, -1, device=key.device)  # (B, N, O)
+    start = left_padding[:, None, None]
+    seen = (column >= start.unsqueeze(-1)) & (column <= observer.unsqueeze(-1))
+    unseen = ~seen[:, None, None]
+    probabilities = logits.masked_fill(unseen, -torch.inf).softmax(dim=-1).masked_fill(unseen, 0.0).float()
+    present = (observer >= start).sum(-1).clamp(min=1)  # a row may have fewer positions than observers
+    return probabilities.amax(dim=2).sum(dim=3) / present[:, None, :, None]
+
+
+def _exists(columns: int, positions: Tensor, left_padding: Tensor) -> Tensor:
+    """(B, 1, N, L) bool: the columns `left_padding .. a`."""
+    column = torch.arange(columns, device=positions.device)
+    exists = (column >= left_padding[:, None, None]) & (column <= positions.unsqueeze(-1))
+    return exists.unsqueeze(1)
+
+
+def _pool(scores: Tensor, positions: Tensor, left_padding: Tensor, kernel: int) -> Tensor:
+    """Maximum over neighbouring positions, centred; positions that do not exist take no part."""
+    exists = _exists(scores.shape[-1], positions, left_padding)
+    scores = scores.masked_fill(~exists, -torch.inf)
+    pooled = F.max_pool1d(scores.flatten(0, 1), kernel, stride=1, padding=kernel // 2)
+    return pooled.unflatten(0, scores.shape[:2])
+
+
+def _ranking_keys(
+    scores: Tensor, positions: Tensor, left_padding: Tensor, recent_window: int, sink_tokens: int
+) -> Tensor:
+    """(B, Hkv, N, L) int64, all different: window and sink positions first, then the score, then the lower position.
+
+    A float32 >= 0 orders like its bits, so the three criteria fit into one integer: 1 + 31 + 31 bits.
+    """
+    columns = scores.shape[-1]
+    column = torch.arange(columns, device=scores.device)
+    exists = _exists(columns, positions, left_padding)
+    recent = column > (positions - recent_window).unsqueeze(-1)
+    sink = column - left_padding[:, None, None] < sink_tokens
+    preferred = (recent | sink).unsqueeze(1).long()
+    bits = scores.clamp(min=0.0).contiguous().view(torch.int32).long()
+    ranking = (preferred << 62) + (bits << 31) + (columns - 1 - column)
+    return ranking.masked_fill(~exists, -1)
+
+
+def _best(ranking: Tensor, positions: Tensor, budgets: Tensor, left_padding: Tensor, width: int) -> Tensor:
+    """(B, Hkv, N, width): the columns of the `min(K, a+1)` highest keys, highest first, -1 past the end."""
+    order = ranking.topk(min(width, ranking.shape[-1]), dim=-1).indices
+    order = F.pad(order, (0, width - order.shape[-1]), value=-1)
+    kept = selection_sizes(positions, budgets, left_padding)  # (B, N)
+    rank = torch.arange(width, device=ranking.device)
+    return order.masked_fill(rank >= kept[:, None, :, None], -1)
+
+
+def selection_sizes(positions: Tensor, budgets: Tensor, left_padding: Tensor) -> Tensor:
+    """`n_sel = min(K, real tokens up to a)` of each full step: (B, N) int64, 0 where there is no step."""
+    context = positions + 1 - left_padding.unsqueeze(-1)
+    return torch.minimum(context, budgets.unsqueeze(-1)).clamp(min=0)
+
+
+def _ranks_left(steps_since: Tensor, selected_sizes: Tensor, budgets: Tensor) -> Tensor:
+    """How many ranks of the selection the queue still holds, `steps_since >= 1` steps after it was made: (B, R)."""
+    dropped = (selected_sizes + steps_since - 1 - budgets.unsqueeze(-1)).clamp(min=0)
+    return selected_sizes - dropped
+
+
+def visible_keys(
+    anchors: Tensor,
+    segments: Tensor,
+    full_positions: Tensor,
+    selected: Tensor,
+    budgets: Tensor,
+    left_padding: Tensor,
+    *,
+    first: int,
+    columns: int,
+) -> Tensor:
+    """What each decoded row sees (specification, section 4): (B, Hkv, R, L) bool.
+
+    Row `r` is position `t = first + r`. anchors (B, R): the last full position `a <= t`; segments (B, R): its index in
+    full_positions (B, N) and selected (B, Hkv, N, W); budgets, left_padding (B,); columns: L.
+    """
+    kv_heads, width = selected.shape[1], selected.shape[-1]
+    device = selected.device
+    position = torch.arange(first, first + anchors.shape[1], device=device)
+    column = torch.arange(columns, device=device)
+    sizes = selection_sizes(full_positions, budgets, left_padding).gather(1, segments)
+    left = _ranks_left(position - anchors, sizes, budgets)  # (B, R)
+
+    own = selected.gather(2, segments[:, None, :, None].expand(-1, kv_heads, -1, width))  # (B, Hkv, R, W)
+    kept = (own >= 0) & (torch.arange(width, device=device) < left[:, None, :, None])
+    visible = torch.zeros(*own.shape[:3], columns + 1, dtype=torch.bool, device=device)  # last column: thrown away
+    visible = visible.scatter(-1, own.masked_fill(~kept, columns), True)[..., :columns]
+
+    oldest = torch.maximum(anchors + 1, position - budgets.unsqueeze(-1))
+    local = (column >= oldest.unsqueeze(-1)) & (column <= position.unsqueeze(-1))
+    everything = (column >= left_padding[:, None, None]) & (column <= position.unsqueeze(-1))
+    is_full = (anchors == position)[:, None, :, None]
+    return torch.where(is_full, everything.unsqueeze(1), visible | local.unsqueeze(1))
+
+
+def decoded_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    anchors: Tensor,
+    segments: Tensor,
+    full_positions: Tensor,
+    selected: Tensor,
+    budgets: Tensor,
+    left_padding: Tensor,
+    scaling: float,
+) -> Tensor:
+    """Attention of the rows after the prompt, full and partial ones, in the parallel form (specification, section 8).
+
+    query (B, H, R, D): the last R positions; key, value (B, Hkv, L, D); the others as in `visible_keys`.
+    Returns (B, H, R, D). Differentiable in query, key and value.
+    """
+    columns = key.shape[2]
+    visible = visible_keys(
+        anchors,
+        segments,
+        full_positions,
+        selected,
+        budgets,
+        left_padding,
+        first=columns - query.shape[2],
+        columns=columns,
+    )
+    return grouped_attention(query, key, value, visible, scaling)
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_full: Tensor,
+    anchors: Tensor,
+    selected: Tensor,
+    budgets: Tensor,
+    left_padding: Tensor,
+    scaling: float,
+) -> Tensor:
+    """One decoding step, the token at the last column of the cache, in the sequential form (specification, section 4).
+
+    query (B, H, 1, D); key, value (B, Hkv, L, D), this token's included; is_full (B,) bool; anchors (B,): last full
+    position before this step; selected (B, Hkv, W): its selection; budgets, left_padding (B,). Returns (B, H, 1, D).
+    Rows that are all partial read only their small caches.
+    """
+    position = key.shape[2] - 1
+    queue = small_cache(position, anchors, selected, budgets, left_padding)
+    if not bool(is_full.any()):
+        index = queue.clamp(min=0).unsqueeze(-1).expand(-1, -1, -1, key.shape[-1])
+        return grouped_attention(query, key.gather(2, index), value.gather(2, index), (queue >= 0)[:, :, None], scaling)
+    columns = key.shape[2]
+    in_queue = torch.zeros(*queue.shape[:2], columns + 1, dtype=torch.bool, device=key.device)
+    in_queue = in_queue.scatter(-1, queue.masked_fill(queue < 0, columns), True)[..., :columns]
+    everything = torch.arange(columns, device=key.device) >= left_padding[:, None, None]
+    visible = torch.where(is_full[:, None, None], everything, in_queue)
+    return grouped_attention(query, key, value, visible.unsqueeze(2), scaling)
+
+
+def small_cache(position: int, anchors: Tensor, selected: Tensor, budgets: Tensor, left_padding: Tensor) -> Tensor:
+    """The positions of the queue and of the token itself, at a partial step: (B, Hkv, W + M) int64, -1 where empty.
+
+    position: the token's; the others as in `decode`. M is the longest run of recent tokens that a queue holds.
+    """
+    sizes = selection_sizes(anchors.unsqueeze(-1), budgets, left_padding)
+    steps_since = (position - anchors).unsqueeze(-1)
+    left = _ranks_left(steps_since, sizes, budgets)
+    rank = torch.arange(selected.shape[-1], device=selected.device)
+    kept = selected.masked_fill(rank >= left.unsqueeze(-1), -1)
+    longest = int(torch.minimum(steps_since.squeeze(-1), budgets + 1).max())
+    local = torch.arange(position - longest + 1, position + 1, device=selected.device)
+    oldest = torch.maximum(anchors + 1, position - budgets)
+    local = local.masked_fill(local < oldest.unsqueeze(-1), -1)
+    return torch.cat([kept, local.unsqueeze(1).expand(-1, selected.shape[1], -1)], dim=-1)

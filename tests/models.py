@@ -1,0 +1,76 @@
+"""Tiny random models of the supported families, and decoding one token at a time, for the tests."""
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import refreshkv
+from refreshkv import RefreshCache, RefreshConfig
+
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
+VOCABULARY = 61
+
+
+def tiny_model(family="llama", dtype=torch.float64, groups=2, layers=2, seed=0, **settings):
+    """A model with 4 query heads and `4 / groups` key/value heads, weights large enough to tell positions apart."""
+    config_class, model_class = FAMILIES[family]
+    base = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4 // groups,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.35,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if family == "mistral":
+        base["sliding_window"] = None
+    torch.manual_seed(seed)
+    return model_class(config_class(**{**base, **settings})).to(dtype).eval()
+
+
+def tiny_enabled(config=None, **settings):
+    return refreshkv.enable(tiny_model(**settings), config or RefreshConfig())
+
+
+def random_ids(rows, length, seed=0):
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded_positions(attention_mask):
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def decode_logits(model, ids, prompt_length, config, attention_mask=None):
+    """Logits (B, T, V) of the prompt in one call and then of one known token at a time, and the cache."""
+    cache = RefreshCache(model.config, ids.shape[1], config)
+    parts = []
+    bounds = [0, *range(prompt_length, ids.shape[1] + 1)]
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        extra = {}
+        if attention_mask is not None:
+            extra = {
+                "attention_mask": attention_mask[:, :end],
+                "position_ids": padded_positions(attention_mask)[:, start:end],
+            }
+        parts.append(model(ids[:, start:end], past_key_values=cache, use_cache=True, **extra).logits)
+    return torch.cat(parts, dim=1), cache

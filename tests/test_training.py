@@ -1,0 +1,283 @@
+"""Training end to end on CPU ranks: exact resume, the same numbers on any number of ranks, refusals."""
+
+import importlib.util
+import json
+import random
+import shutil
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from refreshkv import NEVER, RefreshConfig, Simulation
+from refreshkv.settings import SettingsError, settings_from_dict
+from refreshkv.train.checkpoint import check_output, claim_output, finished_checkpoints
+from refreshkv.train.config import RunConfig, SimulationConfig
+from refreshkv.train.loop import check_config, warnings
+from refreshkv.train.loss import loss_sums, partial_positions
+from refreshkv.train.order import RowOrder
+from refreshkv.train.simulation import draw_simulation
+from tests.jobs import (
+    ROOT,
+    ROW_LENGTH,
+    VOCABULARY,
+    kill_job,
+    make_rows,
+    read_metrics,
+    run_job,
+    run_settings,
+    start_job,
+    write_config,
+)
+from tests.models import random_ids, tiny_enabled, tiny_model
+
+LOSSES = ("loss", "loss full", "loss partial", "grad norm")
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    return make_rows(tmp_path_factory.mktemp("rows"))
+
+
+def train_main(arguments):
+    """`launch/train.py` in this process."""
+    specification = importlib.util.spec_from_file_location("launch_train", ROOT / "launch" / "train.py")
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    script.main(arguments)
+
+
+def losses(output):
+    return {step: [values.get(name) for name in LOSSES] for step, values in read_metrics(output).items()}
+
+
+def test_killed_and_resumed_run_repeats_the_uninterrupted_one(rows, tmp_path):
+    """SIGKILL of all ranks at a random step, ZeRO 2, fp32, 2 ranks: the same losses, exactly."""
+    straight = run_settings(rows, tmp_path / "straight", training={"steps": 9, "save_every": 2})
+    code, printed = run_job(straight)
+    assert code == 0, printed
+    expected = losses(tmp_path / "straight")
+    assert list(expected) == list(range(1, 10))
+
+    killed = run_settings(rows, tmp_path / "killed", training={"steps": 9, "save_every": 2})
+    stop_after = random.randint(1, 8)
+    job = start_job(killed)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while job.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and metrics.read_text().count("\n") >= stop_after:
+            break
+        time.sleep(0.01)
+    kill_job(job)
+    before = losses(tmp_path / "killed")
+    assert before == {step: expected[step] for step in before}
+
+    code, printed = run_job(killed, "--resume")
+    assert code == 0, printed
+    assert losses(tmp_path / "killed") == expected, f"killed after step {stop_after}"
+
+
+@pytest.fixture(scope="module")
+def alone(rows, tmp_path_factory):
+    """Three steps of one process without ZeRO."""
+    folder = tmp_path_factory.mktemp("alone")
+    code, printed = run_job(
+        run_settings(rows, folder / "run", training={"steps": 3, "deepspeed": zero_json(folder, 0)}), ranks=1
+    )
+    assert code == 0, printed
+    return losses(folder / "run")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_ranks_and_stages_agree(rows, alone, tmp_path, stage):
+    """Two processes with or without ZeRO take the steps of one, with activations recomputed."""
+    training = {"steps": 3, "deepspeed": zero_json(tmp_path, stage), "activation_checkpointing": True}
+    code, printed = run_job(run_settings(rows, tmp_path / "run", training=training))
+    assert code == 0, printed
+    for step, found in losses(tmp_path / "run").items():
+        assert found == pytest.approx(alone[step], abs=2e-5), f"step {step}"
+
+
+def zero_json(folder, stage):
+    path = folder / f"zero{stage}.json"
+    zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}
+    path.write_text(json.dumps({"zero_optimization": zero if stage == 3 else {"stage": stage}}))
+    return str(path)
+
+
+def test_bf16_similarity_and_evaluation(rows, tmp_path):
+    settings = run_settings(
+        rows,
+        tmp_path / "run",
+        simulation={"threshold": 0.2},
+        training={"dtype": "bf16", "steps": 4, "evaluate_every": 2, "evaluate_rows": 5, "evaluate_tokens": 16},
+    )
+    code, printed = run_job(settings, ranks=1)
+    assert code == 0, printed
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [line["evaluation"] for line in lines if "evaluation" in line]
+    assert len(evaluations) == 2 and set(evaluations[0]) == {"full", "refresh"}
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert [folder.name for folder in finished_checkpoints(tmp_path / "run")] == ["step-0000003", "step-0000004"]
+
+
+def test_the_paper_recipe(rows, tmp_path):
+    simulation = {"pattern": "paper", "prompt_length": None, "stride": 10}
+    code, printed = run_job(run_settings(rows, tmp_path / "run", simulation=simulation, training={"steps": 1}), ranks=1)
+    assert code == 0, printed
+    assert "loss partial" in read_metrics(tmp_path / "run")[1]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(rows, tmp_path):
+    training = {"learning_rate": 1e30, "save_every": 1, "warmup_steps": 0, "max_grad_norm": 0}
+    simulation = {"pattern": "off", "prompt_length": None}
+    code, printed = run_job(run_settings(rows, tmp_path / "run", training=training, simulation=simulation), ranks=1)
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert code != 0 and len(errors) == 1, printed
+    assert "loss partial" not in read_metrics(tmp_path / "run")[1]
+    assert "is not finite" in errors[0] and "step-0000001" in errors[0]
+    assert (tmp_path / "run" / "checkpoints" / "step-0000001" / "state.json").exists()
+
+
+def refused(settings, *arguments):
+    """The one-line error of a job that must not start; raised before any process group or file is made."""
+    with pytest.raises(SettingsError) as error:
+        train_main(["--config", str(write_config(settings)), *arguments])
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_folders_in_use(rows, tmp_path):
+    output = tmp_path / "run"
+    settings = run_settings(rows, output, training={"steps": 1})
+    assert run_job(settings, ranks=1)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    error = refused(settings)
+    assert "--resume" in error and "--overwrite" in error
+    changed = run_settings(rows, output, training={"steps": 1, "learning_rate": 0.5})
+    assert "training.learning_rate" in refused(changed, "--resume")
+    assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+
+    other = tmp_path / "not-a-run"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    assert "not a run's folder" in refused(run_settings(rows, other), "--overwrite")
+    assert "holds no run" in refused(run_settings(rows, other), "--resume")
+    assert (other / "thesis.txt").read_text() == "mine"
+    check_output(output, settings_from_dict(RunConfig, settings), resume=False, overwrite=True)
+    claim_output(output, settings_from_dict(RunConfig, settings), overwrite=True)
+    assert [path.name for path in output.iterdir()] == ["run.yaml"]
+
+
+def test_refused_before_anything_is_written(rows, tmp_path):
+    output = tmp_path / "run"
+    gathered = tmp_path / "zero3.json"
+    gathered.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    batched = tmp_path / "batched.json"
+    batched.write_text(json.dumps({"train_batch_size": 4}))
+    for sections, named in [
+        ({"training": {"stepz": 3}}, "training.stepz"),
+        ({"training": {"steps": "many"}}, "training.steps"),
+        ({"training": {"schedule": "linaer"}}, "training.schedule"),
+        ({"refresh": {"budget": 0}}, "budget"),
+        ({"training": {"deepspeed": str(gathered)}}, "stage3_gather_16bit_weights_on_model_save"),
+        ({"training": {"deepspeed": str(batched)}}, "train_batch_size"),
+        ({"training": {"deepspeed": "nowhere.json"}}, "training.deepspeed"),
+        ({"data": {"folder": str(tmp_path / "nowhere")}}, "data.folder"),
+        ({"model": {"scratch": {"model_type": "llama", "vocab_size": 50}}}, "tokenizer"),
+        ({"model": {"scratch": {"model_type": "llama", "hidden_sise": 50}}}, "model.scratch.hidden_sise"),
+        ({"model": {"scratch": None, "path": str(tmp_path / "nowhere")}}, "model.path"),
+        ({"training": {"global_batch": 7}}, "training.global_batch"),
+    ]:
+        assert named in refused(run_settings(rows, output, **sections))
+        assert not output.exists(), named
+
+
+def test_an_error_is_one_line_and_a_failed_exit(rows, tmp_path):
+    code, printed = run_job(run_settings(rows, tmp_path / "run", training={"stepz": 3}))
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert code != 0 and len(errors) == 1 and "training.stepz" in errors[0], printed
+
+
+def test_another_tokenizer_is_refused(rows, tmp_path):
+    """Same size, other tokens: training would go on and mean nothing."""
+    model = tiny_model(dtype=torch.float32, vocab_size=VOCABULARY)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = json.loads((rows / "tokenizer" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[100:102]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    shutil.copytree(rows / "tokenizer", tmp_path / "model", dirs_exist_ok=True)
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = run_settings(rows, tmp_path / "run")
+    settings["model"] = {"path": str(tmp_path / "model")}
+    assert "another tokenizer" in refused(settings)
+
+
+def run_config(**sections):
+    return settings_from_dict(RunConfig, run_settings("rows", "run", **sections))
+
+
+def test_settings_that_contradict_each_other():
+    info = {"data": {"row_length": ROW_LENGTH}}
+    for sections, named in [
+        ({"refresh": {"stride": 0}}, "stride"),
+        ({"refresh": {"budget": -1}}, "budget"),
+        ({"simulation": {"stride": []}}, "simulation.stride"),
+        ({"simulation": {"stride": [5, 0]}}, "simulation.stride"),
+        ({"simulation": {"prompt_length": [8, ROW_LENGTH]}}, "simulation.prompt_length"),
+        ({"simulation": {"prompt_length": 0}}, "simulation.prompt_length"),
+        ({"simulation": {"pattern": "off"}}, "simulation.prompt_length"),
+        ({"simulation": {"pattern": "paper", "prompt_length": None, "stride": ROW_LENGTH}}, "simulation.stride"),
+        ({"data": {"row_length": 40}}, "data.row_length"),
+        ({"training": {"evaluate_every": 1, "evaluate_tokens": ROW_LENGTH}}, "training.evaluate_tokens"),
+    ]:
+        with pytest.raises(SettingsError, match=named):
+            check_config(run_config(**sections), info)
+
+
+def test_a_budget_beyond_the_context_is_warned_of():
+    assert warnings(run_config(refresh={"budget": 8})) == []
+    assert "refresh.budget" in warnings(run_config(refresh={"budget": ROW_LENGTH}))[0]
+
+
+def test_simulations_follow_from_seed_and_step():
+    settings = SimulationConfig(prompt_length=[8, 30], stride=[2, 5, 10])
+    refresh = RefreshConfig(budget=8, stride=3, sink_tokens=1)
+    drawn = [draw_simulation(settings, refresh, ROW_LENGTH, 7, step) for step in range(300)]
+    assert drawn == [draw_simulation(settings, refresh, ROW_LENGTH, 7, step) for step in range(300)]
+    assert {simulation.prompt_length for simulation in drawn} == set(range(8, 31))
+    assert {simulation.config.stride for simulation in drawn} == {2, 5, 10}
+    assert drawn[0].config == replace(refresh, stride=drawn[0].config.stride)
+    assert drawn != [draw_simulation(settings, refresh, ROW_LENGTH, 8, step) for step in range(300)]
+
+    paper = draw_simulation(SimulationConfig(pattern="paper", stride=10), refresh, ROW_LENGTH, 7, 1)
+    assert (paper.prompt_length, paper.config.stride) == (ROW_LENGTH - 10, NEVER)
+    assert draw_simulation(SimulationConfig(pattern="off"), refresh, ROW_LENGTH, 7, 1) is None
+
+
+def test_every_row_once_an_epoch_whatever_the_layout():
+    order = RowOrder(rows=50, global_batch=8, seed=3)
+    seen = [row for step in range(25) for row in order.step(step)]
+    for epoch in range(4):
+        assert sorted(seen[epoch * 50 : (epoch + 1) * 50]) == list(range(50))
+    assert seen[:50] != seen[50:100]
+    for step in (0, 6, 24):
+        parts = [row for rank in range(2) for batch in order.micro_batches(step, rank, 2, 2) for row in batch]
+        assert sorted(parts) == sorted(order.step(step))
+
+
+def test_losses_by_kind_of_position():
+    model, ids = tiny_enabled(dtype=torch.float32), random_ids(2, 20)
+    simulation = Simulation(7, RefreshConfig(budget=4, stride=5))
+    partial = partial_positions(simulation, 20, ids.device)
+    assert partial.nonzero().flatten().tolist() == [7, 8, 9, 10, 12, 13, 14, 15, 17, 18, 19]
+    with torch.no_grad():
+        outputs = model(ids, labels=ids, refresh=simulation)
+    sums = loss_sums(outputs.logits, ids, simulation)
+    assert float(sums.total / sums.tokens) == pytest.approx(float(outputs.loss), rel=1e-5)
+    assert (int(sums.tokens), int(sums.partial_tokens)) == (38, 20)
+    logits = outputs.logits[:, :-1].log_softmax(-1)
+    expected = -logits.gather(-1, ids[:, 1:, None]).squeeze(-1)[:, partial[:-1]].sum()
+    assert float(sums.partial) == pytest.approx(float(expected), rel=1e-5)

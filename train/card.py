@@ -1,0 +1,193 @@
+"""The model card of an exported checkpoint: what it is, how it was trained, what that changed, how to use it."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from refreshkv.config import NEVER
+from refreshkv.data.config import DataConfig
+from refreshkv.data.folder import INFO_FILE
+from refreshkv.train.checkpoint import State
+from refreshkv.train.config import RunConfig
+from refreshkv.train.report import load_report, markdown_table
+
+TAGS = ["refreshkv", "kv-cache", "long-context"]
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+SHOWN_TRAINING = (
+    "dtype",
+    "global_batch",
+    "learning_rate",
+    "schedule",
+    "warmup_steps",
+    "weight_decay",
+    "betas",
+    "max_grad_norm",
+    "seed",
+)
+"""Settings of `training` that shaped the weights; the others name folders or only say when to log and to save."""
+
+INTRODUCTION = """\
+# {name}
+
+{origin} for decoding from a small KV cache that a full attention step refreshes now and then (RefreshKV). The
+schedule is saved in `config.json` under `refreshkv`. Without the library it is an ordinary transformers model with full
+attention."""
+
+USAGE = """\
+## Usage
+
+```python
+import refreshkv
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = "{name}"
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = refreshkv.enable(AutoModelForCausalLM.from_pretrained(name, dtype="auto"))
+
+inputs = tokenizer("The text to go on with", return_tensors="pt")
+cache = refreshkv.RefreshCache(model.config, max_cache_len=inputs.input_ids.shape[1] + {new_tokens})
+output = model.generate(**inputs, past_key_values=cache, max_new_tokens={new_tokens})
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+```"""
+
+CITATION = """\
+## Citation
+
+```bibtex
+@inproceedings{xu2025refreshkv,
+  title = {RefreshKV: Updating Small KV Cache During Long-form Generation},
+  author = {Xu, Fangyuan and Goyal, Tanya and Choi, Eunsol},
+  booktitle = {Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics
+               (Volume 1: Long Papers)},
+  pages = {24878--24893},
+  year = {2025},
+  doi = {10.18653/v1/2025.acl-long.1211}
+}
+```"""
+
+
+def model_card(run: RunConfig, state: State, name: str, report: str | Path | None = None) -> str:
+    """README.md of a checkpoint's model, in markdown with the Hub's front matter.
+
+    Args:
+        run, state: the checkpoint's settings, and how far it came.
+        name: the model's name, as `from_pretrained` is to be given it.
+        report: folder of an evaluation, for its table.
+
+    Raises `SettingsError` if the folder holds no report.
+    """
+    trained = f"Trained, from {run.model.path}," if run.model.path and _is_hub_id(run.model.path) else "Trained"
+    parts = [_front_matter(run), INTRODUCTION.format(name=name, origin=trained)]
+    if report is not None:
+        parts.append(_evaluation(load_report(report)))
+    parts += [_settings(run, state), _data(run, state)]
+    parts.append(USAGE.format(name=name, new_tokens=min(256, run.data.row_length // 2)))
+    return "\n\n".join([*parts, CITATION]) + "\n"
+
+
+def _front_matter(run: RunConfig) -> str:
+    values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": TAGS}
+    if run.model.path and _is_hub_id(run.model.path):
+        values["base_model"] = run.model.path
+    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
+
+
+def _is_hub_id(path: str) -> bool:
+    return HUB_ID.fullmatch(path) is not None and not Path(path).exists()
+
+
+def _evaluation(report: dict[str, Any]) -> str:
+    measured = report["protocol"]
+    warnings = [f"**Warning:** {text}." for text in report["evaluation"]["warnings"]]
+    return "\n\n".join(
+        [
+            "## Evaluation",
+            markdown_table(report),
+            *warnings,
+            f"Perplexity of the last {measured['last tokens']:,} tokens of {measured['rows']:,} rows of "
+            f"{measured['row length']:,} tokens ({measured['split']} split). K: tokens in the small cache. Stride: "
+            "steps between two checks. Ratio and gap: to full attention of the same model.",
+        ]
+    )
+
+
+def _settings(run: RunConfig, state: State) -> str:
+    training = {key: getattr(run.training, key) for key in SHOWN_TRAINING}
+    steps = {"steps": f"{state.step:,} of {run.training.steps:,}", "row_length": run.data.row_length}
+    parallel = {"ranks": state.world_size, "ZeRO stage": state.zero_stage}
+    simulation = dataclasses.asdict(run.simulation)
+    if run.simulation.pattern != "whole":
+        del simulation["prompt_length"]
+    if run.simulation.pattern == "off":
+        simulation = {"pattern": "off"}
+    return "\n\n".join(
+        [
+            "## Settings",
+            "Schedule and selection, the defaults when generating:",
+            _table({key: _never(value) for key, value in run.refresh.to_dict().items()}),
+            "Simulated in training:",
+            _table(simulation),
+            "Training:",
+            _table({**steps, **training, **parallel}),
+        ]
+    )
+
+
+def _never(value: Any) -> Any:
+    return "never" if value == NEVER else value
+
+
+def _data(run: RunConfig, state: State) -> str:
+    values = {
+        "source": _source(run.data),
+        "rows trained on": f"{state.step * run.training.global_batch:,} of {run.data.row_length:,} tokens",
+        "tokens trained on": f"{state.tokens:,}",
+    }
+    splits = _prepared_splits(run.data.folder, state.rows)
+    if splits:
+        values["rows prepared"] = ", ".join(f"{counts['rows']:,} {split}" for split, counts in splits.items())
+    return f"## Data\n\n{_table(values)}"
+
+
+def _source(data: DataConfig) -> str:
+    """What was read, without the folders of the machine that read it."""
+    path = data.path if _is_hub_id(data.path) else Path(data.path).name
+    extras = [
+        data.name,
+        _file_names(data.data_files),
+        f"split {data.split}" if path != data.path or data.name else None,
+    ]
+    return ", ".join([path, *(extra for extra in extras if extra)])
+
+
+def _file_names(files: Any) -> str | None:
+    if files is None:
+        return None
+    if isinstance(files, dict):
+        return ", ".join(f"{split}: {_file_names(of_split)}" for split, of_split in files.items())
+    return ", ".join(Path(file).name for file in ([files] if isinstance(files, str) else files))
+
+
+def _prepared_splits(folder: str, fingerprint: str) -> dict[str, dict[str, int]] | None:
+    """Counts of the prepared rows per split, if they are still there and are this run's."""
+    try:
+        info = json.loads((Path(folder).expanduser() / INFO_FILE).read_text())
+        return info["splits"] if info["fingerprint"] == fingerprint else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _table(values: dict[str, Any]) -> str:
+    lines = [f"| {key} | {_plain(value)} |" for key, value in values.items()]
+    return "\n".join(["| setting | value |", "| :--- | :--- |", *lines])
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_plain(item) for item in value)
+    return "none" if value is None else str(value).replace("|", "\\|")

@@ -1,0 +1,149 @@
+"""A whole run as dataclasses: one YAML file, its sections the fields of `RunConfig`."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import SchedulerType
+
+from refreshkv.config import RefreshConfig
+from refreshkv.data.config import DataConfig
+from refreshkv.settings import SettingsError
+
+
+@dataclass
+class ModelConfig:
+    """The model to train: an existing one by `path`, or a new one from `scratch`."""
+
+    path: str | None = None
+    """Folder or Hub id of a transformers decoder."""
+    scratch: dict[str, Any] | None = None
+    """A new model with random weights: `model_type` and the fields of its transformers configuration."""
+    prompt_attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    """transformers' attention for prompts and full rows of plain training."""
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.scratch is None):
+            raise SettingsError("set either model.path (an existing model) or model.scratch (a new one)")
+        if self.scratch is not None and "model_type" not in self.scratch:
+            raise SettingsError("model.scratch needs a model_type, such as llama")
+
+
+@dataclass
+class SimulationConfig:
+    """What each training step simulates; drawn from `(training.seed, step)` alone."""
+
+    pattern: Literal["whole", "paper", "off"] = "whole"
+    """whole: the refresh pattern over everything after the prompt. paper: the published recipe, the last `stride`
+    tokens partial and never refreshed (appendix A.1). off: plain next-token training with full attention."""
+    prompt_length: int | list[int] | None = None
+    """Prompt of each row in tokens: fixed, or [least, most], drawn uniformly. None: a quarter of the row to all but the
+    largest stride. Not used by paper and off."""
+    stride: int | list[int] = field(default_factory=lambda: [5, 10, 25, 50])
+    """Refresh stride: fixed, or a list from which each step draws."""
+    threshold: float | None = None
+    """Similarity schedule for the simulated steps; None for the fixed one."""
+
+    def __post_init__(self) -> None:
+        if not self.strides or any(stride < 1 for stride in self.strides):
+            raise SettingsError(f"simulation.stride must be one or more whole numbers >= 1, got {self.stride!r}")
+        if isinstance(self.prompt_length, list):
+            if len(self.prompt_length) != 2 or self.prompt_length[0] > self.prompt_length[1]:
+                raise SettingsError(
+                    f"simulation.prompt_length must be a number or [least, most], got {self.prompt_length}"
+                )
+        if self.pattern != "whole" and self.prompt_length is not None:
+            raise SettingsError(
+                f"simulation.prompt_length is not used by simulation.pattern={self.pattern}: remove it, or use whole"
+            )
+
+    @property
+    def strides(self) -> list[int]:
+        """The strides a step may draw."""
+        return self.stride if isinstance(self.stride, list) else [self.stride]
+
+    def prompt_range(self, row_length: int) -> tuple[int, int]:
+        """Least and most prompt length in tokens, for rows of `row_length`; `SettingsError` if outside the row."""
+        if self.prompt_length is None:
+            most = max(1, row_length - max(self.strides))
+            return min(max(1, row_length // 4), most), most
+        bounds = self.prompt_length if isinstance(self.prompt_length, list) else [self.prompt_length] * 2
+        if bounds[0] < 1 or bounds[1] >= row_length:
+            raise SettingsError(
+                f"simulation.prompt_length={self.prompt_length} must lie between 1 and {row_length - 1}: rows have "
+                f"{row_length} tokens (data.row_length)"
+            )
+        return bounds[0], bounds[1]
+
+
+@dataclass
+class TrainingConfig:
+    """The optimisation and its book-keeping."""
+
+    output: str = "runs/quickstart"
+    """Folder of the run: checkpoints, tensorboard curves, the resolved config."""
+    deepspeed: str = "configs/deepspeed/zero2.json"
+    """DeepSpeed JSON: ZeRO stage, offload and the like. What stands in this file here is not repeated there."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Precision of the model's computation; the optimizer keeps float32 master weights."""
+    steps: int = 100
+    """Optimizer steps."""
+    global_batch: int = 8
+    """Rows per optimizer step, over all ranks."""
+    micro_batch: int = 1
+    """Rows per rank in one forward pass; the rest of the global batch is accumulated."""
+    learning_rate: float = 5e-6
+    """Peak learning rate of AdamW."""
+    schedule: str = "linear"
+    """Learning-rate schedule, by its transformers name: linear, cosine, constant_with_warmup, ..."""
+    warmup_steps: int = 20
+    """Steps until the peak learning rate."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's betas."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 turns clipping off."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    seed: int = 0
+    """Seed of the weights (model.scratch), the order of rows and the simulations."""
+    log_every: int = 10
+    """Steps between two log lines."""
+    evaluate_every: int = 0
+    """Steps between two evaluations on validation rows; 0 for none."""
+    evaluate_rows: int = 16
+    """Validation rows of such an evaluation."""
+    evaluate_tokens: int = 128
+    """Its last tokens per row, decoded from the small cache; all before them is the prompt."""
+    save_every: int = 100
+    """Steps between two checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones are removed."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "micro_batch", "log_every", "save_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"training.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "evaluate_every"):
+            if not getattr(self, name) >= 0:
+                raise SettingsError(f"training.{name} must not be negative, got {getattr(self, name)}")
+        if self.evaluate_every and (self.evaluate_rows < 1 or self.evaluate_tokens < 1):
+            raise SettingsError("training.evaluate_rows and training.evaluate_tokens must be at least 1")
+        if self.schedule not in {kind.value for kind in SchedulerType}:
+            known = ", ".join(kind.value for kind in SchedulerType)
+            raise SettingsError(f"training.schedule must be one of {known}, got {self.schedule!r}")
+        if len(self.betas) != 2:
+            raise SettingsError(f"training.betas must be two numbers, got {self.betas}")
+
+
+@dataclass
+class RunConfig:
+    """Everything a run depends on."""
+
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(path="model"))
+    data: DataConfig = field(default_factory=DataConfig)
+    refresh: RefreshConfig = field(default_factory=RefreshConfig)
+    """Selection and budget of the simulated steps; with its stride and threshold, what evaluations use and the exported
+    model carries."""
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)

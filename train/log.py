@@ -1,0 +1,101 @@
+"""What a run says while it goes: a progress bar, a line per interval, tensorboard curves, metrics.jsonl."""
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunLog:
+    """The log of rank 0; on other ranks nothing is written. Times start anew with every process."""
+
+    def __init__(self, output: Path, steps: int, start: int, every: int, is_writer: bool):
+        self.steps, self.every, self.is_writer = steps, every, is_writer
+        self.started, self.start = time.perf_counter(), start
+        if not is_writer:
+            return
+        self.metrics = _metrics_until(output / METRICS_FILE, start)
+        self.board = SummaryWriter(output / "tensorboard", purge_step=start + 1)
+        self.bar = tqdm(total=steps, initial=start, desc="training", unit="step", dynamic_ncols=True)
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """Notes one finished optimizer step; `values` by their readable names, NaN for what the step did not have."""
+        if not self.is_writer:
+            return
+        known = {name: value for name, value in values.items() if not math.isnan(value)}
+        self.metrics.write(json.dumps({"step": step, **known}) + "\n")
+        self.metrics.flush()
+        for name, value in known.items():
+            self.board.add_scalar(name.replace(" ", "_"), value, step)
+        self.bar.update()
+        self.bar.set_postfix_str(f"loss {values['loss']:.3f}")
+        if step % self.every == 0 or step == self.steps:
+            self.say(self._line(step, known))
+
+    def evaluation(self, step: int, perplexities: dict[str, float]) -> None:
+        """Notes an evaluation: perplexity by strategy."""
+        if not self.is_writer:
+            return
+        self.metrics.write(json.dumps({"step": step, "evaluation": perplexities}) + "\n")
+        self.metrics.flush()
+        for name, value in perplexities.items():
+            self.board.add_scalar(f"perplexity/{name.replace(' ', '_')}", value, step)
+        self.say(
+            f"step {step}  perplexity  " + "  ".join(f"{name} {value:.3f}" for name, value in perplexities.items())
+        )
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        if self.is_writer:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Ends the bar and the files."""
+        if self.is_writer:
+            self.bar.close()
+            self.board.close()
+            self.metrics.close()
+
+    def _line(self, step: int, values: dict[str, float]) -> str:
+        left = (time.perf_counter() - self.started) / (step - self.start) * (self.steps - step)
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
+        return f"step {step}/{self.steps}  {shown}  memory {peak_memory():.1f} GB  left {_duration(left)}"
+
+
+def peak_memory() -> float:
+    """Peak memory of this process in GB: the GPU's where there is one, else what the system lent it."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _metrics_until(path: Path, step: int):
+    """Opens metrics.jsonl for appending, without the steps after the checkpoint that the run continues from."""
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)
+    return path.open("a")
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,65 @@
+"""Loads or makes the model of a run, with the refresh attention on, and checks that its rows fit it."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+import refreshkv
+from refreshkv.data.rows import Rows, check_tokenizer
+from refreshkv.loading import find_tokenizer, load_configuration, load_model
+from refreshkv.settings import SettingsError
+from refreshkv.train.config import RunConfig
+
+
+def model_configuration(config: RunConfig) -> PretrainedConfig:
+    """The transformers configuration of the run's model; `SettingsError` if there is none."""
+    if config.model.path is not None:
+        return load_configuration(config.model.path, "model.path")
+    fields = dict(config.model.scratch)
+    model_type = fields.pop("model_type")
+    try:
+        default = AutoConfig.for_model(model_type)
+    except ValueError:
+        raise SettingsError(f"model.scratch.model_type: transformers knows no {model_type!r}") from None
+    for name in fields:
+        if not hasattr(default, name):
+            raise SettingsError(f"unknown setting model.scratch.{name}: a {model_type} configuration has no such field")
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def check_rows(config: RunConfig, model_config: PretrainedConfig, rows: Rows) -> None:
+    """Refuses rows that the model cannot have been meant for: other tokens, or longer than its positions reach."""
+    if config.model.path is not None:
+        check_same_tokens(config.model.path, rows)
+    decoder = model_config.get_text_config(decoder=True)
+    check_tokenizer(rows.info, decoder.vocab_size)
+    reach = getattr(decoder, "max_position_embeddings", None)
+    if reach is not None and config.data.row_length > reach:
+        raise SettingsError(
+            f"data.row_length={config.data.row_length} is longer than the model's max_position_embeddings={reach}"
+        )
+
+
+def build_model(config: RunConfig, model_config: PretrainedConfig) -> PreTrainedModel:
+    """The run's model in float32 (DeepSpeed lowers the precision and keeps these as master weights)."""
+    if config.model.path is not None:
+        model = load_model(config.model.path, "model.path", dtype=torch.float32)
+    else:
+        torch.manual_seed(config.training.seed)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    refreshkv.enable(model, config.refresh, prompt_attention=config.model.prompt_attention)
+    if config.training.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def check_same_tokens(model: str, rows: Rows) -> None:
+    """Refuses rows whose ids mean other tokens to the model; either tokenizer may have tokens that the other lacks."""
+    own, used = find_tokenizer(model), find_tokenizer(rows.tokenizer_folder)
+    if own is None or used is None:
+        return
+    ids = own.get_vocab()
+    if any(ids.get(token, number) != number for token, number in used.get_vocab().items()):
+        raise SettingsError(
+            f"the rows in {rows.info['folder']} were made with another tokenizer than that of {model}: prepare them "
+            f"again with data.tokenizer={model}"
+        )
