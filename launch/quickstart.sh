@@ -17,7 +17,7 @@ fi
 
 bash launch/setup.sh
 export PATH="$(cd "${VENV:-.venv}" && pwd)/bin:$PATH"
-export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((($(nproc) + 1) / 2)))}"
+export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}"
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 started=$SECONDS
 say() { echo; echo "== $* ($((SECONDS - started)) s)"; }
@@ -40,7 +40,7 @@ say() { echo; echo "== $* ($((SECONDS - started)) s)"; }
     python launch/export.py "$runs/refresh" "$runs/refresh-model" $overwrite
 
     say "a sample from the adapted model"
-    python launch/generate.py --model "$runs/refresh-model" --prompt-file "$runs/prompt.txt" --max-new-tokens 60
+    python launch/generate.py --model "$runs/refresh-model" --prompt-file train/simulation.py --max-new-tokens 60
 
     say "before and after"
     "${evaluate[@]}" --model "$runs/refresh-model" --output "$runs/after" --compare "$runs/before"
