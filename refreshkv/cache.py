@@ -11,8 +11,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 
 from refreshkv.config import RefreshConfig
 from refreshkv.layers import layer_windows
+from refreshkv.ops import naive
 from refreshkv.schedule import is_refresh, mean_query
-from refreshkv.selection import select_positions
 from refreshkv.settings import SettingsError
 
 
@@ -112,7 +112,7 @@ class RefreshLayer(CacheLayerMixin):
         position = self.length - 1
         self.anchors = torch.where(is_full, position, self.anchors)
         self.mean_query = torch.where(is_full[:, None], mean_query(query).squeeze(1), self.mean_query)
-        self.selected = torch.where(is_full[:, None, None], self._select(scaling), self._widened(position + 1))
+        self.selected = torch.where(is_full[:, None, None], self._select(scaling), self.selected)
         self.full_steps[:, position] = is_full
 
     def _observe(self, query: Tensor) -> None:
@@ -122,16 +122,18 @@ class RefreshLayer(CacheLayerMixin):
         self.observers = latest[:, :, -observing:].clone()
 
     def _select(self, scaling: float) -> Tensor:
-        positions = torch.full_like(self.left_padding, self.length - 1).unsqueeze(-1)
-        observers = self.observers.unsqueeze(2)
-        keys = self.keys[:, :, : self.length]
-        selected = select_positions(observers, keys, positions, self.budgets, self.left_padding, self.config, scaling)
-        return selected.squeeze(2)
-
-    def _widened(self, context: int) -> Tensor:
-        """The current selection in the width of one made now: a budget beyond the context leaves room to grow."""
-        width = min(int(self.budgets.max()), context)
-        return torch.nn.functional.pad(self.selected, (0, width - self.selected.shape[-1]), value=-1)
+        """The best positions at the last token, (B, Hkv, W); W has room for a context that still grows."""
+        return naive.select(
+            self.observers,
+            self.keys[:, :, : self.length],
+            torch.full_like(self.left_padding, self.length - 1).unsqueeze(-1),
+            self.budgets,
+            self.left_padding,
+            width=min(self.config.largest_budget(self.prompt_length), self.max_cache_len),
+            droppable=self.max_cache_len,
+            scaling=scaling,
+            **self.config.selection_options(),
+        ).squeeze(2)
 
     def _check_refreshed(self) -> None:
         if self.awaits_attention:

@@ -66,6 +66,11 @@ class RefreshConfig:
         """The budget K of a row without padding: `budgets` for one length, without a tensor."""
         return math.ceil(self.budget * prompt_length) if isinstance(self.budget, float) else self.budget
 
+    def selection_options(self) -> dict[str, int]:
+        """The settings of the selection, by the names that `refreshkv.ops.naive.select` knows them by."""
+        names = ("pool_kernel", "observation_window", "recent_window", "sink_tokens")
+        return {name: getattr(self, name) for name in names}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json."""
         return dataclasses.asdict(self)

@@ -1,7 +1,7 @@
 """Which steps are full: step by step (decoding) and all at once (simulation), by one rule.
 
-Shapes: `B` batch rows, `H` query heads, `T` positions, `D` head size, `C` check positions, the prompt's end included,
-`R` decoded rows (positions `P .. T-1`).
+Shapes: `B` batch rows, `H` query heads, `T` positions, `D` head size, `P` prompt length, `S` stride, `C` checks, the
+prompt's end included.
 """
 
 from typing import NamedTuple
@@ -12,14 +12,12 @@ from torch import Tensor
 
 
 class Schedule(NamedTuple):
-    """The full steps of known tokens, one layer."""
+    """The full steps of known tokens, one layer; check `c` is at position `P - 1 + c * S`."""
 
     full_positions: Tensor
     """(B, C) int64: the check's position where it was full, else -1. The first is the prompt's end, always full."""
-    segments: Tensor
-    """(B, R) int64: for each decoded row the index in `full_positions` of its last full position."""
-    anchors: Tensor
-    """(B, R) int64: that position itself, `a <= t`."""
+    latest: Tensor
+    """(B, C) int64: the last full check at or before each."""
 
 
 def mean_query(query: Tensor) -> Tensor:
@@ -42,12 +40,8 @@ def plan(query: Tensor, prompt_length: int, stride: int, threshold: float | None
     full = torch.ones(batch, len(checks), dtype=torch.bool, device=query.device)
     if threshold is not None:
         full = _walk(mean_query(query[:, :, checks]), threshold)
-    full_positions = checks.masked_fill(~full, -1)
-
     latest = torch.arange(len(checks), device=query.device).masked_fill(~full, 0).cummax(dim=1).values
-    decoded = torch.arange(prompt_length, length, device=query.device)
-    segments = latest[:, (decoded - last) // stride]
-    return Schedule(full_positions, segments, full_positions.gather(1, segments))
+    return Schedule(checks.masked_fill(~full, -1), latest)
 
 
 def _walk(mean_queries: Tensor, threshold: float) -> Tensor:

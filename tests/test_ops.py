@@ -8,7 +8,6 @@ import torch
 from refreshkv import NEVER, RefreshConfig
 from refreshkv.ops import naive
 from refreshkv.schedule import plan
-from refreshkv.selection import gather_observers, select_positions
 from tests.reference import sequential_attention
 
 
@@ -21,17 +20,45 @@ def attention_inputs(rows, heads, kv_heads, length, head_dim, seed):
     return draw(heads), draw(kv_heads), draw(kv_heads)
 
 
+def rows_arguments(query, prompt, config, scaling, left_padding=None):
+    """The schedule, and the arguments of `refresh_rows` after query, key and value."""
+    if left_padding is None:
+        left_padding = torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
+    schedule = plan(query.detach(), prompt, config.stride, config.threshold)
+    settings = {
+        "prompt_length": prompt,
+        "stride": config.stride,
+        "width": min(config.largest_budget(prompt), query.shape[2]),
+        "droppable": config.stride if config.threshold is None else query.shape[2],
+        "scaling": scaling,
+        **config.selection_options(),
+    }
+    return schedule, (*schedule, config.budgets(prompt - left_padding), left_padding), settings
+
+
 def decoded(query, key, value, prompt, config, scaling, left_padding=None):
     """Output of the rows after the prompt, (B, H, T-P, D), and the schedule."""
-    if left_padding is None:
-        left_padding = torch.zeros(query.shape[0], dtype=torch.int64)
-    schedule = plan(query.detach(), prompt, config.stride, config.threshold)
-    budgets = config.budgets(prompt - left_padding)
-    observers = gather_observers(query.detach(), schedule.full_positions, config.observation_window)
-    full = schedule.full_positions
-    selected = select_positions(observers, key.detach(), full, budgets, left_padding, config, scaling)
-    args = (schedule.anchors, schedule.segments, full, selected, budgets, left_padding, scaling)
-    return naive.decoded_rows(query[:, :, prompt:], key, value, *args), schedule
+    schedule, arguments, settings = rows_arguments(query, prompt, config, scaling, left_padding)
+    return naive.refresh_rows(query, key, value, *arguments, **settings).transpose(1, 2), schedule
+
+
+def select_one(key, position, budget, padding=0, pool_kernel=7):
+    """The selection of one full step whose query is all ones."""
+    selected = naive.select(
+        torch.ones(1, 1, 1, key.shape[-1]).expand(-1, -1, key.shape[2], -1),
+        key,
+        torch.tensor([[position]]),
+        torch.tensor([budget]),
+        torch.tensor([padding]),
+        width=budget,
+        pool_kernel=pool_kernel,
+        observation_window=1,
+        recent_window=0,
+        sink_tokens=0,
+        droppable=budget,
+        scaling=1.0,
+    )
+    return selected.flatten().tolist()
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -59,30 +86,13 @@ def test_parallel_form_equals_the_paper_algorithm(seed):
 
 def test_ties_go_to_the_lower_position():
     """Equal keys score exactly alike; among them the first ones are kept, in order."""
-    query, key = torch.ones(1, 1, 1, 1, 4), torch.ones(1, 1, 12, 4)
-    positions, budgets, padding = torch.tensor([[9]]), torch.tensor([5]), torch.tensor([2])
-    selected = naive.select(
-        query, key, positions, budgets, padding, width=5, pool_kernel=7, recent_window=0, sink_tokens=0, scaling=1.0
-    )
-    assert selected.tolist() == [[[[2, 3, 4, 5, 6]]]]
+    assert select_one(torch.ones(1, 1, 12, 4), position=9, budget=5, padding=2) == [2, 3, 4, 5, 6]
 
 
 def test_pooling_sees_only_positions_that_exist():
     """The highest key lies one column past the step: it must not lift its neighbours."""
     key = torch.tensor([0.0, 3.0, 0.0, 0.0, 0.0, 9.0]).view(1, 1, 6, 1)
-    selected = naive.select(
-        torch.ones(1, 1, 1, 1, 1),
-        key,
-        torch.tensor([[4]]),
-        torch.tensor([3]),
-        torch.tensor([0]),
-        width=3,
-        pool_kernel=3,
-        recent_window=0,
-        sink_tokens=0,
-        scaling=1.0,
-    )
-    assert selected.tolist() == [[[[0, 1, 2]]]]
+    assert select_one(key, position=4, budget=3, pool_kernel=3) == [0, 1, 2]
 
 
 def test_selection_in_chunks_is_the_same(monkeypatch):
@@ -105,26 +115,16 @@ def test_selection_in_chunks_is_the_same(monkeypatch):
 @pytest.mark.parametrize("padding", [0, 2])
 def test_gradcheck(config, padding):
     query, key, value = attention_inputs(2, 4, 2, 11, 3, seed=2)
-    left_padding = torch.tensor([0, padding])
-    # selections stay those of the given inputs: they are not differentiated, and must not flip under the probe
-    schedule = plan(query, 4, config.stride, config.threshold)
-    budgets = config.budgets(4 - left_padding)
-    observers = gather_observers(query, schedule.full_positions, config.observation_window)
-    selected = select_positions(observers, key, schedule.full_positions, budgets, left_padding, config, 0.5)
+    schedule, arguments, settings = rows_arguments(query, 4, config, 0.5, torch.tensor([0, padding]))
+    full_positions, latest, budgets, left_padding = arguments
+    settings.pop("prompt_length"), settings.pop("stride")
+    # the selection stays that of the given inputs: it is not differentiated, and must not flip under the probe
+    selected = naive.select(query, key, full_positions, budgets, left_padding, **settings)
+    shape = {"prompt_length": 4, "stride": config.stride, "columns": 11}
+    visible = naive.visible_keys(full_positions, latest, selected, budgets, left_padding, **shape)
 
     def rows(query, key, value):
-        return naive.decoded_rows(
-            query,
-            key,
-            value,
-            schedule.anchors,
-            schedule.segments,
-            schedule.full_positions,
-            selected,
-            budgets,
-            left_padding,
-            0.5,
-        )
+        return naive.grouped_attention(query, key, value, visible, 0.5)
 
     inputs = [tensor.clone().requires_grad_() for tensor in (query[:, :, 4:], key, value)]
     assert torch.autograd.gradcheck(rows, inputs)

@@ -28,9 +28,61 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor
     return output.unflatten(2, (-1, rows)).flatten(1, 2).to(query.dtype)
 
 
+def refresh_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    full_positions: Tensor,
+    latest: Tensor,
+    budgets: Tensor,
+    left_padding: Tensor,
+    *,
+    prompt_length: int,
+    stride: int,
+    width: int,
+    pool_kernel: int,
+    observation_window: int,
+    recent_window: int,
+    sink_tokens: int,
+    droppable: int,
+    scaling: float,
+) -> Tensor:
+    """Attention of all rows after the prompt, full and partial ones, in the parallel form (specification, section 8).
+
+    query (B, H, T, D); key, value (B, Hkv, T, D): the whole row; full_positions, latest (B, C) int64: the schedule;
+    budgets, left_padding (B,) int64; width: the largest `min(budget, T)`; the options of the selection as in `select`.
+    Returns (B, R, H, D). Differentiable in query, key and value; the selection is not differentiated.
+    """
+    selected = select(
+        query.detach(),
+        key.detach(),
+        full_positions,
+        budgets,
+        left_padding,
+        width=width,
+        pool_kernel=pool_kernel,
+        observation_window=observation_window,
+        recent_window=recent_window,
+        sink_tokens=sink_tokens,
+        droppable=droppable,
+        scaling=scaling,
+    )
+    visible = visible_keys(
+        full_positions,
+        latest,
+        selected,
+        budgets,
+        left_padding,
+        prompt_length=prompt_length,
+        stride=stride,
+        columns=key.shape[2],
+    )
+    return grouped_attention(query[:, :, prompt_length:], key, value, visible, scaling).transpose(1, 2)
+
+
 @torch.no_grad()
 def select(
-    observers: Tensor,
+    query: Tensor,
     key: Tensor,
     positions: Tensor,
     budgets: Tensor,
@@ -38,26 +90,40 @@ def select(
     *,
     width: int,
     pool_kernel: int,
+    observation_window: int,
     recent_window: int,
     sink_tokens: int,
+    droppable: int,
     scaling: float,
 ) -> Tensor:
     """The positions each full step keeps, by rank (specification, sections 3 and 5; paper section 2.2).
 
-    observers (B, H, N, O, D): the queries of positions `a-O+1 .. a` of each full step `a`; key (B, Hkv, L, D);
-    positions (B, N) int64: `a`, or -1 for no step; budgets, left_padding (B,) int64; width: slots of the result, at
-    least the largest `min(budget, a+1)`. Returns (B, Hkv, N, width) int64 by rank, best first, -1 past the end.
+    query (B, H, Q, D): the queries of the last Q of L positions; key (B, Hkv, L, D); positions (B, N) int64: the full
+    steps, or -1 for none; budgets, left_padding (B,) int64; width: slots of the result, at least the largest
+    `min(budget, a+1)`; droppable: how many of the lowest ranks a segment can lose; other forms may leave the better
+    ones in any order. Returns (B, Hkv, N, width) int64 by rank, best first, -1 past the end.
     """
-    heads, steps, observing = observers.shape[1:4]
-    chunk = max(1, MAX_SCORES // (observers.shape[0] * heads * observing * key.shape[2]))
+    chunk = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * observation_window * key.shape[2]))
     parts = []
-    for first in range(0, steps, chunk):
-        here = slice(first, first + chunk)
-        scores = _observed_scores(observers[:, :, here], key, positions[:, here], left_padding, scaling)
-        scores = _pool(scores, positions[:, here], left_padding, pool_kernel)
-        ranking = _ranking_keys(scores, positions[:, here], left_padding, recent_window, sink_tokens)
-        parts.append(_best(ranking, positions[:, here], budgets, left_padding, width))
+    for first in range(0, positions.shape[1], chunk):
+        here = positions[:, first : first + chunk]
+        observers = _observers(query, here - (key.shape[2] - query.shape[2]), observation_window)
+        scores = _observed_scores(observers, key, here, left_padding, scaling)
+        scores = _pool(scores, here, left_padding, pool_kernel)
+        ranking = _ranking_keys(scores, here, left_padding, recent_window, sink_tokens)
+        parts.append(_best(ranking, here, budgets, left_padding, width))
     return torch.cat(parts, dim=2)
+
+
+def _observers(query: Tensor, columns: Tensor, observation_window: int) -> Tensor:
+    """The queries of columns `c-O+1 .. c`: query (B, H, Q, D), columns (B, N) -> (B, H, N, O, D).
+
+    Columns before the first get that one's query; the selection gives them no say.
+    """
+    back = torch.arange(observation_window - 1, -1, -1, device=query.device)
+    columns = (columns.unsqueeze(-1) - back).clamp(min=0)  # (B, N, O)
+    index = columns.flatten(1)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
+    return query.gather(2, index).unflatten(2, columns.shape[1:])
 
 
 def _observed_scores(observers: Tensor, key: Tensor, positions: Tensor, left_padding: Tensor, scaling: float) -> Tensor:
@@ -132,27 +198,29 @@ def _ranks_left(steps_since: Tensor, selected_sizes: Tensor, budgets: Tensor) ->
 
 
 def visible_keys(
-    anchors: Tensor,
-    segments: Tensor,
     full_positions: Tensor,
+    latest: Tensor,
     selected: Tensor,
     budgets: Tensor,
     left_padding: Tensor,
     *,
-    first: int,
+    prompt_length: int,
+    stride: int,
     columns: int,
 ) -> Tensor:
-    """What each decoded row sees (specification, section 4): (B, Hkv, R, L) bool.
+    """What each row after the prompt sees (specification, section 4): (B, Hkv, R, L) bool.
 
-    Row `r` is position `t = first + r`. anchors (B, R): the last full position `a <= t`; segments (B, R): its index in
-    full_positions (B, N) and selected (B, Hkv, N, W); budgets, left_padding (B,); columns: L.
+    full_positions, latest (B, C) int64: the schedule; selected (B, Hkv, C, W): each full step's selection; budgets,
+    left_padding (B,) int64; columns: L.
     """
     kv_heads, width = selected.shape[1], selected.shape[-1]
     device = selected.device
-    position = torch.arange(first, first + anchors.shape[1], device=device)
+    position = torch.arange(prompt_length, columns, device=device)
     column = torch.arange(columns, device=device)
+    segments = latest[:, (position - (prompt_length - 1)) // stride]  # (B, R): the check whose selection a row uses
+    anchors = full_positions.gather(1, segments)
     sizes = selection_sizes(full_positions, budgets, left_padding).gather(1, segments)
-    left = _ranks_left(position - anchors, sizes, budgets)  # (B, R)
+    left = _ranks_left(position - anchors, sizes, budgets)
 
     own = selected.gather(2, segments[:, None, :, None].expand(-1, kv_heads, -1, width))  # (B, Hkv, R, W)
     kept = (own >= 0) & (torch.arange(width, device=device) < left[:, None, :, None])
@@ -164,37 +232,6 @@ def visible_keys(
     everything = (column >= left_padding[:, None, None]) & (column <= position.unsqueeze(-1))
     is_full = (anchors == position)[:, None, :, None]
     return torch.where(is_full, everything.unsqueeze(1), visible | local.unsqueeze(1))
-
-
-def decoded_rows(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    anchors: Tensor,
-    segments: Tensor,
-    full_positions: Tensor,
-    selected: Tensor,
-    budgets: Tensor,
-    left_padding: Tensor,
-    scaling: float,
-) -> Tensor:
-    """Attention of the rows after the prompt, full and partial ones, in the parallel form (specification, section 8).
-
-    query (B, H, R, D): the last R positions; key, value (B, Hkv, L, D); the others as in `visible_keys`.
-    Returns (B, H, R, D). Differentiable in query, key and value.
-    """
-    columns = key.shape[2]
-    visible = visible_keys(
-        anchors,
-        segments,
-        full_positions,
-        selected,
-        budgets,
-        left_padding,
-        first=columns - query.shape[2],
-        columns=columns,
-    )
-    return grouped_attention(query, key, value, visible, scaling)
 
 
 def decode(

@@ -1,0 +1,261 @@
+"""Training attention: the refresh pattern by kernels against full attention, forward and backward, on one GPU.
+
+    python benchmarks/attention.py [--cases 16384:8192:10:2048,...] [--flex] [--output DIR]
+
+A case is T:P:S:K. Prints milliseconds (medians of CUDA events), ratios to cuDNN's full attention of the same T in the
+same run, and peak memory beyond inputs, outputs and gradients; with --output also a JSON file and a plot.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from refreshkv import RefreshConfig, ops
+from refreshkv.ops import full_rows, fused, partial_rows, ranking
+from refreshkv.schedule import plan
+
+CASES = ",".join(
+    (
+        "16384:8192:10:2048",
+        "32768:16384:10:2048",
+        "65536:32768:10:2048",
+        "32768:16384:50:2048",
+        "131072:65536:50:2048",
+        "8192:8142:50:2048",
+    )
+)
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default=CASES, help="T:P:S:K, separated by commas (default: %(default)s)")
+    parser.add_argument("--repeat", type=int, default=5, help="timed runs of each, after one to warm up")
+    parser.add_argument("--flex", action="store_true", help="time flex_attention with the refresh mask as well")
+    parser.add_argument("--output", type=Path, help="folder for attention.json and attention.png")
+    args = parser.parse_args()
+    results, dense = [], {}
+    for case in args.cases.split(","):
+        length, prompt, stride, budget = map(int, case.split(":"))
+        if length not in dense:
+            dense[length] = time_dense(length, args.repeat)
+        results.append(time_case(length, prompt, stride, budget, dense[length], args.repeat, args.flex))
+        print(json.dumps(results[-1]), flush=True)
+    print(table(results))
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "attention.json").write_text(json.dumps(results, indent=1))
+        plot(results, args.output / "attention.png")
+
+
+def draw(length: int, heads: int) -> Tensor:
+    """Random inputs as a model lays them out: (1, heads, T, D), tokens first in memory."""
+    shape = (1, length, heads, HEAD_DIM)
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+
+
+def milliseconds(work: Callable[[], object], repeat: int) -> float:
+    """Median of CUDA events around `work`."""
+    work()
+    times = []
+    for _ in range(repeat):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def full_attention(query: Tensor, key: Tensor, value: Tensor, backend: SDPBackend) -> Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def time_dense(length: int, repeat: int) -> dict[str, float]:
+    query, key, value = draw(length, HEADS), draw(length, KV_HEADS), draw(length, KV_HEADS)
+    upstream = torch.randn_like(query)
+    times = {}
+    for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+
+        def both(backend: SDPBackend = backend) -> object:
+            return torch.autograd.grad(full_attention(query, key, value, backend), (query, key, value), upstream)
+
+        times[f"{name} forward"] = milliseconds(lambda b=backend: full_attention(query, key, value, b), repeat)
+        times[name] = milliseconds(both, repeat)
+    return times
+
+
+def refresh_attention(query: Tensor, key: Tensor, value: Tensor, prompt: int, config: RefreshConfig) -> Tensor:
+    """A layer's whole attention, as in `refreshkv.attention`: (1, T, H, D)."""
+    before = full_attention(query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt], SDPBackend.CUDNN_ATTENTION)
+    rest, settings = arguments(query, prompt, config)
+    return torch.cat([before.transpose(1, 2), ops.refresh_rows(query, key, value, *rest, **settings)], dim=1)
+
+
+def arguments(query: Tensor, prompt: int, config: RefreshConfig) -> tuple[tuple, dict]:
+    padding = torch.zeros(1, dtype=torch.int64, device="cuda")
+    settings = {
+        "prompt_length": prompt,
+        "stride": config.stride,
+        "width": min(config.largest_budget(prompt), query.shape[2]),
+        "droppable": config.stride if config.threshold is None else query.shape[2],
+        "scaling": HEAD_DIM**-0.5,
+        **config.selection_options(),
+    }
+    schedule = plan(query.detach(), prompt, config.stride, config.threshold)
+    return (*schedule, config.budgets(prompt - padding), padding), settings
+
+
+def time_case(
+    length: int, prompt: int, stride: int, budget: int, dense: dict[str, float], repeat: int, flex: bool
+) -> dict[str, object]:
+    query, key, value = draw(length, HEADS), draw(length, KV_HEADS), draw(length, KV_HEADS)
+    upstream = torch.randn(1, length, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    # P = T - S is the paper's recipe: one segment, never refreshed
+    config = RefreshConfig(budget=budget, stride=2**31 - 1 if prompt == length - stride else stride)
+
+    def both() -> object:
+        return torch.autograd.grad(refresh_attention(query, key, value, prompt, config), (query, key, value), upstream)
+
+    both()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    both()
+    torch.cuda.synchronize()
+    wanted = (2 * query.numel() + 2 * key.numel()) * 2  # output, gradients of query, key, value
+    memory = torch.cuda.max_memory_allocated() - before - wanted
+    with torch.no_grad():
+        forward = milliseconds(lambda: refresh_attention(query, key, value, prompt, config), repeat)
+    total = milliseconds(both, repeat)
+    result = {
+        "case": f"{length}:{prompt}:{stride}:{budget}",
+        **{name: round(ms, 2) for name, ms in dense.items()},
+        "forward": round(forward, 2),
+        "refresh": round(total, 2),
+        "ratio": round(total / dense["cudnn"], 3),
+        "memory GB": round(memory / 1e9, 2),
+        **{name: round(ms, 2) for name, ms in parts(query, key, value, prompt, config, upstream, repeat).items()},
+    }
+    if flex:
+        result["flex"] = round(time_flex(query, key, value, prompt, config, repeat), 2)
+        result["flex / refresh"] = round(result["flex"] / total, 2)
+    return result
+
+
+def parts(
+    query: Tensor, key: Tensor, value: Tensor, prompt: int, config: RefreshConfig, upstream: Tensor, repeat: int
+) -> dict[str, float]:
+    """Where the time goes."""
+    rest, settings = arguments(query, prompt, config)
+    full_positions, latest, budgets, padding = rest
+    scaling, stride = settings["scaling"], min(config.stride, query.shape[2])
+    selection = {name: settings[name] for name in ("width", "droppable", *config.selection_options())}
+    upstream = upstream[:, prompt:]
+    output = torch.empty_like(upstream).contiguous()
+    early = [tensor[:, :, :prompt].detach().requires_grad_() for tensor in (query, key, value)]
+    early_upstream = torch.randn_like(early[0])
+
+    def prompt_both() -> object:
+        return torch.autograd.grad(full_attention(*early, SDPBackend.CUDNN_ATTENTION), early, early_upstream)
+
+    query, key, value = (tensor.detach() for tensor in (query, key, value))
+    lse = full_rows.forward(query, key, value, full_positions, padding, output, prompt, scaling)
+    selected = ranking.select(
+        query, key, full_positions, budgets, padding, scaling=scaling, lse=lse.unsqueeze(-1), **selection
+    )
+    segments = (full_positions, latest, selected, budgets, padding)
+    rows_lse = partial_rows.forward(query, key, value, *segments, output, prompt, stride, scaling)
+    delta = fused._dot_rows(output, upstream)
+    grad = torch.zeros_like(query)[:, :, prompt:]
+    sums = full_rows.backward(
+        query, key, value, full_positions, padding, lse, delta, upstream, grad, prompt, stride, scaling
+    )
+    work = {
+        "prompt": prompt_both,
+        "full": lambda: full_rows.forward(query, key, value, full_positions, padding, output, prompt, scaling),
+        "full back": lambda: full_rows.backward(
+            query, key, value, full_positions, padding, lse, delta, upstream, grad, prompt, stride, scaling
+        ),
+        "select": lambda: ranking.select(
+            query, key, full_positions, budgets, padding, scaling=scaling, lse=lse.unsqueeze(-1), **selection
+        ),
+        "partial": lambda: partial_rows.forward(query, key, value, *segments, output, prompt, stride, scaling),
+        "partial back": lambda: partial_rows.backward(
+            query, key, value, *segments, rows_lse, delta, upstream, grad, *sums, prompt, stride, scaling
+        ),
+    }
+    return {name: milliseconds(call, repeat) for name, call in work.items()}
+
+
+def time_flex(query: Tensor, key: Tensor, value: Tensor, prompt: int, config: RefreshConfig, repeat: int) -> float:
+    """flex_attention with the same visibility as a mask, mask building included."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    rest, settings = arguments(query, prompt, config)
+    full_positions, latest, budgets, padding = rest
+    selection = {name: settings[name] for name in ("width", "droppable", "scaling", *config.selection_options())}
+    selected = ranking.select(query.detach(), key.detach(), full_positions, budgets, padding, **selection).long()
+    length, stride, checks = query.shape[2], min(config.stride, query.shape[2]), full_positions.shape[1]
+    # rank of each position in each check's selection, the width where it is not in it
+    ranks = torch.full((KV_HEADS, checks, length), selected.shape[-1], dtype=torch.int16, device="cuda")
+    order = torch.arange(selected.shape[-1], dtype=torch.int16, device="cuda").expand_as(selected[0])
+    ranks.scatter_(2, selected[0], order)
+    budget = int(budgets[0])
+
+    def visible(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        check = torch.clamp(row - (prompt - 1), min=0) // stride
+        since = row - (prompt - 1) - check * stride
+        rank = ranks[head // (HEADS // KV_HEADS), check, column]
+        near = (column > row - since) & (column >= row - budget)
+        return (column <= row) & ((row < prompt) | (since == 0) | near | (rank < budget - since + 1))
+
+    compiled_mask, compiled = torch.compile(create_block_mask), torch.compile(flex_attention)
+
+    def both() -> object:
+        mask = compiled_mask(visible, 1, HEADS, length, length, device="cuda")
+        output = compiled(query, key, value, block_mask=mask, enable_gqa=True)
+        return torch.autograd.grad(output, (query, key, value), torch.ones_like(output))
+
+    return milliseconds(both, repeat)
+
+
+def table(results: list[dict[str, object]]) -> str:
+    names = list(dict.fromkeys(name for result in results for name in result))
+    lines = [names] + [[str(result.get(name, "")) for name in names] for result in results]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def plot(results: list[dict[str, object]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    labels = [str(result["case"]) for result in results]
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    bottom = [0.0] * len(results)
+    for name in ("prompt", "full", "full back", "select", "partial", "partial back"):
+        heights = [result[name] / result["cudnn"] for result in results]
+        axes.bar(labels, heights, 0.6, bottom=bottom, label=name)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    axes.axhline(1.0, color="black", linewidth=1, label="full attention (cuDNN)")
+    axes.set_ylabel("time, forward and backward, full attention = 1")
+    axes.set_xlabel("T : P : S : K")
+    axes.tick_params(axis="x", labelsize=8)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

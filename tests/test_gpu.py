@@ -1,0 +1,115 @@
+"""On a GPU: the kernels at awkward sizes and in half precision against float64, and inside a whole model."""
+
+import pytest
+import torch
+
+from refreshkv import NEVER, RefreshConfig, Simulation, enable
+from refreshkv.ops import naive
+from tests.models import decode_logits, random_ids, tiny_model
+from tests.test_ops import rows_arguments
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from refreshkv.ops import fused, ranking
+
+# T, P, S, K, query heads per group, head size
+SIZES = [
+    (63, 20, 1, 1, 1, 64),
+    (63, 62, 7, 63, 4, 64),
+    (63, 20, 2, 1000, 7, 128),
+    (1023, 511, 2, 63, 4, 128),
+    (1023, 100, 7, 1000, 7, 128),
+    (1023, 512, 50, 63, 1, 96),
+    (1023, 973, NEVER, 200, 4, 128),
+    (1025, 300, 10, 100, 2, 256),
+    (4097, 2048, 7, 1000, 4, 128),
+    (4097, 1000, 50, 5000, 4, 128),
+]
+
+
+def exact_rows(query, key, value, arguments, settings, selected):
+    """The naive form in float64 with a selection made elsewhere."""
+    full_positions, latest, budgets, padding = arguments
+    prompt = settings["prompt_length"]
+    shape = {"prompt_length": prompt, "stride": settings["stride"], "columns": key.shape[2]}
+    visible = naive.visible_keys(full_positions, latest, selected, budgets, padding, **shape)
+    rows = naive.grouped_attention(query[:, :, prompt:], key, value, visible, settings["scaling"])
+    return rows.transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", SIZES)
+def test_kernels_equal_float64(size, dtype):
+    length, prompt, stride, budget, groups, head_dim = size
+    torch.manual_seed(length + stride)
+    shapes = (2 * groups, 2, 2)
+    query, key, value = (torch.randn(2, length, heads, head_dim, device="cuda", dtype=dtype) for heads in shapes)
+    inputs = [tensor.transpose(1, 2).requires_grad_() for tensor in (query, key, value)]
+    padding = torch.tensor([0, prompt // 3], device="cuda")
+    config = RefreshConfig(budget=budget, stride=stride)
+    _, arguments, settings = rows_arguments(inputs[0], prompt, config, head_dim**-0.5, padding)
+    upstream = torch.randn(2, length - prompt, 2 * groups, head_dim, device="cuda", dtype=dtype)
+    output = fused.refresh_rows(*inputs, *arguments, **settings)
+    gradients = torch.autograd.grad(output, inputs, upstream)
+
+    selection = {name: setting for name, setting in settings.items() if name not in ("prompt_length", "stride")}
+    with torch.no_grad():
+        selected = ranking.select(*inputs[:2], arguments[0], *arguments[2:], **selection).long()
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = exact_rows(*wide, arguments, settings, selected)
+    wanted = torch.autograd.grad(expected, wide, upstream.double())
+    for found, exact in zip((output, *gradients), (expected, *wanted), strict=True):
+        error = (found.double() - exact).norm() / exact.norm()
+        assert error < (1e-4 if dtype == torch.float32 else 1e-2)
+
+
+def test_selection_is_the_naive_one():
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 8, 4097, 64, device="cuda"), torch.randn(1, 2, 4097, 64, device="cuda")
+    config = RefreshConfig(budget=700, stride=97, observation_window=3, recent_window=20, sink_tokens=4)
+    padding = torch.tensor([5], device="cuda")
+    _, (positions, _, budgets, _), settings = rows_arguments(query, 2000, config, 0.125, padding)
+    del settings["prompt_length"], settings["stride"]
+    wanted = naive.select(query, key, positions, budgets, padding, **settings)
+    found = ranking.select(query, key, positions, budgets, padding, **settings).long()
+    assert torch.equal(found.sort(-1).values, wanted.sort(-1).values)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_with_kernels_equals_one_without(monkeypatch, threshold, checkpointing):
+    config = RefreshConfig(budget=20, stride=6, threshold=threshold, observation_window=2, recent_window=4)
+    model = enable(tiny_model(dtype=torch.float32, hidden_size=64, head_dim=16), config).cuda().train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = random_ids(2, 150).cuda()
+
+    def step():
+        model.zero_grad()
+        loss = model(ids, labels=ids, refresh=Simulation(60, config), use_cache=False).loss
+        loss.backward()
+        return loss.item(), [parameter.grad.clone() for parameter in model.parameters()]
+
+    loss, gradients = step()
+    monkeypatch.setenv("REFRESHKV_OPS", "naive")
+    expected, wanted = step()
+    assert loss == pytest.approx(expected, abs=1e-5)
+    for found, exact in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.1])
+def test_decoding_equals_the_kernels(threshold):
+    config = RefreshConfig(budget=12, stride=5, threshold=threshold)
+    model = enable(tiny_model(dtype=torch.float32, head_dim=16), config).cuda()
+    ids = random_ids(2, 90).cuda()
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        simulation = Simulation(30, config)
+        parallel = model(ids, attention_mask=mask, position_ids=position_ids, refresh=simulation).logits
+    sequential, _ = decode_logits(model, ids, 30, config, mask)
+    torch.testing.assert_close(parallel[mask.bool()], sequential[mask.bool()], rtol=0, atol=1e-4)

@@ -1,0 +1,133 @@
+"""The Triton kernels against the naive form, values and gradients: on a GPU, or under Triton's interpreter."""
+
+import random
+
+import pytest
+import torch
+
+from refreshkv import NEVER, RefreshConfig
+from refreshkv.ops import naive
+from tests.test_ops import rows_arguments
+
+pytest.importorskip("triton")
+
+from refreshkv.ops import fused, ranking
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+CASES = {
+    "fixed": (2, 63, 20, 2, 2, 16, RefreshConfig(budget=8, stride=5), 0),
+    "every step full": (1, 40, 17, 2, 1, 16, RefreshConfig(budget=8, stride=1), 0),
+    "seven heads to a group": (1, 50, 21, 7, 1, 16, RefreshConfig(budget=9, stride=7), 0),
+    "odd head size": (1, 50, 21, 1, 2, 24, RefreshConfig(budget=9, stride=2), 3),
+    "one key": (1, 40, 9, 2, 2, 16, RefreshConfig(budget=1, stride=10), 0),
+    "a budget beyond the row": (2, 45, 12, 2, 2, 16, RefreshConfig(budget=1000, stride=7), 4),
+    "a fraction of padded rows": (2, 63, 30, 2, 2, 16, RefreshConfig(budget=0.3, stride=6), 13),
+    "never refreshed": (1, 70, 31, 4, 1, 16, RefreshConfig(budget=12, stride=NEVER), 0),
+    "the paper's recipe": (1, 70, 50, 4, 1, 16, RefreshConfig(budget=12, stride=20), 0),
+    "similarity": (2, 90, 20, 2, 2, 16, RefreshConfig(budget=10, stride=3, threshold=0.3), 5),
+    "observers and windows": (
+        2,
+        63,
+        20,
+        2,
+        2,
+        16,
+        RefreshConfig(budget=9, stride=5, observation_window=4, recent_window=3, sink_tokens=2, pool_kernel=3),
+        5,
+    ),
+    "short prompt, many observers": (1, 40, 3, 2, 1, 16, RefreshConfig(budget=9, stride=5, observation_window=9), 0),
+    "windows beyond the budget": (1, 40, 21, 2, 1, 16, RefreshConfig(budget=4, stride=5, recent_window=9), 0),
+}
+
+
+def inputs(rows, length, groups, kv_heads, head_dim, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(heads):
+        # as a model lays them out: (B, T, H, D) in memory
+        tensor = torch.randn(rows, length, heads, head_dim, generator=generator)
+        return tensor.to(DEVICE, dtype).transpose(1, 2).requires_grad_()
+
+    return draw(groups * kv_heads), draw(kv_heads), draw(kv_heads)
+
+
+def compare(case, dtype=torch.float32, tolerance=1e-4, seed=0):
+    rows, length, prompt, groups, kv_heads, head_dim, config, padding = case
+    tensors = inputs(rows, length, groups, kv_heads, head_dim, seed, dtype)
+    left_padding = torch.tensor([0, padding][-rows:], device=DEVICE)
+    scaling = head_dim**-0.5
+    _, arguments, settings = rows_arguments(tensors[0], prompt, config, scaling, left_padding)
+    upstream = torch.randn(rows, length - prompt, groups * kv_heads, head_dim).to(DEVICE, dtype)
+
+    output = fused.refresh_rows(*tensors, *arguments, **settings)
+    gradients = torch.autograd.grad(output, tensors, upstream)
+    expected = naive.refresh_rows(*tensors, *arguments, **settings)
+    expected_gradients = torch.autograd.grad(expected, tensors, upstream)
+    pairs = {"output": (output, expected)}
+    pairs |= {
+        f"gradient of {name}": pair
+        for name, pair in zip(("query", "key", "value"), zip(gradients, expected_gradients, strict=True), strict=True)
+    }
+    for name, (found, wanted) in pairs.items():
+        error = (found.double() - wanted.double()).norm() / wanted.double().norm()
+        assert error < tolerance, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name):
+    compare(CASES[name])
+
+
+def assert_same_selection(found, wanted, positions, droppable):
+    """The same positions in the same order, but for the ranks that no segment drops: those in any order."""
+    for row, step in (positions >= 0).nonzero().tolist():
+        for ours, theirs in zip(found[row, :, step].tolist(), wanted[row, :, step].tolist(), strict=True):
+            size = sum(position >= 0 for position in theirs)
+            safe = max(0, size - droppable)
+            assert sorted(ours[:safe]) == sorted(theirs[:safe])
+            assert ours[safe:] == theirs[safe:]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_selection(name):
+    """Exactly the naive form's positions, rank by rank as far as the ranks are told apart."""
+    rows, length, prompt, groups, kv_heads, head_dim, config, padding = CASES[name]
+    query, key, _ = inputs(rows, length, groups, kv_heads, head_dim)
+    left_padding = torch.tensor([0, padding][-rows:], device=DEVICE)
+    _, (positions, _, budgets, _), settings = rows_arguments(query, prompt, config, head_dim**-0.5, left_padding)
+    del settings["prompt_length"], settings["stride"]
+    with torch.no_grad():
+        wanted = naive.select(query, key, positions, budgets, left_padding, **settings)
+        found = ranking.select(query, key, positions, budgets, left_padding, **settings)
+    assert_same_selection(found, wanted, positions, settings["droppable"])
+
+
+def test_selection_in_chunks_and_with_the_other_sort(monkeypatch):
+    query, key, _ = inputs(2, 63, 2, 2, 16)
+    config, padding = RefreshConfig(budget=9, stride=5, observation_window=3), torch.tensor([0, 4], device=DEVICE)
+    _, (positions, _, budgets, _), settings = rows_arguments(query, 20, config, 0.25, padding)
+    del settings["prompt_length"], settings["stride"]
+    with torch.no_grad():
+        whole = ranking.select(query, key, positions, budgets, padding, **settings)
+        monkeypatch.setattr(ranking, "MAX_SCORES", 1)
+        monkeypatch.setattr(ranking, "BLOCK", 16)
+        monkeypatch.setattr(ranking, "LARGEST_SORT", 1)
+        found = ranking.select(query, key, positions, budgets, padding, **settings)
+    assert_same_selection(found, whole, positions, settings["droppable"])
+
+
+@pytest.mark.parametrize("block", [16, 2048])
+def test_ties_go_to_the_lower_position(monkeypatch, block):
+    """Keys of two kinds only: almost everything is a tie, within a block and across."""
+    monkeypatch.setattr(ranking, "BLOCK", block)
+    query, _, _ = inputs(1, 90, 2, 1, 16)
+    kinds = torch.randn(2, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    draw = random.Random(2)
+    key = kinds[[draw.randint(0, 1) for _ in range(90)]][None, None]
+    _, (positions, _, budgets, padding), settings = rows_arguments(query, 30, RefreshConfig(budget=20, stride=6), 0.25)
+    del settings["prompt_length"], settings["stride"]
+    with torch.no_grad():
+        wanted = naive.select(query, key, positions, budgets, padding, **settings)
+        found = ranking.select(query, key, positions, budgets, padding, **settings)
+    assert_same_selection(found, wanted, positions, settings["droppable"])
