@@ -32,7 +32,7 @@ say() { echo; echo "== $* ($((SECONDS - started)) s)"; }
     python launch/export.py "$runs/base" "$runs/base-model" $overwrite
 
     say "before: the base model decoding from a small cache"
-    evaluate=(python launch/evaluate.py --data "$rows" --rows 64 --last-tokens 128 --batch-size 8 --strides 10,50 $overwrite)
+    evaluate=(python launch/evaluate.py --data "$rows" --rows 48 --last-tokens 128 --batch-size 8 --strides 10,50 $overwrite)
     "${evaluate[@]}" --model "$runs/base-model" --output "$runs/before"
 
     say "continued pretraining with the refresh pattern"

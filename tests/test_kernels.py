@@ -26,6 +26,7 @@ CASES = {
     "never refreshed": (1, 70, 31, 4, 1, 16, RefreshConfig(budget=12, stride=NEVER), 0),
     "the paper's recipe": (1, 70, 50, 4, 1, 16, RefreshConfig(budget=12, stride=20), 0),
     "similarity": (2, 90, 20, 2, 2, 16, RefreshConfig(budget=10, stride=3, threshold=0.3), 5),
+    "similarity, long intervals": (2, 150, 20, 4, 1, 16, RefreshConfig(budget=10, stride=20, threshold=0.3), 5),
     "observers and windows": (
         2,
         63,
