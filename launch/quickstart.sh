@@ -32,7 +32,7 @@ say() { echo; echo "== $* ($((SECONDS - started)) s)"; }
     python launch/export.py "$runs/base" "$runs/base-model" $overwrite
 
     say "before: the base model decoding from a small cache"
-    evaluate=(python launch/evaluate.py --data "$rows" --rows 48 --last-tokens 128 --batch-size 8 --strides 10,50 $overwrite)
+    evaluate=(python launch/evaluate.py --data "$rows" --rows 64 --last-tokens 128 --batch-size 8 --strides 10,50 $overwrite)
     "${evaluate[@]}" --model "$runs/base-model" --output "$runs/before"
 
     say "continued pretraining with the refresh pattern"
@@ -40,7 +40,8 @@ say() { echo; echo "== $* ($((SECONDS - started)) s)"; }
     python launch/export.py "$runs/refresh" "$runs/refresh-model" $overwrite
 
     say "a sample from the adapted model"
-    python launch/generate.py --model "$runs/refresh-model" --prompt-file train/simulation.py --max-new-tokens 60
+    python launch/generate.py --model "$runs/refresh-model" --prompt-file train/simulation.py --max-new-tokens 60 \
+        --sample --temperature 0.7
 
     say "before and after"
     "${evaluate[@]}" --model "$runs/refresh-model" --output "$runs/after" --compare "$runs/before"
