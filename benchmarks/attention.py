@@ -242,7 +242,7 @@ def plot(results: list[dict[str, object]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    labels = [str(result["case"]) for result in results]
+    labels = [str(result["case"]).replace(":", "\n") for result in results]
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     bottom = [0.0] * len(results)
     for name in ("prompt", "full", "full back", "select", "partial", "partial back"):
@@ -251,9 +251,9 @@ def plot(results: list[dict[str, object]], path: Path) -> None:
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.axhline(1.0, color="black", linewidth=1, label="full attention (cuDNN)")
     axes.set_ylabel("time, forward and backward, full attention = 1")
-    axes.set_xlabel("T : P : S : K")
+    axes.set_xlabel("tokens of the row, of the prompt, stride, budget")
     axes.tick_params(axis="x", labelsize=8)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=150)
 
 

@@ -10,7 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.ops.tiles import LOG2E, block_sizes, padded_head, precision
+from refreshkv.ops.tiles import (
+    LOG2E,
+    attend,
+    attend_backward,
+    attend_backward_keys,
+    block_sizes,
+    padded_head,
+    precision,
+)
 
 
 @triton.jit
@@ -54,16 +62,8 @@ def _forward(
         here = (token <= last)[:, None] & in_head[None, :]
         key = tl.load(keys + token.to(tl.int64)[:, None] * key_t + column[None, :], mask=here, other=0.0)
         value = tl.load(values + token.to(tl.int64)[:, None] * value_t + column[None, :], mask=here, other=0.0)
-        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         visible = (token[None, :] <= position[:, None]) & (token[None, :] >= padding)
-        logits = tl.where(visible, logits, -float("inf"))
-        higher = tl.maximum(highest, tl.max(logits, 1))
-        safe = tl.where(higher == -float("inf"), 0.0, higher)
-        weight = tl.exp2(logits - safe[:, None])
-        shrink = tl.exp2(highest - safe)
-        total = total * shrink + tl.sum(weight, 1)
-        result = result * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
-        highest = higher
+        highest, total, result = attend(query, key, value, visible, highest, total, result, scale, PRECISION)
     total = tl.where(exists, total, 1.0)
     result = result / total[:, None]
     tl.store(lse_ptr + (batch * heads + head) * checks + check, highest + tl.log2(total), mask=exists)
@@ -111,12 +111,8 @@ def _backward_query(
         here = (token <= last)[:, None] & in_head[None, :]
         key = tl.load(keys + token.to(tl.int64)[:, None] * key_t + column[None, :], mask=here, other=0.0)
         value = tl.load(values + token.to(tl.int64)[:, None] * value_t + column[None, :], mask=here, other=0.0)
-        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         visible = (token[None, :] <= position[:, None]) & (token[None, :] >= padding) & exists[:, None]
-        weight = tl.where(visible, tl.exp2(logits - lse[:, None]), 0.0)
-        weight_grad = tl.dot(upstream, tl.trans(value), input_precision=PRECISION)
-        logit_grad = weight * (weight_grad - delta[:, None])
-        query_grad += tl.dot(logit_grad.to(key.dtype), key, input_precision=PRECISION)
+        query_grad = attend_backward(query, key, value, visible, lse, delta, upstream, query_grad, scale, PRECISION)
     grad_row = query_grad_ptr + batch * grad_b + head.to(tl.int64) * grad_h + decoded * grad_t
     result = (query_grad * softmax_scale).to(query_grad_ptr.dtype.element_ty)
     tl.store(grad_row[:, None] + column[None, :], result, mask=mask)
@@ -160,13 +156,10 @@ def _backward_key_value(
         upstream = tl.load(upstream_row[:, None] + column[None, :], mask=mask, other=0.0)
         lse = tl.load(lse_ptr + (batch * heads + head) * checks + check, mask=exists, other=0.0)
         delta = tl.load(delta_ptr + (batch * heads + head) * decoded_rows + decoded, mask=exists, other=0.0)
-        logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale
         visible = (token[:, None] <= position[None, :]) & (token[:, None] >= padding) & exists[None, :]
-        weight = tl.where(visible, tl.exp2(logits - lse[None, :]), 0.0)
-        value_grad += tl.dot(weight.to(upstream.dtype), upstream, input_precision=PRECISION)
-        weight_grad = tl.dot(value, tl.trans(upstream), input_precision=PRECISION)
-        logit_grad = weight * (weight_grad - delta[None, :])
-        key_grad += tl.dot(logit_grad.to(query.dtype), query, input_precision=PRECISION)
+        key_grad, value_grad = attend_backward_keys(
+            query, key, value, visible, lse, delta, upstream, key_grad, value_grad, scale, PRECISION
+        )
     base = (batch * tl.num_programs(1) + kv_head) * length
     tl.store(key_grad_ptr + (base + wide) * D + column[None, :], key_grad * softmax_scale, mask=here)
     tl.store(value_grad_ptr + (base + wide) * D + column[None, :], value_grad, mask=here)

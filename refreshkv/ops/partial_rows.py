@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.ops.tiles import LOG2E, block_sizes, padded_head, precision
+from refreshkv.ops.tiles import (
+    LOG2E,
+    attend,
+    attend_backward,
+    attend_backward_keys,
+    block_sizes,
+    padded_head,
+    precision,
+)
 
 KEY_SPLITS = 8
 """Programs that share the keys of an interval in the backward pass of long intervals."""
@@ -77,15 +85,8 @@ def _forward(
         here = (rank < most)[:, None] & in_head[None, :]
         key = tl.load(keys + token[:, None] * key_t + column[None, :], mask=here, other=0.0)
         value = tl.load(values + token[:, None] * value_t + column[None, :], mask=here, other=0.0)
-        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-        logits = tl.where(rank[None, :] < left[:, None], logits, -float("inf"))
-        higher = tl.maximum(highest, tl.max(logits, 1))
-        safe = tl.where(higher == -float("inf"), 0.0, higher)
-        weight = tl.exp2(logits - safe[:, None])
-        shrink = tl.exp2(highest - safe)
-        total = total * shrink + tl.sum(weight, 1)
-        result = result * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
-        highest = higher
+        visible = rank[None, :] < left[:, None]
+        highest, total, result = attend(query, key, value, visible, highest, total, result, scale, PRECISION)
 
     first = tl.maximum(anchor + 1, oldest - budget)
     for start in range(first, newest + 1, BLOCK_N):
@@ -94,16 +95,8 @@ def _forward(
         here = (token <= newest)[:, None] & in_head[None, :]
         key = tl.load(keys + wide * key_t + column[None, :], mask=here, other=0.0)
         value = tl.load(values + wide * value_t + column[None, :], mask=here, other=0.0)
-        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         visible = (token[None, :] <= position[:, None]) & (token[None, :] >= position[:, None] - budget)
-        logits = tl.where(visible, logits, -float("inf"))
-        higher = tl.maximum(highest, tl.max(logits, 1))
-        safe = tl.where(higher == -float("inf"), 0.0, higher)
-        weight = tl.exp2(logits - safe[:, None])
-        shrink = tl.exp2(highest - safe)
-        total = total * shrink + tl.sum(weight, 1)
-        result = result * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
-        highest = higher
+        highest, total, result = attend(query, key, value, visible, highest, total, result, scale, PRECISION)
 
     total = tl.where(partial, total, 1.0)
     result = result / total[:, None]
@@ -120,7 +113,7 @@ def _tile_backward(
     scale, softmax_scale, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: adds to the gradients of its keys and values in memory, returns the query gradient's sum."""
-    # keys by queries, so that three of the four products that follow need no transposition
+    # As `attend_backward_keys`, but the values' gradient leaves its registers before the keys' comes.
     key = tl.load(key_row, mask=here, other=0.0)
     value = tl.load(value_row, mask=here, other=0.0)
     logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale
@@ -249,24 +242,17 @@ def _backward_query(
         here = (rank < most)[:, None] & in_head[None, :]
         key = tl.load(keys + token[:, None] * key_t + column[None, :], mask=here, other=0.0)
         value = tl.load(values + token[:, None] * value_t + column[None, :], mask=here, other=0.0)
-        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         visible = (rank[None, :] < left[:, None]) & partial[:, None]
-        weight = tl.where(visible, tl.exp2(logits - lse[:, None]), 0.0)
-        weight_grad = tl.dot(upstream, tl.trans(value), input_precision=PRECISION)
-        logit_grad = (weight * (weight_grad - delta[:, None])).to(key.dtype)
-        query_grad += tl.dot(logit_grad, key, input_precision=PRECISION)
+        query_grad = attend_backward(query, key, value, visible, lse, delta, upstream, query_grad, scale, PRECISION)
     for start in range(first, newest + 1, BLOCK_N):
         near = start + tl.arange(0, BLOCK_N)
         token = near.to(tl.int64)
         here = (near <= newest)[:, None] & in_head[None, :]
         key = tl.load(keys + token[:, None] * key_t + column[None, :], mask=here, other=0.0)
         value = tl.load(values + token[:, None] * value_t + column[None, :], mask=here, other=0.0)
-        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         visible = (near[None, :] <= position[:, None]) & (near[None, :] >= position[:, None] - budget)
-        weight = tl.where(visible & partial[:, None], tl.exp2(logits - lse[:, None]), 0.0)
-        weight_grad = tl.dot(upstream, tl.trans(value), input_precision=PRECISION)
-        logit_grad = (weight * (weight_grad - delta[:, None])).to(key.dtype)
-        query_grad += tl.dot(logit_grad, key, input_precision=PRECISION)
+        visible = visible & partial[:, None]
+        query_grad = attend_backward(query, key, value, visible, lse, delta, upstream, query_grad, scale, PRECISION)
     grad_row = query_grad_ptr + batch * grad_b + head.to(tl.int64) * grad_h + decoded * grad_t
     result = (query_grad * softmax_scale).to(query_grad_ptr.dtype.element_ty)
     tl.store(grad_row[:, None] + column[None, :], result, mask=mask)
@@ -338,15 +324,12 @@ def _backward_key_value(
             upstream = tl.load(upstream_row[:, None] + column[None, :], mask=mask, other=0.0)
             lse = tl.load(lse_ptr + (batch * heads + head) * rows + decoded, mask=partial, other=0.0)
             delta = tl.load(delta_ptr + (batch * heads + head) * rows + decoded, mask=partial, other=0.0)
-            logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale
             lowest = tl.where(is_chosen, 0, position - budget)
             beyond = tl.where(is_chosen, left, position + 1)
             visible = (number[:, None] >= lowest[None, :]) & (number[:, None] < beyond[None, :]) & partial[None, :]
-            weight = tl.where(visible, tl.exp2(logits - lse[None, :]), 0.0)
-            value_grad += tl.dot(weight.to(upstream.dtype), upstream, input_precision=PRECISION)
-            weight_grad = tl.dot(value, tl.trans(upstream), input_precision=PRECISION)
-            logit_grad = (weight * (weight_grad - delta[None, :])).to(key.dtype)
-            key_grad += tl.dot(logit_grad, query, input_precision=PRECISION)
+            key_grad, value_grad = attend_backward_keys(
+                query, key, value, visible, lse, delta, upstream, key_grad, value_grad, scale, PRECISION
+            )
         place = (base + wide) * D + column[None, :]
         tl.atomic_add(value_grad_ptr + place, value_grad, mask=here, sem="relaxed")
         tl.atomic_add(key_grad_ptr + place, key_grad * softmax_scale, mask=here, sem="relaxed")

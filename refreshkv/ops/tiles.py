@@ -1,9 +1,10 @@
-"""Block sizes and precisions that the kernels share."""
+"""What the kernels share: block sizes, precision, and the step of a softmax over blocks of keys."""
 
 import math
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 LOG2E = math.log2(math.e)
@@ -39,3 +40,46 @@ def padded_head(head_dim: int) -> int:
 def precision(query: Tensor) -> str:
     """How float32 tiles are multiplied: exactly, never in tf32."""
     return "ieee" if query.dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def attend(query, key, value, visible, highest, total, result, scale, PRECISION: tl.constexpr):
+    """Takes one block of keys and values into a running softmax of base 2: its maximum, its sum, and the output's."""
+    logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+    logits = tl.where(visible, logits, -float("inf"))
+    higher = tl.maximum(highest, tl.max(logits, 1))
+    safe = tl.where(higher == -float("inf"), 0.0, higher)  # a row that has seen nothing yet
+    weight = tl.exp2(logits - safe[:, None])
+    shrink = tl.exp2(highest - safe)
+    total = total * shrink + tl.sum(weight, 1)
+    result = result * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
+    return higher, total, result
+
+
+@triton.jit
+def attend_backward(
+    query, key, value, visible, lse, delta, upstream, query_grad, scale, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Adds what one block of keys and values gives to the query gradient, before the softmax scaling."""
+    logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+    weight = tl.where(visible, tl.exp2(logits - lse[:, None]), 0.0)
+    weight_grad = tl.dot(upstream, tl.trans(value), input_precision=PRECISION)
+    logit_grad = weight * (weight_grad - delta[:, None])
+    return query_grad + tl.dot(logit_grad.to(key.dtype), key, input_precision=PRECISION)
+
+
+@triton.jit
+def attend_backward_keys(
+    query, key, value, visible, lse, delta, upstream, key_grad, value_grad, scale, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Adds what one block of rows gives to the gradients of keys (before the softmax scaling) and values.
+
+    Products are keys by rows, visible (keys, rows), so that none needs a transposition.
+    """
+    logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale
+    weight = tl.where(visible, tl.exp2(logits - lse[None, :]), 0.0)
+    value_grad += tl.dot(weight.to(upstream.dtype), upstream, input_precision=PRECISION)
+    weight_grad = tl.dot(value, tl.trans(upstream), input_precision=PRECISION)
+    logit_grad = (weight * (weight_grad - delta[None, :])).to(query.dtype)
+    key_grad += tl.dot(logit_grad, query, input_precision=PRECISION)
+    return key_grad, value_grad
