@@ -103,14 +103,7 @@ def refresh_attention(query: Tensor, key: Tensor, value: Tensor, prompt: int, co
 
 def arguments(query: Tensor, prompt: int, config: RefreshConfig) -> tuple[tuple, dict]:
     padding = torch.zeros(1, dtype=torch.int64, device="cuda")
-    settings = {
-        "prompt_length": prompt,
-        "stride": config.stride,
-        "width": min(config.largest_budget(prompt), query.shape[2]),
-        "droppable": config.stride if config.threshold is None else query.shape[2],
-        "scaling": HEAD_DIM**-0.5,
-        **config.selection_options(),
-    }
+    settings = {"scaling": HEAD_DIM**-0.5, **config.rows_settings(prompt, query.shape[2])}
     schedule = plan(query.detach(), prompt, config.stride, config.threshold)
     return (*schedule, config.budgets(prompt - padding), padding), settings
 

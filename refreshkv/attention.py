@@ -107,12 +107,8 @@ def _simulate(
         *plan,
         config.budgets(prompt - left_padding),
         left_padding,
-        prompt_length=prompt,
-        stride=config.stride,
-        width=min(config.largest_budget(prompt), length),
-        droppable=config.stride if config.threshold is None else length,
         scaling=scaling,
-        **config.selection_options(),
+        **config.rows_settings(prompt, length),
     )
     return torch.cat([output, decoded], dim=1)
 

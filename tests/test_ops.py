@@ -25,14 +25,7 @@ def rows_arguments(query, prompt, config, scaling, left_padding=None):
     if left_padding is None:
         left_padding = torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
     schedule = plan(query.detach(), prompt, config.stride, config.threshold)
-    settings = {
-        "prompt_length": prompt,
-        "stride": config.stride,
-        "width": min(config.largest_budget(prompt), query.shape[2]),
-        "droppable": config.stride if config.threshold is None else query.shape[2],
-        "scaling": scaling,
-        **config.selection_options(),
-    }
+    settings = {"scaling": scaling, **config.rows_settings(prompt, query.shape[2])}
     return schedule, (*schedule, config.budgets(prompt - left_padding), left_padding), settings
 
 
