@@ -13,14 +13,17 @@ TILES = {
     "full_forward": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     "full_backward_query": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     "full_backward_key_value": {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    "partial_forward": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    "partial_backward": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
-    "partial_backward_query": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
-    "partial_backward_key_value": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
+    "partial_forward": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
+    "partial_backward": {"BLOCK_M": 64, "BLOCK_N": 64, "WIDTH": 32, "num_warps": 4, "num_stages": 3},
+    "partial_backward_128": {"BLOCK_M": 128, "BLOCK_N": 64, "WIDTH": 64, "num_warps": 8, "num_stages": 2},
+    "partial_backward_256": {"BLOCK_M": 256, "BLOCK_N": 64, "WIDTH": 128, "num_warps": 8, "num_stages": 2},
     "scores": {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
     "lse": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
 }
-"""Tiles of each kernel for 16-bit inputs and heads up to 128; `block_sizes` shrinks them where they would not fit."""
+"""Tiles of each kernel for 16-bit inputs and heads up to 128; `block_sizes` shrinks them where they would not fit.
+
+BLOCK_M rows by BLOCK_N keys; WIDTH columns of a head at once.
+"""
 
 
 def block_sizes(kernel: str, query: Tensor) -> dict[str, int]:
@@ -29,6 +32,8 @@ def block_sizes(kernel: str, query: Tensor) -> dict[str, int]:
     if query.element_size() * padded_head(query.shape[-1]) > 256:
         sizes |= {"BLOCK_M": min(sizes["BLOCK_M"], 32), "BLOCK_N": min(sizes["BLOCK_N"], 32), "num_stages": 1}
         sizes["num_warps"] = 4
+    if "WIDTH" in sizes:
+        sizes["WIDTH"] = min(sizes["WIDTH"], padded_head(query.shape[-1]))
     return sizes
 
 
@@ -42,13 +47,86 @@ def precision(query: Tensor) -> str:
     return "ieee" if query.dtype == torch.float32 else "tf32"
 
 
+def index_type(*tensors: Tensor) -> tl.dtype:
+    """The integers that address a token within one head of (B, Hkv, T, D) tensors: 32 bits cost less, where they do."""
+    farthest = max(tensor.shape[2] * tensor.stride(2) for tensor in tensors)
+    return tl.int32 if farthest < 2**31 else tl.int64
+
+
+@triton.jit
+def load_rows(row, column, exists, D: tl.constexpr, END: tl.constexpr, MASKED: tl.constexpr):
+    """A tile from pointers to the rows: (rows, columns), the columns below END; zeros from D on, and if MASKED where
+    no row exists."""
+    place = row[:, None] + column[None, :]
+    if MASKED:
+        tile = tl.load(place, mask=exists[:, None] & (column < D)[None, :], other=0.0)
+    elif END > D:
+        tile = tl.load(place, mask=(column < D)[None, :], other=0.0)
+    else:
+        tile = tl.load(place)
+    return tile
+
+
+@triton.jit
+def load_parts(
+    row, column, exists, D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """As `load_rows`, in PARTS tiles of WIDTH columns."""
+    parts = ()
+    for part in tl.static_range(PARTS):
+        parts = parts + (load_rows(row, part * WIDTH + column, exists, D, (part + 1) * WIDTH, MASKED),)
+    return parts
+
+
+@triton.jit
+def zero_parts(ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """Sums to begin with: PARTS tiles (ROWS, WIDTH)."""
+    parts = ()
+    for _ in tl.static_range(PARTS):
+        parts = parts + (tl.zeros([ROWS, WIDTH], tl.float32),)
+    return parts
+
+
+@triton.jit
+def dot_parts(left, right, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """The product of a tile with another transposed, both in parts."""
+    result = tl.dot(left[0], tl.trans(right[0]), input_precision=PRECISION)
+    for part in tl.static_range(1, PARTS):
+        result = tl.dot(left[part], tl.trans(right[part]), result, input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def add_parts(
+    row, column, exists, weight, tile, D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds weight (rows, n) times a tile (n, columns) in parts to the float32 rows in memory."""
+    for part in tl.static_range(PARTS):
+        product = tl.dot(weight, tile[part], input_precision=PRECISION)
+        columns = part * WIDTH + column
+        place = row[:, None] + columns[None, :]
+        if MASKED:
+            tl.atomic_add(place, product, mask=exists[:, None] & (columns < D)[None, :], sem="relaxed")
+        elif (part + 1) * WIDTH > D:
+            tl.atomic_add(place, product, mask=(columns < D)[None, :], sem="relaxed")
+        else:
+            tl.atomic_add(place, product, sem="relaxed")
+
+
 @triton.jit
 def attend(query, key, value, visible, highest, total, result, scale, PRECISION: tl.constexpr):
-    """Takes one block of keys and values into a running softmax of base 2: its maximum, its sum, and the output's."""
+    """Takes one block of keys and values into a running softmax of base 2: its maximum, its sum, and the output's.
+
+    `visible` None: all rows see all keys.
+    """
     logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-    logits = tl.where(visible, logits, -float("inf"))
+    if visible is not None:
+        logits = tl.where(visible, logits, -float("inf"))
     higher = tl.maximum(highest, tl.max(logits, 1))
-    safe = tl.where(higher == -float("inf"), 0.0, higher)  # a row that has seen nothing yet
+    safe = higher
+    if visible is not None:
+        safe = tl.where(higher == -float("inf"), 0.0, higher)  # a row that has seen nothing yet
     weight = tl.exp2(logits - safe[:, None])
     shrink = tl.exp2(highest - safe)
     total = total * shrink + tl.sum(weight, 1)
