@@ -11,13 +11,15 @@ import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from refreshkv import RefreshConfig, ops
+from refreshkv import RefreshConfig, Simulation
+from refreshkv.attention import refresh_attention
 from refreshkv.ops import full_rows, fused, partial_rows, ranking
 from refreshkv.schedule import plan
 
@@ -94,16 +96,16 @@ def time_dense(length: int, repeat: int) -> dict[str, float]:
     return times
 
 
-def refresh_attention(query: Tensor, key: Tensor, value: Tensor, prompt: int, config: RefreshConfig) -> Tensor:
-    """A layer's whole attention, as in `refreshkv.attention`: (1, T, H, D)."""
-    before = full_attention(query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt], SDPBackend.CUDNN_ATTENTION)
-    rest, settings = arguments(query, prompt, config)
-    return torch.cat([before.transpose(1, 2), ops.refresh_rows(query, key, value, *rest, **settings)], dim=1)
+def layer_attention(query: Tensor, key: Tensor, value: Tensor, prompt: int, config: RefreshConfig) -> Tensor:
+    """A layer's whole attention, as a model calls it: (1, T, H, D)."""
+    module = SimpleNamespace(head_dim=query.shape[-1], layer_idx=0, is_causal=True, training=True)
+    module.num_key_value_groups = query.shape[1] // key.shape[1]
+    return refresh_attention(module, query, key, value, None, refresh=Simulation(prompt, config))[0]
 
 
 def arguments(query: Tensor, prompt: int, config: RefreshConfig) -> tuple[tuple, dict]:
     padding = torch.zeros(1, dtype=torch.int64, device="cuda")
-    settings = {"scaling": HEAD_DIM**-0.5, **config.rows_settings(prompt, query.shape[2])}
+    settings = {"scaling": query.shape[-1] ** -0.5, **config.rows_settings(prompt, query.shape[2], padded=False)}
     schedule = plan(query.detach(), prompt, config.stride, config.threshold)
     return (*schedule, config.budgets(prompt - padding), padding), settings
 
@@ -117,7 +119,7 @@ def time_case(
     config = RefreshConfig(budget=budget, stride=2**31 - 1 if prompt == length - stride else stride)
 
     def both() -> object:
-        return torch.autograd.grad(refresh_attention(query, key, value, prompt, config), (query, key, value), upstream)
+        return torch.autograd.grad(layer_attention(query, key, value, prompt, config), (query, key, value), upstream)
 
     both()
     torch.cuda.synchronize()
@@ -128,7 +130,7 @@ def time_case(
     wanted = (2 * query.numel() + 2 * key.numel()) * 2  # output, gradients of query, key, value
     memory = torch.cuda.max_memory_allocated() - before - wanted
     with torch.no_grad():
-        forward = milliseconds(lambda: refresh_attention(query, key, value, prompt, config), repeat)
+        forward = milliseconds(lambda: layer_attention(query, key, value, prompt, config), repeat)
     total = milliseconds(both, repeat)
     result = {
         "case": f"{length}:{prompt}:{stride}:{budget}",
@@ -153,8 +155,6 @@ def parts(
     full_positions, latest, budgets, padding = rest
     scaling, stride = settings["scaling"], min(config.stride, query.shape[2])
     selection = {name: settings[name] for name in ("width", "droppable", *config.selection_options())}
-    upstream = upstream[:, prompt:]
-    output = torch.empty_like(upstream).contiguous()
     early = [tensor[:, :, :prompt].detach().requires_grad_() for tensor in (query, key, value)]
     early_upstream = torch.randn_like(early[0])
 
@@ -162,26 +162,34 @@ def parts(
         return torch.autograd.grad(full_attention(*early, SDPBackend.CUDNN_ATTENTION), early, early_upstream)
 
     query, key, value = (tensor.detach() for tensor in (query, key, value))
-    lse = full_rows.forward(query, key, value, full_positions, padding, output, prompt, scaling)
-    selected = ranking.select(
-        query, key, full_positions, budgets, padding, scaling=scaling, lse=lse.unsqueeze(-1), **selection
-    )
-    segments = (full_positions, latest, selected, budgets, padding)
+    upstream = upstream[:, prompt:]
+    output = torch.empty_like(upstream).contiguous()
+    grad = torch.zeros_like(query)[:, :, prompt:]
+    sums = [torch.zeros(key.shape, dtype=torch.float32, device="cuda") for _ in range(2)]
+    work = {"prompt": prompt_both}
+    full = (query, key, value, full_positions, padding)
+    known = None
+    if full_positions.shape[1] > 1:
+
+        def full_forward() -> Tensor:
+            return full_rows.forward(*full, output, prompt, stride, True, scaling)
+
+        lse = full_forward()
+        known = lse.unsqueeze(-1)
+        work["full"] = full_forward
+
+    def select() -> Tensor:
+        return ranking.select(query, key, full_positions, budgets, padding, scaling=scaling, lse=known, **selection)
+
+    segments = (full_positions, latest, select(), budgets, padding)
     rows_lse = partial_rows.forward(query, key, value, *segments, output, prompt, stride, scaling)
     delta = fused._dot_rows(output, upstream)
-    grad = torch.zeros_like(query)[:, :, prompt:]
-    sums = full_rows.backward(
-        query, key, value, full_positions, padding, lse, delta, upstream, grad, prompt, stride, scaling
-    )
-    work = {
-        "prompt": prompt_both,
-        "full": lambda: full_rows.forward(query, key, value, full_positions, padding, output, prompt, scaling),
-        "full back": lambda: full_rows.backward(
-            query, key, value, full_positions, padding, lse, delta, upstream, grad, prompt, stride, scaling
-        ),
-        "select": lambda: ranking.select(
-            query, key, full_positions, budgets, padding, scaling=scaling, lse=lse.unsqueeze(-1), **selection
-        ),
+    if full_positions.shape[1] > 1:
+        work["full back"] = lambda: full_rows.backward(
+            *full, lse, delta, output, upstream, grad, prompt, stride, True, scaling
+        )
+    work |= {
+        "select": select,
         "partial": lambda: partial_rows.forward(query, key, value, *segments, output, prompt, stride, scaling),
         "partial back": lambda: partial_rows.backward(
             query, key, value, *segments, rows_lse, delta, upstream, grad, *sums, prompt, stride, scaling
@@ -239,7 +247,7 @@ def plot(results: list[dict[str, object]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     bottom = [0.0] * len(results)
     for name in ("prompt", "full", "full back", "select", "partial", "partial back"):
-        heights = [result[name] / result["cudnn"] for result in results]
+        heights = [result.get(name, 0.0) / result["cudnn"] for result in results]
         axes.bar(labels, heights, 0.6, bottom=bottom, label=name)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.axhline(1.0, color="black", linewidth=1, label="full attention (cuDNN)")

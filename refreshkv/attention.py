@@ -67,8 +67,7 @@ def refresh_attention(
     if refresh is not None and left_padding is not None and bool((left_padding >= refresh.prompt_length).any()):
         raise SettingsError(f"prompt_length={refresh.prompt_length}: a row of the batch has only padding there")
     if refresh_cache is None:
-        rows = _no_padding(query) if left_padding is None else left_padding
-        return _simulate(module, query, key, value, rows, scaling, refresh, ordinary), None
+        return _simulate(module, query, key, value, left_padding, scaling, refresh, ordinary), None
     layer = refresh_cache.layers[module.layer_idx]
     if query.shape[2] > 1 or layer.length == 1:
         output = ordinary(query, key, value)
@@ -82,7 +81,7 @@ def _simulate(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    left_padding: Tensor,
+    left_padding: Tensor | None,
     scaling: float,
     simulation: Simulation,
     ordinary,
@@ -94,23 +93,42 @@ def _simulate(
         raise ValueError("refresh=Simulation(...) takes whole rows: pass use_cache=False and no past_key_values")
     if prompt > length:
         raise SettingsError(f"prompt_length={prompt} is outside the row of {length} tokens")
-    output = ordinary(query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt])
     plan = schedule.plan(query.detach(), prompt, config.stride, config.threshold)
     if simulation.record:
         simulation.full_steps[module.layer_idx] = _as_flags(plan.full_positions, length)
     if prompt == length:
-        return output
+        return ordinary(query, key, value)
+    *early, query, key, value = _PromptAndWhole.apply(query, key, value, prompt)
+    output = ordinary(*early)
+    padding = _no_padding(query) if left_padding is None else left_padding
     decoded = ops.refresh_rows(
         query,
         key,
         value,
         *plan,
-        config.budgets(prompt - left_padding),
-        left_padding,
+        config.budgets(prompt - padding),
+        padding,
         scaling=scaling,
-        **config.rows_settings(prompt, length),
+        **config.rows_settings(prompt, length, padded=left_padding is not None),
     )
     return torch.cat([output, decoded], dim=1)
+
+
+class _PromptAndWhole(torch.autograd.Function):
+    """Query, key and value: the prompt's part of each, and each whole. Backward, the prompt's gradients are added where
+    they belong; autograd by itself would pad each with zeros to the whole length first."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, prompt):
+        ctx.prompt = prompt
+        whole = (query, key, value)
+        return *(tensor[:, :, :prompt] for tensor in whole), *(tensor.view_as(tensor) for tensor in whole)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        for early, whole in zip(gradients[:3], gradients[3:], strict=True):
+            whole[:, :, : ctx.prompt] += early
+        return *gradients[3:], None
 
 
 def _decode(layer: RefreshLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

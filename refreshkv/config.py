@@ -71,13 +71,14 @@ class RefreshConfig:
         names = ("pool_kernel", "observation_window", "recent_window", "sink_tokens")
         return {name: getattr(self, name) for name in names}
 
-    def rows_settings(self, prompt_length: int, length: int) -> dict[str, int]:
+    def rows_settings(self, prompt_length: int, length: int, padded: bool) -> dict[str, int]:
         """The settings of `refreshkv.ops.naive.refresh_rows` for rows of `length` tokens, all but the scaling."""
         return {
             "prompt_length": prompt_length,
             "stride": self.stride,
             "width": min(self.largest_budget(prompt_length), length),
             "droppable": self.stride if self.threshold is None else length,
+            "uniform": self.threshold is None and not padded,
             **self.selection_options(),
         }
 

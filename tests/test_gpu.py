@@ -6,7 +6,7 @@ import torch
 from refreshkv import NEVER, RefreshConfig, Simulation, enable
 from refreshkv.ops import naive
 from tests.models import decode_logits, random_ids, tiny_model
-from tests.test_ops import rows_arguments
+from tests.test_ops import rows_arguments, selection_only
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -53,7 +53,7 @@ def test_kernels_equal_float64(size, dtype):
     output = fused.refresh_rows(*inputs, *arguments, **settings)
     gradients = torch.autograd.grad(output, inputs, upstream)
 
-    selection = {name: setting for name, setting in settings.items() if name not in ("prompt_length", "stride")}
+    selection = selection_only(settings)
     with torch.no_grad():
         selected = ranking.select(*inputs[:2], arguments[0], *arguments[2:], **selection).long()
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
@@ -71,7 +71,7 @@ def test_selection_is_the_naive_one():
     config = RefreshConfig(budget=700, stride=97, observation_window=3, recent_window=20, sink_tokens=4)
     padding = torch.tensor([5], device="cuda")
     _, (positions, _, budgets, _), settings = rows_arguments(query, 2000, config, 0.125, padding)
-    del settings["prompt_length"], settings["stride"]
+    settings = selection_only(settings)
     wanted = naive.select(query, key, positions, budgets, padding, **settings)
     found = ranking.select(query, key, positions, budgets, padding, **settings).long()
     assert torch.equal(found.sort(-1).values, wanted.sort(-1).values)

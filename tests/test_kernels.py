@@ -1,5 +1,6 @@
 """The Triton kernels against the naive form, values and gradients: on a GPU, or under Triton's interpreter."""
 
+import math
 import random
 
 import pytest
@@ -7,11 +8,11 @@ import torch
 
 from refreshkv import NEVER, RefreshConfig
 from refreshkv.ops import naive
-from tests.test_ops import rows_arguments
+from tests.test_ops import rows_arguments, selection_only
 
 pytest.importorskip("triton")
 
-from refreshkv.ops import fused, ranking
+from refreshkv.ops import fused, ranking, rectangle
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -80,6 +81,41 @@ def test_values_and_gradients(name):
     compare(CASES[name])
 
 
+class Rectangle:
+    """The readable form of `refreshkv.ops.rectangle`, which needs cuDNN."""
+
+    @staticmethod
+    def usable(query, key, value):
+        return True
+
+    @staticmethod
+    def logits(query, key, scaling):
+        return query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(2, 3) * scaling
+
+    @classmethod
+    def forward(cls, query, key, value, scaling):
+        logits = cls.logits(query, key, scaling)
+        output = logits.softmax(-1) @ value.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        return output, logits.logsumexp(-1) / math.log(2)
+
+    @classmethod
+    def backward(cls, upstream, query, key, value, output, lse, scaling):
+        weights = (cls.logits(query, key, scaling) - (lse * math.log(2)).unsqueeze(-1)).exp()
+        value = value.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        delta = (upstream * output).sum(-1, keepdim=True)
+        logit_grad = weights * (upstream @ value.transpose(2, 3) - delta) * scaling
+        query_grad = logit_grad @ key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        grads = (logit_grad.transpose(2, 3) @ query, weights.transpose(2, 3) @ upstream)
+        return query_grad, *(grad.unflatten(1, (key.shape[1], -1)).sum(2) for grad in grads)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[-1] == 0])
+def test_the_prompts_keys_taken_apart(monkeypatch, name):
+    for function in ("usable", "forward", "backward"):
+        monkeypatch.setattr(rectangle, function, getattr(Rectangle, function))
+    compare(CASES[name])
+
+
 def assert_same_selection(found, wanted, positions, droppable):
     """The same positions in the same order, but for the ranks that no segment drops: those in any order."""
     for row, step in (positions >= 0).nonzero().tolist():
@@ -97,7 +133,7 @@ def test_selection(name):
     query, key, _ = inputs(rows, length, groups, kv_heads, head_dim)
     left_padding = torch.tensor([0, padding][-rows:], device=DEVICE)
     _, (positions, _, budgets, _), settings = rows_arguments(query, prompt, config, head_dim**-0.5, left_padding)
-    del settings["prompt_length"], settings["stride"]
+    settings = selection_only(settings)
     with torch.no_grad():
         wanted = naive.select(query, key, positions, budgets, left_padding, **settings)
         found = ranking.select(query, key, positions, budgets, left_padding, **settings)
@@ -108,7 +144,7 @@ def test_selection_in_chunks_and_with_the_other_sort(monkeypatch):
     query, key, _ = inputs(2, 63, 2, 2, 16)
     config, padding = RefreshConfig(budget=9, stride=5, observation_window=3), torch.tensor([0, 4], device=DEVICE)
     _, (positions, _, budgets, _), settings = rows_arguments(query, 20, config, 0.25, padding)
-    del settings["prompt_length"], settings["stride"]
+    settings = selection_only(settings)
     with torch.no_grad():
         whole = ranking.select(query, key, positions, budgets, padding, **settings)
         monkeypatch.setattr(ranking, "MAX_SCORES", 1)
@@ -118,16 +154,33 @@ def test_selection_in_chunks_and_with_the_other_sort(monkeypatch):
     assert_same_selection(found, whole, positions, settings["droppable"])
 
 
-@pytest.mark.parametrize("block", [16, 2048])
-def test_ties_go_to_the_lower_position(monkeypatch, block):
+@pytest.mark.parametrize("sizes", [{"BLOCK": 16}, {"BLOCK": 64, "SAMPLE": 16}, {"BLOCK": 16, "DOUBTS": 4}])
+def test_ties_go_to_the_lower_position(monkeypatch, sizes):
     """Keys of two kinds only: almost everything is a tie, within a block and across."""
-    monkeypatch.setattr(ranking, "BLOCK", block)
+    for name, size in sizes.items():
+        monkeypatch.setattr(ranking, name, size)
     query, _, _ = inputs(1, 90, 2, 1, 16)
     kinds = torch.randn(2, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     draw = random.Random(2)
     key = kinds[[draw.randint(0, 1) for _ in range(90)]][None, None]
     _, (positions, _, budgets, padding), settings = rows_arguments(query, 30, RefreshConfig(budget=20, stride=6), 0.25)
-    del settings["prompt_length"], settings["stride"]
+    settings = selection_only(settings)
+    with torch.no_grad():
+        wanted = naive.select(query, key, positions, budgets, padding, **settings)
+        found = ranking.select(query, key, positions, budgets, padding, **settings)
+    assert_same_selection(found, wanted, positions, settings["droppable"])
+
+
+@pytest.mark.parametrize("doubts", [1, 32, 256])
+def test_a_cut_guessed_from_a_sample_or_searched_everywhere(monkeypatch, doubts):
+    """Few positions sampled: with few places for those in doubt the slow search has to finish, with many it has not."""
+    monkeypatch.setattr(ranking, "SAMPLE", 32)
+    monkeypatch.setattr(ranking, "DOUBTS", doubts)
+    query, key, _ = inputs(2, 300, 2, 1, 16)
+    config, padding = RefreshConfig(budget=40, stride=60, recent_window=9, sink_tokens=3), torch.tensor([0, 7])
+    padding = padding.to(DEVICE)
+    _, (positions, _, budgets, _), settings = rows_arguments(query, 170, config, 0.25, padding)
+    settings = selection_only(settings)
     with torch.no_grad():
         wanted = naive.select(query, key, positions, budgets, padding, **settings)
         found = ranking.select(query, key, positions, budgets, padding, **settings)

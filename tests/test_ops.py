@@ -25,8 +25,13 @@ def rows_arguments(query, prompt, config, scaling, left_padding=None):
     if left_padding is None:
         left_padding = torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
     schedule = plan(query.detach(), prompt, config.stride, config.threshold)
-    settings = {"scaling": scaling, **config.rows_settings(prompt, query.shape[2])}
+    settings = {"scaling": scaling, **config.rows_settings(prompt, query.shape[2], padded=bool(left_padding.any()))}
     return schedule, (*schedule, config.budgets(prompt - left_padding), left_padding), settings
+
+
+def selection_only(settings):
+    """Of the settings of `refresh_rows`, those of `select`."""
+    return {name: value for name, value in settings.items() if name not in ("prompt_length", "stride", "uniform")}
 
 
 def decoded(query, key, value, prompt, config, scaling, left_padding=None):
@@ -110,7 +115,7 @@ def test_gradcheck(config, padding):
     query, key, value = attention_inputs(2, 4, 2, 11, 3, seed=2)
     schedule, arguments, settings = rows_arguments(query, 4, config, 0.5, torch.tensor([0, padding]))
     full_positions, latest, budgets, left_padding = arguments
-    settings.pop("prompt_length"), settings.pop("stride")
+    settings = selection_only(settings)
     # the selection stays that of the given inputs: it is not differentiated, and must not flip under the probe
     selected = naive.select(query, key, full_positions, budgets, left_padding, **settings)
     shape = {"prompt_length": 4, "stride": config.stride, "columns": 11}

@@ -2,7 +2,11 @@
 
 Shapes: `B` batch rows, `C` checks, `H` query heads, `Hkv` key/value heads, `G = H / Hkv`, `D` head size, `L` keys.
 The rows of a key/value head are the pairs (check, head of the group), check first, so that a tile of neighbouring
-rows ends at almost the same key. Checks that are not full, position -1, are skipped.
+rows ends at almost the same key: the tiles of keys before the first row's limit need no mask, the few after it do in
+a second loop. Checks that are not full, position -1, are skipped.
+
+`begin` is the first key, 0 or the prompt length P: then the keys before it are somebody else's, whose results are the
+ones to start from.
 """
 
 import torch
@@ -10,12 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refreshkv.ops import rectangle
 from refreshkv.ops.tiles import (
     LOG2E,
     attend,
     attend_backward,
     attend_backward_keys,
     block_sizes,
+    index_type,
+    load_rows,
     padded_head,
     precision,
 )
@@ -32,90 +39,131 @@ def _rows(position_ptr, padding_ptr, batch, tile, checks, G: tl.constexpr, BLOCK
 
 
 @triton.jit
+def _extent(position, first, BLOCK_N: tl.constexpr):
+    """Of a tile of rows: the last key that any sees, and where the tiles of keys end that all rows see whole."""
+    lowest = tl.min(tl.where(position >= 0, position, 0x7FFFFFFF), 0)
+    return tl.max(position, 0), first + tl.maximum(lowest + 1 - first, 0) // BLOCK_N * BLOCK_N
+
+
+@triton.jit
 def _forward(
-    query_ptr, key_ptr, value_ptr, position_ptr, padding_ptr, output_ptr, lse_ptr,
-    query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_t, output_h,
-    checks, prompt, scale,
+    query_ptr, key_ptr, value_ptr, position_ptr, padding_ptr, before_ptr, before_lse_ptr, output_ptr, lse_ptr,
+    query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t, before_b, before_h, before_c,
+    output_b, output_t, output_h, checks, prompt, begin, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     check, head, position, padding = _rows(position_ptr, padding_ptr, batch, tile, checks, G, BLOCK_M)
-    last = tl.max(position, 0)
+    first = tl.maximum(begin, padding)
+    last, whole = _extent(position, first, BLOCK_N)
     if last < 0:
         return
     heads = tl.num_programs(1) * G
     head = kv_head * G + head
     exists = position >= 0
     column = tl.arange(0, DP)
-    in_head = column < D
     query_row = query_ptr + batch * query_b + head.to(tl.int64) * query_h + position.to(tl.int64) * query_t
-    query = tl.load(query_row[:, None] + column[None, :], mask=exists[:, None] & in_head[None, :], other=0.0)
+    query = load_rows(query_row, column, exists, D, DP, True)
+    lse_place = (batch * heads + head) * checks + check
 
     keys = key_ptr + batch * key_b + kv_head.to(tl.int64) * key_h
     values = value_ptr + batch * value_b + kv_head.to(tl.int64) * value_h
-    highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    result = tl.zeros([BLOCK_M, DP], tl.float32)
-    for start in range(padding // BLOCK_N * BLOCK_N, last + 1, BLOCK_N):
-        token = start + tl.arange(0, BLOCK_N)
-        here = (token <= last)[:, None] & in_head[None, :]
-        key = tl.load(keys + token.to(tl.int64)[:, None] * key_t + column[None, :], mask=here, other=0.0)
-        value = tl.load(values + token.to(tl.int64)[:, None] * value_t + column[None, :], mask=here, other=0.0)
-        visible = (token[None, :] <= position[:, None]) & (token[None, :] >= padding)
+    if before_ptr is None:
+        highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        result = tl.zeros([BLOCK_M, DP], tl.float32)
+    else:  # what the keys before `begin` gave is one more key: its logit the log-sum-exp, its value the output
+        highest = tl.load(before_lse_ptr + lse_place, mask=exists, other=0.0)
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
+        before_row = before_ptr + batch * before_b + head.to(tl.int64) * before_h + check.to(tl.int64) * before_c
+        result = load_rows(before_row, column, exists, D, DP, True).to(tl.float32)
+    for start in range(first, whole, BLOCK_N):
+        token = (start + tl.arange(0, BLOCK_N)).to(INDEX)
+        key = load_rows(keys + token * key_t, column, token >= 0, D, DP, False)
+        value = load_rows(values + token * value_t, column, token >= 0, D, DP, False)
+        highest, total, result = attend(query, key, value, None, highest, total, result, scale, PRECISION)
+    for start in range(whole, last + 1, BLOCK_N):
+        token = (start + tl.arange(0, BLOCK_N)).to(INDEX)
+        key = load_rows(keys + token * key_t, column, token <= last, D, DP, True)
+        value = load_rows(values + token * value_t, column, token <= last, D, DP, True)
+        visible = token[None, :] <= position[:, None]
         highest, total, result = attend(query, key, value, visible, highest, total, result, scale, PRECISION)
     total = tl.where(exists, total, 1.0)
     result = result / total[:, None]
-    tl.store(lse_ptr + (batch * heads + head) * checks + check, highest + tl.log2(total), mask=exists)
+    tl.store(lse_ptr + lse_place, highest + tl.log2(total), mask=exists)
     decoded = position.to(tl.int64) - prompt
     output_row = output_ptr + batch * output_b + decoded * output_t + head.to(tl.int64) * output_h
     tl.store(
         output_row[:, None] + column[None, :],
         result.to(output_ptr.dtype.element_ty),
-        mask=(decoded >= 0)[:, None] & in_head[None, :],
+        mask=(decoded >= 0)[:, None] & (column < D)[None, :],
     )
 
 
 @triton.jit
+def _backward_rows(
+    query_ptr, lse_ptr, delta_ptr, upstream_ptr, query_b, query_h, query_t, upstream_b, upstream_t, upstream_h,
+    batch, head, heads, check, checks, position, prompt, decoded_rows, column, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """Of a tile: each row's index after the prompt, whether it is one, its query, upstream, log-sum-exp and delta."""
+    decoded = position.to(tl.int64) - prompt
+    exists = decoded >= 0
+    query_row = query_ptr + batch * query_b + head.to(tl.int64) * query_h + position.to(tl.int64) * query_t
+    upstream_row = upstream_ptr + batch * upstream_b + decoded * upstream_t + head.to(tl.int64) * upstream_h
+    query = load_rows(query_row, column, exists, D, DP, True)
+    upstream = load_rows(upstream_row, column, exists, D, DP, True)
+    # an infinite log-sum-exp gives every weight of a row that is not there as zero
+    lse = tl.load(lse_ptr + (batch * heads + head) * checks + check, mask=exists, other=float("inf"))
+    delta = tl.load(delta_ptr + (batch * heads + head) * decoded_rows + decoded, mask=exists, other=0.0)
+    return decoded, exists, query, upstream, lse, delta
+
+
+@triton.jit
 def _backward_query(
-    query_ptr, key_ptr, value_ptr, position_ptr, padding_ptr, lse_ptr, delta_ptr, upstream_ptr, query_grad_ptr,
+    query_ptr, key_ptr, value_ptr, position_ptr, padding_ptr, lse_ptr, delta_ptr, upstream_ptr, before_ptr,
+    query_grad_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
-    upstream_b, upstream_t, upstream_h, grad_b, grad_h, grad_t, decoded_rows, checks, prompt, scale, softmax_scale,
+    upstream_b, upstream_t, upstream_h, before_b, before_h, before_c, grad_b, grad_h, grad_t,
+    decoded_rows, checks, prompt, begin, scale, softmax_scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     check, head, position, padding = _rows(position_ptr, padding_ptr, batch, tile, checks, G, BLOCK_M)
-    last = tl.max(position, 0)
+    position = tl.where(position >= prompt, position, -1)
+    first = tl.maximum(begin, padding)
+    last, whole = _extent(position, first, BLOCK_N)
     if last < prompt:
         return
     heads = tl.num_programs(1) * G
     head = kv_head * G + head
-    decoded = position.to(tl.int64) - prompt
-    exists = decoded >= 0
     column = tl.arange(0, DP)
-    in_head = column < D
-    mask = exists[:, None] & in_head[None, :]
-    query_row = query_ptr + batch * query_b + head.to(tl.int64) * query_h + position.to(tl.int64) * query_t
-    query = tl.load(query_row[:, None] + column[None, :], mask=mask, other=0.0)
-    upstream_row = upstream_ptr + batch * upstream_b + decoded * upstream_t + head.to(tl.int64) * upstream_h
-    upstream = tl.load(upstream_row[:, None] + column[None, :], mask=mask, other=0.0)
-    lse = tl.load(lse_ptr + (batch * heads + head) * checks + check, mask=exists, other=0.0)
-    delta = tl.load(delta_ptr + (batch * heads + head) * decoded_rows + decoded, mask=exists, other=0.0)
-
+    decoded, exists, query, upstream, lse, delta = _backward_rows(
+        query_ptr, lse_ptr, delta_ptr, upstream_ptr, query_b, query_h, query_t, upstream_b, upstream_t, upstream_h,
+        batch, head, heads, check, checks, position, prompt, decoded_rows, column, D, DP,
+    )  # fmt: skip
     keys = key_ptr + batch * key_b + kv_head.to(tl.int64) * key_h
     values = value_ptr + batch * value_b + kv_head.to(tl.int64) * value_h
     query_grad = tl.zeros([BLOCK_M, DP], tl.float32)
-    for start in range(padding // BLOCK_N * BLOCK_N, last + 1, BLOCK_N):
-        token = start + tl.arange(0, BLOCK_N)
-        here = (token <= last)[:, None] & in_head[None, :]
-        key = tl.load(keys + token.to(tl.int64)[:, None] * key_t + column[None, :], mask=here, other=0.0)
-        value = tl.load(values + token.to(tl.int64)[:, None] * value_t + column[None, :], mask=here, other=0.0)
-        visible = (token[None, :] <= position[:, None]) & (token[None, :] >= padding) & exists[:, None]
+    for start in range(first, whole, BLOCK_N):
+        token = (start + tl.arange(0, BLOCK_N)).to(INDEX)
+        key = load_rows(keys + token * key_t, column, token >= 0, D, DP, False)
+        value = load_rows(values + token * value_t, column, token >= 0, D, DP, False)
+        query_grad = attend_backward(query, key, value, None, lse, delta, upstream, query_grad, scale, PRECISION)
+    for start in range(whole, last + 1, BLOCK_N):
+        token = (start + tl.arange(0, BLOCK_N)).to(INDEX)
+        key = load_rows(keys + token * key_t, column, token <= last, D, DP, True)
+        value = load_rows(values + token * value_t, column, token <= last, D, DP, True)
+        visible = token[None, :] <= position[:, None]
         query_grad = attend_backward(query, key, value, visible, lse, delta, upstream, query_grad, scale, PRECISION)
+    query_grad *= softmax_scale
+    if before_ptr is not None:  # the first check is the prompt's own row, which is not among those before
+        before_row = before_ptr + batch * before_b + head.to(tl.int64) * before_h + (check - 1).to(tl.int64) * before_c
+        query_grad += load_rows(before_row, column, exists, D, DP, True).to(tl.float32)
     grad_row = query_grad_ptr + batch * grad_b + head.to(tl.int64) * grad_h + decoded * grad_t
-    result = (query_grad * softmax_scale).to(query_grad_ptr.dtype.element_ty)
-    tl.store(grad_row[:, None] + column[None, :], result, mask=mask)
+    mask = exists[:, None] & (column < D)[None, :]
+    tl.store(grad_row[:, None] + column[None, :], query_grad.to(query_grad_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -123,46 +171,52 @@ def _backward_key_value(
     query_ptr, key_ptr, value_ptr, position_ptr, padding_ptr, lse_ptr, delta_ptr, upstream_ptr,
     key_grad_ptr, value_grad_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
-    upstream_b, upstream_t, upstream_h, decoded_rows, checks, length, prompt, stride, scale, softmax_scale,
+    upstream_b, upstream_t, upstream_h, decoded_rows, checks, length, prompt, begin, stride, scale, softmax_scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes, and so begins, the float32 sums of the key and value gradients: (B, Hkv, L, D)."""
+    """Writes, and so begins, the float32 sums of the key and value gradients from `begin` on: (B, Hkv, L, D)."""
     block, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1) * G
-    start = block * BLOCK_N
+    start = begin + block * BLOCK_N
     token = start + tl.arange(0, BLOCK_N)
     column = tl.arange(0, DP)
-    in_head = column < D
-    here = (token < length)[:, None] & in_head[None, :]
-    wide = token.to(tl.int64)[:, None]
+    wide = token.to(tl.int64)
     keys = key_ptr + batch * key_b + kv_head.to(tl.int64) * key_h
     values = value_ptr + batch * value_b + kv_head.to(tl.int64) * value_h
-    key = tl.load(keys + wide * key_t + column[None, :], mask=here, other=0.0)
-    value = tl.load(values + wide * value_t + column[None, :], mask=here, other=0.0)
+    key = load_rows(keys + wide * key_t, column, token < length, D, DP, True)
+    value = load_rows(values + wide * value_t, column, token < length, D, DP, True)
     key_grad = tl.zeros([BLOCK_N, DP], tl.float32)
     value_grad = tl.zeros([BLOCK_N, DP], tl.float32)
-    # the first check after the prompt whose position is not before this block
-    first = tl.maximum(1, (start - prompt + stride) // stride) * G // BLOCK_M
-    for tile in range(first, tl.cdiv(checks * G, BLOCK_M)):
+    # checks after the prompt: the first not before this block's first key, the first not before its last
+    some = tl.maximum(1, (start - prompt + stride) // stride)
+    every = tl.maximum(1, (start + BLOCK_N - 1 - prompt + stride) // stride)
+    tiles = tl.cdiv(checks * G, BLOCK_M)
+    whole = tl.minimum(tl.cdiv(every * G, BLOCK_M), tiles)
+    for tile in range(some * G // BLOCK_M, whole):
         check, head, position, padding = _rows(position_ptr, padding_ptr, batch, tile, checks, G, BLOCK_M)
-        head = kv_head * G + head
-        decoded = position.to(tl.int64) - prompt
-        exists = decoded >= 0
-        mask = exists[:, None] & in_head[None, :]
-        query_row = query_ptr + batch * query_b + head.to(tl.int64) * query_h + position.to(tl.int64) * query_t
-        query = tl.load(query_row[:, None] + column[None, :], mask=mask, other=0.0)
-        upstream_row = upstream_ptr + batch * upstream_b + decoded * upstream_t + head.to(tl.int64) * upstream_h
-        upstream = tl.load(upstream_row[:, None] + column[None, :], mask=mask, other=0.0)
-        lse = tl.load(lse_ptr + (batch * heads + head) * checks + check, mask=exists, other=0.0)
-        delta = tl.load(delta_ptr + (batch * heads + head) * decoded_rows + decoded, mask=exists, other=0.0)
-        visible = (token[:, None] <= position[None, :]) & (token[:, None] >= padding) & exists[None, :]
+        decoded, exists, query, upstream, lse, delta = _backward_rows(
+            query_ptr, lse_ptr, delta_ptr, upstream_ptr, query_b, query_h, query_t, upstream_b, upstream_t, upstream_h,
+            batch, kv_head * G + head, heads, check, checks, position, prompt, decoded_rows, column, D, DP,
+        )  # fmt: skip
+        visible = token[:, None] <= position[None, :]
         key_grad, value_grad = attend_backward_keys(
             query, key, value, visible, lse, delta, upstream, key_grad, value_grad, scale, PRECISION
         )
-    base = (batch * tl.num_programs(1) + kv_head) * length
-    tl.store(key_grad_ptr + (base + wide) * D + column[None, :], key_grad * softmax_scale, mask=here)
-    tl.store(value_grad_ptr + (base + wide) * D + column[None, :], value_grad, mask=here)
+    for tile in range(whole, tiles):
+        check, head, position, padding = _rows(position_ptr, padding_ptr, batch, tile, checks, G, BLOCK_M)
+        decoded, exists, query, upstream, lse, delta = _backward_rows(
+            query_ptr, lse_ptr, delta_ptr, upstream_ptr, query_b, query_h, query_t, upstream_b, upstream_t, upstream_h,
+            batch, kv_head * G + head, heads, check, checks, position, prompt, decoded_rows, column, D, DP,
+        )  # fmt: skip
+        key_grad, value_grad = attend_backward_keys(
+            query, key, value, None, lse, delta, upstream, key_grad, value_grad, scale, PRECISION
+        )
+    present = (token >= tl.load(padding_ptr + batch).to(tl.int32))[:, None]  # no row sees padding
+    place = (((batch * tl.num_programs(1) + kv_head) * length + wide) * D)[:, None] + column[None, :]
+    here = (token < length)[:, None] & (column < D)[None, :]
+    tl.store(key_grad_ptr + place, tl.where(present, key_grad * softmax_scale, 0.0), mask=here)
+    tl.store(value_grad_ptr + place, tl.where(present, value_grad, 0.0), mask=here)
 
 
 def forward(
@@ -173,23 +227,34 @@ def forward(
     left_padding: Tensor,
     output: Tensor,
     prompt_length: int,
+    stride: int,
+    uniform: bool,
     scaling: float,
 ) -> Tensor:
     """Writes the rows of full steps after the prompt into `output`; returns all full steps' log-sum-exp.
 
-    query (B, H, T, D); key, value (B, Hkv, T, D); positions (B, C); output (B, R, H, D), the other rows untouched.
-    Returns (B, H, C) float32, in units of log 2, undefined where there is no step.
+    query (B, H, T, D); key, value (B, Hkv, T, D); positions (B, C); output (B, R, H, D), the other rows untouched;
+    uniform: all checks are full and no row has padding. Returns (B, H, C) float32, in units of log 2, undefined where
+    there is no step.
     """
     batch, heads, _, head_dim = query.shape
     kv_heads, checks = key.shape[1], positions.shape[1]
     lse = torch.empty(batch, heads, checks, dtype=torch.float32, device=query.device)
     sizes = block_sizes("full_forward", query)
     grid = (triton.cdiv(checks * (heads // kv_heads), sizes["BLOCK_M"]), kv_heads, batch)
+    before_output, before_lse, begin = None, None, 0
+    if uniform and rectangle.usable(query, key, value):
+        rows = rectangle.rows_of(query, prompt_length - 1, stride)
+        before_output, before_lse = rectangle.forward(
+            rows, key[:, :, :prompt_length], value[:, :, :prompt_length], scaling
+        )
+        begin = prompt_length
     _forward[grid](
-        query, key, value, positions, left_padding, output, lse,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
-        checks, prompt_length, scaling * LOG2E,
-        G=heads // kv_heads, D=head_dim, DP=padded_head(head_dim), PRECISION=precision(query), **sizes,
+        query, key, value, positions, left_padding, before_output, before_lse, output, lse,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *_strides(before_output), *output.stride()[:3],
+        checks, prompt_length, begin, scaling * LOG2E,
+        G=heads // kv_heads, D=head_dim, DP=padded_head(head_dim), INDEX=index_type(key, value),
+        PRECISION=precision(query), **sizes,
     )  # fmt: skip
     return lse
 
@@ -202,10 +267,12 @@ def backward(
     left_padding: Tensor,
     lse: Tensor,
     delta: Tensor,
+    output: Tensor,
     upstream: Tensor,
     query_grad: Tensor,
     prompt_length: int,
     stride: int,
+    uniform: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """Writes the full steps' rows of `query_grad` (B, H, R, D); returns the gradients of keys and values so far.
@@ -218,18 +285,37 @@ def backward(
     group = heads // kv_heads
     shared = {"G": group, "D": head_dim, "DP": padded_head(head_dim), "PRECISION": precision(query)}
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *upstream.stride()[:3])
-    sizes = block_sizes("full_backward_query", query)
-    _backward_query[triton.cdiv(checks * group, sizes["BLOCK_M"]), kv_heads, batch](
-        query, key, value, positions, left_padding, lse, delta, upstream, query_grad,
-        *strides, *query_grad.stride()[:3], decoded, checks, prompt_length, scaling * LOG2E, scaling,
-        **shared, **sizes,
-    )  # fmt: skip
     key_grad = torch.empty(batch, kv_heads, length, head_dim, dtype=torch.float32, device=query.device)
     value_grad = torch.empty_like(key_grad)
+    before_query, begin = None, 0
+    if uniform and rectangle.usable(query, key, value):
+        first = stride - 1  # of the rows after the prompt, the first full one
+        before_query, *before = rectangle.backward(
+            rectangle.rows_of(upstream.transpose(1, 2), first, stride),
+            rectangle.rows_of(query, prompt_length + first, stride),
+            key[:, :, :prompt_length],
+            value[:, :, :prompt_length],
+            rectangle.rows_of(output.transpose(1, 2), first, stride),
+            lse[:, :, 1:],
+            scaling,
+        )
+        for grad, part in zip((key_grad, value_grad), before, strict=True):
+            grad[:, :, :prompt_length] = part
+        begin = prompt_length
+    sizes = block_sizes("full_backward_query", query)
+    _backward_query[triton.cdiv(checks * group, sizes["BLOCK_M"]), kv_heads, batch](
+        query, key, value, positions, left_padding, lse, delta, upstream, before_query, query_grad,
+        *strides, *_strides(before_query), *query_grad.stride()[:3], decoded, checks, prompt_length, begin,
+        scaling * LOG2E, scaling, INDEX=index_type(key, value), **shared, **sizes,
+    )  # fmt: skip
     sizes = block_sizes("full_backward_key_value", query)
-    _backward_key_value[triton.cdiv(length, sizes["BLOCK_N"]), kv_heads, batch](
+    _backward_key_value[triton.cdiv(length - begin, sizes["BLOCK_N"]), kv_heads, batch](
         query, key, value, positions, left_padding, lse, delta, upstream, key_grad, value_grad,
-        *strides, decoded, checks, length, prompt_length, stride, scaling * LOG2E, scaling,
+        *strides, decoded, checks, length, prompt_length, begin, stride, scaling * LOG2E, scaling,
         **shared, **sizes,
     )  # fmt: skip
     return key_grad, value_grad
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if tensor is None else tensor.stride()[:3]

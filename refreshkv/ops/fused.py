@@ -1,4 +1,9 @@
-"""The rows after the prompt by Triton kernels: full steps, selection, partial rows, and their gradients."""
+"""The rows after the prompt by kernels: full steps, selection, partial rows, and their gradients.
+
+Two operators of torch, one for each direction, so that torch.compile takes them whole.
+"""
+
+from typing import Any
 
 import torch
 import triton
@@ -26,62 +31,135 @@ def refresh_rows(
     recent_window: int,
     sink_tokens: int,
     droppable: int,
+    uniform: bool,
     scaling: float,
 ) -> Tensor:
     """`refreshkv.ops.naive.refresh_rows` by kernels, differentiable in query, key and value: (B, R, H, D)."""
-    selection = {
-        "width": width,
-        "pool_kernel": pool_kernel,
-        "observation_window": observation_window,
-        "recent_window": recent_window,
-        "sink_tokens": sink_tokens,
-        "droppable": droppable,
-    }
-    stride = min(stride, query.shape[2])  # intervals end with the row at the latest
-    return _RefreshRows.apply(
-        query, key, value, full_positions, latest, budgets, left_padding, prompt_length, stride, selection, scaling
+    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    output, *_ = _forward(
+        query, key, value, full_positions, latest, budgets, left_padding,
+        prompt_length, min(stride, query.shape[2]),  # intervals end with the row at the latest
+        width, pool_kernel, observation_window, recent_window, sink_tokens, droppable, uniform, scaling,
+    )  # fmt: skip
+    return output
+
+
+@torch.library.custom_op("refreshkv::rows", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    full_positions: Tensor,
+    latest: Tensor,
+    budgets: Tensor,
+    left_padding: Tensor,
+    prompt: int,
+    stride: int,
+    width: int,
+    pool_kernel: int,
+    observation_window: int,
+    recent_window: int,
+    sink_tokens: int,
+    droppable: int,
+    uniform: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the output (B, R, H, D), and for the gradients the log-sum-exp of the full steps (B, H, C) and of the
+    partial rows (B, H, R), float32, and the selections (B, Hkv, C, W) int32."""
+    output = _output_like(query, prompt)
+    full_lse = known = None
+    if full_positions.shape[1] > 1:  # the first check is the prompt's own row
+        full_lse = full_rows.forward(
+            query, key, value, full_positions, left_padding, output, prompt, stride, uniform, scaling
+        )
+        known = full_lse.unsqueeze(-1) if observation_window == 1 else None
+    selected = ranking.select(
+        query, key, full_positions, budgets, left_padding,
+        width=width, pool_kernel=pool_kernel, observation_window=observation_window, recent_window=recent_window,
+        sink_tokens=sink_tokens, droppable=droppable, scaling=scaling, lse=known,
+    )  # fmt: skip
+    lse = partial_rows.forward(
+        query, key, value, full_positions, latest, selected, budgets, left_padding, output, prompt, stride, scaling
     )
+    return output, _lse_like(query, full_positions) if full_lse is None else full_lse, lse, selected
 
 
-class _RefreshRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, query, key, value, full_positions, latest, budgets, left_padding, prompt, stride, selection, scaling
-    ):
-        batch, heads, length, head_dim = query.shape
-        query, key, value = (
-            tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)
-        )
-        output = query.new_empty(batch, length - prompt, heads, head_dim)
-        full_lse = full_rows.forward(query, key, value, full_positions, left_padding, output, prompt, scaling)
-        known = full_lse.unsqueeze(-1) if selection["observation_window"] == 1 else None
-        selected = ranking.select(
-            query, key, full_positions, budgets, left_padding, scaling=scaling, lse=known, **selection
-        )
-        segments = (full_positions, latest, selected, budgets, left_padding)
-        lse = partial_rows.forward(query, key, value, *segments, output, prompt, stride, scaling)
-        ctx.save_for_backward(query, key, value, *segments, output, full_lse, lse)
-        ctx.numbers = (prompt, stride, scaling)
-        return output
+@_forward.register_fake
+def _(query, key, value, full_positions, latest, budgets, left_padding, prompt, stride, width, *settings):
+    batch, heads, length, _ = query.shape
+    lse = query.new_empty(batch, heads, length - prompt, dtype=torch.float32)
+    selected = query.new_empty(batch, key.shape[1], full_positions.shape[1], width, dtype=torch.int32)
+    return _output_like(query, prompt), _lse_like(query, full_positions), lse, selected
 
-    @staticmethod
-    def backward(ctx, upstream):
-        query, key, value, *segments, output, full_lse, lse = ctx.saved_tensors
-        full_positions, left_padding = segments[0], segments[-1]
-        prompt, stride, scaling = ctx.numbers
-        upstream = upstream if upstream.stride(-1) == 1 else upstream.contiguous()
-        delta = _dot_rows(output, upstream)
-        query_grad = torch.zeros_like(query)
-        decoded_grad = query_grad[:, :, prompt:]
+
+def _output_like(query: Tensor, prompt: int) -> Tensor:
+    batch, heads, length, head_dim = query.shape
+    return query.new_empty(batch, length - prompt, heads, head_dim)
+
+
+def _lse_like(query: Tensor, full_positions: Tensor) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[1], full_positions.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("refreshkv::rows_backward", mutates_args=())
+def _backward(
+    upstream: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    full_positions: Tensor,
+    latest: Tensor,
+    budgets: Tensor,
+    left_padding: Tensor,
+    selected: Tensor,
+    output: Tensor,
+    full_lse: Tensor,
+    lse: Tensor,
+    prompt: int,
+    stride: int,
+    uniform: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of query (B, H, T, D), key and value (B, Hkv, T, D)."""
+    upstream = upstream if upstream.stride(-1) == 1 else upstream.contiguous()
+    delta = _dot_rows(output, upstream)
+    query_grad = torch.empty_like(query)
+    query_grad[:, :, :prompt] = 0
+    decoded_grad = query_grad[:, :, prompt:]
+    if full_positions.shape[1] > 1:
         key_grad, value_grad = full_rows.backward(
-            query, key, value, full_positions, left_padding, full_lse, delta, upstream, decoded_grad,
-            prompt, stride, scaling,
+            query, key, value, full_positions, left_padding, full_lse, delta, output, upstream, decoded_grad,
+            prompt, stride, uniform, scaling,
         )  # fmt: skip
-        partial_rows.backward(
-            query, key, value, *segments, lse, delta, upstream, decoded_grad, key_grad, value_grad,
-            prompt, stride, scaling,
-        )  # fmt: skip
-        return query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype), *[None] * 8
+    else:
+        key_grad, value_grad = (torch.zeros(key.shape, dtype=torch.float32, device=key.device) for _ in range(2))
+    partial_rows.backward(
+        query, key, value, full_positions, latest, selected, budgets, left_padding, lse, delta, upstream, decoded_grad,
+        key_grad, value_grad, prompt, stride, scaling,
+    )  # fmt: skip
+    return query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype)
+
+
+@_backward.register_fake
+def _(upstream, query, key, value, *rest):
+    return torch.empty_like(query), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    query, key, value, full_positions, latest, budgets, left_padding, prompt, stride, *_, uniform, scaling = inputs
+    rows, full_lse, lse, selected = output
+    ctx.mark_non_differentiable(full_lse, lse, selected)
+    ctx.save_for_backward(
+        query, key, value, full_positions, latest, budgets, left_padding, selected, rows, full_lse, lse
+    )
+    ctx.numbers = (prompt, stride, uniform, scaling)
+
+
+def _gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_backward(upstream, *ctx.saved_tensors, *ctx.numbers), *[None] * 14)
+
+
+_forward.register_autograd(_gradients, setup_context=_keep_for_backward)
 
 
 @triton.jit

@@ -45,12 +45,14 @@ def refresh_rows(
     recent_window: int,
     sink_tokens: int,
     droppable: int,
+    uniform: bool,
     scaling: float,
 ) -> Tensor:
     """Attention of all rows after the prompt, full and partial ones, in the parallel form (specification, section 8).
 
     query (B, H, T, D); key, value (B, Hkv, T, D): the whole row; full_positions, latest (B, C) int64: the schedule;
-    budgets, left_padding (B,) int64; width: the largest `min(budget, T)`; the options of the selection as in `select`.
+    budgets, left_padding (B,) int64; width: the largest `min(budget, T)`; the options of the selection as in `select`;
+    uniform: a promise that every check is full and no row has padding, of which the kernels make use.
     Returns (B, R, H, D). Differentiable in query, key and value; the selection is not differentiated.
     """
     selected = select(

@@ -12,11 +12,18 @@ from torch import Tensor
 from refreshkv.ops.tiles import LOG2E, block_sizes, padded_head, precision
 
 MAX_SCORES = 2**25
-"""Scores held at once, twice, 4 bytes each: 256 MiB together."""
+"""Scores held at once, 4 bytes each: 128 MiB."""
 
 WARPS = 4
 BLOCK = 1024
-"""Scores of a row taken at once, and most that the search may leave in doubt before it turns to them alone."""
+"""Scores of a row taken at once."""
+
+SAMPLE = 2048
+DOUBTS = 4096
+"""Positions that tell where about the cut is, and most that may be set aside for an exact search."""
+
+MANY_PROGRAMS = 512
+"""Programs that fill a GPU."""
 
 LARGEST_ORDER = 64
 """Up to this many droppable ranks are picked out one by one instead of sorting all."""
@@ -28,12 +35,14 @@ LARGEST_SORT = 4096
 @triton.jit
 def _log_sum_exp(
     query_ptr, key_ptr, position_ptr, padding_ptr, lse_ptr,
-    query_b, query_h, query_t, key_b, key_h, key_t, checks, shift, scale,
+    query_b, query_h, query_t, key_b, key_h, key_t, checks, splits, shift, scale,
     G: tl.constexpr, OBSERVERS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of every observing query of every full step: lse (B, H, C, O), in units of log 2."""
-    tile, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Of every observing query of every full step, over each of its keys' splits: (splits, B, H, C, O), in units of
+    log 2."""
+    tile, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     head = kv_head * G + row % G
     observer = (row // G) % OBSERVERS
@@ -52,21 +61,23 @@ def _log_sum_exp(
     keys = key_ptr + batch * key_b + kv_head.to(tl.int64) * key_h
     highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(padding // BLOCK_N * BLOCK_N, last + 1, BLOCK_N):
+    share = tl.cdiv(tl.cdiv(last + 1 - padding, BLOCK_N), splits) * BLOCK_N
+    begin = padding + split * share
+    for start in range(begin, tl.minimum(begin + share, last + 1), BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
         here = (token <= last)[:, None] & in_head[None, :]
         key = tl.load(keys + token.to(tl.int64)[:, None] * key_t + column[None, :], mask=here, other=0.0)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-        visible = (token[None, :] <= position[:, None]) & (token[None, :] >= padding)
+        visible = token[None, :] <= position[:, None]
         logits = tl.where(visible, logits, -float("inf"))
         higher = tl.maximum(highest, tl.max(logits, 1))
         safe = tl.where(higher == -float("inf"), 0.0, higher)
         total = total * tl.exp2(highest - safe) + tl.sum(tl.exp2(logits - safe[:, None]), 1)
         highest = higher
-    total = tl.where(exists, total, 1.0)
     heads = tl.num_programs(1) * G
-    place = ((batch * heads + head) * checks + check) * OBSERVERS + observer
-    tl.store(lse_ptr + place, highest + tl.log2(total), mask=exists)
+    row = ((split * tl.num_programs(2) + batch) * heads + head) * checks + check
+    place = row * OBSERVERS + observer
+    tl.store(lse_ptr + place, highest + tl.log2(tl.where(total > 0, total, 1.0)), mask=exists)
 
 
 @triton.jit
@@ -115,41 +126,108 @@ def _scores(
 
 
 @triton.jit
-def _digit_counts(digit, counted, BINS: tl.constexpr, BLOCK: tl.constexpr):
-    """How often each digit occurs among those counted. Few bins: a histogram costs in proportion to them."""
-    counts = tl.histogram(tl.where(counted, digit, 0), BINS)
-    others = BLOCK - tl.sum(counted.to(tl.int32), 0)
-    return counts - tl.where(tl.arange(0, BINS) == 0, others, 0)
-
-
-@triton.jit
-def _digit_of_cut(counts, remaining, BINS: tl.constexpr):
-    """The digit, from the highest down, at which the count reaches `remaining`; what is left of it there; its count."""
-    digit = tl.arange(0, BINS)
-    from_here = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
-    cut = tl.max(tl.where(from_here >= remaining, digit, 0), 0)
-    remaining -= tl.sum(tl.where(digit > cut, counts, 0), 0)
-    return cut, remaining, tl.sum(tl.where(digit == cut, counts, 0), 0)
-
-
-@triton.jit
 def _sortable(ranking, token):
     """An integer that orders by ranking, then by the lower position."""
     return (ranking.to(tl.int64) << 32) + (0x7FFFFFFF - token)
 
 
 @triton.jit
-def _choose(
-    score_ptr, ranking_ptr, doubt_ptr, position_ptr, padding_ptr, budget_ptr, chosen_ptr,
-    checks, first, steps, length, width, kv_heads, recent, sinks,
-    POOL: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The best positions of one check and key/value head, unsorted, as sortable integers: into (B, Hkv, steps, W).
+def _rankings(scores, token, padding, anchor, recent, sinks, POOL: tl.constexpr, INSIDE: tl.constexpr):
+    """What positions are ranked by, in 31 bits: those of the windows first, then the pooled score's own bits, which
+    order as the float >= 0 does. INSIDE: all neighbours exist; else the clamped ones are pooled again, to no effect."""
+    pooled = tl.zeros(token.shape, tl.float32)
+    for away in tl.static_range(-(POOL // 2), POOL // 2 + 1):
+        near = token + away
+        if not INSIDE:
+            near = tl.minimum(tl.maximum(near, padding), anchor)
+        pooled = tl.maximum(pooled, tl.load(scores + near))
+    preferred = (token > anchor - recent) | (token - padding < sinks)
+    return pooled.to(tl.int32, bitcast=True) + tl.where(preferred, 1 << 30, 0)
 
-    Ranking is 31 bits: window and sink positions first, then the pooled score's own bits (a float >= 0 orders like
-    them). A radix search, 6 bits and then 5 at a time, narrows down the lowest ranking that is kept. Once no more than
-    a block is in doubt, what is above goes in, and the search ends among those few. `doubt_ptr` may be the scores'
-    own memory: they are not read once the rankings are written.
+
+@triton.jit
+def _block_rankings(scores, start, padding, anchor, recent, sinks, POOL: tl.constexpr, BLOCK: tl.constexpr):
+    """Tokens of a block, and their rankings, -1 where none exists."""
+    token = start + tl.arange(0, BLOCK)
+    if (start >= padding + POOL // 2) & (start + BLOCK + POOL // 2 <= anchor + 1):
+        ranking = _rankings(scores, token, padding, anchor, recent, sinks, POOL, True)
+    else:
+        ranking = _rankings(scores, token, padding, anchor, recent, sinks, POOL, False)
+        ranking = tl.where((token >= padding) & (token <= anchor), ranking, -1)
+    return token, ranking
+
+
+@triton.jit
+def _highest(ranking, count):
+    """The ranking that `count` of those given reach: bit by bit, from the highest."""
+    cut = tl.full([], 0, tl.int32)
+    for place in range(31):
+        higher = cut + (1 << (30 - place))
+        cut = tl.where(tl.sum((ranking >= higher).to(tl.int32), 0) >= count, higher, cut)
+    return cut
+
+
+@triton.jit
+def _guess(scores, keep, padding, anchor, recent, sinks, POOL: tl.constexpr, SAMPLE: tl.constexpr):
+    """Two rankings that the cut almost surely lies between, with few others: from a sample of the positions, one at
+    random out of each of SAMPLE equal stretches, four standard deviations to either side."""
+    count = anchor + 1 - padding
+    sampled = tl.minimum(count, SAMPLE)
+    number = tl.arange(0, SAMPLE)
+    stretch = tl.maximum(count // SAMPLE, 1)
+    token = (number.to(tl.int64) * count // sampled).to(tl.int32) + ((number * 40503) >> 8) % stretch
+    token = padding + tl.minimum(token, count - 1)
+    ranking = _rankings(scores, token, padding, anchor, recent, sinks, POOL, False)
+    ranking = tl.where(number < sampled, ranking, -1)
+    expected = keep.to(tl.float32) * sampled / count
+    spread = tl.where(count > SAMPLE, 4.0 * tl.sqrt(expected * (1.0 - keep.to(tl.float32) / count)), 0.0)
+    fewest, most = (expected - spread).to(tl.int32) - 1, (expected + spread).to(tl.int32) + 2
+    upper = tl.where(fewest > 0, _highest(ranking, fewest), 0x7FFFFFFF)
+    lower = tl.where(most <= sampled, _highest(ranking, most), 0)
+    return lower, upper
+
+
+@triton.jit
+def _choose_slowly(
+    scores, chosen, keep, padding, anchor, recent, sinks, POOL: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """What `_choose` does, by searching the cut among all positions, one bit at a pass."""
+    begin = padding // BLOCK * BLOCK
+    cut = tl.full([], 0, tl.int32)
+    for place in range(31):
+        higher = cut + (1 << (30 - place))
+        reached = tl.zeros([BLOCK], tl.int32)
+        for start in range(begin, anchor + 1, BLOCK):
+            token, ranking = _block_rankings(scores, start, padding, anchor, recent, sinks, POOL, BLOCK)
+            reached += (ranking >= higher).to(tl.int32)
+        cut = tl.where(tl.sum(reached, 0) >= keep, higher, cut)
+    reached = tl.zeros([BLOCK], tl.int32)
+    for start in range(begin, anchor + 1, BLOCK):
+        token, ranking = _block_rankings(scores, start, padding, anchor, recent, sinks, POOL, BLOCK)
+        reached += (ranking > cut).to(tl.int32)
+    remaining = keep - tl.sum(reached, 0)  # ties, of which the first ones are in
+    taken, equals = 0, 0
+    for start in range(begin, anchor + 1, BLOCK):
+        token, ranking = _block_rankings(scores, start, padding, anchor, recent, sinks, POOL, BLOCK)
+        equal = ranking == cut
+        order = equals + tl.cumsum(equal.to(tl.int32), 0)
+        equals += tl.sum(equal.to(tl.int32), 0)
+        goes_in = (ranking > cut) | (equal & (order <= remaining))
+        place = taken + tl.cumsum(goes_in.to(tl.int32), 0) - 1
+        taken += tl.sum(goes_in.to(tl.int32), 0)
+        tl.store(chosen + place, _sortable(ranking, token), mask=goes_in)
+
+
+@triton.jit
+def _choose(
+    score_ptr, doubt_ptr, position_ptr, padding_ptr, budget_ptr, chosen_ptr,
+    checks, first, steps, length, width, kv_heads, recent, sinks,
+    POOL: tl.constexpr, BLOCK: tl.constexpr, SAMPLE: tl.constexpr, DOUBTS: tl.constexpr,
+):  # fmt: skip
+    """The best positions of one check and key/value head, as sortable integers: into (B, Hkv, steps, W).
+
+    A sample says roughly where the cut is. One pass over the scores takes what is surely above, and sets aside what is
+    in doubt; the cut is then found among those few. A sample that misled is noticed, and all is searched instead.
     """
     step, pair = tl.program_id(0), tl.program_id(1)
     batch = (pair // kv_heads).to(tl.int64)
@@ -158,70 +236,38 @@ def _choose(
         return
     padding = tl.load(padding_ptr + batch).to(tl.int32)
     keep = tl.minimum(tl.load(budget_ptr + batch).to(tl.int32), anchor + 1 - padding)
-    row = (pair.to(tl.int64) * steps + step) * length
-    scores, rankings, doubts = score_ptr + row, ranking_ptr + row, doubt_ptr + row
-    chosen = chosen_ptr + (pair.to(tl.int64) * steps + step) * width
-    begin = padding // BLOCK * BLOCK
+    row = pair.to(tl.int64) * steps + step
+    scores, chosen, doubts = score_ptr + row * length, chosen_ptr + row * width, doubt_ptr + row * DOUBTS
+    lower, upper = _guess(scores, keep, padding, anchor, recent, sinks, POOL, SAMPLE)
 
-    counts = tl.zeros([64], tl.int32)
-    for start in range(begin, anchor + 1, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        exists = (token >= padding) & (token <= anchor)
-        pooled = tl.zeros([BLOCK], tl.float32)
-        for away in tl.static_range(-(POOL // 2), POOL // 2 + 1):
-            near = token + away
-            pooled = tl.maximum(pooled, tl.load(scores + near, mask=(near >= padding) & (near <= anchor), other=0.0))
-        preferred = (token > anchor - recent) | (token - padding < sinks)
-        ranking = pooled.to(tl.int32, bitcast=True) + tl.where(preferred, 1 << 30, 0)
-        tl.store(rankings + token, ranking, mask=exists)
-        counts += _digit_counts(ranking >> 25, exists, 64, BLOCK)
-    prefix, remaining, doubtful = _digit_of_cut(counts, keep, 64)
-    tl.debug_barrier()
+    sure, doubtful = 0, 0
+    for start in range(padding // BLOCK * BLOCK, anchor + 1, BLOCK):
+        token, ranking = _block_rankings(scores, start, padding, anchor, recent, sinks, POOL, BLOCK)
+        above = ranking > upper
+        between = (ranking >= lower) & (ranking <= upper)
+        counts = above.to(tl.int32) + (between.to(tl.int32) << 16)  # both in one scan: a block has less than 2^16
+        order = tl.cumsum(counts, 0) - counts
+        place = tl.where(above, sure + (order & 0xFFFF), 0)
+        tl.store(chosen + place, _sortable(ranking, token), mask=above & (place < keep))
+        place = tl.where(between, doubtful + (order >> 16), 0)
+        tl.store(doubts + place, _sortable(ranking, token), mask=between & (place < DOUBTS))
+        total = tl.sum(counts, 0)
+        sure += total & 0xFFFF
+        doubtful += total >> 16
 
-    shift = tl.full([], 25, tl.int32)  # bits below the prefix
-    while (shift > 0) & (doubtful > BLOCK):
-        shift -= 5
-        narrower = tl.zeros([32], tl.int32)
-        for start in range(begin, anchor + 1, BLOCK):
-            token = start + tl.arange(0, BLOCK)
-            ranking = tl.load(rankings + token, mask=(token >= padding) & (token <= anchor), other=-1)
-            narrower += _digit_counts((ranking >> shift) & 31, (ranking >> (shift + 5)) == prefix, 32, BLOCK)
-        digit, remaining, doubtful = _digit_of_cut(narrower, remaining, 32)
-        prefix = (prefix << 5) + digit
-
-    # above the prefix: in. Equal to it: with nothing below, tied, and the first ones are in; else in doubt
-    tied = tl.where(shift == 0, remaining, 0)
-    sure, equals = 0, 0
-    for start in range(begin, anchor + 1, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        ranking = tl.load(rankings + token, mask=(token >= padding) & (token <= anchor), other=-1)
-        above = (ranking >> shift) > prefix
-        equal = (ranking >> shift) == prefix
-        place = sure + tl.cumsum(above.to(tl.int32), 0) - 1
-        order = equals + tl.cumsum(equal.to(tl.int32), 0)
-        sure += tl.sum(above.to(tl.int32), 0)
-        equals += tl.sum(equal.to(tl.int32), 0)
-        place = tl.where(above, place, keep - remaining + order - 1)
-        tl.store(chosen + place, _sortable(ranking, token), mask=above | (equal & (order <= tied)))
-        tl.store(doubts + order - 1, token, mask=equal & (order > tied))
-
-    if shift > 0:
+    if (sure <= keep) & (sure + doubtful >= keep) & (doubtful <= DOUBTS):
         tl.debug_barrier()
-        number = tl.arange(0, BLOCK)
-        token = tl.load(doubts + number, mask=number < equals, other=0)
-        ranking = tl.load(rankings + token, mask=number < equals, other=-1)
-        begun = keep - remaining
-        while shift > 0:
-            shift -= 5
-            counted = (ranking >> (shift + 5)) == prefix
-            digit, remaining, doubtful = _digit_of_cut(
-                _digit_counts((ranking >> shift) & 31, counted, 32, BLOCK), remaining, 32
-            )
-            prefix = (prefix << 5) + digit
-        equal = ranking == prefix
-        taken = (ranking > prefix) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= remaining))
-        place = begun + tl.cumsum(taken.to(tl.int32), 0) - 1
-        tl.store(chosen + place, _sortable(ranking, token), mask=taken)
+        number = tl.arange(0, DOUBTS)
+        sortable = tl.load(doubts + number, mask=number < doubtful, other=-1)
+        ranking = (sortable >> 32).to(tl.int32)
+        cut = _highest(ranking, keep - sure)
+        remaining = keep - sure - tl.sum((ranking > cut).to(tl.int32), 0)
+        equal = (ranking == cut) & (number < doubtful)
+        goes_in = (ranking > cut) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= remaining))
+        place = sure + tl.cumsum(goes_in.to(tl.int32), 0) - 1
+        tl.store(chosen + place, sortable, mask=goes_in & (place < keep))
+    else:
+        _choose_slowly(scores, chosen, keep, padding, anchor, recent, sinks, POOL, BLOCK)
 
 
 @triton.jit
@@ -263,15 +309,18 @@ def log_sum_exp(
     batch, heads, queries, head_dim = query.shape
     kv_heads, checks = key.shape[1], positions.shape[1]
     group = heads // kv_heads
-    lse = torch.empty(batch, heads, checks, observation_window, dtype=torch.float32, device=query.device)
     sizes = block_sizes("lse", query)
-    _log_sum_exp[triton.cdiv(checks * observation_window * group, sizes["BLOCK_M"]), kv_heads, batch](
+    tiles = triton.cdiv(checks * observation_window * group, sizes["BLOCK_M"])
+    # few rows are spread over the GPU by splitting their keys
+    splits = max(1, min(MANY_PROGRAMS // (tiles * kv_heads * batch), triton.cdiv(key.shape[2], sizes["BLOCK_N"])))
+    lse = query.new_empty(splits, batch, heads, checks, observation_window, dtype=torch.float32)
+    _log_sum_exp[tiles * splits, kv_heads, batch](
         query, key, positions, left_padding, lse,
-        *query.stride()[:3], *key.stride()[:3], checks, key.shape[2] - queries, scaling * LOG2E,
+        *query.stride()[:3], *key.stride()[:3], checks, splits, key.shape[2] - queries, scaling * LOG2E,
         G=group, OBSERVERS=observation_window, D=head_dim, DP=padded_head(head_dim), PRECISION=precision(query),
         **sizes,
     )  # fmt: skip
-    return lse
+    return lse[0] if splits == 1 else torch.logsumexp(lse / LOG2E, 0) * LOG2E
 
 
 def select(
@@ -299,7 +348,7 @@ def select(
     pairs = batch * kv_heads
     chunk = min(checks, max(1, MAX_SCORES // (pairs * length)))
     score = torch.empty(pairs * chunk * length, dtype=torch.float32, device=query.device)
-    ranking = torch.empty(pairs * chunk * length, dtype=torch.int32, device=query.device)
+    doubts = torch.empty(pairs * chunk * DOUBTS, dtype=torch.int64, device=query.device)
     sizes = block_sizes("scores", query)
     for first in range(0, checks, chunk):
         steps = min(chunk, checks - first)
@@ -312,9 +361,10 @@ def select(
             PRECISION=precision(query), **sizes,
         )  # fmt: skip
         _choose[steps, pairs](
-            score, ranking, score.view(torch.int32), positions, left_padding, budgets, chosen,
+            score, doubts, positions, left_padding, budgets, chosen,
             checks, first, steps, length, width, kv_heads, recent_window, sink_tokens,
-            POOL=pool_kernel, BLOCK=min(BLOCK, triton.next_power_of_2(length)), num_warps=WARPS,
+            POOL=pool_kernel, BLOCK=min(BLOCK, triton.next_power_of_2(length)), SAMPLE=SAMPLE, DOUBTS=DOUBTS,
+            num_warps=WARPS,
         )  # fmt: skip
         if width <= LARGEST_SORT:
             padded = triton.next_power_of_2(width)

@@ -140,7 +140,9 @@ def attend_backward(
 ):  # fmt: skip
     """Adds what one block of keys and values gives to the query gradient, before the softmax scaling."""
     logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-    weight = tl.where(visible, tl.exp2(logits - lse[:, None]), 0.0)
+    weight = tl.exp2(logits - lse[:, None])
+    if visible is not None:
+        weight = tl.where(visible, weight, 0.0)
     weight_grad = tl.dot(upstream, tl.trans(value), input_precision=PRECISION)
     logit_grad = weight * (weight_grad - delta[:, None])
     return query_grad + tl.dot(logit_grad.to(key.dtype), key, input_precision=PRECISION)
@@ -155,7 +157,9 @@ def attend_backward_keys(
     Products are keys by rows, visible (keys, rows), so that none needs a transposition.
     """
     logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale
-    weight = tl.where(visible, tl.exp2(logits - lse[None, :]), 0.0)
+    weight = tl.exp2(logits - lse[None, :])
+    if visible is not None:
+        weight = tl.where(visible, weight, 0.0)
     value_grad += tl.dot(weight.to(upstream.dtype), upstream, input_precision=PRECISION)
     weight_grad = tl.dot(value, tl.trans(upstream), input_precision=PRECISION)
     logit_grad = (weight * (weight_grad - delta[None, :])).to(query.dtype)
