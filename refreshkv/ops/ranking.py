@@ -14,7 +14,7 @@ from refreshkv.ops.tiles import LOG2E, block_sizes, padded_head, precision
 MAX_SCORES = 2**25
 """Scores held at once, 4 bytes each: 128 MiB."""
 
-WARPS = 4
+WARPS = 8
 BLOCK = 1024
 """Scores of a row taken at once."""
 
@@ -136,11 +136,13 @@ def _rankings(scores, token, padding, anchor, recent, sinks, POOL: tl.constexpr,
     """What positions are ranked by, in 31 bits: those of the windows first, then the pooled score's own bits, which
     order as the float >= 0 does. INSIDE: all neighbours exist; else the clamped ones are pooled again, to no effect."""
     pooled = tl.zeros(token.shape, tl.float32)
+    places = scores + token
     for away in tl.static_range(-(POOL // 2), POOL // 2 + 1):
-        near = token + away
-        if not INSIDE:
-            near = tl.minimum(tl.maximum(near, padding), anchor)
-        pooled = tl.maximum(pooled, tl.load(scores + near))
+        if INSIDE:
+            near = places + away
+        else:
+            near = scores + tl.minimum(tl.maximum(token + away, padding), anchor)
+        pooled = tl.maximum(pooled, tl.load(near))
     preferred = (token > anchor - recent) | (token - padding < sinks)
     return pooled.to(tl.int32, bitcast=True) + tl.where(preferred, 1 << 30, 0)
 
@@ -161,8 +163,8 @@ def _block_rankings(scores, start, padding, anchor, recent, sinks, POOL: tl.cons
 def _highest(ranking, count):
     """The ranking that `count` of those given reach: bit by bit, from the highest."""
     cut = tl.full([], 0, tl.int32)
-    for place in range(31):
-        higher = cut + (1 << (30 - place))
+    for digit in range(31):
+        higher = cut + (1 << (30 - digit))
         cut = tl.where(tl.sum((ranking >= higher).to(tl.int32), 0) >= count, higher, cut)
     return cut
 
@@ -194,8 +196,8 @@ def _choose_slowly(
     """What `_choose` does, by searching the cut among all positions, one bit at a pass."""
     begin = padding // BLOCK * BLOCK
     cut = tl.full([], 0, tl.int32)
-    for place in range(31):
-        higher = cut + (1 << (30 - place))
+    for digit in range(31):
+        higher = cut + (1 << (30 - digit))
         reached = tl.zeros([BLOCK], tl.int32)
         for start in range(begin, anchor + 1, BLOCK):
             token, ranking = _block_rankings(scores, start, padding, anchor, recent, sinks, POOL, BLOCK)
