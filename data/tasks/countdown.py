@@ -42,9 +42,9 @@ class Countdown(Family):
             "Make {target} out of {numbers}, using each number exactly once and the operations + - * / between two "
             "at a time. Results must be whole numbers below 2000 and not negative.\nSearch in this order: for every "
             "pair, from left to right, try the larger number +, -, *, / the smaller one. Drop a result that is not "
-            "allowed, go on with the result put before the numbers that are left otherwise, and go back when nothing remains to "
-            "be tried. Write the search line by line below # Search. Then write the three equations of the solution, "
-            "one on each line, between <Solution> and </Solution>.\n\n"
+            "allowed, go on with the result put before the numbers that are left otherwise, and go back when nothing "
+            "remains to be tried. Write the search line by line below # Search. Then write the three equations of the "
+            "solution, one on each line, between <Solution> and </Solution>.\n\n"
         ),
         "answer_prefix": "",
     }
