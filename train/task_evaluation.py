@@ -295,9 +295,7 @@ def _read(path: Path) -> list[Record]:
     try:
         return [_record(json.loads(line)) for line in complete.splitlines()]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SettingsError(
-            f"{path} was not written by an evaluation of tasks ({error}); use another --output"
-        ) from None
+        raise SettingsError(f"{path} is not from an evaluation of tasks ({error}); use another --output") from None
 
 
 def _record(values: dict[str, Any]) -> Record:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from random import Random
 from typing import Any, ClassVar
 
@@ -62,9 +63,10 @@ class Countdown(Family):
         return 1
 
     def draw(self, random: Random, size: int, index: int, template: Template) -> Problem:
-        examples = tuple(self._short(random) for _ in range(self.examples))
-        problem = self._problem(random)
-        return Problem(problem.fields, problem.answer, problem.references, examples)
+        problem = _problem(random, self.largest_number)
+        return Problem(
+            problem.fields, problem.answer, problem.references, _examples(self.examples, self.largest_number)
+        )
 
     def score(self, prediction: str, references: Any) -> dict[str, float]:
         """LongProc's accuracy: 1 for three equations that use the numbers up and end in the target, whatever the
@@ -76,27 +78,6 @@ class Countdown(Family):
             return {"score": 0.0, "partial": 0.0}
         lines = prediction.rpartition(HEADING)[2].strip().split("\n")
         return {"score": 0.0, "partial": leading_matches(lines, references["search"]) / len(references["search"])}
-
-    def _short(self, random: Random) -> Problem:
-        while True:
-            problem = self._problem(random)
-            if len(problem.references["search"]) <= EXAMPLE_LINES:
-                return problem
-
-    def _problem(self, random: Random) -> Problem:
-        """Numbers, and a target that some way of combining them reaches."""
-        while True:
-            numbers = [random.randint(1, self.largest_number) for _ in range(4)]
-            target = _reachable(random, numbers)
-            if target is not None:
-                break
-        lines, equations = search(numbers, target)
-        answer = "\n".join([HEADING, *lines, "<Solution>", *equations, "</Solution>"])
-        return Problem(
-            fields={"numbers": ", ".join(map(str, numbers)), "target": str(target)},
-            answer=answer,
-            references={"numbers": numbers, "target": target, "search": lines},
-        )
 
 
 def search(numbers: list[int], target: int) -> tuple[list[str], list[str]]:
@@ -132,6 +113,32 @@ def is_solution(text: str, numbers: list[int], target: int) -> bool:
             return False
         left.append(result)
     return left == [target]
+
+
+@lru_cache(maxsize=8)
+def _examples(count: int, largest: int) -> tuple[Problem, ...]:
+    """Problems with a short search: the same in all prompts, as in LongProc."""
+    random, found = Random("examples"), []
+    while len(found) < count:
+        problem = _problem(random, largest)
+        if len(problem.references["search"]) <= EXAMPLE_LINES:
+            found.append(problem)
+    return tuple(found)
+
+
+def _problem(random: Random, largest: int) -> Problem:
+    """Numbers, and a target that some way of combining them reaches."""
+    while True:
+        numbers = [random.randint(1, largest) for _ in range(4)]
+        target = _reachable(random, numbers)
+        if target is not None:
+            break
+    lines, equations = search(numbers, target)
+    return Problem(
+        fields={"numbers": ", ".join(map(str, numbers)), "target": str(target)},
+        answer="\n".join([HEADING, *lines, "<Solution>", *equations, "</Solution>"]),
+        references={"numbers": numbers, "target": target, "search": lines},
+    )
 
 
 def _search(numbers: list[int], target: int, depth: int, lines: list[str]) -> list[str] | None:

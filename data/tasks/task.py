@@ -15,8 +15,10 @@ from refreshkv.settings import SettingsError, settings_to_dict
 FULL_ENOUGH = 0.98
 """Share of the room for a prompt at which the search for a longer one ends."""
 
-MOST_REDRAWS = 500
-"""Problems drawn for one example before giving up on an answer of the right length."""
+FEW_REDRAWS = 5
+"""Problems drawn for one example before giving up on an answer that fits."""
+MOST_REDRAWS = 300
+"""The same for families whose answers differ much in length."""
 
 
 @dataclass(frozen=True)
@@ -149,14 +151,28 @@ class Task:
     def _fitting(
         self, tokenizer: PreTrainedTokenizerBase, purpose: str, index: int, start: int, prompt: int, answer: int
     ) -> tuple[int, Example]:
-        for attempt in range(MOST_REDRAWS if self.family.redraws else 1):
+        """The size and the example. A problem whose answer has too many tokens is drawn again, a few times."""
+        for attempt in range(FEW_REDRAWS):
             seed = f"{self.name}:{self.family.seed}:{purpose}:{index}" + (f":{attempt}" if attempt else "")
+            if self.family.redraws:
+                seed = self._redrawn(tokenizer, seed, index, answer)
             size, example = self._longest(tokenizer, seed, index, start, prompt)
             tokens = len(example.answer_ids)
-            if not self.family.answer_fits or (tokens <= answer and (not self.family.redraws or tokens > answer // 4)):
+            if not self.family.answer_fits or tokens <= answer:
                 return size, example
         raise SettingsError(
             f"tasks.{self.name}.max_new_tokens={answer} cannot hold the right answer ({tokens} tokens): raise it"
+        )
+
+    def _redrawn(self, tokenizer: PreTrainedTokenizerBase, seed: str, index: int, room: int) -> str:
+        """A seed whose answer fills between a quarter and all of the room."""
+        for attempt in range(MOST_REDRAWS):
+            problem = self.family.draw(Random(f"{seed}:{attempt}"), self.family.least_size, index, self.template)
+            if room // 4 < len(_tokens(tokenizer, problem.answer, special=False)) <= room:
+                return f"{seed}:{attempt}"
+        raise SettingsError(
+            f"tasks.{self.name}.max_new_tokens={room}: of {MOST_REDRAWS} problems none has an answer of that length; "
+            "raise it"
         )
 
     def _longest(
