@@ -77,7 +77,8 @@ def package_documents() -> Iterator[dict[str, str]]:
     `stdlib_documents` does it.
 
     Left out of packages: tests, this project itself, and files that are nearly empty, huge, or written by a program
-    (see the constants above). A directory that is on the path twice is read once. The order depends only on the names.
+    (see the constants above). Of a package that is installed in two places, the first is read. The order depends only
+    on the names.
     """
     yield from stdlib_documents()
     seen: set[str] = set()
@@ -85,8 +86,9 @@ def package_documents() -> Iterator[dict[str, str]]:
     for root in roots:
         for document in _directories(root, SKIPPED_DIRECTORIES | {"refreshkv"}, is_worth_reading):
             if document["path"] not in seen:
-                seen.add(document["path"])
                 yield document
+            if document["path"] != ".":  # every place has modules of its own at the top
+                seen.add(document["path"])
 
 
 def is_worth_reading(text: str) -> bool:

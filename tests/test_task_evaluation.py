@@ -153,10 +153,12 @@ def test_what_a_prediction_depends_on_is_computed_anew(model, tokenizer, tasks, 
 
 
 def test_a_file_of_something_else(tmp_path):
-    for text in ("a thesis\n", "[1]\n", '{"key": 1}\n'):
-        (tmp_path / "examples.jsonl").write_text(text)
+    file = tmp_path / "examples.jsonl"
+    for text in (b"a thesis\nwith an end", b"[1]\n", b'{"key": 1}\n', b"\xff\n"):
+        file.write_bytes(text)
         with pytest.raises(SettingsError, match="is not from an evaluation of tasks"):
-            Records(tmp_path / "examples.jsonl")
+            Records(file)
+        assert file.read_bytes() == text
 
 
 def test_left_padding():

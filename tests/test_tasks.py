@@ -24,6 +24,7 @@ from refreshkv.data.tasks.template import load_template
 from refreshkv.data.tasks.words import ADJECTIVES, NOUNS, coined_words, wonderwords_vocabulary
 from refreshkv.data.tokenizer import train_tokenizer
 from refreshkv.settings import SettingsError
+from refreshkv.train.loop import load_batch
 
 LENGTH = 1600
 SETTINGS = {
@@ -539,12 +540,13 @@ def test_settings_that_cannot_work(name, values, message):
     assert "\n" not in str(caught.value)
 
 
-def test_room_that_is_too_small(tokenizer):
+def test_room_that_is_too_small(tokenizer, monkeypatch):
+    monkeypatch.setattr("refreshkv.data.tasks.task.MOST_REDRAWS", 20)
     with pytest.raises(SettingsError, match="chain_of_key.length=300 is too short: the shortest prompt has"):
         next(task("chain_of_key", length=300).examples(tokenizer, 1))
     with pytest.raises(SettingsError, match="chain_of_key.max_new_tokens=8 cannot hold the right answer"):
         next(task("chain_of_key", max_new_tokens=8).examples(tokenizer, 1))
-    with pytest.raises(SettingsError, match="countdown.max_new_tokens=30: of 300 problems none"):
+    with pytest.raises(SettingsError, match="countdown.max_new_tokens=30: of 20 problems none"):
         next(task("countdown", max_new_tokens=30, length=4000).examples(tokenizer, 1))
     with pytest.raises(SettingsError, match="tasks.vt has settings but is not among the tasks: fwe"):
         build_tasks(["fwe"], {"vt": {}})
@@ -592,6 +594,8 @@ def test_tasks_are_prepared_like_any_corpus(tmp_path, tokenizer):
         begin, end = int(row["prompt_length"]), int(row["prompt_length"] + row["answer_length"])
         ids = row["input_ids"].tolist()
         assert begin == 535 and ids[end - 1] == own.eos_token_id and own.eos_token_id not in ids[begin : end - 1]
+        batch, counted = load_batch({name: row[name][None] for name in row if name != "document"}, "answers", "cpu")
+        assert batch[:, 1:][counted].tolist() == ids[begin:end]
         answer = own.decode(ids[begin : end - 1])
         assert re.fullmatch(r"( [a-z]+-[a-z]+,?){3}|( [A-Z]{5},?){5}", answer), answer
     assert prepare_rows(config, budget=50, overwrite=True).info["fingerprint"] == report.info["fingerprint"]

@@ -53,7 +53,10 @@ class Record:
 
 
 class Records:
-    """The finished examples, in a file with one JSON object per line. A line that a kill has cut short is removed."""
+    """The finished examples, in a file with one JSON object per line. A last line that a kill has cut short is removed.
+
+    Raises `SettingsError` for a file that holds something else.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -288,14 +291,16 @@ def effective_strides(records: list[Record]) -> dict[int, float | None] | None:
 
 
 def _read(path: Path) -> list[Record]:
-    content = path.read_text(encoding="utf-8")
-    complete = content[: content.rfind("\n") + 1]
-    if complete != content:
-        path.write_text(complete, encoding="utf-8")
+    content = path.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
     try:
-        return [_record(json.loads(line)) for line in complete.splitlines()]
+        records = [_record(json.loads(line)) for line in complete.splitlines()]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SettingsError(f"{path} is not from an evaluation of tasks ({error}); use another --output") from None
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"{path} is not from an evaluation of tasks ({reason}); use another --output") from None
+    if complete != content and records:
+        os.truncate(path, len(complete))
+    return records
 
 
 def _record(values: dict[str, Any]) -> Record:
