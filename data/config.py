@@ -11,10 +11,10 @@ PYTHON_STDLIB = "python-stdlib"
 PYTHON_PACKAGES = "python-packages"
 """The `path` of the library sources of the running Python and of all packages installed for it."""
 
-TASKS = "tasks"
+GENERATED_TASKS = "tasks"
 """The `path` of rows made from generated tasks."""
 
-BUILT_IN = (PYTHON_STDLIB, PYTHON_PACKAGES, TASKS)
+BUILT_IN = (PYTHON_STDLIB, PYTHON_PACKAGES, GENERATED_TASKS)
 
 FILE_BUILDERS = ("arrow", "csv", "json", "parquet", "text", "xml")
 """Builders of `datasets` that read the user's own files and nothing else."""
@@ -55,7 +55,7 @@ class DataConfig:
     max_documents: int | None = None
     """Read at most this many documents from the front of the source (>= 1)."""
     max_train_rows: int | None = None
-    """Stop reading when the train split has this many rows (>= 1)."""
+    """Stop reading after the document with which the train split has this many rows (>= 1)."""
     tasks: dict[str, Any] | None = None
     """For path=tasks: each task's name (docs/tasks.md) with a section of its settings, {} for the defaults. Rows hold
     one example each, of the tasks in turn."""
@@ -71,7 +71,7 @@ class DataConfig:
         _check_least("train_vocabulary", self.train_vocabulary, SMALLEST_VOCABULARY)
         _check_least("max_train_rows", self.max_train_rows, 1)
         _check_least("task_examples", self.task_examples, 1)
-        if self.tasks is not None and self.path != TASKS:
+        if self.tasks is not None and self.path != GENERATED_TASKS:
             raise SettingsError(
                 f"data.tasks means nothing for data.path={self.path}: leave it out or set data.path=tasks"
             )
@@ -82,7 +82,7 @@ class DataConfig:
 
     def _check_nothing_ignored(self) -> None:
         unused = [("name", None), ("data_files", None), ("split", "train")]
-        if self.path == TASKS:
+        if self.path == GENERATED_TASKS:
             unused += [("train_vocabulary", None), ("max_documents", None), ("max_train_rows", None)]
             if not self.tasks:
                 raise SettingsError("data.path=tasks: name the tasks in data.tasks, such as data.tasks.chain_of_key={}")

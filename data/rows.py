@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from refreshkv.config import RefreshConfig
-from refreshkv.data.config import TASKS, DataConfig
+from refreshkv.data.config import GENERATED_TASKS, DataConfig
 from refreshkv.data.folder import INFO_FILE, complete_folder
 from refreshkv.data.report import PreparationReport
 from refreshkv.data.sources import document_texts, load_documents
@@ -71,7 +71,7 @@ def prepare_rows(config: DataConfig, budget: int | float, overwrite: bool = Fals
             "set exactly one of data.tokenizer (the model's folder or hub id) and data.train_vocabulary (such as 4096, "
             "to train a tokenizer), and the other to null"
         )
-    prepare = _prepare_tasks if config.path == TASKS else _prepare_documents
+    prepare = _prepare_tasks if config.path == GENERATED_TASKS else _prepare_documents
     with complete_folder(target, overwrite) as folder:
         info = prepare(config, folder)
         (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n")

@@ -265,6 +265,23 @@ def test_questions_from_squad(tmp_path):
         made.family.draw(random.Random(0), 4, 9, made.template)
 
 
+def test_files_that_cannot_be_read(tmp_path, tokenizer):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "page.html").write_text("text")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"body": "One."}) + "\n")
+    for name, file, message in [
+        ("niah_single_2", "nowhere.txt", "nowhere.txt cannot be read"),
+        ("niah_single_2", "empty.txt", "nothing in it|no sentence in it|cannot be read"),
+        ("niah_single_2", "page.html", r"must be files of one kind \(\.txt, "),
+        ("niah_single_2", "rows.jsonl", "text_column=text: the files have no such column; body"),
+        ("qa_1", "nowhere.json", "there is no file"),
+        ("gov_report", "rows.jsonl", "have no column context; they have body"),
+    ]:
+        with pytest.raises(SettingsError, match=f"^tasks.{name}.*({message})") as caught:
+            next(task(name, data_files=str(tmp_path / file)).examples(tokenizer, 1))
+        assert "\n" not in str(caught.value)
+
+
 def test_questions_from_hotpot(tmp_path):
     file = tmp_path / "hotpot.json"
     items = [
@@ -443,7 +460,7 @@ def test_summaries_cut_the_documents_end(documents, tokenizer):
     assert kept == [str(i) for i in range(len(kept))] and 0 < len(kept) < 900
     room = LENGTH - made.family.max_new_tokens
     assert FULL_ENOUGH * room <= len(first.prompt_ids) <= room
-    with pytest.raises(SettingsError, match="hold 2 documents"):
+    with pytest.raises(SettingsError, match=r"tasks\.qmsum\.data_files hold 2 documents"):
         list(made.examples(tokenizer, 3))
     whole = next(task("gov_report", data_files=documents, length=20_000).examples(tokenizer, 1))
     assert "word899" in whole.prompt

@@ -128,7 +128,9 @@ class Needles(Family):
             return [str(UUID(int=random.getrandbits(128), version=4)) for _ in range(count)]
         first, second = word_pairs(self.words)
         if count > len(first) * len(second):
-            raise SettingsError(f"there are {len(first) * len(second)} keys of words, {count} are needed: lower length")
+            raise SettingsError(
+                f"length needs {count} keys of words, and there are {len(first) * len(second)}: lower it"
+            )
         numbers = random.sample(range(len(first) * len(second)), count)
         return [f"{first[n // len(second)]}-{second[n % len(second)]}" for n in numbers]
 

@@ -1,6 +1,5 @@
 """All tasks by name."""
 
-import dataclasses
 import difflib
 from typing import Any
 
@@ -82,8 +81,3 @@ def build_tasks(names: list[str], values: dict[str, dict[str, Any]] | None = Non
 
 def _known() -> str:
     return f"known are {', '.join(TASKS)}, and {', '.join(GROUPS)} for all of RULER's"
-
-
-def task_fields(name: str) -> list[str]:
-    """The settings that the task has."""
-    return [field.name for field in dataclasses.fields(TASKS[name][0])]

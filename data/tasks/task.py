@@ -144,7 +144,11 @@ class Task:
         answer_room = answer_tokens or self.family.max_new_tokens
         start = self.family.least_size
         for index in range(count):
-            size, example = self._fitting(tokenizer, purpose, index, start, prompt_room, answer_room)
+            try:
+                size, example = self._fitting(tokenizer, purpose, index, start, prompt_room, answer_room)
+            except SettingsError as error:
+                own = str(error).startswith("tasks.")
+                raise SettingsError(str(error) if own else f"tasks.{self.name}.{error}") from None
             start = size if index == 0 else start  # the first one's size is a good guess for all
             yield example
 
