@@ -8,6 +8,14 @@ from refreshkv.settings import SettingsError
 PYTHON_STDLIB = "python-stdlib"
 """The `path` that needs no download: the library sources of the running Python."""
 
+PYTHON_PACKAGES = "python-packages"
+"""The `path` of the library sources of the running Python and of all packages installed for it."""
+
+GENERATED_TASKS = "tasks"
+"""The `path` of rows made from generated tasks."""
+
+BUILT_IN = (PYTHON_STDLIB, PYTHON_PACKAGES, GENERATED_TASKS)
+
 FILE_BUILDERS = ("arrow", "csv", "json", "parquet", "text", "xml")
 """Builders of `datasets` that read the user's own files and nothing else."""
 
@@ -26,7 +34,8 @@ class DataConfig:
     """Folder of the prepared rows: written by launch/prepare.py, read by training and evaluation."""
     path: str = PYTHON_STDLIB
     """What `datasets.load_dataset` takes first: a builder (json, text, parquet, ...), a folder, or a dataset's id on
-    the hub. Or python-stdlib, which needs no download: the library sources of the running Python."""
+    the hub. Or one of three that need no download: python-stdlib, the library sources of the running Python;
+    python-packages, those and the sources of all installed packages; tasks, prompts and answers of `tasks`."""
     name: str | None = None
     """The dataset's configuration, where it has several."""
     data_files: str | list[str] | dict[str, Any] | None = None
@@ -45,6 +54,13 @@ class DataConfig:
     """Tokens in a row (>= 2). Documents shorter than this give no row."""
     max_documents: int | None = None
     """Read at most this many documents from the front of the source (>= 1)."""
+    max_train_rows: int | None = None
+    """Stop reading after the document with which the train split has this many rows (>= 1)."""
+    tasks: dict[str, Any] | None = None
+    """For path=tasks: each task's name (docs/tasks.md) with a section of its settings, {} for the defaults. Rows hold
+    one example each, of the tasks in turn."""
+    task_examples: int = 10_000
+    """For path=tasks: examples, and so rows, in all splits together (>= 1)."""
 
     def __post_init__(self) -> None:
         for key in ("folder", "path", "split", "text_column"):
@@ -53,16 +69,27 @@ class DataConfig:
         _check_least("row_length", self.row_length, 2)
         _check_least("max_documents", self.max_documents, 1)
         _check_least("train_vocabulary", self.train_vocabulary, SMALLEST_VOCABULARY)
-        if self.path == PYTHON_STDLIB:
+        _check_least("max_train_rows", self.max_train_rows, 1)
+        _check_least("task_examples", self.task_examples, 1)
+        if self.tasks is not None and self.path != GENERATED_TASKS:
+            raise SettingsError(
+                f"data.tasks means nothing for data.path={self.path}: leave it out or set data.path=tasks"
+            )
+        if self.path in BUILT_IN:
             self._check_nothing_ignored()
         elif self.path in FILE_BUILDERS and not self.data_files:
             raise SettingsError(f"data.path={self.path} reads files of yours: name them in data.data_files")
 
     def _check_nothing_ignored(self) -> None:
-        for key, unset in (("name", None), ("data_files", None), ("split", "train")):
+        unused = [("name", None), ("data_files", None), ("split", "train")]
+        if self.path == GENERATED_TASKS:
+            unused += [("train_vocabulary", None), ("max_documents", None), ("max_train_rows", None)]
+            if not self.tasks:
+                raise SettingsError("data.path=tasks: name the tasks in data.tasks, such as data.tasks.chain_of_key={}")
+        for key, unset in unused:
             if getattr(self, key) != unset:
                 raise SettingsError(
-                    f"data.{key} means nothing for data.path={PYTHON_STDLIB}: leave it out or set data.path too"
+                    f"data.{key} means nothing for data.path={self.path}: leave it out or set data.path too"
                 )
 
 

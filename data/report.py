@@ -20,12 +20,24 @@ class PreparationReport:
         return "\n".join([_table(self.info["splits"]), *self._notes(), *self._warnings()])
 
     def _notes(self) -> list[str]:
-        row_length, info = self.info["data"]["row_length"], self.info
+        info = self.info
         return [
-            f"{self.folder}: rows of {row_length:,} tokens, no row of two documents; each document ends in "
-            f"{info['end_of_text']}, no other special token is added",
+            *self._contents(),
             f"vocabulary {info['vocabulary_size']:,}, fingerprint {info['fingerprint'][:16]}",
             f"context longer than the small cache (K = {self.budget:,}): {self.share_beyond:.1%} of a row's positions",
+        ]
+
+    def _contents(self) -> list[str]:
+        info, row_length = self.info, self.info["data"]["row_length"]
+        if "tasks" not in info:
+            return [
+                f"{self.folder}: rows of {row_length:,} tokens, no row of two documents; each document ends in "
+                f"{info['end_of_text']}, no other special token is added"
+            ]
+        return [
+            f"{self.folder}: rows of {row_length:,} tokens, an example each of {', '.join(info['tasks'])}",
+            f"answers begin at token {info['prompt_length']}: with simulation.prompt_length={info['prompt_length']} so "
+            "do the simulated steps",
         ]
 
     def _warnings(self) -> list[str]:

@@ -6,8 +6,9 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from refreshkv.config import RefreshConfig
-from refreshkv.data.config import DataConfig
+from refreshkv.data.config import GENERATED_TASKS, DataConfig
 from refreshkv.data.folder import INFO_FILE, complete_folder
 from refreshkv.data.report import PreparationReport
 from refreshkv.data.sources import document_texts, load_documents
+from refreshkv.data.tasks.rows import prompt_length, task_rows, training_tasks
+from refreshkv.data.tasks.task import Task
 from refreshkv.data.tokenizer import model_tokenizer, train_tokenizer
 from refreshkv.data.writer import SplitWriter
 from refreshkv.settings import SettingsError
@@ -35,7 +38,11 @@ BATCH_CHARACTERS = 2_000_000
 
 @dataclass(frozen=True)
 class Rows:
-    """Prepared rows, memory mapped. A row is {"input_ids": (row_length,) int64 tensor, "document": short hash}."""
+    """Prepared rows, memory mapped. A row is {"input_ids": (row_length,) int64 tensor, "document": short hash}.
+
+    Rows of tasks also have "prompt_length" and "answer_length", int64: the answer, its end of text included, stands in
+    the columns from prompt_length on.
+    """
 
     train: Dataset
     validation: Dataset
@@ -53,6 +60,8 @@ def prepare_rows(config: DataConfig, budget: int | float, overwrite: bool = Fals
     fill a row (with it, mostly, the end-of-text token); both are counted. A document's split depends on the hash of its
     text only. The folder appears when it is complete. `budget` is the run's `refresh.budget`, for the report.
 
+    With `path=tasks` each row holds one example of a task instead, see `refreshkv.data.tasks.rows`.
+
     Raises `SettingsError` for a source, a tokenizer or a folder that cannot be used, and if training would get no row.
     """
     capacity = RefreshConfig(budget=budget).largest_budget(config.row_length)
@@ -62,11 +71,9 @@ def prepare_rows(config: DataConfig, budget: int | float, overwrite: bool = Fals
             "set exactly one of data.tokenizer (the model's folder or hub id) and data.train_vocabulary (such as 4096, "
             "to train a tokenizer), and the other to null"
         )
+    prepare = _prepare_tasks if config.path == GENERATED_TASKS else _prepare_documents
     with complete_folder(target, overwrite) as folder:
-        documents = load_documents(config)
-        tokenizer = _tokenizer(config, documents)
-        tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
-        info = _write_rows(config, documents, tokenizer, folder)
+        info = prepare(config, folder)
         (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n")
     return PreparationReport(target, info, capacity, share_beyond(budget, config.row_length))
 
@@ -119,6 +126,25 @@ def assign_document(text: str) -> tuple[str, str]:
     return digest[:16], "train" if share < 0.8 else "validation" if share < 0.9 else "test"
 
 
+def _prepare_documents(config: DataConfig, folder: Path) -> dict[str, Any]:
+    documents = load_documents(config)
+    tokenizer = _tokenizer(config, documents)
+    tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+    return _write_rows(config, tokenizer, folder, partial(_add_documents, config, documents, tokenizer))
+
+
+def _prepare_tasks(config: DataConfig, folder: Path) -> dict[str, Any]:
+    tasks = training_tasks(config.tasks, config.row_length)
+    tokenizer = model_tokenizer(config.tokenizer)
+    tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+    columns = ("prompt_length", "answer_length")
+    info = _write_rows(config, tokenizer, folder, partial(_add_examples, config, tasks, tokenizer), columns)
+    return info | {
+        "prompt_length": prompt_length(tasks, config.row_length),
+        "tasks": {task.label: task.settings() for task in tasks},
+    }
+
+
 def _tokenizer(config: DataConfig, documents: Dataset | IterableDataset) -> PreTrainedTokenizerBase:
     if config.tokenizer is not None:
         return model_tokenizer(config.tokenizer)
@@ -127,20 +153,46 @@ def _tokenizer(config: DataConfig, documents: Dataset | IterableDataset) -> PreT
 
 
 def _write_rows(
-    config: DataConfig, documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, folder: Path
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    add: Callable[[dict[str, SplitWriter]], None],
+    columns: tuple[str, ...] = (),
 ) -> dict[str, Any]:
+    """Writes what `add` puts into the splits' writers; returns the folder's rows.json."""
     streams = folder / "streams"
     streams.mkdir()
-    writers = {split: SplitWriter(streams / f"{split}.arrow", config.row_length) for split in SPLITS}
-    for text, token_ids in _tokenized(config, documents, tokenizer):
-        document, split = assign_document(text)
-        writers[split].add(token_ids, document)
+    writers = {split: SplitWriter(streams / f"{split}.arrow", config.row_length, columns) for split in SPLITS}
+    add(writers)
     rows = DatasetDict({split: writer.close() for split, writer in writers.items()})
     _check_train_has_rows(config, writers)
     # An empty split needs its one empty file named; by itself `datasets` would write none and then not load it.
     rows.save_to_disk(folder, num_shards={split: None if len(rows[split]) else 1 for split in SPLITS})
     shutil.rmtree(streams)
     return _describe(config, tokenizer, writers)
+
+
+def _add_documents(
+    config: DataConfig,
+    documents: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    writers: dict[str, SplitWriter],
+) -> None:
+    for text, token_ids in _tokenized(config, documents, tokenizer):
+        document, split = assign_document(text)
+        writers[split].add(token_ids, document)
+        if config.max_train_rows is not None and writers["train"].counts.rows >= config.max_train_rows:
+            break
+
+
+def _add_examples(
+    config: DataConfig, tasks: list[Task], tokenizer: PreTrainedTokenizerBase, writers: dict[str, SplitWriter]
+) -> None:
+    answers_begin = prompt_length(tasks, config.row_length)
+    rows = task_rows(tasks, tokenizer, config.row_length, config.task_examples)
+    for row in tqdm(rows, "writing examples", config.task_examples, unit=" rows"):
+        document, split = assign_document(row.text)
+        writers[split].add_row(row.token_ids, document, prompt_length=answers_begin, answer_length=row.answer_length)
 
 
 def _tokenized(

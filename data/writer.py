@@ -27,15 +27,19 @@ class SplitCounts:
 
 
 class SplitWriter:
-    """Cuts documents into rows of `row_length` tokens and appends them to the Arrow stream `path`."""
+    """Cuts documents into rows of `row_length` tokens and appends them to the Arrow stream `path`.
 
-    def __init__(self, path: Path, row_length: int) -> None:
+    `columns` names further whole numbers that each row has, for `add_row`.
+    """
+
+    def __init__(self, path: Path, row_length: int, columns: tuple[str, ...] = ()) -> None:
         self.counts = SplitCounts()
         self.largest_token_id = -1
         self.longest_document = 0
         self._row_length = row_length
         self._path = path
-        self._schema = _features(row_length).arrow_schema
+        self._columns: dict[str, list[int]] = {name: [] for name in columns}
+        self._schema = _features(row_length, columns).arrow_schema
         self._stream = pa.ipc.new_stream(path, self._schema)
         self._digest = hashlib.sha256()
         self._rows: list[np.ndarray] = []
@@ -55,8 +59,15 @@ class SplitWriter:
         if count:
             self._buffer(np.array(token_ids[:kept], dtype=np.int32), [document] * count)
 
+    def add_row(self, token_ids: list[int], document: str, **values: int) -> None:
+        """Adds one document that is exactly a row; `values` are those of the further columns."""
+        for name, value in values.items():
+            self._columns[name].append(value)
+        self.add(token_ids, document)
+
     def close(self) -> Dataset:
-        """Ends the stream and returns its rows, memory mapped: input_ids (row_length,) int32, document a short hash."""
+        """Ends the stream and returns its rows, memory mapped: input_ids (row_length,) int32, document a short hash,
+        and the further columns, int32."""
         self._flush()
         self._stream.close()
         return Dataset.from_file(str(self._path))
@@ -79,10 +90,13 @@ class SplitWriter:
         if not self._rows:
             return
         input_ids = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(self._rows)), self._row_length)
-        batch = [input_ids, pa.array(self._documents, pa.string())]
+        numbers = [pa.array(values, pa.int32()) for values in self._columns.values()]
+        batch = [input_ids, pa.array(self._documents, pa.string()), *numbers]
         self._stream.write_batch(pa.RecordBatch.from_arrays(batch, schema=self._schema))
         self._rows, self._documents, self._buffered_tokens = [], [], 0
+        self._columns = {name: [] for name in self._columns}
 
 
-def _features(row_length: int) -> Features:
-    return Features({"input_ids": List(Value("int32"), length=row_length), "document": Value("string")})
+def _features(row_length: int, columns: tuple[str, ...]) -> Features:
+    features = {"input_ids": List(Value("int32"), length=row_length), "document": Value("string")}
+    return Features(features | {name: Value("int32") for name in columns})

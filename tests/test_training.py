@@ -15,7 +15,7 @@ from refreshkv.settings import SettingsError, settings_from_dict
 from refreshkv.train.checkpoint import check_output, claim_output, finished_checkpoints
 from refreshkv.train.config import RunConfig, SimulationConfig
 from refreshkv.train.loop import check_config, warnings
-from refreshkv.train.loss import loss_sums, partial_positions
+from refreshkv.train.loss import answer_targets, loss_sums, partial_positions
 from refreshkv.train.order import RowOrder
 from refreshkv.train.simulation import draw_simulation
 from tests.jobs import (
@@ -232,6 +232,7 @@ def test_settings_that_contradict_each_other():
         ({"simulation": {"pattern": "paper", "prompt_length": None, "stride": ROW_LENGTH}}, "simulation.stride"),
         ({"data": {"row_length": 40}}, "data.row_length"),
         ({"training": {"evaluate_every": 1, "evaluate_tokens": ROW_LENGTH}}, "training.evaluate_tokens"),
+        ({"training": {"loss_on": "answers"}}, "training.loss_on"),
     ]:
         with pytest.raises(SettingsError, match=named):
             check_config(run_config(**sections), info)
@@ -281,3 +282,21 @@ def test_losses_by_kind_of_position():
     logits = outputs.logits[:, :-1].log_softmax(-1)
     expected = -logits.gather(-1, ids[:, 1:, None]).squeeze(-1)[:, partial[:-1]].sum()
     assert float(sums.partial) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_losses_of_answers_alone():
+    model, ids = tiny_enabled(dtype=torch.float32), random_ids(2, 20)
+    simulation = Simulation(7, RefreshConfig(budget=4, stride=5))
+    answers = answer_targets(torch.tensor([7, 7]), torch.tensor([3, 6]), 20)
+    assert [row.nonzero().flatten().tolist() for row in answers] == [[6, 7, 8], [6, 7, 8, 9, 10, 11]]
+    with torch.no_grad():
+        logits = model(ids, refresh=simulation).logits
+    everything = loss_sums(logits, ids, simulation)
+    assert loss_sums(logits, ids, simulation, torch.ones(2, 19, dtype=torch.bool)) == everything
+    sums = loss_sums(logits, ids, simulation, answers)
+    losses = -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    assert float(sums.total) == pytest.approx(float(losses[0, 6:9].sum() + losses[1, 6:12].sum()), rel=1e-5)
+    assert float(sums.partial) == pytest.approx(
+        float(losses[0, 7:9].sum() + losses[1, 7:11].sum()), rel=1e-5
+    )  # 6 and 11 are full
+    assert (int(sums.tokens), int(sums.partial_tokens)) == (9, 6)

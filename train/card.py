@@ -159,6 +159,7 @@ def _source(data: DataConfig) -> str:
     path = data.path if _is_hub_id(data.path) else Path(data.path).name
     extras = [
         data.name,
+        ", ".join(data.tasks or ()),
         _file_names(data.data_files),
         f"split {data.split}" if path != data.path or data.name else None,
     ]

@@ -101,6 +101,8 @@ class TrainingConfig:
     """AdamW's weight decay."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """AdamW's betas."""
+    loss_on: Literal["all", "answers"] = "all"
+    """Tokens whose losses count: all, or only the answers in rows of tasks (data.path=tasks)."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 turns clipping off."""
     activation_checkpointing: bool = False

@@ -25,7 +25,7 @@ from refreshkv.train.config import RunConfig
 from refreshkv.train.engine import build_engine, check_batch, init_processes, read_deepspeed_json, zero_stage
 from refreshkv.train.evaluation import Strategy, evaluate
 from refreshkv.train.log import RunLog
-from refreshkv.train.loss import loss_sums
+from refreshkv.train.loss import answer_targets, loss_sums
 from refreshkv.train.model import build_model, check_rows, model_configuration
 from refreshkv.train.order import RowOrder
 from refreshkv.train.simulation import draw_simulation
@@ -74,7 +74,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
         torch.manual_seed(training.seed * 1_000_003 + step * world + rank)  # for models with dropout
         simulation = draw_simulation(config.simulation, config.refresh, config.data.row_length, training.seed, step)
         batches = [
-            rows.train[indices]["input_ids"].to(engine.device, torch.int64)
+            load_batch(rows.train[indices], training.loss_on, engine.device)
             for indices in order.micro_batches(step - 1, rank, world, training.micro_batch)
         ]
         learning_rate = engine.get_lr()[0]
@@ -94,20 +94,28 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     dist.destroy_process_group()
 
 
-def train_step(
-    engine, batches: list[Tensor], simulation: Simulation | None, output: Path, step: int
-) -> dict[str, float]:
-    """One optimizer step over this rank's micro-batches of ids (rows, T); returns its values, equal on all ranks.
+def load_batch(rows: dict[str, Tensor], loss_on: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A micro-batch: ids (rows, T) int64, and the next tokens whose losses count, (rows, T-1) bool."""
+    ids = rows["input_ids"].to(device, torch.int64)
+    if loss_on == "all":
+        return ids, torch.ones_like(ids[:, 1:], dtype=torch.bool)
+    return ids, answer_targets(rows["prompt_length"].to(device), rows["answer_length"].to(device), ids.shape[1])
 
-    The loss is the mean over the tokens of all ranks, whatever their share of each.
+
+def train_step(
+    engine, batches: list[tuple[Tensor, Tensor]], simulation: Simulation | None, output: Path, step: int
+) -> dict[str, float]:
+    """One optimizer step over this rank's micro-batches of `load_batch`; returns its values, equal on all ranks.
+
+    The loss is the mean over the counted tokens of all ranks, whatever their share of each.
     """
     engine.train()
-    tokens = torch.tensor(float(sum(ids[:, 1:].numel() for ids in batches)), device=engine.device)
+    tokens = torch.tensor(float(sum(int(counted.sum()) for _, counted in batches)), device=engine.device)
     dist.all_reduce(tokens)
     totals = torch.zeros(4, device=engine.device)
-    for index, ids in enumerate(batches):
+    for index, (ids, counted) in enumerate(batches):
         logits = engine(input_ids=ids, refresh=simulation, use_cache=False).logits
-        sums = loss_sums(logits, ids, simulation)
+        sums = loss_sums(logits, ids, simulation, counted)
         # DeepSpeed averages gradients over ranks; the division by the global number of tokens is ours
         engine.backward(sums.total * (dist.get_world_size() / tokens), scale_wrt_gas=False)
         totals += torch.stack([part.detach() for part in sums])
@@ -165,6 +173,11 @@ def check_config(config: RunConfig, info: dict) -> None:
         raise SettingsError(
             f"data.row_length={length}, but the rows in {config.data.folder} have {prepared} tokens: set it to that, "
             "or prepare them again in another folder"
+        )
+    if config.training.loss_on == "answers" and "prompt_length" not in info:
+        raise SettingsError(
+            f"training.loss_on=answers: the rows in {config.data.folder} have no answers; prepare them with "
+            "data.path=tasks"
         )
     if config.simulation.pattern == "whole":
         config.simulation.prompt_range(length)

@@ -37,9 +37,21 @@ def partial_positions(simulation: Simulation | None, length: int, device: torch.
     return (step > 0) & (step % simulation.config.stride != 0)
 
 
-def loss_sums(logits: Tensor, ids: Tensor, simulation: Simulation | None) -> LossSums:
-    """Sums of the losses of ids (B, T) under logits (B, T, V); the first is differentiable."""
+def answer_targets(prompt_length: Tensor, answer_length: Tensor, length: int) -> Tensor:
+    """Which next tokens belong to the answers of rows of tasks: (B,) and (B,) int64 -> (B, length - 1) bool."""
+    target = torch.arange(1, length, device=prompt_length.device)
+    begin, end = prompt_length[:, None], (prompt_length + answer_length)[:, None]
+    return (target >= begin) & (target < end)
+
+
+def loss_sums(logits: Tensor, ids: Tensor, simulation: Simulation | None, counted: Tensor | None = None) -> LossSums:
+    """Sums of the losses of ids (B, T) under logits (B, T, V); the first is differentiable.
+
+    counted (B, T-1) bool: the next tokens whose losses count; None for all.
+    """
     losses = token_losses(logits, ids)
-    partial = partial_positions(simulation, losses.shape[1], losses.device).expand_as(losses)
-    tokens = losses.new_tensor(losses.numel())
-    return LossSums(losses.sum(), tokens, losses.detach()[partial].sum(), partial.sum().float())
+    if counted is None:
+        counted = torch.ones_like(losses, dtype=torch.bool)
+    partial = partial_positions(simulation, losses.shape[1], losses.device) & counted
+    total = losses.masked_fill(~counted, 0.0).sum()
+    return LossSums(total, counted.sum().float(), losses.detach()[partial].sum(), partial.sum().float())

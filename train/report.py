@@ -75,7 +75,7 @@ def build_report(
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in LIBRARIES},
         },
-        "hardware": _hardware(),
+        "hardware": hardware(),
         "evaluation": evaluation.to_dict(),
     }
     if before is not None:
@@ -248,7 +248,8 @@ def _difference(key: str, there: Any, here: Any) -> str:
     raise AssertionError("called for protocols that do not differ")
 
 
-def _hardware() -> str:
+def hardware() -> str:
+    """The GPUs, or the CPU, that torch uses."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,73 @@
+"""Chain-of-key: follow keys through a long list, one after the other (Xu et al., appendix A.6).
+
+Each key is a few words, and the last word of a key is the first word of exactly one other: its successor. The answer
+names the next T keys of the chain, so every one of them has to be found somewhere else in the prompt.
+"""
+
+import re
+from dataclasses import dataclass
+from random import Random
+from typing import Any, ClassVar
+
+from refreshkv.data.tasks.scoring import leading_matches
+from refreshkv.data.tasks.task import Family, Problem
+from refreshkv.data.tasks.template import Template
+from refreshkv.data.tasks.words import coined_words
+from refreshkv.settings import SettingsError
+
+KEY = re.compile(r"[a-z]+(?:-[a-z]+)+")
+
+
+@dataclass(frozen=True)
+class ChainOfKey(Family):
+    """Size: the number of keys in the prompt. They form one ring, in an order that the prompt does not show."""
+
+    max_new_tokens: int = 256
+    """Tokens that may be generated."""
+    keys: int = 10
+    """Keys to generate: T."""
+    words_per_key: int = 2
+    """Words of a key, its first and last included."""
+
+    template: ClassVar[Template] = {
+        "prompt": (
+            "Here are keys, each made of words joined by hyphens. The key that comes after another is the one whose "
+            "first word is the other's last word.\n\n{context}\n\nStart from the key {start} and write the {count} "
+            "keys that come after it, in order.\n"
+        ),
+        "answer_prefix": "The keys after {start}:",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keys < 1 or self.words_per_key < 2:
+            raise SettingsError(
+                f"keys must be at least 1 and words_per_key at least 2, got {self.keys} and {self.words_per_key}"
+            )
+
+    @property
+    def least_size(self) -> int:
+        """A ring that is long enough to name T keys after the first without coming around to it."""
+        return self.keys + 1
+
+    def draw(self, random: Random, size: int, index: int, template: Template) -> Problem:
+        words = coined_words(random, size * (self.words_per_key - 1))
+        links, inner = words[:size], iter(words[size:])
+        ring = [
+            "-".join([links[i], *(next(inner) for _ in range(self.words_per_key - 2)), links[(i + 1) % size]])
+            for i in range(size)
+        ]
+        start, chain = ring[0], ring[1 : self.keys + 1]
+        listed = random.sample(ring, size)
+        return Problem(
+            fields={"context": "\n".join(listed), "start": start, "count": str(self.keys)},
+            answer=" " + ", ".join(chain),
+            references={"start": start, "chain": chain},
+        )
+
+    def score(self, prediction: str, references: Any) -> dict[str, float]:
+        """Leading keys that each succeed the one before, over T. The start itself may be repeated first."""
+        found, chain = KEY.findall(prediction), references["chain"]
+        if found[:1] == [references["start"]]:
+            found = found[1:]
+        return {"score": leading_matches(found, chain) / len(chain)}

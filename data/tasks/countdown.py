@@ -1,0 +1,191 @@
+"""Countdown: search how four numbers make a fifth, and write the search down (LongProc, arXiv 2501.05414)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from random import Random
+from typing import Any, ClassVar
+
+from refreshkv.data.tasks.scoring import between_tags, leading_matches
+from refreshkv.data.tasks.task import Family, Problem
+from refreshkv.data.tasks.template import Template
+from refreshkv.settings import SettingsError
+
+LARGEST = 2000
+"""Results from here on are dropped."""
+HEADING = "# Search"
+FOUND = "Target reached."
+EXAMPLE_LINES = 60
+"""Most lines of search in a solved example."""
+OPERATIONS = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "/": lambda a, b: Fraction(a, b) if b else None,
+}
+
+
+@dataclass(frozen=True)
+class Countdown(Family):
+    """Prompts cannot be made longer: the answer is what is long. A problem is drawn until the search, written down, has
+    between a quarter of max_new_tokens and all of it."""
+
+    max_new_tokens: int = 1024
+    """Tokens that may be generated."""
+    largest_number: int = 50
+    """The four numbers lie between 1 and this."""
+    examples: int = 2
+    """Solved examples in the prompt: LongProc has two."""
+
+    template: ClassVar[Template] = {
+        "prompt": (
+            "Make {target} out of {numbers}, using each number exactly once and the operations + - * / between two "
+            "at a time. Results must be whole numbers below 2000 and not negative.\nSearch in this order: for every "
+            "pair, from left to right, try the larger number +, -, *, / the smaller one. Drop a result that is not "
+            "allowed, go on with the result put before the numbers that are left otherwise, and go back when nothing "
+            "remains to be tried. Write the search line by line below # Search. Then write the three equations of the "
+            "solution, one on each line, between <Solution> and </Solution>.\n\n"
+        ),
+        "answer_prefix": "",
+    }
+    redraws: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.largest_number < 2 or self.examples < 0:
+            raise SettingsError(
+                f"largest_number must be at least 2 and examples at least 0, got {self.largest_number} and "
+                f"{self.examples}"
+            )
+
+    def largest_size(self, index: int) -> int | None:
+        return 1
+
+    def draw(self, random: Random, size: int, index: int, template: Template) -> Problem:
+        problem = _problem(random, self.largest_number)
+        return Problem(
+            problem.fields, problem.answer, problem.references, _examples(self.examples, self.largest_number)
+        )
+
+    def score(self, prediction: str, references: Any) -> dict[str, float]:
+        """LongProc's accuracy: 1 for three equations that use the numbers up and end in the target, whatever the
+        search. partial: 1 for those, else the share of leading right lines of the search."""
+        solution = between_tags(prediction, "Solution")
+        if solution is not None and is_solution(solution, references["numbers"], references["target"]):
+            return {"score": 1.0, "partial": 1.0}
+        if HEADING not in prediction:
+            return {"score": 0.0, "partial": 0.0}
+        lines = prediction.rpartition(HEADING)[2].strip().split("\n")
+        return {"score": 0.0, "partial": leading_matches(lines, references["search"]) / len(references["search"])}
+
+
+def search(numbers: list[int], target: int) -> tuple[list[str], list[str]]:
+    """The depth-first search of LongProc up to the first solution: its lines, and the equations of the solution.
+
+    Pairs come from left to right, the larger number first, then + - * /. A result that is no whole number, is 2000 or
+    more, or divides by zero is dropped; others join the numbers in front. Raises `ValueError` if there is no solution.
+    """
+    lines: list[str] = []
+    equations = _search(numbers, target, 0, lines)
+    if equations is None:
+        raise ValueError(f"no way from {numbers} to {target}")
+    return lines, equations
+
+
+def is_solution(text: str, numbers: list[int], target: int) -> bool:
+    """Whether the lines of `text` are three right equations that use up `numbers` and their own results, ending in
+    target."""
+    left, lines = list(numbers), text.split("\n")
+    if len(lines) != len(numbers) - 1:
+        return False
+    for line in lines:
+        parts = line.split()
+        if len(parts) != 5 or parts[1] not in OPERATIONS or parts[3] != "=":
+            return False
+        try:
+            a, b, result = (int(parts[i]) for i in (0, 2, 4))
+            left.remove(a)
+            left.remove(b)
+        except ValueError:
+            return False
+        if OPERATIONS[parts[1]](a, b) != result:
+            return False
+        left.append(result)
+    return left == [target]
+
+
+@lru_cache(maxsize=8)
+def _examples(count: int, largest: int) -> tuple[Problem, ...]:
+    """Problems with a short search: the same in all prompts, as in LongProc."""
+    random, found = Random("examples"), []
+    while len(found) < count:
+        problem = _problem(random, largest)
+        if len(problem.references["search"]) <= EXAMPLE_LINES:
+            found.append(problem)
+    return tuple(found)
+
+
+def _problem(random: Random, largest: int) -> Problem:
+    """Numbers, and a target that some way of combining them reaches."""
+    while True:
+        numbers = [random.randint(1, largest) for _ in range(4)]
+        target = _reachable(random, numbers)
+        if target is not None:
+            break
+    lines, equations = search(numbers, target)
+    return Problem(
+        fields={"numbers": ", ".join(map(str, numbers)), "target": str(target)},
+        answer="\n".join([HEADING, *lines, "<Solution>", *equations, "</Solution>"]),
+        references={"numbers": numbers, "target": target, "search": lines},
+    )
+
+
+def _search(numbers: list[int], target: int, depth: int, lines: list[str]) -> list[str] | None:
+    """Equations that lead from the numbers to the target, None if there are none; the search is added to `lines`."""
+    for a, b, rest in _pairs(numbers):
+        for operation, compute in OPERATIONS.items():
+            result = compute(a, b)
+            equation = f"{a} {operation} {b} = {result}"
+            line = f"{'  ' * depth}{a} {operation} {b}"
+            reason = _fault(result)
+            if reason is not None:
+                lines.append(f"{line}: {reason}, drop")
+            elif not rest:
+                lines.append(f"{line} = {result}: {FOUND if result == target else f'not {target}, drop'}")
+                if result == target:
+                    return [equation]
+            else:
+                left = [int(result), *rest]
+                lines.append(f"{line} = {result}: left {', '.join(map(str, left))}")
+                found = _search(left, target, depth + 1, lines)
+                if found is not None:
+                    return [equation, *found]
+    return None
+
+
+def _pairs(numbers: list[int]) -> Iterator[tuple[int, int, list[int]]]:
+    for i in range(len(numbers)):
+        for j in range(i + 1, len(numbers)):
+            rest = [number for k, number in enumerate(numbers) if k not in (i, j)]
+            yield max(numbers[i], numbers[j]), min(numbers[i], numbers[j]), rest
+
+
+def _fault(result: int | Fraction | None) -> str | None:
+    if result is None:
+        return "division by zero"
+    if isinstance(result, Fraction) and result.denominator != 1:
+        return "not whole"
+    return "too large" if result >= LARGEST else None
+
+
+def _reachable(random: Random, numbers: list[int]) -> int | None:
+    """Combines the numbers at random; None if a step is not allowed."""
+    left = list(numbers)
+    while len(left) > 1:
+        a, b, rest = random.choice(list(_pairs(left)))
+        result = random.choice(list(OPERATIONS.values()))(a, b)
+        if _fault(result) is not None:
+            return None
+        left = [int(result), *rest]
+    return left[0] or None

@@ -1,0 +1,164 @@
+"""Questions whose documents stand among many others: qa_1 (SQuAD) and qa_2 (HotpotQA) of RULER (arXiv 2404.06654)."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+from typing import Any, ClassVar, Literal
+
+from refreshkv.data.tasks.scoring import match_any
+from refreshkv.data.tasks.task import Family, Problem
+from refreshkv.data.tasks.template import Template
+from refreshkv.data.tasks.words import ADJECTIVES, NOUNS, coined_words
+from refreshkv.settings import SettingsError
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its answers, and by number the documents that it needs and those close to them."""
+
+    text: str
+    answers: list[str]
+    needed: list[int]
+    related: list[int]
+
+
+@dataclass(frozen=True)
+class Questions(Family):
+    """Size: documents in the prompt, those that the question needs first, then related ones, then any."""
+
+    max_new_tokens: int = 32
+    """Tokens that may be generated."""
+    source: Literal["squad", "hotpot"] = "squad"
+    """Layout of `data_files`, and how many documents a made-up question needs: one, or two."""
+    data_files: str | None = None
+    """SQuAD 2.0's dev-v2.0.json, or HotpotQA's hotpot_dev_distractor_v1.json. None: documents about people and towns
+    that do not exist."""
+
+    template: ClassVar[Template] = {
+        "document": "Document {number}:\n{text}",
+        "prompt": (
+            "Read the documents and answer the question at the end from them, with the answer alone.\n\n{context}\n\n"
+            "Answer from the documents above, with the answer alone.\n\nQuestion: {query}\n"
+        ),
+        "answer_prefix": "Answer:",
+    }
+
+    @property
+    def substitutes(self) -> tuple[str, ...]:
+        names = {"squad": "SQuAD", "hotpot": "HotpotQA"}
+        return () if self.data_files else (f"made-up documents for {names[self.source]}",)
+
+    @property
+    def least_size(self) -> int:
+        return 1 if self.source == "squad" else 2
+
+    def largest_size(self, index: int) -> int | None:
+        return None if self.data_files is None else len(_read(self.data_files, self.source)[1])
+
+    def draw(self, random: Random, size: int, index: int, template: Template) -> Problem:
+        if self.data_files is None:
+            question, documents = _made_up(random, size, self.source)
+            chosen = list(range(size))
+        else:
+            questions, documents = _read(self.data_files, self.source)
+            question = _nth(questions, index, self.seed, self.data_files)
+            chosen = _choose(random, question, len(documents), size)
+        random.shuffle(chosen)
+        texts = [
+            template["document"].format(number=number, text=documents[i]) for number, i in enumerate(chosen, start=1)
+        ]
+        return Problem(
+            fields={"context": "\n\n".join(texts), "query": question.text},
+            answer=f" {question.answers[0]}",
+            references=question.answers,
+        )
+
+    def score(self, prediction: str, references: Any) -> dict[str, float]:
+        """1 if the prediction contains one of the answers: RULER's partial string match."""
+        return {"score": match_any(prediction, references)}
+
+
+def _nth(questions: list[Question], index: int, seed: int, file: str) -> Question:
+    if index >= len(questions):
+        raise SettingsError(f"data_files={file} has {len(questions)} questions: ask for fewer examples")
+    return questions[Random(seed).sample(range(len(questions)), len(questions))[index]]
+
+
+def _choose(random: Random, question: Question, available: int, size: int) -> list[int]:
+    """All that the question needs, then related documents, then any, up to `size`."""
+    room = max(0, size - len(question.needed))
+    related = random.sample(question.related, min(room, len(question.related)))
+    taken = {*question.needed, *question.related}
+    others = [i for i in range(available) if i not in taken]
+    return [*question.needed, *related, *random.sample(others, min(room - len(related), len(others)))]
+
+
+@lru_cache(maxsize=4)
+def _read(file: str, source: str) -> tuple[list[Question], list[str]]:
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        return (_squad if source == "squad" else _hotpot)(content)
+    except FileNotFoundError:
+        raise SettingsError(f"data_files: there is no file {file}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SettingsError(
+            f"data_files={file} does not have the layout of source={source}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _squad(content: Any) -> tuple[list[Question], list[str]]:
+    """Questions that have an answer; related are the other paragraphs of the same article."""
+    documents, numbers = _unique(
+        paragraph["context"] for article in content["data"] for paragraph in article["paragraphs"]
+    )
+    questions = []
+    for article in content["data"]:
+        own = [numbers[paragraph["context"]] for paragraph in article["paragraphs"]]
+        for paragraph, number in zip(article["paragraphs"], own, strict=True):
+            related = [other for other in dict.fromkeys(own) if other != number]
+            questions += [
+                Question(item["question"], [answer["text"] for answer in item["answers"]], [number], related)
+                for item in paragraph["qas"]
+                if not item.get("is_impossible") and item["answers"]
+            ]
+    return questions, documents
+
+
+def _hotpot(content: Any) -> tuple[list[Question], list[str]]:
+    """Each question's own ten paragraphs are needed, as in RULER."""
+    texts = [[f"{title}\n{''.join(sentences)}" for title, sentences in item["context"]] for item in content]
+    documents, numbers = _unique(text for own in texts for text in own)
+    return [
+        Question(item["question"], [item["answer"]], list(dict.fromkeys(numbers[text] for text in own)), [])
+        for item, own in zip(content, texts, strict=True)
+    ], documents
+
+
+def _unique(texts: Iterable[str]) -> tuple[list[str], dict[str, int]]:
+    documents = sorted(set(texts))
+    return documents, {text: number for number, text in enumerate(documents)}
+
+
+def _made_up(random: Random, size: int, source: str) -> tuple[Question, list[str]]:
+    """People who live in towns (one document answers), or towns that lie in countries as well (two documents do)."""
+    hops = 1 if source == "squad" else 2
+    pairs = (size + hops - 1) // hops
+    words = [word.capitalize() for word in coined_words(random, 4 * pairs)]
+    names, families, towns, countries = (words[i * pairs : (i + 1) * pairs] for i in range(4))
+    people = [f"{name} {family}" for name, family in zip(names, families, strict=True)]
+    documents = []
+    for i in range(pairs):
+        documents.append(f"{people[i]}\n{people[i]} lives in {towns[i]} and collects {_thing(random)}s.")
+        if hops == 2:
+            documents.append(f"{towns[i]}\n{towns[i]} lies in {countries[i]} and is known for its {_thing(random)}.")
+    if hops == 1:
+        return Question(f"In which town does {people[0]} live?", [towns[0]], [0], []), documents[:size]
+    question = f"In which country does {people[0]} live?"
+    return Question(question, [countries[0]], [0, 1], []), documents[:size]
+
+
+def _thing(random: Random) -> str:
+    return f"{random.choice(ADJECTIVES)} {random.choice(NOUNS)}"

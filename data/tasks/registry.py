@@ -1,0 +1,83 @@
+"""All tasks by name."""
+
+import difflib
+from typing import Any
+
+from refreshkv.data.tasks.chain_of_key import ChainOfKey
+from refreshkv.data.tasks.countdown import Countdown
+from refreshkv.data.tasks.html_table import HtmlTable
+from refreshkv.data.tasks.needles import Needles
+from refreshkv.data.tasks.path_traversal import PathTraversal
+from refreshkv.data.tasks.questions import Questions
+from refreshkv.data.tasks.summaries import Meetings, Novels, Reports
+from refreshkv.data.tasks.task import Family, Task
+from refreshkv.data.tasks.variables import VariableTracking
+from refreshkv.data.tasks.word_counts import CommonWords, FrequentWords
+from refreshkv.settings import SettingsError, settings_from_dict
+
+TASKS: dict[str, tuple[type[Family], dict[str, Any]]] = {
+    "chain_of_key": (ChainOfKey, {}),
+    # RULER
+    "niah_single_1": (Needles, {"haystack": "noise"}),
+    "niah_single_2": (Needles, {"haystack": "essay"}),
+    "niah_single_3": (Needles, {"haystack": "essay", "value_kind": "uuids"}),
+    "niah_multikey_1": (Needles, {"haystack": "essay", "keys": 4}),
+    "niah_multikey_2": (Needles, {"haystack": "needles"}),
+    "niah_multikey_3": (Needles, {"haystack": "needles", "key_kind": "uuids", "value_kind": "uuids"}),
+    "niah_multivalue": (Needles, {"haystack": "essay", "values": 4}),
+    "niah_multiquery": (Needles, {"haystack": "essay", "queries": 4}),
+    "vt": (VariableTracking, {}),
+    "cwe": (CommonWords, {}),
+    "fwe": (FrequentWords, {}),
+    "qa_1": (Questions, {"source": "squad"}),
+    "qa_2": (Questions, {"source": "hotpot"}),
+    # LongProc
+    "path_traversal": (PathTraversal, {}),
+    "countdown": (Countdown, {}),
+    "html_to_tsv": (HtmlTable, {}),
+    # summaries
+    "gov_report": (Reports, {}),
+    "qmsum": (Meetings, {}),
+    "novel_summary": (Novels, {}),
+}
+"""Name -> its family, and the settings that make it this task. Those can be changed too, but not in silence: they are
+part of every report."""
+
+RULER = [
+    *("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
+    *("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2"),
+]
+GROUPS = {"ruler": RULER}
+"""Names that stand for several tasks."""
+
+
+def build_task(name: str, values: dict[str, Any] | None = None) -> Task:
+    """The task `name` with its settings changed by `values`.
+
+    Raises `SettingsError` for a name or a setting that does not exist, and for values that cannot work.
+    """
+    if name not in TASKS:
+        close = difflib.get_close_matches(name, TASKS, n=1)
+        raise SettingsError(f"there is no task {name}" + (f"; did you mean {close[0]}?" if close else f": {_known()}"))
+    family, preset = TASKS[name]
+    try:
+        return Task(name, settings_from_dict(family, {**preset, **(values or {})}, prefix=""))
+    except SettingsError as error:
+        raise SettingsError(f"tasks.{name}: {error}") from None
+
+
+def build_tasks(names: list[str], values: dict[str, dict[str, Any]] | None = None, **common: Any) -> list[Task]:
+    """The named tasks, groups such as `ruler` spelled out, each once; `values` by task go before `common` ones.
+
+    Raises `SettingsError` also for values of a task that is not among the names.
+    """
+    names = list(dict.fromkeys(task for name in names for task in GROUPS.get(name, [name])))
+    values = values or {}
+    for name in values:
+        if name not in names:
+            raise SettingsError(f"tasks.{name} has settings but is not among the tasks: {', '.join(names)}")
+    return [build_task(name, {**common, **(values.get(name) or {})}) for name in names]
+
+
+def _known() -> str:
+    return f"known are {', '.join(TASKS)}, and {', '.join(GROUPS)} for all of RULER's"

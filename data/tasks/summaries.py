@@ -1,0 +1,122 @@
+"""Summaries of long documents from the user's files: QMSum, GovReport and novels, scored with ROUGE-L."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from random import Random
+from typing import Any, ClassVar
+
+from refreshkv.data.tasks.essays import load_columns
+from refreshkv.data.tasks.scoring import rouge_l
+from refreshkv.data.tasks.task import Family, Problem
+from refreshkv.data.tasks.template import Template
+from refreshkv.settings import SettingsError
+
+
+@dataclass(frozen=True)
+class Summaries(Family):
+    """Size: words of the document, from its beginning; the end of what does not fit is cut off."""
+
+    max_new_tokens: int = 512
+    """Tokens that may be generated."""
+    data_files: str | list[str] | None = None
+    """JSON (lines) or parquet files with a document and its summaries in each row; the defaults below are the columns
+    of LongBench's files."""
+    document_column: str = "context"
+    """The column of the document."""
+    question_column: str | None = None
+    """The column of the question that the summary answers; only with a prompt that has one (qmsum)."""
+    summary_column: str = "answers"
+    """The column of the summary, or of a list of them."""
+
+    answer_fits: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data_files is None:
+            raise SettingsError("data_files: name files with documents and their summaries; nothing stands in for them")
+
+    def largest_size(self, index: int) -> int | None:
+        return max(1, len(self._row(index)[self.document_column].split()))
+
+    def draw(self, random: Random, size: int, index: int, template: Template) -> Problem:
+        row = self._row(index)
+        summaries = row[self.summary_column]
+        summaries = [summaries] if isinstance(summaries, str) else list(summaries)
+        fields = {"context": _beginning(row[self.document_column], size)}
+        if self.question_column is not None:
+            fields["query"] = row[self.question_column]
+        return Problem(fields=fields, answer=f" {summaries[0].strip()}", references=summaries)
+
+    def score(self, prediction: str, references: Any) -> dict[str, float]:
+        """F-measure of ROUGE-L, against the best of several summaries."""
+        return {"score": rouge_l(prediction, references)}
+
+    def _row(self, index: int) -> dict[str, Any]:
+        files = (self.data_files,) if isinstance(self.data_files, str) else tuple(self.data_files)
+        rows = _rows(files)
+        columns = [self.document_column, self.summary_column]
+        for name in columns + ([self.question_column] if self.question_column else []):
+            if name not in rows.column_names:
+                raise SettingsError(f"data_files have no column {name}; they have {', '.join(rows.column_names)}")
+        if index >= len(rows):
+            raise SettingsError(f"data_files hold {len(rows)} documents: ask for fewer examples")
+        row = rows[index]
+        if not row[self.document_column] or not row[self.summary_column]:
+            raise SettingsError(f"data_files: row {index} has an empty {self.document_column} or {self.summary_column}")
+        return row
+
+
+@dataclass(frozen=True)
+class Reports(Summaries):
+    """GovReport (Huang et al., 2021)."""
+
+    template: ClassVar[Template] = {
+        "prompt": "This is a government report:\n\n{context}\n\nSummarise the report in one page.\n",
+        "answer_prefix": "Summary:",
+    }
+
+
+@dataclass(frozen=True)
+class Meetings(Summaries):
+    """QMSum (Zhong et al., 2021): a question about a meeting."""
+
+    max_new_tokens: int = 256
+    """Tokens that may be generated."""
+    question_column: str | None = "input"
+    """The column of the question."""
+
+    template: ClassVar[Template] = {
+        "prompt": "This is the transcript of a meeting:\n\n{context}\n\nAnswer in a few sentences: {query}\n",
+        "answer_prefix": "Answer:",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.question_column is None:
+            raise SettingsError("question_column must name the column of the questions")
+
+
+@dataclass(frozen=True)
+class Novels(Summaries):
+    """Summaries of whole novels, such as longbook_sum_eng of InfiniteBench (Zhang et al., 2024)."""
+
+    max_new_tokens: int = 1024
+    """Tokens that may be generated."""
+    summary_column: str = "answer"
+    """The column of the summary, or of a list of them: InfiniteBench's."""
+
+    template: ClassVar[Template] = {
+        "prompt": "This is a novel:\n\n{context}\n\nTell what happens in it, from the beginning to the end.\n",
+        "answer_prefix": "Summary:",
+    }
+
+
+@lru_cache(maxsize=4)
+def _rows(files: tuple[str, ...]) -> Any:
+    return load_columns(files, "data_files")
+
+
+def _beginning(text: str, words: int) -> str:
+    """The first `words` words, with the spaces and line breaks between them."""
+    parts = text.split(maxsplit=words)
+    return text if len(parts) <= words else text[: len(text) - len(parts[-1])].rstrip()

@@ -1,0 +1,245 @@
+"""A task: draws problems from a seed, words them, and fits each prompt to a number of tokens."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from random import Random
+from typing import Any, ClassVar
+
+from transformers import PreTrainedTokenizerBase
+
+from refreshkv.data.tasks.template import Template, load_template
+from refreshkv.settings import SettingsError, settings_to_dict
+
+FULL_ENOUGH = 0.98
+"""Share of the room for a prompt at which the search for a longer one ends."""
+
+FEW_REDRAWS = 5
+"""Problems drawn for one example before giving up on an answer that fits."""
+MOST_REDRAWS = 300
+"""The same for families whose answers differ much in length."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem, not yet worded."""
+
+    fields: dict[str, str]
+    """The values of the template's placeholders."""
+    answer: str
+    """The right continuation of the prompt, with the space or line break it begins with."""
+    references: Any
+    """What the family's scorer compares with: plain values."""
+    examples: tuple["Problem", ...] = ()
+    """Solved problems that stand before this one in the prompt."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One problem, worded and tokenized."""
+
+    index: int
+    prompt: str
+    prompt_ids: list[int]
+    """The prompt's tokens, with whatever the tokenizer puts at the beginning of a text."""
+    answer: str
+    answer_ids: list[int]
+    """The answer's tokens, without an end-of-text token."""
+    references: Any
+
+
+@dataclass(frozen=True)
+class Family(ABC):
+    """The settings that all tasks share, and what a family of tasks has to bring. Sizes are in its own units: keys,
+    sentences, rows, whatever makes its prompts longer."""
+
+    length: int = 4096
+    """Tokens of a prompt and its answer together: the prompt gets `length - max_new_tokens`."""
+    max_new_tokens: int = 128
+    """Tokens that may be generated."""
+    seed: int = 42
+    """Seed of the problems."""
+    template_file: str | None = None
+    """YAML file with another wording: the pieces it names replace the task's own."""
+    chat: bool = False
+    """Wrap the prompt in the tokenizer's chat template, as one user message."""
+
+    template: ClassVar[Template]
+    """The wording: `prompt`, `answer_prefix`, and pieces of the family's own."""
+    least_size: ClassVar[int] = 1
+    answer_fits: ClassVar[bool] = True
+    """Whether an answer that max_new_tokens cannot hold is an error: it could not be generated."""
+    redraws: ClassVar[bool] = False
+    """Whether problems differ so much in the length of their answers that they are drawn until one fits."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("length", 2), ("max_new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise SettingsError(f"{name} must be a whole number >= {least}, got {getattr(self, name)}")
+        if self.max_new_tokens >= self.length:
+            raise SettingsError(
+                f"length={self.length} is prompt and answer together, and max_new_tokens={self.max_new_tokens} leaves "
+                "no prompt: raise length"
+            )
+
+    @abstractmethod
+    def draw(self, random: Random, size: int, index: int, template: Template) -> Problem:
+        """A problem of `size` units. `index` numbers the problems, for families that read them from a file."""
+
+    @abstractmethod
+    def score(self, prediction: str, references: Any) -> dict[str, float]:
+        """Figures between 0 and 1 by name; the first is called score and is the task's own."""
+
+    def largest_size(self, index: int) -> int | None:
+        """The most units there are; None for no end."""
+        return None
+
+    @property
+    def substitutes(self) -> tuple[str, ...]:
+        """What stands in for something that the benchmark reads from files, one phrase each."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named task. The same name, settings, tokenizer, purpose and index always give the same example."""
+
+    name: str
+    family: Family
+
+    @property
+    def label(self) -> str:
+        """The name for tables and files: it says when the task runs on a substitute."""
+        return f"{self.name}-substitute" if self.family.substitutes else self.name
+
+    @cached_property
+    def template(self) -> Template:
+        return load_template(self.family.template, self.family.template_file, f"tasks.{self.name}.template_file")
+
+    def settings(self) -> dict[str, Any]:
+        """The family's settings as plain values."""
+        return settings_to_dict(self.family)
+
+    def score(self, prediction: str, references: Any) -> dict[str, float]:
+        return self.family.score(prediction, references)
+
+    def examples(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        count: int,
+        purpose: str = "evaluation",
+        prompt_tokens: int | None = None,
+        answer_tokens: int | None = None,
+    ) -> Iterator[Example]:
+        """The first `count` examples. Each prompt is as long as it can be in whole units of the task.
+
+        Args:
+            purpose: part of the seed, so that training never sees an evaluation's generated problems.
+            prompt_tokens, answer_tokens: most tokens of a prompt and of an answer; None for those of the settings.
+
+        Raises `SettingsError` if the prompt or the answer cannot fit.
+        """
+        prompt_room = prompt_tokens or self.family.length - self.family.max_new_tokens
+        answer_room = answer_tokens or self.family.max_new_tokens
+        start = self.family.least_size
+        for index in range(count):
+            try:
+                size, example = self._fitting(tokenizer, purpose, index, start, prompt_room, answer_room)
+            except SettingsError as error:
+                own = str(error).startswith("tasks.")
+                raise SettingsError(str(error) if own else f"tasks.{self.name}.{error}") from None
+            start = size if index == 0 else start  # the first one's size is a good guess for all
+            yield example
+
+    def _fitting(
+        self, tokenizer: PreTrainedTokenizerBase, purpose: str, index: int, start: int, prompt: int, answer: int
+    ) -> tuple[int, Example]:
+        """The size and the example. A problem whose answer has too many tokens is drawn again, a few times."""
+        for attempt in range(FEW_REDRAWS):
+            seed = f"{self.name}:{self.family.seed}:{purpose}:{index}" + (f":{attempt}" if attempt else "")
+            if self.family.redraws:
+                seed = self._redrawn(tokenizer, seed, index, answer)
+            size, example = self._longest(tokenizer, seed, index, start, prompt)
+            tokens = len(example.answer_ids)
+            if not self.family.answer_fits or tokens <= answer:
+                return size, example
+        raise SettingsError(
+            f"tasks.{self.name}.max_new_tokens={answer} cannot hold the right answer ({tokens} tokens): raise it"
+        )
+
+    def _redrawn(self, tokenizer: PreTrainedTokenizerBase, seed: str, index: int, room: int) -> str:
+        """A seed whose answer fills between a quarter and all of the room."""
+        for attempt in range(MOST_REDRAWS):
+            problem = self.family.draw(Random(f"{seed}:{attempt}"), self.family.least_size, index, self.template)
+            if room // 4 < len(_tokens(tokenizer, problem.answer, special=False)) <= room:
+                return f"{seed}:{attempt}"
+        raise SettingsError(
+            f"tasks.{self.name}.max_new_tokens={room}: of {MOST_REDRAWS} problems none has an answer of that length; "
+            "raise it"
+        )
+
+    def _longest(
+        self, tokenizer: PreTrainedTokenizerBase, seed: str, index: int, start: int, room: int
+    ) -> tuple[int, Example]:
+        """Searches the size whose prompt fills the room: by proportion, between the sizes known to fit and not to."""
+        least, most = self.family.least_size, self.family.largest_size(index)
+        fitting, too_large, best = least - 1, (most + 1) if most is not None else None, None
+        size = max(least, start if most is None else min(start, most))
+        while True:
+            example = self._build(tokenizer, seed, size, index)
+            tokens = len(example.prompt_ids)
+            if tokens <= room:
+                fitting, best = size, example
+                if tokens >= FULL_ENOUGH * room:
+                    break
+            else:
+                too_large = size
+            if too_large is not None and too_large - fitting <= 1:
+                break
+            guess = max(size * room // tokens, fitting + 1)
+            size = guess if too_large is None else min(guess, too_large - 1)
+        if best is None:
+            raise SettingsError(
+                f"tasks.{self.name}.length={self.family.length} is too short: the shortest prompt has {tokens} tokens, "
+                f"and there is room for {room} before max_new_tokens={self.family.max_new_tokens}; raise it"
+            )
+        return fitting, best
+
+    def _build(self, tokenizer: PreTrainedTokenizerBase, seed: str, size: int, index: int) -> Example:
+        problem = self.family.draw(Random(seed), size, index, self.template)
+        prompt = self._word(tokenizer, problem)
+        return Example(
+            index=index,
+            prompt=prompt,
+            prompt_ids=_tokens(tokenizer, prompt, special=not self.family.chat),
+            answer=problem.answer,
+            answer_ids=_tokens(tokenizer, problem.answer, special=False),
+            references=problem.references,
+        )
+
+    def _word(self, tokenizer: PreTrainedTokenizerBase, problem: Problem) -> str:
+        solved = "".join(f"{self._question(item)}{self._prefix(item)}{item.answer}\n\n" for item in problem.examples)
+        question = solved + self._question(problem)
+        if self.family.chat:
+            question = _chat(tokenizer, question, self.name)
+        return question + self._prefix(problem)
+
+    def _question(self, problem: Problem) -> str:
+        return self.template["prompt"].format(**problem.fields)
+
+    def _prefix(self, problem: Problem) -> str:
+        return self.template["answer_prefix"].format(**problem.fields)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    # `verbose` would warn of texts longer than the model's context: the search for the longest prompt meets some
+    return tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> str:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise SettingsError(f"tasks.{name}.chat: the tokenizer has no chat template; set it to false")
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )

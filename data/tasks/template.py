@@ -1,0 +1,59 @@
+"""The wording of a task: a few named pieces of text, which a YAML file of the user's can replace."""
+
+import string
+from pathlib import Path
+
+import yaml
+
+from refreshkv.settings import SettingsError
+
+Template = dict[str, str]
+
+
+def load_template(default: Template, path: str | None, setting: str) -> Template:
+    """`default` with the pieces that the YAML file `path` names, such as `prompt` and `answer_prefix`, replaced.
+
+    A piece must have the placeholders ({context}, ...) of the default piece. `prompt` and `answer_prefix` may also have
+    each other's, and `answer_prefix` may leave some out. Raises `SettingsError` naming `setting` for a file that cannot
+    be read or does not fit the task.
+    """
+    if path is None:
+        return default
+    pieces = _read(path, setting)
+    question = placeholders(default["prompt"]) | placeholders(default["answer_prefix"])
+    for name, text in pieces.items():
+        if name not in default:
+            raise SettingsError(f"{setting}={path}: unknown piece {name!r}; this task has {', '.join(default)}")
+        known = question if name in ("prompt", "answer_prefix") else placeholders(default[name])
+        _check_piece(name, text, default[name], known, f"{setting}={path}")
+    return {**default, **pieces}
+
+
+def placeholders(text: str) -> set[str]:
+    """The names in braces in `text`. Raises `ValueError` for braces that do not match."""
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+
+
+def _read(path: str, setting: str) -> dict:
+    try:
+        pieces = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"{setting}: there is no file {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{setting}: {path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(pieces, dict):
+        raise SettingsError(f"{setting}: {path} must hold pieces of text by name, such as prompt and answer_prefix")
+    return pieces
+
+
+def _check_piece(name: str, text: object, default: str, known: set[str], source: str) -> None:
+    if not isinstance(text, str):
+        raise SettingsError(f"{source}: {name} must be text, got {text!r}")
+    try:
+        used = placeholders(text)
+    except ValueError as error:
+        raise SettingsError(f"{source}: {name}: {error}; write {{{{ and }}}} for braces of the text") from None
+    missing = placeholders(default) - used if name != "answer_prefix" else set()
+    if missing or used - known:
+        wrong = f"lacks {{{min(missing)}}}" if missing else f"has an unknown {{{min(used - known)}}}"
+        raise SettingsError(f"{source}: {name} {wrong}; it can have {', '.join(sorted(known))}")

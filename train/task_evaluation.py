@@ -1,0 +1,310 @@
+"""Scores of tasks when a model generates the answers, under several ways to decode.
+
+Greedy decoding through `model.generate`, in batches with left padding. Each finished example is a line of a file, so an
+interrupted evaluation goes on where it stopped.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from refreshkv import RefreshCache
+from refreshkv.data.tasks.task import Example, Task
+from refreshkv.settings import SettingsError
+from refreshkv.train.decoding import Decoding
+
+SAMPLED_VALUES = 64
+"""Values of each weight that a model's fingerprint looks at."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What came of one example: a line of the file."""
+
+    key: str
+    """Hash of everything that the prediction depends on."""
+    task: str
+    """The task's label."""
+    decoding: str
+    index: int
+    prediction: str
+    scores: dict[str, float]
+    """0 to 1 each; "score" is the task's own."""
+    prompt_tokens: int
+    new_tokens: int
+    """Generated tokens, up to the end of text."""
+    seconds: float
+    """The batch's time, prompt and generation, over its examples."""
+    peak_memory: int | None
+    """Most bytes that the GPU held during the batch, weights included; None on a CPU."""
+    full_steps: dict[int, int] | None
+    """Refreshed layer -> full steps among the `new_tokens - 1` decoding steps; None if nothing is refreshed."""
+
+
+class Records:
+    """The finished examples, in a file with one JSON object per line. A last line that a kill has cut short is removed.
+
+    Raises `SettingsError` for a file that holds something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._records = {record.key: record for record in _read(path)} if path.exists() else {}
+
+    def get(self, key: str) -> Record | None:
+        return self._records.get(key)
+
+    def add(self, records: list[Record]) -> None:
+        """Appends them to the file; they are on disk when this returns."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(vars(record)) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+        self._records |= {record.key: record for record in records}
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task under one way to decode."""
+
+    task: str
+    substitutes: tuple[str, ...]
+    decoding: str
+    examples: int
+    scores: dict[str, float]
+    """Means over the examples; "score" is the task's own."""
+    standard_error: float | None
+    """Of the mean score, over examples; None for a single one."""
+    seconds: float
+    peak_memory: int | None
+    prompt_tokens: float
+    """Mean over the examples, and so the next."""
+    new_tokens: float
+    effective_strides: dict[int, float | None] | None
+    """Refreshed layer -> decoding steps per full step; None for a layer without one, or if nothing is refreshed."""
+
+
+Work = list[tuple[Task, list[Example]]]
+"""Tasks with their examples."""
+
+
+def make_examples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[Task], count: int, progress: bool = True
+) -> Work:
+    """The first `count` examples of each task.
+
+    Raises `SettingsError` for prompts that do not fit the model, and for tasks that cannot make so many examples.
+    """
+    if count < 1:
+        raise SettingsError(f"--examples must be at least 1, got {count}")
+    work = []
+    for task in tqdm(tasks, "drawing examples", unit=" tasks", disable=not progress):
+        work.append((task, list(task.examples(tokenizer, count))))
+        _check_fits(model, *work[-1])
+    return work
+
+
+@torch.no_grad()
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    work: Work,
+    decodings: list[Decoding],
+    records: Records,
+    batch_size: int = 1,
+    progress: bool = True,
+) -> list[TaskResult]:
+    """All examples of each task under each way to decode; those in `records` are not computed again.
+
+    Args:
+        model: a transformers decoder after `refreshkv.enable`, in evaluation mode.
+        work: of `make_examples`.
+        batch_size: examples of one call of `generate`.
+    """
+    if batch_size < 1:
+        raise SettingsError(f"--batch-size must be at least 1, got {batch_size}")
+    weights, results = fingerprint(model), []
+    total = len(decodings) * sum(len(examples) for _, examples in work)
+    with tqdm(total=total, unit=" examples", disable=not progress) as bar:
+        for task, examples in work:
+            for decoding in decodings:
+                bar.set_description(f"{task.label}, {decoding.name}")
+                keys = [_key(weights, task, decoding, example) for example in examples]
+                missing = [i for i, key in enumerate(keys) if records.get(key) is None]
+                bar.update(len(keys) - len(missing))
+                for start in range(0, len(missing), batch_size):
+                    batch = missing[start : start + batch_size]
+                    outputs = _generate(model, tokenizer, task, decoding, [examples[i] for i in batch])
+                    records.add([Record(keys[i], **output) for i, output in zip(batch, outputs, strict=True)])
+                    bar.update(len(batch))
+                results.append(_result(task, decoding, [records.get(key) for key in keys]))
+    return results
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A hash of the model's type, data type and a sample of each of its weights: it changes when they are trained."""
+    digest = hashlib.sha256(f"{type(model).__name__} {model.dtype}".encode())
+    for name, weight in model.named_parameters():
+        values = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED_VALUES)]
+        digest.update(name.encode() + values.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _key(weights: str, task: Task, decoding: Decoding, example: Example) -> str:
+    parts = [
+        weights,
+        task.label,
+        decoding.name,
+        decoding.settings,
+        task.family.max_new_tokens,
+        example.prompt_ids,
+        example.references,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _check_fits(model: PreTrainedModel, task: Task, examples: list[Example]) -> None:
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    tokens = max(len(example.prompt_ids) for example in examples) + task.family.max_new_tokens
+    if limit is not None and tokens > limit:
+        raise SettingsError(
+            f"tasks.{task.name}.length={task.family.length} is more than the model's max_position_embeddings={limit}: "
+            "lower it (--task-length)"
+        )
+    largest, size = max(max(e.prompt_ids) for e in examples), model.get_input_embeddings().num_embeddings
+    if largest >= size:
+        raise SettingsError(f"--model: its tokenizer gives token {largest}, but the model has only {size}")
+
+
+def _generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, decoding: Decoding, examples: list[Example]
+) -> Iterator[dict[str, Any]]:
+    """Generates one batch; gives each example's fields of a `Record`, all but the key."""
+    stop = _stop_tokens(model, tokenizer)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0]
+    ids, mask = left_padded([example.prompt_ids for example in examples], padding)
+    columns = ids.shape[1]
+    cache = decoding.build_cache(model.config, columns + task.family.max_new_tokens)
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    began = time.perf_counter()
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        past_key_values=cache,
+        max_new_tokens=task.family.max_new_tokens,
+        eos_token_id=stop,
+        pad_token_id=padding,
+        # greedy, whatever the model's own generation settings
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        **dict.fromkeys(("temperature", "top_p", "top_k")),
+    )[:, columns:].tolist()  # waits for the GPU
+    seconds = (time.perf_counter() - began) / len(examples)
+    peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else None
+    for row, (example, generated) in enumerate(zip(examples, output, strict=True)):
+        tokens = _until(generated, stop)
+        prediction = tokenizer.decode(tokens, skip_special_tokens=True)
+        yield {
+            "task": task.label,
+            "decoding": decoding.name,
+            "index": example.index,
+            "prediction": prediction,
+            "scores": task.score(prediction, example.references),
+            "prompt_tokens": len(example.prompt_ids),
+            "new_tokens": len(tokens),
+            "seconds": seconds,
+            "peak_memory": peak,
+            "full_steps": _full_steps(cache, row, columns, len(tokens) - 1),
+        }
+
+
+def left_padded(prompts: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """Prompts of unequal length as ids and mask, (B, P) int64 each, padded in front."""
+    columns = max(map(len, prompts))
+    ids = torch.tensor([[padding] * (columns - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (columns - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
+def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The model's own end-of-text tokens, or else the tokenizer's."""
+    stop = model.generation_config.eos_token_id
+    stop = tokenizer.eos_token_id if stop is None else stop
+    if stop is None:
+        raise SettingsError("--model has no end-of-text token; set eos_token_id in its generation_config.json")
+    return stop if isinstance(stop, list) else [stop]
+
+
+def _until(tokens: list[int], stop: list[int]) -> list[int]:
+    """The tokens up to the first of `stop`, that one included."""
+    for place, token in enumerate(tokens):
+        if token in stop:
+            return tokens[: place + 1]
+    return tokens
+
+
+def _full_steps(cache: Any, row: int, columns: int, steps: int) -> dict[int, int] | None:
+    if not isinstance(cache, RefreshCache):
+        return None
+    counts = cache.full_steps[:, row, columns : columns + steps].sum(-1).tolist()
+    return {layer: count for layer, count in enumerate(counts) if not cache.is_sliding[layer]}
+
+
+def _result(task: Task, decoding: Decoding, records: list[Record]) -> TaskResult:
+    scores = [record.scores["score"] for record in records]
+    return TaskResult(
+        task=task.label,
+        substitutes=task.family.substitutes,
+        decoding=decoding.name,
+        examples=len(records),
+        scores={name: fmean(record.scores[name] for record in records) for name in records[0].scores},
+        standard_error=stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None,
+        seconds=sum(record.seconds for record in records),
+        peak_memory=max((record.peak_memory for record in records if record.peak_memory is not None), default=None),
+        prompt_tokens=fmean(record.prompt_tokens for record in records),
+        new_tokens=fmean(record.new_tokens for record in records),
+        effective_strides=effective_strides(records),
+    )
+
+
+def effective_strides(records: list[Record]) -> dict[int, float | None] | None:
+    """Refreshed layer -> decoding steps per full step over all records; None if nothing is refreshed."""
+    if records[0].full_steps is None:
+        return None
+    steps = sum(record.new_tokens - 1 for record in records)
+    counts = {layer: sum(record.full_steps[layer] for record in records) for layer in records[0].full_steps}
+    return {layer: steps / count if count else None for layer, count in counts.items()}
+
+
+def _read(path: Path) -> list[Record]:
+    content = path.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
+    try:
+        records = [_record(json.loads(line)) for line in complete.splitlines()]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"{path} is not from an evaluation of tasks ({reason}); use another --output") from None
+    if complete != content and records:
+        os.truncate(path, len(complete))
+    return records
+
+
+def _record(values: dict[str, Any]) -> Record:
+    """Reads a line's values; JSON has made text of the layers' numbers."""
+    steps = values["full_steps"]
+    layers = None if steps is None else {int(layer): count for layer, count in steps.items()}
+    return Record(**{**values, "full_steps": layers})
