@@ -7,6 +7,7 @@ Shapes: `B` batch rows, `T` query positions, `L` key positions, `H` query heads,
 """
 
 from copy import copy
+from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
@@ -27,6 +28,9 @@ FASTEST_FIRST = [
     SDPBackend.MATH,
 ]
 """torch's own order prefers its flash attention, which takes nearly twice cuDNN's time on Hopper GPUs."""
+
+FEW_STEPS = 512
+"""Below so many pairs of full steps and heads, the rows after the prompt are computed beside the prompt's."""
 
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 """Changes of the softmax that some models ask for; ignoring one would give other numbers than the model's."""
@@ -99,19 +103,42 @@ def _simulate(
     if prompt == length:
         return ordinary(query, key, value)
     *early, query, key, value = _PromptAndWhole.apply(query, key, value, prompt)
-    output = ordinary(*early)
     padding = _no_padding(query) if left_padding is None else left_padding
-    decoded = ops.refresh_rows(
-        query,
-        key,
-        value,
-        *plan,
-        config.budgets(prompt - padding),
-        padding,
-        scaling=scaling,
-        **config.rows_settings(prompt, length, padded=left_padding is not None),
-    )
-    return torch.cat([output, decoded], dim=1)
+
+    def decoded() -> Tensor:
+        return ops.refresh_rows(
+            query,
+            key,
+            value,
+            *plan,
+            config.budgets(prompt - padding),
+            padding,
+            scaling=scaling,
+            **config.rows_settings(prompt, length, padded=left_padding is not None),
+        )
+
+    if query.is_cuda and query.shape[1] * plan.latest.numel() < FEW_STEPS and not torch.compiler.is_compiling():
+        return _beside(decoded, lambda: ordinary(*early), query.device)
+    return torch.cat([ordinary(*early), decoded()], dim=1)
+
+
+def _beside(decoded, prompt, device: torch.device) -> Tensor:
+    """The rows after a prompt while the prompt's own are computed: (B, T, H, D). For few rows, which by themselves
+    leave most of the GPU idle. Backward does the same: autograd runs a gradient on its operation's stream."""
+    stream = _side_stream(device)
+    current = torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        after = decoded()
+    before = prompt()
+    current.wait_stream(stream)
+    after.record_stream(current)
+    return torch.cat([before, after], dim=1)
+
+
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class _PromptAndWhole(torch.autograd.Function):

@@ -37,9 +37,10 @@ def plan(query: Tensor, prompt_length: int, stride: int, threshold: float | None
     batch, _, length, _ = query.shape
     last = prompt_length - 1
     checks = torch.arange(last, length, stride, device=query.device)
-    full = torch.ones(batch, len(checks), dtype=torch.bool, device=query.device)
-    if threshold is not None:
-        full = _walk(mean_query(query[:, :, checks]), threshold)
+    if threshold is None:
+        every = torch.arange(len(checks), device=query.device)
+        return Schedule(checks.expand(batch, -1).contiguous(), every.expand(batch, -1).contiguous())
+    full = _walk(mean_query(query[:, :, checks]), threshold)
     latest = torch.arange(len(checks), device=query.device).masked_fill(~full, 0).cummax(dim=1).values
     return Schedule(checks.masked_fill(~full, -1), latest)
 

@@ -12,7 +12,15 @@ from tests.test_ops import rows_arguments, selection_only
 
 pytest.importorskip("triton")
 
-from refreshkv.ops import fused, ranking, rectangle
+from refreshkv.ops import dense_rows, fused, ranking
+
+
+@pytest.fixture(autouse=True)
+def small_searches(monkeypatch):
+    """Sizes of the search for short rows, so that the sampled way is taken, and quickly in the interpreter."""
+    monkeypatch.setattr(ranking, "SAMPLE", 32)
+    monkeypatch.setattr(ranking, "DOUBTS", 128)
+
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -81,38 +89,33 @@ def test_values_and_gradients(name):
     compare(CASES[name])
 
 
-class Rectangle:
-    """The readable form of `refreshkv.ops.rectangle`, which needs cuDNN."""
+def dense_logits(query, key, causal, scaling):
+    logits = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(2, 3) * scaling
+    return logits.masked_fill(torch.ones_like(logits[0, 0]).triu(1).bool() & causal, -math.inf)
 
-    @staticmethod
-    def usable(query, key, value):
-        return True
 
-    @staticmethod
-    def logits(query, key, scaling):
-        return query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(2, 3) * scaling
+def dense_attend(query, key, value, causal, scaling):
+    """The readable form of `dense_rows.attend`, which needs cuDNN."""
+    logits = dense_logits(query, key, causal, scaling)
+    return logits.softmax(-1) @ value.repeat_interleave(query.shape[1] // key.shape[1], 1), logits.logsumexp(-1)
 
-    @classmethod
-    def forward(cls, query, key, value, scaling):
-        logits = cls.logits(query, key, scaling)
-        output = logits.softmax(-1) @ value.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        return output, logits.logsumexp(-1) / math.log(2)
 
-    @classmethod
-    def backward(cls, upstream, query, key, value, output, lse, scaling):
-        weights = (cls.logits(query, key, scaling) - (lse * math.log(2)).unsqueeze(-1)).exp()
-        value = value.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        delta = (upstream * output).sum(-1, keepdim=True)
-        logit_grad = weights * (upstream @ value.transpose(2, 3) - delta) * scaling
-        query_grad = logit_grad @ key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        grads = (logit_grad.transpose(2, 3) @ query, weights.transpose(2, 3) @ upstream)
-        return query_grad, *(grad.unflatten(1, (key.shape[1], -1)).sum(2) for grad in grads)
+def dense_attend_backward(upstream, query, key, value, output, lse, causal, scaling):
+    """The readable form of `dense_rows.attend_backward`."""
+    weights = (dense_logits(query, key, causal, scaling) - lse.unsqueeze(-1)).exp()
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    delta = (upstream * output).sum(-1, keepdim=True)
+    logit_grad = weights * (upstream @ value.transpose(2, 3) - delta) * scaling
+    grads = (logit_grad.transpose(2, 3) @ query, weights.transpose(2, 3) @ upstream)
+    return logit_grad @ key, *(grad.unflatten(1, (-1, groups)).sum(2) for grad in grads)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[-1] == 0])
-def test_the_prompts_keys_taken_apart(monkeypatch, name):
-    for function in ("usable", "forward", "backward"):
-        monkeypatch.setattr(rectangle, function, getattr(Rectangle, function))
+def test_full_steps_as_dense_attention(monkeypatch, name):
+    monkeypatch.setattr(dense_rows, "usable", lambda *tensors: True)
+    monkeypatch.setattr(dense_rows, "attend", dense_attend)
+    monkeypatch.setattr(dense_rows, "attend_backward", dense_attend_backward)
     compare(CASES[name])
 
 

@@ -4,9 +4,6 @@ Shapes: `B` batch rows, `C` checks, `H` query heads, `Hkv` key/value heads, `G =
 The rows of a key/value head are the pairs (check, head of the group), check first, so that a tile of neighbouring
 rows ends at almost the same key: the tiles of keys before the first row's limit need no mask, the few after it do in
 a second loop. Checks that are not full, position -1, are skipped.
-
-`begin` is the first key, 0 or the prompt length P: then the keys before it are somebody else's, whose results are the
-ones to start from.
 """
 
 import torch
@@ -14,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.ops import rectangle
 from refreshkv.ops.tiles import (
     LOG2E,
     attend,
@@ -47,16 +43,15 @@ def _extent(position, first, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _forward(
-    query_ptr, key_ptr, value_ptr, position_ptr, padding_ptr, before_ptr, before_lse_ptr, output_ptr, lse_ptr,
-    query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t, before_b, before_h, before_c,
-    output_b, output_t, output_h, checks, prompt, begin, scale,
+    query_ptr, key_ptr, value_ptr, position_ptr, padding_ptr, output_ptr, lse_ptr,
+    query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_t, output_h,
+    checks, prompt, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     check, head, position, padding = _rows(position_ptr, padding_ptr, batch, tile, checks, G, BLOCK_M)
-    first = tl.maximum(begin, padding)
-    last, whole = _extent(position, first, BLOCK_N)
+    last, whole = _extent(position, padding, BLOCK_N)
     if last < 0:
         return
     heads = tl.num_programs(1) * G
@@ -65,20 +60,13 @@ def _forward(
     column = tl.arange(0, DP)
     query_row = query_ptr + batch * query_b + head.to(tl.int64) * query_h + position.to(tl.int64) * query_t
     query = load_rows(query_row, column, exists, D, DP, True)
-    lse_place = (batch * heads + head) * checks + check
 
     keys = key_ptr + batch * key_b + kv_head.to(tl.int64) * key_h
     values = value_ptr + batch * value_b + kv_head.to(tl.int64) * value_h
-    if before_ptr is None:
-        highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        result = tl.zeros([BLOCK_M, DP], tl.float32)
-    else:  # what the keys before `begin` gave is one more key: its logit the log-sum-exp, its value the output
-        highest = tl.load(before_lse_ptr + lse_place, mask=exists, other=0.0)
-        total = tl.full([BLOCK_M], 1.0, tl.float32)
-        before_row = before_ptr + batch * before_b + head.to(tl.int64) * before_h + check.to(tl.int64) * before_c
-        result = load_rows(before_row, column, exists, D, DP, True).to(tl.float32)
-    for start in range(first, whole, BLOCK_N):
+    highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    result = tl.zeros([BLOCK_M, DP], tl.float32)
+    for start in range(padding, whole, BLOCK_N):
         token = (start + tl.arange(0, BLOCK_N)).to(INDEX)
         key = load_rows(keys + token * key_t, column, token >= 0, D, DP, False)
         value = load_rows(values + token * value_t, column, token >= 0, D, DP, False)
@@ -91,7 +79,7 @@ def _forward(
         highest, total, result = attend(query, key, value, visible, highest, total, result, scale, PRECISION)
     total = tl.where(exists, total, 1.0)
     result = result / total[:, None]
-    tl.store(lse_ptr + lse_place, highest + tl.log2(total), mask=exists)
+    tl.store(lse_ptr + (batch * heads + head) * checks + check, highest + tl.log2(total), mask=exists)
     decoded = position.to(tl.int64) - prompt
     output_row = output_ptr + batch * output_b + decoded * output_t + head.to(tl.int64) * output_h
     tl.store(
@@ -121,19 +109,16 @@ def _backward_rows(
 
 @triton.jit
 def _backward_query(
-    query_ptr, key_ptr, value_ptr, position_ptr, padding_ptr, lse_ptr, delta_ptr, upstream_ptr, before_ptr,
-    query_grad_ptr,
+    query_ptr, key_ptr, value_ptr, position_ptr, padding_ptr, lse_ptr, delta_ptr, upstream_ptr, query_grad_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
-    upstream_b, upstream_t, upstream_h, before_b, before_h, before_c, grad_b, grad_h, grad_t,
-    decoded_rows, checks, prompt, begin, scale, softmax_scale,
+    upstream_b, upstream_t, upstream_h, grad_b, grad_h, grad_t, decoded_rows, checks, prompt, scale, softmax_scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     check, head, position, padding = _rows(position_ptr, padding_ptr, batch, tile, checks, G, BLOCK_M)
     position = tl.where(position >= prompt, position, -1)
-    first = tl.maximum(begin, padding)
-    last, whole = _extent(position, first, BLOCK_N)
+    last, whole = _extent(position, padding, BLOCK_N)
     if last < prompt:
         return
     heads = tl.num_programs(1) * G
@@ -146,7 +131,7 @@ def _backward_query(
     keys = key_ptr + batch * key_b + kv_head.to(tl.int64) * key_h
     values = value_ptr + batch * value_b + kv_head.to(tl.int64) * value_h
     query_grad = tl.zeros([BLOCK_M, DP], tl.float32)
-    for start in range(first, whole, BLOCK_N):
+    for start in range(padding, whole, BLOCK_N):
         token = (start + tl.arange(0, BLOCK_N)).to(INDEX)
         key = load_rows(keys + token * key_t, column, token >= 0, D, DP, False)
         value = load_rows(values + token * value_t, column, token >= 0, D, DP, False)
@@ -157,13 +142,10 @@ def _backward_query(
         value = load_rows(values + token * value_t, column, token <= last, D, DP, True)
         visible = token[None, :] <= position[:, None]
         query_grad = attend_backward(query, key, value, visible, lse, delta, upstream, query_grad, scale, PRECISION)
-    query_grad *= softmax_scale
-    if before_ptr is not None:  # the first check is the prompt's own row, which is not among those before
-        before_row = before_ptr + batch * before_b + head.to(tl.int64) * before_h + (check - 1).to(tl.int64) * before_c
-        query_grad += load_rows(before_row, column, exists, D, DP, True).to(tl.float32)
     grad_row = query_grad_ptr + batch * grad_b + head.to(tl.int64) * grad_h + decoded * grad_t
     mask = exists[:, None] & (column < D)[None, :]
-    tl.store(grad_row[:, None] + column[None, :], query_grad.to(query_grad_ptr.dtype.element_ty), mask=mask)
+    result = (query_grad * softmax_scale).to(query_grad_ptr.dtype.element_ty)
+    tl.store(grad_row[:, None] + column[None, :], result, mask=mask)
 
 
 @triton.jit
@@ -171,14 +153,14 @@ def _backward_key_value(
     query_ptr, key_ptr, value_ptr, position_ptr, padding_ptr, lse_ptr, delta_ptr, upstream_ptr,
     key_grad_ptr, value_grad_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
-    upstream_b, upstream_t, upstream_h, decoded_rows, checks, length, prompt, begin, stride, scale, softmax_scale,
+    upstream_b, upstream_t, upstream_h, decoded_rows, checks, length, prompt, stride, scale, softmax_scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes, and so begins, the float32 sums of the key and value gradients from `begin` on: (B, Hkv, L, D)."""
+    """Writes, and so begins, the float32 sums of the key and value gradients: (B, Hkv, L, D)."""
     block, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1) * G
-    start = begin + block * BLOCK_N
+    start = block * BLOCK_N
     token = start + tl.arange(0, BLOCK_N)
     column = tl.arange(0, DP)
     wide = token.to(tl.int64)
@@ -227,32 +209,22 @@ def forward(
     left_padding: Tensor,
     output: Tensor,
     prompt_length: int,
-    stride: int,
-    uniform: bool,
     scaling: float,
 ) -> Tensor:
     """Writes the rows of full steps after the prompt into `output`; returns all full steps' log-sum-exp.
 
-    query (B, H, T, D); key, value (B, Hkv, T, D); positions (B, C); output (B, R, H, D), the other rows untouched;
-    uniform: all checks are full and no row has padding. Returns (B, H, C) float32, in units of log 2, undefined where
-    there is no step.
+    query (B, H, T, D); key, value (B, Hkv, T, D); positions (B, C); output (B, R, H, D), the other rows untouched.
+    Returns (B, H, C) float32, in units of log 2, undefined where there is no step.
     """
     batch, heads, _, head_dim = query.shape
     kv_heads, checks = key.shape[1], positions.shape[1]
     lse = torch.empty(batch, heads, checks, dtype=torch.float32, device=query.device)
     sizes = block_sizes("full_forward", query)
     grid = (triton.cdiv(checks * (heads // kv_heads), sizes["BLOCK_M"]), kv_heads, batch)
-    before_output, before_lse, begin = None, None, 0
-    if uniform and rectangle.usable(query, key, value):
-        rows = rectangle.rows_of(query, prompt_length - 1, stride)
-        before_output, before_lse = rectangle.forward(
-            rows, key[:, :, :prompt_length], value[:, :, :prompt_length], scaling
-        )
-        begin = prompt_length
     _forward[grid](
-        query, key, value, positions, left_padding, before_output, before_lse, output, lse,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *_strides(before_output), *output.stride()[:3],
-        checks, prompt_length, begin, scaling * LOG2E,
+        query, key, value, positions, left_padding, output, lse,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
+        checks, prompt_length, scaling * LOG2E,
         G=heads // kv_heads, D=head_dim, DP=padded_head(head_dim), INDEX=index_type(key, value),
         PRECISION=precision(query), **sizes,
     )  # fmt: skip
@@ -267,12 +239,10 @@ def backward(
     left_padding: Tensor,
     lse: Tensor,
     delta: Tensor,
-    output: Tensor,
     upstream: Tensor,
     query_grad: Tensor,
     prompt_length: int,
     stride: int,
-    uniform: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """Writes the full steps' rows of `query_grad` (B, H, R, D); returns the gradients of keys and values so far.
@@ -287,35 +257,16 @@ def backward(
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *upstream.stride()[:3])
     key_grad = torch.empty(batch, kv_heads, length, head_dim, dtype=torch.float32, device=query.device)
     value_grad = torch.empty_like(key_grad)
-    before_query, begin = None, 0
-    if uniform and rectangle.usable(query, key, value):
-        first = stride - 1  # of the rows after the prompt, the first full one
-        before_query, *before = rectangle.backward(
-            rectangle.rows_of(upstream.transpose(1, 2), first, stride),
-            rectangle.rows_of(query, prompt_length + first, stride),
-            key[:, :, :prompt_length],
-            value[:, :, :prompt_length],
-            rectangle.rows_of(output.transpose(1, 2), first, stride),
-            lse[:, :, 1:],
-            scaling,
-        )
-        for grad, part in zip((key_grad, value_grad), before, strict=True):
-            grad[:, :, :prompt_length] = part
-        begin = prompt_length
     sizes = block_sizes("full_backward_query", query)
     _backward_query[triton.cdiv(checks * group, sizes["BLOCK_M"]), kv_heads, batch](
-        query, key, value, positions, left_padding, lse, delta, upstream, before_query, query_grad,
-        *strides, *_strides(before_query), *query_grad.stride()[:3], decoded, checks, prompt_length, begin,
+        query, key, value, positions, left_padding, lse, delta, upstream, query_grad,
+        *strides, *query_grad.stride()[:3], decoded, checks, prompt_length,
         scaling * LOG2E, scaling, INDEX=index_type(key, value), **shared, **sizes,
     )  # fmt: skip
     sizes = block_sizes("full_backward_key_value", query)
-    _backward_key_value[triton.cdiv(length - begin, sizes["BLOCK_N"]), kv_heads, batch](
+    _backward_key_value[triton.cdiv(length, sizes["BLOCK_N"]), kv_heads, batch](
         query, key, value, positions, left_padding, lse, delta, upstream, key_grad, value_grad,
-        *strides, decoded, checks, length, prompt_length, begin, stride, scaling * LOG2E, scaling,
+        *strides, decoded, checks, length, prompt_length, stride, scaling * LOG2E, scaling,
         **shared, **sizes,
     )  # fmt: skip
     return key_grad, value_grad
-
-
-def _strides(tensor: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if tensor is None else tensor.stride()[:3]

@@ -1,6 +1,7 @@
 """The rows after the prompt by kernels: full steps, selection, partial rows, and their gradients.
 
-Two operators of torch, one for each direction, so that torch.compile takes them whole.
+torch.compile takes them whole, as two operators of torch, one for each direction; without it they are called as they
+are, which costs less time on the host.
 """
 
 from typing import Any
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.ops import full_rows, partial_rows, ranking
+from refreshkv.ops import dense_rows, full_rows, partial_rows, ranking
 from refreshkv.ops.tiles import padded_head
 
 
@@ -36,7 +37,8 @@ def refresh_rows(
 ) -> Tensor:
     """`refreshkv.ops.naive.refresh_rows` by kernels, differentiable in query, key and value: (B, R, H, D)."""
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
-    output, *_ = _forward(
+    run = _forward_operator if torch.compiler.is_compiling() else _Rows.apply
+    output, *_ = run(
         query, key, value, full_positions, latest, budgets, left_padding,
         prompt_length, min(stride, query.shape[2]),  # intervals end with the row at the latest
         width, pool_kernel, observation_window, recent_window, sink_tokens, droppable, uniform, scaling,
@@ -44,7 +46,6 @@ def refresh_rows(
     return output
 
 
-@torch.library.custom_op("refreshkv::rows", mutates_args=())
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -69,9 +70,10 @@ def _forward(
     output = _output_like(query, prompt)
     full_lse = known = None
     if full_positions.shape[1] > 1:  # the first check is the prompt's own row
-        full_lse = full_rows.forward(
-            query, key, value, full_positions, left_padding, output, prompt, stride, uniform, scaling
-        )
+        if uniform and dense_rows.usable(query, key, value):
+            full_lse = dense_rows.forward(query, key, value, output, prompt, stride, scaling)
+        else:
+            full_lse = full_rows.forward(query, key, value, full_positions, left_padding, output, prompt, scaling)
         known = full_lse.unsqueeze(-1) if observation_window == 1 else None
     selected = ranking.select(
         query, key, full_positions, budgets, left_padding,
@@ -84,14 +86,6 @@ def _forward(
     return output, _lse_like(query, full_positions) if full_lse is None else full_lse, lse, selected
 
 
-@_forward.register_fake
-def _(query, key, value, full_positions, latest, budgets, left_padding, prompt, stride, width, *settings):
-    batch, heads, length, _ = query.shape
-    lse = query.new_empty(batch, heads, length - prompt, dtype=torch.float32)
-    selected = query.new_empty(batch, key.shape[1], full_positions.shape[1], width, dtype=torch.int32)
-    return _output_like(query, prompt), _lse_like(query, full_positions), lse, selected
-
-
 def _output_like(query: Tensor, prompt: int) -> Tensor:
     batch, heads, length, head_dim = query.shape
     return query.new_empty(batch, length - prompt, heads, head_dim)
@@ -101,7 +95,6 @@ def _lse_like(query: Tensor, full_positions: Tensor) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[1], full_positions.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("refreshkv::rows_backward", mutates_args=())
 def _backward(
     upstream: Tensor,
     query: Tensor,
@@ -127,10 +120,15 @@ def _backward(
     query_grad[:, :, :prompt] = 0
     decoded_grad = query_grad[:, :, prompt:]
     if full_positions.shape[1] > 1:
-        key_grad, value_grad = full_rows.backward(
-            query, key, value, full_positions, left_padding, full_lse, delta, output, upstream, decoded_grad,
-            prompt, stride, uniform, scaling,
-        )  # fmt: skip
+        if uniform and dense_rows.usable(query, key, value):
+            key_grad, value_grad = dense_rows.backward(
+                query, key, value, full_lse, output, upstream, decoded_grad, prompt, stride, scaling
+            )
+        else:
+            key_grad, value_grad = full_rows.backward(
+                query, key, value, full_positions, left_padding, full_lse, delta, upstream, decoded_grad,
+                prompt, stride, scaling,
+            )  # fmt: skip
     else:
         key_grad, value_grad = (torch.zeros(key.shape, dtype=torch.float32, device=key.device) for _ in range(2))
     partial_rows.backward(
@@ -138,11 +136,6 @@ def _backward(
         key_grad, value_grad, prompt, stride, scaling,
     )  # fmt: skip
     return query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype)
-
-
-@_backward.register_fake
-def _(upstream, query, key, value, *rest):
-    return torch.empty_like(query), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -155,11 +148,40 @@ def _keep_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> N
     ctx.numbers = (prompt, stride, uniform, scaling)
 
 
-def _gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(upstream, *ctx.saved_tensors, *ctx.numbers), *[None] * 14)
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _forward(*inputs)
+
+    setup_context = staticmethod(_keep_for_backward)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_backward(upstream, *ctx.saved_tensors, *ctx.numbers), *[None] * 14)
 
 
-_forward.register_autograd(_gradients, setup_context=_keep_for_backward)
+_forward_operator = torch.library.custom_op("refreshkv::rows", _forward, mutates_args=())
+_backward_operator = torch.library.custom_op("refreshkv::rows_backward", _backward, mutates_args=())
+
+
+@_forward_operator.register_fake
+def _(query, key, value, full_positions, latest, budgets, left_padding, prompt, stride, width, *settings):
+    batch, heads, length, _ = query.shape
+    lse = query.new_empty(batch, heads, length - prompt, dtype=torch.float32)
+    selected = query.new_empty(batch, key.shape[1], full_positions.shape[1], width, dtype=torch.int32)
+    return _output_like(query, prompt), _lse_like(query, full_positions), lse, selected
+
+
+@_backward_operator.register_fake
+def _(upstream, query, key, value, *rest):
+    return torch.empty_like(query), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _operator_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_backward_operator(upstream, *ctx.saved_tensors, *ctx.numbers), *[None] * 14)
+
+
+_forward_operator.register_autograd(_operator_gradients, setup_context=_keep_for_backward)
 
 
 @triton.jit

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from refreshkv.ops.tiles import (
     LOG2E,
+    MANY_PROGRAMS,
     add_parts,
     attend,
     block_sizes,
     dot_parts,
+    fits,
     index_type,
     load_parts,
     load_rows,
@@ -233,6 +235,15 @@ def _interval_rows(query: Tensor, kv_heads: int, prompt_length: int, stride: int
     return min(stride, query.shape[2] - prompt_length + 1) * (query.shape[1] // kv_heads)
 
 
+def _backward_kernel(rows: int, intervals: int, device: torch.device) -> str:
+    """Larger tiles add less to memory, as long as there are enough of them to fill the GPU and they fit."""
+    for block in (256, 128):
+        programs = intervals * triton.cdiv(rows, block)
+        if rows > block // 2 and programs >= MANY_PROGRAMS // 4 and fits(f"partial_backward_{block}", device):
+            return f"partial_backward_{block}"
+    return "partial_backward_64"
+
+
 def forward(
     query: Tensor,
     key: Tensor,
@@ -295,8 +306,7 @@ def backward(
     kv_heads, checks = key.shape[1], full_positions.shape[1]
     group = heads // kv_heads
     rows = _interval_rows(query, kv_heads, prompt_length, stride)
-    kernel = "partial_backward" if rows <= 64 else "partial_backward_128" if rows <= 128 else "partial_backward_256"
-    sizes = block_sizes(kernel, query)
+    sizes = block_sizes(_backward_kernel(rows, checks * kv_heads * query.shape[0], query.device), query)
     grid, tiles = _grid(query, kv_heads, checks, prompt_length, stride, sizes["BLOCK_M"])
     _backward[grid](
         query, key, value, full_positions, latest, selected, budgets, left_padding, lse, delta,

@@ -9,21 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.ops.tiles import LOG2E, block_sizes, padded_head, precision
+from refreshkv.ops.tiles import LOG2E, MANY_PROGRAMS, block_sizes, padded_head, precision
 
 MAX_SCORES = 2**25
 """Scores held at once, 4 bytes each: 128 MiB."""
 
-WARPS = 8
+COLLECT_WARPS = 4
 BLOCK = 1024
 """Scores of a row taken at once."""
 
 SAMPLE = 2048
 DOUBTS = 4096
 """Positions that tell where about the cut is, and most that may be set aside for an exact search."""
-
-MANY_PROGRAMS = 512
-"""Programs that fill a GPU."""
 
 LARGEST_ORDER = 64
 """Up to this many droppable ranks are picked out one by one instead of sorting all."""
@@ -160,40 +157,126 @@ def _block_rankings(scores, start, padding, anchor, recent, sinks, POOL: tl.cons
 
 
 @triton.jit
-def _highest(ranking, count):
-    """The ranking that `count` of those given reach: bit by bit, from the highest."""
-    cut = tl.full([], 0, tl.int32)
-    for digit in range(31):
-        higher = cut + (1 << (30 - digit))
-        cut = tl.where(tl.sum((ranking >= higher).to(tl.int32), 0) >= count, higher, cut)
-    return cut
+def _choice(position_ptr, padding_ptr, budget_ptr, checks, first, kv_heads):
+    """Of a program's check and key/value head: the full step's position, the first column, how many to keep, and the
+    row among those of the chunk."""
+    step, pair = tl.program_id(0), tl.program_id(1)
+    batch = (pair // kv_heads).to(tl.int64)
+    anchor = tl.load(position_ptr + batch * checks + first + step).to(tl.int32)
+    padding = tl.load(padding_ptr + batch).to(tl.int32)
+    keep = tl.minimum(tl.load(budget_ptr + batch).to(tl.int32), anchor + 1 - padding)
+    return anchor, padding, keep, pair.to(tl.int64) * tl.num_programs(0) + step
 
 
 @triton.jit
-def _guess(scores, keep, padding, anchor, recent, sinks, POOL: tl.constexpr, SAMPLE: tl.constexpr):
-    """Two rankings that the cut almost surely lies between, with few others: from a sample of the positions, one at
-    random out of each of SAMPLE equal stretches, four standard deviations to either side."""
+def _guess(
+    score_ptr, position_ptr, padding_ptr, budget_ptr, bound_ptr, checks, first, length, kv_heads, recent, sinks,
+    POOL: tl.constexpr, SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """Two rankings that the cut almost surely lies between, with few others: (B, Hkv, steps, 2).
+
+    From a sample of the positions, one at random out of each of SAMPLE equal stretches, four standard deviations to
+    either side, and to 20 bits.
+    """
+    anchor, padding, keep, row = _choice(position_ptr, padding_ptr, budget_ptr, checks, first, kv_heads)
+    if anchor < 0:
+        return
     count = anchor + 1 - padding
     sampled = tl.minimum(count, SAMPLE)
     number = tl.arange(0, SAMPLE)
     stretch = tl.maximum(count // SAMPLE, 1)
     token = (number.to(tl.int64) * count // sampled).to(tl.int32) + ((number * 40503) >> 8) % stretch
     token = padding + tl.minimum(token, count - 1)
-    ranking = _rankings(scores, token, padding, anchor, recent, sinks, POOL, False)
+    ranking = _rankings(score_ptr + row * length, token, padding, anchor, recent, sinks, POOL, False)
     ranking = tl.where(number < sampled, ranking, -1)
     expected = keep.to(tl.float32) * sampled / count
     spread = tl.where(count > SAMPLE, 4.0 * tl.sqrt(expected * (1.0 - keep.to(tl.float32) / count)), 0.0)
-    fewest, most = (expected - spread).to(tl.int32) - 1, (expected + spread).to(tl.int32) + 2
-    upper = tl.where(fewest > 0, _highest(ranking, fewest), 0x7FFFFFFF)
-    lower = tl.where(most <= sampled, _highest(ranking, most), 0)
-    return lower, upper
+    few, many = (expected - spread).to(tl.int32) - 1, (expected + spread).to(tl.int32) + 2
+    lower, upper = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+    for digit in range(20):
+        step = 1 << (30 - digit)
+        reached = (ranking >= lower + step).to(tl.int32) + ((ranking >= upper + step).to(tl.int32) << 16)
+        reached = tl.sum(reached, 0)  # of both at once: a sample has less than 2^16
+        lower = tl.where((reached & 0xFFFF) >= many, lower + step, lower)
+        upper = tl.where((reached >> 16) >= few, upper + step, upper)
+    tl.store(bound_ptr + 2 * row, tl.where(many <= sampled, lower, 0))
+    tl.store(bound_ptr + 2 * row + 1, tl.where(few > 0, upper | ((1 << 11) - 1), 0x7FFFFFFF))
 
 
 @triton.jit
-def _choose_slowly(
+def _collect(
+    score_ptr, position_ptr, padding_ptr, budget_ptr, bound_ptr, doubt_ptr, count_ptr, chosen_ptr,
+    checks, first, length, width, kv_heads, recent, sinks,
+    POOL: tl.constexpr, BLOCK: tl.constexpr, DOUBTS: tl.constexpr,
+):  # fmt: skip
+    """Positions above the upper bound go into the selection, as sortable integers: (B, Hkv, steps, W). Those between
+    the bounds are set aside: (B, Hkv, steps, DOUBTS). Both stay in order. Counts of both: (B, Hkv, steps, 2)."""
+    anchor, padding, keep, row = _choice(position_ptr, padding_ptr, budget_ptr, checks, first, kv_heads)
+    if anchor < 0:
+        return
+    scores, chosen, doubts = score_ptr + row * length, chosen_ptr + row * width, doubt_ptr + row * DOUBTS
+    lower, upper = tl.load(bound_ptr + 2 * row), tl.load(bound_ptr + 2 * row + 1)
+    sure, doubtful = 0, 0
+    for start in range(padding // BLOCK * BLOCK, anchor + 1, BLOCK):
+        token, ranking = _block_rankings(scores, start, padding, anchor, recent, sinks, POOL, BLOCK)
+        above = ranking > upper
+        between = (ranking >= lower) & (ranking <= upper)
+        counts = above.to(tl.int32) + (between.to(tl.int32) << 16)  # both in one scan: a block has less than 2^16
+        order = tl.cumsum(counts, 0) - counts
+        place = tl.where(above, sure + (order & 0xFFFF), keep)
+        tl.store(chosen + place, _sortable(ranking, token), mask=place < keep)
+        place = tl.where(between, doubtful + (order >> 16), DOUBTS)
+        tl.store(doubts + place, _sortable(ranking, token), mask=place < DOUBTS)
+        total = tl.sum(counts, 0)
+        sure += total & 0xFFFF
+        doubtful += total >> 16
+    tl.store(count_ptr + 2 * row, sure)
+    tl.store(count_ptr + 2 * row + 1, doubtful)
+
+
+@triton.jit
+def _settle(
+    score_ptr, position_ptr, padding_ptr, budget_ptr, doubt_ptr, count_ptr, chosen_ptr,
+    checks, first, length, width, kv_heads, recent, sinks,
+    POOL: tl.constexpr, BLOCK: tl.constexpr, DOUBTS: tl.constexpr,
+):  # fmt: skip
+    """Completes the selection from those in doubt; where a sample misled, searches everything instead."""
+    anchor, padding, keep, row = _choice(position_ptr, padding_ptr, budget_ptr, checks, first, kv_heads)
+    if anchor < 0:
+        return
+    chosen, doubts = chosen_ptr + row * width, doubt_ptr + row * DOUBTS
+    sure, doubtful = tl.load(count_ptr + 2 * row), tl.load(count_ptr + 2 * row + 1)
+    if (sure > keep) | (sure + doubtful < keep) | (doubtful > DOUBTS):
+        _search(score_ptr + row * length, chosen, keep, padding, anchor, recent, sinks, POOL, BLOCK)
+    elif doubtful <= DOUBTS // 4:
+        _take_best(doubts, doubtful, chosen, sure, keep, DOUBTS // 4)
+    else:
+        _take_best(doubts, doubtful, chosen, sure, keep, DOUBTS)
+
+
+@triton.jit
+def _take_best(doubts, doubtful, chosen, sure, keep, SIZE: tl.constexpr):
+    """Puts the best of up to SIZE doubtful ones behind the sure ones."""
+    number = tl.arange(0, SIZE)
+    sortable = tl.load(doubts + number, mask=number < doubtful, other=-1)
+    ranking = (sortable >> 32).to(tl.int32)
+    missing = keep - sure
+    cut = tl.full([], 0, tl.int32)  # the lowest ranking that is kept
+    for digit in range(31):
+        higher = cut + (1 << (30 - digit))
+        cut = tl.where(tl.sum((ranking >= higher).to(tl.int32), 0) >= missing, higher, cut)
+    ties = missing - tl.sum((ranking > cut).to(tl.int32), 0)  # of which the first ones are in
+    equal = (ranking == cut) & (number < doubtful)
+    goes_in = (ranking > cut) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= ties))
+    place = tl.where(goes_in, sure + tl.cumsum(goes_in.to(tl.int32), 0) - 1, keep)
+    tl.store(chosen + place, sortable, mask=place < keep)
+
+
+@triton.jit
+def _search(
     scores, chosen, keep, padding, anchor, recent, sinks, POOL: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """What `_choose` does, by searching the cut among all positions, one bit at a pass."""
+    """The whole selection, by searching the cut among all positions, one bit at a pass."""
     begin = padding // BLOCK * BLOCK
     cut = tl.full([], 0, tl.int32)
     for digit in range(31):
@@ -207,69 +290,17 @@ def _choose_slowly(
     for start in range(begin, anchor + 1, BLOCK):
         token, ranking = _block_rankings(scores, start, padding, anchor, recent, sinks, POOL, BLOCK)
         reached += (ranking > cut).to(tl.int32)
-    remaining = keep - tl.sum(reached, 0)  # ties, of which the first ones are in
+    ties = keep - tl.sum(reached, 0)
     taken, equals = 0, 0
     for start in range(begin, anchor + 1, BLOCK):
         token, ranking = _block_rankings(scores, start, padding, anchor, recent, sinks, POOL, BLOCK)
         equal = ranking == cut
         order = equals + tl.cumsum(equal.to(tl.int32), 0)
         equals += tl.sum(equal.to(tl.int32), 0)
-        goes_in = (ranking > cut) | (equal & (order <= remaining))
+        goes_in = (ranking > cut) | (equal & (order <= ties))
         place = taken + tl.cumsum(goes_in.to(tl.int32), 0) - 1
         taken += tl.sum(goes_in.to(tl.int32), 0)
         tl.store(chosen + place, _sortable(ranking, token), mask=goes_in)
-
-
-@triton.jit
-def _choose(
-    score_ptr, doubt_ptr, position_ptr, padding_ptr, budget_ptr, chosen_ptr,
-    checks, first, steps, length, width, kv_heads, recent, sinks,
-    POOL: tl.constexpr, BLOCK: tl.constexpr, SAMPLE: tl.constexpr, DOUBTS: tl.constexpr,
-):  # fmt: skip
-    """The best positions of one check and key/value head, as sortable integers: into (B, Hkv, steps, W).
-
-    A sample says roughly where the cut is. One pass over the scores takes what is surely above, and sets aside what is
-    in doubt; the cut is then found among those few. A sample that misled is noticed, and all is searched instead.
-    """
-    step, pair = tl.program_id(0), tl.program_id(1)
-    batch = (pair // kv_heads).to(tl.int64)
-    anchor = tl.load(position_ptr + batch * checks + first + step).to(tl.int32)
-    if anchor < 0:
-        return
-    padding = tl.load(padding_ptr + batch).to(tl.int32)
-    keep = tl.minimum(tl.load(budget_ptr + batch).to(tl.int32), anchor + 1 - padding)
-    row = pair.to(tl.int64) * steps + step
-    scores, chosen, doubts = score_ptr + row * length, chosen_ptr + row * width, doubt_ptr + row * DOUBTS
-    lower, upper = _guess(scores, keep, padding, anchor, recent, sinks, POOL, SAMPLE)
-
-    sure, doubtful = 0, 0
-    for start in range(padding // BLOCK * BLOCK, anchor + 1, BLOCK):
-        token, ranking = _block_rankings(scores, start, padding, anchor, recent, sinks, POOL, BLOCK)
-        above = ranking > upper
-        between = (ranking >= lower) & (ranking <= upper)
-        counts = above.to(tl.int32) + (between.to(tl.int32) << 16)  # both in one scan: a block has less than 2^16
-        order = tl.cumsum(counts, 0) - counts
-        place = tl.where(above, sure + (order & 0xFFFF), 0)
-        tl.store(chosen + place, _sortable(ranking, token), mask=above & (place < keep))
-        place = tl.where(between, doubtful + (order >> 16), 0)
-        tl.store(doubts + place, _sortable(ranking, token), mask=between & (place < DOUBTS))
-        total = tl.sum(counts, 0)
-        sure += total & 0xFFFF
-        doubtful += total >> 16
-
-    if (sure <= keep) & (sure + doubtful >= keep) & (doubtful <= DOUBTS):
-        tl.debug_barrier()
-        number = tl.arange(0, DOUBTS)
-        sortable = tl.load(doubts + number, mask=number < doubtful, other=-1)
-        ranking = (sortable >> 32).to(tl.int32)
-        cut = _highest(ranking, keep - sure)
-        remaining = keep - sure - tl.sum((ranking > cut).to(tl.int32), 0)
-        equal = (ranking == cut) & (number < doubtful)
-        goes_in = (ranking > cut) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= remaining))
-        place = sure + tl.cumsum(goes_in.to(tl.int32), 0) - 1
-        tl.store(chosen + place, sortable, mask=goes_in & (place < keep))
-    else:
-        _choose_slowly(scores, chosen, keep, padding, anchor, recent, sinks, POOL, BLOCK)
 
 
 @triton.jit
@@ -351,6 +382,8 @@ def select(
     chunk = min(checks, max(1, MAX_SCORES // (pairs * length)))
     score = torch.empty(pairs * chunk * length, dtype=torch.float32, device=query.device)
     doubts = torch.empty(pairs * chunk * DOUBTS, dtype=torch.int64, device=query.device)
+    bounds, counts = (torch.empty(pairs * chunk * 2, dtype=torch.int32, device=query.device) for _ in range(2))
+    block = min(BLOCK, triton.next_power_of_2(length))
     sizes = block_sizes("scores", query)
     for first in range(0, checks, chunk):
         steps = min(chunk, checks - first)
@@ -362,11 +395,18 @@ def select(
             G=heads // kv_heads, OBSERVERS=observation_window, D=head_dim, DP=padded_head(head_dim),
             PRECISION=precision(query), **sizes,
         )  # fmt: skip
-        _choose[steps, pairs](
-            score, doubts, positions, left_padding, budgets, chosen,
-            checks, first, steps, length, width, kv_heads, recent_window, sink_tokens,
-            POOL=pool_kernel, BLOCK=min(BLOCK, triton.next_power_of_2(length)), SAMPLE=SAMPLE, DOUBTS=DOUBTS,
-            num_warps=WARPS,
+        rows = (positions, left_padding, budgets)
+        options = (kv_heads, recent_window, sink_tokens)
+        _guess[steps, pairs](
+            score, *rows, bounds, checks, first, length, *options, POOL=pool_kernel, SAMPLE=SAMPLE, num_warps=4
+        )
+        _collect[steps, pairs](
+            score, *rows, bounds, doubts, counts, chosen, checks, first, length, width, *options,
+            POOL=pool_kernel, BLOCK=block, DOUBTS=DOUBTS, num_warps=COLLECT_WARPS,
+        )  # fmt: skip
+        _settle[steps, pairs](
+            score, *rows, doubts, counts, chosen, checks, first, length, width, *options,
+            POOL=pool_kernel, BLOCK=block, DOUBTS=DOUBTS, num_warps=4,
         )  # fmt: skip
         if width <= LARGEST_SORT:
             padded = triton.next_power_of_2(width)

@@ -14,7 +14,7 @@ TILES = {
     "full_backward_query": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     "full_backward_key_value": {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     "partial_forward": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
-    "partial_backward": {"BLOCK_M": 64, "BLOCK_N": 64, "WIDTH": 32, "num_warps": 4, "num_stages": 3},
+    "partial_backward_64": {"BLOCK_M": 64, "BLOCK_N": 64, "WIDTH": 32, "num_warps": 4, "num_stages": 3},
     "partial_backward_128": {"BLOCK_M": 128, "BLOCK_N": 64, "WIDTH": 64, "num_warps": 8, "num_stages": 2},
     "partial_backward_256": {"BLOCK_M": 256, "BLOCK_N": 64, "WIDTH": 128, "num_warps": 8, "num_stages": 2},
     "scores": {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
@@ -24,6 +24,20 @@ TILES = {
 
 BLOCK_M rows by BLOCK_N keys; WIDTH columns of a head at once.
 """
+
+
+MANY_PROGRAMS = 512
+"""Programs that fill a GPU."""
+
+SHARED_MEMORY = {"partial_backward_128": 147456, "partial_backward_256": 229376}
+"""Bytes that the largest tiles need, more than some GPUs have."""
+
+
+def fits(kernel: str, device: torch.device) -> bool:
+    """Whether the tiles of one of the kernels in `SHARED_MEMORY` fit the GPU."""
+    if device.type != "cuda":
+        return True
+    return SHARED_MEMORY[kernel] <= torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def block_sizes(kernel: str, query: Tensor) -> dict[str, int]:
