@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from refreshkv import RefreshConfig, Simulation
 from refreshkv.attention import refresh_attention
-from refreshkv.ops import full_rows, fused, partial_rows, ranking
+from refreshkv.ops import dense_rows, fused, partial_rows, ranking
 from refreshkv.schedule import plan
 
 CASES = ",".join(
@@ -40,6 +40,7 @@ HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=CASES, help="T:P:S:K, separated by commas (default: %(default)s)")
+    parser.add_argument("--no-flash", action="store_true", help="leave torch's flash attention out")
     parser.add_argument("--repeat", type=int, default=5, help="timed runs of each, after one to warm up")
     parser.add_argument("--flex", action="store_true", help="time flex_attention with the refresh mask as well")
     parser.add_argument("--output", type=Path, help="folder for attention.json and attention.png")
@@ -48,7 +49,7 @@ def main() -> None:
     for case in args.cases.split(","):
         length, prompt, stride, budget = map(int, case.split(":"))
         if length not in dense:
-            dense[length] = time_dense(length, args.repeat)
+            dense[length] = time_dense(length, args.repeat, not args.no_flash)
         results.append(time_case(length, prompt, stride, budget, dense[length], args.repeat, args.flex))
         print(json.dumps(results[-1]), flush=True)
     print(table(results))
@@ -85,11 +86,12 @@ def full_attention(query: Tensor, key: Tensor, value: Tensor, backend: SDPBacken
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
-def time_dense(length: int, repeat: int) -> dict[str, float]:
+def time_dense(length: int, repeat: int, flash: bool) -> dict[str, float]:
     query, key, value = draw(length, HEADS), draw(length, KV_HEADS), draw(length, KV_HEADS)
     upstream = torch.randn_like(query)
     times = {}
-    for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+    backends = {"cudnn": SDPBackend.CUDNN_ATTENTION} | ({"flash": SDPBackend.FLASH_ATTENTION} if flash else {})
+    for name, backend in backends.items():
 
         def both(backend: SDPBackend = backend) -> object:
             return torch.autograd.grad(full_attention(query, key, value, backend), (query, key, value), upstream)
@@ -167,15 +169,15 @@ def parts(
     query, key, value = (tensor.detach() for tensor in (query, key, value))
     upstream = upstream[:, prompt:]
     output = torch.empty_like(upstream).contiguous()
-    grad = torch.zeros_like(query)[:, :, prompt:]
+    grad = torch.zeros_like(query[:, :, prompt:])
+    query = query[:, :, prompt - config.observation_window :]
     sums = [torch.zeros(key.shape, dtype=torch.float32, device="cuda") for _ in range(2)]
     work = {"prompt": prompt_both}
-    full = (query, key, value, full_positions, padding)
     known = None
     if full_positions.shape[1] > 1:
 
         def full_forward() -> Tensor:
-            return full_rows.forward(*full, output, prompt, stride, True, scaling)
+            return dense_rows.forward(query, key, value, output, prompt, stride, scaling)
 
         lse = full_forward()
         known = lse.unsqueeze(-1)
@@ -188,8 +190,8 @@ def parts(
     rows_lse = partial_rows.forward(query, key, value, *segments, output, prompt, stride, scaling)
     delta = fused._dot_rows(output, upstream)
     if full_positions.shape[1] > 1:
-        work["full back"] = lambda: full_rows.backward(
-            *full, lse, delta, output, upstream, grad, prompt, stride, True, scaling
+        work["full back"] = lambda: dense_rows.backward(
+            query, key, value, lse, output, upstream, grad, prompt, stride, scaling
         )
     work |= {
         "select": select,

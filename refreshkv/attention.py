@@ -7,7 +7,6 @@ Shapes: `B` batch rows, `T` query positions, `L` key positions, `H` query heads,
 """
 
 from copy import copy
-from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
@@ -28,9 +27,6 @@ FASTEST_FIRST = [
     SDPBackend.MATH,
 ]
 """torch's own order prefers its flash attention, which takes nearly twice cuDNN's time on Hopper GPUs."""
-
-FEW_STEPS = 512
-"""Below so many pairs of full steps and heads, the rows after the prompt are computed beside the prompt's."""
 
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 """Changes of the softmax that some models ask for; ignoring one would give other numbers than the model's."""
@@ -102,60 +98,40 @@ def _simulate(
         simulation.full_steps[module.layer_idx] = _as_flags(plan.full_positions, length)
     if prompt == length:
         return ordinary(query, key, value)
-    *early, query, key, value = _PromptAndWhole.apply(query, key, value, prompt)
     padding = _no_padding(query) if left_padding is None else left_padding
-
-    def decoded() -> Tensor:
-        return ops.refresh_rows(
-            query,
-            key,
-            value,
-            *plan,
-            config.budgets(prompt - padding),
-            padding,
-            scaling=scaling,
-            **config.rows_settings(prompt, length, padded=left_padding is not None),
-        )
-
-    if query.is_cuda and query.shape[1] * plan.latest.numel() < FEW_STEPS and not torch.compiler.is_compiling():
-        return _beside(decoded, lambda: ordinary(*early), query.device)
-    return torch.cat([ordinary(*early), decoded()], dim=1)
+    *early, late_query, key, value = _SplitAtPrompt.apply(query, key, value, prompt, config.observation_window)
+    output = ordinary(*early)
+    decoded = ops.refresh_rows(
+        late_query,
+        key,
+        value,
+        *plan,
+        config.budgets(prompt - padding),
+        padding,
+        scaling=scaling,
+        **config.rows_settings(prompt, length, padded=left_padding is not None),
+    )
+    return torch.cat([output, decoded], dim=1)
 
 
-def _beside(decoded, prompt, device: torch.device) -> Tensor:
-    """The rows after a prompt while the prompt's own are computed: (B, T, H, D). For few rows, which by themselves
-    leave most of the GPU idle. Backward does the same: autograd runs a gradient on its operation's stream."""
-    stream = _side_stream(device)
-    current = torch.cuda.current_stream(device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        after = decoded()
-    before = prompt()
-    current.wait_stream(stream)
-    after.record_stream(current)
-    return torch.cat([before, after], dim=1)
-
-
-@lru_cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=-1)
-
-
-class _PromptAndWhole(torch.autograd.Function):
-    """Query, key and value: the prompt's part of each, and each whole. Backward, the prompt's gradients are added where
-    they belong; autograd by itself would pad each with zeros to the whole length first."""
+class _SplitAtPrompt(torch.autograd.Function):
+    """Query, key and value of the prompt; then the queries from the prompt's last `observing` positions on, and keys
+    and values whole. Backward puts the gradients together in one pass; autograd by itself would pad each with zeros."""
 
     @staticmethod
-    def forward(ctx, query, key, value, prompt):
-        ctx.prompt = prompt
-        whole = (query, key, value)
-        return *(tensor[:, :, :prompt] for tensor in whole), *(tensor.view_as(tensor) for tensor in whole)
+    def forward(ctx, query, key, value, prompt, observing):
+        ctx.prompt, ctx.first = prompt, max(0, prompt - observing)
+        early = (tensor[:, :, :prompt] for tensor in (query, key, value))
+        return *early, query[:, :, ctx.first :], key.view_as(key), value.view_as(value)
 
     @staticmethod
-    def backward(ctx, *gradients):
-        for early, whole in zip(gradients[:3], gradients[3:], strict=True):
+    def backward(ctx, early_query, early_key, early_value, late_query, key, value):
+        observed = ctx.prompt - ctx.first
+        query = torch.cat([early_query, late_query[:, :, observed:]], dim=2)
+        query[:, :, ctx.first : ctx.prompt] += late_query[:, :, :observed]
+        for whole, early in ((key, early_key), (value, early_value)):
             whole[:, :, : ctx.prompt] += early
-        return *gradients[3:], None
+        return query, key, value, None, None
 
 
 def _decode(layer: RefreshLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

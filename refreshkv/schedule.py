@@ -4,6 +4,7 @@ Shapes: `B` batch rows, `H` query heads, `T` positions, `D` head size, `P` promp
 prompt's end included.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -35,23 +36,40 @@ def is_refresh(mean_query_now: Tensor, mean_query_then: Tensor, threshold: float
 def plan(query: Tensor, prompt_length: int, stride: int, threshold: float | None) -> Schedule:
     """The schedule of T known tokens after a prompt of `prompt_length`, from a layer's queries (B, H, T, D)."""
     batch, _, length, _ = query.shape
-    last = prompt_length - 1
-    checks = torch.arange(last, length, stride, device=query.device)
     if threshold is None:
-        every = torch.arange(len(checks), device=query.device)
-        return Schedule(checks.expand(batch, -1).contiguous(), every.expand(batch, -1).contiguous())
+        return _uniform_plan(batch, length, prompt_length, stride, query.device)
+    checks = torch.arange(prompt_length - 1, length, stride, device=query.device)
     full = _walk(mean_query(query[:, :, checks]), threshold)
     latest = torch.arange(len(checks), device=query.device).masked_fill(~full, 0).cummax(dim=1).values
     return Schedule(checks.masked_fill(~full, -1), latest)
 
 
+@lru_cache(maxsize=8)
+def _uniform_plan(batch: int, length: int, prompt_length: int, stride: int, device: torch.device) -> Schedule:
+    """Every check full. All layers share it, so it is made once."""
+    with torch.inference_mode(False):  # a cached tensor may be wanted in training next
+        checks = torch.arange(prompt_length - 1, length, stride, device=device)
+        every = torch.arange(len(checks), device=device)
+        return Schedule(checks.repeat(batch, 1), every.repeat(batch, 1))
+
+
 def _walk(mean_queries: Tensor, threshold: float) -> Tensor:
-    """Decides the checks in order, each against the last full one: mean queries (B, C, D) -> (B, C) bool."""
-    then = mean_queries[:, 0]
-    full = torch.zeros(mean_queries.shape[:2], dtype=torch.bool, device=mean_queries.device)
+    """Decides the checks in order, each against the last full one: mean queries (B, C, D) -> (B, C) bool.
+
+    Which check would be the next full one after each is known at once; what the first leads to is found by doubling.
+    """
+    batch, checks, _ = mean_queries.shape
+    normed = F.normalize(mean_queries.double(), dim=-1)  # a decision should not hang on how a product is rounded
+    number = torch.arange(checks, device=mean_queries.device)
+    follows = (normed @ normed.transpose(1, 2) <= threshold) & (number > number[:, None])
+    following = torch.where(follows.any(-1), follows.int().argmax(-1), checks)
+    end = following.new_full((batch, 1), checks)
+    following = torch.cat([following, end], dim=1)  # the end leads to itself
+    full = torch.zeros(batch, checks + 1, dtype=torch.bool, device=mean_queries.device)
     full[:, 0] = True
-    for check in range(1, mean_queries.shape[1]):
-        now = mean_queries[:, check]
-        full[:, check] = is_refresh(now, then, threshold)
-        then = torch.where(full[:, check, None], now, then)
-    return full
+    for _ in range(checks.bit_length()):
+        reached = torch.where(full, following, checks)
+        full = full.scatter(1, reached, True)
+        full[:, checks] = False
+        following = following.gather(1, following)
+    return full[:, :checks]

@@ -7,7 +7,7 @@ import torch
 
 from refreshkv import NEVER, RefreshConfig
 from refreshkv.ops import naive
-from refreshkv.schedule import plan
+from refreshkv.schedule import is_refresh, plan
 from tests.reference import sequential_attention
 
 
@@ -136,3 +136,20 @@ def test_half_precision_stays_close(dtype):
     exact, _ = decoded(query.double(), key.double(), value.double(), 12, config, scaling=0.4)
     assert half.dtype == dtype
     torch.testing.assert_close(half.double(), exact, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("threshold", [-0.9, -0.3, 0.0, 0.3, 0.7, 0.95])
+def test_all_checks_at_once_decide_as_one_by_one(threshold):
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        query = torch.randn(2, 3, 80, 4, generator=generator).cumsum(2) + seed % 3  # it drifts, or turns about
+        mean, positions = query.mean(1), range(11, 80, 4)
+        wanted = torch.zeros(2, 80, dtype=torch.bool)
+        wanted[:, 11] = True
+        then = mean[:, 11]
+        for position in positions[1:]:
+            wanted[:, position] = is_refresh(mean[:, position], then, threshold)
+            then = torch.where(wanted[:, position, None], mean[:, position], then)
+        full, latest = plan(query, 12, 4, threshold)
+        assert torch.equal(full, torch.where(wanted[:, positions], torch.tensor(list(positions)), -1))
+        assert torch.equal(full.gather(1, latest), full.cummax(1).values)

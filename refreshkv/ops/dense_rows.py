@@ -26,7 +26,7 @@ LN2 = math.log(2.0)
 
 
 def usable(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether cuDNN takes these tensors, (B, H, T, D) and twice (B, Hkv, T, D)."""
+    """Whether cuDNN takes these tensors, (B, H, Q, D) and twice (B, Hkv, T, D)."""
     if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
         return False
     return can_use_cudnn_attention(SDPAParams(query, key, value, None, 0.0, True, True))
@@ -63,12 +63,12 @@ def forward(
 ) -> Tensor:
     """Writes the rows of full steps after the prompt into `output`; returns all full steps' log-sum-exp.
 
-    query (B, H, T, D); key, value (B, Hkv, T, D); output (B, R, H, D), the other rows untouched. Returns (B, H, C)
-    float32, in units of log 2.
+    query (B, H, Q, D): of the last Q positions; key, value (B, Hkv, T, D); output (B, R, H, D), the other rows
+    untouched. Returns (B, H, C) float32, in units of log 2.
     """
-    batch, heads, length, head_dim = query.shape
-    steps = (length - prompt_length) // stride
-    rows = _every(query, prompt_length - 1, stride)  # the first is the prompt's own
+    batch, heads, queries, head_dim = query.shape
+    steps = (key.shape[2] - prompt_length) // stride
+    rows = _every(query, prompt_length - 1 - (key.shape[2] - queries), stride)  # the first is the prompt's own
     before = attend(rows, key[:, :, :prompt_length], value[:, :, :prompt_length], False, scaling)
     squares = (_squares(tensor, prompt_length, stride, steps) for tensor in (key, value))
     since = attend(_repeated(rows[:, :, 1:], stride), *squares, True, scaling)
@@ -102,7 +102,7 @@ def backward(
     steps = lse.shape[2] - 1
     after = prompt_length + steps * stride
     first = stride - 1  # of the rows after the prompt, the first full one
-    rows = _every(query, prompt_length + first, stride)
+    rows = _every(query, prompt_length + first - (key.shape[2] - query.shape[2]), stride)
     rows_output, rows_upstream = (_every(tensor.transpose(1, 2), first, stride) for tensor in (output, upstream))
     lse = lse[:, :, 1:] * LN2
     early = (key[:, :, :prompt_length], value[:, :, :prompt_length])

@@ -45,7 +45,7 @@ def _extent(position, first, BLOCK_N: tl.constexpr):
 def _forward(
     query_ptr, key_ptr, value_ptr, position_ptr, padding_ptr, output_ptr, lse_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_t, output_h,
-    checks, prompt, scale,
+    checks, prompt, shift, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def _forward(
     head = kv_head * G + head
     exists = position >= 0
     column = tl.arange(0, DP)
-    query_row = query_ptr + batch * query_b + head.to(tl.int64) * query_h + position.to(tl.int64) * query_t
+    query_row = query_ptr + batch * query_b + head.to(tl.int64) * query_h + (position - shift).to(tl.int64) * query_t
     query = load_rows(query_row, column, exists, D, DP, True)
 
     keys = key_ptr + batch * key_b + kv_head.to(tl.int64) * key_h
@@ -92,12 +92,12 @@ def _forward(
 @triton.jit
 def _backward_rows(
     query_ptr, lse_ptr, delta_ptr, upstream_ptr, query_b, query_h, query_t, upstream_b, upstream_t, upstream_h,
-    batch, head, heads, check, checks, position, prompt, decoded_rows, column, D: tl.constexpr, DP: tl.constexpr,
+    batch, head, heads, check, checks, position, prompt, shift, decoded_rows, column, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """Of a tile: each row's index after the prompt, whether it is one, its query, upstream, log-sum-exp and delta."""
     decoded = position.to(tl.int64) - prompt
     exists = decoded >= 0
-    query_row = query_ptr + batch * query_b + head.to(tl.int64) * query_h + position.to(tl.int64) * query_t
+    query_row = query_ptr + batch * query_b + head.to(tl.int64) * query_h + (position - shift).to(tl.int64) * query_t
     upstream_row = upstream_ptr + batch * upstream_b + decoded * upstream_t + head.to(tl.int64) * upstream_h
     query = load_rows(query_row, column, exists, D, DP, True)
     upstream = load_rows(upstream_row, column, exists, D, DP, True)
@@ -111,7 +111,8 @@ def _backward_rows(
 def _backward_query(
     query_ptr, key_ptr, value_ptr, position_ptr, padding_ptr, lse_ptr, delta_ptr, upstream_ptr, query_grad_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
-    upstream_b, upstream_t, upstream_h, grad_b, grad_h, grad_t, decoded_rows, checks, prompt, scale, softmax_scale,
+    upstream_b, upstream_t, upstream_h, grad_b, grad_h, grad_t, decoded_rows, checks, prompt, shift, scale,
+    softmax_scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +127,7 @@ def _backward_query(
     column = tl.arange(0, DP)
     decoded, exists, query, upstream, lse, delta = _backward_rows(
         query_ptr, lse_ptr, delta_ptr, upstream_ptr, query_b, query_h, query_t, upstream_b, upstream_t, upstream_h,
-        batch, head, heads, check, checks, position, prompt, decoded_rows, column, D, DP,
+        batch, head, heads, check, checks, position, prompt, shift, decoded_rows, column, D, DP,
     )  # fmt: skip
     keys = key_ptr + batch * key_b + kv_head.to(tl.int64) * key_h
     values = value_ptr + batch * value_b + kv_head.to(tl.int64) * value_h
@@ -153,7 +154,8 @@ def _backward_key_value(
     query_ptr, key_ptr, value_ptr, position_ptr, padding_ptr, lse_ptr, delta_ptr, upstream_ptr,
     key_grad_ptr, value_grad_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
-    upstream_b, upstream_t, upstream_h, decoded_rows, checks, length, prompt, stride, scale, softmax_scale,
+    upstream_b, upstream_t, upstream_h, decoded_rows, checks, length, prompt, shift, stride, scale,
+    softmax_scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +181,7 @@ def _backward_key_value(
         check, head, position, padding = _rows(position_ptr, padding_ptr, batch, tile, checks, G, BLOCK_M)
         decoded, exists, query, upstream, lse, delta = _backward_rows(
             query_ptr, lse_ptr, delta_ptr, upstream_ptr, query_b, query_h, query_t, upstream_b, upstream_t, upstream_h,
-            batch, kv_head * G + head, heads, check, checks, position, prompt, decoded_rows, column, D, DP,
+            batch, kv_head * G + head, heads, check, checks, position, prompt, shift, decoded_rows, column, D, DP,
         )  # fmt: skip
         visible = token[:, None] <= position[None, :]
         key_grad, value_grad = attend_backward_keys(
@@ -189,7 +191,7 @@ def _backward_key_value(
         check, head, position, padding = _rows(position_ptr, padding_ptr, batch, tile, checks, G, BLOCK_M)
         decoded, exists, query, upstream, lse, delta = _backward_rows(
             query_ptr, lse_ptr, delta_ptr, upstream_ptr, query_b, query_h, query_t, upstream_b, upstream_t, upstream_h,
-            batch, kv_head * G + head, heads, check, checks, position, prompt, decoded_rows, column, D, DP,
+            batch, kv_head * G + head, heads, check, checks, position, prompt, shift, decoded_rows, column, D, DP,
         )  # fmt: skip
         key_grad, value_grad = attend_backward_keys(
             query, key, value, None, lse, delta, upstream, key_grad, value_grad, scale, PRECISION
@@ -213,8 +215,8 @@ def forward(
 ) -> Tensor:
     """Writes the rows of full steps after the prompt into `output`; returns all full steps' log-sum-exp.
 
-    query (B, H, T, D); key, value (B, Hkv, T, D); positions (B, C); output (B, R, H, D), the other rows untouched.
-    Returns (B, H, C) float32, in units of log 2, undefined where there is no step.
+    query (B, H, Q, D): of the last Q positions; key, value (B, Hkv, T, D); positions (B, C); output (B, R, H, D), the
+    other rows untouched. Returns (B, H, C) float32, in units of log 2, undefined where there is no step.
     """
     batch, heads, _, head_dim = query.shape
     kv_heads, checks = key.shape[1], positions.shape[1]
@@ -224,7 +226,7 @@ def forward(
     _forward[grid](
         query, key, value, positions, left_padding, output, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
-        checks, prompt_length, scaling * LOG2E,
+        checks, prompt_length, key.shape[2] - query.shape[2], scaling * LOG2E,
         G=heads // kv_heads, D=head_dim, DP=padded_head(head_dim), INDEX=index_type(key, value),
         PRECISION=precision(query), **sizes,
     )  # fmt: skip
@@ -250,8 +252,8 @@ def backward(
     upstream (B, R, H, D): gradient of the output; delta (B, H, R) float32: its dot product with the output; the others
     as in `forward`. Returns two (B, Hkv, T, D) float32 sums, to which the partial rows are added.
     """
-    batch, heads, length, head_dim = query.shape
-    kv_heads, checks, decoded = key.shape[1], positions.shape[1], upstream.shape[1]
+    batch, heads, queries, head_dim = query.shape
+    kv_heads, length, checks, decoded = key.shape[1], key.shape[2], positions.shape[1], upstream.shape[1]
     group = heads // kv_heads
     shared = {"G": group, "D": head_dim, "DP": padded_head(head_dim), "PRECISION": precision(query)}
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *upstream.stride()[:3])
@@ -261,12 +263,12 @@ def backward(
     _backward_query[triton.cdiv(checks * group, sizes["BLOCK_M"]), kv_heads, batch](
         query, key, value, positions, left_padding, lse, delta, upstream, query_grad,
         *strides, *query_grad.stride()[:3], decoded, checks, prompt_length,
-        scaling * LOG2E, scaling, INDEX=index_type(key, value), **shared, **sizes,
+        length - queries, scaling * LOG2E, scaling, INDEX=index_type(key, value), **shared, **sizes,
     )  # fmt: skip
     sizes = block_sizes("full_backward_key_value", query)
     _backward_key_value[triton.cdiv(length, sizes["BLOCK_N"]), kv_heads, batch](
         query, key, value, positions, left_padding, lse, delta, upstream, key_grad, value_grad,
-        *strides, decoded, checks, length, prompt_length, stride, scaling * LOG2E, scaling,
+        *strides, decoded, checks, length, prompt_length, length - queries, stride, scaling * LOG2E, scaling,
         **shared, **sizes,
     )  # fmt: skip
     return key_grad, value_grad

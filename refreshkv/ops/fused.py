@@ -40,7 +40,7 @@ def refresh_rows(
     run = _forward_operator if torch.compiler.is_compiling() else _Rows.apply
     output, *_ = run(
         query, key, value, full_positions, latest, budgets, left_padding,
-        prompt_length, min(stride, query.shape[2]),  # intervals end with the row at the latest
+        prompt_length, min(stride, key.shape[2]),  # intervals end with the row at the latest
         width, pool_kernel, observation_window, recent_window, sink_tokens, droppable, uniform, scaling,
     )  # fmt: skip
     return output
@@ -67,7 +67,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the output (B, R, H, D), and for the gradients the log-sum-exp of the full steps (B, H, C) and of the
     partial rows (B, H, R), float32, and the selections (B, Hkv, C, W) int32."""
-    output = _output_like(query, prompt)
+    output = _output_like(query, key, prompt)
     full_lse = known = None
     if full_positions.shape[1] > 1:  # the first check is the prompt's own row
         if uniform and dense_rows.usable(query, key, value):
@@ -86,9 +86,9 @@ def _forward(
     return output, _lse_like(query, full_positions) if full_lse is None else full_lse, lse, selected
 
 
-def _output_like(query: Tensor, prompt: int) -> Tensor:
-    batch, heads, length, head_dim = query.shape
-    return query.new_empty(batch, length - prompt, heads, head_dim)
+def _output_like(query: Tensor, key: Tensor, prompt: int) -> Tensor:
+    batch, heads, _, head_dim = query.shape
+    return query.new_empty(batch, key.shape[2] - prompt, heads, head_dim)
 
 
 def _lse_like(query: Tensor, full_positions: Tensor) -> Tensor:
@@ -113,12 +113,13 @@ def _backward(
     uniform: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of query (B, H, T, D), key and value (B, Hkv, T, D)."""
+    """Returns the gradients of query (B, H, Q, D), key and value (B, Hkv, T, D)."""
     upstream = upstream if upstream.stride(-1) == 1 else upstream.contiguous()
     delta = _dot_rows(output, upstream)
     query_grad = torch.empty_like(query)
-    query_grad[:, :, :prompt] = 0
-    decoded_grad = query_grad[:, :, prompt:]
+    before = query.shape[2] - output.shape[1]
+    query_grad[:, :, :before] = 0  # these only observe
+    decoded_grad = query_grad[:, :, before:]
     if full_positions.shape[1] > 1:
         if uniform and dense_rows.usable(query, key, value):
             key_grad, value_grad = dense_rows.backward(
@@ -166,10 +167,10 @@ _backward_operator = torch.library.custom_op("refreshkv::rows_backward", _backwa
 
 @_forward_operator.register_fake
 def _(query, key, value, full_positions, latest, budgets, left_padding, prompt, stride, width, *settings):
-    batch, heads, length, _ = query.shape
-    lse = query.new_empty(batch, heads, length - prompt, dtype=torch.float32)
+    batch, heads, _, _ = query.shape
+    lse = query.new_empty(batch, heads, key.shape[2] - prompt, dtype=torch.float32)
     selected = query.new_empty(batch, key.shape[1], full_positions.shape[1], width, dtype=torch.int32)
-    return _output_like(query, prompt), _lse_like(query, full_positions), lse, selected
+    return _output_like(query, key, prompt), _lse_like(query, full_positions), lse, selected
 
 
 @_backward_operator.register_fake

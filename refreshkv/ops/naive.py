@@ -50,7 +50,8 @@ def refresh_rows(
 ) -> Tensor:
     """Attention of all rows after the prompt, full and partial ones, in the parallel form (specification, section 8).
 
-    query (B, H, T, D); key, value (B, Hkv, T, D): the whole row; full_positions, latest (B, C) int64: the schedule;
+    query (B, H, Q, D): of the last Q positions, those after the prompt and the ones that observe at its end; key, value
+    (B, Hkv, T, D): of the whole row; full_positions, latest (B, C) int64: the schedule;
     budgets, left_padding (B,) int64; width: the largest `min(budget, T)`; the options of the selection as in `select`;
     uniform: a promise that every check is full and no row has padding, of which the kernels make use.
     Returns (B, R, H, D). Differentiable in query, key and value; the selection is not differentiated.
@@ -79,7 +80,8 @@ def refresh_rows(
         stride=stride,
         columns=key.shape[2],
     )
-    return grouped_attention(query[:, :, prompt_length:], key, value, visible, scaling).transpose(1, 2)
+    rows = query[:, :, query.shape[2] - (key.shape[2] - prompt_length) :]
+    return grouped_attention(rows, key, value, visible, scaling).transpose(1, 2)
 
 
 @torch.no_grad()

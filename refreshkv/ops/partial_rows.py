@@ -84,7 +84,7 @@ def _visible(bounded, is_chosen, position, left, budget):
 def _forward(
     query_ptr, key_ptr, value_ptr, full_ptr, latest_ptr, selected_ptr, budget_ptr, padding_ptr, output_ptr, lse_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_t, output_h,
-    checks, tiles, width, length, prompt, stride, scale,
+    checks, tiles, width, length, prompt, shift, stride, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def _forward(
     heads = kv_heads * G
     head = kv_head * G + head
     column = tl.arange(0, DP)
-    query_row = query_ptr + batch * query_b + head.to(tl.int64) * query_h + position.to(tl.int64) * query_t
+    query_row = query_ptr + batch * query_b + head.to(tl.int64) * query_h + (position - shift).to(tl.int64) * query_t
     query = load_rows(query_row, column, partial, D, DP, True)
 
     keys = key_ptr + batch * key_b + kv_head.to(tl.int64) * key_h
@@ -162,7 +162,7 @@ def _backward(
     upstream_ptr, query_grad_ptr, key_grad_ptr, value_grad_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
     upstream_b, upstream_t, upstream_h, grad_b, grad_h, grad_t,
-    checks, tiles, width, length, prompt, stride, scale, softmax_scale,
+    checks, tiles, width, length, prompt, shift, stride, scale, softmax_scale,
     G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -184,7 +184,7 @@ def _backward(
     column = tl.arange(0, WIDTH)
     decoded = position.to(tl.int64) - prompt
     rows = length - prompt
-    query_row = query_ptr + batch * query_b + head.to(tl.int64) * query_h + position.to(tl.int64) * query_t
+    query_row = query_ptr + batch * query_b + head.to(tl.int64) * query_h + (position - shift).to(tl.int64) * query_t
     query = load_parts(query_row, column, partial, D, WIDTH, PARTS, True)
     upstream_row = upstream_ptr + batch * upstream_b + decoded * upstream_t + head.to(tl.int64) * upstream_h
     upstream = load_parts(upstream_row, column, partial, D, WIDTH, PARTS, True)
@@ -224,15 +224,9 @@ def _backward(
         tl.store(grad_row[:, None] + columns[None, :], result, mask=mask)
 
 
-def _grid(query: Tensor, kv_heads: int, checks: int, prompt_length: int, stride: int, block: int) -> tuple[tuple, int]:
-    """The launch grid, and how many tiles an interval has."""
-    tiles = triton.cdiv(_interval_rows(query, kv_heads, prompt_length, stride), block)
-    return (checks * tiles, kv_heads, query.shape[0]), tiles
-
-
-def _interval_rows(query: Tensor, kv_heads: int, prompt_length: int, stride: int) -> int:
+def _interval_rows(query: Tensor, key: Tensor, prompt_length: int, stride: int) -> int:
     """Rows of the longest interval: its positions times the heads of a group."""
-    return min(stride, query.shape[2] - prompt_length + 1) * (query.shape[1] // kv_heads)
+    return min(stride, key.shape[2] - prompt_length + 1) * (query.shape[1] // key.shape[1])
 
 
 def _backward_kernel(rows: int, intervals: int, device: torch.device) -> str:
@@ -260,18 +254,19 @@ def forward(
 ) -> Tensor:
     """Writes the partial rows of `output` (B, R, H, D); the full steps' rows stay untouched.
 
-    query (B, H, T, D); key, value (B, Hkv, T, D); full_positions, latest (B, C) int64; selected (B, Hkv, C, W) int32;
-    budgets, left_padding (B,) int64. Returns the rows' log-sum-exp (B, H, R) float32, in units of log 2.
+    query (B, H, Q, D): of the last Q positions; key, value (B, Hkv, T, D); full_positions, latest (B, C) int64;
+    selected (B, Hkv, C, W) int32; budgets, left_padding (B,) int64. Returns the rows' log-sum-exp (B, H, R) float32,
+    in units of log 2.
     """
-    batch, heads, length, head_dim = query.shape
-    kv_heads, checks = key.shape[1], full_positions.shape[1]
+    batch, heads, _, head_dim = query.shape
+    kv_heads, length, checks = key.shape[1], key.shape[2], full_positions.shape[1]
     lse = torch.empty(batch, heads, length - prompt_length, dtype=torch.float32, device=query.device)
     sizes = block_sizes("partial_forward", query)
-    grid, tiles = _grid(query, kv_heads, checks, prompt_length, stride, sizes["BLOCK_M"])
-    _forward[grid](
+    tiles = triton.cdiv(_interval_rows(query, key, prompt_length, stride), sizes["BLOCK_M"])
+    _forward[checks * tiles, kv_heads, batch](
         query, key, value, full_positions, latest, selected, budgets, left_padding, output, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
-        checks, tiles, selected.shape[-1], length, prompt_length, stride, scaling * LOG2E,
+        checks, tiles, selected.shape[-1], length, prompt_length, length - query.shape[2], stride, scaling * LOG2E,
         G=heads // kv_heads, D=head_dim, DP=padded_head(head_dim), INDEX=index_type(key, value),
         PRECISION=precision(query), **sizes,
     )  # fmt: skip
@@ -302,17 +297,18 @@ def backward(
     upstream (B, R, H, D): gradient of the output; delta (B, H, R) float32: its dot product with the output; the others
     as in `forward`. key_grad, value_grad (B, Hkv, T, D) hold what the full steps' rows gave.
     """
-    _, heads, length, head_dim = query.shape
-    kv_heads, checks = key.shape[1], full_positions.shape[1]
+    batch, heads, _, head_dim = query.shape
+    kv_heads, length, checks = key.shape[1], key.shape[2], full_positions.shape[1]
     group = heads // kv_heads
-    rows = _interval_rows(query, kv_heads, prompt_length, stride)
-    sizes = block_sizes(_backward_kernel(rows, checks * kv_heads * query.shape[0], query.device), query)
-    grid, tiles = _grid(query, kv_heads, checks, prompt_length, stride, sizes["BLOCK_M"])
-    _backward[grid](
+    rows = _interval_rows(query, key, prompt_length, stride)
+    sizes = block_sizes(_backward_kernel(rows, checks * kv_heads * batch, query.device), query)
+    tiles = triton.cdiv(rows, sizes["BLOCK_M"])
+    _backward[checks * tiles, kv_heads, batch](
         query, key, value, full_positions, latest, selected, budgets, left_padding, lse, delta,
         upstream, query_grad, key_grad, value_grad,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *upstream.stride()[:3], *query_grad.stride()[:3],
-        checks, tiles, selected.shape[-1], length, prompt_length, stride, scaling * LOG2E, scaling,
+        checks, tiles, selected.shape[-1], length, prompt_length, length - query.shape[2], stride,
+        scaling * LOG2E, scaling,
         G=group, D=head_dim, INDEX=index_type(key, value, key_grad), PRECISION=precision(query),
         PARTS=padded_head(head_dim) // sizes["WIDTH"], **sizes,
     )  # fmt: skip

@@ -11,16 +11,19 @@ from torch import Tensor
 
 from refreshkv.ops.tiles import LOG2E, MANY_PROGRAMS, block_sizes, padded_head, precision
 
-MAX_SCORES = 2**25
-"""Scores held at once, 4 bytes each: 128 MiB."""
+MAX_SCORES = 2**27
+"""Scores held at once, 4 bytes each: 512 MiB."""
 
 COLLECT_WARPS = 4
 BLOCK = 1024
 """Scores of a row taken at once."""
 
-SAMPLE = 2048
+SAMPLE = 1024
 DOUBTS = 4096
-"""Positions that tell where about the cut is, and most that may be set aside for an exact search."""
+"""Positions that tell where about the cut is (twice as many beyond LONG), and most that may be set aside for an exact
+search."""
+
+LONG = 2**15
 
 LARGEST_ORDER = 64
 """Up to this many droppable ranks are picked out one by one instead of sorting all."""
@@ -75,6 +78,21 @@ def _log_sum_exp(
     row = ((split * tl.num_programs(2) + batch) * heads + head) * checks + check
     place = row * OBSERVERS + observer
     tl.store(lse_ptr + place, highest + tl.log2(tl.where(total > 0, total, 1.0)), mask=exists)
+
+
+@triton.jit
+def _merge_splits(split_ptr, lse_ptr, rows, splits, BLOCK: tl.constexpr):
+    """The log-sum-exp over all keys from those over the splits, (splits, rows) -> (rows), in units of log 2."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    highest = tl.full([BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(splits):
+        lse = tl.load(split_ptr + split * rows + row, mask=row < rows, other=-float("inf"))
+        higher = tl.maximum(highest, lse)
+        safe = tl.where(higher == -float("inf"), 0.0, higher)
+        total = total * tl.exp2(highest - safe) + tl.exp2(lse - safe)
+        highest = higher
+    tl.store(lse_ptr + row, highest + tl.log2(tl.where(total > 0, total, 1.0)), mask=row < rows)
 
 
 @triton.jit
@@ -353,7 +371,11 @@ def log_sum_exp(
         G=group, OBSERVERS=observation_window, D=head_dim, DP=padded_head(head_dim), PRECISION=precision(query),
         **sizes,
     )  # fmt: skip
-    return lse[0] if splits == 1 else torch.logsumexp(lse / LOG2E, 0) * LOG2E
+    if splits == 1:
+        return lse[0]
+    merged = torch.empty_like(lse[0])
+    _merge_splits[triton.cdiv(merged.numel(), 32),](lse, merged, merged.numel(), splits, BLOCK=32)
+    return merged
 
 
 def select(
@@ -398,7 +420,16 @@ def select(
         rows = (positions, left_padding, budgets)
         options = (kv_heads, recent_window, sink_tokens)
         _guess[steps, pairs](
-            score, *rows, bounds, checks, first, length, *options, POOL=pool_kernel, SAMPLE=SAMPLE, num_warps=4
+            score,
+            *rows,
+            bounds,
+            checks,
+            first,
+            length,
+            *options,
+            POOL=pool_kernel,
+            SAMPLE=SAMPLE if length <= LONG else 2 * SAMPLE,
+            num_warps=8,
         )
         _collect[steps, pairs](
             score, *rows, bounds, doubts, counts, chosen, checks, first, length, width, *options,
