@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refreshkv import schedule
+
 MAX_SCORES = 2**26
 """Attention scores that `select` holds at once (float32: 256 MiB); longer inputs are taken in chunks of full steps."""
 
@@ -232,6 +234,67 @@ def visible_keys(
     everything = (column >= left_padding[:, None, None]) & (column <= position.unsqueeze(-1))
     is_full = (anchors == position)[:, None, :, None]
     return torch.where(is_full, everything.unsqueeze(1), visible | local.unsqueeze(1))
+
+
+@torch.no_grad()
+def decode_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    rows: Tensor,
+    selected: Tensor,
+    ranking: Tensor,
+    mean_query: Tensor,
+    observers: Tensor,
+    full_steps: Tensor,
+    stride: int,
+    threshold: float | None,
+    pool_kernel: int,
+    observation_window: int,
+    recent_window: int,
+    sink_tokens: int,
+    scaling: float,
+) -> Tensor:
+    """One decoding step of one layer, in place; arguments and result as in `refreshkv.ops.decode.decode_step`.
+
+    `ranking` serves the kernels only.
+    """
+    position = int(length)
+    anchors, budgets, left_padding, prompts = rows.unbind(1)
+    keys[:, :, position], values[:, :, position] = key[:, :, 0], value[:, :, 0]
+    observers[:, :, position % observation_window] = query[:, :, 0]
+    now = schedule.mean_query(query).squeeze(1)
+    is_check = (position - (prompts - 1)) % stride == 0
+    is_full = is_check & schedule.is_refresh(now, mean_query, threshold)
+    known = keys[:, :, : position + 1]
+    output = decode(
+        query, known, values[:, :, : position + 1], is_full, anchors, selected.long(), budgets, left_padding, scaling
+    )
+    length += 1
+    if bool(is_full.any()):
+        back = torch.arange(observation_window - 1, -1, -1, device=query.device)
+        best = select(
+            observers[:, :, (position - back) % observation_window],
+            known,
+            torch.full_like(left_padding, position).unsqueeze(-1),
+            budgets,
+            left_padding,
+            width=selected.shape[-1],
+            pool_kernel=pool_kernel,
+            observation_window=observation_window,
+            recent_window=recent_window,
+            sink_tokens=sink_tokens,
+            droppable=selected.shape[-1],
+            scaling=scaling,
+        ).squeeze(2)
+        selected.copy_(torch.where(is_full[:, None, None], best, selected))
+        mean_query.copy_(torch.where(is_full[:, None], now, mean_query))
+        anchors.copy_(torch.where(is_full, position, anchors))
+        full_steps[:, position] = is_full
+    return output.transpose(1, 2)
 
 
 def decode(

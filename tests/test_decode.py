@@ -1,0 +1,112 @@
+"""The kernels of a decoding step against the naive form, step by step: on a GPU, or under Triton's interpreter."""
+
+import pytest
+import torch
+
+from refreshkv import NEVER, RefreshConfig
+from refreshkv.cache import RefreshLayer
+from refreshkv.ops import naive
+from refreshkv.ops.decode import STATE
+
+pytest.importorskip("triton")
+
+from refreshkv.ops import decode_attention, decode_kernels, decode_selection
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# prompt, steps, query heads per group, key/value heads, head size, padding of the second row, configuration
+CASES = {
+    "fixed": (20, 17, 2, 2, 16, 5, RefreshConfig(budget=8, stride=5)),
+    "every step full": (17, 6, 2, 1, 16, 0, RefreshConfig(budget=8, stride=1)),
+    "seven heads to a group": (21, 9, 7, 1, 16, 3, RefreshConfig(budget=9, stride=4)),
+    "odd head size": (21, 9, 1, 2, 24, 3, RefreshConfig(budget=9, stride=2)),
+    "one key": (9, 14, 2, 2, 16, 3, RefreshConfig(budget=1, stride=6)),
+    "a prompt of one token": (1, 12, 2, 1, 16, 0, RefreshConfig(budget=5, stride=3)),
+    "a budget beyond the row": (12, 16, 2, 2, 16, 4, RefreshConfig(budget=1000, stride=7)),
+    "a fraction of padded rows": (30, 14, 2, 2, 16, 13, RefreshConfig(budget=0.3, stride=6)),
+    "never refreshed": (31, 20, 4, 1, 16, 0, RefreshConfig(budget=12, stride=NEVER)),
+    "similarity": (20, 25, 2, 2, 16, 5, RefreshConfig(budget=10, stride=3, threshold=0.3)),
+    "long intervals": (50, 45, 2, 1, 16, 5, RefreshConfig(budget=36, stride=40)),
+    "similarity, long intervals": (50, 45, 2, 1, 16, 5, RefreshConfig(budget=36, stride=20, threshold=-0.1)),
+    "observers and windows": (
+        *(20, 14, 2, 2, 16, 5),
+        RefreshConfig(budget=9, stride=5, observation_window=4, recent_window=3, sink_tokens=2, pool_kernel=3),
+    ),
+    "short prompt, many observers": (3, 14, 2, 1, 16, 1, RefreshConfig(budget=9, stride=5, observation_window=9)),
+    "windows beyond the budget": (21, 9, 2, 1, 16, 4, RefreshConfig(budget=4, stride=4, recent_window=9)),
+}
+
+
+def drawn(generator, heads, length, head_dim, dtype=torch.float32):
+    # as a model lays them out: (B, T, H, D) in memory
+    return torch.randn(2, length, heads, head_dim, generator=generator).to(DEVICE, dtype).transpose(1, 2)
+
+
+def prompted_layer(query, key, value, padding, config, capacity):
+    layer = RefreshLayer(capacity, config)
+    layer.update(key, value)
+    layer.begin(query, padding, query.shape[-1] ** -0.5)
+    return layer
+
+
+def state_of(layer):
+    return [layer.cumulative_length if name == "length" else getattr(layer, name) for name in STATE]
+
+
+def seen_of(layer):
+    """The set of positions each row and key/value head would attend to in the next step, if partial."""
+    anchors, budgets, padding, _ = layer.rows.unbind(1)
+    queue = naive.small_cache(int(layer.cumulative_length), anchors, layer.selected.long(), budgets, padding)
+    return [[sorted(position for position in head if position >= 0) for head in row] for row in queue.tolist()]
+
+
+def compare(case, dtype=torch.float32, tolerance=1e-4, seed=0):
+    prompt, steps, groups, kv_heads, head_dim, padding, config = case
+    generator = torch.Generator().manual_seed(seed)
+    padding = torch.tensor([0, padding], device=DEVICE)
+    heads = (groups * kv_heads, kv_heads, kv_heads)
+    block = [drawn(generator, count, prompt, head_dim, dtype) for count in heads]
+    ours, theirs = (prompted_layer(*block, padding, config, prompt + steps) for _ in range(2))
+    options = (config.stride, config.threshold, *config.selection_options().values(), head_dim**-0.5)
+    for step in range(steps):
+        token = [drawn(generator, count, 1, head_dim, dtype) for count in heads]
+        found = decode_kernels.decode_step(*token, *state_of(ours), *options)
+        expected = naive.decode_step(*token, *state_of(theirs), *options)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, s=step: f"{s}: {m}")
+        kept = ["keys", "values", "full_steps", "cumulative_length"]
+        # a single observer is the step's own query
+        for name in kept + ["observers"] * (config.observation_window > 1):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), (step, name)
+        assert torch.equal(ours.rows, theirs.rows), step
+        if config.threshold is not None:
+            torch.testing.assert_close(ours.mean_query, theirs.mean_query)
+        assert seen_of(ours) == seen_of(theirs), step
+    return theirs.full_steps
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_equal_the_naive_form(name):
+    full_steps = compare(CASES[name])
+    if "similarity" in name:
+        assert len({tuple(row) for row in full_steps.tolist()}) == 2, "rows refresh together: the test shows less"
+
+
+@pytest.mark.parametrize("splits", [1, 3, 16])
+def test_any_number_of_splits(monkeypatch, splits):
+    monkeypatch.setattr(decode_attention, "splits_of", lambda pairs, device: splits)
+    monkeypatch.setitem(decode_attention.TILE, "BLOCK_N", 16)
+    compare(CASES["similarity"])
+    compare(CASES["observers and windows"])
+
+
+@pytest.mark.parametrize("name", ["fixed", "long intervals", "observers and windows"])
+@pytest.mark.parametrize(("sample", "doubts", "margin"), [(16, 16, 3.0), (16, 1, 3.0), (8, 16, 0.0), (64, 64, 3.0)])
+def test_selection_whatever_the_guess(monkeypatch, name, sample, doubts, margin):
+    """A good guess, one that leaves too much in doubt, a wrong one; several blocks of everything."""
+    monkeypatch.setattr(decode_selection, "SAMPLE", sample)
+    monkeypatch.setattr(decode_selection, "DOUBTS", doubts)
+    monkeypatch.setattr(decode_selection, "MARGIN", margin)
+    monkeypatch.setattr(decode_selection, "BLOCK", 16)
+    monkeypatch.setattr(decode_attention, "RANKED", 16)
+    monkeypatch.setattr(decode_kernels, "RANKING_PROGRAMS", 4)
+    compare(CASES[name])
