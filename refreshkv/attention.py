@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from refreshkv import ops, schedule
-from refreshkv.cache import BufferedLayer, RefreshCache, check_room
+from refreshkv.cache import BufferedCache, BufferedLayer, check_room
 from refreshkv.config import Simulation
 from refreshkv.settings import SettingsError
 
@@ -41,7 +41,7 @@ def refresh_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     refresh: Simulation | None = None,
-    refresh_cache: RefreshCache | None = None,
+    refresh_cache: BufferedCache | None = None,
     prompt_attention: str = "sdpa",
     **kwargs,
 ) -> tuple[Tensor, None]:

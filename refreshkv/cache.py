@@ -5,6 +5,7 @@ selection, `O` observation window.
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -139,7 +140,10 @@ class BufferedLayer(CacheLayerMixin):
             torch._dynamo.mark_static_address(getattr(self, name), guard=False)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (self.max_cache_len if self._length_on_device() else self.length + query_length), 0
+        if self._length_on_device():
+            return self.max_cache_len, 0
+        self._check_room(self.length + query_length)
+        return self.length + query_length, 0
 
     def get_seq_length(self) -> int | Tensor:
         """Tokens so far: on a GPU a () int64 tensor, as in transformers' static caches, so that nobody waits for it."""
@@ -287,7 +291,24 @@ class RefreshLayer(BufferedLayer):
 _uncompiled_step = torch.compiler.disable(decode_step)
 
 
-class RefreshCache(Cache):
+class BufferedCache(Cache):
+    """A cache of `make_layer()` for each full-attention layer; sliding-window layers keep one of transformers' own.
+
+    Raises `SettingsError` unless max_cache_len, the most tokens per row, is a number.
+    """
+
+    def __init__(self, model_config: PretrainedConfig, max_cache_len: int, make_layer: Callable[[], BufferedLayer]):
+        if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int) or max_cache_len < 1:
+            raise SettingsError(f"max_cache_len must be a whole number >= 1, got {max_cache_len!r}")
+        super().__init__(
+            layers=[
+                make_layer() if window is None else DynamicSlidingWindowLayer(sliding_window=window)
+                for window in layer_windows(model_config)
+            ]
+        )
+
+
+class RefreshCache(BufferedCache):
     """The cache of a model with the refresh attention: `model.generate(..., past_key_values=RefreshCache(...))`.
 
     The full keys and values stay in buffers allocated at the first token; each full-attention layer decodes from its
@@ -303,17 +324,8 @@ class RefreshCache(Cache):
     """
 
     def __init__(self, model_config: PretrainedConfig, max_cache_len: int, config: RefreshConfig | None = None):
-        if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int) or max_cache_len < 1:
-            raise SettingsError(f"max_cache_len must be a whole number >= 1, got {max_cache_len!r}")
         self.config = config or saved_config(model_config)
-        super().__init__(
-            layers=[
-                RefreshLayer(max_cache_len, self.config)
-                if window is None
-                else DynamicSlidingWindowLayer(sliding_window=window)
-                for window in layer_windows(model_config)
-            ]
-        )
+        super().__init__(model_config, max_cache_len, lambda: RefreshLayer(max_cache_len, self.config))
 
     @property
     def full_steps(self) -> Tensor:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from refreshkv import NEVER, RefreshConfig
+from refreshkv.baselines import FullLayer, H2OLayer, SnapKVLayer, StreamingLayer
 from refreshkv.cache import RefreshLayer
-from refreshkv.ops import naive
+from refreshkv.ops import decode, naive
 from refreshkv.ops.decode import STATE
 
 pytest.importorskip("triton")
@@ -110,3 +111,33 @@ def test_selection_whatever_the_guess(monkeypatch, name, sample, doubts, margin)
     monkeypatch.setattr(decode_attention, "RANKED", 16)
     monkeypatch.setattr(decode_kernels, "RANKING_PROGRAMS", 4)
     compare(CASES[name])
+
+
+@pytest.mark.parametrize("name", ["full", "streaming", "h2o", "snapkv"])
+@pytest.mark.parametrize("groups", [1, 7])
+def test_the_baselines_equal_their_naive_form(monkeypatch, name, groups):
+    monkeypatch.setattr(decode_attention, "splits_of", lambda pairs, device: 3)
+    prompt, steps, head_dim, capacity = 21, 14, 16, 40
+    generator = torch.Generator().manual_seed(1)
+    padding = torch.tensor([0, 5], device=DEVICE)
+    block = [drawn(generator, count, prompt, head_dim) for count in (groups * 2, 2, 2)]
+    make = {
+        "full": lambda: FullLayer(capacity),
+        "streaming": lambda: StreamingLayer(capacity, 0.4, 2),
+        "h2o": lambda: H2OLayer(capacity, 0.4),
+        "snapkv": lambda: SnapKVLayer(capacity, 0.4, 1, 7, "max"),
+    }[name]
+    layers = [make(), make()]
+    for layer in layers:
+        layer.update(*block[1:])
+        layer.begin(block[0], padding, 0.25)
+    for step in range(steps):
+        token = [drawn(generator, count, 1, head_dim) for count in (groups * 2, 2, 2)]
+        outputs = []
+        for layer, kernels in zip(layers, (True, False), strict=True):
+            monkeypatch.setattr(decode, "uses_kernels", lambda tensor, kernels=kernels: kernels)
+            outputs.append(layer.step(*token, 0.25))
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5, msg=lambda m, s=step: f"{s}: {m}")
+        for state in layers[0].row_state:
+            ours, theirs = (getattr(layer, state) for layer in layers)
+            torch.testing.assert_close(ours, theirs, msg=lambda m, s=(step, state): f"{s}: {m}")

@@ -74,3 +74,85 @@ def decode_step(
 def _(query: Tensor, *args) -> Tensor:
     batch, heads, _, head_dim = query.shape
     return query.new_empty(batch, 1, heads, head_dim)
+
+
+@torch.library.custom_op("refreshkv::full_step", mutates_args=("keys", "values", "length"))
+def full_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    rows: Tensor,
+    scaling: float,
+) -> Tensor:
+    """Appends one token and attends to all; arguments and result as in `decode_step`."""
+    if uses_kernels(keys):
+        from refreshkv.ops import decode_kernels
+
+        return decode_kernels.full_step(query, key, value, keys, values, length, rows, scaling)
+    return naive.full_step(query, key, value, keys, values, length, rows, scaling)
+
+
+@full_step.register_fake
+def _(query: Tensor, *args) -> Tensor:
+    batch, heads, _, head_dim = query.shape
+    return query.new_empty(batch, 1, heads, head_dim)
+
+
+COMPACT_STATE = ("keys", "values", "length", "rows", "slots", "scores", "positions")
+
+
+@torch.library.custom_op("refreshkv::compact_step", mutates_args=COMPACT_STATE)
+def compact_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    scores: Tensor,
+    positions: Tensor,
+    sink_tokens: int,
+    heavy: bool,
+    scaling: float,
+) -> Tensor:
+    """One token attends to what a compact cache kept and to itself, joins it, and one entry goes if there are more than
+    the budget: returns (B, 1, H, D).
+
+    The cache has one entry more than its budget, C = K + 1, and in a full cache one of them, `slots` (B, Hkv) int64,
+    is free for the token. keys, values (B, Hkv, C, D); rows (B, 4) int64: entries ever used, the row's K, 0, unused.
+    The oldest entry after the first `sink_tokens` goes; or, if `heavy`, the one with the lowest accumulated
+    probability, `scores` (B, Hkv, C) float32, that is not among the last K // 2 tokens by `positions` (B, Hkv, C)
+    int64.
+    """
+    token = length.clone()
+    if uses_kernels(keys):
+        from refreshkv.ops import decode_kernels as form
+    else:
+        form = naive
+    output, probabilities = form.compact_step(query, key, value, keys, values, length, rows, slots, heavy, scaling)
+    used, budgets = rows[:, 0], rows[:, 1]
+    used.copy_(torch.minimum(used + 1, budgets + 1))
+    following = torch.where(slots < budgets[:, None], slots + 1, sink_tokens)
+    if heavy:
+        scores.scatter_(2, slots.unsqueeze(-1), 0.0)
+        scores += probabilities
+        positions.scatter_(2, slots.unsqueeze(-1), token.expand_as(slots).unsqueeze(-1))
+        recent = positions > (token - budgets // 2)[:, None, None]
+        entry = torch.arange(keys.shape[2], device=keys.device)
+        lasting = recent | (entry > budgets[:, None, None])
+        lightest = scores.masked_fill(lasting, torch.inf).argmin(dim=-1)
+        is_full = (used > budgets)[:, None]
+        following = torch.where(is_full, lightest, following)
+    slots.copy_(following)
+    return output
+
+
+@compact_step.register_fake
+def _(query: Tensor, *args) -> Tensor:
+    batch, heads, _, head_dim = query.shape
+    return query.new_empty(batch, 1, heads, head_dim)

@@ -176,7 +176,7 @@ def _attend(
         if OBSERVERS > 1:
             observer = (batch * H + kv_head * G + row) * OBSERVERS + position % OBSERVERS
             tl.store(observer_ptr + observer[:, None] * D + column[None, :], query, mask=mask)
-        if position >= capacity:
+        if slot >= capacity:
             total = total * float("nan")  # nothing may be attended that was not kept
 
     selected = selected_ptr + pair.to(tl.int64) * width

@@ -38,7 +38,7 @@ def decode_step(
     """`refreshkv.ops.naive.decode_step` by kernels: (B, 1, H, D)."""
     batch, heads, _, head_dim = query.shape
     kv_heads, capacity, width = keys.shape[1], keys.shape[2], selected.shape[2]
-    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    query, key, value = _unit_stride(query, key, value)
     shares = attend(
         query, key, value, keys, values, length, rows, rows, selected, mean_query, observers, scaling,
         mode=attention.REFRESH, stride=stride, threshold=threshold, store=observation_window == 1,
@@ -55,11 +55,59 @@ def decode_step(
     selection._select[(batch * kv_heads,)](
         rankings, doubts, selected, ranking, rows, length, shares.full, full_steps, query, mean_query,
         *query.stride()[:2], kv_heads, capacity, width, selection.MARGIN,
-        H=heads, D=head_dim, HP=triton.next_power_of_2(heads), DP=padded_head(head_dim), SIMILARITY=threshold is not None,
+        H=heads, D=head_dim, HP=triton.next_power_of_2(heads), DP=padded_head(head_dim),
+        SIMILARITY=threshold is not None,
         SAMPLE=selection.SAMPLE, DOUBTS=selection.DOUBTS, BLOCK=selection.BLOCK, TAIL=TAIL,
         LAST_RANKS=last_ranks(stride, threshold), num_warps=selection.WARPS,
     )  # fmt: skip
     return output
+
+
+def full_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    rows: Tensor,
+    scaling: float,
+) -> Tensor:
+    """`refreshkv.ops.naive.full_step` by kernels: (B, 1, H, D)."""
+    query, key, value = _unit_stride(query, key, value)
+    state = (keys, values, length, rows, rows, rows, rows, query)
+    shares = attend(query, key, value, *state, scaling, mode=attention.FULL)
+    output = query.new_empty(query.shape[0], 1, *query.shape[1::2])
+    finish(shares, output, length, rows, shares.total, keys.shape, rank=False)
+    return output
+
+
+def compact_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    heavy: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor | None]:
+    """`refreshkv.ops.naive.compact_step` by kernels: (B, 1, H, D), and the entries' probabilities."""
+    query, key, value = _unit_stride(query, key, value)
+    state = (keys, values, length, rows, slots, rows, rows, query)
+    shares = attend(query, key, value, *state, scaling, mode=attention.COMPACT, store=heavy)
+    output = query.new_empty(query.shape[0], 1, *query.shape[1::2])
+    finish(shares, output, length, rows, shares.total, keys.shape, rank=False)
+    if not heavy:
+        return output, None
+    top = shares.highest.amax(dim=-1, keepdim=True)
+    lse = top + (shares.total * torch.exp2(shares.highest - top)).sum(-1, keepdim=True).log2()
+    entry = torch.arange(keys.shape[2], device=keys.device)
+    visible = (entry < rows[:, 0, None, None]) | (entry == slots.unsqueeze(-1))
+    probabilities = torch.exp2(shares.logits - lse).unflatten(1, (keys.shape[1], -1)).mean(dim=2)
+    return output, probabilities.masked_fill(~visible, 0.0)
 
 
 class Shares:
@@ -175,3 +223,7 @@ def _observed_scores(
 def last_ranks(stride: int, threshold: float | None) -> int:
     """How many of the lowest ranks a selection keeps in order at a time."""
     return min(stride, TAIL) if threshold is None else TAIL
+
+
+def _unit_stride(*tensors: Tensor) -> list[Tensor]:
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]

@@ -297,6 +297,59 @@ def decode_step(
     return output.transpose(1, 2)
 
 
+@torch.no_grad()
+def full_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    rows: Tensor,
+    scaling: float,
+) -> Tensor:
+    """Appends one token and attends to all of the row's; as `refreshkv.ops.decode.full_step`."""
+    position = int(length)
+    keys[:, :, position], values[:, :, position] = key[:, :, 0], value[:, :, 0]
+    length += 1
+    exists = torch.arange(position + 1, device=keys.device) >= rows[:, 2, None]
+    known, contents = keys[:, :, : position + 1], values[:, :, : position + 1]
+    return grouped_attention(query, known, contents, exists[:, None, None], scaling).transpose(1, 2)
+
+
+@torch.no_grad()
+def compact_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    heavy: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention to a compact cache's entries and the token, which takes its slot; arguments as in
+    `refreshkv.ops.decode.compact_step`.
+
+    Returns (B, 1, H, D), and if `heavy` the entries' probabilities, mean over the group, (B, Hkv, C) float32.
+    """
+    index = slots[..., None, None].expand(-1, -1, -1, keys.shape[-1])
+    keys.scatter_(2, index, key)
+    values.scatter_(2, index, value)
+    length += 1
+    entry = torch.arange(keys.shape[2], device=keys.device)
+    visible = (entry < rows[:, 0, None, None]) | (entry == slots.unsqueeze(-1))
+    output = grouped_attention(query, keys, values, visible.unsqueeze(2), scaling).transpose(1, 2)
+    if not heavy:
+        return output, None
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.unflatten(1, (keys.shape[1], -1)).squeeze(3).to(wide)
+    logits = (grouped @ keys.to(wide).transpose(-1, -2) * scaling).masked_fill(~visible.unsqueeze(2), -torch.inf)
+    return output, logits.softmax(dim=-1).mean(dim=2).float()
+
+
 def decode(
     query: Tensor,
     key: Tensor,
