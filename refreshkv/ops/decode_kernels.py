@@ -37,7 +37,6 @@ def decode_step(
 ) -> Tensor:
     """`refreshkv.ops.naive.decode_step` by kernels: (B, 1, H, D)."""
     batch, heads, _, head_dim = query.shape
-    kv_heads, capacity, width = keys.shape[1], keys.shape[2], selected.shape[2]
     query, key, value = _unit_stride(query, key, value)
     shares = attend(
         query, key, value, keys, values, length, rows, rows, selected, mean_query, observers, scaling,
@@ -51,14 +50,9 @@ def decode_step(
         shares, output, length, rows, scores, keys.shape, pool_kernel, recent_window, sink_tokens,
         observed=observation_window > 1,
     )  # fmt: skip
-    doubts = torch.empty(batch, kv_heads, selection.DOUBTS, dtype=torch.int32, device=query.device)
-    selection._select[(batch * kv_heads,)](
-        rankings, doubts, selected, ranking, rows, length, shares.full, full_steps, query, mean_query,
-        *query.stride()[:2], kv_heads, capacity, width, selection.MARGIN,
-        H=heads, D=head_dim, HP=triton.next_power_of_2(heads), DP=padded_head(head_dim),
-        SIMILARITY=threshold is not None,
-        SAMPLE=selection.SAMPLE, DOUBTS=selection.DOUBTS, BLOCK=selection.BLOCK, TAIL=TAIL,
-        LAST_RANKS=last_ranks(stride, threshold), num_warps=selection.WARPS,
+    select(
+        shares.full, rankings, query, length, rows, selected, ranking, mean_query, full_steps,
+        stride=stride, threshold=threshold,
     )  # fmt: skip
     return output
 
@@ -192,6 +186,33 @@ def finish(
         BLOCK=attention.RANKED, num_warps=4,
     )  # fmt: skip
     return rankings
+
+
+def select(
+    full: Tensor,
+    rankings: Tensor,
+    query: Tensor,
+    length: Tensor,
+    rows: Tensor,
+    selected: Tensor,
+    ranking: Tensor,
+    mean_query: Tensor,
+    full_steps: Tensor,
+    *,
+    stride: int,
+    threshold: float | None,
+) -> None:
+    """The last launch of a step: where `full` (B,) gives a position, the selection from `rankings` (B, Hkv, L)."""
+    batch, heads, _, head_dim = query.shape
+    kv_heads, capacity = rankings.shape[1:]
+    doubts = torch.empty(batch, kv_heads, selection.DOUBTS, dtype=torch.int32, device=query.device)
+    selection._select[(batch * kv_heads,)](
+        rankings, doubts, selected, ranking, rows, length, full, full_steps, query, mean_query,
+        *query.stride()[:2], kv_heads, capacity, selected.shape[2], selection.MARGIN,
+        H=heads, D=head_dim, HP=triton.next_power_of_2(heads), DP=padded_head(head_dim),
+        SIMILARITY=threshold is not None, SAMPLE=selection.SAMPLE, DOUBTS=selection.DOUBTS, BLOCK=selection.BLOCK,
+        TAIL=TAIL, LAST_RANKS=last_ranks(stride, threshold), num_warps=selection.WARPS,
+    )  # fmt: skip
 
 
 def _observed_scores(
