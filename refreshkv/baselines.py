@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from refreshkv.cache import BufferedCache, BufferedLayer
 from refreshkv.config import RefreshConfig
 from refreshkv.ops import naive
-from refreshkv.ops.decode import COMPACT_STATE, compact_step, full_step, uses_kernels
+from refreshkv.ops.decode import COMPACT_STATE, compact_step, full_step
 from refreshkv.settings import SettingsError
 
 
@@ -32,14 +32,13 @@ class FullLayer(BufferedLayer):
         """Ends a prompt block; left_padding (B,) int64."""
         zeros = torch.zeros_like(left_padding)
         self._keep("rows", torch.stack([zeros, zeros, left_padding, zeros], dim=1))
-        self.is_decoding, self.awaits_attention = True, False
-        self._mark_addresses((*self.row_state, "cumulative_length"))
+        self._end_prompt()
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """One decoding step: query (B, H, 1, D), key and value (B, Hkv, 1, D) -> (B, 1, H, D)."""
         self.awaits_attention = False
-        operator = full_step if uses_kernels(self.keys) or not self.keys.is_cuda else torch.compiler.disable(full_step)
-        return operator(query, key, value, self.keys, self.values, self.cumulative_length, self.rows, scaling)
+        state = (self.keys, self.values, self.cumulative_length, self.rows)
+        return self.operator(full_step)(query, key, value, *state, scaling)
 
 
 class FullCache(BufferedCache):
@@ -98,8 +97,7 @@ class CompactLayer(BufferedLayer):
         self._keep("slots", used.unsqueeze(-1).expand(-1, key.shape[1]))
         self._keep("positions", kept)
         self._keep("scores", scores.gather(2, index).masked_fill(kept < 0, 0.0))
-        self.is_decoding, self.awaits_attention = True, False
-        self._mark_addresses((*self.row_state, "cumulative_length"))
+        self._end_prompt()
 
     def _prompt_entries(
         self, query: Tensor, key: Tensor, budgets: Tensor, left_padding: Tensor, capacity: int, scaling: float
@@ -112,9 +110,7 @@ class CompactLayer(BufferedLayer):
         """One decoding step: query (B, H, 1, D), key and value (B, Hkv, 1, D) -> (B, 1, H, D)."""
         self.awaits_attention = False
         state = [self.cumulative_length if name == "length" else getattr(self, name) for name in COMPACT_STATE]
-        is_compiled = uses_kernels(self.keys) or not self.keys.is_cuda
-        operator = compact_step if is_compiled else torch.compiler.disable(compact_step)
-        return operator(query, key, value, *state, self.sink_tokens, self.heavy, scaling)
+        return self.operator(compact_step)(query, key, value, *state, self.sink_tokens, self.heavy, scaling)
 
 
 class StreamingLayer(CompactLayer):

@@ -38,11 +38,8 @@ class BufferedLayer(CacheLayerMixin):
         self.known_length: int | None = 0
         self.is_decoding = False
         self.awaits_attention = False
-
-    @property
-    def is_compileable(self) -> bool:
-        """Whether generate() may compile a decoding step: the naive form reads decisions back to the host."""
-        return os.environ.get("REFRESHKV_OPS") != "naive"
+        # whether generate() may compile a decoding step; on a GPU the naive form reads decisions back to the host
+        self.is_compileable = os.environ.get("REFRESHKV_OPS") != "naive"
 
     @property
     def length(self) -> int:
@@ -134,8 +131,18 @@ class BufferedLayer(CacheLayerMixin):
         else:
             setattr(self, name, state.clone(memory_format=torch.contiguous_format))
 
+    def _end_prompt(self) -> None:
+        """From here on single tokens are decoding steps. Tells CUDA graphs that the buffers stay where they are; those
+        of another cache are recorded anew."""
+        self.is_decoding, self.awaits_attention = True, False
+        self.is_captured = uses_kernels(self.keys) or not self.keys.is_cuda
+        self._mark_addresses((*self.row_state, "cumulative_length"))
+
+    def operator(self, step: Callable) -> Callable:
+        """A decoding operator, as it may be compiled: the naive form on a GPU breaks the graph instead."""
+        return step if self.is_captured else torch.compiler.disable(step)
+
     def _mark_addresses(self, names: tuple[str, ...]) -> None:
-        """Tells CUDA graphs that these buffers stay where they are; another cache's are recorded anew."""
         for name in names:
             torch._dynamo.mark_static_address(getattr(self, name), guard=False)
 
@@ -238,8 +245,7 @@ class RefreshLayer(BufferedLayer):
         slots = torch.arange(length - window, length, device=query.device) % window
         self._keep("observers", torch.zeros_like(observers).index_copy(2, slots, observers))
         self.full_steps[:, length - 1] = True
-        self.is_decoding, self.awaits_attention = True, False
-        self._mark_addresses((*self.row_state, "cumulative_length"))
+        self._end_prompt()
 
     def _latest_queries(self, query: Tensor, length: int, window: int) -> Tensor:
         """The last O queries in order, (B, H, O, D): the block's, and before them those that were kept."""
@@ -259,8 +265,7 @@ class RefreshLayer(BufferedLayer):
         self.awaits_attention = False
         state = [self.cumulative_length if name == "length" else getattr(self, name) for name in STATE]
         config = self.config
-        operator = decode_step if uses_kernels(self.keys) or not self.keys.is_cuda else _uncompiled_step
-        return operator(
+        return self.operator(decode_step)(
             query, key, value, *state, config.stride, config.threshold, *config.selection_options().values(), scaling
         )
 
@@ -285,10 +290,6 @@ class RefreshLayer(BufferedLayer):
         super().reset()
         if self.is_initialized:
             self.full_steps.zero_()
-
-
-# On a GPU the naive form reads decisions back to the host, which no CUDA graph can hold.
-_uncompiled_step = torch.compiler.disable(decode_step)
 
 
 class BufferedCache(Cache):

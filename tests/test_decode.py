@@ -141,3 +141,41 @@ def test_the_baselines_equal_their_naive_form(monkeypatch, name, groups):
         for state in layers[0].row_state:
             ours, theirs = (getattr(layer, state) for layer in layers)
             torch.testing.assert_close(ours, theirs, msg=lambda m, s=(step, state): f"{s}: {m}")
+
+
+def assert_exact_selection(length, budget, distinct, tail=12):
+    """Random rankings, few of them different or many, against a stable sort; the lowest ranks in order."""
+    generator = torch.Generator().manual_seed(length + distinct)
+    rankings = torch.randint(0, distinct, (2, 3, length + 5), generator=generator, dtype=torch.int32).to(DEVICE)
+    padding = torch.tensor([0, length // 5], device=DEVICE)
+    anchors = torch.zeros_like(padding)
+    rows = torch.stack([anchors, torch.full_like(padding, budget), padding, anchors], dim=1)
+    selected = torch.full((2, 3, budget), -1, device=DEVICE, dtype=torch.int32)
+    flags = torch.zeros(2, length + 5, device=DEVICE, dtype=torch.bool)
+    decode_kernels.select(
+        torch.full((2,), length - 1, device=DEVICE, dtype=torch.int32),
+        rankings,
+        torch.randn(2, 6, 1, 64, device=DEVICE),
+        torch.tensor(length, device=DEVICE),
+        rows,
+        selected,
+        torch.zeros_like(selected),
+        torch.zeros(2, 64, device=DEVICE),
+        flags,
+        stride=tail,
+        threshold=None,
+    )
+    for row, start in enumerate(padding.tolist()):
+        size = min(budget, length - start)
+        for head in range(3):
+            order = rankings[row, head, start:length].sort(descending=True, stable=True).indices[:size] + start
+            found = selected[row, head, :size].long()
+            assert torch.equal(found.sort().values, order.sort().values)
+            assert torch.equal(found[-tail:], order[-tail:])
+    assert flags.sum() == 2 and rows[:, 0].tolist() == [length - 1] * 2
+
+
+@pytest.mark.parametrize("distinct", [3, 200, 2**30])
+@pytest.mark.parametrize(("length", "budget"), [(40, 7), (300, 250), (1500, 100), (1500, 1), (5000, 5000)])
+def test_the_selection_is_exact(length, budget, distinct):
+    assert_exact_selection(length, budget, distinct)
