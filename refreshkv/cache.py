@@ -308,12 +308,25 @@ class BufferedCache(Cache):
             ]
         )
 
+    def reset(self) -> None:
+        """Forgets all tokens and decisions; full-attention layers keep their buffers."""
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, BufferedLayer):
+                layer.reset()
+            else:  # some releases of transformers cannot empty these
+                self.layers[number] = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+
 
 class RefreshCache(BufferedCache):
     """The cache of a model with the refresh attention: `model.generate(..., past_key_values=RefreshCache(...))`.
 
     The full keys and values stay in buffers allocated at the first token; each full-attention layer decodes from its
     own selection of them. Sliding-window layers keep a transformers cache of their own.
+
+    On a GPU, `generate` compiles the decoding step and captures it into a CUDA graph by itself, unless a layer has a
+    sliding window; nothing in it waits for the device. `reset()` and use the same cache again: another one, or another
+    number of rows, is captured anew. Cut off from generate() and its mask, a step beyond `max_cache_len` in a captured
+    graph gives outputs that are not numbers, and the next look at the length raises.
 
     Several tokens at once are a prompt, or a new turn; a single one is a decoding step. So a prompt that is given in
     chunks (`prefill_chunk_size`) must not end in a chunk of one token.

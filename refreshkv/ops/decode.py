@@ -66,7 +66,8 @@ def decode_step(
     if uses_kernels(keys):
         from refreshkv.ops import decode_kernels  # imports Triton, which machines without a GPU may lack
 
-        return decode_kernels.decode_step(query, key, value, *state, *options)
+        with torch.cuda.device_of(keys):
+            return decode_kernels.decode_step(query, key, value, *state, *options)
     return naive.decode_step(query, key, value, *state, *options)
 
 
@@ -91,7 +92,8 @@ def full_step(
     if uses_kernels(keys):
         from refreshkv.ops import decode_kernels
 
-        return decode_kernels.full_step(query, key, value, keys, values, length, rows, scaling)
+        with torch.cuda.device_of(keys):
+            return decode_kernels.full_step(query, key, value, keys, values, length, rows, scaling)
     return naive.full_step(query, key, value, keys, values, length, rows, scaling)
 
 
@@ -134,7 +136,8 @@ def compact_step(
         from refreshkv.ops import decode_kernels as form
     else:
         form = naive
-    output, probabilities = form.compact_step(query, key, value, keys, values, length, rows, slots, heavy, scaling)
+    with torch.cuda.device_of(keys):
+        output, probabilities = form.compact_step(query, key, value, keys, values, length, rows, slots, heavy, scaling)
     used, budgets = rows[:, 0], rows[:, 1]
     used.copy_(torch.minimum(used + 1, budgets + 1))
     following = torch.where(slots < budgets[:, None], slots + 1, sink_tokens)

@@ -276,5 +276,5 @@ def splits_of(pairs: int, device: torch.device) -> int:
 def tile_of(query: Tensor) -> dict[str, int]:
     """The tile of `_attend`: smaller for float32 and for wide heads, whose tiles fill the shared memory."""
     if query.element_size() * padded_head(query.shape[-1]) > 256:
-        return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_N": 32, "num_warps": 8 if query.element_size() == 4 else 4, "num_stages": 2}
     return TILE

@@ -225,9 +225,9 @@ def _observed_scores(
     highest = torch.empty(batch, heads, window, splits, dtype=torch.float32, device=keys.device)
     total = torch.empty_like(highest)
     scores = torch.empty(batch, kv_heads, capacity, dtype=torch.float32, device=keys.device)
-    tile = min(64, max(16, triton.next_power_of_2(window * group)))
     shared = {"G": group, "D": head_dim, "DP": padded_head(head_dim), "PRECISION": precision(keys)}
     small = keys.element_size() * padded_head(head_dim) > 256
+    tile = min(16 if small else 64, max(16, triton.next_power_of_2(window * group)))
     observing._observer_sums[splits, triton.cdiv(window * group, tile), pairs](
         observers, keys, rows, full, highest, total, kv_heads, capacity, scaling * LOG2E,
         OBSERVERS=window, BLOCK_M=tile, BLOCK_N=32 if small else 64, **shared,
