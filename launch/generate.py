@@ -203,8 +203,9 @@ def report(prompt_tokens: int, streamer: TimedStreamer, cache: RefreshCache | No
 
 def cache_rows(prompt_tokens: int, cache: RefreshCache) -> list[tuple[str, str]]:
     """The budget, and the full steps after the prompt; neighbouring layers with equal numbers share a row."""
-    budget, steps = cache.config.largest_budget(prompt_tokens), cache.get_seq_length() - prompt_tokens
-    beyond = " (the context never grew beyond it: full attention)" if budget >= cache.get_seq_length() else ""
+    budget, length = cache.config.largest_budget(prompt_tokens), int(cache.get_seq_length())
+    steps = length - prompt_tokens
+    beyond = " (the context never grew beyond it: full attention)" if budget >= length else ""
     rows = [("K, tokens in the small cache", f"{budget}{beyond}")]
     counts = cache.full_steps[:, 0, prompt_tokens:].sum(-1).tolist()
     counts = [None if sliding else count for count, sliding in zip(counts, cache.is_sliding, strict=True)]

@@ -15,9 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from refreshkv import ops, schedule
-from refreshkv.cache import RefreshCache, RefreshLayer
+from refreshkv.cache import BufferedCache, BufferedLayer, check_room
 from refreshkv.config import Simulation
-from refreshkv.ops import naive
 from refreshkv.settings import SettingsError
 
 FASTEST_FIRST = [
@@ -42,7 +41,7 @@ def refresh_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     refresh: Simulation | None = None,
-    refresh_cache: RefreshCache | None = None,
+    refresh_cache: BufferedCache | None = None,
     prompt_attention: str = "sdpa",
     **kwargs,
 ) -> tuple[Tensor, None]:
@@ -69,11 +68,9 @@ def refresh_attention(
     if refresh_cache is None:
         return _simulate(module, query, key, value, left_padding, scaling, refresh, ordinary), None
     layer = refresh_cache.layers[module.layer_idx]
-    if query.shape[2] > 1 or layer.length == 1:
-        output = ordinary(query, key, value)
-        layer.begin(query, _no_padding(query) if left_padding is None else left_padding, scaling)
-        return output, None
-    return _decode(layer, query, key, value, scaling), None
+    if layer.is_decoding:
+        return layer.step(query, key, value, scaling), None
+    return _prompt(layer, query, key, value, left_padding, scaling, ordinary), None
 
 
 def _simulate(
@@ -134,14 +131,20 @@ class _SplitAtPrompt(torch.autograd.Function):
         return query, key, value, None, None
 
 
-def _decode(layer: RefreshLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """One token (specification, sections 2 to 4): returns (B, 1, H, D)."""
-    is_full = layer.decide(query)
-    output = naive.decode(
-        query, key, value, is_full, layer.anchors, layer.selected, layer.budgets, layer.left_padding, scaling
-    )
-    layer.end_step(query, is_full, scaling)
-    return output.transpose(1, 2)
+@torch.compiler.disable
+def _prompt(
+    layer: BufferedLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    left_padding: Tensor | None,
+    scaling: float,
+    ordinary,
+) -> Tensor:
+    """A prompt block, or another turn's: ordinary attention, then the first selection: returns (B, T, H, D)."""
+    output = ordinary(query, key, value)
+    layer.begin(query, _no_padding(query) if left_padding is None else left_padding, scaling)
+    return output
 
 
 def ordinary_attention(
@@ -219,6 +222,16 @@ def left_padding_mask(
     layer's first key; four dimensions because transformers hands those on untouched. Raises `ValueError` for padding
     elsewhere than on the left, packed sequences and static caches, whose masks the attention could not see.
     """
+    if isinstance(q_offset, Tensor):
+        if torch.compiler.is_compiling() and q_length == 1:
+            return None  # a decoding step: its layers know their padding
+        max_cache_len = getattr(q_offset, "refreshkv_max_cache_len", None)
+        if max_cache_len is not None and q_length == 1:
+            check_room(0 if attention_mask is None else attention_mask.shape[1], max_cache_len)
+            return None
+        if max_cache_len is not None:
+            q_offset = int(q_offset)
+            kv_length = q_offset + q_length
     if isinstance(q_offset, Tensor) or kv_length + kv_offset != q_offset + q_length:
         raise ValueError(
             "the refresh attention has no use for a static cache: pass past_key_values=RefreshCache(...), or for "

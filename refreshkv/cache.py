@@ -1,139 +1,121 @@
 """RefreshCache: a transformers cache that holds the full keys and values, and each layer's current selection.
 
-Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `L` tokens so far, `W` selected
-positions, `O` observation window.
+Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `L` tokens so far, `W` slots of a
+selection, `O` observation window.
 """
+
+import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
+from refreshkv import ops
 from refreshkv.config import RefreshConfig
 from refreshkv.layers import layer_windows
-from refreshkv.ops import naive
-from refreshkv.schedule import is_refresh, mean_query
+from refreshkv.ops.decode import STATE, TAIL, decode_step, uses_kernels
+from refreshkv.schedule import mean_query
 from refreshkv.settings import SettingsError
 
 
-class RefreshLayer(CacheLayerMixin):
-    """One full-attention layer: keys and values of all tokens, and what the layer decided.
+class BufferedLayer(CacheLayerMixin):
+    """A layer whose keys and values stay in buffers of fixed size and address, so that a decoding step can be captured
+    into a CUDA graph: nothing in it is read by the host.
 
-    All state is tensors of fixed size: `keys`, `values` (B, Hkv, max_cache_len, D), `full_steps` (B, max_cache_len),
-    `selected` (B, Hkv, W), `observers` (B, H, O, D), `anchors`, `budgets`, `left_padding` (B,), `mean_query` (B, D).
+    The first block of tokens is a prompt, and so is every later block of more than one token; `begin` follows it. In
+    between, `update` hands the single token through, and the decoding operator appends it.
     """
 
-    is_compileable = False
     is_croppable = False
     is_sliding = False
-    row_state = (
-        "keys",
-        "values",
-        "full_steps",
-        "selected",
-        "observers",
-        "anchors",
-        "budgets",
-        "left_padding",
-        "mean_query",
-    )
+    row_state: tuple[str, ...] = ("keys", "values")
 
-    def __init__(self, max_cache_len: int, config: RefreshConfig):
+    def __init__(self, max_cache_len: int):
         super().__init__()
         self.max_cache_len = max_cache_len
-        self.config = config
-        self.length = 0
-        self.prompt_length = 0
+        self.known_length: int | None = 0
+        self.is_decoding = False
         self.awaits_attention = False
+        # whether generate() may compile a decoding step; on a GPU the naive form reads decisions back to the host
+        self.is_compileable = os.environ.get("REFRESHKV_OPS") != "naive"
+
+    @property
+    def length(self) -> int:
+        """Tokens so far. Waits for the device if steps were replayed since the host last knew."""
+        if self.known_length is None:
+            self.known_length = int(self.cumulative_length)
+            self._check_room(self.known_length)
+        return self.known_length
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, kv_heads, _, head_dim = key_states.shape
+        if value_states.shape[-1] != head_dim:
+            raise ValueError(f"keys of {head_dim} and values of {value_states.shape[-1]} numbers are not supported")
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, batch
-        self.keys = key_states.new_zeros(batch, kv_heads, self.max_cache_len, head_dim)
-        self.values = value_states.new_zeros(batch, kv_heads, self.max_cache_len, value_states.shape[-1])
-        self.full_steps = torch.zeros(batch, self.max_cache_len, dtype=torch.bool, device=self.device)
+        self.keys = key_states.new_zeros(batch, kv_heads, self._capacity(), head_dim)
+        self.values = torch.zeros_like(self.keys)
+        self.cumulative_length = torch.zeros((), dtype=torch.int64, device=self.device)
+        # tells the mask function whose length it is given, and how many tokens fit
+        self.cumulative_length.refreshkv_max_cache_len = self.max_cache_len
         self.is_initialized = True
 
+    def _capacity(self) -> int:
+        """Tokens that the buffers hold."""
+        return self.max_cache_len
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Appends (B, Hkv, n, D) keys and values; returns views of all tokens' so far, (B, Hkv, L, D)."""
+        """Takes (B, Hkv, n, D) keys and values. Of a prompt block: all tokens' so far, (B, Hkv, L, D); of a decoding
+        step: the token's own, which the attention appends."""
+        if self.is_decoding and key_states.shape[2] == 1:
+            if torch.compiler.is_compiling():
+                self.known_length = None
+            else:
+                self._check_step(key_states)
+            return key_states, value_states
+        return self._append(key_states, value_states)
+
+    def _check_step(self, key_states: Tensor) -> None:
         self._check_refreshed()
-        if self.length > 0 and self.batch_size != key_states.shape[0]:
+        self._check_rows(key_states)
+        if self.known_length is not None:
+            self._check_room(self.known_length + 1)
+            self.known_length += 1
+        self.awaits_attention = True
+
+    @torch.compiler.disable
+    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends a prompt block."""
+        self._check_refreshed()
+        start = self.length
+        if start > 0:
+            self._check_rows(key_states)
+        fits = self.is_initialized and self.keys.shape[:2] == key_states.shape[:2]
+        fits = fits and (self.keys.dtype, self.keys.device) == (key_states.dtype, key_states.device)
+        if start == 0 and not fits:
+            self.lazy_initialization(key_states, value_states)
+        end = start + key_states.shape[2]
+        self._check_room(end)
+        keys, values = self._store(key_states, value_states, start, end)
+        self.known_length = end
+        self.cumulative_length.fill_(end)
+        self.is_decoding, self.awaits_attention = False, True
+        return keys, values
+
+    def _store(self, key_states: Tensor, value_states: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        self.keys[:, :, start:end] = key_states
+        self.values[:, :, start:end] = value_states
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _check_room(self, length: int) -> None:
+        check_room(length, self.max_cache_len)
+
+    def _check_rows(self, key_states: Tensor) -> None:
+        if self.batch_size != key_states.shape[0]:
             raise ValueError(
                 f"RefreshCache holds {self.batch_size} rows and was given {key_states.shape[0]}: call reset() first"
             )
-        fits = (
-            self.is_initialized and self.keys.shape[:2] == key_states.shape[:2] and self.keys.dtype == key_states.dtype
-        )
-        if self.length == 0 and not (fits and self.keys.device == key_states.device):
-            self.lazy_initialization(key_states, value_states)
-        end = self.length + key_states.shape[2]
-        if end > self.max_cache_len:
-            raise ValueError(
-                f"RefreshCache is full: {end} tokens, but max_cache_len={self.max_cache_len}; make it at least the "
-                "prompt plus max_new_tokens"
-            )
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        self.length = end
-        self.awaits_attention = True
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def begin(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
-        """Ends a prompt block: its last position is a full step, and steps count from there (specification, section 7).
-
-        query (B, H, n, D): the block's queries; left_padding (B,) int64.
-        """
-        self.left_padding = left_padding
-        self.budgets = self.config.budgets(self.length - left_padding)
-        self.prompt_length = self.length
-        if query.shape[2] == self.length:
-            observing = self.config.observation_window
-            self.observers = query.new_zeros(*query.shape[:2], observing, query.shape[-1])
-        self._observe(query)
-        self.anchors = torch.full_like(left_padding, self.length - 1)
-        self.mean_query = mean_query(query[:, :, -1:]).squeeze(1)
-        self.selected = self._select(scaling)
-        self.full_steps[:, self.length - 1] = True
-        self.awaits_attention = False
-
-    def decide(self, query: Tensor) -> Tensor:
-        """Whether this step is full, per row: query (B, H, 1, D) -> (B,) bool (specification, section 2)."""
-        step = self.length - self.prompt_length
-        if step % self.config.stride != 0:
-            return torch.zeros(query.shape[0], dtype=torch.bool, device=query.device)
-        return is_refresh(mean_query(query).squeeze(1), self.mean_query, self.config.threshold)
-
-    def end_step(self, query: Tensor, is_full: Tensor, scaling: float) -> None:
-        """Takes note of a decoding step's query (B, H, 1, D); rows whose step was full select anew."""
-        self._observe(query)
-        self.awaits_attention = False
-        if not bool(is_full.any()):
-            return
-        position = self.length - 1
-        self.anchors = torch.where(is_full, position, self.anchors)
-        self.mean_query = torch.where(is_full[:, None], mean_query(query).squeeze(1), self.mean_query)
-        self.selected = torch.where(is_full[:, None, None], self._select(scaling), self.selected)
-        self.full_steps[:, position] = is_full
-
-    def _observe(self, query: Tensor) -> None:
-        """Keeps the last O queries: in a tensor of their own, a view would keep those of the whole prompt alive."""
-        observing = self.config.observation_window
-        latest = torch.cat([self.observers, query[:, :, -observing:]], dim=2)
-        self.observers = latest[:, :, -observing:].clone()
-
-    def _select(self, scaling: float) -> Tensor:
-        """The best positions at the last token, (B, Hkv, W); W has room for a context that still grows."""
-        return naive.select(
-            self.observers,
-            self.keys[:, :, : self.length],
-            torch.full_like(self.left_padding, self.length - 1).unsqueeze(-1),
-            self.budgets,
-            self.left_padding,
-            width=min(self.config.largest_budget(self.prompt_length), self.max_cache_len),
-            droppable=self.max_cache_len,
-            scaling=scaling,
-            **self.config.selection_options(),
-        ).squeeze(2)
 
     def _check_refreshed(self) -> None:
         if self.awaits_attention:
@@ -141,21 +123,53 @@ class RefreshLayer(CacheLayerMixin):
                 "RefreshCache was filled but never refreshed: call refreshkv.enable(model) before using it"
             )
 
+    def _keep(self, name: str, state: Tensor) -> None:
+        """Puts a state into its buffer; the buffer is made, at an address that stays, if none fits."""
+        old = getattr(self, name, None)
+        if isinstance(old, Tensor) and (old.shape, old.dtype, old.device) == (state.shape, state.dtype, state.device):
+            old.copy_(state)
+        else:
+            setattr(self, name, state.clone(memory_format=torch.contiguous_format))
+
+    def _end_prompt(self) -> None:
+        """From here on single tokens are decoding steps. Tells CUDA graphs that the buffers stay where they are; those
+        of another cache are recorded anew."""
+        self.is_decoding, self.awaits_attention = True, False
+        self.is_captured = uses_kernels(self.keys) or not self.keys.is_cuda
+        self._mark_addresses((*self.row_state, "cumulative_length"))
+
+    def operator(self, step: Callable) -> Callable:
+        """A decoding operator, as it may be compiled: the naive form on a GPU breaks the graph instead."""
+        return step if self.is_captured else torch.compiler.disable(step)
+
+    def _mark_addresses(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            torch._dynamo.mark_static_address(getattr(self, name), guard=False)
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self._length_on_device():
+            return self.max_cache_len, 0
+        self._check_room(self.length + query_length)
         return self.length + query_length, 0
 
-    def get_seq_length(self) -> int:
-        return self.length
+    def get_seq_length(self) -> int | Tensor:
+        """Tokens so far: on a GPU a () int64 tensor, as in transformers' static caches, so that nobody waits for it."""
+        return self.cumulative_length if self._length_on_device() else self.length
+
+    def _length_on_device(self) -> bool:
+        if torch.compiler.is_compiling():
+            return True
+        return self.is_initialized and self.device.type == "cuda" and self.known_length != 0
 
     def get_max_length(self) -> int:
         return self.max_cache_len
 
     def reset(self) -> None:
         """Forgets all tokens and decisions; the buffers stay allocated."""
-        self.length = self.prompt_length = 0
-        self.awaits_attention = False
+        self.known_length = 0
+        self.is_decoding = self.awaits_attention = False
         if self.is_initialized:
-            self.full_steps.zero_()
+            self.cumulative_length.zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError(
@@ -172,19 +186,147 @@ class RefreshLayer(CacheLayerMixin):
         self._change_rows(lambda state: state.repeat_interleave(repeats, dim=0))
 
     def _change_rows(self, change) -> None:
-        if self.length == 0:
+        if self.known_length == 0:
             return
         self._check_refreshed()
         for name in self.row_state:
-            setattr(self, name, change(getattr(self, name)))
+            self._keep(name, change(getattr(self, name)))
         self.batch_size = self.keys.shape[0]
+        self._mark_addresses(self.row_state)
 
 
-class RefreshCache(Cache):
+def check_room(length: int, max_cache_len: int) -> None:
+    """`ValueError` if a cache for `max_cache_len` tokens cannot hold `length`."""
+    if length > max_cache_len:
+        raise ValueError(
+            f"RefreshCache is full: {length} tokens, but max_cache_len={max_cache_len}; make it at least the prompt "
+            "plus max_new_tokens"
+        )
+
+
+class RefreshLayer(BufferedLayer):
+    """One full-attention layer: keys and values of all tokens, and what the layer decided.
+
+    All state is tensors of fixed size: `keys`, `values` (B, Hkv, max_cache_len, D), `full_steps` (B, max_cache_len),
+    `rows` (B, 4), `selected`, `ranking` (B, Hkv, W), `observers` (B, H, O, D), `mean_query` (B, D),
+    `cumulative_length` (); `refreshkv.ops.decode.decode_step` says what they hold.
+    """
+
+    row_state = tuple(name for name in STATE if name != "length")
+
+    def __init__(self, max_cache_len: int, config: RefreshConfig):
+        super().__init__(max_cache_len)
+        self.config = config
+        self.width = min(config.largest_budget(max_cache_len), max_cache_len)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        batch, kv_heads, _, head_dim = key_states.shape
+        self.full_steps = torch.zeros(batch, self.max_cache_len, dtype=torch.bool, device=self.device)
+        self.rows = torch.zeros(batch, 4, dtype=torch.int64, device=self.device)
+        self.selected = torch.full((batch, kv_heads, self.width), -1, dtype=torch.int32, device=self.device)
+        self.ranking = torch.zeros_like(self.selected)
+        self.mean_query = torch.zeros(batch, head_dim, dtype=torch.float32, device=self.device)
+
+    @torch.compiler.disable
+    def begin(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
+        """Ends a prompt block: its last position is a full step, and steps count from there (specification, section 7).
+
+        query (B, H, n, D): the block's queries; left_padding (B,) int64.
+        """
+        length, window = self.length, self.config.observation_window
+        last = torch.full_like(left_padding, length - 1)
+        self.rows.copy_(torch.stack([last, self.config.budgets(length - left_padding), left_padding, last + 1], dim=1))
+        observers = self._latest_queries(query, length, window)
+        self.mean_query.copy_(mean_query(query[:, :, -1:]).squeeze(1))
+        self.selected.copy_(self._select(observers, last, scaling))
+        # the order in which they are sorted, as rankings: only their order counts
+        self.ranking.copy_(torch.arange(self.width, 0, -1, device=self.device).expand_as(self.ranking))
+        slots = torch.arange(length - window, length, device=query.device) % window
+        self._keep("observers", torch.zeros_like(observers).index_copy(2, slots, observers))
+        self.full_steps[:, length - 1] = True
+        self._end_prompt()
+
+    def _latest_queries(self, query: Tensor, length: int, window: int) -> Tensor:
+        """The last O queries in order, (B, H, O, D): the block's, and before them those that were kept."""
+        latest = query[:, :, -window:]
+        missing = window - latest.shape[2]
+        if missing == 0:
+            return latest
+        if query.shape[2] == length:
+            kept = query.new_zeros(*query.shape[:2], missing, query.shape[-1])
+        else:
+            before = length - query.shape[2]
+            kept = self.observers[:, :, torch.arange(before - missing, before, device=query.device) % window]
+        return torch.cat([kept, latest], dim=2)
+
+    def step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """One decoding step: query (B, H, 1, D), key and value (B, Hkv, 1, D) -> (B, 1, H, D)."""
+        self.awaits_attention = False
+        state = [self.cumulative_length if name == "length" else getattr(self, name) for name in STATE]
+        config = self.config
+        return self.operator(decode_step)(
+            query, key, value, *state, config.stride, config.threshold, *config.selection_options().values(), scaling
+        )
+
+    def _select(self, observers: Tensor, last: Tensor, scaling: float) -> Tensor:
+        """The best positions at the last token, (B, Hkv, W), all in order: a similarity schedule may drop any."""
+        keys = self.keys[:, :, : self.length]
+        stride = self.config.stride
+        _, budgets, left_padding, _ = (column.contiguous() for column in self.rows.unbind(1))
+        return ops.select(
+            observers,
+            keys,
+            last.unsqueeze(-1),
+            budgets,
+            left_padding,
+            width=self.width,
+            droppable=self.width if self.config.threshold is not None or stride > TAIL else stride,
+            scaling=scaling,
+            **self.config.selection_options(),
+        ).squeeze(2)
+
+    def reset(self) -> None:
+        super().reset()
+        if self.is_initialized:
+            self.full_steps.zero_()
+
+
+class BufferedCache(Cache):
+    """A cache of `make_layer()` for each full-attention layer; sliding-window layers keep one of transformers' own.
+
+    Raises `SettingsError` unless max_cache_len, the most tokens per row, is a number.
+    """
+
+    def __init__(self, model_config: PretrainedConfig, max_cache_len: int, make_layer: Callable[[], BufferedLayer]):
+        if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int) or max_cache_len < 1:
+            raise SettingsError(f"max_cache_len must be a whole number >= 1, got {max_cache_len!r}")
+        super().__init__(
+            layers=[
+                make_layer() if window is None else DynamicSlidingWindowLayer(sliding_window=window)
+                for window in layer_windows(model_config)
+            ]
+        )
+
+    def reset(self) -> None:
+        """Forgets all tokens and decisions; full-attention layers keep their buffers."""
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, BufferedLayer):
+                layer.reset()
+            else:  # some releases of transformers cannot empty these
+                self.layers[number] = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+
+
+class RefreshCache(BufferedCache):
     """The cache of a model with the refresh attention: `model.generate(..., past_key_values=RefreshCache(...))`.
 
     The full keys and values stay in buffers allocated at the first token; each full-attention layer decodes from its
     own selection of them. Sliding-window layers keep a transformers cache of their own.
+
+    On a GPU, `generate` compiles the decoding step and captures it into a CUDA graph by itself, unless a layer has a
+    sliding window; nothing in it waits for the device. `reset()` and use the same cache again: another one, or another
+    number of rows, is captured anew. Cut off from generate() and its mask, a step beyond `max_cache_len` in a captured
+    graph gives outputs that are not numbers, and the next look at the length raises.
 
     Several tokens at once are a prompt, or a new turn; a single one is a decoding step. So a prompt that is given in
     chunks (`prefill_chunk_size`) must not end in a chunk of one token.
@@ -196,17 +338,8 @@ class RefreshCache(Cache):
     """
 
     def __init__(self, model_config: PretrainedConfig, max_cache_len: int, config: RefreshConfig | None = None):
-        if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int) or max_cache_len < 1:
-            raise SettingsError(f"max_cache_len must be a whole number >= 1, got {max_cache_len!r}")
         self.config = config or saved_config(model_config)
-        super().__init__(
-            layers=[
-                RefreshLayer(max_cache_len, self.config)
-                if window is None
-                else DynamicSlidingWindowLayer(sliding_window=window)
-                for window in layer_windows(model_config)
-            ]
-        )
+        super().__init__(model_config, max_cache_len, lambda: RefreshLayer(max_cache_len, self.config))
 
     @property
     def full_steps(self) -> Tensor:

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from refreshkv.attention import left_padding_mask, refresh_attention
-from refreshkv.cache import RefreshCache, saved_config
+from refreshkv.cache import BufferedCache, saved_config
 from refreshkv.config import RefreshConfig
 from refreshkv.layers import layer_windows
 from refreshkv.settings import SettingsError
@@ -71,6 +71,6 @@ def _attach(module: nn.Module, prompt_attention: str) -> None:
 def _add_keywords(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     cache = kwargs.get("past_key_values")
     added = {"prompt_attention": module.refreshkv_prompt_attention}
-    if isinstance(cache, RefreshCache):
+    if isinstance(cache, BufferedCache):
         added["refresh_cache"] = cache
     return args, {**kwargs, **added}

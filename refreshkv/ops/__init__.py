@@ -4,21 +4,27 @@
 REFRESHKV_OPS=naive in the environment keeps them on the naive form, to compare.
 """
 
-import os
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from refreshkv.ops import naive
-
-KERNEL_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+from refreshkv.ops.decode import uses_kernels
 
 
 def refresh_rows(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Attention of all rows after the prompt; arguments and result as in `naive.refresh_rows`."""
-    if query.is_cuda and query.dtype in KERNEL_TYPES and os.environ.get("REFRESHKV_OPS") != "naive":
+    if uses_kernels(query):
         from refreshkv.ops import fused  # imports Triton, which machines without a GPU may lack
 
         return fused.refresh_rows(query, *args, **kwargs)
     return naive.refresh_rows(query, *args, **kwargs)
+
+
+def select(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The positions that full steps keep; arguments and result as in `naive.select`."""
+    if uses_kernels(query):
+        from refreshkv.ops import ranking
+
+        return ranking.select(query, *args, **kwargs)
+    return naive.select(query, *args, **kwargs)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refreshkv import schedule
+
 MAX_SCORES = 2**26
 """Attention scores that `select` holds at once (float32: 256 MiB); longer inputs are taken in chunks of full steps."""
 
@@ -236,6 +238,120 @@ def visible_keys(
     everything = (column >= left_padding[:, None, None]) & (column <= position.unsqueeze(-1))
     is_full = (anchors == position)[:, None, :, None]
     return torch.where(is_full, everything.unsqueeze(1), visible | local.unsqueeze(1))
+
+
+@torch.no_grad()
+def decode_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    rows: Tensor,
+    selected: Tensor,
+    ranking: Tensor,
+    mean_query: Tensor,
+    observers: Tensor,
+    full_steps: Tensor,
+    stride: int,
+    threshold: float | None,
+    pool_kernel: int,
+    observation_window: int,
+    recent_window: int,
+    sink_tokens: int,
+    scaling: float,
+) -> Tensor:
+    """One decoding step of one layer, in place; arguments and result as in `refreshkv.ops.decode.decode_step`.
+
+    `ranking` serves the kernels only.
+    """
+    position = int(length)
+    anchors, budgets, left_padding, prompts = rows.unbind(1)
+    keys[:, :, position], values[:, :, position] = key[:, :, 0], value[:, :, 0]
+    observers[:, :, position % observation_window] = query[:, :, 0]
+    now = schedule.mean_query(query).squeeze(1)
+    is_check = (position - (prompts - 1)) % stride == 0
+    is_full = is_check & schedule.is_refresh(now, mean_query, threshold)
+    known = keys[:, :, : position + 1]
+    output = decode(
+        query, known, values[:, :, : position + 1], is_full, anchors, selected.long(), budgets, left_padding, scaling
+    )
+    length += 1
+    if bool(is_full.any()):
+        back = torch.arange(observation_window - 1, -1, -1, device=query.device)
+        best = select(
+            observers[:, :, (position - back) % observation_window],
+            known,
+            torch.full_like(left_padding, position).unsqueeze(-1),
+            budgets,
+            left_padding,
+            width=selected.shape[-1],
+            pool_kernel=pool_kernel,
+            observation_window=observation_window,
+            recent_window=recent_window,
+            sink_tokens=sink_tokens,
+            droppable=selected.shape[-1],
+            scaling=scaling,
+        ).squeeze(2)
+        selected.copy_(torch.where(is_full[:, None, None], best, selected))
+        mean_query.copy_(torch.where(is_full[:, None], now, mean_query))
+        anchors.copy_(torch.where(is_full, position, anchors))
+        full_steps[:, position] = is_full
+    return output.transpose(1, 2)
+
+
+@torch.no_grad()
+def full_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    rows: Tensor,
+    scaling: float,
+) -> Tensor:
+    """Appends one token and attends to all of the row's; as `refreshkv.ops.decode.full_step`."""
+    position = int(length)
+    keys[:, :, position], values[:, :, position] = key[:, :, 0], value[:, :, 0]
+    length += 1
+    exists = torch.arange(position + 1, device=keys.device) >= rows[:, 2, None]
+    known, contents = keys[:, :, : position + 1], values[:, :, : position + 1]
+    return grouped_attention(query, known, contents, exists[:, None, None], scaling).transpose(1, 2)
+
+
+@torch.no_grad()
+def compact_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    heavy: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention to a compact cache's entries and the token, which takes its slot; arguments as in
+    `refreshkv.ops.decode.compact_step`.
+
+    Returns (B, 1, H, D), and if `heavy` the entries' probabilities, mean over the group, (B, Hkv, C) float32.
+    """
+    index = slots[..., None, None].expand(-1, -1, -1, keys.shape[-1])
+    keys.scatter_(2, index, key)
+    values.scatter_(2, index, value)
+    length += 1
+    entry = torch.arange(keys.shape[2], device=keys.device)
+    visible = (entry < rows[:, 0, None, None]) | (entry == slots.unsqueeze(-1))
+    output = grouped_attention(query, keys, values, visible.unsqueeze(2), scaling).transpose(1, 2)
+    if not heavy:
+        return output, None
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.unflatten(1, (keys.shape[1], -1)).squeeze(3).to(wide)
+    logits = (grouped @ keys.to(wide).transpose(-1, -2) * scaling).masked_fill(~visible.unsqueeze(2), -torch.inf)
+    return output, logits.softmax(dim=-1).mean(dim=2).float()
 
 
 def decode(

@@ -1,0 +1,387 @@
+"""Generation: milliseconds a token from full and from small caches, random weights and a random context, on one GPU.
+
+    python benchmarks/decode.py [--cases 32768:1,32768:8,131072:1,16384:32] [--strategies full,refresh,static] ...
+
+A case is CONTEXT:BATCH. The model has Llama-3.1-8B's shape unless told otherwise; nothing is downloaded, and no prompt
+is processed: caches are filled with random keys and values. `--loop generate` times transformers' generate(), which
+compiles the step and captures it into a CUDA graph; `--loop graph` captures the uncompiled step: quicker to set up.
+
+Strategies: full, refresh (fixed schedule), similarity (the same full steps, decided by comparing queries), streaming,
+h2o, snapkv; static and dynamic are transformers' own caches. Prints a line for each, pieces of the step with --pieces,
+and a table at the end; --output DIR writes decode.json after each line, and decode.png.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProcessor, StaticCache
+
+from refreshkv import NEVER, RefreshCache, RefreshConfig, enable
+from refreshkv.baselines import CompactLayer, FullCache, H2OCache, SnapKVCache, StreamingCache
+from refreshkv.cache import BufferedCache
+from refreshkv.ops import decode_attention, decode_kernels
+
+CASES = "32768:1,32768:8,131072:1,16384:32"
+OURS = ("full", "refresh", "similarity", "streaming", "h2o", "snapkv")
+
+
+def main() -> None:
+    args = read_arguments()
+    model = build_model(args)
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s", flush=True)
+    results = []
+    for case in args.cases.split(","):
+        context, batch = map(int, case.split(":"))
+        for strategy in args.strategies.split(","):
+            try:
+                result = time_strategy(model, strategy, context, batch, bandwidth, args)
+            except torch.OutOfMemoryError:
+                result = {"context": context, "batch": batch, "strategy": strategy, "ms": None}
+            results.append(result)
+            print(json.dumps(result), flush=True)
+            free_memory()
+            save(args.output, results)
+        if args.pieces:
+            print(json.dumps(time_pieces(model, context, batch, args)), flush=True)
+            free_memory()
+    print(table(results))
+    if args.output:
+        plot(results, args.output / "decode.png")
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default=CASES, help="CONTEXT:BATCH, separated by commas (default: %(default)s)")
+    parser.add_argument("--strategies", default="full,refresh", help="separated by commas (default: %(default)s)")
+    parser.add_argument("--loop", choices=("generate", "graph"), default="generate")
+    parser.add_argument("--stride", type=int, default=10)
+    parser.add_argument("--budget", type=float, default=0.125, help="a fraction of the context, or whole tokens if > 1")
+    parser.add_argument("--observation-window", type=int, default=1)
+    parser.add_argument("--cycles", type=int, default=5, help="strides that are timed, after two to warm up")
+    parser.add_argument("--pieces", action="store_true", help="time the launches of a step one by one as well")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--intermediate", type=int, default=14336)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--quick", action="store_true", help="4 layers, 4K and 8K contexts: does everything run?")
+    parser.add_argument("--output", type=Path, help="folder for decode.json and decode.png")
+    args = parser.parse_args()
+    if args.quick:
+        args.layers, args.cases, args.cycles = 4, "4096:1,8192:4", 2
+    args.budget = int(args.budget) if args.budget > 1 else args.budget
+    return args
+
+
+def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        vocab_size=args.vocabulary,
+        max_position_embeddings=2**20,
+        rope_theta=500000.0,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return enable(model.eval(), refresh_config(args))
+
+
+def refresh_config(args: argparse.Namespace, threshold: float | None = None) -> RefreshConfig:
+    window = args.observation_window
+    return RefreshConfig(budget=args.budget, stride=args.stride, threshold=threshold, observation_window=window)
+
+
+def make_cache(model: LlamaForCausalLM, strategy: str, capacity: int, budget: int, args: argparse.Namespace):
+    config = model.config
+    makers = {
+        "full": lambda: FullCache(config, capacity),
+        "refresh": lambda: RefreshCache(config, capacity, refresh_config(args)),
+        "similarity": lambda: RefreshCache(config, capacity, refresh_config(args, threshold=2.0)),
+        "streaming": lambda: StreamingCache(config, capacity, budget),
+        "h2o": lambda: H2OCache(config, capacity, budget),
+        "snapkv": lambda: SnapKVCache(config, capacity, budget),
+        "static": lambda: StaticCache(config=config, max_cache_len=capacity),
+        "dynamic": lambda: DynamicCache(config=config),
+    }
+    return makers[strategy]()
+
+
+@torch.no_grad()
+def fill(cache, model: LlamaForCausalLM, batch: int, context: int, budget: int) -> int:
+    """Random keys and values as if a prompt had been processed; returns the number of tokens that the cache counts.
+
+    A compact cache gets a prompt of its budget: the rest would be gone anyway.
+    """
+    config = model.config
+    compact = isinstance(cache, BufferedCache) and isinstance(cache.layers[0], CompactLayer)
+    length = budget if compact else context
+    shape = (batch, config.num_key_value_heads, length, config.head_dim)
+    padding = torch.zeros(batch, dtype=torch.int64, device="cuda")
+    for index in range(config.num_hidden_layers):
+        key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        cache.update(key, value, index)
+        if isinstance(cache, BufferedCache):
+            queries = length if compact else min(length, 64)
+            query = torch.randn(batch, config.num_attention_heads, queries, shape[3], device="cuda", dtype=key.dtype)
+            cache.layers[index].begin(query, padding, config.head_dim**-0.5)
+    return length
+
+
+def time_strategy(
+    model: LlamaForCausalLM, strategy: str, context: int, batch: int, bandwidth: float, args: argparse.Namespace
+) -> dict[str, object]:
+    free_memory()
+    torch.cuda.reset_peak_memory_stats()
+    stride, steps = args.stride, args.stride * (args.cycles + 2)
+    budget = RefreshConfig(budget=args.budget).largest_budget(context)
+    model.set_attn_implementation("refreshkv" if strategy in OURS else "sdpa")
+    cache = make_cache(model, strategy, context + steps + 8, budget, args)
+    length = fill(cache, model, batch, context, budget)
+    begun = time.perf_counter()
+    run = run_generate if args.loop == "generate" or strategy == "dynamic" else run_graph
+    times = run(model, cache, batch, length, steps)
+    seconds = time.perf_counter() - begun
+    # times[j] is that of step j + 2 after the prompt; two strides warm up
+    timed = [(step, ms) for step, ms in enumerate(times, start=2) if step > 2 * stride]
+    timed = timed[: len(timed) // stride * stride]
+    full = [ms for step, ms in timed if step % stride == 0]
+    partial = [ms for step, ms in timed if step % stride != 0]
+    refreshes = strategy in ("refresh", "similarity")
+    bytes_full, bytes_partial = bytes_moved(model, context, batch, budget, strategy)
+    mean_bytes = (bytes_full + (stride - 1) * bytes_partial) / stride if refreshes else bytes_full
+    # medians weighted as they occur: a hiccup of the host is not the method's
+    typical = statistics.median(full + partial)
+    if refreshes:
+        typical = (statistics.median(full) + (stride - 1) * statistics.median(partial)) / stride
+    bound = mean_bytes / bandwidth * 1e3
+    return {
+        "context": context,
+        "batch": batch,
+        "strategy": strategy,
+        "ms": round(typical, 3),
+        "mean ms": round(statistics.mean(ms for _, ms in timed), 3),
+        "full step": round(statistics.median(full), 3) if refreshes else None,
+        "partial step": round(statistics.median(partial), 3) if refreshes else None,
+        "tokens/s": round(batch / typical * 1e3, 1),
+        "GB moved": round(mean_bytes / 1e9, 2),
+        "bound ms": round(bound, 2),
+        "ms / bound": round(typical / bound, 2),
+        "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
+        "seconds": round(seconds, 1),
+    }
+
+
+class Clock(LogitsProcessor):
+    """Marks when each step's logits are there."""
+
+    def __init__(self):
+        self.events: list[torch.cuda.Event] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.events.append(torch.cuda.Event(enable_timing=True))
+        self.events[-1].record()
+        return scores
+
+    def times(self) -> list[float]:
+        torch.cuda.synchronize()
+        return [first.elapsed_time(second) for first, second in zip(self.events, self.events[1:], strict=False)]
+
+
+def run_generate(model: LlamaForCausalLM, cache, batch: int, length: int, steps: int) -> list[float]:
+    clock = Clock()
+    ids = torch.randint(0, model.config.vocab_size, (batch, length + 1), device="cuda")
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=steps,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        logits_processor=[clock],
+        compile_config=None if isinstance(cache, DynamicCache) else CompileConfig(dynamic=False),
+    )
+    return clock.times()
+
+
+@torch.no_grad()
+def run_graph(model: LlamaForCausalLM, cache, batch: int, length: int, steps: int) -> list[float]:
+    ids = torch.randint(0, model.config.vocab_size, (batch, 1), device="cuda")
+
+    def step() -> None:
+        position_ids = cache.get_seq_length().clone().expand(batch, 1)
+        ids.copy_(model(ids, position_ids=position_ids, past_key_values=cache).logits[:, -1:].argmax(-1))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles the kernels
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    clock = Clock()
+    clock(ids, ids)
+    for _ in range(steps - 2):
+        graph.replay()
+        clock(ids, ids)
+    return clock.times()
+
+
+def bytes_moved(model: LlamaForCausalLM, context: int, batch: int, budget: int, strategy: str) -> tuple[float, float]:
+    """What a full and a partial step have to read: weights but for the embedding, and the keys and values."""
+    config = model.config
+    weights = sum(parameter.numel() for parameter in model.parameters()) - config.vocab_size * config.hidden_size
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * batch
+    whole = budget if strategy in ("streaming", "h2o", "snapkv") else context
+    return 2.0 * (weights + token * whole), 2.0 * (weights + token * budget)
+
+
+@torch.no_grad()
+def time_pieces(model: LlamaForCausalLM, context: int, batch: int, args: argparse.Namespace) -> dict[str, object]:
+    """Microseconds of each launch, per layer, each layer with its own cache as in a step."""
+    model.set_attn_implementation("refreshkv")
+    cache = RefreshCache(model.config, context + 64, refresh_config(args))
+    fill(cache, model, batch, context, 0)
+    config, scaling = model.config, model.config.head_dim**-0.5
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    token = [torch.randn(batch, count, 1, config.head_dim, device="cuda", dtype=torch.bfloat16) for count in heads]
+    output = token[0].new_empty(batch, 1, heads[0], config.head_dim)
+    frozen = torch.tensor(context, device="cuda")
+
+    def attend(layer, stride: int, threshold: float | None = None):
+        state = (layer.keys, layer.values, frozen, layer.rows, layer.rows, layer.selected, layer.mean_query)
+        settings = {"mode": decode_attention.REFRESH, "stride": stride, "threshold": threshold, "store": True}
+        return decode_kernels.attend(*token, *state, layer.observers, scaling, **settings)
+
+    def finish(layer, shares, length: Tensor):
+        return decode_kernels.finish(shares, output, length, layer.rows, shares.logits, layer.keys.shape, 7)
+
+    def select(layer, shares, rankings):
+        state = (layer.rows, layer.selected, layer.ranking, layer.mean_query, layer.full_steps)
+        decode_kernels.select(shares.full, rankings, token[0], frozen, *state, stride=10, threshold=None)
+
+    layers, counter = cache.layers, torch.zeros((), dtype=torch.int64, device="cuda")
+    whole, small = attend(layers[0], 1), attend(layers[0], NEVER)
+    rankings = finish(layers[0], whole, counter)
+    return {
+        "pieces, us a layer": f"{context}:{batch}",
+        "attend, full": per_layer(layers, lambda layer: attend(layer, 1)),
+        "attend, partial": per_layer(layers, lambda layer: attend(layer, NEVER)),
+        "attend, similar": per_layer(layers, lambda layer: attend(layer, 1, -2.0)),
+        "finish, full": per_layer(layers, lambda layer: finish(layer, whole, counter)),
+        "finish, partial": per_layer(layers, lambda layer: finish(layer, small, counter)),
+        "select, full": per_layer(layers, lambda layer: select(layer, whole, rankings)),
+        "select, partial": per_layer(layers, lambda layer: select(layer, small, rankings)),
+        "torch.topk": per_layer(layers, lambda layer: rankings.topk(layer.selected.shape[2])),
+        "linear layers": per_layer(model.model.layers, lambda layer: linear_layers(layer, batch)),
+    }
+
+
+def linear_layers(layer, batch: int) -> None:
+    hidden = torch.empty(batch, layer.self_attn.q_proj.in_features, device="cuda", dtype=torch.bfloat16)
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        F.linear(hidden, getattr(layer.self_attn, name).weight)
+    F.linear(hidden, layer.mlp.gate_proj.weight)
+    F.linear(F.linear(hidden, layer.mlp.up_proj.weight), layer.mlp.down_proj.weight)
+
+
+def per_layer(layers, work: Callable) -> float:
+    """Median of graph replays over all layers, microseconds each."""
+    for layer in layers[:2]:
+        work(layer)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in layers:
+            work(layer)
+    return round(milliseconds(graph.replay, 7) * 1e3 / len(layers), 2)
+
+
+def milliseconds(work: Callable[[], object], repeat: int) -> float:
+    """Median of CUDA events around `work`."""
+    work()
+    times = []
+    for _ in range(repeat):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a large copy, read and written."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / milliseconds(lambda: target.copy_(source), 10) * 1e3
+
+
+def free_memory() -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def save(folder: Path | None, results: list[dict[str, object]]) -> None:
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "decode.json").write_text(json.dumps(results, indent=1))
+
+
+def table(results: list[dict[str, object]]) -> str:
+    names = list(dict.fromkeys(name for result in results for name in result))
+    lines = [names]
+    for result in results:
+        lines.append(["" if result.get(name) is None else str(result[name]) for name in names])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def plot(results: list[dict[str, object]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = [result for result in results if result["ms"] is not None]
+    cases = list(dict.fromkeys((result["context"], result["batch"]) for result in results))
+    strategies = list(dict.fromkeys(result["strategy"] for result in results))
+    width = 0.8 / len(strategies)
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    for number, strategy in enumerate(strategies):
+        here = [result for result in results if result["strategy"] == strategy]
+        places = [cases.index((result["context"], result["batch"])) + number * width for result in here]
+        axes.bar(places, [result["ms"] for result in here], 0.9 * width, label=strategy)
+        bounds = [result["bound ms"] for result in here]
+        label = "bytes over bandwidth" if number == 0 else None
+        axes.scatter(places, bounds, marker="_", color="black", label=label, zorder=3)
+    centre = 0.4 - width / 2
+    axes.set_xticks([place + centre for place in range(len(cases))])
+    axes.set_xticklabels([f"{context // 1024}K tokens\nbatch {batch}" for context, batch in cases])
+    axes.set_ylabel("milliseconds a token")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""One decoding step by Triton kernels: launches of fixed size, chosen by shapes alone, nothing read by the host."""
+
+import torch
+import triton
+from torch import Tensor
+
+from refreshkv.ops import decode_attention as attention
+from refreshkv.ops import decode_observers as observing
+from refreshkv.ops import decode_selection as selection
+from refreshkv.ops.decode import TAIL
+from refreshkv.ops.tiles import LOG2E, padded_head, precision
+
+RANKING_PROGRAMS = 1024
+"""About how many programs rank the positions of all rows."""
+
+
+def decode_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    rows: Tensor,
+    selected: Tensor,
+    ranking: Tensor,
+    mean_query: Tensor,
+    observers: Tensor,
+    full_steps: Tensor,
+    stride: int,
+    threshold: float | None,
+    pool_kernel: int,
+    observation_window: int,
+    recent_window: int,
+    sink_tokens: int,
+    scaling: float,
+) -> Tensor:
+    """`refreshkv.ops.naive.decode_step` by kernels: (B, 1, H, D)."""
+    batch, heads, _, head_dim = query.shape
+    query, key, value = _unit_stride(query, key, value)
+    shares = attend(
+        query, key, value, keys, values, length, rows, rows, selected, mean_query, observers, scaling,
+        mode=attention.REFRESH, stride=stride, threshold=threshold, store=observation_window == 1,
+    )  # fmt: skip
+    scores = shares.logits
+    if observation_window > 1:
+        scores = _observed_scores(observers, keys, rows, shares.full, shares.splits, scaling)
+    output = query.new_empty(batch, 1, heads, head_dim)
+    rankings = finish(
+        shares, output, length, rows, scores, keys.shape, pool_kernel, recent_window, sink_tokens,
+        observed=observation_window > 1,
+    )  # fmt: skip
+    select(
+        shares.full, rankings, query, length, rows, selected, ranking, mean_query, full_steps,
+        stride=stride, threshold=threshold,
+    )  # fmt: skip
+    return output
+
+
+def full_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    rows: Tensor,
+    scaling: float,
+) -> Tensor:
+    """`refreshkv.ops.naive.full_step` by kernels: (B, 1, H, D)."""
+    query, key, value = _unit_stride(query, key, value)
+    state = (keys, values, length, rows, rows, rows, rows, query)
+    shares = attend(query, key, value, *state, scaling, mode=attention.FULL)
+    output = query.new_empty(query.shape[0], 1, *query.shape[1::2])
+    finish(shares, output, length, rows, shares.total, keys.shape, rank=False)
+    return output
+
+
+def compact_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    heavy: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor | None]:
+    """`refreshkv.ops.naive.compact_step` by kernels: (B, 1, H, D), and the entries' probabilities."""
+    query, key, value = _unit_stride(query, key, value)
+    state = (keys, values, length, rows, slots, rows, rows, query)
+    shares = attend(query, key, value, *state, scaling, mode=attention.COMPACT, store=heavy)
+    output = query.new_empty(query.shape[0], 1, *query.shape[1::2])
+    finish(shares, output, length, rows, shares.total, keys.shape, rank=False)
+    if not heavy:
+        return output, None
+    top = shares.highest.amax(dim=-1, keepdim=True)
+    lse = top + (shares.total * torch.exp2(shares.highest - top)).sum(-1, keepdim=True).log2()
+    entry = torch.arange(keys.shape[2], device=keys.device)
+    visible = (entry < rows[:, 0, None, None]) | (entry == slots.unsqueeze(-1))
+    probabilities = torch.exp2(shares.logits - lse).unflatten(1, (keys.shape[1], -1)).mean(dim=2)
+    return output, probabilities.masked_fill(~visible, 0.0)
+
+
+class Shares:
+    """What `attend` leaves: outputs, maxima and sums of each share of the keys, and which rows were full."""
+
+    def __init__(self, query: Tensor, splits: int, capacity: int, store: bool):
+        batch, heads, _, head_dim = query.shape
+
+        def buffer(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=query.device)
+
+        self.splits = splits
+        self.partial = buffer(batch, heads, splits, head_dim)
+        self.highest, self.total = buffer(batch, heads, splits), buffer(batch, heads, splits)
+        self.logits = buffer(batch, heads, capacity) if store else self.total
+        self.full = torch.empty(batch, dtype=torch.int32, device=query.device)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    selected: Tensor,
+    mean_query: Tensor,
+    observers: Tensor,
+    scaling: float,
+    *,
+    mode: int,
+    stride: int = 1,
+    threshold: float | None = None,
+    store: bool = False,
+) -> Shares:
+    """The first launch of a step; the arguments of `refreshkv.ops.decode.decode_step`, and slots (B, Hkv) int64: where
+    the token goes in a compact cache."""
+    batch, heads, _, head_dim = query.shape
+    kv_heads, capacity = keys.shape[1], keys.shape[2]
+    group = heads // kv_heads
+    splits = attention.splits_of(batch * kv_heads, query.device)
+    shares = Shares(query, splits, capacity, store)
+    attention._attend[splits, batch * kv_heads](
+        query, key, value, keys, values, length, rows, slots, selected, mean_query, observers,
+        shares.full, shares.logits, shares.partial, shares.highest, shares.total,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], kv_heads, capacity, selected.shape[-1],
+        stride, threshold or 0.0, scaling * LOG2E,
+        G=group, H=heads, D=head_dim, HP=triton.next_power_of_2(heads), DP=padded_head(head_dim),
+        MP=max(16, triton.next_power_of_2(group)), OBSERVERS=observers.shape[2] if mode == attention.REFRESH else 1,
+        MODE=mode, SIMILARITY=threshold is not None, STORE=store, PRECISION=precision(query),
+        **attention.tile_of(query),
+    )  # fmt: skip
+    return shares
+
+
+def finish(
+    shares: Shares,
+    output: Tensor,
+    length: Tensor,
+    rows: Tensor,
+    scores: Tensor,
+    cache_shape: torch.Size,
+    pool_kernel: int = 1,
+    recent_window: int = 0,
+    sink_tokens: int = 0,
+    observed: bool = False,
+    rank: bool = True,
+) -> Tensor:
+    """The second launch: merges the shares into output (B, 1, H, D), counts the token; if `rank`, returns the rankings
+    of full rows' positions, (B, Hkv, L) int32, from the logits (B, H, L) or, if `observed`, from scores (B, Hkv, L)."""
+    batch, kv_heads, capacity, head_dim = cache_shape
+    group = output.shape[2] // kv_heads
+    rankings = torch.empty(cache_shape[:3] if rank else 1, dtype=torch.int32, device=output.device)
+    programs = min(triton.cdiv(capacity, attention.RANKED), max(1, RANKING_PROGRAMS // (batch * kv_heads)))
+    attention._finish[group + (programs if rank else 0), batch * kv_heads](
+        shares.partial, shares.highest, shares.total, output, length, rows, shares.full, shares.logits, scores,
+        rankings, kv_heads, capacity, shares.splits, recent_window, sink_tokens,
+        G=group, GP=triton.next_power_of_2(group), D=head_dim, DP=padded_head(head_dim),
+        NP=max(2, triton.next_power_of_2(shares.splits)), POOL=pool_kernel, OBSERVED=observed,
+        BLOCK=attention.RANKED, num_warps=4,
+    )  # fmt: skip
+    return rankings
+
+
+def select(
+    full: Tensor,
+    rankings: Tensor,
+    query: Tensor,
+    length: Tensor,
+    rows: Tensor,
+    selected: Tensor,
+    ranking: Tensor,
+    mean_query: Tensor,
+    full_steps: Tensor,
+    *,
+    stride: int,
+    threshold: float | None,
+) -> None:
+    """The last launch of a step: where `full` (B,) gives a position, the selection from `rankings` (B, Hkv, L)."""
+    batch, heads, _, head_dim = query.shape
+    kv_heads, capacity = rankings.shape[1:]
+    doubts = torch.empty(batch, kv_heads, selection.DOUBTS, dtype=torch.int32, device=query.device)
+    selection._select[(batch * kv_heads,)](
+        rankings, doubts, selected, ranking, rows, length, full, full_steps, query, mean_query,
+        *query.stride()[:2], kv_heads, capacity, selected.shape[2], selection.MARGIN,
+        H=heads, D=head_dim, HP=triton.next_power_of_2(heads), DP=padded_head(head_dim),
+        SIMILARITY=threshold is not None, SAMPLE=selection.SAMPLE, DOUBTS=selection.DOUBTS, BLOCK=selection.BLOCK,
+        TAIL=TAIL, LAST_RANKS=last_ranks(stride, threshold), num_warps=selection.WARPS,
+    )  # fmt: skip
+
+
+def _observed_scores(
+    observers: Tensor, keys: Tensor, rows: Tensor, full: Tensor, splits: int, scaling: float
+) -> Tensor:
+    """Mean over the observing queries of their group's highest probability: (B, Hkv, L) float32, of full rows."""
+    batch, heads, window, head_dim = observers.shape
+    kv_heads, capacity = keys.shape[1], keys.shape[2]
+    group, pairs = heads // kv_heads, batch * kv_heads
+    highest = torch.empty(batch, heads, window, splits, dtype=torch.float32, device=keys.device)
+    total = torch.empty_like(highest)
+    scores = torch.empty(batch, kv_heads, capacity, dtype=torch.float32, device=keys.device)
+    shared = {"G": group, "D": head_dim, "DP": padded_head(head_dim), "PRECISION": precision(keys)}
+    small = keys.element_size() * padded_head(head_dim) > 256
+    tile = min(16 if small else 64, max(16, triton.next_power_of_2(window * group)))
+    observing._observer_sums[splits, triton.cdiv(window * group, tile), pairs](
+        observers, keys, rows, full, highest, total, kv_heads, capacity, scaling * LOG2E,
+        OBSERVERS=window, BLOCK_M=tile, BLOCK_N=32 if small else 64, **shared,
+    )  # fmt: skip
+    programs = min(triton.cdiv(capacity, 128), max(1, RANKING_PROGRAMS // pairs))
+    observing._observer_scores[programs, pairs](
+        observers, keys, rows, full, highest, total, scores, kv_heads, capacity, splits, scaling * LOG2E,
+        GP=max(16, triton.next_power_of_2(group)), NP=max(2, triton.next_power_of_2(splits)), OBSERVERS=window,
+        BLOCK_N=32 if small else 128, **shared,
+    )  # fmt: skip
+    return scores
+
+
+def last_ranks(stride: int, threshold: float | None) -> int:
+    """How many of the lowest ranks a selection keeps in order at a time."""
+    return min(stride, TAIL) if threshold is None else TAIL
+
+
+def _unit_stride(*tensors: Tensor) -> list[Tensor]:
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]

@@ -1,0 +1,213 @@
+"""Triton kernels for the selection of a decoding step; programs of rows whose step is partial end at once.
+
+Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `G = H / Hkv`, `D` head size, `L` tokens the cache has
+room for, `W` slots of a selection, `N` splits, `O` observing queries.
+"""
+
+import triton
+import triton.language as tl
+
+from refreshkv.ops.decode_attention import _left, _mean_query
+
+SAMPLE = 1024
+"""Rankings of a row from which the cut is guessed."""
+
+MARGIN = 3.5
+"""How far from the guess the cut may be, in standard deviations of the sample's count."""
+
+DOUBTS = 4096
+"""Most positions that may be in doubt after the guess; with more, the whole row is searched."""
+
+BLOCK = 4096
+"""Entries of a row taken at once."""
+
+WARPS = 16
+
+
+@triton.jit
+def _kth(values, k, low, high):
+    """The highest `cut` in `low .. high-1` with at least k values >= cut (at least k are >= low, fewer >= high), or a
+    lower one that as many values reach; and how many do."""
+    reached = tl.sum((values >= low).to(tl.int32), 0)
+    while (high - low > 1) & (reached != k):
+        middle = low + (high - low) // 2
+        count = tl.sum((values >= middle).to(tl.int32), 0)
+        low = tl.where(count >= k, middle, low)
+        reached = tl.where(count >= k, count, reached)
+        high = tl.where(count >= k, high, middle)
+    return low, reached
+
+
+@triton.jit
+def _guess(rankings, first, count, keep, margin, SAMPLE: tl.constexpr):
+    """Bounds of the cut from a sample: the `keep`-th highest ranking is likely in `low .. high-1`.
+
+    Two searches at once, over the upper 15 of 31 bits, their counts packed in one integer.
+    """
+    number = tl.arange(0, SAMPLE)
+    drawn = tl.minimum(count, SAMPLE)
+    index = first + (number.to(tl.int64) * count // drawn).to(tl.int32)
+    sample = tl.load(rankings + index, mask=number < drawn, other=-1)
+    share = keep.to(tl.float32) / count.to(tl.float32)
+    expected = share * drawn.to(tl.float32)
+    doubt = margin * tl.sqrt(expected * (1.0 - share)) + 2.0
+    below = tl.minimum((expected + doubt).to(tl.int32) + 1, drawn)  # so many of the sample are surely >= low
+    above = (expected - doubt).to(tl.int32)
+    low, high = keep * 0, keep * 0
+    for step in range(15):
+        bit = 1 << (30 - step)
+        reached = (sample >= low + bit).to(tl.int32) + ((sample >= high + bit).to(tl.int32) << 16)
+        reached = tl.sum(reached, 0)
+        low = tl.where((reached & 0xFFFF) >= below, low + bit, low)
+        high = tl.where((reached >> 16) >= tl.maximum(above, 1), high + bit, high)
+    low = tl.where(expected + doubt + 1 >= drawn, 0, low)
+    high = tl.where(above < 1, 0x7FFFFFFF, high + (1 << 16))
+    return low, high
+
+
+@triton.jit
+def _collect(
+    rankings, doubts, selected, chosen, first, last, low, high, keep, ties,
+    DOUBTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Entries ranked `high` or more go into the selection, in order of position; those in `low .. high-1` are listed in
+    `doubts`, but for the first `ties`, which go in behind. Returns how many are above, and how many between."""
+    above, between = keep * 0, keep * 0
+    for start in range(first // BLOCK * BLOCK, last + 1, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        ranking = tl.load(rankings + token, mask=(token >= first) & (token <= last), other=-1)
+        is_above, is_between = ranking >= high, (ranking >= low) & (ranking < high)
+        order = tl.cumsum(is_above.to(tl.int32) + (is_between.to(tl.int32) << 16), 0)
+        place = above + (order & 0xFFFF) - 1
+        nth = between + (order >> 16) - 1
+        goes_in = is_above | (is_between & (nth < ties))
+        place = tl.where(is_above, place, keep - ties + nth)
+        goes_in = goes_in & (place < keep)
+        tl.store(selected + place, token, mask=goes_in)
+        tl.store(chosen + place, ranking, mask=goes_in)
+        tl.store(doubts + nth, token, mask=is_between & (nth >= ties) & (nth < DOUBTS))
+        above += tl.sum(is_above.to(tl.int32), 0)
+        between += tl.sum(is_between.to(tl.int32), 0)
+    return above, between
+
+
+@triton.jit
+def _search(rankings, first, last, keep, BLOCK: tl.constexpr):
+    """The `keep`-th highest ranking of the whole row, and how many are higher."""
+    cut = keep * 0
+    for step in range(31):
+        bit = 1 << (30 - step)
+        count = keep * 0
+        for start in range(first // BLOCK * BLOCK, last + 1, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            ranking = tl.load(rankings + token, mask=(token >= first) & (token <= last), other=-1)
+            count += tl.sum((ranking >= cut + bit).to(tl.int32), 0)
+        cut = tl.where(count >= keep, cut + bit, cut)
+    above = keep * 0
+    for start in range(first // BLOCK * BLOCK, last + 1, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        ranking = tl.load(rankings + token, mask=(token >= first) & (token <= last), other=-1)
+        above += tl.sum((ranking > cut).to(tl.int32), 0)
+    return cut, above
+
+
+@triton.jit
+def _choose(
+    rankings, doubts, selected, chosen, first, last, keep, margin,
+    SAMPLE: tl.constexpr, DOUBTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The `keep` highest rankings of `first .. last`, ties to the lower position, unsorted: positions and rankings."""
+    low, high = _guess(rankings, first, last + 1 - first, keep, margin, SAMPLE)
+    above, between = _collect(rankings, doubts, selected, chosen, first, last, low, high, keep, 0, DOUBTS, BLOCK)
+    tl.debug_barrier()
+    if (above <= keep) & (above + between >= keep) & (between <= DOUBTS):
+        number = tl.arange(0, DOUBTS)
+        token = tl.load(doubts + number, mask=number < between, other=0)
+        ranking = tl.load(rankings + token, mask=number < between, other=-1)
+        remaining = keep - above
+        if remaining > 0:
+            cut, _ = _kth(ranking, remaining, low, high)
+            higher, tied = ranking > cut, ranking == cut
+            ties = remaining - tl.sum(higher.to(tl.int32), 0)
+            taken = higher | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= ties))
+            place = above + tl.cumsum(taken.to(tl.int32), 0) - 1
+            tl.store(selected + place, token, mask=taken)
+            tl.store(chosen + place, ranking, mask=taken)
+    else:  # the guess was wrong, or ties are many
+        cut, higher = _search(rankings, first, last, keep, BLOCK)
+        _collect(rankings, doubts, selected, chosen, first, last, cut, cut + 1, keep, keep - higher, DOUBTS, BLOCK)
+
+
+@triton.jit
+def _order_tail(selected, chosen, size, tail, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+    """Moves the `tail` lowest of `size` entries to the end, in order of rank; the others keep their own order."""
+    # all entries differ as (ranking, lower position first); each round finds the next one up
+    number = tl.arange(0, TAIL)
+    lowest = tl.zeros([TAIL], tl.int64)
+    reached = tl.full([], -1, tl.int64)
+    beyond = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
+    for nth in range(tail):
+        following = beyond
+        for start in range(0, size, BLOCK):
+            slot = start + tl.arange(0, BLOCK)
+            token = tl.load(selected + slot, mask=slot < size, other=0)
+            ranking = tl.load(chosen + slot, mask=slot < size, other=0)
+            entry = (ranking.to(tl.int64) << 32) + (0x7FFFFFFF - token)
+            entry = tl.where((slot < size) & (entry > reached), entry, beyond)
+            following = tl.minimum(following, tl.min(entry, 0))
+        reached = following
+        lowest = tl.where(number == nth, reached, lowest)
+    moved = size * 0
+    for start in range(0, size, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        token = tl.load(selected + slot, mask=slot < size, other=0)
+        ranking = tl.load(chosen + slot, mask=slot < size, other=0)
+        entry = (ranking.to(tl.int64) << 32) + (0x7FFFFFFF - token)
+        stays = (slot < size) & (entry > reached)
+        place = moved + tl.cumsum(stays.to(tl.int32), 0) - 1
+        tl.debug_barrier()  # entries move down onto ones that others still have to read
+        tl.store(selected + place, token, mask=stays)
+        tl.store(chosen + place, ranking, mask=stays)
+        moved += tl.sum(stays.to(tl.int32), 0)
+        tl.debug_barrier()
+    tl.store(selected + size - 1 - number, (0x7FFFFFFF - (lowest & 0x7FFFFFFF)).to(tl.int32), mask=number < tail)
+    tl.store(chosen + size - 1 - number, (lowest >> 32).to(tl.int32), mask=number < tail)
+
+
+@triton.jit
+def _select(
+    ranking_ptr, doubt_ptr, selected_ptr, chosen_ptr, row_ptr, length_ptr, full_ptr, flag_ptr, query_ptr, then_ptr,
+    query_b, query_h, kv_heads, capacity, width, margin,
+    H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, SIMILARITY: tl.constexpr,
+    SAMPLE: tl.constexpr, DOUBTS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, LAST_RANKS: tl.constexpr,
+):  # fmt: skip
+    """Ends a step of one row and key/value head: selects if it was full, keeps the ranks that drop next in order."""
+    pair = tl.program_id(0)
+    batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
+    selected, chosen = selected_ptr + pair.to(tl.int64) * width, chosen_ptr + pair.to(tl.int64) * width
+    position = tl.load(full_ptr + batch)
+    budget = tl.load(row_ptr + batch * 4 + 1).to(tl.int32)
+    padding = tl.load(row_ptr + batch * 4 + 2).to(tl.int32)
+    size, tail = position * 0, position * 0
+    if position >= 0:
+        size = tl.minimum(budget, position + 1 - padding)
+        rankings, doubts = ranking_ptr + pair.to(tl.int64) * capacity, doubt_ptr + pair.to(tl.int64) * DOUBTS
+        _choose(rankings, doubts, selected, chosen, padding, position, size, margin, SAMPLE, DOUBTS, BLOCK)
+        tail = tl.minimum(size, LAST_RANKS)
+        if kv_head == 0:
+            tl.store(flag_ptr + batch * capacity + position, tl.full([], 1, tl.int1))
+            tl.store(row_ptr + batch * 4 + 0, position.to(tl.int64))
+            if SIMILARITY:
+                column = tl.arange(0, DP)
+                mean = _mean_query(query_ptr + batch * query_b, query_h, H, D, HP, DP)
+                tl.store(then_ptr + batch * D + column, mean, mask=column < D)
+    elif LAST_RANKS == TAIL:
+        since = tl.load(length_ptr).to(tl.int32) - 1 - tl.load(row_ptr + batch * 4 + 0).to(tl.int32)
+        anchor = tl.load(row_ptr + batch * 4 + 0).to(tl.int32)
+        whole = tl.minimum(budget, anchor + 1 - padding)
+        size = _left(anchor, budget, padding, since)
+        if (whole > size) & ((whole - size) % TAIL == 0):
+            tail = tl.minimum(size, TAIL)
+    if tail > 0:
+        tl.debug_barrier()
+        _order_tail(selected, chosen, size, tail, BLOCK, TAIL)

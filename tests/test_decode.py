@@ -1,0 +1,181 @@
+"""The kernels of a decoding step against the naive form, step by step: on a GPU, or under Triton's interpreter."""
+
+import pytest
+import torch
+
+from refreshkv import NEVER, RefreshConfig
+from refreshkv.baselines import FullLayer, H2OLayer, SnapKVLayer, StreamingLayer
+from refreshkv.cache import RefreshLayer
+from refreshkv.ops import decode, naive
+from refreshkv.ops.decode import STATE
+
+pytest.importorskip("triton")
+
+from refreshkv.ops import decode_attention, decode_kernels, decode_selection
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# prompt, steps, query heads per group, key/value heads, head size, padding of the second row, configuration
+CASES = {
+    "fixed": (20, 17, 2, 2, 16, 5, RefreshConfig(budget=8, stride=5)),
+    "every step full": (17, 6, 2, 1, 16, 0, RefreshConfig(budget=8, stride=1)),
+    "seven heads to a group": (21, 9, 7, 1, 16, 3, RefreshConfig(budget=9, stride=4)),
+    "odd head size": (21, 9, 1, 2, 24, 3, RefreshConfig(budget=9, stride=2)),
+    "one key": (9, 14, 2, 2, 16, 3, RefreshConfig(budget=1, stride=6)),
+    "a prompt of one token": (1, 12, 2, 1, 16, 0, RefreshConfig(budget=5, stride=3)),
+    "a budget beyond the row": (12, 16, 2, 2, 16, 4, RefreshConfig(budget=1000, stride=7)),
+    "a fraction of padded rows": (30, 14, 2, 2, 16, 13, RefreshConfig(budget=0.3, stride=6)),
+    "never refreshed": (31, 20, 4, 1, 16, 0, RefreshConfig(budget=12, stride=NEVER)),
+    "similarity": (20, 25, 2, 2, 16, 5, RefreshConfig(budget=10, stride=3, threshold=0.3)),
+    "long intervals": (50, 45, 2, 1, 16, 5, RefreshConfig(budget=36, stride=40)),
+    "similarity, long intervals": (50, 45, 2, 1, 16, 5, RefreshConfig(budget=36, stride=20, threshold=-0.1)),
+    "observers and windows": (
+        *(20, 14, 2, 2, 16, 5),
+        RefreshConfig(budget=9, stride=5, observation_window=4, recent_window=3, sink_tokens=2, pool_kernel=3),
+    ),
+    "short prompt, many observers": (3, 14, 2, 1, 16, 1, RefreshConfig(budget=9, stride=5, observation_window=9)),
+    "windows beyond the budget": (21, 9, 2, 1, 16, 4, RefreshConfig(budget=4, stride=4, recent_window=9)),
+}
+
+
+def drawn(generator, heads, length, head_dim, dtype=torch.float32):
+    # as a model lays them out: (B, T, H, D) in memory
+    return torch.randn(2, length, heads, head_dim, generator=generator).to(DEVICE, dtype).transpose(1, 2)
+
+
+def prompted_layer(query, key, value, padding, config, capacity):
+    layer = RefreshLayer(capacity, config)
+    layer.update(key, value)
+    layer.begin(query, padding, query.shape[-1] ** -0.5)
+    return layer
+
+
+def state_of(layer):
+    return [layer.cumulative_length if name == "length" else getattr(layer, name) for name in STATE]
+
+
+def seen_of(layer):
+    """The set of positions each row and key/value head would attend to in the next step, if partial."""
+    anchors, budgets, padding, _ = layer.rows.unbind(1)
+    queue = naive.small_cache(int(layer.cumulative_length), anchors, layer.selected.long(), budgets, padding)
+    return [[sorted(position for position in head if position >= 0) for head in row] for row in queue.tolist()]
+
+
+def compare(case, dtype=torch.float32, tolerance=1e-4, seed=0):
+    prompt, steps, groups, kv_heads, head_dim, padding, config = case
+    generator = torch.Generator().manual_seed(seed)
+    padding = torch.tensor([0, padding], device=DEVICE)
+    heads = (groups * kv_heads, kv_heads, kv_heads)
+    block = [drawn(generator, count, prompt, head_dim, dtype) for count in heads]
+    ours, theirs = (prompted_layer(*block, padding, config, prompt + steps) for _ in range(2))
+    options = (config.stride, config.threshold, *config.selection_options().values(), head_dim**-0.5)
+    for step in range(steps):
+        token = [drawn(generator, count, 1, head_dim, dtype) for count in heads]
+        found = decode_kernels.decode_step(*token, *state_of(ours), *options)
+        expected = naive.decode_step(*token, *state_of(theirs), *options)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, s=step: f"{s}: {m}")
+        kept = ["keys", "values", "full_steps", "cumulative_length"]
+        # a single observer is the step's own query
+        for name in kept + ["observers"] * (config.observation_window > 1):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), (step, name)
+        assert torch.equal(ours.rows, theirs.rows), step
+        if config.threshold is not None:
+            torch.testing.assert_close(ours.mean_query, theirs.mean_query)
+        assert seen_of(ours) == seen_of(theirs), step
+    return theirs.full_steps
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_equal_the_naive_form(name):
+    full_steps = compare(CASES[name])
+    if "similarity" in name:
+        assert len({tuple(row) for row in full_steps.tolist()}) == 2, "rows refresh together: the test shows less"
+
+
+@pytest.mark.parametrize("splits", [1, 3, 16])
+def test_any_number_of_splits(monkeypatch, splits):
+    monkeypatch.setattr(decode_attention, "splits_of", lambda pairs, device: splits)
+    monkeypatch.setitem(decode_attention.TILE, "BLOCK_N", 16)
+    compare(CASES["similarity"])
+    compare(CASES["observers and windows"])
+
+
+@pytest.mark.parametrize("name", ["fixed", "long intervals", "observers and windows"])
+@pytest.mark.parametrize(("sample", "doubts", "margin"), [(16, 16, 3.0), (16, 1, 3.0), (8, 16, 0.0), (64, 64, 3.0)])
+def test_selection_whatever_the_guess(monkeypatch, name, sample, doubts, margin):
+    """A good guess, one that leaves too much in doubt, a wrong one; several blocks of everything."""
+    monkeypatch.setattr(decode_selection, "SAMPLE", sample)
+    monkeypatch.setattr(decode_selection, "DOUBTS", doubts)
+    monkeypatch.setattr(decode_selection, "MARGIN", margin)
+    monkeypatch.setattr(decode_selection, "BLOCK", 16)
+    monkeypatch.setattr(decode_attention, "RANKED", 16)
+    monkeypatch.setattr(decode_kernels, "RANKING_PROGRAMS", 4)
+    compare(CASES[name])
+
+
+@pytest.mark.parametrize("name", ["full", "streaming", "h2o", "snapkv"])
+@pytest.mark.parametrize("groups", [1, 7])
+def test_the_baselines_equal_their_naive_form(monkeypatch, name, groups):
+    monkeypatch.setattr(decode_attention, "splits_of", lambda pairs, device: 3)
+    prompt, steps, head_dim, capacity = 21, 14, 16, 40
+    generator = torch.Generator().manual_seed(1)
+    padding = torch.tensor([0, 5], device=DEVICE)
+    block = [drawn(generator, count, prompt, head_dim) for count in (groups * 2, 2, 2)]
+    make = {
+        "full": lambda: FullLayer(capacity),
+        "streaming": lambda: StreamingLayer(capacity, 0.4, 2),
+        "h2o": lambda: H2OLayer(capacity, 0.4),
+        "snapkv": lambda: SnapKVLayer(capacity, 0.4, 1, 7, "max"),
+    }[name]
+    layers = [make(), make()]
+    for layer in layers:
+        layer.update(*block[1:])
+        layer.begin(block[0], padding, 0.25)
+    for step in range(steps):
+        token = [drawn(generator, count, 1, head_dim) for count in (groups * 2, 2, 2)]
+        outputs = []
+        for layer, kernels in zip(layers, (True, False), strict=True):
+            monkeypatch.setattr(decode, "uses_kernels", lambda tensor, kernels=kernels: kernels)
+            outputs.append(layer.step(*token, 0.25))
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5, msg=lambda m, s=step: f"{s}: {m}")
+        for state in layers[0].row_state:
+            ours, theirs = (getattr(layer, state) for layer in layers)
+            torch.testing.assert_close(ours, theirs, msg=lambda m, s=(step, state): f"{s}: {m}")
+
+
+def assert_exact_selection(length, budget, distinct, tail=12):
+    """Random rankings, few of them different or many, against a stable sort; the lowest ranks in order."""
+    generator = torch.Generator().manual_seed(length + distinct)
+    rankings = torch.randint(0, distinct, (2, 3, length + 5), generator=generator, dtype=torch.int32).to(DEVICE)
+    padding = torch.tensor([0, length // 5], device=DEVICE)
+    anchors = torch.zeros_like(padding)
+    rows = torch.stack([anchors, torch.full_like(padding, budget), padding, anchors], dim=1)
+    selected = torch.full((2, 3, budget), -1, device=DEVICE, dtype=torch.int32)
+    flags = torch.zeros(2, length + 5, device=DEVICE, dtype=torch.bool)
+    decode_kernels.select(
+        torch.full((2,), length - 1, device=DEVICE, dtype=torch.int32),
+        rankings,
+        torch.randn(2, 6, 1, 64, device=DEVICE),
+        torch.tensor(length, device=DEVICE),
+        rows,
+        selected,
+        torch.zeros_like(selected),
+        torch.zeros(2, 64, device=DEVICE),
+        flags,
+        stride=tail,
+        threshold=None,
+    )
+    for row, start in enumerate(padding.tolist()):
+        size = min(budget, length - start)
+        for head in range(3):
+            order = rankings[row, head, start:length].sort(descending=True, stable=True).indices[:size] + start
+            found = selected[row, head, :size].long()
+            assert torch.equal(found.sort().values, order.sort().values)
+            assert torch.equal(found[-tail:], order[-tail:])
+    assert flags.sum() == 2 and rows[:, 0].tolist() == [length - 1] * 2
+
+
+@pytest.mark.parametrize("distinct", [3, 200, 2**30])
+@pytest.mark.parametrize(("length", "budget"), [(40, 7), (300, 250), (1500, 100), (1500, 1), (5000, 5000)])
+def test_the_selection_is_exact(length, budget, distinct):
+    assert_exact_selection(length, budget, distinct)
