@@ -61,6 +61,9 @@ def refresh_attention(
         return ordinary(query, key, value), None
 
     _check_supported(dropout, kwargs)
+    if torch.compiler.is_compiling() and query.shape[2] > 1 and kwargs.get("position_ids") is not None:
+        consecutive = (kwargs["position_ids"].diff(dim=-1) == 1).all()
+        torch._assert_async(consecutive, "packed sequences are not supported: give each row one sequence")
     if refresh is not None and refresh_cache is not None:
         raise ValueError("refresh=Simulation(...) and a RefreshCache exclude each other: pass one of them")
     if refresh is not None and left_padding is not None and bool((left_padding >= refresh.prompt_length).any()):
@@ -123,12 +126,19 @@ class _SplitAtPrompt(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, early_query, early_key, early_value, late_query, key, value):
-        observed = ctx.prompt - ctx.first
-        query = torch.cat([early_query, late_query[:, :, observed:]], dim=2)
-        query[:, :, ctx.first : ctx.prompt] += late_query[:, :, :observed]
+        query = _positions_first(early_query, ctx.first + late_query.shape[2])
+        query[:, :, : ctx.prompt] = early_query
+        query[:, :, ctx.prompt :] = late_query[:, :, ctx.prompt - ctx.first :]
+        query[:, :, ctx.first : ctx.prompt] += late_query[:, :, : ctx.prompt - ctx.first]
         for whole, early in ((key, early_key), (value, early_value)):
             whole[:, :, : ctx.prompt] += early
         return query, key, value, None, None
+
+
+def _positions_first(like: Tensor, length: int) -> Tensor:
+    """An empty (B, H, length, D) tensor laid out as the projections of a model are, positions before heads."""
+    batch, heads, _, head_dim = like.shape
+    return like.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
 
 @torch.compiler.disable
@@ -237,6 +247,8 @@ def left_padding_mask(
             "the refresh attention has no use for a static cache: pass past_key_values=RefreshCache(...), or for "
             'ordinary attention model.set_attn_implementation("sdpa")'
         )
+    if torch.compiler.is_compiling() and attention_mask is None:
+        return None  # transformers cannot tell packed sequences while it is traced: the attention looks at positions
     if not allow_is_causal_skip and q_length > 1:
         raise ValueError("packed sequences and custom masks are not supported: give each row one sequence")
     if attention_mask is None:

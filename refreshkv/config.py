@@ -77,7 +77,7 @@ class RefreshConfig:
             "prompt_length": prompt_length,
             "stride": self.stride,
             "width": min(self.largest_budget(prompt_length), length),
-            "droppable": self.stride if self.threshold is None else length,
+            "droppable": min(self.stride if self.threshold is None else length, length - prompt_length),
             "uniform": self.threshold is None and not padded,
             **self.selection_options(),
         }

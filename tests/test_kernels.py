@@ -6,13 +6,14 @@ import random
 import pytest
 import torch
 
-from refreshkv import NEVER, RefreshConfig
+from refreshkv import NEVER, RefreshConfig, Simulation, enable, ops
 from refreshkv.ops import naive
+from tests.models import random_ids, tiny_model
 from tests.test_ops import rows_arguments, selection_only
 
 pytest.importorskip("triton")
 
-from refreshkv.ops import dense_rows, fused, ranking
+from refreshkv.ops import dense_rows, fused, partial_rows, ranking
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +116,7 @@ def dense_attend_backward(upstream, query, key, value, output, lse, causal, scal
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[-1] == 0])
 def test_full_steps_as_dense_attention(monkeypatch, name):
+    monkeypatch.setattr(partial_rows, "MANY_PROGRAMS", 1)  # large tiles, keys not shared, though there are few
     monkeypatch.setattr(dense_rows, "usable", lambda *tensors: True)
     monkeypatch.setattr(dense_rows, "attend", dense_attend)
     monkeypatch.setattr(dense_rows, "attend_backward", dense_attend_backward)
@@ -190,3 +192,22 @@ def test_a_cut_guessed_from_a_sample_or_searched_everywhere(monkeypatch, doubts)
         wanted = naive.select(query, key, positions, budgets, padding, **settings)
         found = ranking.select(query, key, positions, budgets, padding, **settings)
     assert_same_selection(found, wanted, positions, settings["droppable"])
+
+
+@pytest.mark.parametrize("threshold", [None, 0.3])
+def test_torch_compile_takes_a_model_with_the_kernels_whole(monkeypatch, threshold):
+    """No graph break inside, and the same loss and gradients as without."""
+    monkeypatch.setattr(ops, "refresh_rows", fused.refresh_rows)
+    config = RefreshConfig(budget=9, stride=5, threshold=threshold)
+    model = enable(tiny_model(dtype=torch.float32), config).to(DEVICE).train()
+    ids = random_ids(2, 40).to(DEVICE)
+
+    def loss_and_gradients(model):
+        model.zero_grad()
+        loss = model(ids, labels=ids, refresh=Simulation(20, config), use_cache=False).loss
+        loss.backward()
+        return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = loss_and_gradients(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(loss_and_gradients(compiled), expected, rtol=1e-4, atol=1e-5)

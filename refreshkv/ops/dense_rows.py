@@ -140,7 +140,7 @@ def _repeated(tensor: Tensor, stride: int) -> Tensor:
     return tensor.unsqueeze(1).expand(-1, stride, *tensor.shape[1:]).flatten(0, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "steps", "before_lse_b", "before_lse_h", "since_lse_b", "since_lse_h"])
 def _merge(
     before_ptr, before_lse_ptr, since_ptr, since_lse_ptr, output_ptr, lse_ptr,
     before_b, before_h, before_n, before_lse_b, before_lse_h, before_lse_n,

@@ -41,7 +41,7 @@ def _extent(position, first, BLOCK_N: tl.constexpr):
     return tl.max(position, 0), first + tl.maximum(lowest + 1 - first, 0) // BLOCK_N * BLOCK_N
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prompt", "shift", "checks"])
 def _forward(
     query_ptr, key_ptr, value_ptr, position_ptr, padding_ptr, output_ptr, lse_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_t, output_h,
@@ -107,7 +107,7 @@ def _backward_rows(
     return decoded, exists, query, upstream, lse, delta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prompt", "shift", "checks", "decoded_rows"])
 def _backward_query(
     query_ptr, key_ptr, value_ptr, position_ptr, padding_ptr, lse_ptr, delta_ptr, upstream_ptr, query_grad_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
@@ -149,7 +149,7 @@ def _backward_query(
     tl.store(grad_row[:, None] + column[None, :], result, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prompt", "shift", "stride", "checks", "decoded_rows"])
 def _backward_key_value(
     query_ptr, key_ptr, value_ptr, position_ptr, padding_ptr, lse_ptr, delta_ptr, upstream_ptr,
     key_grad_ptr, value_grad_ptr,

@@ -116,10 +116,8 @@ def _backward(
     """Returns the gradients of query (B, H, Q, D), key and value (B, Hkv, T, D)."""
     upstream = upstream if upstream.stride(-1) == 1 else upstream.contiguous()
     delta = _dot_rows(output, upstream)
-    query_grad = torch.empty_like(query)
-    before = query.shape[2] - output.shape[1]
-    query_grad[:, :, :before] = 0  # these only observe
-    decoded_grad = query_grad[:, :, before:]
+    query_grad = torch.zeros_like(query)
+    decoded_grad = query_grad[:, :, query.shape[2] - output.shape[1] :]  # those before only observe
     if full_positions.shape[1] > 1:
         if uniform and dense_rows.usable(query, key, value):
             key_grad, value_grad = dense_rows.backward(
@@ -136,7 +134,12 @@ def _backward(
         query, key, value, full_positions, latest, selected, budgets, left_padding, lse, delta, upstream, decoded_grad,
         key_grad, value_grad, prompt, stride, scaling,
     )  # fmt: skip
-    return query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype)
+    return query_grad, _rounded(key_grad, key), _rounded(value_grad, value)
+
+
+def _rounded(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """A gradient in its tensor's dtype and layout."""
+    return torch.empty_like(tensor).copy_(gradient)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -175,7 +178,7 @@ def _(query, key, value, full_positions, latest, budgets, left_padding, prompt, 
 
 @_backward_operator.register_fake
 def _(upstream, query, key, value, *rest):
-    return torch.empty_like(query), key.new_empty(key.shape), value.new_empty(value.shape)
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 def _operator_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -185,7 +188,7 @@ def _operator_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor 
 _forward_operator.register_autograd(_operator_gradients, setup_context=_keep_for_backward)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _dot_rows_kernel(
     output_ptr, upstream_ptr, delta_ptr, output_b, output_t, output_h, upstream_b, upstream_t, upstream_h, rows, heads,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,

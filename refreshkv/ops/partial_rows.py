@@ -80,7 +80,7 @@ def _visible(bounded, is_chosen, position, left, budget):
     return (bounded[None, :] >= lowest) & (bounded[None, :] < beyond)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prompt", "shift", "stride", "checks", "tiles"])
 def _forward(
     query_ptr, key_ptr, value_ptr, full_ptr, latest_ptr, selected_ptr, budget_ptr, padding_ptr, output_ptr, lse_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_t, output_h,
@@ -156,7 +156,7 @@ def _tile_backward(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prompt", "shift", "stride", "checks", "tiles"])
 def _backward(
     query_ptr, key_ptr, value_ptr, full_ptr, latest_ptr, selected_ptr, budget_ptr, padding_ptr, lse_ptr, delta_ptr,
     upstream_ptr, query_grad_ptr, key_grad_ptr, value_grad_ptr,
@@ -164,13 +164,15 @@ def _backward(
     upstream_b, upstream_t, upstream_h, grad_b, grad_h, grad_t,
     checks, tiles, width, length, prompt, shift, stride, scale, softmax_scale,
     G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Query gradients stay in registers; those of keys and values are added to memory in float32, tile by tile.
 
-    A tile's work goes by parts of the head, WIDTH columns each, so that the registers hold what it needs.
+    A tile's work goes by parts of the head, WIDTH columns each, so that the registers hold what it needs. With SPLITS,
+    several programs share the keys of a tile of rows, and the query gradients are added to memory as well.
     """
-    interval, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    split = tl.program_id(0) % SPLITS
+    interval, tile = tl.program_id(0) // SPLITS // tiles, tl.program_id(0) // SPLITS % tiles
     kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     head, position, partial, left, segment, anchor, budget = _interval(
         full_ptr, latest_ptr, budget_ptr, padding_ptr, batch, interval, tile, checks, length, prompt, stride, G, BLOCK_M
@@ -199,14 +201,16 @@ def _backward(
     chosen = selected_ptr + ((batch * kv_heads + kv_head) * checks + segment) * width
     query_grad = zero_parts(BLOCK_M, WIDTH, PARTS)
     whole = seen_by_all // BLOCK_N * BLOCK_N
-    for start in range(0, whole, BLOCK_N):
+    share = tl.cdiv(tl.cdiv(end, BLOCK_N), SPLITS) * BLOCK_N
+    begin, end = split * share, tl.minimum(end, (split + 1) * share)
+    for start in range(begin, tl.minimum(whole, end), BLOCK_N):
         token = tl.load(chosen + start + tl.arange(0, BLOCK_N)).to(INDEX)
         query_grad = _tile_backward(
             query, upstream, lse, delta, query_grad,
             keys + token * key_t, values + token * value_t, key_grads + token * D, value_grads + token * D,
             column, token >= 0, None, scale, softmax_scale, D, WIDTH, PARTS, False, PRECISION,
         )  # fmt: skip
-    for start in range(whole, end, BLOCK_N):
+    for start in range(tl.maximum(whole, begin), end, BLOCK_N):
         number = start + tl.arange(0, BLOCK_N)
         token, bounded, is_chosen = _listed(chosen, number, most, first)
         token = token.to(INDEX)
@@ -221,7 +225,14 @@ def _backward(
         columns = part * WIDTH + column
         mask = partial[:, None] & (columns < D)[None, :]
         result = query_grad[part].to(query_grad_ptr.dtype.element_ty)
-        tl.store(grad_row[:, None] + columns[None, :], result, mask=mask)
+        if SPLITS > 1:
+            tl.atomic_add(grad_row[:, None] + columns[None, :], result, mask=mask, sem="relaxed")
+        else:
+            tl.store(grad_row[:, None] + columns[None, :], result, mask=mask)
+
+
+MANY_SPLITS = 8
+"""Most programs that share the keys of a tile of rows, where there are few such tiles."""
 
 
 def _interval_rows(query: Tensor, key: Tensor, prompt_length: int, stride: int) -> int:
@@ -261,8 +272,11 @@ def forward(
     batch, heads, _, head_dim = query.shape
     kv_heads, length, checks = key.shape[1], key.shape[2], full_positions.shape[1]
     lse = torch.empty(batch, heads, length - prompt_length, dtype=torch.float32, device=query.device)
+    rows = _interval_rows(query, key, prompt_length, stride)
     sizes = block_sizes("partial_forward", query)
-    tiles = triton.cdiv(_interval_rows(query, key, prompt_length, stride), sizes["BLOCK_M"])
+    if checks * kv_heads * batch * triton.cdiv(rows, sizes["BLOCK_M"]) < MANY_PROGRAMS // 4:
+        sizes = block_sizes("partial_forward_few", query)
+    tiles = triton.cdiv(rows, sizes["BLOCK_M"])
     _forward[checks * tiles, kv_heads, batch](
         query, key, value, full_positions, latest, selected, budgets, left_padding, output, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
@@ -292,7 +306,7 @@ def backward(
     stride: int,
     scaling: float,
 ) -> None:
-    """Writes the partial rows of `query_grad` (B, H, R, D), and adds to the float32 `key_grad`, `value_grad`.
+    """Adds the partial rows to `query_grad` (B, H, R, D), zero there, and to the float32 `key_grad`, `value_grad`.
 
     upstream (B, R, H, D): gradient of the output; delta (B, H, R) float32: its dot product with the output; the others
     as in `forward`. key_grad, value_grad (B, Hkv, T, D) hold what the full steps' rows gave.
@@ -303,12 +317,17 @@ def backward(
     rows = _interval_rows(query, key, prompt_length, stride)
     sizes = block_sizes(_backward_kernel(rows, checks * kv_heads * batch, query.device), query)
     tiles = triton.cdiv(rows, sizes["BLOCK_M"])
-    _backward[checks * tiles, kv_heads, batch](
+    splits = max(1, min(MANY_SPLITS, MANY_PROGRAMS // (4 * checks * tiles * kv_heads * batch)))
+    # added up by several programs: in float32, and put among the full steps' rows afterwards
+    sums = query_grad if splits == 1 else torch.zeros(query_grad.shape, dtype=torch.float32, device=query.device)
+    _backward[checks * tiles * splits, kv_heads, batch](
         query, key, value, full_positions, latest, selected, budgets, left_padding, lse, delta,
-        upstream, query_grad, key_grad, value_grad,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *upstream.stride()[:3], *query_grad.stride()[:3],
+        upstream, sums, key_grad, value_grad,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *upstream.stride()[:3], *sums.stride()[:3],
         checks, tiles, selected.shape[-1], length, prompt_length, length - query.shape[2], stride,
         scaling * LOG2E, scaling,
         G=group, D=head_dim, INDEX=index_type(key, value, key_grad), PRECISION=precision(query),
-        PARTS=padded_head(head_dim) // sizes["WIDTH"], **sizes,
+        PARTS=padded_head(head_dim) // sizes["WIDTH"], SPLITS=splits, **sizes,
     )  # fmt: skip
+    if splits > 1:
+        query_grad += sums

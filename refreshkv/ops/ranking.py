@@ -32,7 +32,7 @@ LARGEST_SORT = 4096
 """Selections up to this wide are sorted in one program, wider ones by torch."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift", "checks", "splits"])
 def _log_sum_exp(
     query_ptr, key_ptr, position_ptr, padding_ptr, lse_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, checks, splits, shift, scale,
@@ -80,7 +80,7 @@ def _log_sum_exp(
     tl.store(lse_ptr + place, highest + tl.log2(tl.where(total > 0, total, 1.0)), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 def _merge_splits(split_ptr, lse_ptr, rows, splits, BLOCK: tl.constexpr):
     """The log-sum-exp over all keys from those over the splits, (splits, rows) -> (rows), in units of log 2."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -95,7 +95,7 @@ def _merge_splits(split_ptr, lse_ptr, rows, splits, BLOCK: tl.constexpr):
     tl.store(lse_ptr + row, highest + tl.log2(tl.where(total > 0, total, 1.0)), mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift", "checks", "first", "steps"])
 def _scores(
     query_ptr, key_ptr, position_ptr, padding_ptr, lse_ptr, score_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, checks, first, steps, length, kv_heads, shift, scale,
@@ -186,7 +186,7 @@ def _choice(position_ptr, padding_ptr, budget_ptr, checks, first, kv_heads):
     return anchor, padding, keep, pair.to(tl.int64) * tl.num_programs(0) + step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["checks", "first"])
 def _guess(
     score_ptr, position_ptr, padding_ptr, budget_ptr, bound_ptr, checks, first, length, kv_heads, recent, sinks,
     POOL: tl.constexpr, SAMPLE: tl.constexpr,
@@ -221,7 +221,7 @@ def _guess(
     tl.store(bound_ptr + 2 * row + 1, tl.where(few > 0, upper | ((1 << 11) - 1), 0x7FFFFFFF))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["checks", "first"])
 def _collect(
     score_ptr, position_ptr, padding_ptr, budget_ptr, bound_ptr, doubt_ptr, count_ptr, chosen_ptr,
     checks, first, length, width, kv_heads, recent, sinks,
@@ -252,7 +252,7 @@ def _collect(
     tl.store(count_ptr + 2 * row + 1, doubtful)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["checks", "first"])
 def _settle(
     score_ptr, position_ptr, padding_ptr, budget_ptr, doubt_ptr, count_ptr, chosen_ptr,
     checks, first, length, width, kv_heads, recent, sinks,
@@ -266,8 +266,8 @@ def _settle(
     sure, doubtful = tl.load(count_ptr + 2 * row), tl.load(count_ptr + 2 * row + 1)
     if (sure > keep) | (sure + doubtful < keep) | (doubtful > DOUBTS):
         _search(score_ptr + row * length, chosen, keep, padding, anchor, recent, sinks, POOL, BLOCK)
-    elif doubtful <= DOUBTS // 4:
-        _take_best(doubts, doubtful, chosen, sure, keep, DOUBTS // 4)
+    elif doubtful <= DOUBTS // 2:
+        _take_best(doubts, doubtful, chosen, sure, keep, DOUBTS // 2)
     else:
         _take_best(doubts, doubtful, chosen, sure, keep, DOUBTS)
 
@@ -321,7 +321,7 @@ def _search(
         tl.store(chosen + place, _sortable(ranking, token), mask=goes_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["checks", "first", "steps"])
 def _order(
     chosen_ptr, selected_ptr, checks, first, steps, width, kv_heads, WIDTH: tl.constexpr, DROPPABLE: tl.constexpr
 ):  # fmt: skip
