@@ -42,9 +42,10 @@ def main() -> None:
     parser.add_argument("--cases", default=CASES, help="T:P:S:K, separated by commas (default: %(default)s)")
     parser.add_argument("--no-flash", action="store_true", help="leave torch's flash attention out")
     parser.add_argument("--repeat", type=int, default=5, help="timed runs of each, after one to warm up")
-    parser.add_argument("--flex", action="store_true", help="time flex_attention with the refresh mask as well")
+    parser.add_argument("--flex", action="store_true", help="time flex_attention as well, in rows up to 16K")
     parser.add_argument("--output", type=Path, help="folder for attention.json and attention.png")
     args = parser.parse_args()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {ceiling(args.repeat):.0f} TFLOP/s in a product")
     results, dense = [], {}
     for case in args.cases.split(","):
         length, prompt, stride, budget = map(int, case.split(":"))
@@ -144,12 +145,35 @@ def time_case(
         "refresh": round(total, 2),
         "ratio": round(total / dense["cudnn"], 3),
         "memory GB": round(memory / 1e9, 2),
+        "TFLOP": round(executed := operations(length, prompt, stride, budget) / 1e12, 2),
+        "TFLOP/s": round(executed / total * 1e3),
         **{name: round(ms, 2) for name, ms in parts(query, key, value, prompt, config, upstream, repeat).items()},
     }
-    if flex:
-        result["flex"] = round(time_flex(query, key, value, prompt, config, repeat), 2)
+    if flex and length <= 16384:
+        for name, compiled in (("flex", False), ("flex, mask compiled", True)):
+            result[name] = round(time_flex(query, key, value, prompt, config, repeat, compiled), 2)
         result["flex / refresh"] = round(result["flex"] / total, 2)
     return result
+
+
+def operations(length: int, prompt: int, stride: int, budget: int) -> float:
+    """Executed for one forward and backward: two products a visible key forward, five backward, one more of the full
+    steps for the selection."""
+    steps = range(prompt - 1, length, length if prompt == length - stride else stride)
+    full = sum(step + 1 for step in steps)
+    partial = sum(
+        min(budget, step + 1) + min(row + 1, budget + 1)  # those selected and the recent ones
+        for step in steps
+        for row in range(min(steps.step - 1, length - 1 - step))
+    )
+    visible = prompt * (prompt + 1) // 2 + full - prompt + partial
+    return 2 * HEAD_DIM * HEADS * (7 * visible + full)
+
+
+def ceiling(repeat: int) -> float:
+    """TFLOP/s of a large bfloat16 matrix product."""
+    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / milliseconds(lambda: left @ right, repeat) / 1e9
 
 
 def parts(
@@ -203,8 +227,10 @@ def parts(
     return {name: milliseconds(call, repeat) for name, call in work.items()}
 
 
-def time_flex(query: Tensor, key: Tensor, value: Tensor, prompt: int, config: RefreshConfig, repeat: int) -> float:
-    """flex_attention with the same visibility as a mask, mask building included."""
+def time_flex(
+    query: Tensor, key: Tensor, value: Tensor, prompt: int, config: RefreshConfig, repeat: int, compiled_mask: bool
+) -> float:
+    """flex_attention with the same visibility as a mask, mask building included, as it comes or compiled."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     rest, settings = arguments(query, prompt, config)
@@ -225,10 +251,12 @@ def time_flex(query: Tensor, key: Tensor, value: Tensor, prompt: int, config: Re
         near = (column > row - since) & (column >= row - budget)
         return (column <= row) & ((row < prompt) | (since == 0) | near | (rank < budget - since + 1))
 
-    compiled_mask, compiled = torch.compile(create_block_mask), torch.compile(flex_attention)
+    build, compiled = create_block_mask, torch.compile(flex_attention)
+    if compiled_mask:
+        build = torch.compile(create_block_mask)
 
     def both() -> object:
-        mask = compiled_mask(visible, 1, HEADS, length, length, device="cuda")
+        mask = build(visible, 1, HEADS, length, length, device="cuda")
         output = compiled(query, key, value, block_mask=mask, enable_gqa=True)
         return torch.autograd.grad(output, (query, key, value), torch.ones_like(output))
 
