@@ -198,7 +198,7 @@ def parts(
     output = torch.empty_like(upstream).contiguous()
     grad = torch.zeros_like(query[:, :, prompt:])
     query = query[:, :, prompt - config.observation_window :]
-    sums = [torch.zeros(key.shape, dtype=torch.float32, device="cuda") for _ in range(2)]
+    sums = [torch.zeros_like(key, dtype=torch.float32) for _ in range(2)]
     work = {"prompt": prompt_both}
     known = None
     if full_positions.shape[1] > 1:

@@ -112,16 +112,14 @@ def backward(
     since = attend_backward(upstreams, queries, *squares, outputs, lses, True, scaling)
     query_sum = since[0].unflatten(0, (-1, stride)).sum(1, dtype=torch.float32) + before[0]
     query_grad[:, :, first::stride] = query_sum.to(query_grad.dtype)
-    gradients = []
-    for tensor, early_part, part in zip((key, value), before[1:], since[1:], strict=True):
-        gradient = torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device)
+    gradients = (torch.empty_like(key, dtype=torch.float32), torch.empty_like(key, dtype=torch.float32))
+    for gradient, early_part, part in zip(gradients, before[1:], since[1:], strict=True):
         gradient[:, :, :prompt_length] = early_part
         gradient[:, :, prompt_length:after].unflatten(2, (steps, stride)).copy_(
             part.unflatten(0, (-1, stride)).permute(0, 2, 3, 1, 4)
         )
         gradient[:, :, after:] = 0
-        gradients.append(gradient)
-    return gradients[0], gradients[1]
+    return gradients
 
 
 def _every(tensor: Tensor, first: int, stride: int) -> Tensor:

@@ -154,7 +154,8 @@ def _backward_key_value(
     query_ptr, key_ptr, value_ptr, position_ptr, padding_ptr, lse_ptr, delta_ptr, upstream_ptr,
     key_grad_ptr, value_grad_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
-    upstream_b, upstream_t, upstream_h, decoded_rows, checks, length, prompt, shift, stride, scale,
+    upstream_b, upstream_t, upstream_h, sums_b, sums_h, sums_t,
+    decoded_rows, checks, length, prompt, shift, stride, scale,
     softmax_scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -197,7 +198,7 @@ def _backward_key_value(
             query, key, value, None, lse, delta, upstream, key_grad, value_grad, scale, PRECISION
         )
     present = (token >= tl.load(padding_ptr + batch).to(tl.int32))[:, None]  # no row sees padding
-    place = (((batch * tl.num_programs(1) + kv_head) * length + wide) * D)[:, None] + column[None, :]
+    place = (batch * sums_b + kv_head.to(tl.int64) * sums_h + wide * sums_t)[:, None] + column[None, :]
     here = (token < length)[:, None] & (column < D)[None, :]
     tl.store(key_grad_ptr + place, tl.where(present, key_grad * softmax_scale, 0.0), mask=here)
     tl.store(value_grad_ptr + place, tl.where(present, value_grad, 0.0), mask=here)
@@ -257,7 +258,7 @@ def backward(
     group = heads // kv_heads
     shared = {"G": group, "D": head_dim, "DP": padded_head(head_dim), "PRECISION": precision(query)}
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *upstream.stride()[:3])
-    key_grad = torch.empty(batch, kv_heads, length, head_dim, dtype=torch.float32, device=query.device)
+    key_grad = torch.empty_like(key, dtype=torch.float32)
     value_grad = torch.empty_like(key_grad)
     sizes = block_sizes("full_backward_query", query)
     _backward_query[triton.cdiv(checks * group, sizes["BLOCK_M"]), kv_heads, batch](
@@ -268,7 +269,7 @@ def backward(
     sizes = block_sizes("full_backward_key_value", query)
     _backward_key_value[triton.cdiv(length, sizes["BLOCK_N"]), kv_heads, batch](
         query, key, value, positions, left_padding, lse, delta, upstream, key_grad, value_grad,
-        *strides, decoded, checks, length, prompt_length, length - queries, stride, scaling * LOG2E, scaling,
-        **shared, **sizes,
+        *strides, *key_grad.stride()[:3], decoded, checks, length, prompt_length, length - queries, stride,
+        scaling * LOG2E, scaling, **shared, **sizes,
     )  # fmt: skip
     return key_grad, value_grad

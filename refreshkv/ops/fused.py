@@ -129,7 +129,7 @@ def _backward(
                 prompt, stride, scaling,
             )  # fmt: skip
     else:
-        key_grad, value_grad = (torch.zeros(key.shape, dtype=torch.float32, device=key.device) for _ in range(2))
+        key_grad, value_grad = (torch.zeros_like(key, dtype=torch.float32) for _ in range(2))
     partial_rows.backward(
         query, key, value, full_positions, latest, selected, budgets, left_padding, lse, delta, upstream, decoded_grad,
         key_grad, value_grad, prompt, stride, scaling,

@@ -161,7 +161,7 @@ def _backward(
     query_ptr, key_ptr, value_ptr, full_ptr, latest_ptr, selected_ptr, budget_ptr, padding_ptr, lse_ptr, delta_ptr,
     upstream_ptr, query_grad_ptr, key_grad_ptr, value_grad_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
-    upstream_b, upstream_t, upstream_h, grad_b, grad_h, grad_t,
+    upstream_b, upstream_t, upstream_h, grad_b, grad_h, grad_t, sums_b, sums_h, sums_t,
     checks, tiles, width, length, prompt, shift, stride, scale, softmax_scale,
     G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
@@ -196,8 +196,8 @@ def _backward(
 
     keys = key_ptr + batch * key_b + kv_head.to(tl.int64) * key_h
     values = value_ptr + batch * value_b + kv_head.to(tl.int64) * value_h
-    key_grads = key_grad_ptr + (batch * kv_heads + kv_head) * length * D
-    value_grads = value_grad_ptr + (batch * kv_heads + kv_head) * length * D
+    sums = batch * sums_b + kv_head.to(tl.int64) * sums_h
+    key_grads, value_grads = key_grad_ptr + sums, value_grad_ptr + sums
     chosen = selected_ptr + ((batch * kv_heads + kv_head) * checks + segment) * width
     query_grad = zero_parts(BLOCK_M, WIDTH, PARTS)
     whole = seen_by_all // BLOCK_N * BLOCK_N
@@ -207,7 +207,7 @@ def _backward(
         token = tl.load(chosen + start + tl.arange(0, BLOCK_N)).to(INDEX)
         query_grad = _tile_backward(
             query, upstream, lse, delta, query_grad,
-            keys + token * key_t, values + token * value_t, key_grads + token * D, value_grads + token * D,
+            keys + token * key_t, values + token * value_t, key_grads + token * sums_t, value_grads + token * sums_t,
             column, token >= 0, None, scale, softmax_scale, D, WIDTH, PARTS, False, PRECISION,
         )  # fmt: skip
     for start in range(tl.maximum(whole, begin), end, BLOCK_N):
@@ -217,7 +217,7 @@ def _backward(
         visible = _visible(bounded, is_chosen, position, left, budget)
         query_grad = _tile_backward(
             query, upstream, lse, delta, query_grad,
-            keys + token * key_t, values + token * value_t, key_grads + token * D, value_grads + token * D,
+            keys + token * key_t, values + token * value_t, key_grads + token * sums_t, value_grads + token * sums_t,
             column, number < end, visible, scale, softmax_scale, D, WIDTH, PARTS, True, PRECISION,
         )  # fmt: skip
     grad_row = query_grad_ptr + batch * grad_b + head.to(tl.int64) * grad_h + decoded * grad_t
@@ -309,7 +309,7 @@ def backward(
     """Adds the partial rows to `query_grad` (B, H, R, D), zero there, and to the float32 `key_grad`, `value_grad`.
 
     upstream (B, R, H, D): gradient of the output; delta (B, H, R) float32: its dot product with the output; the others
-    as in `forward`. key_grad, value_grad (B, Hkv, T, D) hold what the full steps' rows gave.
+    as in `forward`. key_grad, value_grad (B, Hkv, T, D), in one layout, hold what the full steps' rows gave.
     """
     batch, heads, _, head_dim = query.shape
     kv_heads, length, checks = key.shape[1], key.shape[2], full_positions.shape[1]
@@ -324,6 +324,7 @@ def backward(
         query, key, value, full_positions, latest, selected, budgets, left_padding, lse, delta,
         upstream, sums, key_grad, value_grad,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *upstream.stride()[:3], *sums.stride()[:3],
+        *key_grad.stride()[:3],
         checks, tiles, selected.shape[-1], length, prompt_length, length - query.shape[2], stride,
         scaling * LOG2E, scaling,
         G=group, D=head_dim, INDEX=index_type(key, value, key_grad), PRECISION=precision(query),
