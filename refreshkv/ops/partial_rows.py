@@ -274,8 +274,6 @@ def forward(
     lse = torch.empty(batch, heads, length - prompt_length, dtype=torch.float32, device=query.device)
     rows = _interval_rows(query, key, prompt_length, stride)
     sizes = block_sizes("partial_forward", query)
-    if checks * kv_heads * batch * triton.cdiv(rows, sizes["BLOCK_M"]) < MANY_PROGRAMS // 4:
-        sizes = block_sizes("partial_forward_few", query)
     tiles = triton.cdiv(rows, sizes["BLOCK_M"])
     _forward[checks * tiles, kv_heads, batch](
         query, key, value, full_positions, latest, selected, budgets, left_padding, output, lse,
