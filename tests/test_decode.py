@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # prompt, steps, query heads per group, key/value heads, head size, padding of the second row, configuration
 CASES = {
-    "fixed": (20, 17, 2, 2, 16, 5, RefreshConfig(budget=8, stride=5)),
+    "fixed": (20, 12, 2, 2, 16, 5, RefreshConfig(budget=8, stride=5)),
     "every step full": (17, 6, 2, 1, 16, 0, RefreshConfig(budget=8, stride=1)),
     "seven heads to a group": (21, 9, 7, 1, 16, 3, RefreshConfig(budget=9, stride=4)),
     "odd head size": (21, 9, 1, 2, 24, 3, RefreshConfig(budget=9, stride=2)),
@@ -25,9 +25,9 @@ CASES = {
     "a prompt of one token": (1, 12, 2, 1, 16, 0, RefreshConfig(budget=5, stride=3)),
     "a budget beyond the row": (12, 16, 2, 2, 16, 4, RefreshConfig(budget=1000, stride=7)),
     "a fraction of padded rows": (30, 14, 2, 2, 16, 13, RefreshConfig(budget=0.3, stride=6)),
-    "never refreshed": (31, 20, 4, 1, 16, 0, RefreshConfig(budget=12, stride=NEVER)),
+    "never refreshed": (31, 16, 4, 1, 16, 0, RefreshConfig(budget=12, stride=NEVER)),
     "similarity": (20, 25, 2, 2, 16, 5, RefreshConfig(budget=10, stride=3, threshold=0.3)),
-    "long intervals": (50, 45, 2, 1, 16, 5, RefreshConfig(budget=36, stride=40)),
+    "long intervals": (50, 26, 2, 1, 16, 5, RefreshConfig(budget=36, stride=24)),
     "similarity, long intervals": (50, 45, 2, 1, 16, 5, RefreshConfig(budget=36, stride=20, threshold=-0.1)),
     "observers and windows": (
         *(20, 14, 2, 2, 16, 5),
@@ -85,14 +85,22 @@ def compare(case, dtype=torch.float32, tolerance=1e-4, seed=0):
     return theirs.full_steps
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("fixed", "a fraction of padded rows", "seven heads to a group", "similarity", "observers and windows")
+
+
+def slow_unless(quick, cases):
+    """Parameters of a test of which some run only with the slow ones: the interpreter takes seconds for each."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize("name", slow_unless(QUICK, CASES))
 def test_steps_equal_the_naive_form(name):
     full_steps = compare(CASES[name])
     if "similarity" in name:
         assert len({tuple(row) for row in full_steps.tolist()}) == 2, "rows refresh together: the test shows less"
 
 
-@pytest.mark.parametrize("splits", [1, 3, 16])
+@pytest.mark.parametrize("splits", slow_unless([5], [1, 5, 16]))
 def test_any_number_of_splits(monkeypatch, splits):
     monkeypatch.setattr(decode_attention, "splits_of", lambda pairs, device: splits)
     monkeypatch.setitem(decode_attention.TILE, "BLOCK_N", 16)
@@ -100,8 +108,16 @@ def test_any_number_of_splits(monkeypatch, splits):
     compare(CASES["observers and windows"])
 
 
-@pytest.mark.parametrize("name", ["fixed", "long intervals", "observers and windows"])
-@pytest.mark.parametrize(("sample", "doubts", "margin"), [(16, 16, 3.0), (16, 1, 3.0), (8, 16, 0.0), (64, 64, 3.0)])
+@pytest.mark.parametrize(
+    ("name", "sample", "doubts", "margin"),
+    [
+        ("fixed", 16, 16, 3.0),
+        ("observers and windows", 16, 1, 3.0),
+        ("fixed", 8, 16, 0.0),
+        pytest.param("long intervals", 64, 64, 3.0, marks=pytest.mark.slow),
+        pytest.param("long intervals", 16, 1, 3.0, marks=pytest.mark.slow),
+    ],
+)
 def test_selection_whatever_the_guess(monkeypatch, name, sample, doubts, margin):
     """A good guess, one that leaves too much in doubt, a wrong one; several blocks of everything."""
     monkeypatch.setattr(decode_selection, "SAMPLE", sample)
@@ -114,7 +130,7 @@ def test_selection_whatever_the_guess(monkeypatch, name, sample, doubts, margin)
 
 
 @pytest.mark.parametrize("name", ["full", "streaming", "h2o", "snapkv"])
-@pytest.mark.parametrize("groups", [1, 7])
+@pytest.mark.parametrize("groups", slow_unless([7], [1, 7]))
 def test_the_baselines_equal_their_naive_form(monkeypatch, name, groups):
     monkeypatch.setattr(decode_attention, "splits_of", lambda pairs, device: 3)
     prompt, steps, head_dim, capacity = 21, 14, 16, 40

@@ -200,11 +200,11 @@ def test_torch_compile_takes_a_model_with_the_kernels_whole(monkeypatch, thresho
     monkeypatch.setattr(ops, "refresh_rows", fused.refresh_rows)
     config = RefreshConfig(budget=9, stride=5, threshold=threshold)
     model = enable(tiny_model(dtype=torch.float32), config).to(DEVICE).train()
-    ids = random_ids(2, 40).to(DEVICE)
+    ids = random_ids(2, 27).to(DEVICE)
 
     def loss_and_gradients(model):
         model.zero_grad()
-        loss = model(ids, labels=ids, refresh=Simulation(20, config), use_cache=False).loss
+        loss = model(ids, labels=ids, refresh=Simulation(14, config), use_cache=False).loss
         loss.backward()
         return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
 
