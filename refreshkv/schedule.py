@@ -4,6 +4,7 @@ Shapes: `B` batch rows, `H` query heads, `T` positions, `D` head size, `P` promp
 prompt's end included.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -32,14 +33,24 @@ def is_refresh(mean_query_now: Tensor, mean_query_then: Tensor, threshold: float
     return F.cosine_similarity(mean_query_now, mean_query_then, dim=-1) <= threshold
 
 
-def plan(query: Tensor, prompt_length: int, stride: int, threshold: float | None) -> Schedule:
-    """The schedule of T known tokens after a prompt of `prompt_length`, from a layer's queries (B, H, T, D)."""
+def plan(
+    query: Tensor,
+    prompt_length: int,
+    stride: int,
+    threshold: float | None,
+    average_heads: Callable[[Tensor], Tensor] | None = None,
+) -> Schedule:
+    """The schedule of T known tokens after a prompt of `prompt_length`, from a layer's queries (B, H, T, D).
+
+    average_heads: from the mean queries (B, C, D) of these heads to those of all, where they are not all of them.
+    """
     batch, _, length, _ = query.shape
     last = prompt_length - 1
     checks = torch.arange(last, length, stride, device=query.device)
     full = torch.ones(batch, len(checks), dtype=torch.bool, device=query.device)
     if threshold is not None:
-        full = _walk(mean_query(query[:, :, checks]), threshold)
+        mean_queries = mean_query(query[:, :, checks])
+        full = _walk(mean_queries if average_heads is None else average_heads(mean_queries), threshold)
     latest = torch.arange(len(checks), device=query.device).masked_fill(~full, 0).cummax(dim=1).values
     return Schedule(checks.masked_fill(~full, -1), latest)
 

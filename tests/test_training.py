@@ -10,12 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from refreshkv import NEVER, RefreshConfig, Simulation
+from refreshkv import NEVER, RefreshConfig
 from refreshkv.settings import SettingsError, settings_from_dict
 from refreshkv.train.checkpoint import check_output, claim_output, finished_checkpoints
 from refreshkv.train.config import RunConfig, SimulationConfig
 from refreshkv.train.loop import check_config, warnings
-from refreshkv.train.loss import answer_targets, loss_sums, partial_positions
 from refreshkv.train.order import RowOrder
 from refreshkv.train.simulation import draw_simulation
 from tests.jobs import (
@@ -30,7 +29,7 @@ from tests.jobs import (
     start_job,
     write_config,
 )
-from tests.models import random_ids, tiny_enabled, tiny_model
+from tests.models import tiny_model
 
 LOSSES = ("loss", "loss full", "loss partial", "grad norm")
 
@@ -267,36 +266,3 @@ def test_every_row_once_an_epoch_whatever_the_layout():
     for step in (0, 6, 24):
         parts = [row for rank in range(2) for batch in order.micro_batches(step, rank, 2, 2) for row in batch]
         assert sorted(parts) == sorted(order.step(step))
-
-
-def test_losses_by_kind_of_position():
-    model, ids = tiny_enabled(dtype=torch.float32), random_ids(2, 20)
-    simulation = Simulation(7, RefreshConfig(budget=4, stride=5))
-    partial = partial_positions(simulation, 20, ids.device)
-    assert partial.nonzero().flatten().tolist() == [7, 8, 9, 10, 12, 13, 14, 15, 17, 18, 19]
-    with torch.no_grad():
-        outputs = model(ids, labels=ids, refresh=simulation)
-    sums = loss_sums(outputs.logits, ids, simulation)
-    assert float(sums.total / sums.tokens) == pytest.approx(float(outputs.loss), rel=1e-5)
-    assert (int(sums.tokens), int(sums.partial_tokens)) == (38, 20)
-    logits = outputs.logits[:, :-1].log_softmax(-1)
-    expected = -logits.gather(-1, ids[:, 1:, None]).squeeze(-1)[:, partial[:-1]].sum()
-    assert float(sums.partial) == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_losses_of_answers_alone():
-    model, ids = tiny_enabled(dtype=torch.float32), random_ids(2, 20)
-    simulation = Simulation(7, RefreshConfig(budget=4, stride=5))
-    answers = answer_targets(torch.tensor([7, 7]), torch.tensor([3, 6]), 20)
-    assert [row.nonzero().flatten().tolist() for row in answers] == [[6, 7, 8], [6, 7, 8, 9, 10, 11]]
-    with torch.no_grad():
-        logits = model(ids, refresh=simulation).logits
-    everything = loss_sums(logits, ids, simulation)
-    assert loss_sums(logits, ids, simulation, torch.ones(2, 19, dtype=torch.bool)) == everything
-    sums = loss_sums(logits, ids, simulation, answers)
-    losses = -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    assert float(sums.total) == pytest.approx(float(losses[0, 6:9].sum() + losses[1, 6:12].sum()), rel=1e-5)
-    assert float(sums.partial) == pytest.approx(
-        float(losses[0, 7:9].sum() + losses[1, 7:11].sum()), rel=1e-5
-    )  # 6 and 11 are full
-    assert (int(sums.tokens), int(sums.partial_tokens)) == (9, 6)
