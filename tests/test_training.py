@@ -6,14 +6,16 @@ import random
 import shutil
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from refreshkv import NEVER, RefreshConfig
 from refreshkv.settings import SettingsError, settings_from_dict
-from refreshkv.train.checkpoint import check_output, claim_output, finished_checkpoints
+from refreshkv.train.checkpoint import State, check_output, claim_output, finished_checkpoints
 from refreshkv.train.config import RunConfig, SimulationConfig
+from refreshkv.train.layout import needs_conversion
 from refreshkv.train.loop import check_config, warnings
 from refreshkv.train.order import RowOrder
 from refreshkv.train.simulation import draw_simulation
@@ -30,6 +32,7 @@ from tests.jobs import (
     write_config,
 )
 from tests.models import tiny_model
+from tests.ranks import run_ranks, run_script
 
 LOSSES = ("loss", "loss full", "loss partial", "grad norm")
 
@@ -77,25 +80,85 @@ def test_killed_and_resumed_run_repeats_the_uninterrupted_one(rows, tmp_path):
     assert losses(tmp_path / "killed") == expected, f"killed after step {stop_after}"
 
 
+def run_forked(settings, *arguments, ranks=2):
+    """A job without a launcher: what it printed."""
+    log = Path(settings["training"]["output"]).with_suffix(".txt")
+    return run_ranks(ranks, log, run_script, ["--config", str(write_config(settings)), *arguments])
+
+
 @pytest.fixture(scope="module")
 def alone(rows, tmp_path_factory):
-    """Three steps of one process without ZeRO."""
+    """Six steps of one process without ZeRO."""
     folder = tmp_path_factory.mktemp("alone")
-    code, printed = run_job(
-        run_settings(rows, folder / "run", training={"steps": 3, "deepspeed": zero_json(folder, 0)}), ranks=1
-    )
-    assert code == 0, printed
+    run_forked(run_settings(rows, folder / "run", **six_steps(folder, 0)), ranks=1)
     return losses(folder / "run")
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_ranks_and_stages_agree(rows, alone, tmp_path, stage):
-    """Two processes with or without ZeRO take the steps of one, with activations recomputed."""
-    training = {"steps": 3, "deepspeed": zero_json(tmp_path, stage), "activation_checkpointing": True}
-    code, printed = run_job(run_settings(rows, tmp_path / "run", training=training))
-    assert code == 0, printed
+def six_steps(folder, stage, **training):
+    training = {"steps": 6, "save_every": 3, "deepspeed": zero_json(folder, stage), **training}
+    return {"simulation": {"threshold": 0.2}, "training": training}
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "sequence"), [(0, 2, 1), (1, 2, 2), (2, 4, 2), pytest.param(3, 4, 4, marks=pytest.mark.slow)]
+)
+def test_ranks_stages_and_layouts_agree(rows, alone, tmp_path, stage, ranks, sequence):
+    """Several processes with or without ZeRO take the steps of one, with activations recomputed; evaluations work."""
+    evaluation = {"evaluate_every": 6, "evaluate_rows": 4, "evaluate_tokens": 16}
+    sections = six_steps(tmp_path, stage, activation_checkpointing=True, **evaluation)
+    run_forked(run_settings(rows, tmp_path / "run", parallel={"sequence": sequence}, **sections), ranks=ranks)
     for step, found in losses(tmp_path / "run").items():
         assert found == pytest.approx(alone[step], abs=2e-5), f"step {step}"
+    assert '"evaluation"' in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(rows, tmp_path_factory):
+    """Stage -> a run of two ranks that was stopped after step 3 of 6."""
+    runs = {}
+
+    def run(stage):
+        if stage not in runs:
+            folder = tmp_path_factory.mktemp(f"stage{stage}")
+            run_forked(run_settings(rows, folder / "run", **six_steps(folder, stage, keep_checkpoints=9)))
+            shutil.rmtree(folder / "run" / "checkpoints" / "step-0000006")
+            runs[stage] = folder / "run"
+        return runs[stage]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "ranks", "sequence"),
+    [
+        (3, 3, 4, 2),
+        (2, 1, 1, 1),
+        pytest.param(3, 3, 1, 1, marks=pytest.mark.slow),
+        pytest.param(3, 3, 4, 1, marks=pytest.mark.slow),
+        pytest.param(1, 2, 4, 4, marks=pytest.mark.slow),
+        pytest.param(0, 0, 4, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_continues_on_another_layout(rows, alone, two_ranks, tmp_path, before, now, ranks, sequence):
+    shutil.copytree(two_ranks(before), tmp_path / "run")
+    sections = six_steps(tmp_path, now, micro_batch=1)
+    settings = run_settings(rows, tmp_path / "run", parallel={"sequence": sequence}, **sections)
+    printed = run_forked(settings, "--resume", ranks=ranks)
+    assert "continuing after step 3" in printed
+    found = losses(tmp_path / "run")
+    assert list(found) == [1, 2, 3, 4, 5, 6]
+    for step in (4, 5, 6):
+        assert found[step] == pytest.approx(alone[step], abs=1e-4), f"step {step}"
+    names = {folder.name for folder in (tmp_path / "run" / "checkpoints").glob("*universal*")}
+    assert not names, "what was made to convert is removed"
+
+
+def test_stages_that_do_not_convert_are_refused():
+    for before, now in [(0, 2), (2, 3), (3, 0)]:
+        with pytest.raises(SettingsError, match="training.deepspeed"):
+            needs_conversion(State(3, 100, 2, before, "rows"), 2, now, "fp32")
+    assert not needs_conversion(State(3, 100, 2, 3, "rows"), 2, 3, "bf16")
+    assert needs_conversion(State(3, 100, 2, 3, "rows"), 4, 3, "bf16")
 
 
 def zero_json(folder, stage):

@@ -100,10 +100,10 @@ def end(output: Path, problem: str, trace: Path | None = None) -> None:
     trace: a file for the stacks of all threads. Nothing is waited for: other processes may never answer.
     """
     try:
+        announce(output, problem)
         if trace is not None:
             with trace.open("w") as file:
                 faulthandler.dump_traceback(file)
-        announce(output, problem)
         sys.stdout.flush()
     finally:
         os._exit(FAILED)
@@ -123,7 +123,7 @@ def announce(output: Path, problem: str) -> None:
         return
     except OSError:
         pass  # such as a full disk: then several processes may say it
-    print(message, file=sys.stderr, flush=True)
+    print(f"\n{message}", file=sys.stderr, flush=True)  # a progress bar may stand on the line
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Loads a checkpoint into an engine, also one that another number of ranks or another ZeRO stage has written.
+"""Loads a checkpoint into an engine, also one that another number of ranks has written.
 
 The same layout reads its own files back, bit by bit. Another one goes through DeepSpeed's universal checkpoint: each
 parameter and its moments in one piece, in a folder beside the checkpoint that is removed afterwards.
@@ -21,18 +21,24 @@ def needs_conversion(state: State, world: int, stage: int, dtype: str) -> bool:
     """Whether `world` ranks with ZeRO `stage` need a checkpoint converted; `SettingsError` if that is impossible."""
     if state.zero_stage == stage and state.world_size == world:
         return False
-    had, has = (is_divided(number, dtype) for number in (state.zero_stage, stage))
-    if had != has:
+    before, now = _way(state.zero_stage, dtype), _way(stage, dtype)
+    if before != now:
         raise SettingsError(
-            f"--resume: ZeRO stage {state.zero_stage} and stage {stage} (training.deepspeed) store the optimizer in "
-            f"ways that do not convert in {dtype}; keep stage 0, or a stage from 1 to 3"
+            f"--resume: a checkpoint of ZeRO stage {state.zero_stage} does not convert to stage {stage} in {dtype} "
+            f"(training.deepspeed): {before} there, {now} here; use a stage that stores the same way"
         )
-    return has
+    return before != WHOLE
 
 
-def is_divided(stage: int, dtype: str) -> bool:
-    """Whether the optimizer's states are divided over the ranks: bfloat16 has its own optimizer at stage 0, too."""
-    return stage > 0 or dtype == "bf16"
+WHOLE = "one optimizer for all"
+
+
+def _way(stage: int, dtype: str) -> str:
+    """How a stage stores the optimizer: DeepSpeed converts between numbers of ranks, not between these."""
+    if stage == 3:
+        return "an optimizer of parts of parameters"
+    # bfloat16 has an optimizer of its own at stage 0, too
+    return "an optimizer of parts of groups" if stage > 0 or dtype == "bf16" else WHOLE
 
 
 def load(engine: Any, checkpoint: Path, convert: bool) -> None:

@@ -67,8 +67,9 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     if is_first:
         claim_output(output, config, overwrite)
 
-    rank, world = init_processes(training.timeout)
     with named(output), Watchdog(training.timeout, output) as watchdog, StopRequest() as stop:
+        # longer than the watchdog's, which knows what was going on
+        rank, world = init_processes(2 * training.timeout)
         checkpoint, notes = newest_checkpoint(output, rank, world, rows.info["fingerprint"]) if resume else (None, [])
         state = read_state(checkpoint) if checkpoint else None
         convert = state is not None and layout.needs_conversion(state, world, stage, training.dtype)
