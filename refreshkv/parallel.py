@@ -10,6 +10,7 @@ Shapes: `B` rows, `T` positions, `H` query heads, `Hkv` key/value heads, `D` hea
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -66,7 +67,9 @@ def start(model: PreTrainedModel, size: int, micro_batch: int) -> Any:
         disable_in_eval=True,
     )
     groups.sequence = mpu.get_sequence_parallel_group()
-    return mpu
+    # asked for when a checkpoint of another layout is loaded: no layer is divided
+    divided = {"get_tensor_model_parallel_world_size": lambda: 1, "get_tensor_model_parallel_rank": lambda: 0}
+    return SimpleNamespace(**{name: item for name, item in vars(mpu).items() if callable(item)}, **divided)
 
 
 def stop() -> None:

@@ -40,6 +40,7 @@ class Case:
     heads: int = 8
     loss: str = "chunked"
     recompute: bool = False
+    offload: bool = False
 
 
 def model_of(case: Case):
@@ -67,8 +68,8 @@ def write_gradients(cases: list[Case], folder: str) -> None:
 def gradients_of(case: Case, rank: int, world: int, folder: Path) -> tuple[dict[str, Tensor], float]:
     model = model_of(case)
     if case.recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    attach_loss(model, case.loss)
+        model.gradient_checkpointing_enable({"use_reentrant": case.offload})
+    attach_loss(model, case.loss, case.offload)
     with redirect_stdout(StringIO()), parallel.started(model, case.sequence, MICRO_BATCH) as mpu:
         engine = build_engine(model, run_config(case, folder), world, mpu)
         batches = batches_of(rank // case.sequence, world // case.sequence)

@@ -16,7 +16,8 @@ ALL = [
 ]
 FEW_GROUPS = [Case(0, 4, "similarity", kv_heads=2), Case(1, 4, "fixed", kv_heads=1), Case(2, 2, "fixed", kv_heads=1)]
 """Key/value heads fewer than ranks."""
-ORDINARY = [Case(3, 4, "full"), Case(2, 2, "full"), Case(3, 1, "full")]
+ORDINARY = [Case(3, 4, "full"), Case(2, 2, "full"), Case(3, 1, "full", recompute=True, offload=True)]
+ORDINARY += [Case(1, 1, "fixed", recompute=True, offload=True)]
 
 LAYOUTS = {1: [1], 2: [1, 2], 4: [2, 4]}
 """Ranks -> how many share a row."""
@@ -65,7 +66,7 @@ def check_gradients(world, cases, tmp_path):
     run_ranks(world, tmp_path / "printed.txt", write_gradients, cases, str(tmp_path))
     truth = {}
     for number, case in enumerate(cases):
-        alone = replace(case, stage=0, sequence=1, recompute=False)
+        alone = replace(case, stage=0, sequence=1, recompute=False, offload=False)
         if alone not in truth:
             truth[alone] = expected(alone)
         gradients, norm = truth[alone]

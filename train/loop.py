@@ -62,7 +62,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     if is_first:
         check_output(output, config, resume, overwrite)
     model = build_model(config, model_config)
-    attach_loss(model, training.loss)
+    attach_loss(model, training.loss, training.activation_offload)
     tokenizer = find_tokenizer(rows.tokenizer_folder)
     if is_first:
         claim_output(output, config, overwrite)

@@ -6,6 +6,7 @@ tokens and a vocabulary of 128K would be 67 GB in float32.
 Shapes: `B` rows, `T` positions, `N` positions whose losses count, `E` hidden size, `V` vocabulary.
 """
 
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from refreshkv.config import Simulation
 from refreshkv.settings import SettingsError
+from refreshkv.train.offload import layer_inputs_on_cpu
 
 LossKind = Literal["chunked", "liger", "logits"]
 
@@ -36,11 +38,12 @@ class LossSums(NamedTuple):
     partial_tokens: Tensor
 
 
-def attach_loss(model: PreTrainedModel, kind: LossKind) -> None:
+def attach_loss(model: PreTrainedModel, kind: LossKind, offload: bool = False) -> None:
     """Lets `model(ids, targets=..., counted=..., partial=..., **other)` return `LossSums`; other calls stay the same.
 
     targets (B, T) int64: each position's next token. counted, partial (B, T) bool: whose losses count, and which of
-    them predict from the small cache. kind: how the sums are taken, see `TrainingConfig.loss`.
+    them predict from the small cache. kind: how the sums are taken, see `TrainingConfig.loss`. offload: see
+    `TrainingConfig.activation_offload`.
 
     Raises `SettingsError` if the output layer alone does not make the model's logits, or the kind's library is missing.
     """
@@ -60,7 +63,8 @@ def attach_loss(model: PreTrainedModel, kind: LossKind) -> None:
         if targets is None:
             return ordinary(*args, **kwargs)
         counted, partial = kwargs.pop("counted"), kwargs.pop("partial")
-        hidden = self.base_model(*args, **kwargs).last_hidden_state
+        with layer_inputs_on_cpu(decoder.hidden_size) if offload else nullcontext():
+            hidden = self.base_model(*args, **kwargs).last_hidden_state
         return self.get_output_embeddings()(hidden, targets, counted, partial)
 
     model.forward = MethodType(forward, model)

@@ -48,7 +48,8 @@ def build_model(config: RunConfig, model_config: PretrainedConfig) -> PreTrained
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     refreshkv.enable(model, config.refresh, prompt_attention=config.model.prompt_attention)
     if config.training.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # the reentrant form saves a layer's input as tensors are saved for a backward pass, where it can be moved
+        model.gradient_checkpointing_enable({"use_reentrant": config.training.activation_offload})
     return model
 
 
