@@ -25,14 +25,14 @@ class HubError(SettingsError):
     """An upload that cannot start or did not end well. One line, without the token."""
 
 
-def check_push(repo: str) -> None:
-    """Raises `HubError` for what would make `push` fail for certain, before any work is done."""
+def check_push(repo: str, setting: str = "--push-to-hub") -> None:
+    """Raises `HubError` for what would make a push fail for certain, before any work is done."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise HubError(f"--push-to-hub: {error}") from None
+        raise HubError(f"{setting}: {error}") from None
     if not get_token():
-        raise HubError("--push-to-hub: there is no token; log in with `hf auth login` or set HF_TOKEN")
+        raise HubError(f"{setting}: there is no token; log in with `hf auth login` or set HF_TOKEN")
 
 
 def push(folder: Path, repo: str, private: bool = False) -> str:

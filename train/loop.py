@@ -27,7 +27,7 @@ from refreshkv.train.engine import build_engine, check_batch, init_processes, re
 from refreshkv.train.evaluation import Strategy, evaluate
 from refreshkv.train.faults import STOPPED, StopRequest, Watchdog, named
 from refreshkv.train.flops import model_work, peak_flops, step_flops
-from refreshkv.train.hub import BackgroundPush
+from refreshkv.train.hub import BackgroundPush, check_push
 from refreshkv.train.log import RunLog, peak_memory
 from refreshkv.train.loss import attach_loss
 from refreshkv.train.mock import mock_step
@@ -61,6 +61,8 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     stage = zero_stage(read_deepspeed_json(training.deepspeed))
     if is_first:
         check_output(output, config, resume, overwrite)
+        if config.hub.repo:
+            check_push(config.hub.repo, "hub.repo")
     model = build_model(config, model_config)
     attach_loss(model, training.loss, training.activation_offload)
     tokenizer = find_tokenizer(rows.tokenizer_folder)
