@@ -6,6 +6,8 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -13,7 +15,7 @@ import pytest
 from refreshkv.train.checkpoint import finished_checkpoints
 from refreshkv.train.faults import FAILED, STOPPED
 from refreshkv.train.manifest import MANIFEST_FILE, find_damage, write_manifest
-from tests.jobs import kill_job, make_rows, read_metrics, run_settings, start_job, write_config
+from tests.jobs import ROOT, free_port, kill_job, make_rows, read_metrics, run_settings, start_job, write_config
 from tests.ranks import Ranks, run_script
 
 STEPS = 8
@@ -242,3 +244,49 @@ def ranks_of(launcher):
 
     below = psutil.Process(launcher).children(recursive=True)
     return [child.pid for child in below if any("--local_rank" in part for part in child.cmdline())]
+
+
+@pytest.mark.slow
+def test_two_machines_without_ssh(rows, tmp_path):
+    """Two launchers on this machine, as if each were on its own, two ranks each; one dies, and all end."""
+    (tmp_path / "hostfile").write_text("first slots=2\nsecond slots=2\n")
+    settings = run_settings(rows, tmp_path / "run", training={"steps": 4, "save_every": 2, "timeout": 30})
+    nodes = start_nodes(tmp_path, settings)
+    printed = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    assert list(losses(tmp_path / "run")) == [1, 2, 3, 4]
+
+    settings["training"] |= {"steps": 5000, "output": str(tmp_path / "killed")}
+    nodes = start_nodes(tmp_path, settings)
+    try:
+        end = time.monotonic() + 120
+        while not finished_checkpoints(tmp_path / "killed") and time.monotonic() < end:
+            time.sleep(0.05)
+        os.kill(ranks_of(nodes[1].pid)[0], signal.SIGKILL)
+        printed = [node.communicate(timeout=90)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            kill_job(node)
+    assert all(node.returncode for node in nodes), printed
+    assert sum(line.startswith("error: ") for text in printed for line in text.splitlines()) == 1, printed
+
+
+def start_nodes(folder, settings):
+    """`deepspeed --no_ssh` for each of two machines of a hostfile."""
+    config, port = write_config(settings), str(free_port())
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(folder / "hostfile"), "--no_ssh"]
+    command += ["--master_addr", "127.0.0.1", "--master_port", port]
+    script = [str(ROOT / "launch" / "train.py"), "--config", str(config)]
+    return [
+        subprocess.Popen(
+            [*command, "--node_rank", str(node), *script],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd=folder,
+            start_new_session=True,
+        )
+        for node in range(2)
+    ]

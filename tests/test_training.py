@@ -4,6 +4,7 @@ import importlib.util
 import json
 import random
 import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from refreshkv import NEVER, RefreshConfig
+from refreshkv import NEVER, RefreshConfig, Simulation
 from refreshkv.settings import SettingsError, settings_from_dict
+from refreshkv.train.batch import make_batch
 from refreshkv.train.checkpoint import State, check_output, claim_output, finished_checkpoints
 from refreshkv.train.config import RunConfig, SimulationConfig
+from refreshkv.train.engine import build_engine, init_processes
 from refreshkv.train.layout import needs_conversion
 from refreshkv.train.loop import check_config, warnings
+from refreshkv.train.loss import attach_loss
+from refreshkv.train.mock import mock_step
 from refreshkv.train.order import RowOrder
 from refreshkv.train.simulation import draw_simulation
+from refreshkv.train.step import train_step
 from tests.jobs import (
     ROOT,
     ROW_LENGTH,
@@ -31,7 +37,7 @@ from tests.jobs import (
     start_job,
     write_config,
 )
-from tests.models import tiny_model
+from tests.models import random_ids, tiny_enabled, tiny_model
 from tests.ranks import run_ranks, run_script
 
 LOSSES = ("loss", "loss full", "loss partial", "grad norm")
@@ -329,3 +335,63 @@ def test_every_row_once_an_epoch_whatever_the_layout():
     for step in (0, 6, 24):
         parts = [row for rank in range(2) for batch in order.micro_batches(step, rank, 2, 2) for row in batch]
         assert sorted(parts) == sorted(order.step(step))
+
+
+@pytest.mark.parametrize("name", ["zero2-offload", "zero3-offload"])
+def test_offload_takes_the_same_steps(rows, alone, tmp_path, name):
+    sections = six_steps(tmp_path, 2, steps=2, activation_checkpointing=True, activation_offload=True)
+    sections["training"]["deepspeed"] = str(ROOT / "configs" / "deepspeed" / f"{name}.json")
+    run_forked(run_settings(rows, tmp_path / "run", **sections))
+    for step, found in losses(tmp_path / "run").items():
+        assert found[:3] == pytest.approx(alone[step][:3], abs=2e-5), f"step {step}"
+
+
+def test_libraries_that_are_missing_are_named(rows, tmp_path, monkeypatch):
+    for module, setting, value in [("bitsandbytes", "optimizer", "adamw-8bit"), ("liger_kernel", "loss", "liger")]:
+        monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.setitem(sys.modules, f"{module}.optim", None)
+        monkeypatch.setitem(sys.modules, f"{module}.transformers", None)
+        error = refused(run_settings(rows, tmp_path / "run", training={setting: value}))
+        assert f"training.{setting}" in error and "pip install 'refreshkv[" in error
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_what_is_needed_and_writes_nothing(rows, tmp_path, capsys):
+    settings = run_settings(rows, tmp_path / "run", parallel={"sequence": 2})
+    train_main(["--config", str(write_config(settings)), "--dry-run", "--ranks", "4", "--gpu-memory", "80"])
+    printed = capsys.readouterr().out
+    assert "4 GPUs, 2 per row" in printed and "fits        yes: 80.0 GB" in printed
+    assert not (tmp_path / "run").exists()
+    assert "parallel.sequence=3" in refused(run_settings(rows, tmp_path / "run", parallel={"sequence": 3}))
+
+
+def mock_and_step(settings, folder):
+    """Runs on a rank: what a mock step leaves, and whether the next step is the same without one."""
+    config = settings_from_dict(RunConfig, settings)
+    rank, world = init_processes()
+    after = []
+    for with_mock in (False, True):
+        torch.manual_seed(0)
+        model = tiny_enabled(dtype=torch.float32)
+        attach_loss(model, "chunked")
+        engine = build_engine(model, config, world)
+        batch = make_batch({"input_ids": random_ids(2, ROW_LENGTH)}, "all", engine.device)
+        if with_mock:
+            before, state = [p.clone() for p in model.parameters()], torch.get_rng_state()
+            loss = mock_step(engine, batch, config)
+            assert 3 < loss < 8 and torch.equal(torch.get_rng_state(), state)
+            assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+        values = train_step(engine, [batch] * config.training.global_batch, Simulation(9, config.refresh))
+        after.append((values, [p.clone() for p in model.parameters()]))
+    (values, weights), (with_mock, same) = after
+    assert values == with_mock and all(torch.equal(one, other) for one, other in zip(weights, same, strict=True))
+    model.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(SettingsError, match="mock step"):
+        mock_step(engine, batch, config)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_mock_step_changes_nothing(rows, tmp_path, stage):
+    training = {"deepspeed": zero_json(tmp_path, stage), "global_batch": 4, "micro_batch": 2}
+    settings = run_settings(rows, tmp_path / "run", training=training)
+    run_ranks(1, tmp_path / "printed.txt", mock_and_step, settings, str(tmp_path))

@@ -154,8 +154,13 @@ def offloads_optimizer(settings: dict[str, Any]) -> bool:
     return settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
 
 
-def eight_bit_adamw(parameters: list[torch.nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW with 8-bit moments of the library bitsandbytes; `SettingsError` if that is missing."""
+def check_optimizer(training: TrainingConfig) -> None:
+    """Raises `SettingsError` if the optimizer's library is missing."""
+    if training.optimizer == "adamw-8bit":
+        _adamw_8bit()
+
+
+def _adamw_8bit() -> type[torch.optim.Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
@@ -163,6 +168,11 @@ def eight_bit_adamw(parameters: list[torch.nn.Parameter], training: TrainingConf
             "training.optimizer=adamw-8bit needs the package bitsandbytes: pip install 'refreshkv[8bit]', or set "
             "training.optimizer=adamw"
         ) from None
-    return AdamW8bit(
+    return AdamW8bit
+
+
+def eight_bit_adamw(parameters: list[torch.nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW with 8-bit moments, of the library bitsandbytes."""
+    return _adamw_8bit()(
         parameters, lr=training.learning_rate, betas=tuple(training.betas), weight_decay=training.weight_decay
     )

@@ -23,7 +23,14 @@ from refreshkv.train.checkpoint import (
     save_checkpoint,
 )
 from refreshkv.train.config import RunConfig
-from refreshkv.train.engine import build_engine, check_batch, init_processes, read_deepspeed_json, zero_stage
+from refreshkv.train.engine import (
+    build_engine,
+    check_batch,
+    check_optimizer,
+    init_processes,
+    read_deepspeed_json,
+    zero_stage,
+)
 from refreshkv.train.evaluation import Strategy, evaluate
 from refreshkv.train.faults import STOPPED, StopRequest, Watchdog, named
 from refreshkv.train.flops import model_work, peak_flops, step_flops
@@ -58,6 +65,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     check_rows(config, model_config, rows)
     parallel.check_sequence(sequence, world, config.data.row_length, model_config)
     check_batch(config, world)
+    check_optimizer(training)
     stage = zero_stage(read_deepspeed_json(training.deepspeed))
     if is_first:
         check_output(output, config, resume, overwrite)
