@@ -395,3 +395,32 @@ def test_a_mock_step_changes_nothing(rows, tmp_path, stage):
     training = {"deepspeed": zero_json(tmp_path, stage), "global_batch": 4, "micro_batch": 2}
     settings = run_settings(rows, tmp_path / "run", training=training)
     run_ranks(1, tmp_path / "printed.txt", mock_and_step, settings, str(tmp_path))
+
+
+@pytest.mark.parametrize("sequence", [1, 2])
+def test_an_existing_model_is_divided_while_it_is_loaded(rows, tmp_path, sequence):
+    """At stage 3 no rank holds it whole, and it is the same model."""
+    tiny_model(dtype=torch.float32, vocab_size=VOCABULARY).save_pretrained(tmp_path / "model")
+    settings = run_settings(rows, tmp_path / "alone", **six_steps(tmp_path, 0, steps=2))
+    settings["model"] = {"path": str(tmp_path / "model")}
+    run_forked(settings, ranks=1)
+    settings = run_settings(rows, tmp_path / "run", parallel={"sequence": sequence}, **six_steps(tmp_path, 3, steps=2))
+    settings["model"] = {"path": str(tmp_path / "model")}
+    run_ranks(2, tmp_path / "printed.txt", count_and_train, str(write_config(settings)))
+    for step, found in losses(tmp_path / "run").items():
+        assert found == pytest.approx(losses(tmp_path / "alone")[step], abs=2e-5), f"step {step}"
+
+
+def count_and_train(config):
+    from refreshkv.train import loop
+
+    build = loop.build_model
+
+    def counted(*arguments):
+        model = build(*arguments)
+        held = sum(parameter.numel() for parameter in model.parameters())
+        assert held == 0 and all(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
+        return model
+
+    loop.build_model = counted
+    train_main(["--config", config])
