@@ -50,10 +50,23 @@ def test_an_output_layer_with_a_bias():
     torch.testing.assert_close(results[1]["lm_head.bias"], results[0]["lm_head.bias"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("loss_on", ["all", "answers"])
+@pytest.mark.parametrize("answers", [(3, 6), (0, 0)])
+def test_ligers_loss_equals_the_plain_one(loss_on, answers):
+    """By Triton's interpreter where there is no GPU."""
+    pytest.importorskip("liger_kernel")
+    batch = make_batch(rows(answers), loss_on, torch.device("cpu"))
+    (plain, gradients), (found, own) = (sums_and_gradients(kind, batch) for kind in ("logits", "liger"))
+    for name, one, other in zip(LossSums._fields, plain, found, strict=True):
+        assert float(other.detach()) == pytest.approx(float(one.detach()), rel=1e-6), name
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(own[name], gradient, rtol=1e-4, atol=1e-4)
+
+
 def test_no_counted_token_leaves_gradients_of_zeros():
     for kind in ("chunked", "logits"):
         sums, gradients = sums_and_gradients(kind, make_batch(rows((0, 0)), "answers", torch.device("cpu")))
-        assert [float(part) for part in sums] == [0, 0, 0, 0]
+        assert [float(part.detach()) for part in sums] == [0, 0, 0, 0]
         assert all(gradient is not None and not gradient.any() for gradient in gradients.values()), kind
 
 

@@ -166,8 +166,9 @@ def _liger_sums(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
     loss = _liger()
     parts = []
     for rows in (~partial, partial):
+        own = hidden[rows]
         # no rows still need a gradient, of zeros: ZeRO waits for one of every parameter
-        parts.append(loss(weight, hidden[rows], targets[rows], bias) if rows.any() else 0.0 * weight.sum())
+        parts.append(loss(weight, own, targets[rows], bias) if len(own) else 0.0 * (weight.sum() + own.sum()))
     count = torch.tensor(float(len(targets)), device=hidden.device)
     return LossSums(parts[0] + parts[1], count, parts[1].detach().float(), partial.sum().float())
 
