@@ -85,7 +85,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
         convert = state is not None and layout.needs_conversion(state, world, stage, training.dtype)
         engine = build_engine(model, config, world, parallel.start(model, sequence, training.micro_batch), convert)
         if checkpoint:
-            layout.load(engine, checkpoint, convert)
+            layout.load(engine, checkpoint, convert, state.zero_stage)
         start, tokens_seen = (state.step, state.tokens) if state else (0, 0)
         data_rank, data_world = rank // sequence, world // sequence
         work = model_work(model)
