@@ -9,6 +9,7 @@ import runpy
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,9 @@ class Ranks:
             process.join()
 
     def signal(self, rank: int, number: int) -> None:
-        """Sends a signal to one rank."""
-        os.kill(self.processes[rank].pid, number)
+        """Sends a signal to one rank, unless it has ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self.processes[rank].pid, number)
 
     @property
     def printed(self) -> str:

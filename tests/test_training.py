@@ -60,6 +60,7 @@ def losses(output):
     return {step: [values.get(name) for name in LOSSES] for step, values in read_metrics(output).items()}
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_run_repeats_the_uninterrupted_one(rows, tmp_path):
     """SIGKILL of all ranks at a random step, ZeRO 2, fp32, 2 ranks: the same losses, exactly."""
     straight = run_settings(rows, tmp_path / "straight", training={"steps": 9, "save_every": 2})
