@@ -1,8 +1,10 @@
 """Trains a model with the refresh pattern simulated.
 
     deepspeed launch/train.py --config configs/NAME.yaml [--resume | --overwrite] [section.key=value ...]
+    python launch/train.py --config configs/NAME.yaml --dry-run [--ranks N] [--gpu-memory GB] [section.key=value ...]
 
-Without --config it trains configs/quickstart.yaml and prepares its rows if they are missing.
+With --dry-run it says what each GPU will need, how long a step should take, and what to change if it does not fit;
+nothing is written. Without --config it trains configs/quickstart.yaml and prepares its rows if they are missing.
 """
 
 import argparse
@@ -21,6 +23,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--config", type=Path, help="the run's YAML file")
     parser.add_argument("--resume", action="store_true", help="continue the run in training.output")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in training.output")
+    parser.add_argument("--dry-run", action="store_true", help="say what the run needs, and end")
+    parser.add_argument("--ranks", type=int, metavar="N", help="GPUs of the job that --dry-run is about")
+    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of each, if not as here")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(arguments)
@@ -29,11 +34,35 @@ def main(arguments: list[str]) -> None:
 
     config = load_settings(RunConfig, args.config or QUICKSTART, args.overrides)
 
+    if args.dry_run:
+        print(dry_run(config, args.ranks, args.gpu_memory))
+        return
+    if args.ranks or args.gpu_memory:
+        parser.error("--ranks and --gpu-memory are about --dry-run: add it")
+
     from refreshkv.train.loop import train
 
     if args.config is None and not Path(config.data.folder).exists():
         prepare_once(config)
     train(config, args.resume, args.overwrite)
+
+
+def dry_run(config: RunConfig, ranks: int | None, gigabytes: float | None) -> str:
+    """What the run needs, on this device or on one of another size."""
+    import torch
+
+    from refreshkv import parallel
+    from refreshkv.train.model import model_configuration
+    from refreshkv.train.preflight import matmul_rate, report
+
+    world = ranks or int(os.environ.get("WORLD_SIZE", "0")) or max(1, torch.cuda.device_count())
+    model_config = model_configuration(config)
+    parallel.check_sequence(config.parallel.sequence, world, config.data.row_length, model_config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    available = gigabytes * 1e9 if gigabytes else None
+    if available is None and device.type == "cuda":
+        available = float(torch.cuda.get_device_properties(device).total_memory)
+    return report(config, model_config, world, available, matmul_rate(device, config.training.dtype))
 
 
 def prepare_once(config: RunConfig) -> None:

@@ -6,6 +6,7 @@ Training and generation come through here: a `Simulation` computes all positions
 Shapes: `B` batch rows, `T` query positions, `L` key positions, `H` query heads, `Hkv` key/value heads, `D` head size.
 """
 
+from collections.abc import Callable
 from copy import copy
 from types import SimpleNamespace
 
@@ -43,11 +44,13 @@ def refresh_attention(
     refresh: Simulation | None = None,
     refresh_cache: BufferedCache | None = None,
     prompt_attention: str = "sdpa",
+    average_heads: Callable[[Tensor], Tensor] | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, in transformers' interface: query (B, H, T, D), key and value (B, Hkv, L, D).
 
-    attention_mask: what `left_padding_mask` returned. Returns (B, T, H, D) and None.
+    attention_mask: what `left_padding_mask` returned. average_heads: from the mean over these heads' queries to that
+    over all, where other processes have the rest (`refreshkv.parallel`). Returns (B, T, H, D) and None.
     """
     scaling = module.head_dim**-0.5 if scaling is None else scaling
     left_padding = _checked_padding(attention_mask)
@@ -69,7 +72,7 @@ def refresh_attention(
     if refresh is not None and left_padding is not None and bool((left_padding >= refresh.prompt_length).any()):
         raise SettingsError(f"prompt_length={refresh.prompt_length}: a row of the batch has only padding there")
     if refresh_cache is None:
-        return _simulate(module, query, key, value, left_padding, scaling, refresh, ordinary), None
+        return _simulate(module, query, key, value, left_padding, scaling, refresh, ordinary, average_heads), None
     layer = refresh_cache.layers[module.layer_idx]
     if layer.is_decoding:
         return layer.step(query, key, value, scaling), None
@@ -85,6 +88,7 @@ def _simulate(
     scaling: float,
     simulation: Simulation,
     ordinary,
+    average_heads: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     """All positions of known tokens in one pass (specification, section 8): returns (B, T, H, D)."""
     length, prompt = query.shape[2], simulation.prompt_length
@@ -93,7 +97,7 @@ def _simulate(
         raise ValueError("refresh=Simulation(...) takes whole rows: pass use_cache=False and no past_key_values")
     if prompt > length:
         raise SettingsError(f"prompt_length={prompt} is outside the row of {length} tokens")
-    plan = schedule.plan(query.detach(), prompt, config.stride, config.threshold)
+    plan = schedule.plan(query.detach(), prompt, config.stride, config.threshold, average_heads)
     if simulation.record:
         simulation.full_steps[module.layer_idx] = _as_flags(plan.full_positions, length)
     if prompt == length:

@@ -4,6 +4,7 @@ Shapes: `B` batch rows, `H` query heads, `T` positions, `D` head size, `P` promp
 prompt's end included.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -33,13 +34,23 @@ def is_refresh(mean_query_now: Tensor, mean_query_then: Tensor, threshold: float
     return F.cosine_similarity(mean_query_now, mean_query_then, dim=-1) <= threshold
 
 
-def plan(query: Tensor, prompt_length: int, stride: int, threshold: float | None) -> Schedule:
-    """The schedule of T known tokens after a prompt of `prompt_length`, from a layer's queries (B, H, T, D)."""
+def plan(
+    query: Tensor,
+    prompt_length: int,
+    stride: int,
+    threshold: float | None,
+    average_heads: Callable[[Tensor], Tensor] | None = None,
+) -> Schedule:
+    """The schedule of T known tokens after a prompt of `prompt_length`, from a layer's queries (B, H, T, D).
+
+    average_heads: from the mean queries (B, C, D) of these heads to those of all, where they are not all of them.
+    """
     batch, _, length, _ = query.shape
     if threshold is None:
         return _uniform_plan(batch, length, prompt_length, stride, query.device)
     checks = torch.arange(prompt_length - 1, length, stride, device=query.device)
-    full = _walk(mean_query(query[:, :, checks]), threshold)
+    mean_queries = mean_query(query[:, :, checks])
+    full = _walk(mean_queries if average_heads is None else average_heads(mean_queries), threshold)
     latest = torch.arange(len(checks), device=query.device).masked_fill(~full, 0).cummax(dim=1).values
     return Schedule(checks.masked_fill(~full, -1), latest)
 

@@ -73,7 +73,7 @@ def run_config(folder: Path, stage: int, dtype: str, tied: bool) -> RunConfig:
 def train_case(folder: Path, rank: int, world: int, stage: int, dtype: str, tied: bool, tokenizer) -> None:
     config = run_config(folder, stage, dtype, tied)
     model = build_model(config, model_configuration(config))
-    engine = build_engine(model, config.training, world)
+    engine = build_engine(model, config, world)
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(100 * step + rank)
         rows = torch.randint(VOCABULARY, (1, ROW_LENGTH), generator=generator)

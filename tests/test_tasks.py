@@ -24,7 +24,7 @@ from refreshkv.data.tasks.template import load_template
 from refreshkv.data.tasks.words import ADJECTIVES, NOUNS, coined_words, wonderwords_vocabulary
 from refreshkv.data.tokenizer import train_tokenizer
 from refreshkv.settings import SettingsError
-from refreshkv.train.loop import load_batch
+from refreshkv.train.batch import make_batch
 
 LENGTH = 1600
 SETTINGS = {
@@ -611,8 +611,8 @@ def test_tasks_are_prepared_like_any_corpus(tmp_path, tokenizer):
         begin, end = int(row["prompt_length"]), int(row["prompt_length"] + row["answer_length"])
         ids = row["input_ids"].tolist()
         assert begin == 535 and ids[end - 1] == own.eos_token_id and own.eos_token_id not in ids[begin : end - 1]
-        batch, counted = load_batch({name: row[name][None] for name in row if name != "document"}, "answers", "cpu")
-        assert batch[:, 1:][counted].tolist() == ids[begin:end]
+        batch = make_batch({name: row[name][None] for name in row if name != "document"}, "answers", "cpu")
+        assert batch.targets[batch.counted].tolist() == ids[begin:end]
         answer = own.decode(ids[begin : end - 1])
         assert re.fullmatch(r"( [a-z]+-[a-z]+,?){3}|( [A-Z]{5},?){5}", answer), answer
     assert prepare_rows(config, budget=50, overwrite=True).info["fingerprint"] == report.info["fingerprint"]

@@ -4,20 +4,27 @@ import importlib.util
 import json
 import random
 import shutil
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from refreshkv import NEVER, RefreshConfig, Simulation
 from refreshkv.settings import SettingsError, settings_from_dict
-from refreshkv.train.checkpoint import check_output, claim_output, finished_checkpoints
+from refreshkv.train.batch import make_batch
+from refreshkv.train.checkpoint import State, check_output, claim_output, finished_checkpoints
 from refreshkv.train.config import RunConfig, SimulationConfig
+from refreshkv.train.engine import build_engine, init_processes
+from refreshkv.train.layout import needs_conversion
 from refreshkv.train.loop import check_config, warnings
-from refreshkv.train.loss import answer_targets, loss_sums, partial_positions
+from refreshkv.train.loss import attach_loss
+from refreshkv.train.mock import mock_step
 from refreshkv.train.order import RowOrder
 from refreshkv.train.simulation import draw_simulation
+from refreshkv.train.step import train_step
 from tests.jobs import (
     ROOT,
     ROW_LENGTH,
@@ -31,6 +38,7 @@ from tests.jobs import (
     write_config,
 )
 from tests.models import random_ids, tiny_enabled, tiny_model
+from tests.ranks import run_ranks, run_script
 
 LOSSES = ("loss", "loss full", "loss partial", "grad norm")
 
@@ -52,6 +60,7 @@ def losses(output):
     return {step: [values.get(name) for name in LOSSES] for step, values in read_metrics(output).items()}
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_run_repeats_the_uninterrupted_one(rows, tmp_path):
     """SIGKILL of all ranks at a random step, ZeRO 2, fp32, 2 ranks: the same losses, exactly."""
     straight = run_settings(rows, tmp_path / "straight", training={"steps": 9, "save_every": 2})
@@ -78,25 +87,88 @@ def test_killed_and_resumed_run_repeats_the_uninterrupted_one(rows, tmp_path):
     assert losses(tmp_path / "killed") == expected, f"killed after step {stop_after}"
 
 
+def run_forked(settings, *arguments, ranks=2):
+    """A job without a launcher: what it printed."""
+    log = Path(settings["training"]["output"]).with_suffix(".txt")
+    return run_ranks(ranks, log, run_script, ["--config", str(write_config(settings)), *arguments])
+
+
 @pytest.fixture(scope="module")
 def alone(rows, tmp_path_factory):
-    """Three steps of one process without ZeRO."""
+    """Six steps of one process without ZeRO."""
     folder = tmp_path_factory.mktemp("alone")
-    code, printed = run_job(
-        run_settings(rows, folder / "run", training={"steps": 3, "deepspeed": zero_json(folder, 0)}), ranks=1
-    )
-    assert code == 0, printed
+    run_forked(run_settings(rows, folder / "run", **six_steps(folder, 0)), ranks=1)
     return losses(folder / "run")
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_ranks_and_stages_agree(rows, alone, tmp_path, stage):
-    """Two processes with or without ZeRO take the steps of one, with activations recomputed."""
-    training = {"steps": 3, "deepspeed": zero_json(tmp_path, stage), "activation_checkpointing": True}
-    code, printed = run_job(run_settings(rows, tmp_path / "run", training=training))
-    assert code == 0, printed
+def six_steps(folder, stage, **training):
+    training = {"steps": 6, "save_every": 3, "deepspeed": zero_json(folder, stage), **training}
+    return {"simulation": {"threshold": 0.2}, "training": training}
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "sequence"), [(0, 2, 1), (1, 2, 2), (2, 4, 2), pytest.param(3, 4, 4, marks=pytest.mark.slow)]
+)
+def test_ranks_stages_and_layouts_agree(rows, alone, tmp_path, stage, ranks, sequence):
+    """Several processes with or without ZeRO take the steps of one, with activations recomputed; evaluations work."""
+    evaluation = {"evaluate_every": 6, "evaluate_rows": 4, "evaluate_tokens": 16}
+    sections = six_steps(tmp_path, stage, activation_checkpointing=True, **evaluation)
+    run_forked(run_settings(rows, tmp_path / "run", parallel={"sequence": sequence}, **sections), ranks=ranks)
     for step, found in losses(tmp_path / "run").items():
         assert found == pytest.approx(alone[step], abs=2e-5), f"step {step}"
+    assert '"evaluation"' in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(rows, tmp_path_factory):
+    """Stage -> a run of two ranks that was stopped after step 3 of 6."""
+    runs = {}
+
+    def run(stage):
+        if stage not in runs:
+            folder = tmp_path_factory.mktemp(f"stage{stage}")
+            run_forked(run_settings(rows, folder / "run", **six_steps(folder, stage, keep_checkpoints=9)))
+            shutil.rmtree(folder / "run" / "checkpoints" / "step-0000006")
+            runs[stage] = folder / "run"
+        return runs[stage]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "ranks", "sequence"),
+    [
+        (3, 3, 4, 2),
+        (2, 1, 1, 1),
+        pytest.param(2, 3, 4, 2, marks=pytest.mark.slow),
+        pytest.param(3, 2, 1, 1, marks=pytest.mark.slow),
+        pytest.param(3, 1, 4, 2, marks=pytest.mark.slow),
+        pytest.param(3, 3, 1, 1, marks=pytest.mark.slow),
+        pytest.param(3, 3, 4, 1, marks=pytest.mark.slow),
+        pytest.param(1, 2, 4, 4, marks=pytest.mark.slow),
+        pytest.param(0, 0, 4, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_continues_on_another_layout(rows, alone, two_ranks, tmp_path, before, now, ranks, sequence):
+    shutil.copytree(two_ranks(before), tmp_path / "run")
+    sections = six_steps(tmp_path, now, micro_batch=1)
+    settings = run_settings(rows, tmp_path / "run", parallel={"sequence": sequence}, **sections)
+    printed = run_forked(settings, "--resume", ranks=ranks)
+    assert "continuing after step 3" in printed
+    found = losses(tmp_path / "run")
+    assert list(found) == [1, 2, 3, 4, 5, 6]
+    for step in (4, 5, 6):
+        assert found[step] == pytest.approx(alone[step], abs=1e-4), f"step {step}"
+    names = {folder.name for folder in (tmp_path / "run" / "checkpoints").glob("*universal*")}
+    assert not names, "what was made to convert is removed"
+
+
+def test_stages_that_do_not_convert_are_refused():
+    for before, now in [(0, 2), (1, 0), (3, 0)]:
+        with pytest.raises(SettingsError, match="training.deepspeed"):
+            needs_conversion(State(3, 100, 2, before, "rows"), 2, now, "fp32")
+    assert not needs_conversion(State(3, 100, 2, 3, "rows"), 2, 3, "bf16")
+    assert needs_conversion(State(3, 100, 2, 3, "rows"), 4, 3, "bf16")
 
 
 def zero_json(folder, stage):
@@ -269,34 +341,90 @@ def test_every_row_once_an_epoch_whatever_the_layout():
         assert sorted(parts) == sorted(order.step(step))
 
 
-def test_losses_by_kind_of_position():
-    model, ids = tiny_enabled(dtype=torch.float32), random_ids(2, 20)
-    simulation = Simulation(7, RefreshConfig(budget=4, stride=5))
-    partial = partial_positions(simulation, 20, ids.device)
-    assert partial.nonzero().flatten().tolist() == [7, 8, 9, 10, 12, 13, 14, 15, 17, 18, 19]
-    with torch.no_grad():
-        outputs = model(ids, labels=ids, refresh=simulation)
-    sums = loss_sums(outputs.logits, ids, simulation)
-    assert float(sums.total / sums.tokens) == pytest.approx(float(outputs.loss), rel=1e-5)
-    assert (int(sums.tokens), int(sums.partial_tokens)) == (38, 20)
-    logits = outputs.logits[:, :-1].log_softmax(-1)
-    expected = -logits.gather(-1, ids[:, 1:, None]).squeeze(-1)[:, partial[:-1]].sum()
-    assert float(sums.partial) == pytest.approx(float(expected), rel=1e-5)
+@pytest.mark.parametrize("name", ["zero2-offload", "zero3-offload"])
+def test_offload_takes_the_same_steps(rows, alone, tmp_path, name):
+    sections = six_steps(tmp_path, 2, steps=2, activation_checkpointing=True, activation_offload=True)
+    sections["training"]["deepspeed"] = str(ROOT / "configs" / "deepspeed" / f"{name}.json")
+    run_forked(run_settings(rows, tmp_path / "run", **sections))
+    for step, found in losses(tmp_path / "run").items():
+        assert found[:3] == pytest.approx(alone[step][:3], abs=2e-5), f"step {step}"
 
 
-def test_losses_of_answers_alone():
-    model, ids = tiny_enabled(dtype=torch.float32), random_ids(2, 20)
-    simulation = Simulation(7, RefreshConfig(budget=4, stride=5))
-    answers = answer_targets(torch.tensor([7, 7]), torch.tensor([3, 6]), 20)
-    assert [row.nonzero().flatten().tolist() for row in answers] == [[6, 7, 8], [6, 7, 8, 9, 10, 11]]
-    with torch.no_grad():
-        logits = model(ids, refresh=simulation).logits
-    everything = loss_sums(logits, ids, simulation)
-    assert loss_sums(logits, ids, simulation, torch.ones(2, 19, dtype=torch.bool)) == everything
-    sums = loss_sums(logits, ids, simulation, answers)
-    losses = -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    assert float(sums.total) == pytest.approx(float(losses[0, 6:9].sum() + losses[1, 6:12].sum()), rel=1e-5)
-    assert float(sums.partial) == pytest.approx(
-        float(losses[0, 7:9].sum() + losses[1, 7:11].sum()), rel=1e-5
-    )  # 6 and 11 are full
-    assert (int(sums.tokens), int(sums.partial_tokens)) == (9, 6)
+def test_libraries_that_are_missing_are_named(rows, tmp_path, monkeypatch):
+    for module, setting, value in [("bitsandbytes", "optimizer", "adamw-8bit"), ("liger_kernel", "loss", "liger")]:
+        monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.setitem(sys.modules, f"{module}.optim", None)
+        monkeypatch.setitem(sys.modules, f"{module}.transformers", None)
+        error = refused(run_settings(rows, tmp_path / "run", training={setting: value}))
+        assert f"training.{setting}" in error and "pip install 'refreshkv[" in error
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_what_is_needed_and_writes_nothing(rows, tmp_path, capsys):
+    settings = run_settings(rows, tmp_path / "run", parallel={"sequence": 2})
+    train_main(["--config", str(write_config(settings)), "--dry-run", "--ranks", "4", "--gpu-memory", "80"])
+    printed = capsys.readouterr().out
+    assert "4 GPUs, 2 per row" in printed and "fits        yes: 80.0 GB" in printed
+    assert not (tmp_path / "run").exists()
+    assert "parallel.sequence=3" in refused(run_settings(rows, tmp_path / "run", parallel={"sequence": 3}))
+
+
+def mock_and_step(settings, folder):
+    """Runs on a rank: what a mock step leaves, and whether the next step is the same without one."""
+    config = settings_from_dict(RunConfig, settings)
+    rank, world = init_processes()
+    after = []
+    for with_mock in (False, True):
+        torch.manual_seed(0)
+        model = tiny_enabled(dtype=torch.float32)
+        attach_loss(model, "chunked")
+        engine = build_engine(model, config, world)
+        batch = make_batch({"input_ids": random_ids(2, ROW_LENGTH)}, "all", engine.device)
+        if with_mock:
+            before, state = [p.clone() for p in model.parameters()], torch.get_rng_state()
+            loss = mock_step(engine, batch, config)
+            assert 3 < loss < 8 and torch.equal(torch.get_rng_state(), state)
+            assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+        values = train_step(engine, [batch] * config.training.global_batch, Simulation(9, config.refresh))
+        after.append((values, [p.clone() for p in model.parameters()]))
+    (values, weights), (with_mock, same) = after
+    assert values == with_mock and all(torch.equal(one, other) for one, other in zip(weights, same, strict=True))
+    model.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(SettingsError, match="mock step"):
+        mock_step(engine, batch, config)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_mock_step_changes_nothing(rows, tmp_path, stage):
+    training = {"deepspeed": zero_json(tmp_path, stage), "global_batch": 4, "micro_batch": 2}
+    settings = run_settings(rows, tmp_path / "run", training=training)
+    run_ranks(1, tmp_path / "printed.txt", mock_and_step, settings, str(tmp_path))
+
+
+@pytest.mark.parametrize("sequence", [1, 2])
+def test_an_existing_model_is_divided_while_it_is_loaded(rows, tmp_path, sequence):
+    """At stage 3 no rank holds it whole, and it is the same model."""
+    tiny_model(dtype=torch.float32, vocab_size=VOCABULARY).save_pretrained(tmp_path / "model")
+    settings = run_settings(rows, tmp_path / "alone", **six_steps(tmp_path, 0, steps=2))
+    settings["model"] = {"path": str(tmp_path / "model")}
+    run_forked(settings, ranks=1)
+    settings = run_settings(rows, tmp_path / "run", parallel={"sequence": sequence}, **six_steps(tmp_path, 3, steps=2))
+    settings["model"] = {"path": str(tmp_path / "model")}
+    run_ranks(2, tmp_path / "printed.txt", count_and_train, str(write_config(settings)))
+    for step, found in losses(tmp_path / "run").items():
+        assert found == pytest.approx(losses(tmp_path / "alone")[step], abs=2e-5), f"step {step}"
+
+
+def count_and_train(config):
+    from refreshkv.train import loop
+
+    build = loop.build_model
+
+    def counted(*arguments):
+        model = build(*arguments)
+        held = sum(parameter.numel() for parameter in model.parameters())
+        assert held == 0 and all(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
+        return model
+
+    loop.build_model = counted
+    train_main(["--config", config])

@@ -1,6 +1,7 @@
 """Checkpoints: where they lie, when they count, and what a resumed run must share with the one that wrote them."""
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refreshkv.settings import SettingsError, load_settings, save_settings, settings_to_dict
 from refreshkv.train.config import RunConfig
+from refreshkv.train.faults import FAILURE_FILE, WriteFailed
 from refreshkv.train.log import METRICS_FILE
+from refreshkv.train.manifest import find_damage, write_manifest
 
 RUN_FILE = "run.yaml"
 STATE_FILE = "state.json"
@@ -23,9 +26,20 @@ FREE_TO_CHANGE = {
     "training.evaluate_tokens",
     "training.save_every",
     "training.keep_checkpoints",
+    "training.timeout",
     "data.folder",  # the rows' fingerprint is compared instead
+    "hub.repo",
+    "hub.private",
+    "hub.checkpoints",
+    # how the work is done, not what is computed: losses differ by rounding alone
+    "training.deepspeed",
+    "training.micro_batch",
+    "training.activation_checkpointing",
+    "training.activation_offload",
+    "training.loss",
+    "parallel.sequence",
 }
-"""Settings that a resumed run may change without changing any loss."""
+"""Settings that a resumed run may change without changing what is trained."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +75,14 @@ def claim_output(output: Path, config: RunConfig, overwrite: bool) -> None:
     if overwrite:
         for name in ("checkpoints", "tensorboard"):
             shutil.rmtree(output / name, ignore_errors=True)
+        for trace in output.glob("stuck-rank-*.txt"):
+            trace.unlink()
         for name in (METRICS_FILE, RUN_FILE):
             (output / name).unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
+    (output / FAILURE_FILE).unlink(missing_ok=True)
+    for leftover in [*output.glob("checkpoints/step-*.partial"), *output.glob("checkpoints/step-*.universal")]:
+        shutil.rmtree(leftover)
     save_settings(config, output / RUN_FILE)
 
 
@@ -110,23 +129,42 @@ def save_checkpoint(
 ) -> Path:
     """Writes a checkpoint beside the others, by all ranks together; it counts once it has its final name.
 
-    Returns its folder. Afterwards the oldest beyond `training.keep_checkpoints` are removed.
+    Returns its folder. Afterwards the oldest beyond `training.keep_checkpoints` are removed. Raises `WriteFailed` on a
+    rank that cannot write; the others then wait in vain, and find out when that one ends.
     """
     folder = step_folder(output, state.step)
     partial = folder.with_name(f"{folder.name}.partial")
-    is_first = torch.distributed.get_rank() == 0
-    if is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-    torch.distributed.barrier()
-    engine.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
-    if is_first:
-        _describe(partial, engine.module, config, state, tokenizer)
+    try:
+        _write(engine, partial, config, state, tokenizer)
+    except (OSError, RuntimeError) as error:
+        if "peer" in str(error):  # not ours: another rank failed
+            raise
+        shutil.rmtree(partial, ignore_errors=True)  # its space is needed
+        reason = " ".join(str(error).split())[:200]
+        raise WriteFailed(
+            f"the checkpoint of step {state.step} cannot be written to {folder.parent}: {reason}"
+        ) from error
+    if torch.distributed.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)  # the same step, before a resumed run reached it again
-        partial.rename(folder)
+        os.rename(partial, folder)
         for old in finished_checkpoints(output)[: -config.training.keep_checkpoints]:
             shutil.rmtree(old)
     torch.distributed.barrier()
     return folder
+
+
+def _write(
+    engine: Any, partial: Path, config: RunConfig, state: State, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    rank = torch.distributed.get_rank()
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    torch.distributed.barrier()
+    engine.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
+    if rank == 0:
+        _describe(partial, engine.module, config, state, tokenizer)
+    torch.distributed.barrier()
+    write_manifest(partial, rank, state.world_size)
 
 
 def _describe(
@@ -141,25 +179,32 @@ def _describe(
     (folder / STATE_FILE).write_text(json.dumps(vars(state), indent=1))
 
 
-def load_newest(engine: Any, output: Path, world: int, zero_stage: int, rows: str) -> State | None:
-    """Loads the newest finished checkpoint into the engine; None if the run has none yet.
+def newest_checkpoint(output: Path, rank: int, world: int, rows: str) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are as they were written, None if there is none yet; and one line for each
+    damaged one before it, which is set aside. All ranks together.
 
-    Raises `SettingsError` if the processes, the ZeRO stage or the rows are not those that it was written with.
+    Raises `SettingsError` if all are damaged, or were made with other rows (`rows`: the fingerprint of these).
     """
-    checkpoints = finished_checkpoints(output)
-    if not checkpoints:
-        return None
-    state = read_state(checkpoints[-1])
-    if state.world_size != world:
+    damaged = []
+    for checkpoint in reversed(finished_checkpoints(output)):
+        problem = find_damage(checkpoint, rank, world)
+        if problem is None:
+            if read_state(checkpoint).rows != rows:
+                raise SettingsError("--resume: data.folder holds other rows than the run was started with")
+            return checkpoint, [_set_aside(folder, reason, rank) for folder, reason in damaged]
+        damaged.append((checkpoint, problem))
+    if damaged:
+        folder, reason = damaged[0]
         raise SettingsError(
-            f"--resume: {checkpoints[-1]} was written by {state.world_size} ranks, this job has {world}"
+            f"--resume: {folder} is damaged ({reason}), and no good checkpoint is left; start anew with --overwrite"
         )
-    if state.zero_stage != zero_stage:
-        raise SettingsError(
-            f"--resume: {checkpoints[-1]} was written with ZeRO stage {state.zero_stage}, training.deepspeed now says "
-            f"{zero_stage}"
-        )
-    if state.rows != rows:
-        raise SettingsError("--resume: data.folder holds other rows than the run was started with")
-    engine.load_checkpoint(str(checkpoints[-1].parent), tag=checkpoints[-1].name)
-    return state
+    return None, []
+
+
+def _set_aside(checkpoint: Path, reason: str, rank: int) -> str:
+    """Renames a damaged checkpoint so that it no longer counts; the line that says so."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    if rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(checkpoint, aside)
+    return f"{checkpoint} is damaged ({reason}); it is now {aside.name}, and the one before is used"

@@ -8,6 +8,7 @@ from transformers import SchedulerType
 from refreshkv.config import RefreshConfig
 from refreshkv.data.config import DataConfig
 from refreshkv.settings import SettingsError
+from refreshkv.train.loss import LossKind
 
 
 @dataclass
@@ -107,6 +108,14 @@ class TrainingConfig:
     """Gradients are clipped to this norm; 0 turns clipping off."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    activation_offload: bool = False
+    """Keep the inputs of recomputed layers in the CPU's memory meanwhile (with activation_checkpointing)."""
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    """adamw: two float32 moments per parameter. adamw-8bit: the same in blocks of 8 bits, a quarter of the memory (GPUs
+    only; needs the package bitsandbytes)."""
+    loss: LossKind = "chunked"
+    """How the loss is computed. chunked: the logits of some thousand positions at a time. liger: likewise by Liger's
+    kernels (GPUs only; needs the package liger-kernel). logits: all logits at once, the plain form."""
     seed: int = 0
     """Seed of the weights (model.scratch), the order of rows and the simulations."""
     log_every: int = 10
@@ -121,6 +130,8 @@ class TrainingConfig:
     """Steps between two checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
     """Checkpoints kept; older ones are removed."""
+    timeout: float = 1800.0
+    """Seconds without progress (a micro-batch, a checkpoint, an evaluation) after which a job ends itself."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "micro_batch", "log_every", "save_every", "keep_checkpoints"):
@@ -134,8 +145,37 @@ class TrainingConfig:
         if self.schedule not in {kind.value for kind in SchedulerType}:
             known = ", ".join(kind.value for kind in SchedulerType)
             raise SettingsError(f"training.schedule must be one of {known}, got {self.schedule!r}")
+        if self.activation_offload and not self.activation_checkpointing:
+            raise SettingsError("training.activation_offload needs training.activation_checkpointing=true")
+        if not self.timeout > 0:
+            raise SettingsError(f"training.timeout must be a number of seconds above 0, got {self.timeout}")
         if len(self.betas) != 2:
             raise SettingsError(f"training.betas must be two numbers, got {self.betas}")
+
+
+@dataclass
+class ParallelConfig:
+    """How the job's processes share the work; those that share no row each take rows of their own."""
+
+    sequence: int = 1
+    """Processes that share each row, a part of its tokens each (DeepSpeed Ulysses). It must divide the ranks, the row
+    length and the attention heads."""
+
+    def __post_init__(self) -> None:
+        if self.sequence < 1:
+            raise SettingsError(f"parallel.sequence must be at least 1, got {self.sequence}")
+
+
+@dataclass
+class HubConfig:
+    """Uploads during training to the Hugging Face Hub, in the background; one that fails never stops training."""
+
+    repo: str | None = None
+    """Model repository for evaluations and checkpoints, made if it is missing; None for no uploads."""
+    private: bool = True
+    """Whether a new repository is private."""
+    checkpoints: bool = True
+    """Upload checkpoints too (each in a folder of its own), not only evaluations and metrics."""
 
 
 @dataclass
@@ -149,3 +189,5 @@ class RunConfig:
     model carries."""
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    hub: HubConfig = field(default_factory=HubConfig)

@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedModel, get_scheduler
 
 from refreshkv.settings import SettingsError
-from refreshkv.train.config import TrainingConfig
+from refreshkv.train.config import RunConfig, TrainingConfig
 
 OURS = {
     "train_batch_size": "training.global_batch",
@@ -56,8 +57,11 @@ def zero_stage(settings: dict[str, Any]) -> int:
     return settings.get("zero_optimization", {}).get("stage", 0)
 
 
-def init_processes() -> tuple[int, int]:
-    """Joins the process group (alone if no launcher started us); returns rank and world size."""
+def init_processes(timeout: float = TrainingConfig.timeout) -> tuple[int, int]:
+    """Joins the process group (alone if no launcher started us); returns rank and world size.
+
+    timeout: seconds after which waiting for the other processes is an error.
+    """
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -68,28 +72,64 @@ def init_processes() -> tuple[int, int]:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # compiled at run time with a C++ compiler, for a gain on CPUs only; gloo needs neither
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    deepspeed.init_distributed(
+        get_accelerator().communication_backend_name(), verbose=False, timeout=timedelta(seconds=timeout)
+    )
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def check_batch(training: TrainingConfig, world: int) -> int:
+def check_batch(config: RunConfig, world: int) -> int:
     """Micro-batches per rank and step; `SettingsError` if the global batch does not divide into them."""
-    rows = training.micro_batch * world
-    if training.global_batch % rows:
+    training, sequence = config.training, config.parallel.sequence
+    groups = world // sequence
+    rows = training.micro_batch * groups
+    if training.global_batch % max(1, rows) or not rows:
+        who = f"{world} ranks" if sequence == 1 else f"{groups} groups of {sequence} ranks (parallel.sequence)"
         raise SettingsError(
             f"training.global_batch={training.global_batch} must be a multiple of training.micro_batch="
-            f"{training.micro_batch} times {world} ranks"
+            f"{training.micro_batch} times {who}"
         )
     return training.global_batch // rows
 
 
-def build_engine(model: PreTrainedModel, training: TrainingConfig, world: int) -> deepspeed.DeepSpeedEngine:
-    """The engine with AdamW and a transformers learning-rate schedule."""
+def build_engine(
+    model: PreTrainedModel, config: RunConfig, world: int, mpu: Any = None, universal: bool = False
+) -> deepspeed.DeepSpeedEngine:
+    """The engine with AdamW and a transformers learning-rate schedule.
+
+    mpu: from `refreshkv.parallel.start`. universal: it will load a checkpoint of another layout (`train.layout`).
+    """
+    training = config.training
+    settings = engine_settings(config, world)
+    if universal:
+        settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = None
+    if training.optimizer == "adamw-8bit":
+        del settings["optimizer"]
+        settings["zero_allow_untested_optimizer"] = True
+        optimizer = eight_bit_adamw(parameters, training)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=parameters,
+        optimizer=optimizer,
+        config=settings,
+        mpu=mpu,
+        lr_scheduler=lambda optimizer: get_scheduler(
+            training.schedule, optimizer, num_warmup_steps=training.warmup_steps, num_training_steps=training.steps
+        ),
+    )
+    return engine
+
+
+def engine_settings(config: RunConfig, world: int) -> dict[str, Any]:
+    """DeepSpeed's whole configuration: the user's part and what follows from the run's settings."""
+    training = config.training
     settings = read_deepspeed_json(training.deepspeed) | {
         "train_micro_batch_size_per_gpu": training.micro_batch,
-        "gradient_accumulation_steps": check_batch(training, world),
+        "gradient_accumulation_steps": check_batch(config, world),
         "gradient_clipping": training.max_grad_norm,
         "bf16": {"enabled": training.dtype == "bf16"},
         # torch's own AdamW: DeepSpeed's fused one needs a compiler on every machine
@@ -104,12 +144,35 @@ def build_engine(model: PreTrainedModel, training: TrainingConfig, world: int) -
         },
     }
     settings.setdefault("steps_per_print", 10**9)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
-        config=settings,
-        lr_scheduler=lambda optimizer: get_scheduler(
-            training.schedule, optimizer, num_warmup_steps=training.warmup_steps, num_training_steps=training.steps
-        ),
+    if offloads_optimizer(settings):
+        settings["zero_force_ds_cpu_optimizer"] = False  # its own CPU optimizer needs a compiler, too
+    return settings
+
+
+def offloads_optimizer(settings: dict[str, Any]) -> bool:
+    """Whether the optimizer's states lie in the CPU's memory or on a disk."""
+    return settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+
+
+def check_optimizer(training: TrainingConfig) -> None:
+    """Raises `SettingsError` if the optimizer's library is missing."""
+    if training.optimizer == "adamw-8bit":
+        _adamw_8bit()
+
+
+def _adamw_8bit() -> type[torch.optim.Optimizer]:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise SettingsError(
+            "training.optimizer=adamw-8bit needs the package bitsandbytes: pip install 'refreshkv[8bit]', or set "
+            "training.optimizer=adamw"
+        ) from None
+    return AdamW8bit
+
+
+def eight_bit_adamw(parameters: list[torch.nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW with 8-bit moments, of the library bitsandbytes."""
+    return _adamw_8bit()(
+        parameters, lr=training.learning_rate, betas=tuple(training.betas), weight_decay=training.weight_decay
     )
-    return engine

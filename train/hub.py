@@ -1,11 +1,19 @@
-"""Uploads an exported folder to the Hugging Face Hub, without ever showing the token."""
+"""Uploads to the Hugging Face Hub, without ever showing the token: exports, and a run while it trains."""
 
+import queue
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from refreshkv.settings import SettingsError
+from refreshkv.train.config import HubConfig
+from refreshkv.train.log import METRICS_FILE
+
+RUN_FILES = ("run.yaml", METRICS_FILE)
+"""What tells of a run how it is going."""
 
 WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
 """An earlier upload's weights must go: transformers would load a single old file rather than new shards."""
@@ -17,14 +25,14 @@ class HubError(SettingsError):
     """An upload that cannot start or did not end well. One line, without the token."""
 
 
-def check_push(repo: str) -> None:
-    """Raises `HubError` for what would make `push` fail for certain, before any work is done."""
+def check_push(repo: str, setting: str = "--push-to-hub") -> None:
+    """Raises `HubError` for what would make a push fail for certain, before any work is done."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise HubError(f"--push-to-hub: {error}") from None
+        raise HubError(f"{setting}: {error}") from None
     if not get_token():
-        raise HubError("--push-to-hub: there is no token; log in with `hf auth login` or set HF_TOKEN")
+        raise HubError(f"{setting}: there is no token; log in with `hf auth login` or set HF_TOKEN")
 
 
 def push(folder: Path, repo: str, private: bool = False) -> str:
@@ -72,3 +80,63 @@ def _status(error: BaseException | None) -> int | None:
 def _without_token(text: str) -> str:
     token = get_token()
     return text.replace(token, "[token]") if token else text
+
+
+class BackgroundPush:
+    """Uploads evaluations and checkpoints of a run from a thread of its own, one at a time, in order.
+
+    Whatever fails is told to `say` in one line, once for each kind of reason, and training goes on. A checkpoint that
+    was removed before its turn is skipped.
+    """
+
+    def __init__(self, hub: HubConfig, output: Path, say: Callable[[str], None]):
+        self.hub, self.output, self.say = hub, output, say
+        self._tasks: queue.Queue = queue.Queue()
+        self._told: set[str] = set()
+        self._address: str | None = None
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def metrics(self, step: int) -> None:
+        """Uploads the run's settings and metrics, evaluations included, as they are now."""
+        files = {name: (self.output / name).read_bytes() for name in RUN_FILES if (self.output / name).is_file()}
+        self._tasks.put((f"metrics after step {step}", lambda api, repo: _push_files(api, repo, files, step)))
+
+    def checkpoint(self, folder: Path) -> None:
+        """Uploads a finished checkpoint to checkpoints/NAME, if checkpoints are to be uploaded."""
+        if self.hub.checkpoints:
+            self._tasks.put((f"checkpoint {folder.name}", lambda api, repo: _push_checkpoint(api, repo, folder)))
+
+    def close(self, timeout: float = 600.0) -> None:
+        """Waits until all is uploaded, at most `timeout` seconds."""
+        self._tasks.put(None)
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self.say(f"warning: hub.repo={self.hub.repo}: not all was uploaded within {timeout:g} s")
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            what, upload = task
+            try:
+                api = HfApi()
+                if self._address is None:
+                    self._address = api.create_repo(self.hub.repo, private=self.hub.private, exist_ok=True).repo_id
+                upload(api, self._address)
+            except Exception as error:  # the client's, the network's, the operating system's
+                reason = _reason(error)
+                if reason not in self._told:
+                    self._told.add(reason)
+                    self.say(f"warning: hub.repo={self.hub.repo}: {what} was not uploaded: {reason}; training goes on")
+
+
+def _push_files(api: HfApi, repo: str, files: dict[str, bytes], step: int) -> None:
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
+    api.create_commit(repo, operations=operations, commit_message=f"Metrics after step {step}")
+
+
+def _push_checkpoint(api: HfApi, repo: str, folder: Path) -> None:
+    if folder.is_dir():
+        place = f"checkpoints/{folder.name}"
+        api.upload_folder(
+            repo_id=repo, folder_path=folder, path_in_repo=place, commit_message=f"Checkpoint {folder.name}"
+        )

@@ -68,7 +68,7 @@ class RunLog:
     def _line(self, step: int, values: dict[str, float]) -> str:
         left = (time.perf_counter() - self.started) / (step - self.start) * (self.steps - step)
         shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
-        return f"step {step}/{self.steps}  {shown}  memory {peak_memory():.1f} GB  left {_duration(left)}"
+        return f"step {step}/{self.steps}  {shown}  left {_duration(left)}"
 
 
 def peak_memory() -> float:

@@ -1,34 +1,47 @@
 """The training loop: read it from top to bottom."""
 
-import math
 import os
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from refreshkv.config import Simulation
+from refreshkv import parallel
 from refreshkv.data.rows import load_rows
 from refreshkv.loading import find_tokenizer
 from refreshkv.settings import SettingsError
+from refreshkv.train import layout
+from refreshkv.train.batch import make_batch
 from refreshkv.train.checkpoint import (
     State,
     check_output,
     claim_output,
     finished_checkpoints,
-    load_newest,
+    newest_checkpoint,
+    read_state,
     save_checkpoint,
 )
 from refreshkv.train.config import RunConfig
-from refreshkv.train.engine import build_engine, check_batch, init_processes, read_deepspeed_json, zero_stage
+from refreshkv.train.engine import (
+    build_engine,
+    check_batch,
+    check_optimizer,
+    init_processes,
+    read_deepspeed_json,
+    zero_stage,
+)
 from refreshkv.train.evaluation import Strategy, evaluate
-from refreshkv.train.log import RunLog
-from refreshkv.train.loss import answer_targets, loss_sums
+from refreshkv.train.faults import STOPPED, StopRequest, Watchdog, named
+from refreshkv.train.flops import model_work, peak_flops, step_flops
+from refreshkv.train.hub import BackgroundPush, check_push
+from refreshkv.train.log import RunLog, peak_memory
+from refreshkv.train.loss import attach_loss
+from refreshkv.train.mock import mock_step
 from refreshkv.train.model import build_model, check_rows, model_configuration
 from refreshkv.train.order import RowOrder
 from refreshkv.train.simulation import draw_simulation
+from refreshkv.train.step import NotFinite, train_step
 
 
 class TrainingStopped(SettingsError):
@@ -38,115 +51,106 @@ class TrainingStopped(SettingsError):
 def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> None:
     """Trains as `config` says, on every process of the job; checkpoints and curves go to `training.output`.
 
-    Raises `SettingsError` before anything is written if the settings cannot work, and `TrainingStopped` when a loss or
-    a gradient is not finite.
+    Raises `SettingsError` before anything is written if the settings cannot work, `TrainingStopped` when a loss or a
+    gradient is not finite, and `SystemExit(STOPPED)` once everything is saved after SIGTERM or SIGUSR1. When a process
+    of the job dies or hangs or a disk is full, the others end within `training.timeout` with one message
+    (`train.faults`).
     """
     training, output = config.training, Path(config.training.output)
+    world, sequence = int(os.environ.get("WORLD_SIZE", "1")), config.parallel.sequence
     is_first = os.environ.get("RANK", "0") == "0"
     rows = load_rows(config.data.folder)
     check_config(config, rows.info)
-    check_batch(training, int(os.environ.get("WORLD_SIZE", "1")))
-    stage = zero_stage(read_deepspeed_json(training.deepspeed))
     model_config = model_configuration(config)
     check_rows(config, model_config, rows)
+    parallel.check_sequence(sequence, world, config.data.row_length, model_config)
+    check_batch(config, world)
+    check_optimizer(training)
+    stage = zero_stage(read_deepspeed_json(training.deepspeed))
     if is_first:
         check_output(output, config, resume, overwrite)
+        if config.hub.repo:
+            check_push(config.hub.repo, "hub.repo")
     model = build_model(config, model_config)
+    attach_loss(model, training.loss, training.activation_offload)
     tokenizer = find_tokenizer(rows.tokenizer_folder)
     if is_first:
         claim_output(output, config, overwrite)
 
-    rank, world = init_processes()
-    engine = build_engine(model, training, world)
-    state = load_newest(engine, output, world, stage, rows.info["fingerprint"]) if resume else None
-    start, tokens_seen = (state.step, state.tokens) if state else (0, 0)
-    order = RowOrder(len(rows.train), training.global_batch, training.seed)
-    log = RunLog(output, training.steps, start, training.log_every, is_writer=rank == 0)
-    if resume:
-        log.say(
-            f"continuing after step {start}" if state else "no finished checkpoint yet: starting from the beginning"
-        )
-    for warning in warnings(config):
-        log.say(f"warning: {warning}")
+    with named(output), Watchdog(training.timeout, output) as watchdog, StopRequest() as stop:
+        # longer than the watchdog's, which knows what was going on
+        rank, world = init_processes(2 * training.timeout)
+        checkpoint, notes = newest_checkpoint(output, rank, world, rows.info["fingerprint"]) if resume else (None, [])
+        state = read_state(checkpoint) if checkpoint else None
+        convert = state is not None and layout.needs_conversion(state, world, stage, training.dtype)
+        engine = build_engine(model, config, world, parallel.start(model, sequence, training.micro_batch), convert)
+        if checkpoint:
+            layout.load(engine, checkpoint, convert, state.zero_stage)
+        start, tokens_seen = (state.step, state.tokens) if state else (0, 0)
+        data_rank, data_world = rank // sequence, world // sequence
+        work = model_work(model)
+        order = RowOrder(len(rows.train), training.global_batch, training.seed)
+        log = RunLog(output, training.steps, start, training.log_every, is_writer=rank == 0)
+        push = BackgroundPush(config.hub, output, log.say) if rank == 0 and config.hub.repo else None
+        if resume:
+            log.say(
+                f"continuing after step {start}" if state else "no finished checkpoint yet: starting from the beginning"
+            )
+        for warning in [*notes, *warnings(config)]:
+            log.say(f"warning: {warning}")
 
-    for step in range(start + 1, training.steps + 1):
-        began = time.perf_counter()
-        torch.manual_seed(training.seed * 1_000_003 + step * world + rank)  # for models with dropout
-        simulation = draw_simulation(config.simulation, config.refresh, config.data.row_length, training.seed, step)
-        batches = [
-            load_batch(rows.train[indices], training.loss_on, engine.device)
-            for indices in order.micro_batches(step - 1, rank, world, training.micro_batch)
-        ]
-        learning_rate = engine.get_lr()[0]
-        values = train_step(engine, batches, simulation, output, step)
-        tokens_seen += int(values.pop("tokens"))
-        values["learning rate"] = learning_rate
-        values["tokens/s"] = training.global_batch * config.data.row_length / (time.perf_counter() - began)
-        log.step(step, values)
+        def batches_of(step):
+            return [
+                make_batch(rows.train[indices], training.loss_on, engine.device).columns(rank, sequence)
+                for indices in order.micro_batches(step - 1, data_rank, data_world, training.micro_batch)
+            ]
 
-        if training.evaluate_every and (step % training.evaluate_every == 0 or step == training.steps):
-            log.evaluation(step, evaluate_in_training(engine, rows.validation, config, rank, world))
-        if step % training.save_every == 0 or step == training.steps:
-            state = State(step, tokens_seen, world, stage, rows.info["fingerprint"])
-            folder = save_checkpoint(engine, output, config, state, tokenizer)
-            log.say(f"step {step}  saved {folder}")
+        if start < training.steps:
+            watchdog.note("the mock step before step 1")
+            mock_step(engine, batches_of(start + 1)[0], config)
+        for step in range(start + 1, training.steps + 1):
+            began = time.perf_counter()
+            watchdog.note(f"step {step}")
+            torch.manual_seed(training.seed * 1_000_003 + step * data_world + data_rank)  # for models with dropout
+            simulation = draw_simulation(config.simulation, config.refresh, config.data.row_length, training.seed, step)
+            learning_rate = engine.get_lr()[0]
+            try:
+                values = train_step(engine, batches_of(step), simulation, sequence, watchdog.note)
+            except NotFinite as error:
+                raise TrainingStopped(f"the {error} of step {step} is not finite; {_advice(output)}") from None
+            tokens_seen += int(values.pop("tokens"))
+            seconds = time.perf_counter() - began
+            values["learning rate"] = learning_rate
+            values["tokens/s"] = training.global_batch * config.data.row_length / seconds
+            if peak := peak_flops(engine.device, training.dtype):
+                flops = step_flops(work, training.global_batch, config.data.row_length, simulation)
+                values["MFU"] = flops / seconds / world / peak
+            values["memory GB"] = peak_memory()
+            log.step(step, values)
+
+            stopped_by = stop.agreed(engine.device)
+            is_last = step == training.steps or stopped_by is not None
+            if training.evaluate_every and (step % training.evaluate_every == 0 or step == training.steps):
+                watchdog.note(f"the evaluation after step {step}")
+                log.evaluation(step, evaluate_in_training(engine, rows.validation, config, rank, world))
+                if push:
+                    push.metrics(step)
+            if step % training.save_every == 0 or is_last:
+                watchdog.note(f"the checkpoint of step {step}")
+                state = State(step, tokens_seen, world, stage, rows.info["fingerprint"])
+                folder = save_checkpoint(engine, output, config, state, tokenizer)
+                log.say(f"step {step}  saved {folder}")
+                if push:
+                    push.checkpoint(folder)
+            if stopped_by and step < training.steps:
+                log.say(f"{stopped_by}: saved and stopped after step {step}; continue with --resume")
+                break
+        if push:
+            push.close()
     log.close()
     dist.destroy_process_group()
-
-
-def load_batch(rows: dict[str, Tensor], loss_on: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A micro-batch: ids (rows, T) int64, and the next tokens whose losses count, (rows, T-1) bool."""
-    ids = rows["input_ids"].to(device, torch.int64)
-    if loss_on == "all":
-        return ids, torch.ones_like(ids[:, 1:], dtype=torch.bool)
-    return ids, answer_targets(rows["prompt_length"].to(device), rows["answer_length"].to(device), ids.shape[1])
-
-
-def train_step(
-    engine, batches: list[tuple[Tensor, Tensor]], simulation: Simulation | None, output: Path, step: int
-) -> dict[str, float]:
-    """One optimizer step over this rank's micro-batches of `load_batch`; returns its values, equal on all ranks.
-
-    The loss is the mean over the counted tokens of all ranks, whatever their share of each.
-    """
-    engine.train()
-    tokens = torch.tensor(float(sum(int(counted.sum()) for _, counted in batches)), device=engine.device)
-    dist.all_reduce(tokens)
-    totals = torch.zeros(4, device=engine.device)
-    for index, (ids, counted) in enumerate(batches):
-        logits = engine(input_ids=ids, refresh=simulation, use_cache=False).logits
-        sums = loss_sums(logits, ids, simulation, counted)
-        # DeepSpeed averages gradients over ranks; the division by the global number of tokens is ours
-        engine.backward(sums.total * (dist.get_world_size() / tokens), scale_wrt_gas=False)
-        totals += torch.stack([part.detach() for part in sums])
-        if index < len(batches) - 1:
-            engine.step()
-    dist.all_reduce(totals)
-    total, count, partial, partial_count = totals.tolist()
-    if not math.isfinite(total):
-        raise TrainingStopped(f"the loss of step {step} is not finite; {_advice(output)}")
-    norm = step_and_norm(engine)
-    if not math.isfinite(norm):
-        raise TrainingStopped(f"the gradient of step {step} is not finite; {_advice(output)}")
-    full_count = count - partial_count
-    return {
-        "loss": total / count,
-        "loss full": (total - partial) / full_count if full_count else math.nan,
-        "loss partial": partial / partial_count if partial_count else math.nan,
-        "grad norm": norm,
-        "tokens": count,
-    }
-
-
-def step_and_norm(engine) -> float:
-    """Takes the optimizer step; returns the norm of its gradients before clipping."""
-    if engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():  # no DeepSpeed optimizer to ask
-        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        engine.step()
-        return norm
-    engine.step()
-    return float(engine.get_global_grad_norm())
+    if start < training.steps and step < training.steps:
+        raise SystemExit(STOPPED)
 
 
 def evaluate_in_training(engine, validation, config: RunConfig, rank: int, world: int) -> dict[str, float]:

@@ -1,13 +1,19 @@
 """Loads or makes the model of a run, with the refresh attention on, and checks that its rows fit it."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 import refreshkv
 from refreshkv.data.rows import Rows, check_tokenizer
 from refreshkv.loading import find_tokenizer, load_configuration, load_model
 from refreshkv.settings import SettingsError
 from refreshkv.train.config import RunConfig
+from refreshkv.train.engine import engine_settings, init_processes, read_deepspeed_json, zero_stage
 
 
 def model_configuration(config: RunConfig) -> PretrainedConfig:
@@ -40,16 +46,39 @@ def check_rows(config: RunConfig, model_config: PretrainedConfig, rows: Rows) ->
 
 
 def build_model(config: RunConfig, model_config: PretrainedConfig) -> PreTrainedModel:
-    """The run's model in float32 (DeepSpeed lowers the precision and keeps these as master weights)."""
+    """The run's model, with the refresh attention on.
+
+    An existing one in the run's precision, of which DeepSpeed makes its float32 master weights; at ZeRO stage 3 no
+    process holds it whole. A new one in float32, the same on every layout.
+    """
     if config.model.path is not None:
-        model = load_model(config.model.path, "model.path", dtype=torch.float32)
+        dtype = torch.bfloat16 if config.training.dtype == "bf16" else torch.float32
+        with divided_while_loading(config):
+            model = load_model(config.model.path, "model.path", dtype=dtype)
     else:
         torch.manual_seed(config.training.seed)
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     refreshkv.enable(model, config.refresh, prompt_attention=config.model.prompt_attention)
     if config.training.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # the reentrant form saves a layer's input as tensors are saved for a backward pass, where it can be moved
+        model.gradient_checkpointing_enable({"use_reentrant": config.training.activation_offload})
     return model
+
+
+@contextmanager
+def divided_while_loading(config: RunConfig) -> Iterator[None]:
+    """At ZeRO stage 3 with several ranks: models made in here are divided over them layer by layer, all together."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or zero_stage(read_deepspeed_json(config.training.deepspeed)) != 3:
+        yield
+        return
+    init_processes(2 * config.training.timeout)
+    told = HfDeepSpeedConfig(engine_settings(config, world))  # transformers looks for it as long as it lives
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del told
 
 
 def check_same_tokens(model: str, rows: Rows) -> None:

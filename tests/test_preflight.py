@@ -1,0 +1,121 @@
+"""What a run will need: figures worked by hand, advice that helps, work counted position by position; the mock step."""
+
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from refreshkv import NEVER, RefreshConfig, Simulation
+from refreshkv.settings import settings_from_dict
+from refreshkv.train.config import RunConfig
+from refreshkv.train.flops import Work, model_work, step_flops, visible_keys
+from refreshkv.train.preflight import advice, memory_needed, model_shape, report
+from tests.jobs import ROOT
+from tests.models import random_ids, tiny_enabled
+
+LLAMA = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+)
+SHAPE = model_shape(LLAMA)
+
+
+def run_config(tmp_path, stage=3, sequence=1, **training):
+    path = tmp_path / f"zero{stage}.json"
+    zero = {"stage": stage, **({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {})}
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    values = {
+        "data": {"row_length": 8192},
+        "refresh": {"budget": 2048},
+        "simulation": {"pattern": "paper", "stride": 50},
+        "training": {"deepspeed": str(path), "global_batch": 8, **training},
+        "parallel": {"sequence": sequence},
+    }
+    return settings_from_dict(RunConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer"), [(0, 2, 2, 12), (1, 2, 2, 6), (2, 2, 1, 6), (3, 1, 1, 6)]
+)
+def test_states_by_hand(tmp_path, stage, weights, gradients, optimizer):
+    """Bytes per parameter in bfloat16 on two GPUs: float32 master weights and two moments."""
+    needs = memory_needed(run_config(tmp_path, stage), SHAPE, 2)
+    assert SHAPE.parameters == 8_030_261_248
+    found = [needs[name] / SHAPE.parameters for name in ("weights", "gradients", "optimizer")]
+    assert found == [weights, gradients, optimizer]
+
+
+def test_less_is_needed_where_it_should_be(tmp_path):
+    def total(name=None, **settings):
+        needs = memory_needed(run_config(tmp_path, **settings), SHAPE, 4)
+        return needs[name] if name else sum(needs.values())
+
+    checkpointed = {"activation_checkpointing": True}
+    assert total("activations", **checkpointed) < total("activations") / 5
+    assert total("activations", activation_offload=True, **checkpointed) < total("activations", **checkpointed)
+    assert total("activations", sequence=4) == total("activations") / 4
+    assert total("logits and loss") < total("logits and loss", loss="logits") / 2
+    assert total("optimizer", optimizer="adamw-8bit") == total("optimizer") / 2
+    assert total("refresh workspace", sequence=2) == total("refresh workspace") / 2
+
+
+def test_the_advice_fits(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = run_config(tmp_path, loss="logits")
+    before = deepcopy(config)
+    for gigabytes in (60, 80, 100):
+        needed = sum(memory_needed(config, SHAPE, 4).values())
+        found = advice(config, SHAPE, 4, gigabytes * 1e9)
+        assert needed > gigabytes * 1e9 and found is not None and config == before
+        changed = deepcopy(config)
+        for setting in found.split(" (")[0].split():
+            name, value = setting.split("=")
+            section, key = name.split(".")
+            old = getattr(getattr(changed, section), key)
+            setattr(getattr(changed, section), key, value == "true" if isinstance(old, bool) else type(old)(value))
+        assert sum(memory_needed(changed, SHAPE, 4).values()) <= gigabytes * 1e9
+    assert advice(config, SHAPE, 4, 1e9) is None
+    text = report(config, LLAMA, 4, 60e9, 700e12)
+    assert "fits        no: 60.0 GB a GPU; set training.loss=chunked" in text
+    assert "fits        yes" in report(config, LLAMA, 4, 900e9, 700e12)
+    assert "--gpu-memory" in report(config, LLAMA, 4, None, 700e12)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [RefreshConfig(budget=6, stride=4), RefreshConfig(budget=40, stride=3), RefreshConfig(budget=5, stride=NEVER)],
+)
+def test_visible_keys_are_those_of_the_queue(config):
+    """Against a queue that is pushed and dropped from, token by token."""
+    length, prompt = 40, 9
+    found = visible_keys(Simulation(prompt, config), length)[0].tolist()
+    expected = list(range(1, prompt + 1))
+    queue = min(config.budget, prompt)
+    for step in range(1, length - prompt + 1):
+        position = prompt - 1 + step
+        if step % config.stride == 0:
+            expected.append(position + 1)
+            queue = min(config.budget, position + 1)
+        else:
+            expected.append(queue + 1)
+            queue = min(queue + 1, config.budget)
+    assert found == expected
+
+
+def test_recorded_full_steps_count(tmp_path):
+    model = tiny_enabled(dtype=torch.float32)
+    simulation = Simulation(9, RefreshConfig(budget=6, stride=3, threshold=0.1), record=True)
+    model(random_ids(2, 40), refresh=simulation, use_cache=False)
+    work = model_work(model)
+    assert work == Work(2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48) + 32 * 61, 4 * 4 * 8, [None, None])
+    full = step_flops(work, 1, 40, None)
+    assert full == 3 * (2 * work.weights * 40 + work.pair * 2 * 40 * 41 / 2)
+    every = step_flops(work, 1, 40, Simulation(9, RefreshConfig(budget=6, stride=3)))
+    never = step_flops(work, 1, 40, Simulation(9, RefreshConfig(budget=6, stride=NEVER)))
+    assert never < step_flops(work, 1, 40, simulation) < every < full

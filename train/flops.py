@@ -1,0 +1,90 @@
+"""Model work of a training step in floating-point operations: what is executed, recomputation not counted.
+
+A multiplication with a weight takes 2 operations a token forward and 4 backward, a pair of a query and a key it sees
+4 D forward per head and 8 D backward. Scoring for the selection is overhead, not work.
+
+Shapes: `T` positions, `P` prompt length, `K` budget.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from refreshkv.config import Simulation
+from refreshkv.layers import layer_windows
+
+PEAKS = {
+    "B200": 2250e12,
+    "GH200": 990e12,
+    "H200": 990e12,
+    "H100": 990e12,
+    "H800": 990e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+"""Dense bfloat16 operations per second by a part of the GPU's name."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model computes for a token and for a pair of positions."""
+
+    weights: int
+    """Weights that a token is multiplied with, the output layer's included."""
+    pair: int
+    """Operations for a query position and a key position it sees, all heads of a layer, forward."""
+    windows: list[int | None]
+    """Each layer's sliding window, None where it attends to everything."""
+
+
+def model_work(model: nn.Module) -> Work:
+    """The work of a transformers decoder, on any device or none ("meta"), partitioned or whole."""
+    weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear))
+    decoder = model.config.get_text_config(decoder=True)
+    head = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
+    return Work(weights, 4 * decoder.num_attention_heads * head, layer_windows(model.config))
+
+
+def step_flops(work: Work, rows: int, length: int, simulation: Simulation | None) -> float:
+    """Operations of a step over `rows` rows of `length` tokens, forward and backward.
+
+    Under the similarity schedule the full steps are those that `simulation.record` has noted for this rank's last
+    micro-batch, taken for all rows; without them every check counts as full.
+    """
+    pairs = 0.0
+    for layer, window in enumerate(work.windows):
+        if window is not None:
+            pairs += float(torch.arange(1, length + 1).clamp(max=window).sum())
+        elif simulation is None:
+            pairs += length * (length + 1) / 2
+        else:
+            flags = simulation.full_steps.get(layer) if simulation.config.threshold is not None else None
+            pairs += float(visible_keys(simulation, length, flags).sum(dim=1).double().mean())
+    return 3.0 * rows * (2 * work.weights * length + work.pair * pairs)
+
+
+def visible_keys(simulation: Simulation, length: int, full_steps: Tensor | None = None) -> Tensor:
+    """Keys that each position sees (specification, sections 3 and 4): (B, T) int64.
+
+    full_steps: (B, T) bool; None for all checks, and then B = 1.
+    """
+    prompt, config = simulation.prompt_length, simulation.config
+    position = torch.arange(length, device=None if full_steps is None else full_steps.device)
+    if full_steps is None:
+        full_steps = ((position - (prompt - 1)) % config.stride == 0)[None]
+    full = full_steps & (position >= prompt) | (position == prompt - 1)
+    anchor = torch.where(full, position, prompt - 1).cummax(dim=1).values
+    budget, since = config.largest_budget(prompt), position - anchor
+    selected = (anchor + 1).clamp(max=budget)
+    kept = selected - (selected + since - 1 - budget).clamp(min=0)
+    partial = kept.clamp(min=0) + since.clamp(max=budget + 1)
+    return torch.where(full | (position < prompt), position + 1, partial)
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """The device's bfloat16 peak in operations per second; None if it is not known or the run is not in bfloat16."""
+    if device.type != "cuda" or dtype != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)

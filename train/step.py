@@ -1,0 +1,80 @@
+"""One optimizer step over all ranks."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from refreshkv.config import Simulation
+from refreshkv.train.batch import Batch
+from refreshkv.train.loss import LossSums
+
+
+class NotFinite(ArithmeticError):
+    """A loss or a gradient is infinite or no number; `str()` says which."""
+
+
+def train_step(
+    engine,
+    batches: list[Batch],
+    simulation: Simulation | None,
+    sequence: int = 1,
+    note: Callable[[str], None] = lambda doing: None,
+) -> dict[str, float]:
+    """One optimizer step over this rank's micro-batches; returns its values, equal on all ranks.
+
+    The loss is the mean over the counted tokens of all ranks, whatever their share of each. sequence: processes that
+    share a row. note: told about progress. Raises `NotFinite` on all ranks, for a loss before the step is taken.
+    """
+    total, count, partial, partial_count = backward(engine, batches, simulation, sequence, note)
+    note("an optimizer step")
+    if not math.isfinite(total):
+        raise NotFinite("loss")
+    norm = step_and_norm(engine)
+    if not math.isfinite(norm):
+        raise NotFinite("gradient")
+    full_count = count - partial_count
+    return {
+        "loss": total / count,
+        "loss full": (total - partial) / full_count if full_count else math.nan,
+        "loss partial": partial / partial_count if partial_count else math.nan,
+        "grad norm": norm,
+        "tokens": count,
+    }
+
+
+def backward(
+    engine, batches: list[Batch], simulation: Simulation | None, sequence: int, note: Callable[[str], None]
+) -> list[float]:
+    """Gradients of the mean loss over all ranks' counted tokens, not yet stepped; returns `LossSums` over all ranks."""
+    engine.train()
+    tokens = sum(batch.counted.sum() for batch in batches).float()
+    dist.all_reduce(tokens)
+    totals = torch.zeros(4, device=engine.device)
+    for index, batch in enumerate(batches):
+        note(f"micro-batch {index + 1} of {len(batches)}")
+        sums = LossSums(*engine(**batch.model_arguments(simulation, sequence > 1)))
+        engine.backward(sums.total * (gradient_scale(engine, sequence) / tokens.clamp(min=1)), scale_wrt_gas=False)
+        totals += torch.stack([part.detach().float() for part in sums])
+        if index < len(batches) - 1:
+            engine.step()
+    dist.all_reduce(totals)
+    return totals.tolist()
+
+
+def gradient_scale(engine, sequence: int) -> float:
+    """What undoes DeepSpeed's averaging: over ranks, but below stage 3 over the ranks of one column only."""
+    world = dist.get_world_size()
+    return world if engine.zero_optimization_stage() == 3 else world / sequence
+
+
+def step_and_norm(engine) -> float:
+    """Takes the optimizer step; returns the norm of its gradients before clipping."""
+    if engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():  # no DeepSpeed optimizer to ask
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        engine.step()
+        return norm
+    engine.step()
+    return float(engine.get_global_grad_norm())
