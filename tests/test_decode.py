@@ -8,6 +8,7 @@ from refreshkv.baselines import FullLayer, H2OLayer, SnapKVLayer, StreamingLayer
 from refreshkv.cache import RefreshLayer
 from refreshkv.ops import decode, naive
 from refreshkv.ops.decode import STATE
+from tests.marks import slow_unless
 
 pytest.importorskip("triton")
 
@@ -86,11 +87,6 @@ def compare(case, dtype=torch.float32, tolerance=1e-4, seed=0):
 
 
 QUICK = ("fixed", "a fraction of padded rows", "seven heads to a group", "similarity", "observers and windows")
-
-
-def slow_unless(quick, cases):
-    """Parameters of a test of which some run only with the slow ones: the interpreter takes seconds for each."""
-    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 @pytest.mark.parametrize("name", slow_unless(QUICK, CASES))

@@ -8,6 +8,7 @@ import torch
 
 from refreshkv import NEVER, RefreshConfig, Simulation, enable, ops
 from refreshkv.ops import naive
+from tests.marks import slow_unless
 from tests.models import random_ids, tiny_model
 from tests.test_ops import rows_arguments, selection_only
 
@@ -87,7 +88,17 @@ def compare(case, dtype=torch.float32, tolerance=1e-4, seed=0):
         assert error < tolerance, f"{name}: {error:.2e}"
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = (
+    "fixed",
+    "odd head size",
+    "a fraction of padded rows",
+    "never refreshed",
+    "similarity",
+    "observers and windows",
+)
+
+
+@pytest.mark.parametrize("name", slow_unless(QUICK, CASES))
 def test_values_and_gradients(name):
     compare(CASES[name])
 
@@ -114,7 +125,9 @@ def dense_attend_backward(upstream, query, key, value, output, lse, causal, scal
     return logit_grad @ key, *(grad.unflatten(1, (-1, groups)).sum(2) for grad in grads)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[-1] == 0])
+@pytest.mark.parametrize(
+    "name", slow_unless(("fixed", "the paper's recipe"), [name for name, case in CASES.items() if case[-1] == 0])
+)
 def test_full_steps_as_dense_attention(monkeypatch, name):
     monkeypatch.setattr(partial_rows, "MANY_PROGRAMS", 1)  # large tiles, keys not shared, though there are few
     monkeypatch.setattr(dense_rows, "usable", lambda *tensors: True)
@@ -133,7 +146,7 @@ def assert_same_selection(found, wanted, positions, droppable):
             assert ours[safe:] == theirs[safe:]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_unless(QUICK, CASES))
 def test_selection(name):
     """Exactly the naive form's positions, rank by rank as far as the ranks are told apart."""
     rows, length, prompt, groups, kv_heads, head_dim, config, padding = CASES[name]
