@@ -69,6 +69,18 @@ def build_report(
         "model": model,
         "protocol": measured,
         "settings": settings,
+        **circumstances(command),
+        "evaluation": evaluation.to_dict(),
+    }
+    if before is not None:
+        report["before"] = {key: before[key] for key in ("model", "date", "settings", "evaluation")}
+        report["gap_closed"] = gap_closed(Evaluation.from_dict(before["evaluation"]), evaluation)
+    return report
+
+
+def circumstances(command: str) -> dict[str, Any]:
+    """How and where a report was made: the command, the date, the libraries' versions and the hardware."""
+    return {
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {
@@ -76,12 +88,7 @@ def build_report(
             **{name: importlib.metadata.version(name) for name in LIBRARIES},
         },
         "hardware": hardware(),
-        "evaluation": evaluation.to_dict(),
     }
-    if before is not None:
-        report["before"] = {key: before[key] for key in ("model", "date", "settings", "evaluation")}
-        report["gap_closed"] = gap_closed(Evaluation.from_dict(before["evaluation"]), evaluation)
-    return report
 
 
 def text_table(report: dict[str, Any]) -> str:

@@ -1,11 +1,8 @@
 """The report of an evaluation on tasks: a table for the terminal, tasks.json and tasks.md in a folder."""
 
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,7 +10,7 @@ from typing import Any
 from refreshkv.data.tasks.task import Task
 from refreshkv.settings import SettingsError
 from refreshkv.train.decoding import Decoding
-from refreshkv.train.report import LIBRARIES, hardware
+from refreshkv.train.report import circumstances
 from refreshkv.train.task_evaluation import TaskResult
 
 EXAMPLES_FILE = "examples.jsonl"
@@ -60,13 +57,7 @@ def build_task_report(
         },
         "strategies": {decoding.name: decoding.settings for decoding in decodings},
         "settings": settings,
-        "command": command,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in LIBRARIES},
-        },
-        "hardware": hardware(),
+        **circumstances(command),
         "results": [dataclasses.asdict(result) for result in results],
     }
 

@@ -71,12 +71,6 @@ def decode_step(
     return naive.decode_step(query, key, value, *state, *options)
 
 
-@decode_step.register_fake
-def _(query: Tensor, *args) -> Tensor:
-    batch, heads, _, head_dim = query.shape
-    return query.new_empty(batch, 1, heads, head_dim)
-
-
 @torch.library.custom_op("refreshkv::full_step", mutates_args=("keys", "values", "length"))
 def full_step(
     query: Tensor,
@@ -95,12 +89,6 @@ def full_step(
         with torch.cuda.device_of(keys):
             return decode_kernels.full_step(query, key, value, keys, values, length, rows, scaling)
     return naive.full_step(query, key, value, keys, values, length, rows, scaling)
-
-
-@full_step.register_fake
-def _(query: Tensor, *args) -> Tensor:
-    batch, heads, _, head_dim = query.shape
-    return query.new_empty(batch, 1, heads, head_dim)
 
 
 COMPACT_STATE = ("keys", "values", "length", "rows", "slots", "scores", "positions")
@@ -155,7 +143,10 @@ def compact_step(
     return output
 
 
+@decode_step.register_fake
+@full_step.register_fake
 @compact_step.register_fake
-def _(query: Tensor, *args) -> Tensor:
+def _token_output(query: Tensor, *args) -> Tensor:
+    """What a step returns, as far as torch.compile has to know: (B, 1, H, D)."""
     batch, heads, _, head_dim = query.shape
     return query.new_empty(batch, 1, heads, head_dim)
