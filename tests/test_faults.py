@@ -64,7 +64,7 @@ def copy_of(straight, tmp_path):
     return tmp_path / "run"
 
 
-def wait_until(true, ranks, seconds=60):
+def wait_until(true, ranks, seconds=120):
     end = time.monotonic() + seconds
     while not true() and any(process.is_alive() for process in ranks.processes):
         assert time.monotonic() < end, ranks.printed
@@ -111,12 +111,13 @@ def test_a_killed_rank_ends_the_job(rows, tmp_path):
 
 def test_a_hanging_rank_ends_the_job_in_time(rows, tmp_path):
     output = tmp_path / "run"
-    ranks = start(rows, output, timeout=4, steps=5000, save_every=2)
+    timeout = 15  # more than any part of the start takes on a busy machine
+    ranks = start(rows, output, timeout=timeout, steps=5000, save_every=2)
     wait_until(lambda: steps_taken(output) >= 3, ranks)
     ranks.signal(1, signal.SIGSTOP)
     began = time.monotonic()
-    ranks.processes[0].join(20)
-    assert ranks.processes[0].exitcode == FAILED and time.monotonic() - began < 10, ranks.printed
+    ranks.processes[0].join(2 * timeout)
+    assert ranks.processes[0].exitcode == FAILED and time.monotonic() - began < timeout + 10, ranks.printed
     ranks.kill()
     found = errors(ranks)
     assert len(found) == 1 and "training.timeout" in found[0] and "step-" in found[0], ranks.printed
@@ -210,7 +211,7 @@ def test_interrupted_runs_repeat_the_uninterrupted_one(rows, tmp_path, kinds):
     finish(rows, tmp_path / "straight", steps=steps, save_every=2)
     expected, output = losses(tmp_path / "straight"), tmp_path / "run"
     for number, kind in enumerate(kinds):
-        ranks = start(rows, output, *(["--resume"] if number else []), steps=steps, timeout=10, save_every=2)
+        ranks = start(rows, output, *(["--resume"] if number else []), steps=steps, timeout=15, save_every=2)
         interrupt(kind, ranks, output, draw)
         assert "Traceback" not in ranks.printed, ranks.printed
         found = losses(output) if steps_taken(output) else {}

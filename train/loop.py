@@ -79,12 +79,16 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
 
     with named(output), Watchdog(training.timeout, output) as watchdog, StopRequest() as stop:
         # longer than the watchdog's, which knows what was going on
+        watchdog.note("connecting to the other processes")
         rank, world = init_processes(2 * training.timeout)
+        watchdog.note("looking for a checkpoint")
         checkpoint, notes = newest_checkpoint(output, rank, world, rows.info["fingerprint"]) if resume else (None, [])
         state = read_state(checkpoint) if checkpoint else None
+        watchdog.note("setting up the engine")
         convert = state is not None and layout.needs_conversion(state, world, stage, training.dtype)
         engine = build_engine(model, config, world, parallel.start(model, sequence, training.micro_batch), convert)
         if checkpoint:
+            watchdog.note(f"loading {checkpoint}")
             layout.load(engine, checkpoint, convert, state.zero_stage)
         start, tokens_seen = (state.step, state.tokens) if state else (0, 0)
         data_rank, data_world = rank // sequence, world // sequence
