@@ -276,7 +276,9 @@ def test_what_cannot_work_is_refused_before_anything_runs(tmp_path, place, value
 def test_the_recipes_of_the_repository():
     config = load_settings(ExperimentConfig, ROOT / "configs/experiments/recipes.yaml")
     pieces = plan(config, set())
-    assert {"30m-4k/base", "30m-4k/distilled-2", "120m-8k/whole-0", "tasks-2k/distilled-0"} <= {piece.name for piece in pieces}
+    assert {"30m-4k/base", "30m-4k/distilled-2", "120m-8k/whole-0", "tasks-2k/distilled-0"} <= {
+        piece.name for piece in pieces
+    }
 
 
 @pytest.mark.slow
