@@ -6,9 +6,10 @@ A case is CONTEXT:BATCH. The model has Llama-3.1-8B's shape unless told otherwis
 is processed: caches are filled with random keys and values. `--loop generate` times transformers' generate(), which
 compiles the step and captures it into a CUDA graph; `--loop graph` captures the uncompiled step: quicker to set up.
 
-Strategies: full, refresh (fixed schedule), similarity (the same full steps, decided by comparing queries), streaming,
-h2o, snapkv; static and dynamic are transformers' own caches. Prints a line for each, pieces of the step with --pieces,
-and a table at the end; --output DIR writes decode.json after each line, and decode.png.
+Strategies: full, refresh (fixed schedule), similarity (the same full steps, decided by comparing queries), offloaded
+(refresh with the full keys and values in host memory; its bound leaves the bus out), streaming, h2o, snapkv; static and
+dynamic are transformers' own caches. Prints a line for each, pieces of the step with --pieces, and a table at the end;
+--output DIR writes decode.json after each line, and decode.png.
 """
 
 import argparse
@@ -30,7 +31,8 @@ from refreshkv.cache import BufferedCache
 from refreshkv.ops import decode_attention, decode_kernels
 
 CASES = "32768:1,32768:8,131072:1,16384:32"
-OURS = ("full", "refresh", "similarity", "streaming", "h2o", "snapkv")
+REFRESHING = ("refresh", "similarity", "offloaded")
+OURS = ("full", *REFRESHING, "streaming", "h2o", "snapkv")
 
 
 def main() -> None:
@@ -114,6 +116,7 @@ def make_cache(model: LlamaForCausalLM, strategy: str, capacity: int, budget: in
         "full": lambda: FullCache(config, capacity),
         "refresh": lambda: RefreshCache(config, capacity, refresh_config(args)),
         "similarity": lambda: RefreshCache(config, capacity, refresh_config(args, threshold=2.0)),
+        "offloaded": lambda: RefreshCache(config, capacity, refresh_config(args), offload=True),
         "streaming": lambda: StreamingCache(config, capacity, budget),
         "h2o": lambda: H2OCache(config, capacity, budget),
         "snapkv": lambda: SnapKVCache(config, capacity, budget),
@@ -155,7 +158,7 @@ def time_strategy(
     cache = make_cache(model, strategy, context + steps + 8, budget, args)
     length = fill(cache, model, batch, context, budget)
     begun = time.perf_counter()
-    run = run_generate if args.loop == "generate" or strategy == "dynamic" else run_graph
+    run = run_generate if args.loop == "generate" or strategy in ("dynamic", "offloaded") else run_graph
     times = run(model, cache, batch, length, steps)
     seconds = time.perf_counter() - begun
     # times[j] is that of step j + 2 after the prompt; two strides warm up
@@ -163,7 +166,7 @@ def time_strategy(
     timed = timed[: len(timed) // stride * stride]
     full = [ms for step, ms in timed if step % stride == 0]
     partial = [ms for step, ms in timed if step % stride != 0]
-    refreshes = strategy in ("refresh", "similarity")
+    refreshes = strategy in REFRESHING
     bytes_full, bytes_partial = bytes_moved(model, context, batch, budget, strategy)
     mean_bytes = (bytes_full + (stride - 1) * bytes_partial) / stride if refreshes else bytes_full
     # medians weighted as they occur: a hiccup of the host is not the method's

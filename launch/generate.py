@@ -3,7 +3,8 @@
     python launch/generate.py --model DIR_OR_HUB_ID --prompt-file FILE [--max-new-tokens 256] [--budget 0.125] ...
 
 The schedule is the one saved with the model, or else the paper's; --budget, --stride and --threshold replace its
-settings. --full decodes with ordinary full attention, to compare. The prompt is taken as it is: no chat template.
+settings. --full decodes with ordinary full attention, to compare; --offload is for contexts that the GPU's memory
+cannot hold. The prompt is taken as it is: no chat template.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from refreshkv import RefreshCache, RefreshConfig, cli
 from refreshkv.cache import saved_config
 from refreshkv.settings import SettingsError
 
-REFRESH_OPTIONS = ("budget", "stride", "threshold")
+SCHEDULE_OPTIONS = ("budget", "stride", "threshold")
+REFRESH_OPTIONS = (*SCHEDULE_OPTIONS, "offload")
 SAMPLING_OPTIONS = ("temperature", "top_p", "seed")
 
 
@@ -46,7 +48,8 @@ def main(argv: list[str]) -> None:
     cache, generation = None, {}
     if not options["full"]:
         refreshkv.enable(model, chosen_config(model, options))
-        cache = RefreshCache(model.config, prompt_tokens + options["max_new_tokens"])
+        capacity = prompt_tokens + options["max_new_tokens"]
+        cache = RefreshCache(model.config, capacity, offload=options.get("offload", False))
         generation["past_key_values"] = cache
     if options["sample"]:
         set_seed(options.get("seed", 0))
@@ -79,6 +82,9 @@ def read_options(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--budget", type=number, help="small cache: tokens, or a fraction of the prompt")
     parser.add_argument("--stride", type=int, help="decoding steps between two checks")
     parser.add_argument("--threshold", type=number_or_none, help="similarity schedule; none: each check is a full step")
+    parser.add_argument(
+        "--offload", action="store_true", help="keep all keys and values but the small cache's on the CPU"
+    )
     parser.add_argument("--full", action="store_true", default=False, help="ordinary full attention, no small cache")
     parser.add_argument("--sample", action="store_true", default=False, help="sample; without it the likeliest token")
     parser.add_argument(
@@ -158,7 +164,7 @@ def encode(
 def chosen_config(model: PreTrainedModel, options: dict[str, Any]) -> RefreshConfig:
     """The configuration saved with the model, or the paper's, with the options' settings in it."""
     config = saved_config(model.config) if hasattr(model.config, "refreshkv") else RefreshConfig()
-    return dataclasses.replace(config, **{name: options[name] for name in REFRESH_OPTIONS if name in options})
+    return dataclasses.replace(config, **{name: options[name] for name in SCHEDULE_OPTIONS if name in options})
 
 
 class TimedStreamer(TextStreamer):

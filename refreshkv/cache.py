@@ -50,16 +50,19 @@ class BufferedLayer(CacheLayerMixin):
         return self.known_length
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, kv_heads, _, head_dim = key_states.shape
+        batch, _, _, head_dim = key_states.shape
         if value_states.shape[-1] != head_dim:
             raise ValueError(f"keys of {head_dim} and values of {value_states.shape[-1]} numbers are not supported")
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, batch
-        self.keys = key_states.new_zeros(batch, kv_heads, self._capacity(), head_dim)
-        self.values = torch.zeros_like(self.keys)
+        self.keys, self.values = self._new_buffer(key_states), self._new_buffer(value_states)
         self.cumulative_length = torch.zeros((), dtype=torch.int64, device=self.device)
         # tells the mask function whose length it is given, and how many tokens fit
         self.cumulative_length.refreshkv_max_cache_len = self.max_cache_len
         self.is_initialized = True
+
+    def _new_buffer(self, like: Tensor) -> Tensor:
+        """Zeros for all the tokens that the layer holds, (B, Hkv, capacity, D)."""
+        return like.new_zeros(*like.shape[:2], self._capacity(), like.shape[-1])
 
     def _capacity(self) -> int:
         """Tokens that the buffers hold."""
@@ -92,7 +95,7 @@ class BufferedLayer(CacheLayerMixin):
         if start > 0:
             self._check_rows(key_states)
         fits = self.is_initialized and self.keys.shape[:2] == key_states.shape[:2]
-        fits = fits and (self.keys.dtype, self.keys.device) == (key_states.dtype, key_states.device)
+        fits = fits and (self.dtype, self.device) == (key_states.dtype, key_states.device)
         if start == 0 and not fits:
             self.lazy_initialization(key_states, value_states)
         end = start + key_states.shape[2]
@@ -135,7 +138,7 @@ class BufferedLayer(CacheLayerMixin):
         """From here on single tokens are decoding steps. Tells CUDA graphs that the buffers stay where they are; those
         of another cache are recorded anew."""
         self.is_decoding, self.awaits_attention = True, False
-        self.is_captured = uses_kernels(self.keys) or not self.keys.is_cuda
+        self.is_captured = uses_kernels(self.keys) or self.device.type != "cuda"
         self._mark_addresses((*self.row_state, "cumulative_length"))
 
     def operator(self, step: Callable) -> Callable:
@@ -271,7 +274,7 @@ class RefreshLayer(BufferedLayer):
 
     def _select(self, observers: Tensor, last: Tensor, scaling: float) -> Tensor:
         """The best positions at the last token, (B, Hkv, W), all in order: a similarity schedule may drop any."""
-        keys = self.keys[:, :, : self.length]
+        keys = self._known_keys()
         stride = self.config.stride
         _, budgets, left_padding, _ = (column.contiguous() for column in self.rows.unbind(1))
         return ops.select(
@@ -285,6 +288,10 @@ class RefreshLayer(BufferedLayer):
             scaling=scaling,
             **self.config.selection_options(),
         ).squeeze(2)
+
+    def _known_keys(self) -> Tensor:
+        """All tokens' keys so far, (B, Hkv, L, D)."""
+        return self.keys[:, :, : self.length]
 
     def reset(self) -> None:
         super().reset()
@@ -335,11 +342,23 @@ class RefreshCache(BufferedCache):
         model_config: the model's configuration.
         max_cache_len: most tokens per row, prompt and generated ones together.
         config: schedule and selection; None takes the ones saved under "refreshkv" in `model_config`.
+        offload: keep the full keys and values in pinned host memory, and only the small caches on the GPU. Steps are
+            then not captured, and full steps take as long as the bus does.
     """
 
-    def __init__(self, model_config: PretrainedConfig, max_cache_len: int, config: RefreshConfig | None = None):
+    def __init__(
+        self,
+        model_config: PretrainedConfig,
+        max_cache_len: int,
+        config: RefreshConfig | None = None,
+        *,
+        offload: bool = False,
+    ):
+        from refreshkv.offload import OffloadedLayer
+
         self.config = config or saved_config(model_config)
-        super().__init__(model_config, max_cache_len, lambda: RefreshLayer(max_cache_len, self.config))
+        layer = OffloadedLayer if offload else RefreshLayer
+        super().__init__(model_config, max_cache_len, lambda: layer(max_cache_len, self.config))
 
     @property
     def full_steps(self) -> Tensor:

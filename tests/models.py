@@ -60,9 +60,9 @@ def padded_positions(attention_mask):
 
 
 @torch.no_grad()
-def decode_logits(model, ids, prompt_length, config, attention_mask=None):
+def decode_logits(model, ids, prompt_length, config, attention_mask=None, offload=False):
     """Logits (B, T, V) of the prompt in one call and then of one known token at a time, and the cache."""
-    cache = RefreshCache(model.config, ids.shape[1], config)
+    cache = RefreshCache(model.config, ids.shape[1], config, offload=offload)
     parts = []
     bounds = [0, *range(prompt_length, ids.shape[1] + 1)]
     for start, end in zip(bounds, bounds[1:], strict=False):

@@ -467,6 +467,7 @@ def test_the_script_uses_the_saved_schedule(script, folder, capsys):
         (["--budget", "0.25", "--threshold", "0.5"], RefreshConfig(budget=0.25, stride=4, threshold=0.5)),
         (["--stride", "50", "--threshold", "none"], RefreshConfig(budget=6, stride=50)),
         (["--full"], None),
+        (["--offload"], FIXED),
     ],
 )
 def test_the_script_takes_options(script, folder, capsys, options, config):
@@ -513,6 +514,7 @@ def test_the_script_without_a_saved_schedule_uses_the_paper_one(script, folder, 
         (["--budget", "1.5"], "budget=1.5 is a fraction"),
         (["--stride", "0"], "stride must be"),
         (["--full", "--stride", "3"], "--stride means nothing with --full"),
+        (["--full", "--offload"], "--offload means nothing with --full"),
         (["--top-p", "0.5"], "--top-p needs --sample"),
         (["--sample", "--top-p", "2"], "--top-p must be"),
         (["--sample", "--temperature", "0"], "--temperature must be more than 0"),

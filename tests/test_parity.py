@@ -44,14 +44,14 @@ CASES = [
 ]
 
 
-def assert_parity(model, ids, prompt, config, attention_mask=None):
+def assert_parity(model, ids, prompt, config, attention_mask=None, offload=False):
     extra = {}
     if attention_mask is not None:
         extra = {"attention_mask": attention_mask, "position_ids": padded_positions(attention_mask)}
     simulation = Simulation(prompt, config, record=True)
     with torch.no_grad():
         parallel = model(ids, refresh=simulation, use_cache=False, **extra).logits
-    sequential, cache = decode_logits(model, ids, prompt, config, attention_mask)
+    sequential, cache = decode_logits(model, ids, prompt, config, attention_mask, offload)
     real = slice(None) if attention_mask is None else attention_mask.bool()
     torch.testing.assert_close(parallel[real], sequential[real], rtol=0, atol=TOLERANCE[model.dtype])
     for layer, flags in simulation.full_steps.items():

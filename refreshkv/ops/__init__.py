@@ -44,3 +44,21 @@ def select(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
         return ranking.select(query, *args, **kwargs)
     return naive.select(query, *args, **kwargs)
+
+
+def copy_rows(source: Tensor, target: Tensor, source_first: int, target_first: int, count: int) -> None:
+    """Tokens from one buffer to another, either of them in host memory; arguments as in `naive.copy_rows`."""
+    if uses_kernels(source) or uses_kernels(target):
+        from refreshkv.ops import transfer as form
+    else:
+        form = naive
+    form.copy_rows(source, target, source_first, target_first, count)
+
+
+def gather_rows(source: Tensor, index: Tensor, wanted: Tensor, target: Tensor) -> None:
+    """Chosen tokens to the front of a buffer on the device; arguments as in `naive.gather_rows`."""
+    if uses_kernels(target):
+        from refreshkv.ops import transfer as form
+    else:
+        form = naive
+    form.gather_rows(source, index, wanted, target)

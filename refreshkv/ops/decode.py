@@ -59,14 +59,15 @@ def decode_step(
     of the last prompt block; selected (B, Hkv, W) int32: positions by rank, the ranks that may still drop in order;
     ranking (B, Hkv, W) int32: their scores' bits, for the kernels; mean_query (B, D) float32: of the last full step;
     observers (B, H, O, D): the last queries, position `p` in slot `p % O`; full_steps (B, L) bool.
-    The caller sees to it that the cache has room; without it the output is not a number.
+    keys and values may be pinned host memory, which the kernels read and write over the bus. The caller sees to it that
+    the cache has room; without it the output is not a number.
     """
     state = (keys, values, length, rows, selected, ranking, mean_query, observers, full_steps)
     options = (stride, threshold, pool_kernel, observation_window, recent_window, sink_tokens, scaling)
-    if uses_kernels(keys):
+    if uses_kernels(query):
         from refreshkv.ops import decode_kernels  # imports Triton, which machines without a GPU may lack
 
-        with torch.cuda.device_of(keys):
+        with torch.cuda.device_of(query):
             return decode_kernels.decode_step(query, key, value, *state, *options)
     return naive.decode_step(query, key, value, *state, *options)
 

@@ -222,9 +222,9 @@ def _observed_scores(
     batch, heads, window, head_dim = observers.shape
     kv_heads, capacity = keys.shape[1], keys.shape[2]
     group, pairs = heads // kv_heads, batch * kv_heads
-    highest = torch.empty(batch, heads, window, splits, dtype=torch.float32, device=keys.device)
+    highest = torch.empty(batch, heads, window, splits, dtype=torch.float32, device=observers.device)
     total = torch.empty_like(highest)
-    scores = torch.empty(batch, kv_heads, capacity, dtype=torch.float32, device=keys.device)
+    scores = torch.empty(batch, kv_heads, capacity, dtype=torch.float32, device=observers.device)
     shared = {"G": group, "D": head_dim, "DP": padded_head(head_dim), "PRECISION": precision(keys)}
     small = keys.element_size() * padded_head(head_dim) > 256
     tile = min(16 if small else 64, max(16, triton.next_power_of_2(window * group)))

@@ -1,0 +1,71 @@
+"""Triton kernels that move tokens between host and device: pinned host memory is read and written in place, over the
+bus, without a copy in between and without waiting for the host.
+
+Shapes: `B` batch rows, `Hkv` key/value heads, `L` tokens, `D` head size, `W` slots of a selection.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 16
+"""Tokens of a program."""
+
+
+@triton.jit(do_not_specialize=["count", "source_first", "target_first"])
+def _copy(
+    source_ptr, target_ptr, source_b, source_h, source_t, target_b, target_h, target_t,
+    source_first, target_first, count,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, DP)
+    mask = (token < count)[:, None] & (column < D)[None, :]
+    source = source_ptr + batch * source_b + head * source_h + (source_first + token) * source_t
+    target = target_ptr + batch * target_b + head * target_h + (target_first + token) * target_t
+    tl.store(target[:, None] + column[None, :], tl.load(source[:, None] + column[None, :], mask=mask), mask=mask)
+
+
+@triton.jit
+def _gather(
+    source_ptr, index_ptr, wanted_ptr, target_ptr, source_b, source_h, source_t, target_b, target_h, target_t, width,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    if tl.load(wanted_ptr + batch) == 0:
+        return
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    index = index_ptr + (batch * tl.num_programs(1) + head) * width + slot
+    token = tl.load(index, mask=slot < width, other=-1).to(tl.int64)
+    column = tl.arange(0, DP)
+    mask = (token >= 0)[:, None] & (column < D)[None, :]
+    source = source_ptr + batch * source_b + head * source_h + token * source_t
+    target = target_ptr + batch * target_b + head * target_h + slot.to(tl.int64) * target_t
+    tl.store(target[:, None] + column[None, :], tl.load(source[:, None] + column[None, :], mask=mask), mask=mask)
+
+
+def copy_rows(source: Tensor, target: Tensor, source_first: int, target_first: int, count: int) -> None:
+    """As `refreshkv.ops.naive.copy_rows`."""
+    batch, kv_heads, _, head_dim = source.shape
+    if count == 0:
+        return
+    source = source if source.stride(-1) == 1 else source.contiguous()
+    with torch.cuda.device_of(source if source.is_cuda else target):
+        _copy[triton.cdiv(count, BLOCK), kv_heads, batch](
+            source, target, *source.stride()[:3], *target.stride()[:3], source_first, target_first, count,
+            D=head_dim, DP=triton.next_power_of_2(head_dim), BLOCK=BLOCK,
+        )  # fmt: skip
+
+
+def gather_rows(source: Tensor, index: Tensor, wanted: Tensor, target: Tensor) -> None:
+    """As `refreshkv.ops.naive.gather_rows`."""
+    batch, kv_heads, width = index.shape
+    source = source if source.stride(-1) == 1 else source.contiguous()
+    head_dim = source.shape[-1]
+    with torch.cuda.device_of(index):
+        _gather[triton.cdiv(width, BLOCK), kv_heads, batch](
+            source, index, wanted, target, *source.stride()[:3], *target.stride()[:3], width,
+            D=head_dim, DP=triton.next_power_of_2(head_dim), BLOCK=BLOCK,
+        )  # fmt: skip
