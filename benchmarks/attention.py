@@ -1,9 +1,14 @@
 """Training attention: the refresh pattern by kernels against full attention, forward and backward, on one GPU.
 
     python benchmarks/attention.py [--cases 16384:8192:10:2048,...] [--flex] [--output DIR]
+    python benchmarks/attention.py --model DIR_OR_HUB_ID --data ROWS --cases 4096:2048:10:512
 
 A case is T:P:S:K. Prints milliseconds (medians of CUDA events), ratios to cuDNN's full attention of the same T in the
 same run, and peak memory beyond inputs, outputs and gradients; with --output also a JSON file and a plot.
+
+Inputs are random, whose selections share nothing but by chance. With --model they are those of a trained model on a
+prepared row, the heads of several layers side by side, and each case is timed on both; "shared" is the part of a
+selection that the one before had as well.
 """
 
 import argparse
@@ -17,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from refreshkv import RefreshConfig, Simulation
 from refreshkv.attention import refresh_attention
@@ -43,16 +49,23 @@ def main() -> None:
     parser.add_argument("--no-flash", action="store_true", help="leave torch's flash attention out")
     parser.add_argument("--repeat", type=int, default=5, help="timed runs of each, after one to warm up")
     parser.add_argument("--flex", action="store_true", help="time flex_attention as well, in rows up to 16K")
+    parser.add_argument("--model", help="folder or hub id of a trained model whose inputs are timed as well")
+    parser.add_argument("--data", help="folder of prepared rows for it")
     parser.add_argument("--output", type=Path, help="folder for attention.json and attention.png")
     args = parser.parse_args()
+    if (args.model is None) != (args.data is None):
+        parser.error("--model and --data belong together")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {ceiling(args.repeat):.0f} TFLOP/s in a product")
     results, dense = [], {}
     for case in args.cases.split(","):
         length, prompt, stride, budget = map(int, case.split(":"))
-        if length not in dense:
-            dense[length] = time_dense(length, args.repeat, not args.no_flash)
-        results.append(time_case(length, prompt, stride, budget, dense[length], args.repeat, args.flex))
-        print(json.dumps(results[-1]), flush=True)
+        kinds = {"random": draw(length)} if args.model is None else trained(args.model, args.data, length)
+        for kind, inputs in kinds.items():
+            if (length, kind) not in dense:
+                dense[length, kind] = time_dense(inputs, args.repeat, not args.no_flash)
+            result = time_case(inputs, prompt, stride, budget, dense[length, kind], args.repeat, args.flex)
+            results.append({"inputs": kind, **result})
+            print(json.dumps(results[-1]), flush=True)
     print(table(results))
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -60,10 +73,50 @@ def main() -> None:
         plot(results, args.output / "attention.png")
 
 
-def draw(length: int, heads: int) -> Tensor:
-    """Random inputs as a model lays them out: (1, heads, T, D), tokens first in memory."""
-    shape = (1, length, heads, HEAD_DIM)
-    return torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+Inputs = tuple[Tensor, Tensor, Tensor]
+"""Query (1, H, T, D), key and value (1, Hkv, T, D), laid out as in a model: tokens before heads in memory."""
+
+
+def draw(length: int, head_dim: int = HEAD_DIM) -> Inputs:
+    """Random ones."""
+    shapes = [(1, heads, length, head_dim) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    return tuple(as_inputs(torch.randn(shape, device="cuda", dtype=torch.bfloat16)) for shape in shapes)
+
+
+def as_inputs(tensor: Tensor) -> Tensor:
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+
+
+def trained(model_name: str, data: str, length: int) -> dict[str, Inputs]:
+    """Inputs of a trained model's attention on a row of the test split, and random ones of the same shape."""
+    from transformers import AutoModelForCausalLM
+
+    from refreshkv.data.rows import load_rows
+
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.bfloat16).cuda().eval()
+    row = load_rows(data).test[0]["input_ids"].long().flatten()
+    if len(row) < length or model.config.max_position_embeddings < length:
+        raise SystemExit(f"error: --cases: {length} tokens are more than a row of {data} or the model's positions")
+    seen: list[Inputs] = []
+
+    def attention(module, query: Tensor, key: Tensor, value: Tensor, mask, scaling: float, **kwargs):
+        seen.append((query, key, value))
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return output.transpose(1, 2), None
+
+    AttentionInterface.register("seen", attention)
+    AttentionMaskInterface.register("seen", lambda *args, **kwargs: None)
+    model.set_attn_implementation("seen")
+    with torch.no_grad():
+        model(row[None, :length].cuda(), use_cache=False)
+    groups = seen[0][0].shape[1] // seen[0][1].shape[1]
+    stacked = [torch.cat([layer[i] for layer in seen[len(seen) // 2 :]], dim=1) for i in range(3)]
+    kv_heads = min(KV_HEADS, stacked[1].shape[1])
+    query, key, value = (
+        as_inputs(tensor[:, : kv_heads * (groups if i == 0 else 1)]) for i, tensor in enumerate(stacked)
+    )
+    alike = tuple(as_inputs(torch.randn_like(tensor.detach())) for tensor in (query, key, value))
+    return {"random": alike, "model": (query, key, value)}
 
 
 def milliseconds(work: Callable[[], object], repeat: int) -> float:
@@ -87,8 +140,8 @@ def full_attention(query: Tensor, key: Tensor, value: Tensor, backend: SDPBacken
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
-def time_dense(length: int, repeat: int, flash: bool) -> dict[str, float]:
-    query, key, value = draw(length, HEADS), draw(length, KV_HEADS), draw(length, KV_HEADS)
+def time_dense(inputs: Inputs, repeat: int, flash: bool) -> dict[str, float]:
+    query, key, value = inputs
     upstream = torch.randn_like(query)
     times = {}
     backends = {"cudnn": SDPBackend.CUDNN_ATTENTION} | ({"flash": SDPBackend.FLASH_ATTENTION} if flash else {})
@@ -117,10 +170,11 @@ def arguments(query: Tensor, prompt: int, config: RefreshConfig) -> tuple[tuple,
 
 
 def time_case(
-    length: int, prompt: int, stride: int, budget: int, dense: dict[str, float], repeat: int, flex: bool
+    inputs: Inputs, prompt: int, stride: int, budget: int, dense: dict[str, float], repeat: int, flex: bool
 ) -> dict[str, object]:
-    query, key, value = draw(length, HEADS), draw(length, KV_HEADS), draw(length, KV_HEADS)
-    upstream = torch.randn(1, length, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    query, key, value = inputs
+    length = query.shape[2]
+    upstream = torch.randn_like(query.transpose(1, 2))
     # P = T - S is the paper's recipe: one segment, never refreshed
     config = RefreshConfig(budget=budget, stride=2**31 - 1 if prompt == length - stride else stride)
 
@@ -145,8 +199,9 @@ def time_case(
         "refresh": round(total, 2),
         "ratio": round(total / dense["cudnn"], 3),
         "memory GB": round(memory / 1e9, 2),
-        "TFLOP": round(executed := operations(length, prompt, stride, budget) / 1e12, 2),
+        "TFLOP": round(executed := operations(query, prompt, stride, budget) / 1e12, 2),
         "TFLOP/s": round(executed / total * 1e3),
+        "shared": shared(query, key, prompt, config),
         **{name: round(ms, 2) for name, ms in parts(query, key, value, prompt, config, upstream, repeat).items()},
     }
     if flex and length <= 16384:
@@ -159,9 +214,26 @@ def time_case(
     return result
 
 
-def operations(length: int, prompt: int, stride: int, budget: int) -> float:
+def shared(query: Tensor, key: Tensor, prompt: int, config: RefreshConfig) -> float | None:
+    """Mean part of a selection that the selection before it had; None for a single one."""
+    (full_positions, _, budgets, padding), settings = arguments(query, prompt, config)
+    if full_positions.shape[1] == 1:
+        return None
+    names = ("width", "droppable", "scaling", *config.selection_options())
+    selection = {name: settings[name] for name in names}
+    chosen = ranking.select(query.detach(), key.detach(), full_positions, budgets, padding, **selection).long()
+    parts = []
+    for step in range(1, chosen.shape[2]):
+        member = torch.zeros(*chosen.shape[:2], key.shape[2] + 1, dtype=torch.bool, device=key.device)
+        member.scatter_(2, chosen[:, :, step - 1], True)
+        parts.append(member.gather(2, chosen[:, :, step]).float().mean())
+    return round(float(torch.stack(parts).mean()), 3)
+
+
+def operations(query: Tensor, prompt: int, stride: int, budget: int) -> float:
     """Executed for one forward and backward: two products a visible key forward, five backward, one more of the full
     steps for the selection."""
+    _, heads, length, head_dim = query.shape
     steps = range(prompt - 1, length, length if prompt == length - stride else stride)
     full = sum(step + 1 for step in steps)
     partial = sum(
@@ -170,7 +242,7 @@ def operations(length: int, prompt: int, stride: int, budget: int) -> float:
         for row in range(min(steps.step - 1, length - 1 - step))
     )
     visible = prompt * (prompt + 1) // 2 + full - prompt + partial
-    return 2 * HEAD_DIM * HEADS * (7 * visible + full)
+    return 2 * head_dim * heads * (7 * visible + full)
 
 
 def ceiling(repeat: int) -> float:
@@ -242,7 +314,8 @@ def time_flex(
     selected = ranking.select(query.detach(), key.detach(), full_positions, budgets, padding, **selection).long()
     length, stride, checks = query.shape[2], min(config.stride, query.shape[2]), full_positions.shape[1]
     # rank of each position in each check's selection, the width where it is not in it
-    ranks = torch.full((KV_HEADS, checks, length), selected.shape[-1], dtype=torch.int16, device="cuda")
+    heads, kv_heads = query.shape[1], key.shape[1]
+    ranks = torch.full((kv_heads, checks, length), selected.shape[-1], dtype=torch.int16, device="cuda")
     order = torch.arange(selected.shape[-1], dtype=torch.int16, device="cuda").expand_as(selected[0])
     ranks.scatter_(2, selected[0], order)
     budget = int(budgets[0])
@@ -250,7 +323,7 @@ def time_flex(
     def visible(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         check = torch.clamp(row - (prompt - 1), min=0) // stride
         since = row - (prompt - 1) - check * stride
-        rank = ranks[head // (HEADS // KV_HEADS), check, column]
+        rank = ranks[head // (heads // kv_heads), check, column]
         near = (column > row - since) & (column >= row - budget)
         return (column <= row) & ((row < prompt) | (since == 0) | near | (rank < budget - since + 1))
 
@@ -259,7 +332,7 @@ def time_flex(
         build = torch.compile(create_block_mask)
 
     def both() -> object:
-        mask = build(visible, 1, HEADS, length, length, device="cuda")
+        mask = build(visible, 1, heads, length, length, device="cuda")
         output = compiled(query, key, value, block_mask=mask, enable_gqa=True)
         return torch.autograd.grad(output, (query, key, value), torch.ones_like(output))
 
@@ -279,7 +352,10 @@ def plot(results: list[dict[str, object]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    labels = [str(result["case"]).replace(":", "\n") for result in results]
+    several = len({result["inputs"] for result in results}) > 1
+    labels = [
+        str(result["case"]).replace(":", "\n") + (f"\n{result['inputs']}" if several else "") for result in results
+    ]
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     bottom = [0.0] * len(results)
     for name in ("prompt", "full", "full back", "select", "partial", "partial back"):
