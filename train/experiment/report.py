@@ -20,7 +20,7 @@ Entries = dict[str, dict[str, Any]]
 
 
 def write_tables(config: ExperimentConfig, entries: Entries) -> str:
-    """Writes recipes.md and a PNG for each study into the experiment's folder of results; returns the tables."""
+    """Writes tables.md and PNGs into the experiment's folder of results; returns the tables."""
     folder, parts = Path(config.results), []
     folder.mkdir(parents=True, exist_ok=True)
     for study in config.studies:
@@ -43,7 +43,7 @@ def write_tables(config: ExperimentConfig, entries: Entries) -> str:
 
 def perplexity_table(config: ExperimentConfig, study: str, entries: Entries) -> list[list[str]]:
     """A header, then a line for each arm and selection that has figures: mean over seeds, and their spread."""
-    strategies = _strategies(config, study, entries, "perplexity")
+    strategies = _strategies(config, study, entries)
     header = ["arm", "selection", "seeds", "full", "against plain"]
     header += [part for name in strategies for part in (name, "gap closed")]
     lines = [header]
@@ -98,8 +98,8 @@ def task_table(config: ExperimentConfig, study: str, entries: Entries) -> list[l
 def draw_gaps(config: ExperimentConfig, study: str, entries: Entries) -> bytes:
     """Bars: the gap that each arm closes at each stride; points: single seeds."""
     rows = [row for row in _rows(config, study) if _perplexities(config, study, *row, entries, FULL)]
-    strategies = _strategies(config, study, entries, "perplexity")
-    figure = Figure(figsize=(9, 1.2 + 0.42 * len(rows) * max(1, len(strategies)) / 1.6), layout="constrained")
+    strategies = _strategies(config, study, entries)
+    figure = Figure(figsize=(9, 1.2 + 0.2 * len(rows) * max(1, len(strategies))), layout="constrained")
     axes = figure.subplots()
     height = 0.8 / max(1, len(strategies))
     for index, name in enumerate(strategies):
@@ -165,10 +165,10 @@ def _perplexities(
     return [one["results"][strategy]["perplexity"] for one in found]
 
 
-def _strategies(config: ExperimentConfig, study: str, entries: Entries, kind: str) -> list[str]:
+def _strategies(config: ExperimentConfig, study: str, entries: Entries) -> list[str]:
     """All but full attention, as the first finished report has them."""
     for arm, selection in _rows(config, study):
-        for one in _seeds(config, study, arm, selection, kind, entries):
+        for one in _seeds(config, study, arm, selection, "perplexity", entries):
             return [name for name in one["results"] if name != FULL]
     return []
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from refreshkv.settings import SettingsError
 from refreshkv.train.experiment.config import ExperimentConfig
-from refreshkv.train.experiment.pieces import Piece, Report, base_model
+from refreshkv.train.experiment.pieces import Piece, Report, base_is_given, base_model
 
 RESULTS_FILE = "results.json"
 PARTS = 16
@@ -61,10 +61,10 @@ class Results:
 
 
 def _base_settings(config: ExperimentConfig, study: str) -> Any:
-    one = config.studies[study]
-    if set(one.base) == {"model"} and "path" in one.base["model"]:
+    if base_is_given(config, study):
         return str(base_model(config, study))
-    start = None if one.start is None else _base_settings(config, one.start)
+    start = config.studies[study].start
+    start = None if start is None else _base_settings(config, start)
     return [start, config.base_settings(study, "" if start else None, "")]
 
 
