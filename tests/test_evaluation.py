@@ -17,10 +17,11 @@ from refreshkv.data.folder import INFO_FILE
 from refreshkv.data.tokenizer import train_tokenizer
 from refreshkv.settings import SettingsError
 from refreshkv.train import evaluation as evaluation_module
+from refreshkv.train.decoding import build_decodings, full_attention, refreshing
 from refreshkv.train.evaluation import (
     Evaluation,
     Result,
-    Strategy,
+    RowRecords,
     budget_warnings,
     default_strategies,
     evaluate,
@@ -48,7 +49,7 @@ def as_rows(ids):
     return Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
 
 
-def made_up(perplexities, names=("full", "refresh S=10", "never (SnapKV)")):
+def made_up(perplexities, names=("full", "refresh S=10", "never refreshed")):
     configs = [None, CONFIG, dataclasses.replace(CONFIG, stride=NEVER)]
     results = [
         Result(name, config, config and 6, [math.log(value)] * 40, 0.1, {} if config is None else {0: 10.0, 1: None})
@@ -80,7 +81,7 @@ def test_last_losses_and_chunks_are_the_same_losses(monkeypatch):
 def test_perplexity_is_that_of_decoding_one_by_one(threshold):
     config = dataclasses.replace(CONFIG, stride=4, threshold=threshold)
     model, ids = tiny_enabled(config), random_ids(3, LENGTH)
-    measured = evaluate(model, as_rows(ids), [Strategy("refresh", config)], LAST, batch_size=2, progress=False)
+    measured = evaluate(model, as_rows(ids), [refreshing("refresh", config)], LAST, batch_size=2, progress=False)
     logits, cache = decode_logits(model, ids, LENGTH - LAST, config)
     losses = F.cross_entropy(logits[:, -LAST - 1 : -1].transpose(1, 2), ids[:, -LAST:], reduction="none")
     (result,) = measured.results
@@ -91,13 +92,107 @@ def test_perplexity_is_that_of_decoding_one_by_one(threshold):
         assert result.effective_strides[layer] == (pytest.approx(3 * LAST / steps) if steps else None)
 
 
+@pytest.mark.parametrize("name", ["full", "refresh:4", "similarity:4:0.3", "never"])
+def test_one_pass_gives_what_decoding_through_the_cache_gives(name):
+    """The slow and obvious way, and the way that is taken."""
+    model, rows = tiny_enabled(CONFIG), as_rows(random_ids(3, LENGTH))
+    strategies = build_decodings([name], CONFIG)
+    (fast,) = evaluate(model, rows, strategies, LAST, batch_size=2, progress=False).results
+    (slow,) = evaluate(model, rows, strategies, LAST, batch_size=2, progress=False, stepwise=True).results
+    assert slow.losses == pytest.approx(fast.losses, rel=1e-5)
+    assert slow.standard_error == pytest.approx(fast.standard_error, rel=1e-5)
+    assert slow.effective_strides == fast.effective_strides
+    assert slow.seconds > 0 and slow.cache_bytes > 0 and slow.peak_memory is None
+    assert fast.seconds is fast.cache_bytes is None
+
+
+def test_perplexity_of_snapkv_is_that_of_never_refreshing():
+    model, rows = tiny_enabled(CONFIG), as_rows(random_ids(3, LENGTH))
+    never, snapkv = evaluate(
+        model, rows, build_decodings(["never", "snapkv"], CONFIG), LAST, batch_size=2, progress=False
+    ).results
+    assert snapkv.losses == pytest.approx(never.losses, rel=1e-5)
+    assert (snapkv.budget, snapkv.config, snapkv.effective_strides) == (6, None, {})
+    # K + 1 entries, and a few numbers beside each; what never refreshes can begin to, and holds all
+    assert snapkv.cache_bytes < 1.5 * 2 * 2 * 2 * 8 * 8 * 7 < 2 * 2 * 2 * 8 * 8 * LENGTH
+
+
+def test_perplexity_of_streaming_is_that_of_a_mask():
+    """The first four tokens, the last ones and the token itself, as a mask over the plain model's attention."""
+    budget, prompt = 9, LENGTH - LAST
+    ids = random_ids(2, LENGTH)
+    column, row = torch.arange(LENGTH), torch.arange(LENGTH)[:, None]
+    seen = (column <= row) & ((row < prompt) | (column < 4) | (column >= row - (budget - 4)))
+    mask = torch.zeros(LENGTH, LENGTH, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+    plain = tiny_model(attn_implementation="eager")
+    with torch.no_grad():
+        logits = plain(ids, attention_mask=mask.expand(2, 1, -1, -1), use_cache=False).logits
+    expected = F.cross_entropy(logits[:, -LAST - 1 : -1].transpose(1, 2), ids[:, -LAST:], reduction="none").mean(0)
+    strategies = build_decodings(["streaming"], dataclasses.replace(CONFIG, budget=budget))
+    (found,) = evaluate(tiny_enabled(CONFIG), as_rows(ids), strategies, LAST, batch_size=2, progress=False).results
+    assert found.losses == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_perplexity_of_h2o():
+    """With room for all tokens it is full attention; with less it is not, and holds less."""
+    model, rows = tiny_enabled(CONFIG), as_rows(random_ids(2, LENGTH))
+    full, roomy, tight = (
+        evaluate(model, rows, build_decodings([name], config), LAST, progress=False, stepwise=True).results[0]
+        for name, config in (("full", CONFIG), ("h2o", dataclasses.replace(CONFIG, budget=LENGTH)), ("h2o", CONFIG))
+    )
+    assert roomy.losses == pytest.approx(full.losses, rel=1e-5)
+    assert abs(tight.loss - full.loss) > 1e-3 and tight.cache_bytes < full.cache_bytes / 4 < roomy.cache_bytes
+
+
+def test_finished_rows_are_not_computed_again(tmp_path, monkeypatch):
+    model, path, config = tiny_enabled(CONFIG), tmp_path / "rows.jsonl", dataclasses.replace(CONFIG, threshold=0.3)
+    rows, strategies = as_rows(random_ids(5, LENGTH)), build_decodings(["full", "similarity:4", "snapkv"], config)
+
+    def run(rows=rows, **options):
+        options = {"batch_size": 2, "progress": False, "records": RowRecords(path), **options}
+        return evaluate(model, rows, strategies, LAST, **options)
+
+    whole, passes, real = run(records=None), [], evaluation_module._Measuring._batch
+
+    def counted(self, strategy, numbers):
+        if len(passes) == 4:
+            raise KeyboardInterrupt
+        passes.append((strategy.name, numbers))
+        return real(self, strategy, numbers)
+
+    monkeypatch.setattr(evaluation_module._Measuring, "_batch", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert passes[-1] == ("refresh S=4 threshold 0.3", [0, 1])
+    path.write_text(path.read_text() + '{"key": "cut sho')  # as a killed process leaves it
+    passes.clear()
+    monkeypatch.setattr(evaluation_module._Measuring, "_batch", lambda *a: passes.append(a[1:]) or real(*a))
+    resumed = run()
+    assert [numbers for _, numbers in passes] == [[2, 3], [4], [0, 1], [2, 3], [4]]
+    for result, expected in zip(resumed.results, whole.results, strict=True):
+        assert result.losses == pytest.approx(expected.losses, rel=1e-9)
+        assert result.effective_strides == expected.effective_strides
+        assert result.standard_error == pytest.approx(expected.standard_error, rel=1e-9)
+    assert run() == resumed and len(passes) == 5  # times included: nothing ran
+    run(rows.select([3]))
+    assert len(passes) == 5  # which rows stand beside it changes nothing
+    run(stepwise=True)
+    assert len(passes) == 5 + 6  # one pass tells no times
+    model.lm_head.weight.data *= 2
+    run()
+    assert len(passes) == 5 + 6 + 9
+    path.write_text("a thesis\n")
+    with pytest.raises(SettingsError, match="is not from an evaluation of rows"):
+        run()
+
+
 # ---- evaluate ----
 
 
 def test_strategies_and_effective_strides():
     config = dataclasses.replace(CONFIG, threshold=2.0, recent_window=2)
     strategies = default_strategies(config, [4, 10, 4])
-    names = ["full", "refresh S=4", "refresh S=10", "refresh S=10 threshold 2", "never (SnapKV)"]
+    names = ["full", "refresh S=4", "refresh S=10", "refresh S=10 threshold 2", "never refreshed"]
     assert [strategy.name for strategy in strategies] == names
     assert all(strategy.config.recent_window == 2 for strategy in strategies[1:])
 
@@ -158,7 +253,7 @@ def test_what_cannot_be_evaluated_is_refused():
 
 def test_gap_closed():
     before, after = made_up([4, 6, 4]), made_up([3, 4.5, 5])
-    assert gap_closed(before, after) == {"refresh S=10": pytest.approx(0.25), "never (SnapKV)": None}
+    assert gap_closed(before, after) == {"refresh S=10": pytest.approx(0.25), "never refreshed": None}
     other = made_up([3, 4, 5], ("full", "refresh S=10", "another"))
     assert gap_closed(before, other) == {"refresh S=10": pytest.approx(0.5)}
     with pytest.raises(ValueError, match="nothing to compare"):
@@ -170,7 +265,9 @@ def test_gap_closed():
 
 def made_up_report(perplexities, before=None):
     evaluation = made_up(perplexities)
-    strategies = [Strategy(result.name, result.config) for result in evaluation.results]
+    strategies = [
+        refreshing(result.name, result.config) if result.config else full_attention() for result in evaluation.results
+    ]
     measured = protocol("abc", "test", 3, 60, 40, strategies)
     return build_report(evaluation, measured, "org/model", {"dtype": "float32"}, "the command", before)
 
@@ -196,7 +293,7 @@ def test_report_files_and_tables(tmp_path):
     lines = [line.split() for line in text_table(after).splitlines()]
     assert lines[1] == ["strategy", "K", "stride", *["before", "after"] * 3, "closed", "stride"]
     figures = ["6", "never", "8.000", "6.000", "2.000", "2.000", "4.000", "3.000", "25.0%", "20.0"]
-    assert lines[4] == ["never", "(SnapKV)", *figures]
+    assert lines[4] == ["never", "refreshed", *figures]
 
 
 def test_reports_of_something_else_are_not_compared(tmp_path):
@@ -265,7 +362,7 @@ def test_command_line(launch, folders, tmp_path, monkeypatch, capsys):
     launch(["--model", str(folders / "adapted"), *common, "--compare", "reports/plain", "--batch-size", "2"])
     after = load_report("reports/adapted")
     assert after["before"]["model"] == str(folders / "plain")
-    assert set(after["gap_closed"]) == {"refresh S=4", "refresh S=10", "refresh S=10 threshold 0.5", "never (SnapKV)"}
+    assert set(after["gap_closed"]) == {"refresh S=4", "refresh S=10", "refresh S=10 threshold 0.5", "never refreshed"}
     assert text_table(after) in capsys.readouterr().out
 
     launch(["--model", str(folders / "plain"), *common, "--output", "few", "--rows", "2", "refresh.sink_tokens=3"])

@@ -16,6 +16,8 @@ STRIDE_COLOURS = ("#56B4E9", "#0072B2", "#009E73", "#E69F00")
 readers can tell apart. More strides repeat them with other markers."""
 SIMILARITY_COLOUR = "#CC79A7"
 NEVER_COLOUR = "#D55E00"
+BASELINE_COLOURS = ("#999999", "#000000", "#8C6D1F")
+"""For caches that evict."""
 MARKERS = "os^vP"
 BEFORE = {"linestyle": (0, (4, 2)), "linewidth": 1.3, "alpha": 0.75}
 AFTER = {"linestyle": "solid", "linewidth": 1.8}
@@ -53,10 +55,13 @@ def _styles(evaluation: Evaluation) -> dict[str, tuple[str, str]]:
     for i, result in enumerate(sorted(fixed, key=lambda result: result.config.stride)):
         round_, colour = divmod(i, len(STRIDE_COLOURS))
         styles[result.name] = (STRIDE_COLOURS[colour], MARKERS[round_ % len(MARKERS)])
-    for result in evaluation.results:
-        if result.config is not None and result.name not in styles:
-            never = result.config.stride == NEVER
-            styles[result.name] = (NEVER_COLOUR, "") if never else (SIMILARITY_COLOUR, "D")
+    others = [result for result in evaluation.results if not result.is_full and result.name not in styles]
+    for result in others:
+        if result.config is None:
+            place = sum(colour in BASELINE_COLOURS for colour, _ in styles.values())
+            styles[result.name] = (BASELINE_COLOURS[place % len(BASELINE_COLOURS)], "")
+        else:
+            styles[result.name] = (NEVER_COLOUR, "") if result.config.stride == NEVER else (SIMILARITY_COLOUR, "D")
     return styles
 
 
@@ -70,7 +75,7 @@ def _draw_ratios(axes: Axes, evaluation: Evaluation, styles: dict[str, tuple[str
     positions = np.arange(evaluation.last_tokens - window + 1) + (window + 1) / 2
     full = np.convolve(evaluation.full.losses, kernel, mode="valid")
     for result in evaluation.results:
-        if result.config is not None:
+        if not result.is_full:
             ratio = np.exp(np.convolve(result.losses, kernel, mode="valid") - full)
             axes.plot(positions, ratio, color=styles[result.name][0], **line)
 
@@ -98,12 +103,21 @@ def _label_strides(axes: Axes, evaluation: Evaluation) -> None:
     axes.set_xlabel("layer")
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ticks = sorted({result.config.stride for result in evaluation.results if _is_fixed(result)})
-    axes.set_yticks(ticks)
+    axes.set_yticks(_stride_ticks(evaluation))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.margins(y=0.15)
     _tidy(axes)
+
+
+def _stride_ticks(evaluation: Evaluation) -> list[float]:
+    """The fixed strides, or else a few powers of two around what there is."""
+    fixed = {result.config.stride for result in evaluation.results if _is_fixed(result)}
+    strides = [stride for result in evaluation.results for stride in result.effective_strides.values() if stride]
+    if fixed or not strides:
+        return sorted(fixed)
+    least, most = int(np.floor(np.log2(min(strides)))), int(np.ceil(np.log2(max(strides))))
+    return [2.0**power for power in range(least, most + 1)]
 
 
 def _tidy(axes: Axes) -> None:

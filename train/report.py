@@ -12,7 +12,8 @@ import torch
 
 from refreshkv.config import NEVER
 from refreshkv.settings import SettingsError
-from refreshkv.train.evaluation import Evaluation, Result, Strategy, gap_closed
+from refreshkv.train.decoding import Decoding
+from refreshkv.train.evaluation import Evaluation, Result, gap_closed
 from refreshkv.train.figure import draw
 
 FILES = ("report.json", "report.md", "report.png")
@@ -22,7 +23,7 @@ LAYOUT = 1
 
 
 def protocol(
-    fingerprint: str, split: str, rows: int, row_length: int, last_tokens: int, strategies: list[Strategy]
+    fingerprint: str, split: str, rows: int, row_length: int, last_tokens: int, strategies: list[Decoding]
 ) -> dict[str, Any]:
     """All that two evaluations must share for their figures to be comparable, as plain values.
 
@@ -34,7 +35,7 @@ def protocol(
         "rows": rows,
         "row length": row_length,
         "last tokens": last_tokens,
-        "strategies": {item.name: item.config.to_dict() if item.config else None for item in strategies},
+        "strategies": {item.name: item.settings or None for item in strategies},
     }
 
 
@@ -165,7 +166,11 @@ def _cells(report: dict[str, Any]) -> list[list[str]]:
     after, before = _evaluations(report)
     if before is None:
         header = ["strategy", "K", "stride", "perplexity", "ratio to full", "gap to full", "effective stride"]
-        return [header, *([*_setting(r), *_figures(after, r), _number(r.effective_stride, 1)] for r in after.results)]
+        lines = [[*_setting(r), *_figures(after, r), _number(r.effective_stride, 1)] for r in after.results]
+        if any(result.seconds is not None for result in after.results):
+            header += ["seconds a row", "MiB of cache"]
+            lines = [[*line, *_costs(result)] for line, result in zip(lines, after.results, strict=True)]
+        return [header, *lines]
     header = ["strategy", "K", "stride"]
     header += [f"{name} {when}" for name in ("perplexity", "ratio", "gap") for when in ("before", "after")]
     header += ["gap closed", "effective stride"]
@@ -182,14 +187,18 @@ def _cells(report: dict[str, Any]) -> list[list[str]]:
 
 def _setting(result: Result) -> list[str]:
     if result.config is None:
-        return [result.name, "-", "-"]
+        return [result.name, "-" if result.is_full else f"{result.budget:,}", "-"]
     stride = "never" if result.config.stride == NEVER else str(result.config.stride)
     return [result.name, f"{result.budget:,}", stride]
 
 
 def _figures(evaluation: Evaluation, result: Result) -> list[str]:
-    gap = None if result.config is None else evaluation.gap(result)
+    gap = None if result.is_full else evaluation.gap(result)
     return [_number(result.perplexity), _number(evaluation.ratio(result)), _number(gap)]
+
+
+def _costs(result: Result) -> list[str]:
+    return [_number(result.seconds, 2), _number(result.cache_bytes and result.cache_bytes / 2**20, 2)]
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -214,6 +223,8 @@ def _notes(report: dict[str, Any]) -> list[str]:
             f"full attention's standard error over rows: {error:.3f}; all strategies saw the same rows, so gaps "
             "usually vary less than that"
         )
+    if any(result.seconds is not None for result in evaluation.results):
+        notes.append("seconds and MiB are of rows decoded token by token; - where one pass gave the same losses")
     return notes
 
 

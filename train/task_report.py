@@ -82,11 +82,12 @@ def _cells(report: dict[str, Any]) -> list[list[str]]:
     """The table: a header, and for each way to decode its scores in percent and what they took."""
     names = list(report["tasks"])
     header = ["strategy", *names, *(["mean"] if len(names) > 1 else [])]
-    lines = [[*header, "seconds", "peak GiB", "effective stride"]]
+    lines = [[*header, "seconds", "peak GiB", "cache MiB", "effective stride"]]
     for decoding in report["strategies"]:
         own = {result["task"]: result for result in report["results"] if result["decoding"] == decoding}
         scores = [own[name]["scores"]["score"] for name in names]
         scores += [fmean(scores)] if len(names) > 1 else []
+        held = [result["cache_bytes"] for result in own.values() if result["cache_bytes"] is not None]
         peaks = [result["peak_memory"] for result in own.values() if result["peak_memory"] is not None]
         lines.append(
             [
@@ -94,6 +95,7 @@ def _cells(report: dict[str, Any]) -> list[list[str]]:
                 *(f"{100 * score:.1f}" for score in scores),
                 f"{sum(result['seconds'] for result in own.values()):,.1f}",
                 f"{max(peaks) / 2**30:.2f}" if peaks else "-",
+                f"{max(held) / 2**20:,.2f}" if held else "-",
                 _stride(list(own.values())),
             ]
         )
