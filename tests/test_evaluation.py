@@ -373,11 +373,45 @@ def test_command_line(launch, folders, tmp_path, monkeypatch, capsys):
     assert "never constrains anything" in captured.err and "never constrains anything" in captured.out
 
 
+def test_command_line_with_caches_that_evict(launch, folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    common = ["--model", str(folders / "plain"), "--data", str(folders / "rows"), "--last-tokens", "40"]
+    common += ["--device", "cpu", "--budget", "9", "--rows", "2", "--output", "out"]
+    launch([*common, "--strategies", "full,refresh:4,snapkv"])
+    first = Path("out/rows.jsonl").read_text()
+    assert "decoding seconds" in Path("out/report.md").read_text()
+    with pytest.raises(SettingsError, match="already holds report.json: continue that with --resume"):
+        launch(common)
+    launch([*common, "--strategies", "full,refresh:4,snapkv,streaming,h2o", "--resume"])
+    assert Path("out/rows.jsonl").read_text().startswith(first)
+    assert len(Path("out/rows.jsonl").read_text().splitlines()) == 10
+    report = load_report("out")
+    assert report["protocol"]["strategies"]["H2O"] == {"cache": "H2OCache", "budget": 9}
+    assert [result["seconds"] is None for result in report["evaluation"]["results"]] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert "StreamingLLM" in capsys.readouterr().out
+    launch([*common, "--strategies", "full,refresh:4", "--decode", "--overwrite"])
+    decoded = load_report("out")["evaluation"]["results"]
+    assert all(result["seconds"] > 0 and result["cache_bytes"] > 0 for result in decoded)
+    for result, parallel in zip(decoded, report["evaluation"]["results"], strict=False):
+        assert result["losses"] == pytest.approx(parallel["losses"], rel=1e-5)
+    assert len(Path("out/rows.jsonl").read_text().splitlines()) == 4
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--model", "no/such/place"], "--model: no model could be loaded from no/such/place"),
+        (["--model", "a", "--model", "b"], "only a suite takes several; --data takes one"),
         (["--data", "missing"], "holds no prepared rows"),
+        (["--strategies", "snapkv,refresh:4"], "with --data full must be among them"),
+        (["--strategies", "full", "--strides", "4"], "--strides means nothing with --strategies: write refresh:STRIDE"),
+        (["--resume", "--overwrite"], "choose one"),
         (["--split", "validation"], "validation split of .* has no rows"),
         (["--rows", "6"], "--rows must lie between 1 and 5, got 6"),
         (["--last-tokens", "60"], "last tokens must lie between 1 and 59"),
@@ -388,7 +422,7 @@ def test_command_line(launch, folders, tmp_path, monkeypatch, capsys):
         (["--compare", "missing"], "missing holds no report.json"),
         (["--compare", "x", "--output", "x"], "are the same folder"),
         (["--output", "taken"], "--output taken already holds report.md"),
-        (["--output", "taken/report.md"], "--output taken/report.md cannot be created"),
+        (["--output", "taken/report.md"], "--output taken/report.md cannot be written to"),
         (["refresh.stride=0", "--split", "test", "refresh.sink_tokens=1"], "stride must be"),
     ],
 )
@@ -396,7 +430,9 @@ def test_command_line_refuses(launch, folders, tmp_path, monkeypatch, arguments,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "report.md").write_text("mine")
-    common = ["--model", str(folders / "plain"), "--data", str(folders / "rows"), "--last-tokens", "40"]
+    common = ["--data", str(folders / "rows"), "--last-tokens", "40"]
+    if "--model" not in arguments:
+        common += ["--model", str(folders / "plain")]
     with pytest.raises(SettingsError, match=message):
         launch([*common, *arguments])
     assert [path.name for path in tmp_path.rglob("*")] == ["taken", "report.md"]

@@ -42,8 +42,10 @@ class RowRecord:
     """(N,): next-token losses of the scored tokens, in nats."""
     full_steps: dict[int, int] | None
     """Refreshed layer -> full steps among the N decoding steps; None if nothing is refreshed."""
+    prompt_seconds: float | None = None
+    """The batch's time for the prompt over its rows; None if nothing was decoded token by token, and so below."""
     seconds: float | None = None
-    """The batch's time, prompt and decoding, over its rows; None if nothing was decoded token by token, as below."""
+    """The batch's time for the N decoding steps, over its rows."""
     cache_bytes: float | None = None
     """What the batch's cache held at the end, over its rows."""
     peak_memory: int | None = None
@@ -74,12 +76,16 @@ class Result:
     """Of the mean loss, over rows; None for a single row."""
     effective_strides: dict[int, float | None]
     """Refreshed layer -> decoding steps per full step, over all rows; None for a layer without a full step."""
+    prompt_seconds: float | None = None
+    """Of one row's prompt; None if nothing was decoded token by token."""
     seconds: float | None = None
-    """Prompt and decoding of one row; None if nothing was decoded token by token."""
+    """Of one row's N decoding steps; None likewise."""
     cache_bytes: float | None = None
     """Of one row's cache at the end; None likewise."""
     peak_memory: int | None = None
     """Most bytes that the GPU held during a batch, weights included; None likewise, and on a CPU."""
+    row_losses: list[float] = field(default_factory=list)
+    """Mean loss of each row's scored tokens, in nats; empty if several processes shared the rows."""
 
     @property
     def is_full(self) -> bool:
@@ -344,6 +350,7 @@ def _one_by_one(model: nn.Module, ids: Tensor, prompt_length: int, strategy: Dec
         {
             "losses": own,
             "full_steps": None if counts is None else {layer: steps[i] for layer, steps in counts.items()},
+            "prompt_seconds": decoded.prompt_seconds / rows,
             "seconds": decoded.seconds / rows,
             "cache_bytes": decoded.cache_bytes / rows,
             "peak_memory": decoded.peak_memory,
@@ -382,8 +389,6 @@ def _result(
     if not losses.isfinite().all():
         raise SettingsError(f"{strategy.name}: the loss is not finite; try float32, and see whether the model is sound")
     variance = max(0.0, square - mean**2 / rows) / (rows - 1) if rows > 1 else None
-    seconds = [record.seconds for record in records if record.seconds is not None]
-    held = [record.cache_bytes for record in records if record.cache_bytes is not None]
     return Result(
         name=strategy.name,
         config=strategy.config,
@@ -391,7 +396,14 @@ def _result(
         losses=(losses / rows).tolist(),
         standard_error=None if variance is None else math.sqrt(variance / rows),
         effective_strides={layer: rows * len(losses) / count if count else None for layer, count in steps.items()},
-        seconds=fmean(seconds) if seconds else None,
-        cache_bytes=fmean(held) if held else None,
+        prompt_seconds=_mean([record.prompt_seconds for record in records]),
+        seconds=_mean([record.seconds for record in records]),
+        cache_bytes=_mean([record.cache_bytes for record in records]),
         peak_memory=max((r.peak_memory for r in records if r.peak_memory is not None), default=None),
+        row_losses=own.mean(dim=1).tolist() if world == 1 else [],
     )
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """Of values that all rows have, or none has."""
+    return None if None in values else fmean(values)

@@ -16,7 +16,9 @@ from refreshkv.train.decoding import Decoding
 from refreshkv.train.evaluation import Evaluation, Result, gap_closed
 from refreshkv.train.figure import draw
 
+ROWS_FILE = "rows.jsonl"
 FILES = ("report.json", "report.md", "report.png")
+"""The report; ROWS_FILE, beside it, has the finished rows."""
 LIBRARIES = ("refreshkv", "torch", "transformers", "datasets")
 LAYOUT = 1
 """Version of report.json, for readers that come later."""
@@ -109,19 +111,29 @@ def markdown_table(report: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
 
 
-def check_output(folder: str | Path, overwrite: bool) -> Path:
-    """Makes sure that a report can be written to `folder`, before the work is done, and creates it.
+def check_output(
+    folder: str | Path, overwrite: bool, resume: bool = False, names: tuple[str, ...] = (*FILES, ROWS_FILE)
+) -> Path:
+    """Makes sure that an evaluation can be written to `folder`, before the work is done, and creates it.
 
-    Raises `SettingsError` if it already holds a report and `overwrite` is not set, or cannot be written to.
+    names: the files that it writes; with `overwrite`, those that are there are removed.
+    Raises `SettingsError` if it already holds one, unless that is to be continued or replaced, or if it cannot be
+    written to.
     """
     folder = Path(folder)
-    existing = [name for name in FILES if (folder / name).exists()]
-    if existing and not overwrite:
-        raise SettingsError(f"--output {folder} already holds {existing[0]}: choose another folder, or add --overwrite")
+    existing = [name for name in names if (folder / name).exists()]
+    if existing and not overwrite and not resume:
+        raise SettingsError(
+            f"--output {folder} already holds {existing[0]}: continue that with --resume, replace it with --overwrite, "
+            "or choose another folder"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            for name in existing:
+                (folder / name).unlink()
     except OSError as error:
-        raise SettingsError(f"--output {folder} cannot be created: {error.strerror or error}") from error
+        raise SettingsError(f"--output {folder} cannot be written to: {error.strerror or error}") from error
     if not os.access(folder, os.W_OK):
         raise SettingsError(f"--output {folder} is not writable: choose another folder")
     return folder
@@ -168,7 +180,7 @@ def _cells(report: dict[str, Any]) -> list[list[str]]:
         header = ["strategy", "K", "stride", "perplexity", "ratio to full", "gap to full", "effective stride"]
         lines = [[*_setting(r), *_figures(after, r), _number(r.effective_stride, 1)] for r in after.results]
         if any(result.seconds is not None for result in after.results):
-            header += ["seconds a row", "MiB of cache"]
+            header += ["prompt seconds", "decoding seconds", "cache MiB"]
             lines = [[*line, *_costs(result)] for line, result in zip(lines, after.results, strict=True)]
         return [header, *lines]
     header = ["strategy", "K", "stride"]
@@ -198,7 +210,8 @@ def _figures(evaluation: Evaluation, result: Result) -> list[str]:
 
 
 def _costs(result: Result) -> list[str]:
-    return [_number(result.seconds, 2), _number(result.cache_bytes and result.cache_bytes / 2**20, 2)]
+    held = result.cache_bytes and result.cache_bytes / 2**20
+    return [_number(result.prompt_seconds, 2), _number(result.seconds, 2), _number(held, 2)]
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -224,7 +237,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
             "usually vary less than that"
         )
     if any(result.seconds is not None for result in evaluation.results):
-        notes.append("seconds and MiB are of rows decoded token by token; - where one pass gave the same losses")
+        notes.append("seconds and MiB are of one row decoded token by token; - where one pass gave the same losses")
     return notes
 
 

@@ -24,8 +24,10 @@ class Decoded:
     """(B, N) float32: next-token losses of the last N tokens, in nats."""
     full_steps: dict[int, list[int]] | None
     """Refreshed layer -> each row's full steps after the prompt; None if nothing is refreshed."""
+    prompt_seconds: float
+    """Of the whole batch."""
     seconds: float
-    """Prompt and decoding steps of the whole batch."""
+    """Of the N decoding steps of the whole batch."""
     cache_bytes: int
     """What the cache held of the whole batch at the end."""
     peak_memory: int | None
@@ -42,6 +44,7 @@ def decode_known(model: nn.Module, ids: Tensor, prompt_length: int, decoding: De
     cache = new_cache(decoding, model.config, ids.shape[1])
     meter = Meter(model.device)
     rows = [model(ids[:, :prompt_length], past_key_values=cache, use_cache=True, logits_to_keep=1).logits]
+    prompt_seconds, _ = meter.read()
     for position in range(prompt_length, ids.shape[1]):
         rows.append(model(ids[:, position : position + 1], past_key_values=cache, use_cache=True).logits)
     targets = ids[:, prompt_length:].split(1, dim=1)
@@ -49,9 +52,10 @@ def decode_known(model: nn.Module, ids: Tensor, prompt_length: int, decoding: De
         F.cross_entropy(logits.float().transpose(1, 2), target, reduction="none")
         for logits, target in zip(rows[:-1], targets, strict=True)
     ]
-    losses = torch.cat(losses, dim=1).cpu()  # waits for the GPU
+    losses = torch.cat(losses, dim=1).cpu()
     seconds, peak = meter.read()
-    return Decoded(losses, full_steps(cache, prompt_length), seconds, held_bytes(cache), peak)
+    steps = full_steps(cache, prompt_length)
+    return Decoded(losses, steps, prompt_seconds, seconds - prompt_seconds, held_bytes(cache), peak)
 
 
 def new_cache(decoding: Decoding, model_config: PretrainedConfig, tokens: int) -> Cache:
@@ -90,6 +94,8 @@ class Meter:
         self._began = time.perf_counter()
 
     def read(self) -> tuple[float, int | None]:
-        """Seconds, and most bytes allocated (None on a CPU). Call it after something that waits for the GPU."""
-        peak = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
-        return time.perf_counter() - self._began, peak
+        """Seconds, once the GPU is done, and most bytes allocated (None on a CPU)."""
+        if self._device.type != "cuda":
+            return time.perf_counter() - self._began, None
+        torch.cuda.synchronize(self._device)
+        return time.perf_counter() - self._began, torch.cuda.max_memory_allocated(self._device)
