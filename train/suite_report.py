@@ -42,6 +42,7 @@ def build_suite_report(
         "suite": dataclasses.asdict(suite),
         "models": {model: measured.path for model, measured in results.items()},
         "not the paper's": notes,
+        "warnings": [warning for measured in results.values() for warning in measured.warnings],
         "settings": settings,
         **circumstances(command),
         "tables": _tables(suite, results),
@@ -128,7 +129,8 @@ def _lines(strides: dict[str, dict[str, dict[int, float | None]]]) -> dict[str, 
 
 def _notes(report: dict[str, Any]) -> list[str]:
     suite = report["suite"]
-    notes = [f"not as in the paper: {note}" for note in report["not the paper's"]]
+    notes = [f"warning: {text}" for text in dict.fromkeys(report["warnings"])]
+    notes += [f"not as in the paper: {note}" for note in report["not the paper's"]]
     notes += [f"{label}: {row['why']}" for label, row in suite["rows"].items() if row["why"]]
     if any(UNKNOWN in line for lines in report["tables"].values() for line in lines):
         notes.append(f"{UNKNOWN}: not available offline; who has the paper writes it under numbers in {report['file']}")

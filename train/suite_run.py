@@ -37,6 +37,11 @@ class Measured:
     tasks: dict[str, list[TaskResult]] = field(default_factory=dict)
     """Benchmark -> all about its tasks."""
 
+    @property
+    def warnings(self) -> list[str]:
+        """What makes the figures mean less than they seem to."""
+        return [f"{name}: {text}" for name, item in self.evaluations.items() for text in item.warnings]
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -110,20 +115,23 @@ def run_suite(
     for name, path in models.items():
         model = enable(load(path), suite.config())
         measured = results[name] = Measured(path)
-        for corpus, (rows, split) in opened.rows.items():
+        decodings = {of: suite.decodings(of, name) for of in [*opened.rows, *opened.tasks]}
+        corpora = {of: own for of, own in opened.rows.items() if decodings[of]}
+        for rows, _ in corpora.values():
             check_tokens(model, path, rows)
-            decodings = suite.decodings(corpus, name)
-            if decodings:
-                options = {"batch_size": batch_size, "stepwise": stepwise, "records": row_records, "progress": progress}
-                evaluation = evaluate(model, split, decodings, suite.corpora[corpus].last_tokens, **options)
-                _add_rows(measured, corpus, evaluation)
-        for benchmark, tasks in opened.tasks.items():
-            decodings = suite.decodings(benchmark, name)
-            if decodings:
-                tokenizer = load_tokenizer(path, "--model")
-                work = make_examples(model, tokenizer, tasks, suite.benchmarks[benchmark].examples, progress)
-                found = evaluate_tasks(model, tokenizer, work, decodings, example_records, batch_size, progress)
-                _add_tasks(measured, benchmark, found)
+        tasks = {of: own for of, own in opened.tasks.items() if decodings[of]}
+        tokenizer = load_tokenizer(path, "--model") if tasks else None
+        work = {  # all of it before the long part: some may not fit the model
+            of: make_examples(model, tokenizer, own, suite.benchmarks[of].examples, progress)
+            for of, own in tasks.items()
+        }
+        for of, (_, split) in corpora.items():
+            options = {"batch_size": batch_size, "stepwise": stepwise, "records": row_records, "progress": progress}
+            _add_rows(measured, of, evaluate(model, split, decodings[of], suite.corpora[of].last_tokens, **options))
+        for of, examples in work.items():
+            options = {"batch_size": batch_size, "progress": progress}
+            found = evaluate_tasks(model, tokenizer, examples, decodings[of], example_records, **options)
+            _add_tasks(measured, of, found)
     return results
 
 
