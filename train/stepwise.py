@@ -43,19 +43,15 @@ def decode_known(model: nn.Module, ids: Tensor, prompt_length: int, decoding: De
     """
     cache = new_cache(decoding, model.config, ids.shape[1])
     meter = Meter(model.device)
-    rows = [model(ids[:, :prompt_length], past_key_values=cache, use_cache=True, logits_to_keep=1).logits]
+    logits = model(ids[:, :prompt_length], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     prompt_seconds, _ = meter.read()
-    for position in range(prompt_length, ids.shape[1]):
-        rows.append(model(ids[:, position : position + 1], past_key_values=cache, use_cache=True).logits)
-    targets = ids[:, prompt_length:].split(1, dim=1)
-    losses = [
-        F.cross_entropy(logits.float().transpose(1, 2), target, reduction="none")
-        for logits, target in zip(rows[:-1], targets, strict=True)
-    ]
-    losses = torch.cat(losses, dim=1).cpu()
+    losses = []
+    for token in ids[:, prompt_length:].split(1, dim=1):
+        losses.append(F.cross_entropy(logits.float().transpose(1, 2), token, reduction="none"))
+        logits = model(token, past_key_values=cache, use_cache=True).logits
     seconds, peak = meter.read()
-    steps = full_steps(cache, prompt_length)
-    return Decoded(losses, steps, prompt_seconds, seconds - prompt_seconds, held_bytes(cache), peak)
+    steps, decoding_seconds = full_steps(cache, prompt_length), seconds - prompt_seconds
+    return Decoded(torch.cat(losses, dim=1).cpu(), steps, prompt_seconds, decoding_seconds, held_bytes(cache), peak)
 
 
 def new_cache(decoding: Decoding, model_config: PretrainedConfig, tokens: int) -> Cache:
