@@ -35,7 +35,6 @@ from refreshkv.loading import load_model, load_tokenizer
 from refreshkv.settings import SettingsError
 from refreshkv.train.decoding import DECODINGS, build_decodings
 from refreshkv.train.evaluation import (
-    RowRecords,
     budget_warnings,
     check_last_tokens,
     default_strategies,
@@ -61,7 +60,9 @@ from refreshkv.train.report import (
     text_table,
     write_report,
 )
-from refreshkv.train.suite import Changes, change, load_suite, named_models
+from refreshkv.train.row_losses import RowRecords
+from refreshkv.train.suite import load_suite, named_models
+from refreshkv.train.suite_changes import Changes, change
 from refreshkv.train.suite_report import FILES as SUITE_FILES
 from refreshkv.train.suite_report import build_suite_report, suite_table, write_suite_report
 from refreshkv.train.suite_run import open_suite, run_suite

@@ -15,19 +15,12 @@ from refreshkv import cli, enable
 from refreshkv.data.rows import SPLITS
 from refreshkv.loading import load_model
 from refreshkv.settings import SettingsError
-from refreshkv.train.evaluation import RowRecords, check_last_tokens, evaluate
+from refreshkv.train.evaluation import check_last_tokens, evaluate
 from refreshkv.train.inputs import changed_config, check_tokens, device, model_path, open_split, own_config
-from refreshkv.train.report import check_output
-from refreshkv.train.sweep import (
-    FILES,
-    ROWS_FILE,
-    THRESHOLDS,
-    Sweep,
-    build_sweep_report,
-    sweep_strategies,
-    sweep_table,
-    write_sweep_report,
-)
+from refreshkv.train.report import ROWS_FILE, check_output
+from refreshkv.train.row_losses import RowRecords
+from refreshkv.train.sweep import THRESHOLDS, Sweep, sweep_strategies
+from refreshkv.train.sweep_report import FILES, build_sweep_report, sweep_table, write_sweep_report
 
 
 def main(argv: list[str]) -> None:

@@ -16,17 +16,15 @@ from refreshkv import NEVER, RefreshConfig, Simulation
 from refreshkv.data.folder import INFO_FILE
 from refreshkv.data.tokenizer import train_tokenizer
 from refreshkv.settings import SettingsError
-from refreshkv.train import evaluation as evaluation_module
+from refreshkv.train import row_losses as row_losses_module
 from refreshkv.train.decoding import build_decodings, full_attention, refreshing
 from refreshkv.train.evaluation import (
     Evaluation,
     Result,
-    RowRecords,
     budget_warnings,
     default_strategies,
     evaluate,
     gap_closed,
-    row_losses,
 )
 from refreshkv.train.report import (
     FILES,
@@ -39,6 +37,7 @@ from refreshkv.train.report import (
     text_table,
     write_report,
 )
+from refreshkv.train.row_losses import RowRecords, row_losses
 from tests.models import VOCABULARY, decode_logits, random_ids, tiny_enabled, tiny_model
 
 LENGTH, LAST = 60, 40
@@ -73,7 +72,7 @@ def test_last_losses_and_chunks_are_the_same_losses(monkeypatch):
     model, ids, simulation = tiny_enabled(CONFIG), random_ids(2, LENGTH), Simulation(20, CONFIG)
     with torch.no_grad():
         losses = row_losses(model, ids, simulation)
-        monkeypatch.setattr(evaluation_module, "LOGITS_AT_ONCE", 7 * 2 * VOCABULARY)
+        monkeypatch.setattr(row_losses_module, "LOGITS_AT_ONCE", 7 * 2 * VOCABULARY)
         torch.testing.assert_close(row_losses(model, ids, simulation, last=LAST), losses[:, -LAST:])
 
 
@@ -152,7 +151,7 @@ def test_finished_rows_are_not_computed_again(tmp_path, monkeypatch):
         options = {"batch_size": 2, "progress": False, "records": RowRecords(path), **options}
         return evaluate(model, rows, strategies, LAST, **options)
 
-    whole, passes, real = run(records=None), [], evaluation_module._Measuring._batch
+    whole, passes, real = run(records=None), [], row_losses_module.RowMeasurement._batch
 
     def counted(self, strategy, numbers):
         if len(passes) == 4:
@@ -160,13 +159,13 @@ def test_finished_rows_are_not_computed_again(tmp_path, monkeypatch):
         passes.append((strategy.name, numbers))
         return real(self, strategy, numbers)
 
-    monkeypatch.setattr(evaluation_module._Measuring, "_batch", counted)
+    monkeypatch.setattr(row_losses_module.RowMeasurement, "_batch", counted)
     with pytest.raises(KeyboardInterrupt):
         run()
     assert passes[-1] == ("refresh S=4 threshold 0.3", [0, 1])
     path.write_text(path.read_text() + '{"key": "cut sho')  # as a killed process leaves it
     passes.clear()
-    monkeypatch.setattr(evaluation_module._Measuring, "_batch", lambda *a: passes.append(a[1:]) or real(*a))
+    monkeypatch.setattr(row_losses_module.RowMeasurement, "_batch", lambda *a: passes.append(a[1:]) or real(*a))
     resumed = run()
     assert [numbers for _, numbers in passes] == [[2, 3], [4], [0, 1], [2, 3], [4]]
     for result, expected in zip(resumed.results, whole.results, strict=True):

@@ -16,10 +16,11 @@ from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.data.tasks.words import coined_words
 from refreshkv.data.tokenizer import train_tokenizer
 from refreshkv.settings import SettingsError, settings_from_dict
-from refreshkv.train import evaluation
+from refreshkv.train import row_losses
 from refreshkv.train.decoding import build_decodings
 from refreshkv.train.evaluation import evaluate
-from refreshkv.train.suite import Changes, Suite, change, load_suite, named_models
+from refreshkv.train.suite import Suite, load_suite, named_models
+from refreshkv.train.suite_changes import Changes, change
 from tests.models import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -276,7 +277,7 @@ def test_a_table_beside_the_papers(launch, place, ids, tmp_path, monkeypatch, ca
 
     with pytest.raises(SettingsError, match="already holds suite.json: continue that with --resume"):
         launch(["--model", str(place / "one"), *common])
-    monkeypatch.setattr(evaluation, "row_losses", None)  # neither rows nor examples are computed again
+    monkeypatch.setattr(row_losses, "row_losses", None)  # neither rows nor examples are computed again
     monkeypatch.setattr("refreshkv.train.task_evaluation._generate", None)
     launch(["--model", str(place / "one"), *common, "--resume"])
     assert json.loads(Path("out/suite.json").read_text())["tables"] == report["tables"]

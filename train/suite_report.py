@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from refreshkv.train.figure import draw_ratios, draw_strides
-from refreshkv.train.report import circumstances
+from refreshkv.train.report import ROWS_FILE, circumstances
 from refreshkv.train.suite import Suite
-from refreshkv.train.suite_run import EXAMPLES_FILE, ROWS_FILE, Measured
+from refreshkv.train.suite_run import Measured
+from refreshkv.train.task_report import EXAMPLES_FILE
 
 FILES = ("suite.json", "suite.md", "suite.png", ROWS_FILE, EXAMPLES_FILE)
 LAYOUT = 1

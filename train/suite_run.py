@@ -15,12 +15,13 @@ from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.data.tasks.task import Task
 from refreshkv.loading import load_tokenizer
 from refreshkv.settings import SettingsError
-from refreshkv.train.evaluation import Evaluation, Result, RowRecords, check_last_tokens, evaluate
+from refreshkv.train.evaluation import Evaluation, Result, check_last_tokens, evaluate
 from refreshkv.train.inputs import check_tokens, open_split
+from refreshkv.train.report import ROWS_FILE
+from refreshkv.train.row_losses import RowRecords
 from refreshkv.train.suite import Corpus, Suite
 from refreshkv.train.task_evaluation import Records, TaskResult, evaluate_tasks, make_examples
-
-ROWS_FILE, EXAMPLES_FILE = "rows.jsonl", "examples.jsonl"
+from refreshkv.train.task_report import EXAMPLES_FILE
 
 
 @dataclass

@@ -2,23 +2,20 @@
 
 import io
 import math
-from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, ScalarFormatter
 
 from refreshkv.train.figure import NEVER_COLOUR, SIMILARITY_COLOURS, tidy
-
-if TYPE_CHECKING:
-    from refreshkv.train.sweep import Point, Sweep
+from refreshkv.train.sweep import Point, Sweep
 
 FIXED_COLOUR = "#0072B2"
 CHOSEN_COLOUR = "#009E73"
 TICKS = [figure * 10**power for power in range(4) for figure in (1, 1.5, 2, 3, 4, 5, 7)]
 
 
-def draw_sweep(sweep: "Sweep") -> bytes:
+def draw_sweep(sweep: Sweep) -> bytes:
     """As PNG. Left: perplexity over full attention's against the effective stride, for thresholds and for fixed
     schedules. Right: the effective stride of each layer under the recommended threshold and its neighbours."""
     figure = Figure(figsize=(12, 5), layout="constrained")
@@ -30,7 +27,7 @@ def draw_sweep(sweep: "Sweep") -> bytes:
     return buffer.getvalue()
 
 
-def _draw_costs(axes: Axes, sweep: "Sweep") -> None:
+def _draw_costs(axes: Axes, sweep: Sweep) -> None:
     points = [point for point in sweep.points if point.effective_stride]
     fixed = sorted((p for p in points if p.threshold is None), key=lambda point: point.effective_stride)
     axes.plot(*_curve(fixed), color=FIXED_COLOUR, marker="s", markersize=5, label="fixed schedule")
@@ -65,11 +62,11 @@ def _limit_heights(axes: Axes, heights: list[float]) -> float:
     return min(heights) - room
 
 
-def _curve(points: list["Point"]) -> tuple[list[float], list[float]]:
+def _curve(points: list[Point]) -> tuple[list[float], list[float]]:
     return [point.effective_stride for point in points], [math.expm1(point.gap) for point in points]
 
 
-def _name_thresholds(axes: Axes, points: list["Point"], colour: str) -> None:
+def _name_thresholds(axes: Axes, points: list[Point], colour: str) -> None:
     """Writes thresholds beside their points; of several in the same place, the first."""
     named: list[tuple[float, float]] = []
     heights = [math.expm1(point.gap) for point in points]
@@ -82,7 +79,7 @@ def _name_thresholds(axes: Axes, points: list["Point"], colour: str) -> None:
             axes.annotate(f"{point.threshold:g}", (point.effective_stride, height), color=colour, **offset)
 
 
-def _draw_layers(axes: Axes, sweep: "Sweep") -> None:
+def _draw_layers(axes: Axes, sweep: Sweep) -> None:
     chosen = sweep.recommend().point
     results = [result for result in sweep.evaluation.results if result.config and result.config.threshold is not None]
     if chosen:
