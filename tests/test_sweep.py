@@ -3,14 +3,19 @@
 import importlib.util
 import json
 import math
+import random
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from transformers import AutoModelForCausalLM
 
 from refreshkv import NEVER, RefreshConfig, enable
 from refreshkv.data.folder import INFO_FILE
+from refreshkv.data.tasks.chain_of_key import ChainOfKey
+from refreshkv.data.tasks.words import coined_words
+from refreshkv.data.tokenizer import train_tokenizer
 from refreshkv.settings import SettingsError
 from refreshkv.train.evaluation import Evaluation, Result, evaluate
 from refreshkv.train.sweep import Sweep, sweep_strategies
@@ -107,7 +112,11 @@ def launch():
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("sweep")
-    tiny_model(dtype=torch.float32).save_pretrained(root / "model")
+    generator = random.Random(0)
+    tokenizer = train_tokenizer([" ".join(coined_words(generator, 200)) for _ in range(5)], 400)
+    settings = {"vocab_size": len(tokenizer), "eos_token_id": 0, "max_position_embeddings": 1024}
+    tiny_model(dtype=torch.float32, **settings).save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
     splits = {"train": 1, "validation": 4, "test": 0}
     rows = {
         name: Dataset.from_dict({"input_ids": random_ids(count, LENGTH).tolist()}) for name, count in splits.items()
@@ -141,7 +150,7 @@ def test_command_line(launch, place, tmp_path, monkeypatch, capsys):
     ]
     config = RefreshConfig(budget=8, stride=4)
     rows = Dataset.from_dict({"input_ids": random_ids(4, LENGTH).tolist()}).with_format("torch")
-    model = enable(tiny_model(dtype=torch.float32), config)
+    model = enable(AutoModelForCausalLM.from_pretrained(place / "model"), config)
     strategies = sweep_strategies(config, [4], [0.6])
     full, *others = evaluate(model, rows, strategies, 40, batch_size=4, progress=False).results
     for result in others:
@@ -158,7 +167,26 @@ def test_command_line(launch, place, tmp_path, monkeypatch, capsys):
         (["--keep", "0"], "--keep is a share"),
         (["--resume", "--overwrite"], "choose one"),
         (["--split", "test"], "test split of .* has no rows"),
+        (["--examples", "3"], "--examples, --task-length and tasks.NAME.key=value mean nothing without --tasks"),
         (["--thresholds", "0.5,0.5"], "--thresholds has a value twice"),
     ]:
         with pytest.raises(SettingsError, match=message):
             launch([*common, *more])
+
+
+def test_scores_of_tasks_stand_beside(launch, place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ChainOfKey, "score", lambda self, prediction, references: {"score": len(prediction) % 7 / 7})
+    common = ["--model", str(place / "model"), "--data", str(place / "rows"), "--device", "cpu", "--budget", "8"]
+    common += ["--rows", "1", "--last-tokens", "20", "--thresholds", "0.6", "refresh.stride=4", "--output", "out"]
+    tasks = ["--tasks", "chain_of_key", "--examples", "2", "--task-length", "700"]
+    launch([*common, *tasks, "tasks.chain_of_key.keys=2", "tasks.chain_of_key.max_new_tokens=30"])
+    lines = [json.loads(line) for line in Path("out/examples.jsonl").read_text().splitlines()]
+    report = json.loads(Path("out/sweep.json").read_text())
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].endswith("tasks") and len(report["points"]) == 6 and len(lines) == 14
+    for point in report["points"]:
+        own = [line["scores"]["score"] for line in lines if line["decoding"] == point["name"]]
+        assert point["score"] == sum(own) / 2
+        (cells,) = [line for line in table if line.startswith(f"{point['name']}  ")]
+        assert cells.endswith(f" {100 * point['score']:.1f}")

@@ -16,7 +16,7 @@ STRIDE_COLOURS = ("#56B4E9", "#0072B2", "#009E73", "#E69F00")
 readers can tell apart. More strides repeat them with other markers."""
 SIMILARITY_COLOURS = ("#CC79A7", "#7B3294", "#C51B7D")
 NEVER_COLOUR = "#D55E00"
-BASELINE_COLOURS = ("#999999", "#000000", "#8C6D1F")
+BASELINE_COLOURS = ("#999999", "#000000", "#8C6D1F", "#66A61E", "#A6761D")
 """For caches that evict."""
 MARKERS = "os^vP"
 BEFORE = {"linestyle": (0, (4, 2)), "linewidth": 1.3, "alpha": 0.75}

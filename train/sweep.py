@@ -3,7 +3,7 @@ costs, and how many full steps it saves, beside fixed schedules that save as man
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
 from refreshkv import RefreshConfig
@@ -52,6 +52,8 @@ class Point:
     """Share of what the most frequent refresh gains over none that this schedule keeps; None if it gains nothing."""
     fixed_gap: float | None
     """What a fixed schedule of the same effective stride would cost, between its measured neighbours; None outside."""
+    score: float | None
+    """Mean score of tasks, 0 to 1; None if none were evaluated."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Sweep:
     evaluation: Evaluation
     keep: float
     """Share of the refresh's gain that a recommended threshold must keep."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """Schedule -> mean score of tasks, 0 to 1, if some were evaluated: for the reader, not for the recommendation."""
 
     @property
     def points(self) -> list[Point]:
@@ -144,6 +148,7 @@ class Sweep:
             gap=gap,
             kept=(self.largest_gap - gap) / span if span > 0 else None,
             fixed_gap=self._fixed_gap(result.effective_stride) if similarity else None,
+            score=self.scores.get(result.name),
         )
 
     def _fixed_gap(self, stride: float | None) -> float | None:

@@ -10,8 +10,9 @@ from typing import Any
 from refreshkv.train.report import ROWS_FILE, circumstances
 from refreshkv.train.sweep import Sweep
 from refreshkv.train.sweep_figure import draw_sweep
+from refreshkv.train.task_report import EXAMPLES_FILE
 
-FILES = ("sweep.json", "sweep.md", "sweep.png", ROWS_FILE)
+FILES = ("sweep.json", "sweep.md", "sweep.png", ROWS_FILE, EXAMPLES_FILE)
 
 
 def build_sweep_report(sweep: Sweep, model: str, settings: dict[str, Any], command: str) -> dict[str, Any]:
@@ -70,6 +71,9 @@ def _cells(sweep: Sweep) -> list[list[str]]:
                 "-" if point.fixed_gap is None else f"{math.expm1(point.fixed_gap):+.2%}",
             ]
         )
+    if sweep.scores:
+        scores = [f"{100 * sweep.scores[line[0]]:.1f}" for line in lines[1:]]
+        lines = [[*line, cell] for line, cell in zip(lines, ["tasks", *scores], strict=True)]
     return lines
 
 
