@@ -215,7 +215,7 @@ def parts(
 
     segments = (full_positions, latest, select(), budgets, padding)
     rows_lse = partial_rows.forward(query, key, value, *segments, output, prompt, stride, scaling)
-    delta = fused._dot_rows(output, upstream)
+    delta = fused.dot_rows(output, upstream)
     if full_positions.shape[1] > 1:
         work["full back"] = lambda: dense_rows.backward(
             query, key, value, lse, output, upstream, grad, prompt, stride, scaling

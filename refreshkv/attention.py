@@ -72,7 +72,10 @@ def refresh_attention(
     if refresh is not None and left_padding is not None and bool((left_padding >= refresh.prompt_length).any()):
         raise SettingsError(f"prompt_length={refresh.prompt_length}: a row of the batch has only padding there")
     if refresh_cache is None:
-        return _simulate(module, query, key, value, left_padding, scaling, refresh, ordinary, average_heads), None
+        dense = prompt_attention == "sdpa"  # not one of the user's own choice
+        return _simulate(
+            module, query, key, value, left_padding, scaling, refresh, ordinary, dense, average_heads
+        ), None
     layer = refresh_cache.layers[module.layer_idx]
     if layer.is_decoding:
         return layer.step(query, key, value, scaling), None
@@ -88,9 +91,13 @@ def _simulate(
     scaling: float,
     simulation: Simulation,
     ordinary,
+    dense: bool,
     average_heads: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
-    """All positions of known tokens in one pass (specification, section 8): returns (B, T, H, D)."""
+    """All positions of known tokens in one pass (specification, section 8): returns (B, T, H, D).
+
+    dense: whether the prompt may be computed by whichever dense attention is the fastest.
+    """
     length, prompt = query.shape[2], simulation.prompt_length
     config = simulation.config
     if key.shape[2] != length:
@@ -103,18 +110,13 @@ def _simulate(
     if prompt == length:
         return ordinary(query, key, value)
     padding = _no_padding(query) if left_padding is None else left_padding
+    arguments = (*plan, config.budgets(prompt - padding), padding)
+    settings = {"scaling": scaling, **config.rows_settings(prompt, length, padded=left_padding is not None)}
+    if dense and ops.takes_whole_rows(query, key, value, prompt, settings["uniform"]):
+        return ops.whole_rows(query, key, value, *arguments, **settings)
     *early, late_query, key, value = _SplitAtPrompt.apply(query, key, value, prompt, config.observation_window)
     output = ordinary(*early)
-    decoded = ops.refresh_rows(
-        late_query,
-        key,
-        value,
-        *plan,
-        config.budgets(prompt - padding),
-        padding,
-        scaling=scaling,
-        **config.rows_settings(prompt, length, padded=left_padding is not None),
-    )
+    decoded = ops.refresh_rows(late_query, key, value, *arguments, **settings)
     return torch.cat([output, decoded], dim=1)
 
 

@@ -16,6 +16,7 @@ from refreshkv import RefreshConfig, Simulation, parallel
 from refreshkv.settings import settings_from_dict
 from refreshkv.train.batch import Batch, make_batch
 from refreshkv.train.config import RunConfig
+from refreshkv.train.distillation import DistillationConfig
 from refreshkv.train.engine import build_engine, init_processes
 from refreshkv.train.loss import attach_loss
 from refreshkv.train.step import backward, step_and_norm
@@ -41,6 +42,11 @@ class Case:
     loss: str = "chunked"
     recompute: bool = False
     offload: bool = False
+    distilled: bool = False
+
+    @property
+    def distillation(self) -> DistillationConfig:
+        return DistillationConfig(weight=0.5 if self.distilled else 0.0, temperature=2.0)
 
 
 def model_of(case: Case):
@@ -69,7 +75,7 @@ def gradients_of(case: Case, rank: int, world: int, folder: Path) -> tuple[dict[
     model = model_of(case)
     if case.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": case.offload})
-    attach_loss(model, case.loss, case.offload)
+    attach_loss(model, case.loss, case.offload, case.distillation)
     with redirect_stdout(StringIO()), parallel.started(model, case.sequence, MICRO_BATCH) as mpu:
         engine = build_engine(model, run_config(case, folder), world, mpu)
         batches = batches_of(rank // case.sequence, world // case.sequence)

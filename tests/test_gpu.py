@@ -11,7 +11,7 @@ from tests.test_ops import rows_arguments, selection_only
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from refreshkv.ops import fused, ranking
+from refreshkv.ops import fused, ranking, short_tail
 
 # T, P, S, K, query heads per group, head size
 SIZES = [
@@ -62,6 +62,38 @@ def test_kernels_equal_float64(size, dtype):
     for found, exact in zip((output, *gradients), (expected, *wanted), strict=True):
         error = (found.double() - exact).norm() / exact.norm()
         assert error < (1e-4 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "size", [(2048, 2016, NEVER, 300, 4, 128), (4096, 4046, 7, 500, 4, 128), (1000, 999, 5, 60, 7, 64)]
+)
+def test_short_tails_equal_float64(size, dtype):
+    """One dense attention by cuDNN over the whole row, told that the partial rows' log-sum-exp is infinite."""
+    length, prompt, stride, budget, groups, head_dim = size
+    torch.manual_seed(length + stride)
+    shapes = (2 * groups, 2, 2)
+    inputs = [torch.randn(2, length, heads, head_dim, device="cuda", dtype=dtype).transpose(1, 2) for heads in shapes]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    _, arguments, settings = rows_arguments(inputs[0], prompt, RefreshConfig(budget=budget, stride=stride), 0.1)
+    assert short_tail.usable(*inputs, prompt, settings["uniform"])
+    upstream = torch.randn(2, length, 2 * groups, head_dim, device="cuda", dtype=dtype)
+    output = short_tail.whole_rows(*inputs, *arguments, **settings)
+    gradients = torch.autograd.grad(output, inputs, upstream)
+    with torch.no_grad():
+        selected = ranking.select(*inputs[:2], arguments[0], *arguments[2:], **selection_only(settings)).long()
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    early = torch.ones(prompt, prompt, dtype=torch.bool, device="cuda").tril()[None, None]
+    expected = naive.grouped_attention(*(tensor[:, :, :prompt] for tensor in wide), early, 0.1).transpose(1, 2)
+    expected = torch.cat([expected, exact_rows(*wide, arguments, settings, selected)], dim=1)
+    wanted = torch.autograd.grad(expected, wide, upstream.double())
+    for found, exact in zip((output, *gradients), (expected, *wanted), strict=True):
+        assert (found.double() - exact).norm() / exact.norm() < 1e-2
+    for found, exact in (
+        (output[:, prompt:], expected[:, prompt:]),
+        (gradients[0][:, :, prompt:], wanted[0][:, :, prompt:]),
+    ):
+        assert (found.double() - exact).norm() / exact.norm() < 1e-2
 
 
 def test_selection_is_the_naive_one():

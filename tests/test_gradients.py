@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from refreshkv.train.distillation import divergence
 from tests.gradients import SIMULATIONS, Case, all_rows, model_of, write_gradients
 from tests.ranks import run_ranks
 
@@ -18,6 +19,7 @@ FEW_GROUPS = [Case(0, 4, "similarity", kv_heads=2), Case(1, 4, "fixed", kv_heads
 """Key/value heads fewer than ranks."""
 ORDINARY = [Case(3, 4, "full"), Case(2, 2, "full"), Case(3, 1, "full", recompute=True, offload=True)]
 ORDINARY += [Case(1, 1, "fixed", recompute=True, offload=True)]
+DISTILLED = [Case(3, 2, "fixed", recompute=True, distilled=True), Case(1, 2, "similarity", distilled=True)]
 
 LAYOUTS = {1: [1], 2: [1, 2], 4: [2, 4]}
 """Ranks -> how many share a row."""
@@ -25,7 +27,7 @@ LAYOUTS = {1: [1], 2: [1, 2], 4: [2, 4]}
 
 def cases_of(world, everything):
     """Without `everything`, one schedule for each stage and layout of four ranks."""
-    cases = [case for case in ALL + FEW_GROUPS + ORDINARY if case.sequence in LAYOUTS[world]]
+    cases = [case for case in ALL + FEW_GROUPS + ORDINARY + DISTILLED if case.sequence in LAYOUTS[world]]
     if everything or world < 4:
         return cases
     return [case for case in cases if case not in ALL or (case.simulation == "similarity") == (case.stage % 3 == 0)]
@@ -49,9 +51,20 @@ def expected(case):
     target = torch.arange(1, ids.shape[1])
     counted = target >= rows["prompt_length"][:, None]
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    losses[counted].mean().backward()
+    objective = losses[counted].mean()
+    if case.distilled:
+        objective = objective + case.distillation.weight * mean_divergence(case, model, ids, logits, counted)
+    objective.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return gradients, torch.nn.utils.get_total_norm(list(gradients.values()))
+
+
+def mean_divergence(case, model, ids, logits, counted):
+    with torch.no_grad():
+        teacher = model(ids, use_cache=False).logits[:, :-1]
+    decoded = counted & (torch.arange(ids.shape[1] - 1) >= SIMULATIONS[case.simulation].prompt_length)
+    temperature = case.distillation.temperature
+    return divergence(logits[decoded], teacher[decoded], temperature).sum() / counted.sum()
 
 
 def test_the_similarity_cases_have_checks_of_both_kinds():

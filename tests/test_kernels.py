@@ -14,7 +14,7 @@ from tests.test_ops import rows_arguments, selection_only
 
 pytest.importorskip("triton")
 
-from refreshkv.ops import dense_rows, fused, partial_rows, ranking
+from refreshkv.ops import dense_rows, fused, partial_rows, ranking, short_tail
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +134,64 @@ def test_full_steps_as_dense_attention(monkeypatch, name):
     monkeypatch.setattr(dense_rows, "attend", dense_attend)
     monkeypatch.setattr(dense_rows, "attend_backward", dense_attend_backward)
     compare(CASES[name])
+
+
+SHORT_TAILS = {
+    "the paper's recipe": (2, 100, 50, 4, 1, 16, RefreshConfig(budget=12, stride=NEVER), 0),
+    "full steps in the tail": (1, 90, 60, 2, 2, 16, RefreshConfig(budget=9, stride=7), 0),
+    "every step full": (1, 40, 17, 2, 1, 16, RefreshConfig(budget=8, stride=1), 0),
+    "observers and windows": (
+        2, 63, 40, 2, 2, 16, RefreshConfig(budget=9, stride=5, observation_window=4, recent_window=3, sink_tokens=2), 0,
+    ),
+    "a single row": (1, 41, 40, 1, 2, 24, RefreshConfig(budget=0.3, stride=5), 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("name", SHORT_TAILS)
+def test_whole_rows_with_a_short_tail(monkeypatch, name, heads_first):
+    """By the stand-in for cuDNN; the upstream gradient in the output's layout, and in another."""
+    monkeypatch.setattr(dense_rows, "attend", dense_attend)
+    monkeypatch.setattr(dense_rows, "attend_backward", dense_attend_backward)
+    rows, length, prompt, groups, kv_heads, head_dim, config, _ = SHORT_TAILS[name]
+    tensors = inputs(rows, length, groups, kv_heads, head_dim)
+    _, arguments, settings = rows_arguments(tensors[0], prompt, config, head_dim**-0.5)
+    upstream = torch.randn(rows, length, groups * kv_heads, head_dim).to(DEVICE)
+    if heads_first:
+        upstream = upstream.transpose(1, 2).contiguous().transpose(1, 2)
+    output = short_tail.whole_rows(*tensors, *arguments, **settings)
+    expected = naive.whole_rows(*tensors, *arguments, **settings)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    gradients = torch.autograd.grad(output, tensors, upstream)
+    wanted = torch.autograd.grad(expected, tensors, upstream)
+    for found, gradient in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
+
+
+def test_which_rows_are_computed_whole(monkeypatch):
+    monkeypatch.setattr(dense_rows, "usable", lambda *tensors: True)
+    query, key, value = inputs(1, 128, 1, 1, 16)
+    assert short_tail.usable(query, key, value, 126, True)
+    assert not short_tail.usable(query, key, value, 125, True) and not short_tail.usable(query, key, value, 126, False)
+
+
+def test_a_model_takes_short_tails_whole(monkeypatch):
+    """The attention's own way there gives the same logits and gradients as the parts put together."""
+    config, model = RefreshConfig(budget=9, stride=5), tiny_model(dtype=torch.float32)
+    model, ids = enable(model, config).to(DEVICE), random_ids(2, 70).to(DEVICE)
+
+    def loss_and_gradients():
+        model.zero_grad()
+        loss = model(ids, labels=ids, refresh=Simulation(50, config), use_cache=False).loss
+        loss.backward()
+        return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected, calls = loss_and_gradients(), []
+    monkeypatch.setattr(dense_rows, "attend", dense_attend)
+    monkeypatch.setattr(dense_rows, "attend_backward", dense_attend_backward)
+    monkeypatch.setattr(ops, "takes_whole_rows", lambda *arguments: calls.append(arguments) or True)
+    torch.testing.assert_close(loss_and_gradients(), expected, rtol=1e-4, atol=1e-5)
+    assert len(calls) == model.config.num_hidden_layers
 
 
 def assert_same_selection(found, wanted, positions, droppable):

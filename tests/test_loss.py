@@ -7,6 +7,7 @@ from refreshkv import RefreshConfig, Simulation
 from refreshkv.settings import SettingsError
 from refreshkv.train import loss
 from refreshkv.train.batch import make_batch
+from refreshkv.train.distillation import DistillationConfig, divergence, divergence_and_gradient
 from refreshkv.train.loss import LossSums, answer_targets, attach_loss, partial_positions
 from tests.models import random_ids, tiny_enabled, tiny_model
 
@@ -18,11 +19,11 @@ def rows(answers=(3, 6)):
     return {"input_ids": random_ids(2, 20), "prompt_length": prompt, "answer_length": torch.tensor(answers)}
 
 
-def sums_and_gradients(kind, batch, model=None, scale=3.0):
+def sums_and_gradients(kind, batch, model=None, scale=3.0, distillation=None):
     model = model or tiny_enabled(dtype=torch.float32)
-    attach_loss(model, kind)
+    attach_loss(model, kind, distillation=distillation)
     sums = LossSums(*model(**batch.model_arguments(SIMULATION, split=False)))
-    (sums.total * scale).backward()
+    (sums.objective * scale).backward()
     return sums, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -66,7 +67,7 @@ def test_ligers_loss_equals_the_plain_one(loss_on, answers):
 def test_no_counted_token_leaves_gradients_of_zeros():
     for kind in ("chunked", "logits"):
         sums, gradients = sums_and_gradients(kind, make_batch(rows((0, 0)), "answers", torch.device("cpu")))
-        assert [float(part.detach()) for part in sums] == [0, 0, 0, 0]
+        assert [float(part.detach()) for part in sums] == [0] * len(sums)
         assert all(gradient is not None and not gradient.any() for gradient in gradients.values()), kind
 
 
@@ -75,7 +76,7 @@ def test_bfloat16_sums_its_chunks_in_float32(monkeypatch):
     _, plain = sums_and_gradients("logits", batch)
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 61)
     sums, found = sums_and_gradients("chunked", batch, tiny_enabled(dtype=torch.float32).bfloat16())
-    assert sums.total.dtype == torch.float32 and found["lm_head.weight"].dtype == torch.bfloat16
+    assert sums.objective.dtype == torch.float32 and found["lm_head.weight"].dtype == torch.bfloat16
     error = (found["lm_head.weight"].float() - plain["lm_head.weight"]).norm() / plain["lm_head.weight"].norm()
     assert error < 0.1
 
@@ -122,3 +123,48 @@ def test_losses_of_answers_alone():
         float(losses[0, 7:9].sum() + losses[1, 7:11].sum()), rel=1e-5
     )  # 6 and 11 are full
     assert (int(sums.tokens), int(sums.partial_tokens)) == (9, 6)
+
+
+def test_the_gradient_of_the_divergence():
+    student = torch.randn(5, 11, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(5, 11, dtype=torch.float64)
+    for temperature in (0.5, 1.0, 3.0):
+        plain = divergence(student, teacher, temperature)
+        expected = torch.autograd.grad(plain.sum(), student)[0]
+        found, gradient = divergence_and_gradient(student.detach(), teacher, temperature)
+        torch.testing.assert_close(found, plain.detach())
+        torch.testing.assert_close(gradient, expected)
+        assert float(found.min()) > 0 and not divergence(teacher, teacher, temperature).any()
+
+
+@pytest.mark.parametrize("kind", ["logits", "chunked"])
+@pytest.mark.parametrize("loss_on", ["all", "answers"])
+def test_the_objective_of_a_distillation(monkeypatch, kind, loss_on):
+    """Against plain autograd over two whole passes, the full-attention one without gradient."""
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 7 * 61)
+    distillation = DistillationConfig(weight=0.7, temperature=2.0)
+    batch = make_batch(rows(), loss_on, torch.device("cpu"))
+    truth = tiny_enabled(dtype=torch.float32)
+    logits = truth(batch.ids, refresh=SIMULATION, use_cache=False).logits
+    with torch.no_grad():
+        teacher = truth(batch.ids, use_cache=False).logits
+    after = batch.counted & (batch.positions >= SIMULATION.prompt_length)
+    losses = torch.nn.functional.cross_entropy(logits[batch.counted], batch.targets[batch.counted], reduction="sum")
+    log_student, log_teacher = ((side[after] / 2.0).log_softmax(-1) for side in (logits, teacher))
+    pulled = 4.0 * (log_teacher.exp() * (log_teacher - log_student)).sum()
+    (3.0 * (losses + 0.7 * pulled)).backward()
+
+    model = tiny_enabled(dtype=torch.float32)
+    sums, gradients = sums_and_gradients(kind, batch, model, distillation=distillation)
+    assert float(sums.total) == pytest.approx(float(losses.detach()), rel=1e-5)
+    assert float(sums.divergence) == pytest.approx(float(pulled.detach()), rel=1e-4) and float(pulled.detach()) > 1e-3
+    assert float(sums.objective.detach()) == pytest.approx(float(losses.detach() + 0.7 * pulled.detach()), rel=1e-5)
+    assert int(sums.divergence_tokens) == int(after.sum())
+    for name, parameter in truth.named_parameters():
+        largest = float(parameter.grad.abs().max())
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5 * largest)
+
+
+def test_ligers_loss_refuses_a_distillation():
+    with pytest.raises(SettingsError, match="training.loss=chunked"):
+        attach_loss(tiny_model(), "liger", distillation=DistillationConfig(weight=1.0))

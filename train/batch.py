@@ -7,7 +7,7 @@ from torch import Tensor
 
 from refreshkv.config import Simulation
 from refreshkv.parallel import columns
-from refreshkv.train.loss import answer_targets, partial_positions
+from refreshkv.train.loss import answer_targets, decoded_positions, partial_positions
 
 
 class Batch(NamedTuple):
@@ -35,6 +35,7 @@ class Batch(NamedTuple):
             "targets": self.targets,
             "counted": self.counted,
             "partial": partial_positions(simulation, self.positions),
+            "decoded": decoded_positions(simulation, self.positions),
         }
         return {**arguments, "position_ids": self.positions} if split else arguments
 

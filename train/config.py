@@ -8,6 +8,7 @@ from transformers import SchedulerType
 from refreshkv.config import RefreshConfig
 from refreshkv.data.config import DataConfig
 from refreshkv.settings import SettingsError
+from refreshkv.train.distillation import DistillationConfig
 from refreshkv.train.loss import LossKind
 
 
@@ -188,6 +189,7 @@ class RunConfig:
     """Selection and budget of the simulated steps; with its stride and threshold, what evaluations use and the exported
     model carries."""
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     hub: HubConfig = field(default_factory=HubConfig)

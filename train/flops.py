@@ -46,8 +46,10 @@ def model_work(model: nn.Module) -> Work:
     return Work(weights, 4 * decoder.num_attention_heads * head, layer_windows(model.config))
 
 
-def step_flops(work: Work, rows: int, length: int, simulation: Simulation | None) -> float:
+def step_flops(work: Work, rows: int, length: int, simulation: Simulation | None, distilled: bool = False) -> float:
     """Operations of a step over `rows` rows of `length` tokens, forward and backward.
+
+    distilled: with a full-attention pass besides, forward only (`DistillationConfig`).
 
     Under the similarity schedule the full steps are those that `simulation.record` has noted for this rank's last
     micro-batch, taken for all rows; without them every check counts as full.
@@ -61,7 +63,8 @@ def step_flops(work: Work, rows: int, length: int, simulation: Simulation | None
         else:
             flags = simulation.full_steps.get(layer) if simulation.config.threshold is not None else None
             pairs += float(visible_keys(simulation, length, flags).sum(dim=1).double().mean())
-    return 3.0 * rows * (2 * work.weights * length + work.pair * pairs)
+    total = 3.0 * rows * (2 * work.weights * length + work.pair * pairs)
+    return total + step_flops(work, rows, length, None) / 3 if distilled and simulation is not None else total
 
 
 def visible_keys(simulation: Simulation, length: int, full_steps: Tensor | None = None) -> Tensor:

@@ -73,7 +73,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
         if config.hub.repo:
             check_push(config.hub.repo, "hub.repo")
     model = build_model(config, model_config)
-    attach_loss(model, training.loss, training.activation_offload)
+    attach_loss(model, training.loss, training.activation_offload, config.distillation)
     tokenizer = find_tokenizer(rows.tokenizer_folder)
     if is_first:
         claim_output(output, config, overwrite)
@@ -128,7 +128,8 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
             values["learning rate"] = learning_rate
             values["tokens/s"] = training.global_batch * config.data.row_length / seconds
             if peak := peak_flops(engine.device, training.dtype):
-                flops = step_flops(work, training.global_batch, config.data.row_length, simulation)
+                distilled = config.distillation.weight > 0
+                flops = step_flops(work, training.global_batch, config.data.row_length, simulation, distilled)
                 values["MFU"] = flops / seconds / world / peak
             values["memory GB"] = peak_memory()
             log.step(step, values)
@@ -187,6 +188,11 @@ def check_config(config: RunConfig, info: dict) -> None:
         raise SettingsError(
             f"training.loss_on=answers: the rows in {config.data.folder} have no answers; prepare them with "
             "data.path=tasks"
+        )
+    if config.distillation.weight and config.simulation.pattern == "off":
+        raise SettingsError(
+            f"distillation.weight={config.distillation.weight} draws predictions from the small cache to those of full "
+            "attention, and simulation.pattern=off has none: set it to whole or paper, or the weight to 0"
         )
     if config.simulation.pattern == "whole":
         config.simulation.prompt_range(length)

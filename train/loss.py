@@ -1,4 +1,4 @@
-"""Next-token loss, in total and by the kind of position that predicts: full or partial.
+"""Next-token loss, in total and by the kind of position that predicts: full or partial; with it the self-distillation.
 
 The model's output layer computes it (`attach_loss`), so that all its logits need never be held at once: those of 128K
 tokens and a vocabulary of 128K would be 67 GB in float32.
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from refreshkv.config import Simulation
 from refreshkv.settings import SettingsError
+from refreshkv.train.distillation import DistillationConfig, divergence, divergence_and_gradient
 from refreshkv.train.offload import layer_inputs_on_cpu
 
 LossKind = Literal["chunked", "liger", "logits"]
@@ -31,19 +32,26 @@ POSTPROCESSED = ("final_logit_softcapping", "logits_scaling", "logit_scale", "ou
 class LossSums(NamedTuple):
     """Sums over tokens, float32 scalars; averages are taken once all ranks' sums are known."""
 
+    objective: Tensor
+    """What is minimised, the only differentiable one: the losses, and the weighted divergences of a distillation."""
     total: Tensor
-    """The only differentiable one."""
+    """Next-token losses."""
     tokens: Tensor
     partial: Tensor
     partial_tokens: Tensor
+    divergence: Tensor
+    """From the full-attention pass, of the tokens after the prompt."""
+    divergence_tokens: Tensor
 
 
-def attach_loss(model: PreTrainedModel, kind: LossKind, offload: bool = False) -> None:
-    """Lets `model(ids, targets=..., counted=..., partial=..., **other)` return `LossSums`; other calls stay the same.
+def attach_loss(
+    model: PreTrainedModel, kind: LossKind, offload: bool = False, distillation: DistillationConfig | None = None
+) -> None:
+    """Lets `model(ids, targets=..., counted=..., partial=..., decoded=..., **other)` return `LossSums`.
 
-    targets (B, T) int64: each position's next token. counted, partial (B, T) bool: whose losses count, and which of
-    them predict from the small cache. kind: how the sums are taken, see `TrainingConfig.loss`. offload: see
-    `TrainingConfig.activation_offload`.
+    targets (B, T) int64: each position's next token. counted, partial, decoded (B, T) bool: whose losses count, which
+    predict from the small cache, and which come after the prompt. kind: how the sums are taken, see
+    `TrainingConfig.loss`. offload: see `TrainingConfig.activation_offload`. Other calls stay the same.
 
     Raises `SettingsError` if the output layer alone does not make the model's logits, or the kind's library is missing.
     """
@@ -54,18 +62,25 @@ def attach_loss(model: PreTrainedModel, kind: LossKind, offload: bool = False) -
         reason = f"config.{changed[0]} changes its logits" if changed else "its output layer is not linear"
         raise SettingsError(f"training: losses of {type(model).__name__} cannot be computed here: {reason}")
     if kind == "liger":
+        if distillation and distillation.weight:
+            raise SettingsError("distillation needs training.loss=chunked or logits: Liger's loss has none")
         _liger()
     head.__class__ = _LossHead  # the parameters, their names and what hangs on the module stay
     head.loss_kind = kind
+    head.distillation = distillation or DistillationConfig()
     ordinary = model.forward
 
     def forward(self: PreTrainedModel, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
         if targets is None:
             return ordinary(*args, **kwargs)
-        counted, partial = kwargs.pop("counted"), kwargs.pop("partial")
+        masks = {name: kwargs.pop(name) for name in ("counted", "partial", "decoded")}
+        head, teacher = self.get_output_embeddings(), None
+        if head.distillation.weight and kwargs.get("refresh") is not None:
+            with torch.no_grad():
+                teacher = self.base_model(*args, **{**kwargs, "refresh": None}).last_hidden_state
         with layer_inputs_on_cpu(decoder.hidden_size) if offload else nullcontext():
             hidden = self.base_model(*args, **kwargs).last_hidden_state
-        return self.get_output_embeddings()(hidden, targets, counted, partial)
+        return head(hidden, targets, **masks, teacher=teacher)
 
     model.forward = MethodType(forward, model)
 
@@ -77,24 +92,43 @@ class _LossHead(nn.Linear):
     """
 
     loss_kind: LossKind
+    distillation: DistillationConfig
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, counted=None, partial=None) -> Any:
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        counted: Tensor | None = None,
+        partial: Tensor | None = None,
+        decoded: Tensor | None = None,
+        teacher: Tensor | None = None,
+    ) -> Any:
         if targets is None:
             return super().forward(hidden)
         hidden, targets, partial = hidden[counted], targets[counted], partial[counted]
         if self.loss_kind == "liger":
             return tuple(_liger_sums(hidden, self.weight, self.bias, targets, partial))
+        taught = (counted & decoded)[counted].nonzero().squeeze(1) if teacher is not None else None
+        teacher = None if teacher is None else teacher[counted & decoded]
         if self.loss_kind == "logits":
-            losses = F.cross_entropy(_at_least_float(super().forward(hidden)), targets, reduction="none")
-            total = losses.sum()
+            logits = _at_least_float(super().forward(hidden))
+            losses, divergences = F.cross_entropy(logits, targets, reduction="none"), logits.new_zeros(0)
+            if teacher is not None:
+                wanted = _at_least_float(super().forward(teacher)).detach()
+                divergences = divergence(logits[taught], wanted, self.distillation.temperature)
+            objective = losses.sum() + self.distillation.weight * divergences.sum()
         else:
-            total, losses = _ChunkedLoss.apply(hidden, self.weight, self.bias, targets)
-        return tuple(_sums(total, losses.detach(), partial))
+            objective, losses, divergences = _ChunkedLoss.apply(
+                hidden, self.weight, self.bias, targets, teacher, taught, self.distillation
+            )
+        return tuple(_sums(objective, losses.detach(), partial, divergences.detach()))
 
 
-def _sums(total: Tensor, losses: Tensor, partial: Tensor) -> LossSums:
-    count = torch.tensor(float(len(losses)), device=losses.device)
-    return LossSums(total, count, losses[partial].sum().float(), partial.sum().float())
+def _sums(objective: Tensor, losses: Tensor, partial: Tensor, divergences: Tensor) -> LossSums:
+    tokens, taught = (torch.tensor(float(len(values)), device=values.device) for values in (losses, divergences))
+    losses, divergences = losses.float(), divergences.float()
+    parts = losses[partial].sum(), partial.sum().float()
+    return LossSums(objective, losses.sum(), tokens, *parts, divergences.sum(), taught)
 
 
 def _at_least_float(tensor: Tensor) -> Tensor:
@@ -102,14 +136,16 @@ def _at_least_float(tensor: Tensor) -> Tensor:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Sum of the losses of targets (N,) under hidden (N, E) and an output layer, and each loss (N,), float32.
+    """The objective of targets (N,) under hidden (N, E) and an output layer; each loss (N,) and divergence (M,).
+
+    teacher (M, E), taught (M,) int64: the full-attention pass's hidden states of some of the N rows, in their order.
 
     The gradients are taken on the way, a chunk of positions at a time, since the logits would be needed again for
-    them; backward scales them. The losses one by one are not differentiable.
+    them; backward scales them. Losses and divergences one by one, float32, are not differentiable.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets):
+    def forward(ctx, hidden, weight, bias, targets, teacher, taught, distillation):
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         wide = torch.promote_types(hidden.dtype, torch.float32)
         wanted = ctx.needs_input_grad[:3]
@@ -118,17 +154,26 @@ class _ChunkedLoss(torch.autograd.Function):
         weight_grad = torch.zeros(weight.shape, dtype=wide, device=weight.device) if wanted[1] else None
         bias_grad = torch.zeros(bias.shape, dtype=wide, device=bias.device) if wanted[2] else None
         losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
+        divergences = losses.new_empty(0 if teacher is None else len(teacher))
         chunk = max(1, LOGITS_AT_ONCE // weight.shape[0])
-        for start in range(0, len(targets), chunk):
-            rows = slice(start, start + chunk)
+        starts = range(0, len(targets), chunk)
+        bounds = [0] * (len(starts) + 1) if teacher is None else _bounds(taught, starts, len(targets))
+        for number, start in enumerate(starts):
+            rows, lessons = slice(start, start + chunk), slice(bounds[number], bounds[number + 1])
             logits = F.linear(hidden[rows], weight, bias).to(wide)
-            largest = logits.logsumexp(dim=1, keepdim=True)
             target = targets[rows, None]
+            if lessons.stop > lessons.start:
+                own = taught[lessons] - start
+                wished = F.linear(teacher[lessons], weight, bias).to(wide)
+                divergences[lessons], pull = divergence_and_gradient(logits[own], wished, distillation.temperature)
+            largest = logits.logsumexp(dim=1, keepdim=True)
             losses[rows] = (largest - logits.gather(1, target)).squeeze(1)
             if not any(wanted):
                 continue
             probabilities = logits.sub_(largest).exp_()
             error = probabilities.scatter_add_(1, target, torch.full_like(largest, -1.0))
+            if lessons.stop > lessons.start:
+                error.index_add_(0, own, pull, alpha=distillation.weight)
             if wanted[2]:
                 bias_grad += error.sum(dim=0)
             error = error.to(hidden.dtype)
@@ -138,16 +183,22 @@ class _ChunkedLoss(torch.autograd.Function):
                 weight_grad += error.T @ hidden[rows]
         ctx.save_for_backward(*(grad for grad in (hidden_grad, weight_grad, bias_grad) if grad is not None))
         ctx.wanted = wanted
-        ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        ctx.mark_non_differentiable(losses, divergences)
+        return losses.sum() + distillation.weight * divergences.sum(), losses, divergences
 
     @staticmethod
-    def backward(ctx, upstream, _):
+    def backward(ctx, upstream, *_):
         saved = iter(ctx.saved_tensors)
         hidden, weight, bias = (next(saved) * upstream if wanted else None for wanted in ctx.wanted)
         weight = None if weight is None else weight.to(ctx.dtypes[0])
         bias = None if bias is None else bias.to(ctx.dtypes[1])
-        return None if hidden is None else hidden, weight, bias, None
+        return hidden, weight, bias, None, None, None, None
+
+
+def _bounds(taught: Tensor, starts: range, end: int) -> list[int]:
+    """Where each chunk's rows begin among the rows `taught`, and where the last one's end."""
+    edges = torch.tensor([*starts, end], device=taught.device)
+    return torch.searchsorted(taught, edges).tolist()
 
 
 def _liger() -> Any:
@@ -169,8 +220,9 @@ def _liger_sums(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
         own = hidden[rows]
         # no rows still need a gradient, of zeros: ZeRO waits for one of every parameter
         parts.append(loss(weight, own, targets[rows], bias) if len(own) else 0.0 * (weight.sum() + own.sum()))
-    count = torch.tensor(float(len(targets)), device=hidden.device)
-    return LossSums(parts[0] + parts[1], count, parts[1].detach().float(), partial.sum().float())
+    total, tokens = parts[0] + parts[1], torch.tensor(float(len(targets)), device=hidden.device)
+    none = torch.zeros_like(tokens)
+    return LossSums(total, total.detach().float(), tokens, parts[1].detach().float(), partial.sum().float(), none, none)
 
 
 def partial_positions(simulation: Simulation | None, positions: Tensor) -> Tensor:
@@ -182,6 +234,13 @@ def partial_positions(simulation: Simulation | None, positions: Tensor) -> Tenso
         return torch.zeros_like(positions, dtype=torch.bool)
     step = positions - (simulation.prompt_length - 1)
     return (step > 0) & (step % simulation.config.stride != 0)
+
+
+def decoded_positions(simulation: Simulation | None, positions: Tensor) -> Tensor:
+    """Which of `positions` (any shape, int64) come after the prompt: bool."""
+    if simulation is None:
+        return torch.zeros_like(positions, dtype=torch.bool)
+    return positions >= simulation.prompt_length
 
 
 def answer_targets(prompt_length: Tensor, answer_length: Tensor, length: int) -> Tensor:

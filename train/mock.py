@@ -28,8 +28,8 @@ def mock_step(engine, batch: Batch, config: RunConfig) -> float:
     engine.train()
     simulation = heaviest_simulation(config)
     sums = LossSums(*engine(**batch.model_arguments(simulation, config.parallel.sequence > 1)))
-    engine.backward(sums.total * 0.0, scale_wrt_gas=False)
-    totals = torch.stack([sums.total.detach().float(), sums.tokens.float()])
+    engine.backward(sums.objective * 0.0, scale_wrt_gas=False)
+    totals = torch.stack([sums.objective.detach().float(), sums.tokens])
     dist.all_reduce(totals)
     torch.set_rng_state(states[0])
     if states[1]:
@@ -52,9 +52,10 @@ def _check_loss(engine, batch: Batch, config: RunConfig) -> None:
     model = engine.module
     ids, targets = batch.ids[:1, :CHECKED_TOKENS], batch.targets[:1, :CHECKED_TOKENS]
     every = torch.ones_like(ids, dtype=torch.bool)
+    masks = {"counted": every, "partial": ~every, "decoded": ~every}
     model.eval()
     logits = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
-    sums = LossSums(*model(input_ids=ids, use_cache=False, targets=targets, counted=every, partial=~every))
+    sums = LossSums(*model(input_ids=ids, use_cache=False, targets=targets, **masks))
     model.train()
     expected = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum")
     difference = float((sums.total - expected).abs() / expected.abs().clamp(min=1e-6))

@@ -101,11 +101,14 @@ def _activations(config: RunConfig, shape: Shape, tokens: int, size: int) -> flo
 
 
 def _logits(config: RunConfig, shape: Shape, tokens: int, size: int) -> float:
+    distilled = config.distillation.weight > 0
     if config.training.loss == "logits":
-        return tokens * shape.vocabulary * (2 * size + 8)
+        return tokens * shape.vocabulary * (2 * size + 8) * (3 if distilled else 1)
     at_once = min(tokens * shape.vocabulary, LOGITS_AT_ONCE)
     weight = shape.hidden * shape.vocabulary
-    return at_once * (4 + 2 * size) + weight * (4 + 2 * size) + 2 * size * tokens * shape.hidden
+    needed = at_once * (4 + 2 * size) + weight * (4 + 2 * size) + 2 * size * tokens * shape.hidden
+    # the teacher's hidden states, and in float32 its chunk of logits, both sides' logarithms and the gradient
+    return needed + (2 * size * tokens * shape.hidden + 16 * at_once if distilled else 0.0)
 
 
 def _workspace(config: RunConfig, shape: Shape) -> float:
@@ -148,7 +151,8 @@ def matmul_rate(device: torch.device, dtype: str) -> float:
 
 def step_seconds(config: RunConfig, shape: Shape, world: int, rate: float) -> float:
     """Time of one optimizer step on GPUs of which each makes `rate` operations per second in a matrix product."""
-    work = step_flops(shape.work, config.training.global_batch, config.data.row_length, heaviest_simulation(config))
+    simulation, distilled = heaviest_simulation(config), config.distillation.weight > 0
+    work = step_flops(shape.work, config.training.global_batch, config.data.row_length, simulation, distilled)
     recomputed = 4 / 3 if config.training.activation_checkpointing else 1.0
     return work * recomputed / (world * rate * SHARE_OF_MATMUL)
 

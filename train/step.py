@@ -27,7 +27,7 @@ def train_step(
     The loss is the mean over the counted tokens of all ranks, whatever their share of each. sequence: processes that
     share a row. note: told about progress. Raises `NotFinite` on all ranks, for a loss before the step is taken.
     """
-    total, count, partial, partial_count = backward(engine, batches, simulation, sequence, note)
+    total, count, partial, partial_count, divergence, taught = backward(engine, batches, simulation, sequence, note)
     note("an optimizer step")
     if not math.isfinite(total):
         raise NotFinite("loss")
@@ -35,28 +35,32 @@ def train_step(
     if not math.isfinite(norm):
         raise NotFinite("gradient")
     full_count = count - partial_count
-    return {
+    values = {
         "loss": total / count,
         "loss full": (total - partial) / full_count if full_count else math.nan,
         "loss partial": partial / partial_count if partial_count else math.nan,
         "grad norm": norm,
         "tokens": count,
     }
+    return {**values, "divergence": divergence / taught} if taught else values
 
 
 def backward(
     engine, batches: list[Batch], simulation: Simulation | None, sequence: int, note: Callable[[str], None]
 ) -> list[float]:
-    """Gradients of the mean loss over all ranks' counted tokens, not yet stepped; returns `LossSums` over all ranks."""
+    """Gradients of the mean objective over all ranks' counted tokens, not yet stepped; returns all ranks' `LossSums`.
+
+    All but the objective, which the others make.
+    """
     engine.train()
     tokens = sum(batch.counted.sum() for batch in batches).float()
     dist.all_reduce(tokens)
-    totals = torch.zeros(4, device=engine.device)
+    totals = torch.zeros(len(LossSums._fields) - 1, device=engine.device)
     for index, batch in enumerate(batches):
         note(f"micro-batch {index + 1} of {len(batches)}")
         sums = LossSums(*engine(**batch.model_arguments(simulation, sequence > 1)))
-        engine.backward(sums.total * (gradient_scale(engine, sequence) / tokens.clamp(min=1)), scale_wrt_gas=False)
-        totals += torch.stack([part.detach().float() for part in sums])
+        engine.backward(sums.objective * (gradient_scale(engine, sequence) / tokens.clamp(min=1)), scale_wrt_gas=False)
+        totals += torch.stack([part.detach().float() for part in sums[1:]])
         if index < len(batches) - 1:
             engine.step()
     dist.all_reduce(totals)

@@ -21,6 +21,22 @@ def refresh_rows(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return naive.refresh_rows(query, *args, **kwargs)
 
 
+def takes_whole_rows(query: Tensor, key: Tensor, value: Tensor, prompt_length: int, uniform: bool) -> bool:
+    """Whether `whole_rows` is the faster way for query (B, H, T, D), key and value (B, Hkv, T, D)."""
+    if not uses_kernels(query):
+        return False
+    from refreshkv.ops import short_tail
+
+    return short_tail.usable(query, key, value, prompt_length, uniform)
+
+
+def whole_rows(*args: Any, **kwargs: Any) -> Tensor:
+    """Attention of whole rows that `takes_whole_rows` is for; arguments and result as in `naive.whole_rows`."""
+    from refreshkv.ops import short_tail
+
+    return short_tail.whole_rows(*args, **kwargs)
+
+
 def select(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The positions that full steps keep; arguments and result as in `naive.select`."""
     if uses_kernels(query):

@@ -115,7 +115,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of query (B, H, Q, D), key and value (B, Hkv, T, D)."""
     upstream = upstream if upstream.stride(-1) == 1 else upstream.contiguous()
-    delta = _dot_rows(output, upstream)
+    delta = dot_rows(output, upstream)
     query_grad = torch.zeros_like(query)
     decoded_grad = query_grad[:, :, query.shape[2] - output.shape[1] :]  # those before only observe
     if full_positions.shape[1] > 1:
@@ -134,10 +134,10 @@ def _backward(
         query, key, value, full_positions, latest, selected, budgets, left_padding, lse, delta, upstream, decoded_grad,
         key_grad, value_grad, prompt, stride, scaling,
     )  # fmt: skip
-    return query_grad, _rounded(key_grad, key), _rounded(value_grad, value)
+    return query_grad, rounded(key_grad, key), rounded(value_grad, value)
 
 
-def _rounded(gradient: Tensor, tensor: Tensor) -> Tensor:
+def rounded(gradient: Tensor, tensor: Tensor) -> Tensor:
     """A gradient in its tensor's dtype and layout."""
     return torch.empty_like(tensor).copy_(gradient)
 
@@ -204,7 +204,7 @@ def _dot_rows_kernel(
     tl.store(delta_ptr + (batch * heads + head) * rows + row, tl.sum(output * upstream, 1), mask=row < rows)
 
 
-def _dot_rows(output: Tensor, upstream: Tensor) -> Tensor:
+def dot_rows(output: Tensor, upstream: Tensor) -> Tensor:
     """Sum of output times upstream over the head: two (B, R, H, D) -> (B, H, R) float32."""
     batch, rows, heads, head_dim = output.shape
     delta = torch.empty(batch, heads, rows, dtype=torch.float32, device=output.device)

@@ -5,6 +5,8 @@ Shapes: `B` batch rows, `T` positions of the query, `L` positions of the keys, `
 `O` observing queries. Positions are columns, left padding included; -1 fills what does not exist.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -84,6 +86,18 @@ def refresh_rows(
     )
     rows = query[:, :, query.shape[2] - (key.shape[2] - prompt_length) :]
     return grouped_attention(rows, key, value, visible, scaling).transpose(1, 2)
+
+
+def whole_rows(query: Tensor, key: Tensor, value: Tensor, *plan: Tensor, prompt_length: int, **settings: Any) -> Tensor:
+    """Attention of a whole row without padding: causal for the prompt, then as `refresh_rows`.
+
+    query (B, H, T, D); key, value (B, Hkv, T, D); the others as in `refresh_rows`. Returns (B, T, H, D).
+    """
+    early = torch.ones(prompt_length, prompt_length, dtype=torch.bool, device=query.device).tril()
+    parts = (tensor[:, :, :prompt_length] for tensor in (query, key, value))
+    output = grouped_attention(*parts, early[None, None], settings["scaling"]).transpose(1, 2)
+    after = refresh_rows(query, key, value, *plan, prompt_length=prompt_length, **settings)
+    return torch.cat([output, after], dim=1)
 
 
 @torch.no_grad()

@@ -1,0 +1,301 @@
+"""Experiments: what is planned, run, interrupted and continued, and what the tables say."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from refreshkv.settings import SettingsError, load_settings, settings_from_dict
+from refreshkv.train.experiment.config import ExperimentConfig, merge
+from refreshkv.train.experiment.jobs import run_pieces
+from refreshkv.train.experiment.pieces import plan
+from refreshkv.train.experiment.report import gaps_closed, perplexity_table, task_table, write_tables
+from refreshkv.train.experiment.results import Results
+from tests.jobs import ROOT, make_rows
+
+SCRATCH = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 128,
+}
+
+
+def settings(tmp_path, **changed):
+    rows = {"folder": str(tmp_path / "rows"), "path": "json", "data_files": "t.jsonl", "row_length": 48}
+    values = {
+        "output": str(tmp_path / "runs"),
+        "results": str(tmp_path / "results"),
+        "selections": {"paper": {}, "windows": {"observation_window": 4, "recent_window": 2}},
+        "settings": {"training": {"deepspeed": str(ROOT / "configs/deepspeed/zero0.json"), "dtype": "fp32"}},
+        "arms": {
+            "none": {"selections": ["paper", "windows"]},
+            "plain": {"selections": ["paper"], "settings": {"simulation": {"pattern": "off"}}},
+            "whole": {"selections": ["windows"], "settings": {"simulation": {"pattern": "whole", "stride": [5, 10]}}},
+        },
+        "studies": {
+            "small": {
+                "settings": {"data": {**rows, "train_vocabulary": 300}, "refresh": {"budget": 8, "stride": 5}},
+                "base": {"model": {"scratch": SCRATCH}, "training": {"steps": 4, "global_batch": 4, "micro_batch": 4}},
+                "continued": {"training": {"steps": 2, "global_batch": 4, "micro_batch": 2}},
+                "arms": ["none", "plain", "whole"],
+                "seeds": [0, 1],
+                "perplexity": {"last_tokens": 12, "rows": 4, "strides": [5]},
+            }
+        },
+    }
+    return merge(values, changed)
+
+
+def experiment(tmp_path, **changed):
+    return settings_from_dict(ExperimentConfig, settings(tmp_path, **changed))
+
+
+FAKE = """
+import json, os, signal, sys, time
+from pathlib import Path
+import yaml
+name, arguments = Path(sys.argv[0]).stem, sys.argv[1:]
+def value(flag):
+    return arguments[arguments.index(flag) + 1]
+with open(os.environ["CALLS"], "a") as calls:
+    print(json.dumps([name, os.environ["CUDA_VISIBLE_DEVICES"], os.environ.get("WORLD_SIZE"), arguments]), file=calls)
+if name == "prepare":
+    made = Path(next(a for a in arguments if a.startswith("data.folder"))[len("data.folder="):].strip('"'), "rows.json")
+elif name == "train":
+    run = yaml.safe_load(open(value("--config")))["training"]
+    Path(run["output"]).mkdir(parents=True, exist_ok=True)
+    Path(run["output"], "run.yaml").touch()
+    if "slow" in os.environ:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+        time.sleep(60)
+    if "broken" in os.environ and "whole-0" in run["output"]:
+        sys.exit(1)
+    made = Path(run["output"], "checkpoints", f"step-{run['steps']:07d}")
+elif name == "export":
+    made = Path(arguments[1])
+else:
+    made = Path(value("--output"), "report.json")
+    made.parent.mkdir(parents=True)
+    results = [{"name": n, "losses": [1.0] * 12, "perplexity": p, "loss": 1.0, "standard_error": 0.1, "budget": 8,
+                "effective_stride": 5.0} for n, p in (("full", 10.0), ("refresh S=5", 12.0))]
+    made.write_text(json.dumps({"date": "d", "hardware": "h", "versions": {}, "protocol": {"fingerprint": "f"},
+                                "evaluation": {"results": results}}))
+time.sleep(0.2)
+made.parent.mkdir(parents=True, exist_ok=True)
+made.touch()
+"""
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch):
+    """Stand-ins for the scripts, which write down how they were called."""
+    folder = tmp_path / "launch"
+    folder.mkdir()
+    for name in ("prepare", "train", "export", "evaluate"):
+        (folder / f"{name}.py").write_text(FAKE)
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls.txt"))
+    return folder
+
+
+def calls(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "calls.txt").read_text().splitlines()]
+
+
+def go(config, launch, tmp_path, devices=("0", "1"), seconds=60.0):
+    results = Results(config)
+    pieces = plan(config, set(results.entries))
+    outcome = run_pieces(
+        pieces, list(devices), launch, tmp_path / "logs", seconds, lambda p: results.add(p) if p.reports else None
+    )
+    return outcome, results
+
+
+def test_the_plan_has_what_is_needed_first(tmp_path):
+    config = experiment(tmp_path)
+    names = [piece.name for piece in plan(config, set())]
+    rows = f"rows {tmp_path}/rows"
+    arms = ["small/none", "small/plain-0", "small/plain-1", "small/whole-0", "small/whole-1"]
+    assert names == [rows, "small/base", *arms]
+    by_name = {piece.name: piece for piece in plan(config, set())}
+    assert by_name["small/base"].needs == [rows] and by_name["small/whole-1"].needs == ["small/base", rows]
+    assert [command.script for command in by_name["small/whole-1"].commands] == ["train.py", "export.py", "evaluate.py"]
+    known = {name for piece in by_name.values() for name in piece.names}
+    left = known - by_name["small/whole-1"].names
+    assert [piece.name for piece in plan(config, left)] == [rows, "small/base", "small/whole-1"]
+    assert plan(config, known) == []
+
+
+def test_a_study_that_starts_from_anothers_base(tmp_path):
+    values = settings(tmp_path)
+    second = copy.deepcopy(values["studies"]["small"])
+    second |= {"base": {"training": {"steps": 3}}, "start": "small", "arms": ["none"]}
+    values["studies"] = {"second": second, "small": values["studies"]["small"]}
+    config = settings_from_dict(ExperimentConfig, values)
+    pieces = {piece.name: piece for piece in plan(config, set())}
+    assert list(pieces).index("small/base") < list(pieces).index("second/base")
+    assert "small/base" in pieces["second/base"].needs
+    assert pieces["second/base"].commands[0].settings["model"] == {"path": f"{tmp_path}/runs/small/base/model"}
+
+
+def test_a_run_of_everything(tmp_path, launch):
+    config = experiment(tmp_path)
+    outcome, results = go(config, launch, tmp_path)
+    assert not outcome.failed and not outcome.left and len(outcome.done) == 7
+    made = calls(tmp_path)
+    assert [name for name, *_ in made[:4]] == ["prepare", "train", "train", "export"]  # the base on both devices
+    assert [(seen, world) for name, seen, world, _ in made[1:3]] == [("0,1", "2")] * 2
+    arms = [(name, seen, world) for name, seen, world, _ in made[4:]]
+    assert {seen for _, seen, _ in arms} == {"0", "1"} and {world for *_, world in arms} == {None}
+    assert len(results.entries) == 6
+    runs = [yaml.safe_load((tmp_path / f"runs/small/whole-{seed}/run.yaml").read_text()) for seed in (0, 1)]
+    assert [run["training"]["seed"] for run in runs] == [0, 1]
+    assert runs[0]["refresh"]["observation_window"] == 4 and runs[0]["refresh"]["budget"] == 8
+    assert runs[0]["model"] == {"path": str(tmp_path / "runs/small/base/model")}
+    assert "perplexity" in write_tables(config, results.entries)
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {
+        "results.json",
+        "tables.md",
+        "small-perplexity.png",
+    }
+
+
+def test_finished_figures_are_enough_to_go_on_elsewhere(tmp_path, launch):
+    config = experiment(tmp_path)
+    _, results = go(config, launch, tmp_path)
+    del results.entries["small/plain/1/paper/perplexity"]
+    (tmp_path / "results/results.json").write_text(json.dumps(results.entries))
+    elsewhere = experiment(tmp_path, output=str(tmp_path / "elsewhere"))
+    assert [p.name for p in plan(elsewhere, set(Results(elsewhere).entries))] == ["small/base", "small/plain-1"]
+
+
+def test_time_is_up_and_the_rest_is_continued(tmp_path, launch, monkeypatch):
+    config = experiment(tmp_path)
+    monkeypatch.setenv("slow", "1")
+    began = time.monotonic()
+    outcome, _ = go(config, launch, tmp_path, seconds=3.0)
+    assert time.monotonic() - began < 20 and not outcome.failed
+    assert "small/base" in outcome.left and len(outcome.left) == 6
+    monkeypatch.delenv("slow")
+    outcome, results = go(config, launch, tmp_path)
+    assert not outcome.left and len(results.entries) == 6
+    trained = [arguments for name, _, _, arguments in calls(tmp_path) if name == "train"]
+    assert "--resume" not in trained[0] and "--resume" in trained[2]
+
+
+def test_a_failed_piece_costs_only_what_needs_it(tmp_path, launch, monkeypatch):
+    monkeypatch.setenv("broken", "1")
+    config = experiment(tmp_path)
+    outcome, results = go(config, launch, tmp_path, devices=("", ""))
+    assert list(outcome.failed) == ["small/whole-0"] and outcome.left == [] and len(results.entries) == 5
+    assert "train.py" in outcome.failed["small/whole-0"].read_text()
+
+
+def test_figures_of_other_settings_are_refused(tmp_path, launch):
+    config = experiment(tmp_path)
+    go(config, launch, tmp_path)
+    values = settings(tmp_path)
+    values["studies"]["small"]["continued"]["training"]["steps"] = 3
+    with pytest.raises(SettingsError, match="small/plain/0/paper/perplexity with other settings"):
+        Results(settings_from_dict(ExperimentConfig, values))
+
+
+def entry(perplexities):
+    return {"results": {name: {"perplexity": value} for name, value in perplexities.items()}}
+
+
+def test_shares_of_the_gap_by_hand(tmp_path):
+    config = experiment(tmp_path)
+    entries = {
+        "small/none/paper/perplexity": entry({"full": 10.0, "refresh S=5": 12.0}),
+        "small/none/windows/perplexity": entry({"full": 10.0, "refresh S=5": 11.5}),
+        "small/plain/0/paper/perplexity": entry({"full": 8.0, "refresh S=5": 10.0}),
+        "small/whole/0/windows/perplexity": entry({"full": 8.1, "refresh S=5": 9.1}),
+        "small/whole/1/windows/perplexity": entry({"full": 8.3, "refresh S=5": 8.9}),
+    }
+    assert gaps_closed(config, "small", "none", "windows", entries, "refresh S=5") == [0.25]
+    assert gaps_closed(config, "small", "plain", "paper", entries, "refresh S=5") == [0.0]
+    assert gaps_closed(config, "small", "whole", "windows", entries, "refresh S=5") == pytest.approx([0.5, 0.7])
+    whole = perplexity_table(config, "small", entries)[-1]
+    assert whole == ["whole", "windows", "2", "8.200", "+2.50 %", "9.000 ± 0.141", "60.0 ± 14.1"]
+
+
+def test_scores_of_tasks_by_hand(tmp_path):
+    values = settings(tmp_path)
+    values["studies"]["small"]["tasks"] = {"names": ["chain_of_key"], "length": 40, "strategies": ["full", "h2o"]}
+    config = settings_from_dict(ExperimentConfig, values)
+
+    def scores(full, h2o):
+        pairs = (("full", full), ("H2O", h2o))
+        return {"results": [{"task": "chain", "decoding": name, "scores": {"score": s}} for name, s in pairs]}
+
+    entries = {f"small/whole/{seed}/windows/tasks": scores(0.9 + seed / 10, 0.3) for seed in (0, 1)}
+    assert task_table(config, "small", entries)[1:] == [
+        ["whole", "windows", "full", "2", "95.0 ± 7.1"],
+        ["whole", "windows", "H2O", "2", "30.0 ± 0.0"],
+    ]
+    write_tables(config, entries)
+    assert (tmp_path / "results/small-tasks.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        (("studies", "small", "arms"), ["plain"], "must have none"),
+        (("studies", "small", "arms"), ["none", "wole"], "no 'wole'"),
+        (("arms", "none", "selections"), ["windos"], "no 'windos'"),
+        (("arms", "none", "selections"), [], "arms.none.selections"),
+        (("studies", "small", "perplexity"), None, "evaluates nothing"),
+        (("studies", "small", "start"), "large", "no 'large'"),
+        (("studies", "small", "start"), "small", "comes back to small"),
+        (("studies", "small", "continued", "training", "step"), 3, "training.step"),
+        (("arms", "whole", "settings", "simulation", "stride"), 0, "simulation.stride"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(tmp_path, place, value, message):
+    values = settings(tmp_path)
+    *sections, key = place
+    section = values
+    for name in sections:
+        section = section[name]
+    section[key] = value
+    with pytest.raises(SettingsError, match=message):
+        settings_from_dict(ExperimentConfig, values)
+
+
+def test_the_recipes_of_the_repository():
+    config = load_settings(ExperimentConfig, ROOT / "configs/experiments/recipes.yaml")
+    pieces = plan(config, set())
+    assert {"30m-4k/base", "30m-4k/distilled-2", "120m-8k/whole-0", "tasks-2k/distilled-0"} <= {
+        piece.name for piece in pieces
+    }
+
+
+@pytest.mark.slow
+def test_the_scripts_themselves(tmp_path):
+    """Everything with launch/'s own scripts, stopped once by --minutes."""
+    values = settings(tmp_path)
+    rows = make_rows(tmp_path)
+    values["studies"]["small"]["settings"]["data"] |= {"folder": str(rows)}
+    values["studies"]["small"] |= {"seeds": [0]}
+    values["studies"]["small"]["perplexity"]["split"] = "train"
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(values))
+    command = [sys.executable, str(ROOT / "launch/experiment.py"), "--config", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.run([*command, "--minutes", "0.3"], capture_output=True, text=True, env=environment)
+    assert first.returncode == 0 and "left for the next time" in first.stdout, first.stdout + first.stderr
+    second = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "| whole | windows | 1 |" in second.stdout
+    assert len(json.loads(Path(values["results"], "results.json").read_text())) == 4

@@ -1,0 +1,1 @@
+"""Experiments: several ways to train one base model, each several times, compared."""

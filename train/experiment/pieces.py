@@ -1,0 +1,205 @@
+"""The pieces of an experiment: which scripts of launch/ make which part of it, and what each waits for."""
+
+import json
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import yaml
+
+from refreshkv.settings import settings_from_dict
+from refreshkv.train.checkpoint import RUN_FILE
+from refreshkv.train.config import RunConfig
+from refreshkv.train.experiment.config import ExperimentConfig, Fragment
+
+
+@dataclass(frozen=True)
+class Command:
+    """One script to run, unless what it makes is there."""
+
+    script: str
+    """Of launch/."""
+    arguments: list[str]
+    made: Path
+    """There if and only if it has finished."""
+    settings: Fragment | None = None
+    """Of a run: written to the YAML file that `arguments` name."""
+    everywhere: bool = False
+    """On all of the piece's devices together; else on the first."""
+
+    @property
+    def finished(self) -> bool:
+        return self.made.exists()
+
+    def line(self, launch: Path) -> list[str]:
+        """The command line, with the scripts in `launch`; what was begun is continued."""
+        arguments = list(self.arguments)
+        if self.settings is not None:
+            output = Path(self.settings["training"]["output"])
+            path = output.with_name(f"{output.name}.yaml")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(yaml.safe_dump(self.settings, sort_keys=False))
+            arguments = ["--config", str(path), *(["--resume"] if (output / RUN_FILE).exists() else []), *arguments]
+        if self.script == "evaluate.py" and self.made.parent.exists():
+            arguments.append("--resume")
+        return [sys.executable, str(launch / self.script), *arguments]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished evaluation's file, and what it is about."""
+
+    path: Path
+    study: str
+    arm: str
+    seed: int | None
+    selection: str
+    kind: str
+    """perplexity or tasks."""
+
+    @property
+    def name(self) -> str:
+        return report_name(self.study, self.arm, self.seed, self.selection, self.kind)
+
+
+def report_name(study: str, arm: str, seed: int | None, selection: str, kind: str) -> str:
+    return "/".join(str(part) for part in (study, arm, seed, selection, kind) if part is not None)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Commands that follow one another, on devices of their own."""
+
+    name: str
+    commands: list[Command]
+    needs: list[str] = field(default_factory=list)
+    """Names of pieces that come first."""
+    reports: list[Report] = field(default_factory=list)
+    everywhere: bool = False
+    """On all devices at once; else on one."""
+
+    @property
+    def finished(self) -> bool:
+        return all(command.finished for command in self.commands)
+
+    @property
+    def names(self) -> set[str]:
+        """Of its reports."""
+        return {report.name for report in self.reports}
+
+
+def plan(config: ExperimentConfig, known: set[str]) -> list[Piece]:
+    """All that is left to do: the pieces whose reports are not among the names `known`, and before them what they need.
+
+    A base model is made only if an arm that is left, or another base model, needs it.
+    """
+    evaluated = {study: [p for p in _study(config, study) if not known >= p.names] for study in config.studies}
+    needed = {need for pieces in evaluated.values() for piece in pieces for need in piece.needs}
+    bases = {}
+    for study in reversed(_in_order(config)):
+        base = bases[study] = _base(config, study)
+        if base.name in needed and not base.finished:
+            needed |= set(base.needs)
+    pieces: dict[str, Piece] = {}
+    for study in _in_order(config):
+        before = [
+            piece for piece in (_rows(config, study), bases[study]) if piece.name in needed and not piece.finished
+        ]
+        pieces |= {piece.name: piece for piece in [*before, *evaluated[study]]}
+    return [replace(piece, needs=[need for need in piece.needs if need in pieces]) for piece in pieces.values()]
+
+
+def _in_order(config: ExperimentConfig) -> list[str]:
+    """The studies, each after the one that it starts from."""
+    ordered: list[str] = []
+    while len(ordered) < len(config.studies):
+        ready = [n for n, s in config.studies.items() if n not in ordered and s.start in (None, *ordered)]
+        ordered.append(ready[0])
+    return ordered
+
+
+def _study(config: ExperimentConfig, study: str) -> list[Piece]:
+    pieces = []
+    for arm in config.studies[study].arms:
+        trained = config.arms[arm].settings is not None
+        for seed in config.studies[study].seeds if trained else [None]:
+            pieces.append(_arm(config, study, arm, seed))
+    return pieces
+
+
+def _arm(config: ExperimentConfig, study: str, arm: str, seed: int | None) -> Piece:
+    base = base_model(config, study)
+    folder = Path(config.output, study, arm if seed is None else f"{arm}-{seed}")
+    commands, model = [], base
+    if seed is not None:
+        model = folder / "model"
+        settings = config.run_settings(study, arm, seed, str(base), str(folder / "run"))
+        commands += _train_and_export(settings, model, everywhere=False)
+    reports = []
+    for selection in config.arms[arm].selections:
+        for kind in ("perplexity", "tasks"):
+            if getattr(config.studies[study], kind) is not None:
+                commands.append(_evaluate(config, study, selection, kind, model, folder / f"{kind}-{selection}"))
+                reports.append(Report(commands[-1].made, study, arm, seed, selection, kind))
+    needs = [f"{study}/base", f"rows {_data(config, study)['folder']}"]
+    return Piece("/".join(folder.parts[-2:]), commands, needs, reports)
+
+
+def _base(config: ExperimentConfig, study: str) -> Piece:
+    """Training and export of a study's base model; nothing to do for one that is given by its path."""
+    name, needs = f"{study}/base", [f"rows {_data(config, study)['folder']}"]
+    if base_is_given(config, study):
+        return Piece(name, [])
+    start = config.studies[study].start
+    if start is not None:
+        needs.append(f"{start}/base")
+    run = Path(config.output, study, "base", "run")
+    path = None if start is None else str(base_model(config, start))
+    commands = _train_and_export(config.base_settings(study, path, str(run)), base_model(config, study), True)
+    return Piece(name, commands, needs, everywhere=True)
+
+
+def base_is_given(config: ExperimentConfig, study: str) -> bool:
+    return set(config.studies[study].base) == {"model"} and "path" in config.studies[study].base["model"]
+
+
+def base_model(config: ExperimentConfig, study: str) -> Path:
+    """Folder of a study's base model."""
+    if base_is_given(config, study):
+        return Path(config.studies[study].base["model"]["path"])
+    return Path(config.output, study, "base", "model")
+
+
+def _data(config: ExperimentConfig, study: str) -> Fragment:
+    return {**config.settings.get("data", {}), **config.studies[study].settings.get("data", {})}
+
+
+def _rows(config: ExperimentConfig, study: str) -> Piece:
+    data = _data(config, study)
+    settings = [f"data.{key}={json.dumps(value)}" for key, value in data.items()]
+    return Piece(f"rows {data['folder']}", [Command("prepare.py", settings, Path(data["folder"], "rows.json"))])
+
+
+def _train_and_export(settings: Fragment, model: Path, everywhere: bool) -> list[Command]:
+    run, steps = Path(settings["training"]["output"]), settings_from_dict(RunConfig, settings).training.steps
+    last = run / "checkpoints" / f"step-{steps:07d}"
+    return [
+        Command("train.py", [], last, settings, everywhere),
+        Command("export.py", [str(last), str(model)], model),
+    ]
+
+
+def _evaluate(config: ExperimentConfig, study: str, selection: str, kind: str, model: Path, folder: Path) -> Command:
+    refresh = [f"refresh.{k}={json.dumps(v)}" for k, v in config.refresh(study, selection).to_dict().items()]
+    arguments = ["--model", str(model), "--output", str(folder)]
+    settings = getattr(config.studies[study], kind)
+    arguments += ["--batch-size", str(settings.batch_size)]
+    if kind == "perplexity":
+        arguments += ["--data", _data(config, study)["folder"], "--rows", str(settings.rows)]
+        arguments += ["--split", settings.split]
+        arguments += ["--last-tokens", str(settings.last_tokens), "--strides", ",".join(map(str, settings.strides))]
+        arguments += [] if settings.threshold is None else ["--threshold", str(settings.threshold)]
+        return Command("evaluate.py", [*arguments, *refresh], folder / "report.json")
+    arguments += ["--tasks", ",".join(settings.names), "--task-length", str(settings.length)]
+    arguments += ["--examples", str(settings.examples), "--strategies", ",".join(settings.strategies)]
+    return Command("evaluate.py", [*arguments, *refresh], folder / "tasks.json")
