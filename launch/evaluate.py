@@ -252,7 +252,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def check_used(arguments: argparse.Namespace) -> None:
     """Refuses options of the other kinds of evaluation; gives the rest their defaults."""
-    arguments.kind = kind = next(kind for kind in KINDS if getattr(arguments, kind))
+    arguments.kind = kind = next(kind for kind in KINDS if getattr(arguments, kind) is not None)
     for name, (meaningful, defaults) in OPTIONS.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, defaults.get(kind))
