@@ -1,39 +1,57 @@
-"""Perplexity of the last tokens of rows, or scores of tasks: full attention, refreshed, never refreshed.
+"""Perplexity of the last tokens of rows, scores of tasks, or a table of the paper, under several ways to decode.
 
     python launch/evaluate.py --model DIR_OR_HUB_ID --data ROWS [--compare REPORT] [refresh.key=value ...]
     python launch/evaluate.py --model DIR_OR_HUB_ID --tasks NAME,... [refresh.key=value tasks.NAME.key=value ...]
+    python launch/evaluate.py --model DIR_OR_HUB_ID --suite paper-table-1 [--corpus NAME=ROWS ...] [...]
 
 The schedule and the selection are the model's own ("refreshkv" in its config.json), or the defaults for a model that
-has none; refresh.key=value changes them.
+has none; refresh.key=value changes them. A suite has its own.
 
 With --data it writes report.json, report.md and report.png. With --compare, the folder of an earlier report on the same
 rows, they show before and after, and the share of the gap to full attention that is closed.
 
 With --tasks (docs/tasks.md) the model generates the answers, greedily. Writes tasks.json, tasks.md, and examples.jsonl
-with every answer; an interrupted evaluation is continued with --resume.
+with every answer.
+
+With --suite (docs/evaluation.md) it measures what a table or figure of the paper shows, and writes suite.json, suite.md
+and, for a figure, suite.png, with the paper's numbers beside ours. --rows, --examples, --task-length, --last-tokens,
+--budget and --without make it smaller, and the report says so.
+
+An interrupted evaluation is continued with --resume.
 """
 
 import argparse
-import json
 import shlex
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset
 from transformers import PreTrainedModel
 
 from refreshkv import RefreshConfig, cli, enable
-from refreshkv.data.rows import SPLITS, check_tokenizer, load_rows
+from refreshkv.data.rows import SPLITS
 from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.loading import load_model, load_tokenizer
-from refreshkv.settings import SettingsError, load_settings
+from refreshkv.settings import SettingsError
 from refreshkv.train.decoding import DECODINGS, build_decodings
-from refreshkv.train.evaluation import budget_warnings, check_last_tokens, default_strategies, evaluate
-from refreshkv.train.model import check_same_tokens
+from refreshkv.train.evaluation import (
+    budget_warnings,
+    check_last_tokens,
+    default_strategies,
+    evaluate,
+)
+from refreshkv.train.inputs import (
+    DEFAULT_ROWS,
+    changed_config,
+    check_tokens,
+    device,
+    model_path,
+    open_split,
+    own_config,
+    task_values,
+)
 from refreshkv.train.report import (
+    ROWS_FILE,
     build_report,
     check_comparable,
     check_output,
@@ -42,116 +60,179 @@ from refreshkv.train.report import (
     text_table,
     write_report,
 )
+from refreshkv.train.row_losses import RowRecords
+from refreshkv.train.suite import load_suite, named_models
+from refreshkv.train.suite_changes import Changes, change
+from refreshkv.train.suite_report import FILES as SUITE_FILES
+from refreshkv.train.suite_report import build_suite_report, suite_table, write_suite_report
+from refreshkv.train.suite_run import open_suite, run_suite
 from refreshkv.train.task_evaluation import Records, evaluate_tasks, make_examples
-from refreshkv.train.task_report import build_task_report, open_folder, task_table, write_task_report
+from refreshkv.train.task_report import EXAMPLES_FILE, build_task_report, task_table, write_task_report
+from refreshkv.train.task_report import FILES as TASK_FILES
 
-DEFAULT_ROWS = 100
-DATA_DEFAULTS = {"split": "test", "last_tokens": 256, "rows": None, "strides": [5, 10, 25, 50], "compare": None}
-"""Options that mean something with --data only; no task can have them."""
-TASK_DEFAULTS = {"task_length": None, "examples": 50, "strategies": None, "resume": False}
-"""Options that mean something with --tasks only."""
-
-
-@dataclass
-class Overrides:
-    """What refresh.key=value and tasks.NAME.key=value may change."""
-
-    refresh: RefreshConfig = field(default_factory=RefreshConfig)
-    tasks: dict[str, Any] = field(default_factory=dict)
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = ("data", "tasks", "suite")
+OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "split": (("data",), {"data": "test"}),
+    "strides": (("data",), {}),
+    "compare": (("data",), {}),
+    "last_tokens": (("data", "suite"), {"data": 256}),
+    "rows": (("data", "suite"), {}),
+    "decode": (("data", "suite"), {"data": False, "suite": False}),
+    "strategies": (("data", "tasks"), {}),
+    "task_length": (("tasks", "suite"), {}),
+    "examples": (("tasks", "suite"), {"tasks": 50}),
+    "corpus": (("suite",), {"suite": []}),
+    "without": (("suite",), {"suite": []}),
+}
+"""Option -> the kinds of evaluation that it means something with, and its default there; None elsewhere."""
+DEFAULT_STRIDES = [5, 10, 25, 50]
 
 
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
-    output = arguments.output or Path("reports", Path(arguments.model).resolve().name)
-    if arguments.tasks:
-        return evaluate_on_tasks(arguments, output, argv)
+    kinds = {"data": evaluate_on_rows, "tasks": evaluate_on_tasks, "suite": evaluate_suite}
+    kinds[arguments.kind](arguments, shlex.join(["python", "launch/evaluate.py", *argv]))
+
+
+def evaluate_on_rows(arguments: argparse.Namespace, command: str) -> None:
+    name = only_model(arguments)
+    output = arguments.output or Path("reports", Path(name).resolve().name)
     before = load_earlier(arguments.compare, output) if arguments.compare else None
 
-    rows = load_rows(arguments.data)
-    split = spread(getattr(rows, arguments.split), arguments.rows, f"the {arguments.split} split of {arguments.data}")
+    rows, split = open_split(arguments.data, arguments.split, arguments.rows)
     row_length = len(split[0]["input_ids"])
     check_last_tokens(arguments.last_tokens, row_length)
 
-    path = model_path(arguments.model)
+    path = model_path(name)
     model = load_model(path, "--model", dtype=arguments.dtype)
-    check_tokenizer(rows.info, model.get_input_embeddings().num_embeddings)
-    check_same_tokens(path, rows)
-    config = refresh_config(model, arguments)
-    strategies = default_strategies(config, arguments.strides)
+    check_tokens(model, path, rows)
+    config = chosen_config(model, arguments)
+    if arguments.strategies:
+        strategies = build_decodings(arguments.strategies, config)
+    else:
+        strategies = default_strategies(config, arguments.strides or DEFAULT_STRIDES)
+    if not any(strategy.is_full for strategy in strategies):
+        raise SettingsError("--strategies: with --data full must be among them: all others are compared with it")
     measured = protocol(
         rows.info["fingerprint"], arguments.split, len(split), row_length, arguments.last_tokens, strategies
     )
     if before:
         check_comparable(before, measured, arguments.compare)
     enable(model, config).to(device(arguments.device)).eval()
-    check_output(output, arguments.overwrite)
+    records = RowRecords(check_output(output, arguments.overwrite, arguments.resume) / ROWS_FILE)
     for warning in budget_warnings(strategies, row_length, arguments.last_tokens):
         print(f"warning: {warning}", file=sys.stderr)
 
-    evaluation = evaluate(model, split, strategies, arguments.last_tokens, arguments.batch_size)
+    options = {"batch_size": arguments.batch_size, "stepwise": arguments.decode, "records": records}
+    evaluation = evaluate(model, split, strategies, arguments.last_tokens, **options)
 
-    settings = {
-        "data": arguments.data,
-        "refresh": config.to_dict(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "batch size": arguments.batch_size,
-    }
-    command = shlex.join(["python", "launch/evaluate.py", *argv])
-    report = build_report(evaluation, measured, arguments.model, settings, command, before)
+    settings = {"data": arguments.data, "refresh": config.to_dict(), **circumstances(model, arguments)}
+    report = build_report(evaluation, measured, name, settings, command, before)
     write_report(output, report)
     print(text_table(report))
     print(f"{output}: report.json, report.md, report.png")
 
 
-def evaluate_on_tasks(arguments: argparse.Namespace, output: Path, argv: list[str]) -> None:
-    values = load_settings(Overrides, None, [o for o in arguments.overrides if o.startswith("tasks.")]).tasks
+def evaluate_on_tasks(arguments: argparse.Namespace, command: str) -> None:
+    name = only_model(arguments)
+    output = arguments.output or Path("reports", Path(name).resolve().name)
     common = {} if arguments.task_length is None else {"length": arguments.task_length}
-    tasks = build_tasks(arguments.tasks, values, **common)
-    path = model_path(arguments.model)
+    tasks = build_tasks(arguments.tasks, task_values(arguments.overrides), **common)
+    path = model_path(name)
     tokenizer = load_tokenizer(path, "--model")
     model = load_model(path, "--model", dtype=arguments.dtype)
-    config = refresh_config(model, arguments)
+    config = chosen_config(model, arguments)
     names = arguments.strategies or ["full", "refresh", *(["similarity"] if config.threshold else []), "snapkv"]
     decodings = build_decodings(names, config)
     enable(model, config).to(device(arguments.device)).eval()
     examples = make_examples(model, tokenizer, tasks, arguments.examples)
-    records = Records(open_folder(output, arguments.resume, arguments.overwrite))
+    records = Records(check_output(output, arguments.overwrite, arguments.resume, TASK_FILES) / EXAMPLES_FILE)
 
     results = evaluate_tasks(model, tokenizer, examples, decodings, records, arguments.batch_size)
 
-    settings = {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "batch size": arguments.batch_size,
-        "examples": arguments.examples,
-    }
-    command = shlex.join(["python", "launch/evaluate.py", *argv])
-    report = build_task_report(results, tasks, decodings, arguments.model, settings, command)
+    settings = {**circumstances(model, arguments), "examples": arguments.examples}
+    report = build_task_report(results, tasks, decodings, name, settings, command)
     write_task_report(output, report)
     print(task_table(report))
     print(f"{output}: tasks.json, tasks.md, examples.jsonl")
 
 
+def evaluate_suite(arguments: argparse.Namespace, command: str) -> None:
+    suite, file = load_suite(arguments.suite, ROOT)
+    output = arguments.output or Path("reports", file.stem)
+    models = named_models(suite, arguments.model)
+    suite, changes = change(
+        suite,
+        Changes(
+            rows=arguments.rows,
+            last_tokens=arguments.last_tokens,
+            examples=arguments.examples,
+            task_length=arguments.task_length,
+            corpora=corpora(arguments.corpus),
+            without=arguments.without,
+            refresh=changed_values(arguments),
+            tasks=task_values(arguments.overrides),
+        ),
+    )
+    opened = open_suite(suite)
+    place = device(arguments.device)
+
+    def load(path: str) -> PreTrainedModel:
+        return load_model(path, "--model", dtype=arguments.dtype).to(place).eval()
+
+    folder = check_output(output, arguments.overwrite, arguments.resume, SUITE_FILES)
+    results = run_suite(suite, opened, models, load, folder, arguments.batch_size, arguments.decode)
+
+    settings = {
+        "dtype": arguments.dtype,
+        "device": place,
+        "batch size": arguments.batch_size,
+        "decode": arguments.decode,
+    }
+    notes = changes + opened.notes(suite)
+    shown = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file
+    report = build_suite_report(suite, file.stem, str(shown), results, notes, settings, command)
+    written = write_suite_report(folder, report, suite, results)
+    print(suite_table(report))
+    print(f"{output}: {', '.join(written)}")
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or hub id of a transformers model")
+    parser.add_argument(
+        "--model",
+        required=True,
+        action="append",
+        help="folder or hub id of a transformers model; with --suite also NAME=MODEL, and more than once",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", help="folder of rows that launch/prepare.py wrote")
     source.add_argument("--tasks", type=names, help="tasks, separated by commas; ruler stands for all of RULER's")
+    source.add_argument("--suite", help="a table of the paper, such as paper-table-1 (configs/suites), or a YAML file")
     parser.add_argument("--split", choices=SPLITS, help="(default: test)")
-    parser.add_argument("--last-tokens", type=int, help="tokens scored per row (default: 256)")
-    parser.add_argument("--rows", type=int, help=f"rows, spread over the split (default: {DEFAULT_ROWS} or all)")
-    parser.add_argument("--strides", type=strides, help="(default: 5,10,25,50)")
+    parser.add_argument("--last-tokens", type=int, help="tokens scored per row (default: 256, or the suite's)")
+    parser.add_argument(
+        "--rows", type=int, help=f"rows, spread over the split (default: {DEFAULT_ROWS} or all, or the suite's)"
+    )
+    parser.add_argument("--strides", type=strides, help="of the default strategies (default: 5,10,25,50)")
     parser.add_argument("--task-length", type=int, help="tokens of prompt and answer (default: each task's own, 4096)")
-    parser.add_argument("--examples", type=int, help="examples of each task (default: 50)")
+    parser.add_argument("--examples", type=int, help="examples of each task (default: 50, or the suite's)")
     parser.add_argument(
         "--strategies",
         type=names,
         help=f"ways to decode, of {', '.join(DECODINGS)}; refresh:10 and similarity:5:0.85 give stride and threshold "
-        "(default: full,refresh,snapkv, and similarity with --threshold)",
+        "(default: with --data full, refresh at --strides, never; with --tasks full, refresh, snapkv; both: similarity "
+        "with --threshold)",
     )
-    parser.add_argument("--resume", action="store_true", default=None, help="continue the tasks in --output")
+    parser.add_argument(
+        "--decode",
+        action="store_true",
+        default=None,
+        help="decode rows token by token, also where one pass gives the same losses: for times and memory",
+    )
+    parser.add_argument("--corpus", action="append", help="NAME=FOLDER: other rows for one of the suite's corpora")
+    parser.add_argument("--without", type=names, help="corpora and benchmarks of the suite to leave out")
     parser.add_argument("--budget", help="size of the small cache: tokens, or a fraction of the prompt such as 0.125")
     parser.add_argument("--threshold", help="evaluate the similarity schedule with this threshold as well")
     parser.add_argument("--batch-size", type=int, default=1, help="rows per forward pass (default: %(default)s)")
@@ -160,7 +241,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     parser.add_argument("--compare", type=Path, help="folder of an earlier report to compare with")
-    parser.add_argument("--output", type=Path, help="folder of the report (default: reports/NAME_OF_THE_MODEL)")
+    parser.add_argument("--output", type=Path, help="folder of the report (default: reports/NAME_OF_MODEL_OR_SUITE)")
+    parser.add_argument("--resume", action="store_true", help="continue the evaluation in --output")
     parser.add_argument("--overwrite", action="store_true", help="replace a report that the folder already holds")
     parser.add_argument("overrides", nargs="*", metavar="refresh.key=value", help="schedule and selection")
     arguments = parser.parse_intermixed_args(argv)
@@ -169,19 +251,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def check_used(arguments: argparse.Namespace) -> None:
-    """Refuses options of the other kind of evaluation; gives the rest their defaults."""
-    on_tasks = bool(arguments.tasks)
-    kind = "--tasks" if on_tasks else "--data"
-    for unused, defaults in ((on_tasks, DATA_DEFAULTS), (not on_tasks, TASK_DEFAULTS)):
-        for name, default in defaults.items():
-            if unused and getattr(arguments, name) is not None:
-                raise SettingsError(f"--{name.replace('_', '-')} means nothing with {kind}")
-            if getattr(arguments, name) is None:
-                setattr(arguments, name, default)
+    """Refuses options of the other kinds of evaluation; gives the rest their defaults."""
+    arguments.kind = kind = next(kind for kind in KINDS if getattr(arguments, kind) is not None)
+    for name, (meaningful, defaults) in OPTIONS.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, defaults.get(kind))
+        elif kind not in meaningful:
+            raise SettingsError(f"--{name.replace('_', '-')} means nothing with --{kind}")
+    if arguments.strides and arguments.strategies:
+        raise SettingsError("--strides means nothing with --strategies: write refresh:STRIDE there")
     if arguments.resume and arguments.overwrite:
         raise SettingsError("--resume continues an evaluation and --overwrite replaces it: choose one")
-    if not on_tasks and any(override.startswith("tasks.") for override in arguments.overrides):
+    if kind == "data" and any(override.startswith("tasks.") for override in arguments.overrides):
         raise SettingsError("tasks.NAME.key=value means nothing with --data")
+
+
+def only_model(arguments: argparse.Namespace) -> str:
+    if len(arguments.model) > 1:
+        raise SettingsError(f"--model: only a suite takes several; --{arguments.kind} takes one")
+    return arguments.model[0]
 
 
 def names(text: str) -> list[str]:
@@ -195,45 +283,42 @@ def strides(text: str) -> list[int]:
     return values
 
 
+def corpora(values: list[str]) -> dict[str, str]:
+    """NAME=FOLDER of --corpus, by name."""
+    for value in values:
+        if not all(value.partition("=")):
+            raise SettingsError(f"--corpus is written NAME=FOLDER, got {value}")
+    return dict(value.split("=", 1) for value in values)
+
+
+def chosen_config(model: PreTrainedModel, arguments: argparse.Namespace) -> RefreshConfig:
+    """The model's own settings, changed by the command line's."""
+    flags = {"budget": arguments.budget, "threshold": arguments.threshold}
+    return changed_config(own_config(model), arguments.overrides, **flags)
+
+
+def changed_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the command line changes of the schedule and the selection."""
+    flags = {"budget": arguments.budget, "threshold": arguments.threshold}
+    overrides = [text for text in arguments.overrides if not text.startswith("tasks.")]
+    changed = changed_config(RefreshConfig(), overrides, **flags).to_dict()
+    given = [key for key, value in flags.items() if value is not None]
+    given += [text.removeprefix("refresh.").partition("=")[0] for text in overrides]
+    return {key: changed[key] for key in given}
+
+
+def circumstances(model: PreTrainedModel, arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "batch size": arguments.batch_size,
+    }
+
+
 def load_earlier(folder: Path, output: Path) -> dict:
     if folder.resolve() == output.resolve():
         raise SettingsError(f"--compare and --output are the same folder, {folder}: choose another --output")
     return load_report(folder)
-
-
-def spread(rows: Dataset, count: int | None, source: str) -> Dataset:
-    """`count` rows at equal distances, so that they come from many documents."""
-    available = len(rows)
-    if available == 0:
-        raise SettingsError(f"{source} has no rows: choose another --split, or prepare more documents")
-    if count is not None and not 1 <= count <= available:
-        raise SettingsError(f"--rows must lie between 1 and {available}, got {count}: more are not in {source}")
-    count = count or min(DEFAULT_ROWS, available)
-    return rows.select([i * available // count for i in range(count)])
-
-
-def model_path(name: str) -> str:
-    """`name`, or the `model` folder inside it."""
-    folder = Path(name)
-    nested = (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file()
-    return str(folder / "model") if nested else name
-
-
-def refresh_config(model: PreTrainedModel, arguments: argparse.Namespace) -> RefreshConfig:
-    """The model's own settings, changed by the command line's."""
-    saved = getattr(model.config, "refreshkv", None)
-    config = RefreshConfig() if saved is None else RefreshConfig.from_dict(saved)
-    values = [f"refresh.{key}={json.dumps(value)}" for key, value in config.to_dict().items()]
-    flags = {"budget": arguments.budget, "threshold": arguments.threshold}
-    values += [f"refresh.{key}={value}" for key, value in flags.items() if value is not None]
-    overrides = [override for override in arguments.overrides if not override.startswith("tasks.")]
-    return load_settings(Overrides, None, [*values, *overrides]).refresh
-
-
-def device(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("--device cuda: torch sees no GPU; use --device cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 if __name__ == "__main__":

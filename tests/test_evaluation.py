@@ -16,16 +16,15 @@ from refreshkv import NEVER, RefreshConfig, Simulation
 from refreshkv.data.folder import INFO_FILE
 from refreshkv.data.tokenizer import train_tokenizer
 from refreshkv.settings import SettingsError
-from refreshkv.train import evaluation as evaluation_module
+from refreshkv.train import row_losses as row_losses_module
+from refreshkv.train.decoding import build_decodings, full_attention, refreshing
 from refreshkv.train.evaluation import (
     Evaluation,
     Result,
-    Strategy,
     budget_warnings,
     default_strategies,
     evaluate,
     gap_closed,
-    row_losses,
 )
 from refreshkv.train.report import (
     FILES,
@@ -38,6 +37,7 @@ from refreshkv.train.report import (
     text_table,
     write_report,
 )
+from refreshkv.train.row_losses import RowRecords, row_losses
 from tests.models import VOCABULARY, decode_logits, random_ids, tiny_enabled, tiny_model
 
 LENGTH, LAST = 60, 40
@@ -48,7 +48,7 @@ def as_rows(ids):
     return Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
 
 
-def made_up(perplexities, names=("full", "refresh S=10", "never (SnapKV)")):
+def made_up(perplexities, names=("full", "refresh S=10", "never refreshed")):
     configs = [None, CONFIG, dataclasses.replace(CONFIG, stride=NEVER)]
     results = [
         Result(name, config, config and 6, [math.log(value)] * 40, 0.1, {} if config is None else {0: 10.0, 1: None})
@@ -72,7 +72,7 @@ def test_last_losses_and_chunks_are_the_same_losses(monkeypatch):
     model, ids, simulation = tiny_enabled(CONFIG), random_ids(2, LENGTH), Simulation(20, CONFIG)
     with torch.no_grad():
         losses = row_losses(model, ids, simulation)
-        monkeypatch.setattr(evaluation_module, "LOGITS_AT_ONCE", 7 * 2 * VOCABULARY)
+        monkeypatch.setattr(row_losses_module, "LOGITS_AT_ONCE", 7 * 2 * VOCABULARY)
         torch.testing.assert_close(row_losses(model, ids, simulation, last=LAST), losses[:, -LAST:])
 
 
@@ -80,7 +80,7 @@ def test_last_losses_and_chunks_are_the_same_losses(monkeypatch):
 def test_perplexity_is_that_of_decoding_one_by_one(threshold):
     config = dataclasses.replace(CONFIG, stride=4, threshold=threshold)
     model, ids = tiny_enabled(config), random_ids(3, LENGTH)
-    measured = evaluate(model, as_rows(ids), [Strategy("refresh", config)], LAST, batch_size=2, progress=False)
+    measured = evaluate(model, as_rows(ids), [refreshing("refresh", config)], LAST, batch_size=2, progress=False)
     logits, cache = decode_logits(model, ids, LENGTH - LAST, config)
     losses = F.cross_entropy(logits[:, -LAST - 1 : -1].transpose(1, 2), ids[:, -LAST:], reduction="none")
     (result,) = measured.results
@@ -91,13 +91,107 @@ def test_perplexity_is_that_of_decoding_one_by_one(threshold):
         assert result.effective_strides[layer] == (pytest.approx(3 * LAST / steps) if steps else None)
 
 
+@pytest.mark.parametrize("name", ["full", "refresh:4", "similarity:4:0.3", "never"])
+def test_one_pass_gives_what_decoding_through_the_cache_gives(name):
+    """The slow and obvious way, and the way that is taken."""
+    model, rows = tiny_enabled(CONFIG), as_rows(random_ids(3, LENGTH))
+    strategies = build_decodings([name], CONFIG)
+    (fast,) = evaluate(model, rows, strategies, LAST, batch_size=2, progress=False).results
+    (slow,) = evaluate(model, rows, strategies, LAST, batch_size=2, progress=False, stepwise=True).results
+    assert slow.losses == pytest.approx(fast.losses, rel=1e-5)
+    assert slow.standard_error == pytest.approx(fast.standard_error, rel=1e-5)
+    assert slow.effective_strides == fast.effective_strides
+    assert slow.seconds > 0 and slow.cache_bytes > 0 and slow.peak_memory is None
+    assert fast.seconds is fast.cache_bytes is None
+
+
+def test_perplexity_of_snapkv_is_that_of_never_refreshing():
+    model, rows = tiny_enabled(CONFIG), as_rows(random_ids(3, LENGTH))
+    never, snapkv = evaluate(
+        model, rows, build_decodings(["never", "snapkv"], CONFIG), LAST, batch_size=2, progress=False
+    ).results
+    assert snapkv.losses == pytest.approx(never.losses, rel=1e-5)
+    assert (snapkv.budget, snapkv.config, snapkv.effective_strides) == (6, None, {})
+    # K + 1 entries, and a few numbers beside each; what never refreshes can begin to, and holds all
+    assert snapkv.cache_bytes < 1.5 * 2 * 2 * 2 * 8 * 8 * 7 < 2 * 2 * 2 * 8 * 8 * LENGTH
+
+
+def test_perplexity_of_streaming_is_that_of_a_mask():
+    """The first four tokens, the last ones and the token itself, as a mask over the plain model's attention."""
+    budget, prompt = 9, LENGTH - LAST
+    ids = random_ids(2, LENGTH)
+    column, row = torch.arange(LENGTH), torch.arange(LENGTH)[:, None]
+    seen = (column <= row) & ((row < prompt) | (column < 4) | (column >= row - (budget - 4)))
+    mask = torch.zeros(LENGTH, LENGTH, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+    plain = tiny_model(attn_implementation="eager")
+    with torch.no_grad():
+        logits = plain(ids, attention_mask=mask.expand(2, 1, -1, -1), use_cache=False).logits
+    expected = F.cross_entropy(logits[:, -LAST - 1 : -1].transpose(1, 2), ids[:, -LAST:], reduction="none").mean(0)
+    strategies = build_decodings(["streaming"], dataclasses.replace(CONFIG, budget=budget))
+    (found,) = evaluate(tiny_enabled(CONFIG), as_rows(ids), strategies, LAST, batch_size=2, progress=False).results
+    assert found.losses == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_perplexity_of_h2o():
+    """With room for all tokens it is full attention; with less it is not, and holds less."""
+    model, rows = tiny_enabled(CONFIG), as_rows(random_ids(2, LENGTH))
+    full, roomy, tight = (
+        evaluate(model, rows, build_decodings([name], config), LAST, progress=False, stepwise=True).results[0]
+        for name, config in (("full", CONFIG), ("h2o", dataclasses.replace(CONFIG, budget=LENGTH)), ("h2o", CONFIG))
+    )
+    assert roomy.losses == pytest.approx(full.losses, rel=1e-5)
+    assert abs(tight.loss - full.loss) > 1e-3 and tight.cache_bytes < full.cache_bytes / 4 < roomy.cache_bytes
+
+
+def test_finished_rows_are_not_computed_again(tmp_path, monkeypatch):
+    model, path, config = tiny_enabled(CONFIG), tmp_path / "rows.jsonl", dataclasses.replace(CONFIG, threshold=0.3)
+    rows, strategies = as_rows(random_ids(5, LENGTH)), build_decodings(["full", "similarity:4", "snapkv"], config)
+
+    def run(rows=rows, **options):
+        options = {"batch_size": 2, "progress": False, "records": RowRecords(path), **options}
+        return evaluate(model, rows, strategies, LAST, **options)
+
+    whole, passes, real = run(records=None), [], row_losses_module.RowMeasurement._batch
+
+    def counted(self, strategy, numbers):
+        if len(passes) == 4:
+            raise KeyboardInterrupt
+        passes.append((strategy.name, numbers))
+        return real(self, strategy, numbers)
+
+    monkeypatch.setattr(row_losses_module.RowMeasurement, "_batch", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert passes[-1] == ("refresh S=4 threshold 0.3", [0, 1])
+    path.write_text(path.read_text() + '{"key": "cut sho')  # as a killed process leaves it
+    passes.clear()
+    monkeypatch.setattr(row_losses_module.RowMeasurement, "_batch", lambda *a: passes.append(a[1:]) or real(*a))
+    resumed = run()
+    assert [numbers for _, numbers in passes] == [[2, 3], [4], [0, 1], [2, 3], [4]]
+    for result, expected in zip(resumed.results, whole.results, strict=True):
+        assert result.losses == pytest.approx(expected.losses, rel=1e-9)
+        assert result.effective_strides == expected.effective_strides
+        assert result.standard_error == pytest.approx(expected.standard_error, rel=1e-9)
+    assert run() == resumed and len(passes) == 5  # times included: nothing ran
+    run(rows.select([3]))
+    assert len(passes) == 5  # which rows stand beside it changes nothing
+    run(stepwise=True)
+    assert len(passes) == 5 + 6  # one pass tells no times
+    model.lm_head.weight.data *= 2
+    run()
+    assert len(passes) == 5 + 6 + 9
+    path.write_text("a thesis\n")
+    with pytest.raises(SettingsError, match="is not from an evaluation of rows"):
+        run()
+
+
 # ---- evaluate ----
 
 
 def test_strategies_and_effective_strides():
     config = dataclasses.replace(CONFIG, threshold=2.0, recent_window=2)
     strategies = default_strategies(config, [4, 10, 4])
-    names = ["full", "refresh S=4", "refresh S=10", "refresh S=10 threshold 2", "never (SnapKV)"]
+    names = ["full", "refresh S=4", "refresh S=10", "refresh S=10 threshold 2", "never refreshed"]
     assert [strategy.name for strategy in strategies] == names
     assert all(strategy.config.recent_window == 2 for strategy in strategies[1:])
 
@@ -158,7 +252,7 @@ def test_what_cannot_be_evaluated_is_refused():
 
 def test_gap_closed():
     before, after = made_up([4, 6, 4]), made_up([3, 4.5, 5])
-    assert gap_closed(before, after) == {"refresh S=10": pytest.approx(0.25), "never (SnapKV)": None}
+    assert gap_closed(before, after) == {"refresh S=10": pytest.approx(0.25), "never refreshed": None}
     other = made_up([3, 4, 5], ("full", "refresh S=10", "another"))
     assert gap_closed(before, other) == {"refresh S=10": pytest.approx(0.5)}
     with pytest.raises(ValueError, match="nothing to compare"):
@@ -170,7 +264,9 @@ def test_gap_closed():
 
 def made_up_report(perplexities, before=None):
     evaluation = made_up(perplexities)
-    strategies = [Strategy(result.name, result.config) for result in evaluation.results]
+    strategies = [
+        refreshing(result.name, result.config) if result.config else full_attention() for result in evaluation.results
+    ]
     measured = protocol("abc", "test", 3, 60, 40, strategies)
     return build_report(evaluation, measured, "org/model", {"dtype": "float32"}, "the command", before)
 
@@ -196,7 +292,7 @@ def test_report_files_and_tables(tmp_path):
     lines = [line.split() for line in text_table(after).splitlines()]
     assert lines[1] == ["strategy", "K", "stride", *["before", "after"] * 3, "closed", "stride"]
     figures = ["6", "never", "8.000", "6.000", "2.000", "2.000", "4.000", "3.000", "25.0%", "20.0"]
-    assert lines[4] == ["never", "(SnapKV)", *figures]
+    assert lines[4] == ["never", "refreshed", *figures]
 
 
 def test_reports_of_something_else_are_not_compared(tmp_path):
@@ -265,7 +361,7 @@ def test_command_line(launch, folders, tmp_path, monkeypatch, capsys):
     launch(["--model", str(folders / "adapted"), *common, "--compare", "reports/plain", "--batch-size", "2"])
     after = load_report("reports/adapted")
     assert after["before"]["model"] == str(folders / "plain")
-    assert set(after["gap_closed"]) == {"refresh S=4", "refresh S=10", "refresh S=10 threshold 0.5", "never (SnapKV)"}
+    assert set(after["gap_closed"]) == {"refresh S=4", "refresh S=10", "refresh S=10 threshold 0.5", "never refreshed"}
     assert text_table(after) in capsys.readouterr().out
 
     launch(["--model", str(folders / "plain"), *common, "--output", "few", "--rows", "2", "refresh.sink_tokens=3"])
@@ -276,11 +372,45 @@ def test_command_line(launch, folders, tmp_path, monkeypatch, capsys):
     assert "never constrains anything" in captured.err and "never constrains anything" in captured.out
 
 
+def test_command_line_with_caches_that_evict(launch, folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    common = ["--model", str(folders / "plain"), "--data", str(folders / "rows"), "--last-tokens", "40"]
+    common += ["--device", "cpu", "--budget", "9", "--rows", "2", "--output", "out"]
+    launch([*common, "--strategies", "full,refresh:4,snapkv"])
+    first = Path("out/rows.jsonl").read_text()
+    assert "decoding seconds" in Path("out/report.md").read_text()
+    with pytest.raises(SettingsError, match="already holds report.json: continue that with --resume"):
+        launch(common)
+    launch([*common, "--strategies", "full,refresh:4,snapkv,streaming,h2o", "--resume"])
+    assert Path("out/rows.jsonl").read_text().startswith(first)
+    assert len(Path("out/rows.jsonl").read_text().splitlines()) == 10
+    report = load_report("out")
+    assert report["protocol"]["strategies"]["H2O"] == {"cache": "H2OCache", "budget": 9}
+    assert [result["seconds"] is None for result in report["evaluation"]["results"]] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert "StreamingLLM" in capsys.readouterr().out
+    launch([*common, "--strategies", "full,refresh:4", "--decode", "--overwrite"])
+    decoded = load_report("out")["evaluation"]["results"]
+    assert all(result["seconds"] > 0 and result["cache_bytes"] > 0 for result in decoded)
+    for result, parallel in zip(decoded, report["evaluation"]["results"], strict=False):
+        assert result["losses"] == pytest.approx(parallel["losses"], rel=1e-5)
+    assert len(Path("out/rows.jsonl").read_text().splitlines()) == 4
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--model", "no/such/place"], "--model: no model could be loaded from no/such/place"),
+        (["--model", "a", "--model", "b"], "only a suite takes several; --data takes one"),
         (["--data", "missing"], "holds no prepared rows"),
+        (["--strategies", "snapkv,refresh:4"], "with --data full must be among them"),
+        (["--strategies", "full", "--strides", "4"], "--strides means nothing with --strategies: write refresh:STRIDE"),
+        (["--resume", "--overwrite"], "choose one"),
         (["--split", "validation"], "validation split of .* has no rows"),
         (["--rows", "6"], "--rows must lie between 1 and 5, got 6"),
         (["--last-tokens", "60"], "last tokens must lie between 1 and 59"),
@@ -291,7 +421,7 @@ def test_command_line(launch, folders, tmp_path, monkeypatch, capsys):
         (["--compare", "missing"], "missing holds no report.json"),
         (["--compare", "x", "--output", "x"], "are the same folder"),
         (["--output", "taken"], "--output taken already holds report.md"),
-        (["--output", "taken/report.md"], "--output taken/report.md cannot be created"),
+        (["--output", "taken/report.md"], "--output taken/report.md cannot be written to"),
         (["refresh.stride=0", "--split", "test", "refresh.sink_tokens=1"], "stride must be"),
     ],
 )
@@ -299,7 +429,9 @@ def test_command_line_refuses(launch, folders, tmp_path, monkeypatch, arguments,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "report.md").write_text("mine")
-    common = ["--model", str(folders / "plain"), "--data", str(folders / "rows"), "--last-tokens", "40"]
+    common = ["--data", str(folders / "rows"), "--last-tokens", "40"]
+    if "--model" not in arguments:
+        common += ["--model", str(folders / "plain")]
     with pytest.raises(SettingsError, match=message):
         launch([*common, *arguments])
     assert [path.name for path in tmp_path.rglob("*")] == ["taken", "report.md"]

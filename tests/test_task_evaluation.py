@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from refreshkv import NEVER, RefreshCache, RefreshConfig, enable
+from refreshkv.baselines import H2OCache, SnapKVCache, StreamingCache
 from refreshkv.data.tasks.registry import build_task
 from refreshkv.data.tasks.words import coined_words
 from refreshkv.data.tokenizer import train_tokenizer
@@ -71,11 +72,11 @@ def test_a_batch_generates_what_single_prompts_do(model, tokenizer, tasks, tmp_p
 
 
 def test_predictions_are_those_of_generate(model, tokenizer, tasks, tmp_path):
-    run(model, tokenizer, tasks[:1], tmp_path / "examples.jsonl", count=1)
+    run(model, tokenizer, tasks[:1], tmp_path / "examples.jsonl", ("full", "refresh", "never"), count=1)
     example = next(tasks[0].examples(tokenizer, 1))
     ids = torch.tensor([example.prompt_ids])
     for line in lines(tmp_path / "examples.jsonl"):
-        stride = {"full": None, "refresh S=4": 4, "never (SnapKV)": NEVER}[line["decoding"]]
+        stride = {"full": None, "refresh S=4": 4, "never refreshed": NEVER}[line["decoding"]]
         config = None if stride is None else replace(CONFIG, stride=stride)
         cache = None if config is None else RefreshCache(model.config, ids.shape[1] + 20, config)
         output = model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False, pad_token_id=0)
@@ -87,13 +88,15 @@ def test_predictions_are_those_of_generate(model, tokenizer, tasks, tmp_path):
 
 
 def test_effective_strides(model, tokenizer, tasks, tmp_path):
-    results = by_name(run(model, tokenizer, tasks[:1], tmp_path / "examples.jsonl", ("full", "refresh:3", "snapkv")))
+    results = by_name(
+        run(model, tokenizer, tasks[:1], tmp_path / "examples.jsonl", ("full", "refresh:3", "never", "h2o"))
+    )
     written = [line for line in lines(tmp_path / "examples.jsonl") if line["decoding"] == "refresh S=3"]
     steps = [line["new_tokens"] - 1 for line in written]
     expected = sum(steps) / sum(count // 3 for count in steps)
     assert results["chain_of_key", "refresh S=3"].effective_strides == {0: expected, 1: expected}
-    assert results["chain_of_key", "never (SnapKV)"].effective_strides == {0: None, 1: None}
-    assert results["chain_of_key", "full"].effective_strides is None
+    assert results["chain_of_key", "never refreshed"].effective_strides == {0: None, 1: None}
+    assert results["chain_of_key", "full"].effective_strides is results["chain_of_key", "H2O"].effective_strides is None
     assert all(result.seconds > 0 and result.peak_memory is None for result in results.values())
 
 
@@ -168,22 +171,27 @@ def test_left_padding():
 
 def test_strategies_by_name(monkeypatch):
     config = RefreshConfig(budget=7, stride=4, threshold=0.5, sink_tokens=2)
-    made = build_decodings(["full", "snapkv", "refresh", "refresh:9", "similarity", "similarity:5:0.9"], config)
+    made = build_decodings(["full", "never", "refresh", "refresh:9", "similarity", "similarity:5:0.9"], config)
     assert {item.name: (item.settings.get("stride"), item.settings.get("threshold")) for item in made} == {
         "full": (None, None),
-        "never (SnapKV)": (NEVER, None),
+        "never refreshed": (NEVER, None),
         "refresh S=4": (4, None),
         "refresh S=9": (9, None),
         "refresh S=4 threshold 0.5": (4, 0.5),
         "refresh S=5 threshold 0.9": (5, 0.9),
     }
     assert all(item.settings["sink_tokens"] == 2 for item in made[1:])
+    assert [item.is_full for item in made] == [True] + [False] * 5 and all(item.is_parallel for item in made)
     model_config = tiny_model().config
     assert made[0].build_cache(model_config, 9) is None
     cache = made[3].build_cache(model_config, 9)
     assert isinstance(cache, RefreshCache) and cache.config.stride == 9 and cache.get_max_length() == 9
     for name, message in [
-        ("h2o", "there is no 'h2o'; known are full, snapkv, refresh, similarity"),
+        ("h3o", "there is no 'h3o'; known are full, refresh, similarity, never, streaming, h2o, snapkv"),
+        ("h2o:4", "h2o:4: too many arguments; it is written h2o"),
+        ("streaming:-1", "sink tokens must be at least 0"),
+        ("snapkv:64:4", "pool_kernel must be odd"),
+        ("snapkv:64:5:mean", "pooling must be max or average, got mean"),
         ("refresh:x", "refresh:x: invalid literal"),
         ("refresh:0", "refresh:0: stride must be"),
         ("full:3", "full:3: too many arguments; it is written full"),
@@ -196,6 +204,47 @@ def test_strategies_by_name(monkeypatch):
     added = decoding.refreshing("another", config)
     monkeypatch.setitem(decoding.DECODINGS, "another", lambda config, arguments: added)
     assert build_decodings(["another"], config) == [added]
+
+
+def test_caches_that_evict_by_name():
+    """The papers' settings by default, others after colons; they hold K entries and no more."""
+    config = RefreshConfig(budget=7, observation_window=16, recent_window=5)
+    made = build_decodings(["streaming", "streaming:1", "h2o", "snapkv", "snapkv:64:5:average"], config)
+    assert {item.name: {k: v for k, v in item.settings.items() if k != "cache"} for item in made} == {
+        "StreamingLLM": {"budget": 7, "sink_tokens": 4},
+        "StreamingLLM with 1 sinks": {"budget": 7, "sink_tokens": 1},
+        "H2O": {"budget": 7},
+        "SnapKV": {
+            "budget": 7,
+            "observation_window": 1,
+            "kernel": 7,
+            "pooling": "max",
+        },  # not the model's own selection
+        "SnapKV window 64 kernel 5 average": {
+            "budget": 7,
+            "observation_window": 64,
+            "kernel": 5,
+            "pooling": "average",
+        },
+    }
+    assert not any(item.is_full or item.is_parallel for item in made)
+    kinds = [StreamingCache, StreamingCache, H2OCache, SnapKVCache, SnapKVCache]
+    assert [type(item.build_cache(tiny_model().config, 50)) for item in made] == kinds
+    with pytest.raises(SettingsError, match="budget=4 leaves no room beside 4 sink tokens"):
+        build_decodings(["streaming"], replace(config, budget=4))
+
+
+def test_memory_of_each_cache(model, tokenizer, tasks, tmp_path):
+    """Full attention holds all tokens, RefreshKV more than that, and caches that evict their budget alone."""
+    names = ("full", "refresh", "streaming", "h2o", "snapkv")
+    run(model, tokenizer, tasks[:1], tmp_path / "examples.jsonl", names, count=1)
+    held = {line["decoding"]: line for line in lines(tmp_path / "examples.jsonl")}
+    entry = 2 * 2 * 2 * 8 * 8  # layers, keys and values, heads, their size, bytes
+    full = held["full"]
+    assert full["cache_bytes"] == entry * (full["prompt_tokens"] + full["new_tokens"] - 1)
+    assert held["refresh S=4"]["cache_bytes"] > entry * (full["prompt_tokens"] + 20)
+    for name in ("StreamingLLM", "H2O", "SnapKV"):
+        assert entry * 41 <= held[name]["cache_bytes"] < 1.4 * entry * 41  # and a few numbers of each entry
 
 
 # ---- launch/evaluate.py
@@ -231,7 +280,7 @@ def test_command_line(launch, folder, tmp_path, monkeypatch, capsys):
     table = capsys.readouterr().out
     report = json.loads(Path("out/tasks.json").read_text())
     assert list(report["tasks"]) == ["chain_of_key", "niah_single_2-substitute"]
-    names = ["full", "refresh S=4", "refresh S=4 threshold 0.5", "never (SnapKV)"]
+    names = ["full", "refresh S=4", "refresh S=4 threshold 0.5", "SnapKV"]
     assert list(report["strategies"]) == names and len(report["results"]) == 8
     assert all(any(line.startswith(name) for line in table.splitlines()) for name in names)
     assert "niah_single_2-substitute: generated sentences for essays" in table
@@ -262,7 +311,7 @@ def test_command_line(launch, folder, tmp_path, monkeypatch, capsys):
         (["--task-length", "5000"], "max_position_embeddings=1024: lower it"),
         (["--examples", "0"], "--examples must be at least 1"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
-        (["--strategies", "h2o"], "--strategies: there is no 'h2o'"),
+        (["--strategies", "h3o"], "--strategies: there is no 'h3o'"),
         (["--tasks", "chain_of_key,niah_single_2,vtt"], "there is no task vtt; did you mean vt"),
         (["tasks.vt.hops=2"], "tasks.vt has settings but is not among the tasks"),
         (["tasks.chain_of_key.key=2"], "tasks.chain_of_key: unknown setting key; did you mean keys"),
@@ -279,11 +328,11 @@ def test_command_line_refuses(launch, folder, tmp_path, monkeypatch, more, messa
 def test_options_of_tasks_need_tasks(launch, folder, capsys):
     for more, message in [
         (["--examples", "5"], "--examples means nothing with --data"),
-        (["--resume"], "--resume means nothing with --data"),
+        (["--without", "x"], "--without means nothing with --data"),
         (["tasks.vt.hops=2"], "tasks.NAME.key=value means nothing with --data"),
     ]:
         with pytest.raises(SettingsError, match=message):
             launch(["--model", folder, "--data", "rows", *more])
     with pytest.raises(SystemExit):
         launch(["--model", folder])
-    assert "one of the arguments --data --tasks is required" in capsys.readouterr().err
+    assert "one of the arguments --data --tasks --suite is required" in capsys.readouterr().err

@@ -8,9 +8,12 @@ from typing import Any
 from transformers import Cache, PretrainedConfig
 
 from refreshkv import RefreshCache, RefreshConfig
+from refreshkv.baselines import H2OCache, SnapKVCache, StreamingCache
 from refreshkv.config import NEVER
 from refreshkv.settings import SettingsError
-from refreshkv.train.evaluation import FULL, NEVER_REFRESHED
+
+FULL = "full"
+NEVER_REFRESHED = "never refreshed"
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,25 @@ class Decoding:
     name: str
     """For tables."""
     settings: dict[str, Any]
-    """Plain values that say all about it."""
+    """Plain values that say all about it; empty for full attention."""
     build_cache: Callable[[PretrainedConfig, int], Cache | None]
     """From the model's configuration and the most tokens of a row: a new cache; None for transformers' own."""
+    config: RefreshConfig | None = None
+    """RefreshKV's schedule and selection, which one parallel pass can simulate; None for every other way."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is ordinary full attention."""
+        return not self.settings
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether one pass over known tokens gives the logits of decoding them one by one."""
+        return self.is_full or self.config is not None
+
+    def largest_budget(self, prompt_length: int) -> int | None:
+        """The budget K after a prompt without padding; None for full attention."""
+        return None if self.is_full else RefreshConfig(budget=self.settings["budget"]).largest_budget(prompt_length)
 
 
 Builder = Callable[[RefreshConfig, list[str]], Decoding]
@@ -37,31 +56,41 @@ def build_decodings(names: list[str], config: RefreshConfig) -> list[Decoding]:
     """
     decodings: dict[str, Decoding] = {}
     for text in names:
-        name, *arguments = text.split(":")
-        if name not in DECODINGS:
-            raise SettingsError(f"--strategies: there is no {name!r}; known are {', '.join(DECODINGS)}")
-        try:
-            decoding = DECODINGS[name](config, arguments)
-        except ValueError as error:
-            raise SettingsError(f"--strategies: {text}: {error}") from None
+        decoding = build_decoding(text, config)
         if decoding.name in decodings:
             raise SettingsError(f"--strategies names {decoding.name} twice")
         decodings[decoding.name] = decoding
     return list(decodings.values())
 
 
+def build_decoding(text: str, config: RefreshConfig) -> Decoding:
+    """The one that `text`, such as "refresh:10", names; errors as in `build_decodings`."""
+    name, *arguments = text.split(":")
+    if name not in DECODINGS:
+        raise SettingsError(f"--strategies: there is no {name!r}; known are {', '.join(DECODINGS)}")
+    try:
+        return DECODINGS[name](config, arguments)
+    except ValueError as error:
+        raise SettingsError(f"--strategies: {text}: {error}") from None
+
+
+def full_attention() -> Decoding:
+    """Every step attends to all tokens, through transformers' own cache."""
+    return Decoding(FULL, {}, lambda model, tokens: None)
+
+
 def refreshing(name: str, config: RefreshConfig) -> Decoding:
     """Decoding from a small cache by the schedule and the selection of `config`."""
-    return Decoding(name, config.to_dict(), lambda model, tokens: RefreshCache(model, tokens, config))
+    return Decoding(name, config.to_dict(), lambda model, tokens: RefreshCache(model, tokens, config), config)
 
 
 def _full(config: RefreshConfig, arguments: list[str]) -> Decoding:
     _at_most(arguments, 0, "full")
-    return Decoding(FULL, {}, lambda model, tokens: None)
+    return full_attention()
 
 
-def _snapkv(config: RefreshConfig, arguments: list[str]) -> Decoding:
-    _at_most(arguments, 0, "snapkv")
+def _never(config: RefreshConfig, arguments: list[str]) -> Decoding:
+    _at_most(arguments, 0, "never")
     return refreshing(NEVER_REFRESHED, dataclasses.replace(config, stride=NEVER, threshold=None))
 
 
@@ -81,10 +110,50 @@ def _similarity(config: RefreshConfig, arguments: list[str]) -> Decoding:
     return refreshing(f"refresh S={stride} threshold {threshold:g}", changed)
 
 
+def _streaming(config: RefreshConfig, arguments: list[str]) -> Decoding:
+    _at_most(arguments, 1, "streaming:SINK_TOKENS")
+    sinks = int(arguments[0]) if arguments else 4
+    if sinks < 0:
+        raise ValueError(f"sink tokens must be at least 0, got {sinks}")
+    if isinstance(config.budget, int) and config.budget <= sinks:
+        raise ValueError(f"budget={config.budget} leaves no room beside {sinks} sink tokens: make it larger")
+    name = "StreamingLLM" + (f" with {sinks} sinks" if arguments else "")
+    return _holding(name, StreamingCache, budget=config.budget, sink_tokens=sinks)
+
+
+def _h2o(config: RefreshConfig, arguments: list[str]) -> Decoding:
+    _at_most(arguments, 0, "h2o")
+    return _holding("H2O", H2OCache, budget=config.budget)
+
+
+def _snapkv(config: RefreshConfig, arguments: list[str]) -> Decoding:
+    _at_most(arguments, 3, "snapkv:WINDOW:KERNEL:POOLING, such as snapkv:64:5:average")
+    window, kernel, pooling = [*arguments, *("1", "7", "max")[len(arguments) :]]
+    options = {"observation_window": int(window), "kernel": int(kernel), "pooling": pooling}
+    RefreshConfig(observation_window=int(window), pool_kernel=int(kernel))  # refuses what it cannot
+    if pooling not in ("max", "average"):
+        raise ValueError(f"pooling must be max or average, got {pooling}")
+    name = "SnapKV" + (f" window {window} kernel {kernel} {pooling}" if arguments else "")
+    return _holding(name, SnapKVCache, budget=config.budget, **options)
+
+
+def _holding(name: str, kind: type[Cache], **settings: Any) -> Decoding:
+    """Decoding through a cache that holds K entries and no more."""
+    return Decoding(name, {"cache": kind.__name__, **settings}, lambda model, tokens: kind(model, tokens, **settings))
+
+
 def _at_most(arguments: list[str], count: int, usage: str) -> None:
     if len(arguments) > count:
         raise ValueError(f"too many arguments; it is written {usage}")
 
 
-DECODINGS: dict[str, Builder] = {"full": _full, "snapkv": _snapkv, "refresh": _fixed, "similarity": _similarity}
+DECODINGS: dict[str, Builder] = {
+    "full": _full,
+    "refresh": _fixed,
+    "similarity": _similarity,
+    "never": _never,
+    "streaming": _streaming,
+    "h2o": _h2o,
+    "snapkv": _snapkv,
+}
 """All ways to decode. Another one needs an entry here, and nothing else."""

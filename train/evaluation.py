@@ -1,6 +1,7 @@
-"""Perplexity of a row's last tokens when they are decoded from the small cache, against full attention.
+"""Perplexity of a row's last tokens when they are decoded from a small cache, against full attention.
 
-Teacher-forced: one parallel pass gives the numbers that decoding the same tokens one by one would give.
+Teacher-forced. For full attention and RefreshKV one parallel pass gives the numbers that decoding the same tokens one
+by one would give; under caches that evict they are decoded one by one.
 
 Shapes: `B` rows of a batch, `T` tokens in a row, `N` last tokens that are scored, `P = T - N` prompt length.
 """
@@ -13,27 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from refreshkv.config import NEVER, RefreshConfig, Simulation
+from refreshkv.config import NEVER, RefreshConfig
 from refreshkv.settings import SettingsError
-
-FULL = "full"
-NEVER_REFRESHED = "never (SnapKV)"
-LOGITS_AT_ONCE = 1 << 26
-"""Logits that are held in float32 at the same time: 256 MiB."""
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """One way to decode."""
-
-    name: str
-    config: RefreshConfig | None
-    """Schedule and selection; None for full attention."""
+from refreshkv.train.decoding import NEVER_REFRESHED, Decoding, full_attention, refreshing
+from refreshkv.train.row_losses import RowMeasurement, RowRecord, RowRecords
 
 
 @dataclass(frozen=True)
@@ -42,6 +30,7 @@ class Result:
 
     name: str
     config: RefreshConfig | None
+    """RefreshKV's schedule and selection; None for every other way to decode."""
     budget: int | None
     """Size K of the small cache in tokens; None for full attention."""
     losses: list[float]
@@ -50,6 +39,21 @@ class Result:
     """Of the mean loss, over rows; None for a single row."""
     effective_strides: dict[int, float | None]
     """Refreshed layer -> decoding steps per full step, over all rows; None for a layer without a full step."""
+    prompt_seconds: float | None = None
+    """Of one row's prompt; None if nothing was decoded token by token."""
+    seconds: float | None = None
+    """Of one row's N decoding steps; None likewise."""
+    cache_bytes: float | None = None
+    """Of one row's cache at the end; None likewise."""
+    peak_memory: int | None = None
+    """Most bytes that the GPU held during a batch, weights included; None likewise, and on a CPU."""
+    row_losses: list[float] = field(default_factory=list)
+    """Mean loss of each row's scored tokens, in nats; empty if several processes shared the rows."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is of full attention."""
+        return self.budget is None
 
     @property
     def loss(self) -> float:
@@ -83,7 +87,7 @@ class Evaluation:
     def full(self) -> Result:
         """Full attention's result. Raises `ValueError` if it was not among the strategies."""
         for result in self.results:
-            if result.config is None:
+            if result.is_full:
                 return result
         raise ValueError("full attention was not evaluated: there is nothing to compare with")
 
@@ -109,7 +113,7 @@ class Evaluation:
         names = [item.name for item in dataclasses.fields(Result)]
         results = []
         for entry in values["results"]:
-            kept = {name: entry[name] for name in names}
+            kept = {name: entry[name] for name in names if name in entry}
             if kept["config"] is not None:
                 kept["config"] = RefreshConfig.from_dict(kept["config"])
             kept["effective_strides"] = {int(layer): stride for layer, stride in kept["effective_strides"].items()}
@@ -117,44 +121,30 @@ class Evaluation:
         return cls(results, *(values[name] for name in ("rows", "row_length", "last_tokens", "warnings")))
 
 
-def default_strategies(config: RefreshConfig, strides: list[int]) -> list[Strategy]:
+def default_strategies(config: RefreshConfig, strides: list[int]) -> list[Decoding]:
     """Full attention, a refresh every S steps for each of `strides`, the similarity schedule of `config` if it has a
     threshold, and a selection after the prompt that is never refreshed; all with the selection of `config`."""
-    strategies = [Strategy(FULL, None)]
+    strategies = [full_attention()]
     for stride in dict.fromkeys(strides):
-        strategies.append(Strategy(f"refresh S={stride}", dataclasses.replace(config, stride=stride, threshold=None)))
+        strategies.append(refreshing(f"refresh S={stride}", dataclasses.replace(config, stride=stride, threshold=None)))
     if config.threshold is not None and config.stride != NEVER:
-        strategies.append(Strategy(f"refresh S={config.stride} threshold {config.threshold:g}", config))
-    strategies.append(Strategy(NEVER_REFRESHED, dataclasses.replace(config, stride=NEVER, threshold=None)))
+        strategies.append(refreshing(f"refresh S={config.stride} threshold {config.threshold:g}", config))
+    strategies.append(refreshing(NEVER_REFRESHED, dataclasses.replace(config, stride=NEVER, threshold=None)))
     return strategies
-
-
-def row_losses(model: nn.Module, ids: Tensor, simulation: Simulation | None = None, last: int | None = None) -> Tensor:
-    """Next-token losses of ids (B, T) in nats: (B, n) float32 of the last `n = last` tokens, of all T - 1 if None.
-
-    None for `simulation` is full attention. Only the last n positions' logits are computed, in the model's own dtype,
-    and few of them are held in float32 at a time.
-    """
-    count = ids.shape[1] - 1 if last is None else last
-    extra = {} if simulation is None else {"refresh": simulation}
-    logits = model(ids, use_cache=False, logits_to_keep=count + 1, **extra).logits[:, :-1]
-    chunk = max(1, LOGITS_AT_ONCE // (logits.shape[0] * logits.shape[2]))
-    parts = zip(logits.split(chunk, dim=1), ids[:, -count:].split(chunk, dim=1), strict=True)
-    return torch.cat(
-        [F.cross_entropy(part.float().transpose(1, 2), targets, reduction="none") for part, targets in parts], dim=1
-    )
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
     rows: Dataset,
-    strategies: list[Strategy],
+    strategies: list[Decoding],
     last_tokens: int,
     batch_size: int = 1,
     progress: bool = True,
     rank: int = 0,
     world: int = 1,
+    stepwise: bool = False,
+    records: RowRecords | None = None,
 ) -> Evaluation:
     """Perplexity of the last N tokens of each row, after a prompt of `P = T - N`, under each strategy.
 
@@ -168,20 +158,25 @@ def evaluate(
         batch_size: rows of one forward pass.
         rank, world: this process takes rows rank, rank + world, ...; a rest of fewer than `world` rows is left out, so
             that all processes make the same number of forward passes (ZeRO-3 needs that). All get the same result.
+        stepwise: decode token by token under every strategy, not only where nothing else gives the numbers: slow, and
+            then all have times and memory.
+        records: rows in there are not computed again, and the others are added; one process only.
 
     Raises `SettingsError` if there are too few rows, if N is not inside the row, or if a loss is not finite.
     """
     _check_rows(len(rows), batch_size, world)
+    assert records is None or world == 1
     row_length = len(rows[0]["input_ids"])
     check_last_tokens(last_tokens, row_length)
-    own = range(rank, len(rows) // world * world, world)
-    batches = [list(own[start : start + batch_size]) for start in range(0, len(own), batch_size)]
+    own = list(range(rank, len(rows) // world * world, world))
     was_training = getattr(model, "module", model).training  # an engine's own flag stays as it was made
     model.eval()
     try:
-        with tqdm(total=len(strategies) * len(batches), unit=" batches", disable=not progress or rank != 0) as bar:
+        measurement = RowMeasurement(model, rows, row_length - last_tokens, batch_size, stepwise, records)
+        with tqdm(total=len(strategies) * len(own), unit=" rows", disable=not progress or rank != 0) as bar:
             results = [
-                _measure(model, rows, batches, item, row_length - last_tokens, world, bar) for item in strategies
+                _result(item, measurement.prompt_length, measurement.records_of(item, own, bar), world, model.device)
+                for item in strategies
             ]
     finally:
         model.train(was_training)
@@ -195,7 +190,7 @@ def gap_closed(before: Evaluation, after: Evaluation) -> dict[str, float | None]
     A gap is the perplexity less full attention's of the same model. None where there was no gap before. Strategies
     that only one of the two has are left out.
     """
-    earlier = {result.name: before.gap(result) for result in before.results if result.config is not None}
+    earlier = {result.name: before.gap(result) for result in before.results if not result.is_full}
     return {
         result.name: 1 - after.gap(result) / earlier[result.name] if earlier[result.name] > 0 else None
         for result in after.results
@@ -212,10 +207,10 @@ def check_last_tokens(last_tokens: int, row_length: int) -> None:
         )
 
 
-def budget_warnings(strategies: list[Strategy], row_length: int, last_tokens: int) -> list[str]:
+def budget_warnings(strategies: list[Decoding], row_length: int, last_tokens: int) -> list[str]:
     """One line for each budget that no scored position's context exceeds, so that it equals full attention."""
     prompt_length, last_scored = row_length - last_tokens, row_length - 2
-    budgets = {item.config.largest_budget(prompt_length) for item in strategies if item.config is not None}
+    budgets = {item.largest_budget(prompt_length) for item in strategies if not item.is_full}
     return [
         f"the small cache (K = {budget:,}) holds all of a row of {row_length:,} tokens and never constrains anything: "
         "all strategies are full attention; lower the budget, or use longer rows"
@@ -229,36 +224,6 @@ def _check_rows(count: int, batch_size: int, world: int) -> None:
         raise SettingsError(f"there are {count} rows to evaluate on {world} processes; each needs at least one")
     if batch_size < 1:
         raise SettingsError(f"batch size must be at least 1, got {batch_size}")
-
-
-def _measure(
-    model: nn.Module,
-    rows: Dataset,
-    batches: list[list[int]],
-    strategy: Strategy,
-    prompt_length: int,
-    world: int,
-    bar: tqdm,
-) -> Result:
-    """One strategy on this process's batches of row numbers, summed over all processes."""
-    bar.set_description(strategy.name)
-    losses, full_steps = [], {}
-    for batch in batches:
-        ids = rows[batch]["input_ids"].to(model.device)
-        simulation = None if strategy.config is None else Simulation(prompt_length, strategy.config, record=True)
-        losses.append(row_losses(model, ids, simulation, last=ids.shape[1] - prompt_length).double().cpu())
-        if simulation is not None:
-            _count_full_steps(simulation, full_steps)
-        bar.update()
-    return _result(strategy, prompt_length, *_summed(torch.cat(losses), full_steps, world, model.device))
-
-
-def _count_full_steps(simulation: Simulation, full_steps: dict[int, int]) -> None:
-    """Adds each layer's full steps after the prompt to `full_steps`."""
-    if not simulation.full_steps:
-        raise ValueError("the model took no notice of the simulation: call refreshkv.enable(model) before evaluate()")
-    for layer, flags in simulation.full_steps.items():
-        full_steps[layer] = full_steps.get(layer, 0) + int(flags[:, simulation.prompt_length :].sum())
 
 
 def _summed(
@@ -279,16 +244,33 @@ def _summed(
 
 
 def _result(
-    strategy: Strategy, prompt_length: int, losses: Tensor, mean: float, square: float, rows: int, steps: dict[int, int]
+    strategy: Decoding, prompt_length: int, records: list[RowRecord], world: int, device: torch.device
 ) -> Result:
+    """Of this process's rows, summed over all processes."""
+    own = torch.tensor([record.losses for record in records], dtype=torch.float64)
+    steps: dict[int, int] = {}
+    for record in records:
+        for layer, count in (record.full_steps or {}).items():
+            steps[layer] = steps.get(layer, 0) + count
+    losses, mean, square, rows, steps = _summed(own, steps, world, device)
     if not losses.isfinite().all():
         raise SettingsError(f"{strategy.name}: the loss is not finite; try float32, and see whether the model is sound")
     variance = max(0.0, square - mean**2 / rows) / (rows - 1) if rows > 1 else None
     return Result(
         name=strategy.name,
         config=strategy.config,
-        budget=None if strategy.config is None else strategy.config.largest_budget(prompt_length),
+        budget=strategy.largest_budget(prompt_length),
         losses=(losses / rows).tolist(),
         standard_error=None if variance is None else math.sqrt(variance / rows),
         effective_strides={layer: rows * len(losses) / count if count else None for layer, count in steps.items()},
+        prompt_seconds=_mean([record.prompt_seconds for record in records]),
+        seconds=_mean([record.seconds for record in records]),
+        cache_bytes=_mean([record.cache_bytes for record in records]),
+        peak_memory=max((r.peak_memory for r in records if r.peak_memory is not None), default=None),
+        row_losses=own.mean(dim=1).tolist() if world == 1 else [],
     )
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """Of values that all rows have, or none has."""
+    return None if None in values else fmean(values)

@@ -23,6 +23,7 @@ from refreshkv.train.checkpoint import (
     save_checkpoint,
 )
 from refreshkv.train.config import RunConfig
+from refreshkv.train.decoding import full_attention, refreshing
 from refreshkv.train.engine import (
     build_engine,
     check_batch,
@@ -31,7 +32,7 @@ from refreshkv.train.engine import (
     read_deepspeed_json,
     zero_stage,
 )
-from refreshkv.train.evaluation import Strategy, evaluate
+from refreshkv.train.evaluation import evaluate
 from refreshkv.train.faults import STOPPED, StopRequest, Watchdog, named
 from refreshkv.train.flops import model_work, peak_flops, step_flops
 from refreshkv.train.hub import BackgroundPush, check_push
@@ -164,7 +165,7 @@ def evaluate_in_training(engine, validation, config: RunConfig, rank: int, world
     result = evaluate(
         engine.module,
         validation.select(range(min(training.evaluate_rows, len(validation)))),
-        [Strategy("full", None), Strategy("refresh", config.refresh)],
+        [full_attention(), refreshing("refresh", config.refresh)],
         last_tokens=training.evaluate_tokens,
         batch_size=training.micro_batch,
         progress=False,

@@ -12,17 +12,20 @@ import torch
 
 from refreshkv.config import NEVER
 from refreshkv.settings import SettingsError
-from refreshkv.train.evaluation import Evaluation, Result, Strategy, gap_closed
+from refreshkv.train.decoding import Decoding
+from refreshkv.train.evaluation import Evaluation, Result, gap_closed
 from refreshkv.train.figure import draw
 
+ROWS_FILE = "rows.jsonl"
 FILES = ("report.json", "report.md", "report.png")
+"""The report; ROWS_FILE, beside it, has the finished rows."""
 LIBRARIES = ("refreshkv", "torch", "transformers", "datasets")
 LAYOUT = 1
 """Version of report.json, for readers that come later."""
 
 
 def protocol(
-    fingerprint: str, split: str, rows: int, row_length: int, last_tokens: int, strategies: list[Strategy]
+    fingerprint: str, split: str, rows: int, row_length: int, last_tokens: int, strategies: list[Decoding]
 ) -> dict[str, Any]:
     """All that two evaluations must share for their figures to be comparable, as plain values.
 
@@ -34,7 +37,7 @@ def protocol(
         "rows": rows,
         "row length": row_length,
         "last tokens": last_tokens,
-        "strategies": {item.name: item.config.to_dict() if item.config else None for item in strategies},
+        "strategies": {item.name: item.settings or None for item in strategies},
     }
 
 
@@ -108,19 +111,29 @@ def markdown_table(report: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
 
 
-def check_output(folder: str | Path, overwrite: bool) -> Path:
-    """Makes sure that a report can be written to `folder`, before the work is done, and creates it.
+def check_output(
+    folder: str | Path, overwrite: bool, resume: bool = False, names: tuple[str, ...] = (*FILES, ROWS_FILE)
+) -> Path:
+    """Makes sure that an evaluation can be written to `folder`, before the work is done, and creates it.
 
-    Raises `SettingsError` if it already holds a report and `overwrite` is not set, or cannot be written to.
+    names: the files that it writes; with `overwrite`, those that are there are removed.
+    Raises `SettingsError` if it already holds one, unless that is to be continued or replaced, or if it cannot be
+    written to.
     """
     folder = Path(folder)
-    existing = [name for name in FILES if (folder / name).exists()]
-    if existing and not overwrite:
-        raise SettingsError(f"--output {folder} already holds {existing[0]}: choose another folder, or add --overwrite")
+    existing = [name for name in names if (folder / name).exists()]
+    if existing and not overwrite and not resume:
+        raise SettingsError(
+            f"--output {folder} already holds {existing[0]}: continue that with --resume, replace it with --overwrite, "
+            "or choose another folder"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            for name in existing:
+                (folder / name).unlink()
     except OSError as error:
-        raise SettingsError(f"--output {folder} cannot be created: {error.strerror or error}") from error
+        raise SettingsError(f"--output {folder} cannot be written to: {error.strerror or error}") from error
     if not os.access(folder, os.W_OK):
         raise SettingsError(f"--output {folder} is not writable: choose another folder")
     return folder
@@ -165,7 +178,11 @@ def _cells(report: dict[str, Any]) -> list[list[str]]:
     after, before = _evaluations(report)
     if before is None:
         header = ["strategy", "K", "stride", "perplexity", "ratio to full", "gap to full", "effective stride"]
-        return [header, *([*_setting(r), *_figures(after, r), _number(r.effective_stride, 1)] for r in after.results)]
+        lines = [[*_setting(r), *_figures(after, r), _number(r.effective_stride, 1)] for r in after.results]
+        if any(result.seconds is not None for result in after.results):
+            header += ["prompt seconds", "decoding seconds", "cache MiB"]
+            lines = [[*line, *_costs(result)] for line, result in zip(lines, after.results, strict=True)]
+        return [header, *lines]
     header = ["strategy", "K", "stride"]
     header += [f"{name} {when}" for name in ("perplexity", "ratio", "gap") for when in ("before", "after")]
     header += ["gap closed", "effective stride"]
@@ -182,14 +199,19 @@ def _cells(report: dict[str, Any]) -> list[list[str]]:
 
 def _setting(result: Result) -> list[str]:
     if result.config is None:
-        return [result.name, "-", "-"]
+        return [result.name, "-" if result.is_full else f"{result.budget:,}", "-"]
     stride = "never" if result.config.stride == NEVER else str(result.config.stride)
     return [result.name, f"{result.budget:,}", stride]
 
 
 def _figures(evaluation: Evaluation, result: Result) -> list[str]:
-    gap = None if result.config is None else evaluation.gap(result)
+    gap = None if result.is_full else evaluation.gap(result)
     return [_number(result.perplexity), _number(evaluation.ratio(result)), _number(gap)]
+
+
+def _costs(result: Result) -> list[str]:
+    held = result.cache_bytes and result.cache_bytes / 2**20
+    return [_number(result.prompt_seconds, 2), _number(result.seconds, 2), _number(held, 2)]
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -214,6 +236,8 @@ def _notes(report: dict[str, Any]) -> list[str]:
             f"full attention's standard error over rows: {error:.3f}; all strategies saw the same rows, so gaps "
             "usually vary less than that"
         )
+    if any(result.seconds is not None for result in evaluation.results):
+        notes.append("seconds and MiB are of one row decoded token by token; - where one pass gave the same losses")
     return notes
 
 

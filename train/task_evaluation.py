@@ -6,11 +6,8 @@ interrupted evaluation goes on where it stopped.
 
 import hashlib
 import json
-import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -23,9 +20,8 @@ from refreshkv import RefreshCache
 from refreshkv.data.tasks.task import Example, Task
 from refreshkv.settings import SettingsError
 from refreshkv.train.decoding import Decoding
-
-SAMPLED_VALUES = 64
-"""Values of each weight that a model's fingerprint looks at."""
+from refreshkv.train.records import RecordFile, fingerprint, numbered_layers
+from refreshkv.train.stepwise import Meter, held_bytes, new_cache
 
 
 @dataclass(frozen=True)
@@ -50,28 +46,17 @@ class Record:
     """Most bytes that the GPU held during the batch, weights included; None on a CPU."""
     full_steps: dict[int, int] | None
     """Refreshed layer -> full steps among the `new_tokens - 1` decoding steps; None if nothing is refreshed."""
+    cache_bytes: float | None = None
+    """What the batch's cache held at the end, over its examples; None in files of earlier versions."""
 
 
-class Records:
-    """The finished examples, in a file with one JSON object per line. A last line that a kill has cut short is removed.
+class Records(RecordFile[Record]):
+    """The finished examples."""
 
-    Raises `SettingsError` for a file that holds something else.
-    """
+    kind = "an evaluation of tasks"
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._records = {record.key: record for record in _read(path)} if path.exists() else {}
-
-    def get(self, key: str) -> Record | None:
-        return self._records.get(key)
-
-    def add(self, records: list[Record]) -> None:
-        """Appends them to the file; they are on disk when this returns."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(vars(record)) + "\n" for record in records)
-            file.flush()
-            os.fsync(file.fileno())
-        self._records |= {record.key: record for record in records}
+    def parse(self, values: dict[str, Any]) -> Record:
+        return Record(**{**values, "full_steps": numbered_layers(values["full_steps"])})
 
 
 @dataclass(frozen=True)
@@ -93,6 +78,8 @@ class TaskResult:
     new_tokens: float
     effective_strides: dict[int, float | None] | None
     """Refreshed layer -> decoding steps per full step; None for a layer without one, or if nothing is refreshed."""
+    cache_bytes: float | None = None
+    """Of one example's cache at the end, mean over the examples that tell."""
 
 
 Work = list[tuple[Task, list[Example]]]
@@ -152,15 +139,6 @@ def evaluate_tasks(
     return results
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """A hash of the model's type, data type and a sample of each of its weights: it changes when they are trained."""
-    digest = hashlib.sha256(f"{type(model).__name__} {model.dtype}".encode())
-    for name, weight in model.named_parameters():
-        values = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED_VALUES)]
-        digest.update(name.encode() + values.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _key(weights: str, task: Task, decoding: Decoding, example: Example) -> str:
     parts = [
         weights,
@@ -195,11 +173,8 @@ def _generate(
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0]
     ids, mask = left_padded([example.prompt_ids for example in examples], padding)
     columns = ids.shape[1]
-    cache = decoding.build_cache(model.config, columns + task.family.max_new_tokens)
-    on_gpu = model.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(model.device)
-    began = time.perf_counter()
+    cache = new_cache(decoding, model.config, columns + task.family.max_new_tokens)
+    meter = Meter(model.device)
     output = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -213,8 +188,7 @@ def _generate(
         repetition_penalty=1.0,
         **dict.fromkeys(("temperature", "top_p", "top_k")),
     )[:, columns:].tolist()  # waits for the GPU
-    seconds = (time.perf_counter() - began) / len(examples)
-    peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else None
+    seconds, peak = meter.read()
     for row, (example, generated) in enumerate(zip(examples, output, strict=True)):
         tokens = _until(generated, stop)
         prediction = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -226,9 +200,10 @@ def _generate(
             "scores": task.score(prediction, example.references),
             "prompt_tokens": len(example.prompt_ids),
             "new_tokens": len(tokens),
-            "seconds": seconds,
+            "seconds": seconds / len(examples),
             "peak_memory": peak,
             "full_steps": _full_steps(cache, row, columns, len(tokens) - 1),
+            "cache_bytes": held_bytes(cache) / len(examples),
         }
 
 
@@ -266,6 +241,7 @@ def _full_steps(cache: Any, row: int, columns: int, steps: int) -> dict[int, int
 
 def _result(task: Task, decoding: Decoding, records: list[Record]) -> TaskResult:
     scores = [record.scores["score"] for record in records]
+    held = [record.cache_bytes for record in records if record.cache_bytes is not None]
     return TaskResult(
         task=task.label,
         substitutes=task.family.substitutes,
@@ -278,6 +254,7 @@ def _result(task: Task, decoding: Decoding, records: list[Record]) -> TaskResult
         prompt_tokens=fmean(record.prompt_tokens for record in records),
         new_tokens=fmean(record.new_tokens for record in records),
         effective_strides=effective_strides(records),
+        cache_bytes=fmean(held) if held else None,
     )
 
 
@@ -288,23 +265,3 @@ def effective_strides(records: list[Record]) -> dict[int, float | None] | None:
     steps = sum(record.new_tokens - 1 for record in records)
     counts = {layer: sum(record.full_steps[layer] for record in records) for layer in records[0].full_steps}
     return {layer: steps / count if count else None for layer, count in counts.items()}
-
-
-def _read(path: Path) -> list[Record]:
-    content = path.read_bytes()
-    complete = content[: content.rfind(b"\n") + 1]
-    try:
-        records = [_record(json.loads(line)) for line in complete.splitlines()]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise SettingsError(f"{path} is not from an evaluation of tasks ({reason}); use another --output") from None
-    if complete != content and records:
-        os.truncate(path, len(complete))
-    return records
-
-
-def _record(values: dict[str, Any]) -> Record:
-    """Reads a line's values; JSON has made text of the layers' numbers."""
-    steps = values["full_steps"]
-    layers = None if steps is None else {int(layer): count for layer, count in steps.items()}
-    return Record(**{**values, "full_steps": layers})

@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 from refreshkv.data.tasks.task import Task
-from refreshkv.settings import SettingsError
 from refreshkv.train.decoding import Decoding
 from refreshkv.train.report import circumstances
 from refreshkv.train.task_evaluation import TaskResult
@@ -17,27 +16,6 @@ EXAMPLES_FILE = "examples.jsonl"
 FILES = ("tasks.json", "tasks.md", EXAMPLES_FILE)
 LAYOUT = 1
 """Version of tasks.json, for readers that come later."""
-
-
-def open_folder(folder: Path, resume: bool, overwrite: bool) -> Path:
-    """Makes sure that the evaluation can be written to `folder` and returns the file of its examples.
-
-    Raises `SettingsError` if the folder holds an evaluation of tasks, unless that is to be continued or replaced.
-    """
-    existing = [name for name in FILES if (folder / name).exists()]
-    if existing and not resume and not overwrite:
-        raise SettingsError(
-            f"--output {folder} already holds {existing[0]}: continue that with --resume, replace it with --overwrite, "
-            "or choose another folder"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            for name in existing:
-                (folder / name).unlink()
-    except OSError as error:
-        raise SettingsError(f"--output {folder} cannot be written to: {error.strerror or error}") from error
-    return folder / EXAMPLES_FILE
 
 
 def build_task_report(
@@ -82,11 +60,12 @@ def _cells(report: dict[str, Any]) -> list[list[str]]:
     """The table: a header, and for each way to decode its scores in percent and what they took."""
     names = list(report["tasks"])
     header = ["strategy", *names, *(["mean"] if len(names) > 1 else [])]
-    lines = [[*header, "seconds", "peak GiB", "effective stride"]]
+    lines = [[*header, "seconds", "peak GiB", "cache MiB", "effective stride"]]
     for decoding in report["strategies"]:
         own = {result["task"]: result for result in report["results"] if result["decoding"] == decoding}
         scores = [own[name]["scores"]["score"] for name in names]
         scores += [fmean(scores)] if len(names) > 1 else []
+        held = [result["cache_bytes"] for result in own.values() if result["cache_bytes"] is not None]
         peaks = [result["peak_memory"] for result in own.values() if result["peak_memory"] is not None]
         lines.append(
             [
@@ -94,6 +73,7 @@ def _cells(report: dict[str, Any]) -> list[list[str]]:
                 *(f"{100 * score:.1f}" for score in scores),
                 f"{sum(result['seconds'] for result in own.values()):,.1f}",
                 f"{max(peaks) / 2**30:.2f}" if peaks else "-",
+                f"{max(held) / 2**20:,.2f}" if held else "-",
                 _stride(list(own.values())),
             ]
         )

@@ -40,7 +40,7 @@ class Command:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(yaml.safe_dump(self.settings, sort_keys=False))
             arguments = ["--config", str(path), *(["--resume"] if (output / RUN_FILE).exists() else []), *arguments]
-        if self.script == "evaluate.py" and "--tasks" in arguments and self.made.parent.exists():
+        if self.script == "evaluate.py" and self.made.parent.exists():
             arguments.append("--resume")
         return [sys.executable, str(launch / self.script), *arguments]
 

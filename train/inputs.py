@@ -1,0 +1,78 @@
+"""What an evaluation is of: the model with its schedule and selection, the rows, and the device."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from refreshkv import RefreshConfig
+from refreshkv.data.rows import Rows, check_tokenizer, load_rows
+from refreshkv.settings import SettingsError, load_settings
+from refreshkv.train.model import check_same_tokens
+
+DEFAULT_ROWS = 100
+
+
+@dataclass
+class Overrides:
+    """What refresh.key=value and tasks.NAME.key=value may change."""
+
+    refresh: RefreshConfig = field(default_factory=RefreshConfig)
+    tasks: dict[str, Any] = field(default_factory=dict)
+
+
+def model_path(name: str) -> str:
+    """`name`, or the `model` folder inside it."""
+    folder = Path(name)
+    nested = (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file()
+    return str(folder / "model") if nested else name
+
+
+def own_config(model: PreTrainedModel) -> RefreshConfig:
+    """The schedule and the selection saved with the model, or the paper's."""
+    saved = getattr(model.config, "refreshkv", None)
+    return RefreshConfig() if saved is None else RefreshConfig.from_dict(saved)
+
+
+def changed_config(config: RefreshConfig, overrides: list[str], **flags: str | None) -> RefreshConfig:
+    """`config` with the values of --budget and the like in it, and then those of refresh.key=value."""
+    values = [f"refresh.{key}={json.dumps(value)}" for key, value in config.to_dict().items()]
+    values += [f"refresh.{key}={value}" for key, value in flags.items() if value is not None]
+    overrides = [override for override in overrides if not override.startswith("tasks.")]
+    return load_settings(Overrides, None, [*values, *overrides]).refresh
+
+
+def task_values(overrides: list[str]) -> dict[str, Any]:
+    """The values of tasks.NAME.key=value, by task."""
+    return load_settings(Overrides, None, [o for o in overrides if o.startswith("tasks.")]).tasks
+
+
+def open_split(folder: str, split: str, count: int | None) -> tuple[Rows, Dataset]:
+    """Prepared rows, and `count` of one split at equal distances, so that they come from many documents; None for 100
+    or all. Raises `SettingsError` for rows that are not there."""
+    rows = load_rows(folder)
+    chosen, source = getattr(rows, split), f"the {split} split of {folder}"
+    available = len(chosen)
+    if available == 0:
+        raise SettingsError(f"{source} has no rows: choose another --split, or prepare more documents")
+    if count is not None and not 1 <= count <= available:
+        raise SettingsError(f"--rows must lie between 1 and {available}, got {count}: more are not in {source}")
+    count = count or min(DEFAULT_ROWS, available)
+    return rows, chosen.select([i * available // count for i in range(count)])
+
+
+def check_tokens(model: PreTrainedModel, path: str, rows: Rows) -> None:
+    """Raises `SettingsError` if the rows' tokens are not the model's."""
+    check_tokenizer(rows.info, model.get_input_embeddings().num_embeddings)
+    check_same_tokens(path, rows)
+
+
+def device(name: str) -> str:
+    """The device for --device. Raises `SettingsError` for a GPU that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device cuda: torch sees no GPU; use --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
