@@ -10,7 +10,8 @@ With --data it writes report.json, report.md and report.png. With --compare, the
 rows, they show before and after, and the share of the gap to full attention that is closed.
 
 With --tasks (docs/tasks.md) the model generates the answers, greedily. Writes tasks.json, tasks.md, and examples.jsonl
-with every answer; an interrupted evaluation is continued with --resume.
+with every answer; an interrupted evaluation is continued with --resume. With --prefix-store DIR each prompt is computed
+once for all strategies (docs/prefix-store.md).
 """
 
 import argparse
@@ -29,6 +30,7 @@ from refreshkv import RefreshConfig, cli, enable
 from refreshkv.data.rows import SPLITS, check_tokenizer, load_rows
 from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.loading import load_model, load_tokenizer
+from refreshkv.prefix_store import PrefixStore
 from refreshkv.settings import SettingsError, load_settings
 from refreshkv.train.decoding import DECODINGS, build_decodings
 from refreshkv.train.evaluation import budget_warnings, check_last_tokens, default_strategies, evaluate
@@ -49,6 +51,7 @@ DEFAULT_ROWS = 100
 DATA_DEFAULTS = {"split": "test", "last_tokens": 256, "rows": None, "strides": [5, 10, 25, 50], "compare": None}
 """Options that mean something with --data only; no task can have them."""
 TASK_DEFAULTS = {"task_length": None, "examples": 50, "strategies": None, "resume": False}
+TASK_DEFAULTS |= {"prefix_store": None, "prefix_store_gb": 20.0}
 """Options that mean something with --tasks only."""
 
 
@@ -116,9 +119,10 @@ def evaluate_on_tasks(arguments: argparse.Namespace, output: Path, argv: list[st
     decodings = build_decodings(names, config)
     enable(model, config).to(device(arguments.device)).eval()
     examples = make_examples(model, tokenizer, tasks, arguments.examples)
+    store = open_store(model, arguments)
     records = Records(open_folder(output, arguments.resume, arguments.overwrite))
 
-    results = evaluate_tasks(model, tokenizer, examples, decodings, records, arguments.batch_size)
+    results = evaluate_tasks(model, tokenizer, examples, decodings, records, arguments.batch_size, store=store)
 
     settings = {
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -126,11 +130,20 @@ def evaluate_on_tasks(arguments: argparse.Namespace, output: Path, argv: list[st
         "batch size": arguments.batch_size,
         "examples": arguments.examples,
     }
+    if store is not None:
+        settings["prefix store"] = f"{arguments.prefix_store}; seconds are without the prompts'"
     command = shlex.join(["python", "launch/evaluate.py", *argv])
     report = build_task_report(results, tasks, decodings, arguments.model, settings, command)
     write_task_report(output, report)
     print(task_table(report))
     print(f"{output}: tasks.json, tasks.md, examples.jsonl")
+
+
+def open_store(model: PreTrainedModel, arguments: argparse.Namespace) -> PrefixStore | None:
+    if arguments.prefix_store is None:
+        return None
+    most = int(arguments.prefix_store_gb * 10**9)
+    return PrefixStore(arguments.prefix_store, most, model, setting="--prefix-store")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -152,6 +165,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "(default: full,refresh,snapkv, and similarity with --threshold)",
     )
     parser.add_argument("--resume", action="store_true", default=None, help="continue the tasks in --output")
+    parser.add_argument(
+        "--prefix-store", type=Path, help="folder of prompts' keys and values: compute each prompt once"
+    )
+    parser.add_argument("--prefix-store-gb", type=float, help="most GB in it (default: 20)")
     parser.add_argument("--budget", help="size of the small cache: tokens, or a fraction of the prompt such as 0.125")
     parser.add_argument("--threshold", help="evaluate the similarity schedule with this threshold as well")
     parser.add_argument("--batch-size", type=int, default=1, help="rows per forward pass (default: %(default)s)")
@@ -171,6 +188,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def check_used(arguments: argparse.Namespace) -> None:
     """Refuses options of the other kind of evaluation; gives the rest their defaults."""
     on_tasks = bool(arguments.tasks)
+    if arguments.prefix_store_gb is not None and arguments.prefix_store is None:
+        raise SettingsError("--prefix-store-gb needs --prefix-store")
     kind = "--tasks" if on_tasks else "--data"
     for unused, defaults in ((on_tasks, DATA_DEFAULTS), (not on_tasks, TASK_DEFAULTS)):
         for name, default in defaults.items():
@@ -178,6 +197,8 @@ def check_used(arguments: argparse.Namespace) -> None:
                 raise SettingsError(f"--{name.replace('_', '-')} means nothing with {kind}")
             if getattr(arguments, name) is None:
                 setattr(arguments, name, default)
+    if on_tasks and not arguments.prefix_store_gb > 0:
+        raise SettingsError(f"--prefix-store-gb must be more than 0, got {arguments.prefix_store_gb}")
     if arguments.resume and arguments.overwrite:
         raise SettingsError("--resume continues an evaluation and --overwrite replaces it: choose one")
     if not on_tasks and any(override.startswith("tasks.") for override in arguments.overrides):

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from refreshkv import RefreshCache
 from refreshkv.data.tasks.task import Example, Task
+from refreshkv.identity import fingerprint
+from refreshkv.prefix_store import PrefixStore
+from refreshkv.recycling import Reuse, needs_queries, recycle, store_prompts
 from refreshkv.settings import SettingsError
 from refreshkv.train.decoding import Decoding
-
-SAMPLED_VALUES = 64
-"""Values of each weight that a model's fingerprint looks at."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,9 @@ class Record:
     """Most bytes that the GPU held during the batch, weights included; None on a CPU."""
     full_steps: dict[int, int] | None
     """Refreshed layer -> full steps among the `new_tokens - 1` decoding steps; None if nothing is refreshed."""
+    reuse: dict[str, Any] | None = None
+    """What was taken from the prefix store: tokens of the prompt, bytes, and about the seconds it saved (None if not
+    known), the last two as shares of the batch's; None without a store."""
 
 
 class Records:
@@ -124,6 +127,7 @@ def evaluate_tasks(
     records: Records,
     batch_size: int = 1,
     progress: bool = True,
+    store: PrefixStore | None = None,
 ) -> list[TaskResult]:
     """All examples of each task under each way to decode; those in `records` are not computed again.
 
@@ -131,34 +135,33 @@ def evaluate_tasks(
         model: a transformers decoder after `refreshkv.enable`, in evaluation mode.
         work: of `make_examples`.
         batch_size: examples of one call of `generate`.
+        store: with one, each prompt is computed once for all ways to decode, and not within their seconds.
     """
     if batch_size < 1:
         raise SettingsError(f"--batch-size must be at least 1, got {batch_size}")
     weights, results = fingerprint(model), []
+    queries = any(needs_queries(decoding.build_cache(model.config, 1)) for decoding in decodings)
     total = len(decodings) * sum(len(examples) for _, examples in work)
     with tqdm(total=total, unit=" examples", disable=not progress) as bar:
         for task, examples in work:
+            keys = {way.name: [_key(weights, task, way, example) for example in examples] for way in decodings}
+            jobs = []
             for decoding in decodings:
+                missing = [i for i, key in enumerate(keys[decoding.name]) if records.get(key) is None]
+                bar.update(len(examples) - len(missing))
+                jobs += [
+                    (decoding, missing[start : start + batch_size]) for start in range(0, len(missing), batch_size)
+                ]
+            if store is not None:  # all ways to decode a prompt follow each other, while the store has it
+                jobs.sort(key=lambda job: job[1])
+            for decoding, batch in jobs:
                 bar.set_description(f"{task.label}, {decoding.name}")
-                keys = [_key(weights, task, decoding, example) for example in examples]
-                missing = [i for i, key in enumerate(keys) if records.get(key) is None]
-                bar.update(len(keys) - len(missing))
-                for start in range(0, len(missing), batch_size):
-                    batch = missing[start : start + batch_size]
-                    outputs = _generate(model, tokenizer, task, decoding, [examples[i] for i in batch])
-                    records.add([Record(keys[i], **output) for i, output in zip(batch, outputs, strict=True)])
-                    bar.update(len(batch))
-                results.append(_result(task, decoding, [records.get(key) for key in keys]))
+                chosen = [examples[i] for i in batch]
+                outputs = _generate(model, tokenizer, task, decoding, chosen, store, queries)
+                records.add([Record(keys[decoding.name][i], **out) for i, out in zip(batch, outputs, strict=True)])
+                bar.update(len(batch))
+            results += [_result(task, way, [records.get(key) for key in keys[way.name]]) for way in decodings]
     return results
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """A hash of the model's type, data type and a sample of each of its weights: it changes when they are trained."""
-    digest = hashlib.sha256(f"{type(model).__name__} {model.dtype}".encode())
-    for name, weight in model.named_parameters():
-        values = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED_VALUES)]
-        digest.update(name.encode() + values.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _key(weights: str, task: Task, decoding: Decoding, example: Example) -> str:
@@ -188,7 +191,13 @@ def _check_fits(model: PreTrainedModel, task: Task, examples: list[Example]) -> 
 
 
 def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, decoding: Decoding, examples: list[Example]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    decoding: Decoding,
+    examples: list[Example],
+    store: PrefixStore | None = None,
+    queries: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Generates one batch; gives each example's fields of a `Record`, all but the key."""
     stop = _stop_tokens(model, tokenizer)
@@ -197,9 +206,14 @@ def _generate(
     columns = ids.shape[1]
     cache = decoding.build_cache(model.config, columns + task.family.max_new_tokens)
     on_gpu = model.device.type == "cuda"
+    if store is not None:
+        store_prompts(store, ids, mask, queries)
+        cache = DynamicCache(config=model.config) if cache is None else cache
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
     began = time.perf_counter()
+    reuse = None if store is None else recycle(store, cache, ids, mask)
+    known = 0 if reuse is None else int(cache.get_seq_length())
     output = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -229,7 +243,16 @@ def _generate(
             "seconds": seconds,
             "peak_memory": peak,
             "full_steps": _full_steps(cache, row, columns, len(tokens) - 1),
+            "reuse": _share(reuse, max(0, known - columns + len(example.prompt_ids)), len(examples)),
         }
+
+
+def _share(reuse: Reuse | None, tokens: int, examples: int) -> dict[str, Any] | None:
+    """What one of the examples of a batch took from the store."""
+    if reuse is None:
+        return None
+    saved = None if reuse.seconds_saved is None else reuse.seconds_saved / examples
+    return {"tokens": tokens, "bytes": reuse.bytes // examples, "seconds_saved": saved}
 
 
 def left_padded(prompts: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
