@@ -31,6 +31,8 @@ CHECKED_TOKENS = 1024
 """Tokens that share a checksum: what is not loaded need not be read to trust what is."""
 LAYOUT = 1
 SUFFIX, PARTIAL, LOCK_FILE, IDENTITY_FILE = ".safetensors", ".partial", ".lock", "store.json"
+UNREADABLE = (OSError, RuntimeError, SafetensorError, ValueError, KeyError, IndexError, TypeError)
+"""What reading a file raises that is damaged or gone; RuntimeError is torch's, of a file that it cannot map."""
 HEADER_BYTES = 256
 """At least what a file's header takes for each tensor."""
 
@@ -163,7 +165,7 @@ class FolderPlace:
         different = first_difference({"layout": LAYOUT, **identity}, there if isinstance(there, dict) else {})
         if different:
             raise SettingsError(
-                f"{self._setting} {self.folder} was made by another model (its {different} differ): choose another folder"
+                f"{self._setting} {self.folder} was made by another model (not the same {different}): choose another"
             )
 
     def writing(self) -> AbstractContextManager:
@@ -189,15 +191,15 @@ class FolderPlace:
                     raise ValueError("the checksum of its beginning is wrong")
             size = (self.folder / file).stat().st_size
             return Entry(file.removesuffix(SUFFIX), ids.numpy().copy(), size, **facts)
-        except FileNotFoundError:  # removed since the folder was listed
-            return None
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except UNREADABLE as error:
             self._report(file, error)
             return None
 
     def _report(self, file: str, error: Exception) -> None:
-        reason = " ".join(str(error).split())
-        warnings.warn(f"prefix store: {self.folder / file} is damaged and skipped ({reason})", stacklevel=2)
+        """Warns of a damaged file; one that has been removed since it was listed is not damaged."""
+        if (self.folder / file).exists():
+            reason = " ".join(str(error).split())
+            warnings.warn(f"prefix store: {self.folder / file} is damaged and skipped ({reason})", stacklevel=2)
 
     def by_last_use(self) -> list[tuple[str, int]]:
         with os.scandir(self.folder) as files:
@@ -237,10 +239,9 @@ class FolderPlace:
                 for name, tensor in tensors.items():
                     self._check(entry, name, tensor, tokens, sums[order[name]])
             return {name: tensor[:tokens] for name, tensor in tensors.items()}
-        except (OSError, SafetensorError, ValueError, KeyError, IndexError) as error:
+        except UNREADABLE as error:
             self._damaged |= {key for key, known in self._known.items() if known is entry}
-            if not isinstance(error, FileNotFoundError):
-                self._report(file.name, error)
+            self._report(file.name, error)
             raise DamagedEntry(entry.name) from None
 
     def _check(self, entry: Entry, name: str, tensor: Tensor, tokens: int, sums: Tensor) -> None:
