@@ -289,7 +289,7 @@ def write_forever(store, seed, pipe):
     """Puts prompts until killed, and tells of each that is finished."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        ids = torch.randint(3, 61, (1, int(torch.randint(50, 4000, (), generator=generator))), generator=generator)
+        ids = torch.randint(3, 61, (1, int(torch.randint(50, 12000, (), generator=generator))), generator=generator)
         put(store, ids)
         os.write(pipe, ids.numpy().tobytes()[:8] + ids.numel().to_bytes(8, "little"))
 
@@ -340,7 +340,7 @@ def test_killed_writers_leave_whole_entries_only(model, tmp_path):
 @pytest.mark.slow
 def test_100_killed_writers(model, tmp_path):
     finished, cut = check_kills(model, tmp_path / "store", 100, seed=2)
-    assert finished >= 100 and cut >= 20, "too few kills hit a write: the test shows nothing"
+    assert finished >= 100 and cut >= 15, "too few kills hit a write: the test shows nothing"
 
 
 def read_forever(folder, model, pipe):
