@@ -199,8 +199,10 @@ def time_overlap(model, strategy: str, length: int, overlap: float, args: argpar
     storing = time.perf_counter() - began
     answer(model, strategy, second, None)  # kernels are compiled, memory is taken
     initial = answer(model, strategy, second, store)[0]
-    fresh = [answer(model, strategy, second, None) for _ in range(args.repeat)]
-    recycled = [answer(model, strategy, second, store) for _ in range(args.repeat)]
+    # in turn, so that whatever else the machine does meets both
+    fresh, recycled = zip(
+        *([answer(model, strategy, second, place) for place in (None, store)] for _ in range(args.repeat)), strict=True
+    )
     reuse = recycled[-1][1]
     tokens, logits = zip(*(decoded(model, runs[-1][2], runs[-1][3]) for runs in (fresh, recycled)), strict=True)
     seconds = [statistics.median(run[0] for run in runs) for runs in (fresh, recycled)]

