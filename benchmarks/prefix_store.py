@@ -199,26 +199,26 @@ def time_overlap(model, strategy: str, length: int, overlap: float, args: argpar
     storing = time.perf_counter() - began
     answer(model, strategy, second, None)  # kernels are compiled, memory is taken
     initial = answer(model, strategy, second, store)[0]
-    # in turn, so that whatever else the machine does meets both
-    fresh, recycled = zip(
-        *([answer(model, strategy, second, place) for place in (None, store)] for _ in range(args.repeat)), strict=True
-    )
-    reuse = recycled[-1][1]
-    tokens, logits = zip(*(decoded(model, runs[-1][2], runs[-1][3]) for runs in (fresh, recycled)), strict=True)
-    seconds = [statistics.median(run[0] for run in runs) for runs in (fresh, recycled)]
-    looking = statistics.median(run[1].seconds for run in recycled)
+    times = []
+    for _ in range(args.repeat):  # in turn, so that whatever else the machine does meets both
+        runs = [answer(model, strategy, second, place) for place in (None, store)]
+        times.append((runs[0][0], runs[1][0], runs[1][1].seconds))
+    fresh, recycled, looking = (statistics.median(column) for column in zip(*times, strict=True))
+    reuse = runs[1][1]
+    tokens, logits = zip(*(decoded(model, *run[2:]) for run in runs), strict=True)
+    del runs
     free_memory()
     return {
         "length": length,
         "strategy": strategy,
         "overlap": overlap,
-        "fresh ms": round(seconds[0] * 1e3, 2),
-        "recycled ms": round(seconds[1] * 1e3, 2),
-        "ratio": round(seconds[0] / seconds[1], 2),
+        "fresh ms": round(fresh * 1e3, 2),
+        "recycled ms": round(recycled * 1e3, 2),
+        "ratio": round(fresh / recycled, 2),
         "reused tokens": reuse.tokens,
         "MB": round(reuse.bytes / 1e6, 1),
         "look up and queue ms": round(looking * 1e3, 3),
-        "share of fresh": f"{looking / seconds[0]:.2%}",
+        "share of fresh": f"{looking / fresh:.2%}",
         "first ms": round(initial * 1e3, 2),
         "compute and store ms": round(storing * 1e3, 1),
         "same tokens": tokens[0] == tokens[1],
@@ -276,7 +276,7 @@ def compare_pairs(model, args: argparse.Namespace) -> dict[str, object]:
         store = new_store(model, args)
         store_prompts(store, first, torch.ones_like(first), with_queries=strategy == "h2o")
         runs = [answer(model, strategy, second, place) for place in (None, store)]
-        tokens, logits = zip(*(decoded(model, run[2], run[3]) for run in runs), strict=True)
+        tokens, logits = zip(*(decoded(model, *run[2:]) for run in runs), strict=True)
         same += tokens[0] == tokens[1]
         if tokens[0] == tokens[1]:  # after another token logits are not comparable
             largest = max(largest, float((logits[0] - logits[1]).abs().max()))

@@ -28,7 +28,7 @@ from refreshkv.identity import identity
 from refreshkv.modeling import attention_modules
 from refreshkv.prefix_finders import Finder, LongestPrefix, common_prefix
 from refreshkv.prefix_places import Entry, FolderPlace, MemoryPlace, entry_bytes
-from refreshkv.prompt_cache import fill_layer, prompt_states
+from refreshkv.prompt_cache import fill_layer, needs_queries, prompt_states
 from refreshkv.settings import SettingsError
 
 Ids = Tensor | np.ndarray | list[int]
@@ -110,9 +110,12 @@ class PrefixStore:
             same = [known for known in self.entries if np.array_equal(known.ids, ids)]
             present = next((known for known in same if known.has_queries >= has_queries), None)
             if present is None:
+                del same
                 self._make_room(size, beside=name)
+                self._refresh()  # nothing holds on to what has left while the new one comes
                 self._place.write(entry, states)
                 self._drop_covered(entry)
+                self._refresh()
         self.touch(present or entry)
         return present or entry
 
@@ -123,13 +126,13 @@ class PrefixStore:
 
     def _make_room(self, size: int, beside: str) -> None:
         """Removes the least recently used until `size` more fit. An unreadable file of the same name is replaced."""
-        files = [(name, size) for name, size in self._place.by_last_use() if name != beside]
-        total = sum(other for _, other in files)
-        for name, other in files:
+        others = [(name, taken) for name, taken in self._place.by_last_use() if name != beside]
+        total = sum(taken for _, taken in others)
+        for name, taken in others:
             if total + size <= self.max_bytes:
                 return
             self._place.remove(name)
-            total -= other
+            total -= taken
 
     def _drop_covered(self, entry: Entry) -> None:
         for other in self.entries:
@@ -155,6 +158,7 @@ class PrefixStore:
         """Fills the first `columns` columns of an empty cache; row `b` has `paddings[b]` padded ones and then the
         tokens of `entries[b]`, which may be None where all columns are padded. As `load` otherwise."""
         layers = [cache.layers[n] if n < len(cache.layers) else None for n in range(len(attention_modules(self.model)))]
+        self._check_load(entries, cache, [columns - padding for padding in paddings])
         names = [f"{kind}.{number}" for number in range(len(layers)) for kind in ("key", "value")]
         names += [f"query.{number}" for number, layer in enumerate(layers) if getattr(layer, "needs_queries", False)]
         parts = []
@@ -165,6 +169,18 @@ class PrefixStore:
         for entry in filter(None, entries):
             self.touch(entry)
         return sum(tensor.nbytes for part in parts for tensor in part.values())
+
+    @staticmethod
+    def _check_load(entries: list[Entry | None], cache: Cache, tokens: list[int]) -> None:
+        length = int(cache.get_seq_length())
+        if length > 0:
+            raise ValueError(f"a cache that holds {length} tokens cannot be filled: call reset() first")
+        for entry, wanted in zip(entries, tokens, strict=True):
+            there = 0 if entry is None else len(entry.ids)
+            if wanted > there:
+                raise ValueError(f"{wanted} tokens were asked of an entry that holds {there}")
+            if entry is not None and needs_queries(cache) and not entry.has_queries:
+                raise ValueError(f"{type(cache).__name__} depends on all queries of a prompt: store them with it")
 
     def _devices(self) -> list[torch.device]:
         """Where each layer's cache belongs."""

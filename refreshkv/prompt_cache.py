@@ -84,6 +84,11 @@ def keep_all_tokens(cache: Cache) -> Cache:
     return cache
 
 
+def needs_queries(cache: Cache | None) -> bool:
+    """Whether the strategy goes on from a prefix only with all of its queries, as H2O does; None: full attention."""
+    return cache is not None and any(getattr(layer, "needs_queries", False) for layer in cache.layers)
+
+
 def fill_layer(cache: Cache, number: int, key: Tensor, value: Tensor, query: Tensor | None) -> None:
     """Puts the first tokens of prompts into one layer of an empty cache: (B, Hkv, d, D), queries (B, H, d, D)."""
     if number < len(cache.layers) and isinstance(cache.layers[number], BufferedLayer):
@@ -99,6 +104,8 @@ def prompt_states(cache: Cache, row: int, start: int, end: int) -> dict[str, Ten
     that keep queries; views as far as possible. Raises `ValueError` if a layer does not hold all of these tokens.
     """
     states = {}
+    if not cache.layers:
+        raise ValueError(f"this {type(cache).__name__} is empty: compute the prompt with it first")
     for number, layer in enumerate(cache.layers):
         kept = [("key", layer.keys), ("value", layer.values), ("query", getattr(layer, "queries", None))]
         if isinstance(layer, WholeSlidingLayer):

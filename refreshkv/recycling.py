@@ -13,7 +13,7 @@ from transformers import Cache
 from refreshkv.prefix_finders import BLOCK
 from refreshkv.prefix_places import DamagedEntry, Entry
 from refreshkv.prefix_store import PrefixStore, device_name
-from refreshkv.prompt_cache import PromptCache
+from refreshkv.prompt_cache import PromptCache, needs_queries
 
 STORE_BELOW = 0.9
 """`put_new` stores a prompt if less than this share of it was reused: another question about the same book is not worth
@@ -82,11 +82,6 @@ def recycle(
         break
     seconds = time.perf_counter() - began
     return Reuse(real, tokens, size, seconds, _prompt_seconds(entries, rows, store.model.device))
-
-
-def needs_queries(cache: Cache | None) -> bool:
-    """Whether the strategy can go on from a prefix only with all of its queries, as H2O; None: full attention."""
-    return cache is not None and any(getattr(layer, "needs_queries", False) for layer in cache.layers)
 
 
 def _prompt_seconds(entries: list[Entry | None], rows: list[Tensor], device: torch.device) -> float | None:

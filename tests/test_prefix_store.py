@@ -1,5 +1,6 @@
 """The store itself: what is found, what stays, who may use it, and what a damaged or cut short entry does."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import random
 import signal
 import time
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +174,23 @@ def test_the_least_recently_used_leave_and_the_bound_holds(model, folder, tmp_pa
         expected = [*expected[-3:], ids]
         assert store.size <= store.max_bytes
         assert {entry.ids.tobytes() for entry in store.entries} == {kept.numpy().tobytes() for kept in expected}
+
+
+def test_what_leaves_host_memory_is_freed_before_the_next_comes(model, monkeypatch):
+    each = put(PrefixStore(None, 10**9, model), random_ids(1, 100)).size
+    store, alive = PrefixStore(None, int(2.5 * each), model), []
+    write = store._place.write
+
+    def watched(entry, tensors):
+        gc.collect()
+        assert sum(other() is not None for other in alive) <= 1
+        alive.append(weakref.ref(entry))
+        write(entry, tensors)
+
+    monkeypatch.setattr(store._place, "write", watched)
+    for seed in range(6):
+        put(store, random_ids(1, 100, seed=seed))
+    assert len(alive) == 6 and len(store.entries) == 2
 
 
 @PLACES

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from refreshkv import RefreshCache, RefreshConfig, Simulation
 from refreshkv.baselines import H2OCache, SnapKVCache
@@ -313,6 +314,16 @@ def test_what_cannot_be_filled_or_stored():
     with pytest.raises(ValueError, match="H2OLayer depends on all queries of a prompt"):
         cache = H2OCache(model.config, ROOM, 20)
         cache.layers[1].fill(*torch.zeros(2, 1, 2, 5, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match="H2OCache depends on all queries of a prompt: store them"):
+        store.load(entry, H2OCache(model.config, ROOM, 20))
+    with pytest.raises(ValueError, match="41 tokens were asked of an entry that holds 40"):
+        store.load(entry, RefreshCache(model.config, ROOM, FIXED), 41)
+    with pytest.raises(ValueError, match="this DynamicCache is empty"):
+        store.put(ids, DynamicCache())
+    cache = DynamicCache(config=model.config)
+    store.load(entry, cache)
+    with pytest.raises(ValueError, match=r"holds 40 tokens cannot be filled"):
+        store.load(entry, cache)
     with pytest.raises(ValueError, match="RefreshCache is full: 40 tokens, but max_cache_len=30"):
         store.load(entry, RefreshCache(model.config, 30, FIXED))
 

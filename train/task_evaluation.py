@@ -23,7 +23,8 @@ from refreshkv import RefreshCache
 from refreshkv.data.tasks.task import Example, Task
 from refreshkv.identity import fingerprint
 from refreshkv.prefix_store import PrefixStore
-from refreshkv.recycling import Reuse, needs_queries, recycle, store_prompts
+from refreshkv.prompt_cache import needs_queries
+from refreshkv.recycling import Reuse, recycle, store_prompts
 from refreshkv.settings import SettingsError
 from refreshkv.train.decoding import Decoding
 
@@ -140,7 +141,7 @@ def evaluate_tasks(
     if batch_size < 1:
         raise SettingsError(f"--batch-size must be at least 1, got {batch_size}")
     weights, results = fingerprint(model), []
-    queries = any(needs_queries(decoding.build_cache(model.config, 1)) for decoding in decodings)
+    queries = store is not None and any(needs_queries(way.build_cache(model.config, 1)) for way in decodings)
     total = len(decodings) * sum(len(examples) for _, examples in work)
     with tqdm(total=total, unit=" examples", disable=not progress) as bar:
         for task, examples in work:
