@@ -51,8 +51,8 @@ DEFAULT_ROWS = 100
 DATA_DEFAULTS = {"split": "test", "last_tokens": 256, "rows": None, "strides": [5, 10, 25, 50], "compare": None}
 """Options that mean something with --data only; no task can have them."""
 TASK_DEFAULTS = {"task_length": None, "examples": 50, "strategies": None, "resume": False}
-TASK_DEFAULTS |= {"prefix_store": None, "prefix_store_gb": 20.0}
 """Options that mean something with --tasks only."""
+TASK_DEFAULTS |= {"prefix_store": None, "prefix_store_gb": 20.0}
 
 
 @dataclass
@@ -197,8 +197,8 @@ def check_used(arguments: argparse.Namespace) -> None:
                 raise SettingsError(f"--{name.replace('_', '-')} means nothing with {kind}")
             if getattr(arguments, name) is None:
                 setattr(arguments, name, default)
-    if on_tasks and not arguments.prefix_store_gb > 0:
-        raise SettingsError(f"--prefix-store-gb must be more than 0, got {arguments.prefix_store_gb}")
+    if on_tasks and not 0 < arguments.prefix_store_gb < float("inf"):
+        raise SettingsError(f"--prefix-store-gb must be a number more than 0, got {arguments.prefix_store_gb}")
     if arguments.resume and arguments.overwrite:
         raise SettingsError("--resume continues an evaluation and --overwrite replaces it: choose one")
     if not on_tasks and any(override.startswith("tasks.") for override in arguments.overrides):

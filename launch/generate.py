@@ -113,8 +113,8 @@ def read_options(argv: list[str]) -> dict[str, Any]:
     _refuse_unused(options, REFRESH_OPTIONS, unused=options["full"], reason="means nothing with --full")
     _refuse_unused(options, SAMPLING_OPTIONS, unused=not options["sample"], reason="needs --sample")
     _refuse_unused(options, ("prefix_store_gb",), unused="prefix_store" not in options, reason="needs --prefix-store")
-    if not options.get("prefix_store_gb", 1.0) > 0:
-        raise SettingsError(f"--prefix-store-gb must be more than 0, got {options['prefix_store_gb']}")
+    if not 0 < options.get("prefix_store_gb", 1.0) < float("inf"):
+        raise SettingsError(f"--prefix-store-gb must be a number more than 0, got {options['prefix_store_gb']}")
     if not options.get("temperature", 1.0) > 0:
         raise SettingsError(
             f"--temperature must be more than 0, got {options['temperature']}; leave out --sample for 0"

@@ -97,6 +97,12 @@ class BufferedLayer(CacheLayerMixin):
             buffer.record_stream(stream)
         self.arrival = stream.record_event()
 
+    def _await_arrival(self) -> None:
+        """From here on the computation comes after what was copied on another stream."""
+        if self.arrival is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.arrival)
+            self.arrival = None
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Takes (B, Hkv, n, D) keys and values. Of a prompt block: all tokens' so far, (B, Hkv, L, D); of a decoding
         step: the token's own, which the attention appends."""
@@ -125,9 +131,7 @@ class BufferedLayer(CacheLayerMixin):
             self._check_rows(key_states)
         else:
             self.reserve(key_states, value_states)
-        if self.arrival is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.arrival)
-            self.arrival = None
+        self._await_arrival()
         end = start + key_states.shape[2]
         self._check_room(end)
         keys, values = self._store(key_states, value_states, start, end)
@@ -202,7 +206,7 @@ class BufferedLayer(CacheLayerMixin):
         """Forgets all tokens and decisions; the buffers stay allocated."""
         self.known_length = self.filled_length = 0
         self.is_decoding = self.awaits_attention = False
-        self.arrival = None
+        self._await_arrival()  # or late copies would meet those of the next prompt
         if self.is_initialized:
             self.cumulative_length.zero_()
 

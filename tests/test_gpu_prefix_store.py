@@ -71,6 +71,22 @@ def test_copies_arrive_in_time():
         assert torch.equal(logits, expected), f"reuse {number}"
 
 
+@torch.no_grad()
+def test_copies_that_nobody_waited_for_do_not_meet_the_next_ones():
+    model = big_model(torch.float32)
+    store = PrefixStore(None, 10**9, model)
+    prompts = [random_ids(1, 20000, seed=seed).cuda() for seed in range(2)]
+    for ids in prompts:
+        store_prompts(store, ids, torch.ones_like(ids))
+    cache, fresh = FullCache(model.config, 20010), FullCache(model.config, 20010)
+    for ids in [*prompts * 4, prompts[0]]:
+        cache.reset()
+        recycle(store, cache, ids)
+    recycle(store, fresh, prompts[0])
+    logits = [model(prompts[0][:, 19998:], past_key_values=each, logits_to_keep=1).logits for each in (cache, fresh)]
+    assert torch.equal(*logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rows", [2, 63, 700])
 def test_a_later_block_equals_the_mask_in_full(rows, dtype):
