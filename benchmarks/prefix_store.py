@@ -22,6 +22,8 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -145,12 +147,15 @@ def make_cache(model, strategy: str, room: int):
     return makers[strategy]()
 
 
-def new_store(model, args: argparse.Namespace, finder=None) -> PrefixStore:
-    place = None
-    if args.place != "memory":
-        Path(args.place).mkdir(parents=True, exist_ok=True)
-        place = tempfile.mkdtemp(dir=args.place)
-    return PrefixStore(place, 10**12, model, finder)
+@contextmanager
+def new_store(model, args: argparse.Namespace) -> Iterator[PrefixStore]:
+    """An empty store, gone afterwards."""
+    if args.place == "memory":
+        yield PrefixStore(None, 10**12, model)
+        return
+    Path(args.place).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.place) as folder:
+        yield PrefixStore(folder, 10**12, model)
 
 
 def drawn(model, length: int, seed: int) -> Tensor:
@@ -192,22 +197,26 @@ def decoded(model, logits: Tensor, cache) -> tuple[list[int], Tensor]:
 
 
 def time_overlap(model, strategy: str, length: int, overlap: float, args: argparse.Namespace) -> dict[str, object]:
+    with new_store(model, args) as store:
+        result = compare(model, store, strategy, length, overlap, args.repeat)
+    free_memory()
+    return result
+
+
+def compare(model, store: PrefixStore, strategy: str, length: int, overlap: float, repeat: int) -> dict[str, object]:
     first, second = pair(model, length, round(overlap * length))
-    store = new_store(model, args)
     began = time.perf_counter()
     store_prompts(store, first, torch.ones_like(first), with_queries=strategy == "h2o")
     storing = time.perf_counter() - began
     answer(model, strategy, second, None)  # kernels are compiled, memory is taken
     initial = answer(model, strategy, second, store)[0]
     times = []
-    for _ in range(args.repeat):  # in turn, so that whatever else the machine does meets both
+    for _ in range(repeat):  # in turn, so that whatever else the machine does meets both
         runs = [answer(model, strategy, second, place) for place in (None, store)]
         times.append((runs[0][0], runs[1][0], runs[1][1].seconds))
     fresh, recycled, looking = (statistics.median(column) for column in zip(*times, strict=True))
     reuse = runs[1][1]
     tokens, logits = zip(*(decoded(model, *run[2:]) for run in runs), strict=True)
-    del runs
-    free_memory()
     return {
         "length": length,
         "strategy": strategy,
@@ -235,13 +244,12 @@ def doubling(args: argparse.Namespace) -> list[int]:
 
 def time_length(model, length: int, args: argparse.Namespace) -> dict[str, object]:
     """All of a prompt but its last tokens copied, against all computed."""
-    ids, _ = pair(model, length, length)
-    store = new_store(model, args)
-    store_prompts(store, ids, torch.ones_like(ids))
-    for _ in range(2):
-        answer(model, "full", ids, None), copied(model, ids, store)
-    computed = statistics.median(answer(model, "full", ids, None)[0] for _ in range(args.repeat))
-    copying = statistics.median(copied(model, ids, store) for _ in range(args.repeat))
+    ids, times = drawn(model, length, 0), []
+    with new_store(model, args) as store:
+        store_prompts(store, ids, torch.ones_like(ids))
+        for _ in range(2 + args.repeat):
+            times.append((answer(model, "full", ids, None)[0], copied(model, ids, store)))
+    computed, copying = (statistics.median(column) for column in zip(*times[2:], strict=True))
     free_memory()
     return {"length": length, "computed ms": round(computed * 1e3, 3), "copied ms": round(copying * 1e3, 3)}
 
@@ -273,9 +281,9 @@ def compare_pairs(model, args: argparse.Namespace) -> dict[str, object]:
         length, strategy = draw.randint(64, min(args.lengths)), args.strategies[number % len(args.strategies)]
         shared = [0, length, draw.randint(0, length)][min(2, number % 20)]
         first, second = pair(model, length, shared, seed=number + 1)
-        store = new_store(model, args)
-        store_prompts(store, first, torch.ones_like(first), with_queries=strategy == "h2o")
-        runs = [answer(model, strategy, second, place) for place in (None, store)]
+        with new_store(model, args) as store:
+            store_prompts(store, first, torch.ones_like(first), with_queries=strategy == "h2o")
+            runs = [answer(model, strategy, second, place) for place in (None, store)]
         tokens, logits = zip(*(decoded(model, *run[2:]) for run in runs), strict=True)
         same += tokens[0] == tokens[1]
         if tokens[0] == tokens[1]:  # after another token logits are not comparable
