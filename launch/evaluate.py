@@ -11,7 +11,7 @@ With --data it writes report.json, report.md and report.png. With --compare, the
 rows, they show before and after, and the share of the gap to full attention that is closed.
 
 With --tasks (docs/tasks.md) the model generates the answers, greedily. Writes tasks.json, tasks.md, and examples.jsonl
-with every answer.
+with every answer. With --prefix-store DIR each prompt is computed once for all strategies (docs/prefix-store.md).
 
 With --suite (docs/evaluation.md) it measures what a table or figure of the paper shows, and writes suite.json, suite.md
 and, for a figure, suite.png, with the paper's numbers beside ours. --rows, --examples, --task-length, --last-tokens,
@@ -32,6 +32,7 @@ from refreshkv import RefreshConfig, cli, enable
 from refreshkv.data.rows import SPLITS
 from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.loading import load_model, load_tokenizer
+from refreshkv.prefix_store import PrefixStore
 from refreshkv.settings import SettingsError
 from refreshkv.train.decoding import DECODINGS, build_decodings
 from refreshkv.train.evaluation import (
@@ -82,6 +83,8 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "strategies": (("data", "tasks"), {}),
     "task_length": (("tasks", "suite"), {}),
     "examples": (("tasks", "suite"), {"tasks": 50}),
+    "prefix_store": (("tasks",), {}),
+    "prefix_store_gb": (("tasks",), {"tasks": 20.0}),
     "corpus": (("suite",), {"suite": []}),
     "without": (("suite",), {"suite": []}),
 }
@@ -147,15 +150,25 @@ def evaluate_on_tasks(arguments: argparse.Namespace, command: str) -> None:
     decodings = build_decodings(names, config)
     enable(model, config).to(device(arguments.device)).eval()
     examples = make_examples(model, tokenizer, tasks, arguments.examples)
+    store = open_store(model, arguments)
     records = Records(check_output(output, arguments.overwrite, arguments.resume, TASK_FILES) / EXAMPLES_FILE)
 
-    results = evaluate_tasks(model, tokenizer, examples, decodings, records, arguments.batch_size)
+    results = evaluate_tasks(model, tokenizer, examples, decodings, records, arguments.batch_size, store=store)
 
     settings = {**circumstances(model, arguments), "examples": arguments.examples}
+    if store is not None:
+        settings["prefix store"] = f"{arguments.prefix_store}; seconds are without the prompts'"
     report = build_task_report(results, tasks, decodings, name, settings, command)
     write_task_report(output, report)
     print(task_table(report))
     print(f"{output}: tasks.json, tasks.md, examples.jsonl")
+
+
+def open_store(model: PreTrainedModel, arguments: argparse.Namespace) -> PrefixStore | None:
+    if arguments.prefix_store is None:
+        return None
+    most = int(arguments.prefix_store_gb * 10**9)
+    return PrefixStore(arguments.prefix_store, most, model, setting="--prefix-store")
 
 
 def evaluate_suite(arguments: argparse.Namespace, command: str) -> None:
@@ -233,6 +246,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--corpus", action="append", help="NAME=FOLDER: other rows for one of the suite's corpora")
     parser.add_argument("--without", type=names, help="corpora and benchmarks of the suite to leave out")
+    parser.add_argument(
+        "--prefix-store", type=Path, help="folder of prompts' keys and values: compute each prompt once"
+    )
+    parser.add_argument("--prefix-store-gb", type=float, help="most GB in it (default: 20)")
     parser.add_argument("--budget", help="size of the small cache: tokens, or a fraction of the prompt such as 0.125")
     parser.add_argument("--threshold", help="evaluate the similarity schedule with this threshold as well")
     parser.add_argument("--batch-size", type=int, default=1, help="rows per forward pass (default: %(default)s)")
@@ -252,6 +269,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def check_used(arguments: argparse.Namespace) -> None:
     """Refuses options of the other kinds of evaluation; gives the rest their defaults."""
+    if arguments.prefix_store_gb is not None and arguments.prefix_store is None:
+        raise SettingsError("--prefix-store-gb needs --prefix-store")
     arguments.kind = kind = next(kind for kind in KINDS if getattr(arguments, kind) is not None)
     for name, (meaningful, defaults) in OPTIONS.items():
         if getattr(arguments, name) is None:
@@ -260,6 +279,8 @@ def check_used(arguments: argparse.Namespace) -> None:
             raise SettingsError(f"--{name.replace('_', '-')} means nothing with --{kind}")
     if arguments.strides and arguments.strategies:
         raise SettingsError("--strides means nothing with --strategies: write refresh:STRIDE there")
+    if kind == "tasks" and not 0 < arguments.prefix_store_gb < float("inf"):
+        raise SettingsError(f"--prefix-store-gb must be a number more than 0, got {arguments.prefix_store_gb}")
     if arguments.resume and arguments.overwrite:
         raise SettingsError("--resume continues an evaluation and --overwrite replaces it: choose one")
     if kind == "data" and any(override.startswith("tasks.") for override in arguments.overrides):

@@ -5,6 +5,9 @@
 The schedule is the one saved with the model, or else the paper's; --budget, --stride and --threshold replace its
 settings. --full decodes with ordinary full attention, to compare; --offload is for contexts that the GPU's memory
 cannot hold. The prompt is taken as it is: no chat template.
+
+With --prefix-store DIR the keys and values of prompts are kept in that folder, and a prompt that begins like an earlier
+one pays for the rest only (docs/prefix-store.md).
 """
 
 import argparse
@@ -19,6 +22,8 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
+    DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TextStreamer,
@@ -28,11 +33,15 @@ from transformers import (
 import refreshkv
 from refreshkv import RefreshCache, RefreshConfig, cli
 from refreshkv.cache import saved_config
+from refreshkv.prefix_store import PrefixStore
+from refreshkv.prompt_cache import keep_all_tokens
+from refreshkv.recycling import Reuse, put_new, recycle
 from refreshkv.settings import SettingsError
 
 SCHEDULE_OPTIONS = ("budget", "stride", "threshold")
 REFRESH_OPTIONS = (*SCHEDULE_OPTIONS, "offload")
 SAMPLING_OPTIONS = ("temperature", "top_p", "seed")
+PREFIX_STORE_GB = 20.0
 
 
 def main(argv: list[str]) -> None:
@@ -51,6 +60,11 @@ def main(argv: list[str]) -> None:
         capacity = prompt_tokens + options["max_new_tokens"]
         cache = RefreshCache(model.config, capacity, offload=options.get("offload", False))
         generation["past_key_values"] = cache
+    store, reuse = open_store(model, options), None
+    if store is not None:
+        kept = keep_all_tokens(DynamicCache(config=model.config) if cache is None else cache)
+        reuse = recycle(store, kept, inputs["input_ids"])
+        generation["past_key_values"] = kept
     if options["sample"]:
         set_seed(options.get("seed", 0))
         generation |= {name: options[name] for name in ("temperature", "top_p") if name in options}
@@ -66,7 +80,9 @@ def main(argv: list[str]) -> None:
         max_new_tokens=options["max_new_tokens"],
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
-    print(f"\n{report(prompt_tokens, streamer, cache)}")
+    print(f"\n{report(prompt_tokens, streamer, cache, reuse)}")
+    if store is not None:
+        print(stored(store, inputs["input_ids"], kept, reuse, streamer.prompt_seconds))
 
 
 def read_options(argv: list[str]) -> dict[str, Any]:
@@ -92,6 +108,8 @@ def read_options(argv: list[str]) -> dict[str, Any]:
     )
     parser.add_argument("--top-p", type=float, help="with --sample (default: the model's own generation settings)")
     parser.add_argument("--seed", type=int, help="with --sample (default: 0)")
+    parser.add_argument("--prefix-store", help="folder of prompts' keys and values, made if need be")
+    parser.add_argument("--prefix-store-gb", type=float, help=f"most GB in it (default: {PREFIX_STORE_GB})")
     parser.add_argument("--dtype", default="auto", help="such as bfloat16 (default: the one the model was saved in)")
     parser.add_argument("--device", default="auto", help="such as cpu or cuda:1 (default: what there is)")
     options = vars(parser.parse_args(argv))
@@ -100,6 +118,9 @@ def read_options(argv: list[str]) -> dict[str, Any]:
         raise SettingsError(f"--max-new-tokens must be at least 1, got {options['max_new_tokens']}")
     _refuse_unused(options, REFRESH_OPTIONS, unused=options["full"], reason="means nothing with --full")
     _refuse_unused(options, SAMPLING_OPTIONS, unused=not options["sample"], reason="needs --sample")
+    _refuse_unused(options, ("prefix_store_gb",), unused="prefix_store" not in options, reason="needs --prefix-store")
+    if not 0 < options.get("prefix_store_gb", 1.0) < float("inf"):
+        raise SettingsError(f"--prefix-store-gb must be a number more than 0, got {options['prefix_store_gb']}")
     if not options.get("temperature", 1.0) > 0:
         raise SettingsError(
             f"--temperature must be more than 0, got {options['temperature']}; leave out --sample for 0"
@@ -193,12 +214,29 @@ class TimedStreamer(TextStreamer):
         return (self.times[-1] - self.times[1]) / (self.new_tokens - 1) if self.new_tokens > 1 else None
 
 
-def report(prompt_tokens: int, streamer: TimedStreamer, cache: RefreshCache | None) -> str:
+def open_store(model: PreTrainedModel, options: dict[str, Any]) -> PrefixStore | None:
+    if "prefix_store" not in options:
+        return None
+    most = int(options.get("prefix_store_gb", PREFIX_STORE_GB) * 10**9)
+    return PrefixStore(options["prefix_store"], most, model, setting="--prefix-store")
+
+
+def stored(store: PrefixStore, ids: torch.Tensor, cache: Cache, reuse: Reuse, seconds: float) -> str:
+    """Stores the prompt if it is new to the store, and says so."""
+    began = time.perf_counter()
+    entry = put_new(store, ids, cache, reuse, seconds)
+    if entry is None:
+        return "prompt not stored: most of it was there, or it alone is more than --prefix-store-gb"
+    return f"prompt stored: {entry.size / 1e6:.1f} MB in {time.perf_counter() - began:.2f} s"
+
+
+def report(prompt_tokens: int, streamer: TimedStreamer, cache: RefreshCache | None, reuse: Reuse | None = None) -> str:
     rows = [
         ("prompt tokens", prompt_tokens),
         ("new tokens", streamer.new_tokens),
         ("seconds for the prompt", f"{streamer.prompt_seconds:.2f}"),
     ]
+    rows += [("prefix store", str(reuse))] if reuse is not None else []
     if streamer.token_seconds is not None:
         rows.append(("seconds per token", f"{streamer.token_seconds:.4f}"))
         rows.append(("tokens/s", f"{1 / streamer.token_seconds:.1f}"))

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from refreshkv import ops, schedule
@@ -189,11 +190,20 @@ def ordinary_attention(
         kwargs.pop("position_ids", None)  # of the whole row, and packed sequences are refused anyway
     else:
         mask = _causal_mask(left_padding, query.shape[2], key.shape[2], sliding_window, query.device)
+        if mask is not None and _is_lower_right(left_padding, sliding_window, query):
+            mask = causal_lower_right(query.shape[2], key.shape[2])
     with sdpa_kernel(FASTEST_FIRST, set_priority=True):
         output, _ = ALL_ATTENTION_FUNCTIONS[implementation](
             module, query, key, value, mask, scaling=scaling, dropout=dropout, sliding_window=sliding_window, **kwargs
         )
     return output
+
+
+def _is_lower_right(left_padding: Tensor | None, window: int | None, query: Tensor) -> bool:
+    """Whether a later block of a prompt can tell the GPU's kernels its pattern by name: they then skip what is hidden,
+    where a mask in full would be read, and grows with the product of the lengths."""
+    plain = left_padding is None and window is None and not torch.compiler.is_compiling()
+    return plain and query.is_cuda and query.dtype != torch.float64
 
 
 def _key_mask(left_padding: Tensor | None, columns: int) -> Tensor | None:

@@ -62,6 +62,7 @@ class CompactLayer(BufferedLayer):
     def __init__(self, max_cache_len: int, budget: int | float):
         super().__init__(max_cache_len)
         self.config = RefreshConfig(budget=budget)
+        self.prompt: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states[:, :, :0], value_states[:, :, :0])
@@ -70,19 +71,27 @@ class CompactLayer(BufferedLayer):
         return 0  # nothing before the prompt's attention is done: only what is kept gets a place
 
     def _store(self, key_states: Tensor, value_states: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
-        if start > 0:
+        if start > 0 and self.prompt is None:
             raise ValueError(
                 f"{type(self).__name__} keeps no prompt to attend to: give it in one block, without "
                 "prefill_chunk_size, and call reset() before another"
             )
+        if start > 0:  # what `fill` put in is the beginning of the prompt
+            blocks = zip(self.prompt, (key_states, value_states), strict=True)
+            key_states, value_states = (torch.cat(parts, dim=2) for parts in blocks)
         self.prompt = (key_states, value_states)
-        return key_states, value_states
+        return self.prompt
+
+    def reset(self) -> None:
+        super().reset()
+        self.prompt = None
 
     @torch.compiler.disable
     def begin(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
-        """Ends the prompt: keeps K of its tokens; query (B, H, P, D), left_padding (B,) int64."""
+        """Ends the prompt: keeps K of its tokens; query (B, H, n, D), of all P tokens that were not filled in;
+        left_padding (B,) int64."""
         (key, value), length = self.prompt, self.length
-        del self.prompt
+        self.prompt = None
         budgets = self.config.budgets(length - left_padding).clamp(min=self.sink_tokens + 1)
         capacity = max(self.config.largest_budget(length), self.sink_tokens + 1) + 1
         kept, scores = self._prompt_entries(query, key, budgets, left_padding, capacity, scaling)
@@ -103,7 +112,8 @@ class CompactLayer(BufferedLayer):
         self, query: Tensor, key: Tensor, budgets: Tensor, left_padding: Tensor, capacity: int, scaling: float
     ) -> tuple[Tensor, Tensor]:
         """The positions that are kept, (B, Hkv, C) int64, the first to go first, -1 past the end, and all positions'
-        accumulated probabilities, (B, Hkv, P) float32, where they matter."""
+        accumulated probabilities, (B, Hkv, P) float32, where they matter. query (B, H, n, D): of the last n of the P
+        tokens of key (B, Hkv, P, D)."""
         raise NotImplementedError
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -133,8 +143,20 @@ class H2OLayer(CompactLayer):
     """H2O (Zhang et al. 2023): half of the budget for the highest accumulated probability, half for the last tokens."""
 
     heavy = True
+    needs_queries = True
+    earlier_queries: Tensor | None = None
+
+    def fill(self, key_states: Tensor, value_states: Tensor, query_states: Tensor | None = None) -> None:
+        super().fill(key_states, value_states, query_states)
+        self.earlier_queries = query_states
+
+    def reset(self) -> None:
+        super().reset()
+        self.earlier_queries = None
 
     def _prompt_entries(self, query, key, budgets, left_padding, capacity, scaling):
+        if self.earlier_queries is not None:
+            query, self.earlier_queries = torch.cat([self.earlier_queries, query], dim=2), None
         scores = accumulated_probabilities(query, key, left_padding, scaling)
         column = torch.arange(key.shape[2], device=key.device)
         recent = column >= (key.shape[2] - budgets // 2)[:, None, None]
@@ -148,10 +170,17 @@ class SnapKVLayer(CompactLayer):
     def __init__(self, max_cache_len: int, budget: int | float, observation_window: int, kernel: int, pooling: str):
         super().__init__(max_cache_len, budget)
         self.window, self.kernel, self.pooling = observation_window, kernel, pooling
+        self.last_queries = observation_window
 
     def _prompt_entries(self, query, key, budgets, left_padding, capacity, scaling):
+        missing = key.shape[2] - query.shape[2]
+        if missing and query.shape[2] < self.window:
+            raise ValueError(
+                f"a block of {query.shape[2]} tokens follows what the cache was filled with, but "
+                f"observation_window={self.window}: leave that many tokens of the prompt to compute"
+            )
         last = torch.full_like(left_padding, key.shape[2] - 1).unsqueeze(-1)
-        observers = naive._observers(query, last, self.window)
+        observers = naive._observers(query, last - missing, self.window)
         scores = [
             naive._observed_scores(queries, keys, last, left_padding, scaling)
             for queries, keys in zip(observers.chunk(key.shape[1], 1), key.split(1, 1), strict=True)

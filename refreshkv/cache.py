@@ -31,11 +31,17 @@ class BufferedLayer(CacheLayerMixin):
     is_croppable = False
     is_sliding = False
     row_state: tuple[str, ...] = ("keys", "values")
+    needs_queries = False
+    """Whether `fill` wants the tokens' queries too: what is kept of a prompt depends on all of them."""
+    last_queries = 1
+    """Tokens of a prompt that have to follow what `fill` put in, for their queries are needed."""
 
     def __init__(self, max_cache_len: int):
         super().__init__()
         self.max_cache_len = max_cache_len
         self.known_length: int | None = 0
+        self.filled_length = 0
+        self.arrival: torch.cuda.Event | None = None
         self.is_decoding = False
         self.awaits_attention = False
         # whether generate() may compile a decoding step; on a GPU the naive form reads decisions back to the host
@@ -68,6 +74,38 @@ class BufferedLayer(CacheLayerMixin):
         """Tokens that the buffers hold."""
         return self.max_cache_len
 
+    def reserve(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Makes buffers for as many rows and heads as (B, Hkv, any, D) keys and values have, unless they are there."""
+        fits = self.is_initialized and self.keys.shape[:2] == key_states.shape[:2]
+        fits = fits and (self.dtype, self.device) == (key_states.dtype, key_states.device)
+        if not fits:
+            self.lazy_initialization(key_states, value_states)
+
+    def fill(self, key_states: Tensor, value_states: Tensor, query_states: Tensor | None = None) -> None:
+        """Puts in the first d columns of a prompt, known from an earlier run. The rest of it has to follow, and attends
+        to them. Keys and values (B, Hkv, d, D), and if the layer `needs_queries` the queries (B, H, d, D).
+
+        Raises `ValueError` unless the layer is empty and the tokens have room in it.
+        """
+        if self.length > 0:
+            raise ValueError(f"a cache that holds {self.length} tokens cannot be filled: call reset() first")
+        if self.needs_queries and query_states is None:
+            raise ValueError(f"{type(self).__name__} depends on all queries of a prompt: fill it with them too")
+        self._append(key_states, value_states)
+        self.filled_length, self.awaits_attention = key_states.shape[2], False
+
+    def arrives(self, stream: torch.cuda.Stream) -> None:
+        """What `fill` puts in is copied on this stream: the first attention waits until it has come."""
+        for buffer in (self.keys, self.values):
+            buffer.record_stream(stream)
+        self.arrival = stream.record_event()
+
+    def _await_arrival(self) -> None:
+        """From here on the computation comes after what was copied on another stream."""
+        if self.arrival is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.arrival)
+            self.arrival = None
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Takes (B, Hkv, n, D) keys and values. Of a prompt block: all tokens' so far, (B, Hkv, L, D); of a decoding
         step: the token's own, which the attention appends."""
@@ -94,10 +132,9 @@ class BufferedLayer(CacheLayerMixin):
         start = self.length
         if start > 0:
             self._check_rows(key_states)
-        fits = self.is_initialized and self.keys.shape[:2] == key_states.shape[:2]
-        fits = fits and (self.dtype, self.device) == (key_states.dtype, key_states.device)
-        if start == 0 and not fits:
-            self.lazy_initialization(key_states, value_states)
+        else:
+            self.reserve(key_states, value_states)
+        self._await_arrival()
         end = start + key_states.shape[2]
         self._check_room(end)
         keys, values = self._store(key_states, value_states, start, end)
@@ -138,6 +175,7 @@ class BufferedLayer(CacheLayerMixin):
         """From here on single tokens are decoding steps. Tells CUDA graphs that the buffers stay where they are; those
         of another cache are recorded anew."""
         self.is_decoding, self.awaits_attention = True, False
+        self.filled_length = 0
         self.is_captured = uses_kernels(self.keys) or self.device.type != "cuda"
         self._mark_addresses((*self.row_state, "cumulative_length"))
 
@@ -169,8 +207,9 @@ class BufferedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets all tokens and decisions; the buffers stay allocated."""
-        self.known_length = 0
+        self.known_length = self.filled_length = 0
         self.is_decoding = self.awaits_attention = False
+        self._await_arrival()  # or late copies would meet those of the next prompt
         if self.is_initialized:
             self.cumulative_length.zero_()
 
@@ -220,6 +259,7 @@ class RefreshLayer(BufferedLayer):
     def __init__(self, max_cache_len: int, config: RefreshConfig):
         super().__init__(max_cache_len)
         self.config = config
+        self.last_queries = config.observation_window
         self.width = min(config.largest_budget(max_cache_len), max_cache_len)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -256,6 +296,11 @@ class RefreshLayer(BufferedLayer):
         missing = window - latest.shape[2]
         if missing == 0:
             return latest
+        if self.filled_length > max(0, length - window):
+            raise ValueError(
+                f"a block of {query.shape[2]} tokens follows what the cache was filled with, but "
+                f"observation_window={window}: leave that many tokens of the prompt to compute"
+            )
         if query.shape[2] == length:
             kept = query.new_zeros(*query.shape[:2], missing, query.shape[-1])
         else:
@@ -321,7 +366,7 @@ class BufferedCache(Cache):
             if isinstance(layer, BufferedLayer):
                 layer.reset()
             else:  # some releases of transformers cannot empty these
-                self.layers[number] = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+                self.layers[number] = type(layer)(sliding_window=layer.sliding_window)
 
 
 class RefreshCache(BufferedCache):

@@ -56,7 +56,7 @@ class OffloadedLayer(RefreshLayer):
         self.near_length = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def _store(self, key_states: Tensor, value_states: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
-        if start > 0:
+        if self.is_decoding:  # a further turn
             self._flush(start)
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             ops.copy_rows(states, buffer, 0, start, end - start)

@@ -1,17 +1,11 @@
 """Finished pieces of an evaluation, one JSON object per line of a file, so that an interrupted one goes on."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from transformers import PreTrainedModel
-
 from refreshkv.settings import SettingsError
-
-SAMPLED_VALUES = 64
-"""Values of each weight that a model's fingerprint looks at."""
 
 Line = TypeVar("Line")
 """A dataclass of plain values with a `key`: a hash of everything that its other values depend on."""
@@ -61,12 +55,3 @@ class RecordFile(Generic[Line]):
 def numbered_layers(counts: dict[str, int] | None) -> dict[int, int] | None:
     """Values by layer, with the layers' numbers as numbers again."""
     return None if counts is None else {int(layer): count for layer, count in counts.items()}
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """A hash of the model's type, data type and a sample of each of its weights: it changes when they are trained."""
-    digest = hashlib.sha256(f"{type(model).__name__} {model.dtype}".encode())
-    for name, weight in model.named_parameters():
-        values = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED_VALUES)]
-        digest.update(name.encode() + values.float().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from refreshkv.config import Simulation
+from refreshkv.identity import fingerprint
 from refreshkv.train.decoding import Decoding
-from refreshkv.train.records import RecordFile, fingerprint, numbered_layers
+from refreshkv.train.records import RecordFile, numbered_layers
 from refreshkv.train.stepwise import decode_known
 
 LOGITS_AT_ONCE = 1 << 26

@@ -18,9 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refreshkv import RefreshCache
 from refreshkv.data.tasks.task import Example, Task
+from refreshkv.identity import fingerprint
+from refreshkv.prefix_store import PrefixStore
+from refreshkv.prompt_cache import needs_queries
+from refreshkv.recycling import Reuse, recycle, store_prompts
 from refreshkv.settings import SettingsError
 from refreshkv.train.decoding import Decoding
-from refreshkv.train.records import RecordFile, fingerprint, numbered_layers
+from refreshkv.train.records import RecordFile, numbered_layers
 from refreshkv.train.stepwise import Meter, held_bytes, new_cache
 
 
@@ -48,6 +52,9 @@ class Record:
     """Refreshed layer -> full steps among the `new_tokens - 1` decoding steps; None if nothing is refreshed."""
     cache_bytes: float | None = None
     """What the batch's cache held at the end, over its examples; None in files of earlier versions."""
+    reuse: dict[str, Any] | None = None
+    """What was taken from the prefix store: tokens of the prompt, bytes, and about the seconds it saved (None if not
+    known), the last two as shares of the batch's; None without a store."""
 
 
 class Records(RecordFile[Record]):
@@ -111,6 +118,7 @@ def evaluate_tasks(
     records: Records,
     batch_size: int = 1,
     progress: bool = True,
+    store: PrefixStore | None = None,
 ) -> list[TaskResult]:
     """All examples of each task under each way to decode; those in `records` are not computed again.
 
@@ -118,24 +126,32 @@ def evaluate_tasks(
         model: a transformers decoder after `refreshkv.enable`, in evaluation mode.
         work: of `make_examples`.
         batch_size: examples of one call of `generate`.
+        store: with one, each prompt is computed once for all ways to decode, and not within their seconds.
     """
     if batch_size < 1:
         raise SettingsError(f"--batch-size must be at least 1, got {batch_size}")
     weights, results = fingerprint(model), []
+    queries = store is not None and any(needs_queries(way.build_cache(model.config, 1)) for way in decodings)
     total = len(decodings) * sum(len(examples) for _, examples in work)
     with tqdm(total=total, unit=" examples", disable=not progress) as bar:
         for task, examples in work:
+            keys = {way.name: [_key(weights, task, way, example) for example in examples] for way in decodings}
+            jobs = []
             for decoding in decodings:
+                missing = [i for i, key in enumerate(keys[decoding.name]) if records.get(key) is None]
+                bar.update(len(examples) - len(missing))
+                jobs += [
+                    (decoding, missing[start : start + batch_size]) for start in range(0, len(missing), batch_size)
+                ]
+            if store is not None:  # all ways to decode a prompt follow each other, while the store has it
+                jobs.sort(key=lambda job: job[1])
+            for decoding, batch in jobs:
                 bar.set_description(f"{task.label}, {decoding.name}")
-                keys = [_key(weights, task, decoding, example) for example in examples]
-                missing = [i for i, key in enumerate(keys) if records.get(key) is None]
-                bar.update(len(keys) - len(missing))
-                for start in range(0, len(missing), batch_size):
-                    batch = missing[start : start + batch_size]
-                    outputs = _generate(model, tokenizer, task, decoding, [examples[i] for i in batch])
-                    records.add([Record(keys[i], **output) for i, output in zip(batch, outputs, strict=True)])
-                    bar.update(len(batch))
-                results.append(_result(task, decoding, [records.get(key) for key in keys]))
+                chosen = [examples[i] for i in batch]
+                outputs = _generate(model, tokenizer, task, decoding, chosen, store, queries)
+                records.add([Record(keys[decoding.name][i], **out) for i, out in zip(batch, outputs, strict=True)])
+                bar.update(len(batch))
+            results += [_result(task, way, [records.get(key) for key in keys[way.name]]) for way in decodings]
     return results
 
 
@@ -166,15 +182,25 @@ def _check_fits(model: PreTrainedModel, task: Task, examples: list[Example]) -> 
 
 
 def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, decoding: Decoding, examples: list[Example]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    decoding: Decoding,
+    examples: list[Example],
+    store: PrefixStore | None = None,
+    queries: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Generates one batch; gives each example's fields of a `Record`, all but the key."""
     stop = _stop_tokens(model, tokenizer)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0]
     ids, mask = left_padded([example.prompt_ids for example in examples], padding)
     columns = ids.shape[1]
+    if store is not None:
+        store_prompts(store, ids, mask, queries)
     cache = new_cache(decoding, model.config, columns + task.family.max_new_tokens)
     meter = Meter(model.device)
+    reuse = None if store is None else recycle(store, cache, ids, mask)
+    known = 0 if reuse is None else int(cache.get_seq_length())
     output = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -204,7 +230,16 @@ def _generate(
             "peak_memory": peak,
             "full_steps": _full_steps(cache, row, columns, len(tokens) - 1),
             "cache_bytes": held_bytes(cache) / len(examples),
+            "reuse": _share(reuse, max(0, known - columns + len(example.prompt_ids)), len(examples)),
         }
+
+
+def _share(reuse: Reuse | None, tokens: int, examples: int) -> dict[str, Any] | None:
+    """What one of the examples of a batch took from the store."""
+    if reuse is None:
+        return None
+    saved = None if reuse.seconds_saved is None else reuse.seconds_saved / examples
+    return {"tokens": tokens, "bytes": reuse.bytes // examples, "seconds_saved": saved}
 
 
 def left_padded(prompts: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
