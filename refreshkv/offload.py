@@ -6,11 +6,16 @@ moves to the GPU. The steps between read nothing but the GPU: a few more buffers
 any other, in which the selection happens to stand in front: token `t` is at `t - base`, and `n_sel`, the steps since
 the last full one, and so the queue of section 4 of the specification come out the same.
 
-Which steps are checks the host knows; what they decide it never asks. Steps are not captured into a CUDA graph.
+Which steps are checks the host knows; what they decide these layers never ask. Steps are not captured into a CUDA
+graph. An observation window makes a check read the keys twice more. Rows that change places, as in a beam search, are
+copied in host memory, whole. torch rounds each pinned buffer up to a power of two; PYTORCH_CUDA_ALLOC_CONF has settings
+for that.
 
 Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `W` slots of a selection.
 """
 
+import copy
+import sys
 from collections.abc import Callable
 
 import torch
@@ -19,7 +24,8 @@ from torch import Tensor
 from refreshkv import ops
 from refreshkv.cache import RefreshLayer
 from refreshkv.config import NEVER, RefreshConfig
-from refreshkv.ops.decode import decode_step
+from refreshkv.ops.decode import decode_step, uses_kernels
+from refreshkv.settings import SettingsError
 
 SLACK = 256
 """Tokens beyond those that can still be seen that the GPU has room for, before it moves them to the front."""
@@ -43,8 +49,12 @@ class OffloadedLayer(RefreshLayer):
         """Most tokens since a full step that a queue holds, and the token itself."""
 
     def _new_buffer(self, like: Tensor) -> Tensor:
+        if like.is_cuda and not uses_kernels(like):
+            raise SettingsError(
+                f"offload=True works through the kernels, which {like.dtype} and REFRESHKV_OPS=naive exclude on a GPU"
+            )
         shape = (*like.shape[:2], self.max_cache_len, like.shape[-1])
-        return torch.zeros(shape, dtype=like.dtype, pin_memory=like.is_cuda)
+        return torch.zeros(shape, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -55,17 +65,30 @@ class OffloadedLayer(RefreshLayer):
         self.near_selected = torch.zeros_like(self.selected)
         self.near_length = torch.zeros((), dtype=torch.int64, device=self.device)
 
+    @torch.compiler.disable
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return super().update(key_states, value_states, *args, **kwargs)
+
     def _store(self, key_states: Tensor, value_states: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         if self.is_decoding:  # a further turn
             self._flush(start)
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             ops.copy_rows(states, buffer, 0, start, end - start)
         if start > 0:  # a block after others attends to all of them: this layer's, for as long as that takes
-            known = (buffer[:, :, :start].to(self.device, non_blocking=True) for buffer in (self.keys, self.values))
-            new = (key_states, value_states)
-            key_states, value_states = (torch.cat(parts, dim=2) for parts in zip(known, new, strict=True))
+            key_states, value_states = (self._to_device(buffer, end) for buffer in (self.keys, self.values))
         self.block = (key_states, value_states)
         return self.block
+
+    def _to_device(self, buffer: Tensor, end: int) -> Tensor:
+        """The first tokens of a host buffer. By a kernel: it comes after those that still write to the buffer."""
+        whole = torch.empty(*buffer.shape[:2], end, buffer.shape[3], dtype=buffer.dtype, device=self.device)
+        ops.copy_rows(buffer, whole, 0, 0, end)
+        return whole
+
+    def arrives(self, stream: torch.cuda.Stream) -> None:
+        for states in self.block:
+            states.record_stream(stream)
+        self.arrival = stream.record_event()
 
     def _known_keys(self) -> Tensor:
         return self.block[0]
@@ -82,6 +105,7 @@ class OffloadedLayer(RefreshLayer):
         self.near_length.fill_(self.width)
         self._describe()
 
+    @torch.compiler.disable
     def step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """As `RefreshLayer.step`: query (B, H, 1, D), key and value (B, Hkv, 1, D) -> (B, 1, H, D)."""
         position = self.length - 1  # `update` has counted the token
@@ -92,9 +116,9 @@ class OffloadedLayer(RefreshLayer):
         self.cumulative_length += 1
         window = self.config.observation_window
         self.observers[:, :, position % window] = query[:, :, 0]
-        unused = self.near_rows.bool()  # of what full steps change, and here is none
         state = (self.near_keys, self.near_values, self.near_length, self.near_rows, self.near_selected)
-        state = (*state, self.ranking, self.mean_query, query.clone(), unused)
+        # what full steps change, and here is none; a slot for the one observer
+        state = (*state, self.ranking, self.mean_query, query.clone(), self.full_steps)
         return decode_step(query, key, value, *state, NEVER, None, 1, 1, 0, 0, scaling)
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, position: int, scaling: float) -> Tensor:
@@ -146,16 +170,40 @@ class OffloadedLayer(RefreshLayer):
         self.flushed = position
 
     def _length_on_device(self) -> bool:
-        return torch.compiler.is_compiling()  # the host counts, and may say so
+        return False  # the host counts, and may say so
 
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.known_length == 0:
+            return
         if self.is_decoding:
             self._flush(self.length)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # the host reads next what the GPU wrote
+        self._wait()
         super()._change_rows(change)
 
     def _keep(self, name: str, state: Tensor) -> None:
         super()._keep(name, state)
-        if name in ("keys", "values") and self.device.type == "cuda" and not getattr(self, name).is_pinned():
-            setattr(self, name, getattr(self, name).pin_memory())
+        self._pin()
+
+    def _wait(self) -> None:
+        """Before the host reads, or frees, what kernels still write."""
+        if getattr(self, "is_initialized", False) and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _pin(self) -> None:
+        for name in ("keys", "values"):
+            buffer = getattr(self, name)
+            if self.device.type == "cuda" and not buffer.is_pinned():
+                setattr(self, name, buffer.pin_memory())
+
+    def __deepcopy__(self, memo: dict) -> "OffloadedLayer":
+        self._wait()
+        other = self.__class__.__new__(self.__class__)
+        memo[id(self)] = other
+        vars(other).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        if other.is_initialized:
+            other._pin()
+        return other
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self._wait()

@@ -1,5 +1,7 @@
 """Full keys and values in host memory: the same numbers as with all of them on the device, step by step."""
 
+import copy
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from refreshkv.cache import RefreshLayer
 from refreshkv.offload import OffloadedLayer
 from refreshkv.ops import decode, naive
 from tests.marks import slow_unless
-from tests.models import decode_logits, random_ids, tiny_enabled
+from tests.models import decode_logits, random_ids, tiny_enabled, tiny_model
 from tests.test_decode import CASES, drawn
 from tests.test_generation import FIXED, SIMILAR, generate, left_padded
 from tests.test_parity import CASES as PARITY_CASES
@@ -116,13 +118,35 @@ def test_generate(config, settings):
 
 
 def test_a_second_turn():
-    config, model, ids = RefreshConfig(budget=7, stride=5), tiny_enabled(), random_ids(2, 60)
+    """No mask, so nothing waits for the GPU in between."""
+    dtype = torch.float32 if DEVICE == "cuda" else torch.float64
+    config, ids = RefreshConfig(budget=7, stride=5), random_ids(2, 60).to(DEVICE)
+    model = tiny_enabled(layers=4, head_dim=16, dtype=dtype).to(DEVICE)
     caches = [RefreshCache(model.config, 60, config, offload=offloaded) for offloaded in (False, True)]
     bounds = [0, 20, *range(21, 30), 45, *range(46, 61)]
     for start, end in zip(bounds, bounds[1:], strict=False):
         with torch.no_grad():
             logits = [model(ids[:, start:end], past_key_values=cache, use_cache=True).logits for cache in caches]
-        torch.testing.assert_close(*logits, rtol=0, atol=1e-10)
+        torch.testing.assert_close(*logits, rtol=0, atol=1e-3 if DEVICE == "cuda" else 1e-10)
+
+
+def test_a_compiled_model_and_copies_of_a_cache():
+    """Whoever compiles the model himself gets the same numbers; a copied cache goes on by itself."""
+    config, model, ids = RefreshConfig(budget=7, stride=5), tiny_enabled(), random_ids(1, 40)
+    expected, _ = decode_logits(model, ids, 20, config)
+    cache, compiled = RefreshCache(model.config, 60, config, offload=True), torch.compile(model, backend="eager")
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache, use_cache=True)
+        again = copy.deepcopy(cache)
+        for known in (cache, again):
+            for position in range(20, 40):
+                logits = compiled(ids[:, position : position + 1], past_key_values=known, use_cache=True).logits
+                torch.testing.assert_close(logits, expected[:, position : position + 1], rtol=0, atol=1e-10)
+    torch._dynamo.reset()
+
+
+def test_rows_of_an_unused_cache_change_nothing():
+    RefreshCache(tiny_model().config, 60, FIXED, offload=True).layers[0].batch_repeat_interleave(2)
 
 
 def test_the_device_holds_the_small_cache_alone():
