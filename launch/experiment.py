@@ -11,12 +11,16 @@ import argparse
 import fnmatch
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from refreshkv import cli
 from refreshkv.settings import SettingsError, load_settings
 from refreshkv.train.experiment.config import ExperimentConfig
-from refreshkv.train.experiment.jobs import Outcome, run_pieces
+from refreshkv.train.experiment.jobs import Outcome, run_pieces, stopped_by_sigterm
 from refreshkv.train.experiment.pieces import Piece, plan
 from refreshkv.train.experiment.report import write_tables
 from refreshkv.train.experiment.results import Results
@@ -27,6 +31,7 @@ def main(argv: list[str]) -> None:
     config = load_settings(ExperimentConfig, args.config, args.overrides)
     results = Results(config)
     pieces = chosen(plan(config, set(results.entries)), args.only)
+    results.check_bases(pieces)
     if args.dry_run:
         print("\n".join(piece.name for piece in pieces) or "nothing is left to do")
         return
@@ -37,9 +42,9 @@ def main(argv: list[str]) -> None:
             write_tables(config, results.entries)
 
     seconds = math.inf if args.minutes is None else 60 * args.minutes
-    outcome = run_pieces(
-        pieces, devices(args.jobs), Path(__file__).resolve().parent, Path(config.output, "logs"), seconds, finish
-    )
+    scripts, logs = Path(__file__).resolve().parent, Path(config.output, "logs")
+    with alone(Path(config.output)), stopped_by_sigterm():
+        outcome = run_pieces(pieces, devices(args.jobs), scripts, logs, seconds, finish)
     print(write_tables(config, results.entries))
     print(f"{config.results}: tables.md, results.json, plots")
     tell(outcome)
@@ -86,6 +91,17 @@ def devices(jobs: int | None) -> list[str]:
         return [""] * (jobs or 1)
     count = jobs or len(numbers)
     return [numbers[i % len(numbers)] for i in range(count)]
+
+
+@contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Nobody else works in the same output meanwhile: two would write into one run."""
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise SettingsError(f"another experiment is at work in output={output}: wait, or choose another") from None
 
 
 def tell(outcome: Outcome) -> None:

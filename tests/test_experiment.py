@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,9 +13,10 @@ import pytest
 import yaml
 
 from refreshkv.settings import SettingsError, load_settings, settings_from_dict
+from refreshkv.train.config import RunConfig
 from refreshkv.train.experiment.config import ExperimentConfig, merge
 from refreshkv.train.experiment.jobs import run_pieces
-from refreshkv.train.experiment.pieces import plan
+from refreshkv.train.experiment.pieces import Command, plan
 from refreshkv.train.experiment.report import gaps_closed, perplexity_table, task_table, write_tables
 from refreshkv.train.experiment.results import Results
 from tests.jobs import ROOT, make_rows
@@ -46,7 +48,7 @@ def settings(tmp_path, **changed):
         "studies": {
             "small": {
                 "settings": {"data": {**rows, "train_vocabulary": 300}, "refresh": {"budget": 8, "stride": 5}},
-                "base": {"model": {"scratch": SCRATCH}, "training": {"steps": 4, "global_batch": 4, "micro_batch": 4}},
+                "base": {"model": {"scratch": SCRATCH}, "training": {"steps": 4, "global_batch": 4, "micro_batch": 2}},
                 "continued": {"training": {"steps": 2, "global_batch": 4, "micro_batch": 2}},
                 "arms": ["none", "plain", "whole"],
                 "seeds": [0, 1],
@@ -71,7 +73,7 @@ def value(flag):
 with open(os.environ["CALLS"], "a") as calls:
     print(json.dumps([name, os.environ["CUDA_VISIBLE_DEVICES"], os.environ.get("WORLD_SIZE"), arguments]), file=calls)
 if name == "prepare":
-    made = Path(next(a for a in arguments if a.startswith("data.folder"))[len("data.folder="):].strip('"'), "rows.json")
+    made = Path(yaml.safe_load(open(value("--config")))["data"]["folder"], "rows.json")
 elif name == "train":
     run = yaml.safe_load(open(value("--config")))["training"]
     Path(run["output"]).mkdir(parents=True, exist_ok=True)
@@ -84,6 +86,8 @@ elif name == "train":
     made = Path(run["output"], "checkpoints", f"step-{run['steps']:07d}")
 elif name == "export":
     made = Path(arguments[1])
+    made.mkdir(parents=True)
+    (made / "model.safetensors").write_text(os.environ.get("WEIGHTS", "") + str(made.parent.name))
 else:
     made = Path(value("--output"), "report.json")
     made.parent.mkdir(parents=True)
@@ -145,7 +149,7 @@ def test_a_study_that_starts_from_anothers_base(tmp_path):
     pieces = {piece.name: piece for piece in plan(config, set())}
     assert list(pieces).index("small/base") < list(pieces).index("second/base")
     assert "small/base" in pieces["second/base"].needs
-    assert pieces["second/base"].commands[0].settings["model"] == {"path": f"{tmp_path}/runs/small/base/model"}
+    assert pieces["second/base"].commands[0].config[1]["model"] == {"path": f"{tmp_path}/runs/small/base/model"}
 
 
 def test_a_run_of_everything(tmp_path, launch):
@@ -163,7 +167,7 @@ def test_a_run_of_everything(tmp_path, launch):
     assert runs[0]["refresh"]["observation_window"] == 4 and runs[0]["refresh"]["budget"] == 8
     assert runs[0]["model"] == {"path": str(tmp_path / "runs/small/base/model")}
     assert "perplexity" in write_tables(config, results.entries)
-    assert {path.name for path in (tmp_path / "results").iterdir()} == {
+    assert {path.name for path in (tmp_path / "results").glob("[!.]*")} == {
         "results.json",
         "tables.md",
         "small-perplexity.png",
@@ -176,7 +180,82 @@ def test_finished_figures_are_enough_to_go_on_elsewhere(tmp_path, launch):
     del results.entries["small/plain/1/paper/perplexity"]
     (tmp_path / "results/results.json").write_text(json.dumps(results.entries))
     elsewhere = experiment(tmp_path, output=str(tmp_path / "elsewhere"))
-    assert [p.name for p in plan(elsewhere, set(Results(elsewhere).entries))] == ["small/base", "small/plain-1"]
+    results = Results(elsewhere)
+    pieces = plan(elsewhere, set(results.entries))
+    assert [piece.name for piece in pieces] == ["small/base", "small/plain-1"]
+    with pytest.raises(SettingsError, match="whose base model is not here: copy it"):
+        results.check_bases(pieces)
+    shutil.copytree(tmp_path / "runs/small/base/model", tmp_path / "elsewhere/small/base/model")
+    outcome, results = go(elsewhere, launch, tmp_path)
+    assert outcome.done == ["small/plain-1"] and len(results.entries) == 6
+    (tmp_path / "elsewhere/small/base/model/model.safetensors").write_text("another")
+    with pytest.raises(SettingsError, match="from another base model"):
+        Results(elsewhere)
+
+
+def test_what_others_add_meanwhile_is_kept(tmp_path, launch):
+    config = experiment(tmp_path)
+    _, results = go(config, launch, tmp_path)
+    late = Results(config)
+    late.entries.clear()
+    piece = next(p for p in plan(config, set()) if p.name == "small/plain-0")
+    late.add(piece)
+    assert set(Results(config).entries) == set(results.entries)
+    results.entries["small/plain/1/paper/perplexity"]["rows"] = "others"
+    (tmp_path / "results/results.json").write_text(json.dumps(results.entries))
+    with pytest.raises(SettingsError, match="on other rows"):
+        late.add(piece)
+
+
+def test_settings_that_change_no_figure_may_change(tmp_path, launch):
+    go(experiment(tmp_path), launch, tmp_path)
+    values = settings(tmp_path)
+    values["studies"]["small"]["continued"]["training"] |= {"micro_batch": 1, "log_every": 3, "seed": 0}
+    values["studies"]["small"]["perplexity"] |= {"batch_size": 2, "split": "test"}
+    values["selections"]["unused"] = {}
+    values["arms"]["none"]["selections"] = ["paper"]
+    assert len(Results(settings_from_dict(ExperimentConfig, values)).entries) == 6
+
+
+def test_a_base_takes_as_many_devices_as_divide_its_batch():
+    command = Command("train.py", [], Path("made"), micro_batches=4)
+    assert [len(command.devices(["0"] * n)) for n in (1, 2, 3, 4, 5, 8)] == [1, 2, 2, 4, 4, 4]
+
+
+def test_rows_are_prepared_with_the_studys_settings_alone(tmp_path):
+    """Nothing of the script's default file comes in; a tokenizer that other rows make comes first."""
+    config = load_settings(
+        ExperimentConfig, ROOT / "configs/experiments/recipes.yaml", [f"output={tmp_path}", f"results={tmp_path}"]
+    )
+    pieces = {piece.name: piece for piece in plan(config, set()) if piece.name.startswith("rows ")}
+    assert len(pieces) == 3
+    for piece in pieces.values():
+        line = piece.commands[0].line(Path("launch"))
+        assert line[1:3] == ["launch/prepare.py", "--config"]
+        data = load_settings(RunConfig, line[3]).data
+        assert (data.train_vocabulary is None) == (data.path == "tasks")
+    assert pieces["rows rows/tasks-2k"].needs == ["rows rows/python-packages"]
+
+
+def test_sigterm_ends_the_runs_too(tmp_path, launch, monkeypatch):
+    """Nothing goes on alone, and two do not work in one output."""
+    for name in ("experiment.py",):
+        (launch / name).write_text((ROOT / "launch" / name).read_text())
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(settings(tmp_path)))
+    command = [sys.executable, str(launch / "experiment.py"), "--config", str(path)]
+    environment = {**os.environ, "slow": "1"}
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run_file = tmp_path / "runs/small/base/run/run.yaml"
+    end = time.monotonic() + 60
+    while not run_file.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    second = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert second.returncode == 2 and "another experiment is at work" in second.stderr
+    first.terminate()
+    assert first.wait(30) == 130
+    trainers = subprocess.run(["pgrep", "-f", f"{launch}/train.py"], capture_output=True, text=True).stdout
+    assert not trainers.strip()
 
 
 def test_time_is_up_and_the_rest_is_continued(tmp_path, launch, monkeypatch):
@@ -232,7 +311,7 @@ def test_shares_of_the_gap_by_hand(tmp_path):
 
 def test_scores_of_tasks_by_hand(tmp_path):
     values = settings(tmp_path)
-    values["studies"]["small"]["tasks"] = {"names": ["chain_of_key"], "length": 40, "strategies": ["full", "h2o"]}
+    values["studies"]["small"]["tasks"] = {"names": ["chain_of_key"], "length": 400, "strategies": ["full", "h2o"]}
     config = settings_from_dict(ExperimentConfig, values)
 
     def scores(full, h2o):
@@ -257,6 +336,13 @@ def test_scores_of_tasks_by_hand(tmp_path):
         (("arms", "none", "selections"), [], "arms.none.selections"),
         (("studies", "small", "perplexity"), None, "evaluates nothing"),
         (("studies", "small", "start"), "large", "no 'large'"),
+        (("studies", "small", "seeds"), [], "studies.small.seeds"),
+        (("studies", "small", "perplexity", "last_tokens"), 48, "last tokens must lie"),
+        (("studies", "small", "perplexity", "split"), "tests", "split"),
+        (("studies", "small", "tasks"), {"names": ["chain"], "length": 40, "strategies": ["full"]}, "chain"),
+        (("studies", "small", "tasks"), {"names": ["vt"], "length": 40, "strategies": ["fll"]}, "fll"),
+        (("studies", "small", "base", "data"), {"row_length": 4}, "base.data"),
+        (("studies", "small", "settings", "data", "folder"), None, "data.folder"),
         (("studies", "small", "start"), "small", "comes back to small"),
         (("studies", "small", "continued", "training", "step"), 3, "training.step"),
         (("arms", "whole", "settings", "simulation", "stride"), 0, "simulation.stride"),

@@ -143,6 +143,9 @@ SHORT_TAILS = {
     "observers and windows": (
         2, 63, 40, 2, 2, 16, RefreshConfig(budget=9, stride=5, observation_window=4, recent_window=3, sink_tokens=2), 0,
     ),
+    "more observers than the prompt has tokens": (
+        1, 30, 3, 2, 1, 16, RefreshConfig(budget=6, stride=5, observation_window=9), 0,
+    ),
     "a single row": (1, 41, 40, 1, 2, 24, RefreshConfig(budget=0.3, stride=5), 0),
 }  # fmt: skip
 
@@ -175,10 +178,14 @@ def test_which_rows_are_computed_whole(monkeypatch):
     assert not short_tail.usable(query, key, value, 125, True) and not short_tail.usable(query, key, value, 126, False)
 
 
-def test_a_model_takes_short_tails_whole(monkeypatch):
-    """The attention's own way there gives the same logits and gradients as the parts put together."""
+@pytest.mark.parametrize("recomputed", [None, False, True])
+def test_a_model_takes_short_tails_whole(monkeypatch, recomputed):
+    """The attention's own way there gives the same logits and gradients as the parts put together; with activation
+    checkpointing of both kinds too."""
     config, model = RefreshConfig(budget=9, stride=5), tiny_model(dtype=torch.float32)
-    model, ids = enable(model, config).to(DEVICE), random_ids(2, 70).to(DEVICE)
+    model, ids = enable(model, config).to(DEVICE).train(), random_ids(2, 70).to(DEVICE)
+    if recomputed is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": recomputed})
 
     def loss_and_gradients():
         model.zero_grad()
@@ -191,7 +198,7 @@ def test_a_model_takes_short_tails_whole(monkeypatch):
     monkeypatch.setattr(dense_rows, "attend_backward", dense_attend_backward)
     monkeypatch.setattr(ops, "takes_whole_rows", lambda *arguments: calls.append(arguments) or True)
     torch.testing.assert_close(loss_and_gradients(), expected, rtol=1e-4, atol=1e-5)
-    assert len(calls) == model.config.num_hidden_layers
+    assert len(calls) == model.config.num_hidden_layers * (1 if recomputed is None else 2)
 
 
 def assert_same_selection(found, wanted, positions, droppable):

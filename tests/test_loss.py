@@ -165,6 +165,14 @@ def test_the_objective_of_a_distillation(monkeypatch, kind, loss_on):
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5 * largest)
 
 
-def test_ligers_loss_refuses_a_distillation():
-    with pytest.raises(SettingsError, match="training.loss=chunked"):
-        attach_loss(tiny_model(), "liger", distillation=DistillationConfig(weight=1.0))
+def test_the_teacher_has_no_dropout():
+    model, seen = tiny_enabled(dtype=torch.float32).train(), []
+    for layer in model.model.layers:
+        layer.mlp = torch.nn.Sequential(layer.mlp, torch.nn.Dropout(0.5))
+        layer.mlp[1].register_forward_hook(
+            lambda module, *_: seen.append((torch.is_grad_enabled(), module.training)) and None
+        )
+    frozen = model.model.layers[0].self_attn.eval()
+    attach_loss(model, "chunked", distillation=DistillationConfig(weight=1.0))
+    model(**make_batch(rows(), "all", torch.device("cpu")).model_arguments(SIMULATION, split=False))
+    assert seen == [(False, False)] * 2 + [(True, True)] * 2 and model.training and not frozen.training

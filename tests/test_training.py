@@ -305,6 +305,13 @@ def test_settings_that_contradict_each_other():
         ({"data": {"row_length": 40}}, "data.row_length"),
         ({"training": {"evaluate_every": 1, "evaluate_tokens": ROW_LENGTH}}, "training.evaluate_tokens"),
         ({"training": {"loss_on": "answers"}}, "training.loss_on"),
+        ({"distillation": {"weight": -1.0}}, "distillation.weight"),
+        ({"distillation": {"temperature": 0.0}}, "distillation.temperature"),
+        ({"distillation": {"weight": 1.0}, "training": {"loss": "liger"}}, "training.loss"),
+        (
+            {"distillation": {"weight": 1.0}, "simulation": {"pattern": "off", "prompt_length": None}},
+            "distillation.weight",
+        ),
     ]:
         with pytest.raises(SettingsError, match=named):
             check_config(run_config(**sections), info)

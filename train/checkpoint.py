@@ -89,8 +89,8 @@ def claim_output(output: Path, config: RunConfig, overwrite: bool) -> None:
 def _check_same_run(output: Path, config: RunConfig) -> None:
     if not (output / RUN_FILE).is_file():
         raise SettingsError(f"training.output={output} holds no run to resume (no {RUN_FILE}); name another folder")
-    before = _flat(settings_to_dict(load_settings(RunConfig, output / RUN_FILE)))
-    now = _flat(settings_to_dict(config))
+    before = flat_settings(settings_to_dict(load_settings(RunConfig, output / RUN_FILE)))
+    now = flat_settings(settings_to_dict(config))
     for name in sorted(before.keys() | now.keys()):
         if name not in FREE_TO_CHANGE and before.get(name) != now.get(name):
             raise SettingsError(
@@ -99,11 +99,11 @@ def _check_same_run(output: Path, config: RunConfig) -> None:
             )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flat_settings(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -3,10 +3,12 @@
 Both come from the same weights in the same step; the full-attention pass is the teacher and gets no gradient.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from refreshkv.settings import SettingsError
 
@@ -42,3 +44,16 @@ def divergence_and_gradient(student: Tensor, teacher: Tensor, temperature: float
     wanted = teacher.exp()
     found = (wanted * (teacher - student)).sum(dim=1) * temperature**2
     return found, student.exp_().sub_(wanted).mul_(temperature)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode: the teacher predicts as the model will, not with a mask of its own."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -194,6 +194,8 @@ def check_config(config: RunConfig, info: dict) -> None:
             f"distillation.weight={config.distillation.weight} draws predictions from the small cache to those of full "
             "attention, and simulation.pattern=off has none: set it to whole or paper, or the weight to 0"
         )
+    if config.distillation.weight and config.training.loss == "liger":
+        raise SettingsError("distillation needs training.loss=chunked or logits: Liger's loss has none")
     if config.simulation.pattern == "whole":
         config.simulation.prompt_range(length)
     if config.simulation.pattern == "paper" and max(config.simulation.strides) >= length:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from refreshkv.config import Simulation
 from refreshkv.settings import SettingsError
-from refreshkv.train.distillation import DistillationConfig, divergence, divergence_and_gradient
+from refreshkv.train.distillation import DistillationConfig, divergence, divergence_and_gradient, without_dropout
 from refreshkv.train.offload import layer_inputs_on_cpu
 
 LossKind = Literal["chunked", "liger", "logits"]
@@ -62,8 +62,6 @@ def attach_loss(
         reason = f"config.{changed[0]} changes its logits" if changed else "its output layer is not linear"
         raise SettingsError(f"training: losses of {type(model).__name__} cannot be computed here: {reason}")
     if kind == "liger":
-        if distillation and distillation.weight:
-            raise SettingsError("distillation needs training.loss=chunked or logits: Liger's loss has none")
         _liger()
     head.__class__ = _LossHead  # the parameters, their names and what hangs on the module stay
     head.loss_kind = kind
@@ -76,7 +74,7 @@ def attach_loss(
         masks = {name: kwargs.pop(name) for name in ("counted", "partial", "decoded")}
         head, teacher = self.get_output_embeddings(), None
         if head.distillation.weight and kwargs.get("refresh") is not None:
-            with torch.no_grad():
+            with torch.no_grad(), without_dropout(self.base_model):
                 teacher = self.base_model(*args, **{**kwargs, "refresh": None}).last_hidden_state
         with layer_inputs_on_cpu(decoder.hidden_size) if offload else nullcontext():
             hidden = self.base_model(*args, **kwargs).last_hidden_state

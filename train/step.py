@@ -29,7 +29,7 @@ def train_step(
     """
     total, count, partial, partial_count, divergence, taught = backward(engine, batches, simulation, sequence, note)
     note("an optimizer step")
-    if not math.isfinite(total):
+    if not math.isfinite(total + divergence):
         raise NotFinite("loss")
     norm = step_and_norm(engine)
     if not math.isfinite(norm):

@@ -1,11 +1,15 @@
 """What an experiment compares: one YAML file, its sections the fields of `ExperimentConfig`."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from refreshkv.config import RefreshConfig
+from refreshkv.data.config import DataConfig
+from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.settings import SettingsError, settings_from_dict
 from refreshkv.train.config import RunConfig
+from refreshkv.train.decoding import build_decodings
+from refreshkv.train.evaluation import check_last_tokens
 
 UNTRAINED = "none"
 """The arm that is the base model itself; every study has it."""
@@ -30,7 +34,7 @@ class Perplexity:
     last_tokens: int = 512
     """Tokens scored per row; all before them is the prompt."""
     rows: int = 128
-    split: str = "test"
+    split: Literal["train", "validation", "test"] = "test"
     strides: list[int] = field(default_factory=lambda: [10, 50])
     threshold: float | None = None
     """Also the similarity schedule, with this threshold and `refresh.stride` of the study's settings."""
@@ -99,6 +103,9 @@ class ExperimentConfig:
     def _check_study(self, name: str, study: Study) -> None:
         if study.perplexity is None and study.tasks is None:
             raise SettingsError(f"studies.{name} evaluates nothing: set perplexity or tasks")
+        if not study.seeds:
+            raise SettingsError(f"studies.{name}.seeds must hold one or more numbers")
+        self._check_data(name)
         passed = [name]
         while (start := self.studies[passed[-1]].start) is not None:
             _check_known(f"studies.{passed[-1]}.start", start, self.studies)
@@ -111,6 +118,31 @@ class ExperimentConfig:
                 self.run_settings(name, arm, study.seeds[0], "model", "run")
         if UNTRAINED not in study.arms:
             raise SettingsError(f"studies.{name}.arms must have {UNTRAINED}, which the others are compared with")
+        self._check_evaluations(name, study)
+
+    def data(self, study: str) -> Fragment:
+        """The `data` section of the study's runs."""
+        return merge(self.settings, self.studies[study].settings).get("data", {})
+
+    def _check_data(self, name: str) -> None:
+        data = self.data(name)
+        if "folder" not in data:
+            raise SettingsError(f"studies.{name}.settings.data.folder must name the folder of its rows")
+        settings_from_dict(DataConfig, data, f"studies.{name}.settings.data.")
+        for other in self.studies:
+            if self.data(other).get("folder") == data["folder"] and self.data(other) != data:
+                raise SettingsError(f"studies.{name} and {other} have other settings of the same {data['folder']}")
+        for part in ("base", "continued"):
+            if "data" in getattr(self.studies[name], part):
+                raise SettingsError(f"studies.{name}.{part}.data: put it into settings, which all its runs share")
+
+    def _check_evaluations(self, name: str, study: Study) -> None:
+        if study.perplexity is not None:
+            length = settings_from_dict(DataConfig, self.data(name)).row_length
+            check_last_tokens(study.perplexity.last_tokens, length)
+        if study.tasks is not None:
+            build_tasks(study.tasks.names, {}, length=study.tasks.length)
+            build_decodings(study.tasks.strategies, self.refresh(name, self.arms[study.arms[0]].selections[0]))
 
     def refresh(self, study: str, selection: str) -> RefreshConfig:
         """The study's budget and stride with the selection named."""

@@ -5,9 +5,11 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 from tqdm import tqdm
 
@@ -57,7 +59,7 @@ class Job:
     def _start(self) -> list[subprocess.Popen]:
         command = self._todo[0]
         line = command.line(self._launch)
-        devices = self._devices if command.everywhere else self._devices[:1]
+        devices = command.devices(self._devices)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("a") as log:
             log.write(f"$ {' '.join(line)}\n")
@@ -73,9 +75,8 @@ class Job:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
 
-    def stop(self, patience: float = 0.0) -> None:
-        """Ends what is running, after `patience` seconds at most."""
-        end = time.monotonic() + patience
+    def stop(self, end: float = 0.0) -> None:
+        """Waits for what is running until the time `end`, and ends it."""
         for process in self._processes:
             try:
                 process.wait(max(0.0, end - time.monotonic()))
@@ -119,12 +120,39 @@ def run_pieces(
                     break
                 time.sleep(0.2)
         finally:
-            for job in running:
-                job.ask_to_stop()
-            for job in running:
-                job.stop(PATIENCE)
+            with undisturbed():
+                for job in running:
+                    job.ask_to_stop()
+                patience = time.monotonic() + PATIENCE
+                for job in running:
+                    job.stop(patience)
     outcome.left = [piece.name for piece in waiting] + [job.piece.name for job in running]
     return outcome
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM as if it were Ctrl-C: what runs is asked to save and leave, and does not go on alone."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Neither SIGTERM nor Ctrl-C until it is over."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _ready(waiting: list[Piece], outcome: Outcome) -> list[Piece]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import yaml
 
+from refreshkv.data.folder import INFO_FILE
 from refreshkv.settings import settings_from_dict
 from refreshkv.train.checkpoint import RUN_FILE
 from refreshkv.train.config import RunConfig
-from refreshkv.train.experiment.config import ExperimentConfig, Fragment
+from refreshkv.train.experiment.config import ExperimentConfig, Fragment, merge
 
 
 @dataclass(frozen=True)
@@ -22,25 +23,32 @@ class Command:
     arguments: list[str]
     made: Path
     """There if and only if it has finished."""
-    settings: Fragment | None = None
-    """Of a run: written to the YAML file that `arguments` name."""
-    everywhere: bool = False
-    """On all of the piece's devices together; else on the first."""
+    config: tuple[Path, Fragment] | None = None
+    """A YAML file to write, and what goes into it: the script's --config."""
+    begun: Path | None = None
+    """There if and only if it has been begun: then it is continued, with --resume."""
+    micro_batches: int = 1
+    """What may be divided over the piece's devices, a whole number for each."""
+    serves: Path | None = None
+    """What a later command makes of it; once that is there, this one is not needed."""
 
     @property
     def finished(self) -> bool:
-        return self.made.exists()
+        return self.made.exists() or (self.serves is not None and self.serves.exists())
+
+    def devices(self, available: list[str]) -> list[str]:
+        """Those of the available devices that it runs on: as many as divide its work."""
+        return available[: max(n for n in range(1, len(available) + 1) if self.micro_batches % n == 0)]
 
     def line(self, launch: Path) -> list[str]:
-        """The command line, with the scripts in `launch`; what was begun is continued."""
+        """The command line, with the scripts in `launch`. Writes the file that it names."""
         arguments = list(self.arguments)
-        if self.settings is not None:
-            output = Path(self.settings["training"]["output"])
-            path = output.with_name(f"{output.name}.yaml")
+        if self.config is not None:
+            path, settings = self.config
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(yaml.safe_dump(self.settings, sort_keys=False))
-            arguments = ["--config", str(path), *(["--resume"] if (output / RUN_FILE).exists() else []), *arguments]
-        if self.script == "evaluate.py" and self.made.parent.exists():
+            path.write_text(yaml.safe_dump(settings, sort_keys=False))
+            arguments += ["--config", str(path)]
+        if self.begun is not None and self.begun.exists():
             arguments.append("--resume")
         return [sys.executable, str(launch / self.script), *arguments]
 
@@ -100,12 +108,12 @@ def plan(config: ExperimentConfig, known: set[str]) -> list[Piece]:
         base = bases[study] = _base(config, study)
         if base.name in needed and not base.finished:
             needed |= set(base.needs)
+    rows = {study: _rows(config, study) for study in config.studies}
+    needed |= {need for piece in rows.values() if piece.name in needed and not piece.finished for need in piece.needs}
     pieces: dict[str, Piece] = {}
     for study in _in_order(config):
-        before = [
-            piece for piece in (_rows(config, study), bases[study]) if piece.name in needed and not piece.finished
-        ]
-        pieces |= {piece.name: piece for piece in [*before, *evaluated[study]]}
+        first = [piece for piece in (rows[study], bases[study]) if piece.name in needed and not piece.finished]
+        pieces |= {piece.name: piece for piece in [*first, *evaluated[study]]}
     return [replace(piece, needs=[need for need in piece.needs if need in pieces]) for piece in pieces.values()]
 
 
@@ -134,29 +142,34 @@ def _arm(config: ExperimentConfig, study: str, arm: str, seed: int | None) -> Pi
     if seed is not None:
         model = folder / "model"
         settings = config.run_settings(study, arm, seed, str(base), str(folder / "run"))
-        commands += _train_and_export(settings, model, everywhere=False)
+        commands += _train_and_export(settings, model, divided=False)
     reports = []
     for selection in config.arms[arm].selections:
         for kind in ("perplexity", "tasks"):
             if getattr(config.studies[study], kind) is not None:
                 commands.append(_evaluate(config, study, selection, kind, model, folder / f"{kind}-{selection}"))
                 reports.append(Report(commands[-1].made, study, arm, seed, selection, kind))
-    needs = [f"{study}/base", f"rows {_data(config, study)['folder']}"]
+    needs = [base_name(study), rows_name(config.data(study)["folder"])]
     return Piece("/".join(folder.parts[-2:]), commands, needs, reports)
 
 
 def _base(config: ExperimentConfig, study: str) -> Piece:
     """Training and export of a study's base model; nothing to do for one that is given by its path."""
-    name, needs = f"{study}/base", [f"rows {_data(config, study)['folder']}"]
+    name, needs = base_name(study), [rows_name(config.data(study)["folder"])]
     if base_is_given(config, study):
         return Piece(name, [])
     start = config.studies[study].start
     if start is not None:
-        needs.append(f"{start}/base")
+        needs.append(base_name(start))
     run = Path(config.output, study, "base", "run")
     path = None if start is None else str(base_model(config, start))
     commands = _train_and_export(config.base_settings(study, path, str(run)), base_model(config, study), True)
     return Piece(name, commands, needs, everywhere=True)
+
+
+def base_name(study: str) -> str:
+    """Of the piece that makes the study's base model."""
+    return f"{study}/base"
 
 
 def base_is_given(config: ExperimentConfig, study: str) -> bool:
@@ -170,21 +183,29 @@ def base_model(config: ExperimentConfig, study: str) -> Path:
     return Path(config.output, study, "base", "model")
 
 
-def _data(config: ExperimentConfig, study: str) -> Fragment:
-    return {**config.settings.get("data", {}), **config.studies[study].settings.get("data", {})}
-
-
 def _rows(config: ExperimentConfig, study: str) -> Piece:
-    data = _data(config, study)
-    settings = [f"data.{key}={json.dumps(value)}" for key, value in data.items()]
-    return Piece(f"rows {data['folder']}", [Command("prepare.py", settings, Path(data["folder"], "rows.json"))])
+    """The rows of a study; after those whose tokenizer they take."""
+    data = config.data(study)
+    folder, refresh = Path(data["folder"]), merge(config.settings, config.studies[study].settings).get("refresh", {})
+    path = Path(config.output, f"rows-{folder.name}.yaml")
+    command = Command("prepare.py", [], folder / INFO_FILE, (path, {"data": data, "refresh": refresh}))
+    tokenizer = Path(data.get("tokenizer") or "")
+    others = {config.data(other)["folder"] for other in config.studies} - {data["folder"]}
+    needs = [rows_name(other) for other in sorted(others) if Path(other) in tokenizer.parents]
+    return Piece(rows_name(data["folder"]), [command], needs)
 
 
-def _train_and_export(settings: Fragment, model: Path, everywhere: bool) -> list[Command]:
-    run, steps = Path(settings["training"]["output"]), settings_from_dict(RunConfig, settings).training.steps
-    last = run / "checkpoints" / f"step-{steps:07d}"
+def rows_name(folder: str) -> str:
+    return f"rows {folder}"
+
+
+def _train_and_export(settings: Fragment, model: Path, divided: bool) -> list[Command]:
+    run, training = Path(settings["training"]["output"]), settings_from_dict(RunConfig, settings).training
+    last = run / "checkpoints" / f"step-{training.steps:07d}"
+    parts = training.global_batch // training.micro_batch if divided else 1
+    path = run.with_name(f"{run.name}.yaml")
     return [
-        Command("train.py", [], last, settings, everywhere),
+        Command("train.py", [], last, (path, settings), run / RUN_FILE, parts, serves=model),
         Command("export.py", [str(last), str(model)], model),
     ]
 
@@ -195,11 +216,11 @@ def _evaluate(config: ExperimentConfig, study: str, selection: str, kind: str, m
     settings = getattr(config.studies[study], kind)
     arguments += ["--batch-size", str(settings.batch_size)]
     if kind == "perplexity":
-        arguments += ["--data", _data(config, study)["folder"], "--rows", str(settings.rows)]
+        arguments += ["--data", config.data(study)["folder"], "--rows", str(settings.rows)]
         arguments += ["--split", settings.split]
         arguments += ["--last-tokens", str(settings.last_tokens), "--strides", ",".join(map(str, settings.strides))]
         arguments += [] if settings.threshold is None else ["--threshold", str(settings.threshold)]
-        return Command("evaluate.py", [*arguments, *refresh], folder / "report.json")
+        return Command("evaluate.py", [*arguments, *refresh], folder / "report.json", begun=folder)
     arguments += ["--tasks", ",".join(settings.names), "--task-length", str(settings.length)]
     arguments += ["--examples", str(settings.examples), "--strategies", ",".join(settings.strategies)]
-    return Command("evaluate.py", [*arguments, *refresh], folder / "tasks.json")
+    return Command("evaluate.py", [*arguments, *refresh], folder / "tasks.json", begun=folder)

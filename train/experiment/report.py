@@ -108,7 +108,8 @@ def draw_gaps(config: ExperimentConfig, study: str, entries: Entries) -> bytes:
             if not shares:
                 continue
             place = row + (index - (len(strategies) - 1) / 2) * height
-            axes.barh(place, fmean(shares), height * 0.9, color=COLOURS[index], label=name if row == 0 else None)
+            label, colour = name if row == 0 else None, COLOURS[index % len(COLOURS)]
+            axes.barh(place, fmean(shares), height * 0.9, color=colour, label=label)
             axes.plot(shares, [place] * len(shares), ".", color="black", markersize=4)
     axes.set_yticks(range(len(rows)), [f"{arm}\n({selection})" for arm, selection in rows])
     axes.invert_yaxis()

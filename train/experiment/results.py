@@ -1,46 +1,99 @@
 """The finished figures of an experiment: one small JSON file that grows; it is enough to go on elsewhere."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from refreshkv.settings import SettingsError
-from refreshkv.train.experiment.config import ExperimentConfig
-from refreshkv.train.experiment.pieces import Piece, Report, base_is_given, base_model
+from filelock import FileLock
 
-RESULTS_FILE = "results.json"
+from refreshkv.config import RefreshConfig
+from refreshkv.settings import SettingsError, settings_from_dict, settings_to_dict
+from refreshkv.train.checkpoint import FREE_TO_CHANGE, flat_settings
+from refreshkv.train.config import RunConfig
+from refreshkv.train.experiment.config import ExperimentConfig, Perplexity, Tasks
+from refreshkv.train.experiment.pieces import Piece, Report, base_is_given, base_model, base_name
+
+RESULTS_FILE, LOCK_FILE = "results.json", ".results.lock"
 PARTS = 16
 """The scored tokens' losses are kept as means over so many equal parts."""
+IMMATERIAL = {*FREE_TO_CHANGE, "batch_size"}
+"""Settings that change how the work is done, not what comes out."""
 
 
 class Results:
     """Figures by the names of their reports."""
 
     def __init__(self, config: ExperimentConfig):
+        """Raises `SettingsError` for figures of other settings, or of another base model than is here."""
         self._config, self._path = config, Path(config.results, RESULTS_FILE)
-        self.entries: dict[str, dict[str, Any]] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self.entries = self._read()
         for name, entry in self.entries.items():
-            study, arm, *rest = name.split("/")
-            if study in config.studies and arm in config.arms and entry["settings"] != self._settings(entry):
+            if self._is_about(entry) and _normal(entry["settings"]) != _normal(self._settings(entry)):
                 raise SettingsError(
                     f"{self._path} has {name} with other settings than the experiment's: set them back, or choose "
                     "another folder for results and output"
                 )
+        for study in config.studies:
+            self._check_base(study, digest(base_model(config, study)))
+
+    def check_bases(self, pieces: list[Piece]) -> None:
+        """Raises `SettingsError` if one of the pieces would make a base model anew that finished figures are about."""
+        for study in self._config.studies:
+            if any(piece.name == base_name(study) for piece in pieces) and self._bases(study):
+                raise SettingsError(
+                    f"{self._path} has figures of {study}, whose base model is not here: copy it to "
+                    f"{base_model(self._config, study)}, or choose another folder for results"
+                )
 
     def add(self, piece: Piece) -> None:
-        """Takes in the reports of a finished piece; they are on disk when this returns."""
-        for report in piece.reports:
-            self.entries[report.name] = self._entry(report)
+        """Takes in the reports of a finished piece, beside what others have added; they are then on disk."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_suffix(".new")
-        temporary.write_text(json.dumps(self.entries, indent=1) + "\n")
-        os.replace(temporary, self._path)
+        with FileLock(self._path.with_name(LOCK_FILE)):
+            self.entries |= self._read()
+            for report in piece.reports:
+                entry = self._entry(report)
+                self._check_base(report.study, entry["base model"])
+                self._check_rows(entry)
+                self.entries[report.name] = entry
+            temporary = self._path.with_suffix(".new")
+            temporary.write_text(json.dumps(self.entries, indent=1) + "\n")
+            os.replace(temporary, self._path)
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        return json.loads(self._path.read_text()) if self._path.exists() else {}
+
+    def _is_about(self, entry: dict[str, Any]) -> bool:
+        """Whether the experiment still has what the entry is about."""
+        config, study = self._config, self._config.studies.get(entry["study"])
+        if study is None or entry["arm"] not in config.arms or entry["selection"] not in config.selections:
+            return False
+        return getattr(study, entry["kind"]) is not None
+
+    def _bases(self, study: str) -> set[str]:
+        return {e["base model"] for e in self.entries.values() if e["study"] == study and e["base model"]}
+
+    def _check_base(self, study: str, found: str | None) -> None:
+        if found and self._bases(study) - {found}:
+            raise SettingsError(
+                f"{self._path} has figures of {study} from another base model than {base_model(self._config, study)}: "
+                "gaps of different models do not compare; copy that one here, or choose another folder for results"
+            )
+
+    def _check_rows(self, entry: dict[str, Any]) -> None:
+        others = {e.get("rows") for e in self.entries.values() if e["study"] == entry["study"]} - {None}
+        if entry.get("rows") and others - {entry["rows"]}:
+            raise SettingsError(
+                f"{self._path} has figures of {entry['study']} on other rows: copy those here, or choose another "
+                "folder for results"
+            )
 
     def _entry(self, report: Report) -> dict[str, Any]:
         found = json.loads(report.path.read_text())
         entry = {name: getattr(report, name) for name in ("study", "arm", "seed", "selection", "kind")}
         entry["settings"] = self._settings(entry)
+        entry["base model"] = digest(base_model(self._config, report.study))
         entry |= {name: found[name] for name in ("date", "hardware", "versions")}
         if report.kind == "perplexity":
             entry["rows"] = found["protocol"]["fingerprint"]
@@ -61,11 +114,37 @@ class Results:
 
 
 def _base_settings(config: ExperimentConfig, study: str) -> Any:
+    """The base's run, after that of the model it starts from; or the path of a model that is given."""
     if base_is_given(config, study):
         return str(base_model(config, study))
     start = config.studies[study].start
     start = None if start is None else _base_settings(config, start)
-    return [start, config.base_settings(study, "" if start else None, "")]
+    return {"start": start, "run": config.base_settings(study, "" if start else None, "")}
+
+
+def _normal(settings: Any) -> Any:
+    """Settings with their defaults, without those that change nothing but how the work is done."""
+    if not isinstance(settings, dict):
+        return settings
+    kinds = {"run": RunConfig, "refresh": RefreshConfig, "perplexity": Perplexity, "tasks": Tasks}
+    normal = {}
+    for name, values in settings.items():
+        if name in kinds:
+            values = flat_settings(settings_to_dict(settings_from_dict(kinds[name], values)))
+            values = {key: value for key, value in values.items() if key not in IMMATERIAL}
+        normal[name] = _normal(values) if name in ("base", "start") else values
+    return normal
+
+
+def digest(model: Path) -> str | None:
+    """A hash of a model's weights; None if they are not in that folder."""
+    files = sorted(model.glob("*.safetensors"))
+    found = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            while block := content.read(1 << 24):
+                found.update(block)
+    return found.hexdigest()[:32] if files else None
 
 
 def _brief(result: dict[str, Any]) -> dict[str, Any]:
