@@ -96,7 +96,8 @@ def test_steps_equal_the_naive_form(name):
         assert len({tuple(row) for row in full_steps.tolist()}) == 2, "rows refresh together: the test shows less"
 
 
-@pytest.mark.parametrize("splits", slow_unless([5], [1, 5, 16]))
+@pytest.mark.slow
+@pytest.mark.parametrize("splits", [1, 5, 16])
 def test_any_number_of_splits(monkeypatch, splits):
     monkeypatch.setattr(decode_attention, "splits_of", lambda pairs, device: splits)
     monkeypatch.setitem(decode_attention.TILE, "BLOCK_N", 16)
