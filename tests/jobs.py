@@ -69,10 +69,8 @@ def run_settings(rows: Path, output: Path, **sections) -> dict:
         },
     }
     settings["data"]["row_length"] = ROW_LENGTH
-    settings["parallel"] = {}
-    settings["hub"] = {}
     for name, changes in sections.items():
-        settings[name] = {**settings[name], **changes}
+        settings[name] = {**settings.get(name, {}), **changes}
     return settings
 
 

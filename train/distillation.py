@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from refreshkv.settings import SettingsError
 
@@ -48,12 +49,13 @@ def divergence_and_gradient(student: Tensor, teacher: Tensor, temperature: float
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode: the teacher predicts as the model will, not with a mask of its own."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
+    """The teacher predicts as the model will, not with a mask of its own. The model itself stays in training mode, in
+    which processes share their rows."""
+    active = [module for module in model.modules() if isinstance(module, _DropoutNd) and module.training]
+    for module in active:
         module.training = False
     try:
         yield
     finally:
-        for module in training:
+        for module in active:
             module.training = True
