@@ -13,6 +13,7 @@ selection that the one before had as well.
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from refreshkv import RefreshConfig, Simulation
 from refreshkv.attention import refresh_attention
-from refreshkv.ops import dense_rows, fused, partial_rows, ranking
+from refreshkv.ops import dense_rows, full_rows, fused, partial_rows, ranking
 from refreshkv.schedule import plan
 
 CASES = ",".join(
@@ -49,12 +50,15 @@ def main() -> None:
     parser.add_argument("--no-flash", action="store_true", help="leave torch's flash attention out")
     parser.add_argument("--repeat", type=int, default=5, help="timed runs of each, after one to warm up")
     parser.add_argument("--flex", action="store_true", help="time flex_attention as well, in rows up to 16K")
+    parser.add_argument("--drawn", action="store_true", help="full steps as where each step draws its prompt length")
     parser.add_argument("--model", help="folder or hub id of a trained model whose inputs are timed as well")
     parser.add_argument("--data", help="folder of prepared rows for it")
     parser.add_argument("--output", type=Path, help="folder for attention.json and attention.png")
     args = parser.parse_args()
     if (args.model is None) != (args.data is None):
         parser.error("--model and --data belong together")
+    # cuDNN gets full steps of shapes that come again, as a fixed length does and a drawn one does not
+    dense_rows.PATIENCE = math.inf if args.drawn else 0.0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {ceiling(args.repeat):.0f} TFLOP/s in a product")
     results, dense = [], {}
     for case in args.cases.split(","):
@@ -272,11 +276,13 @@ def parts(
     query = query[:, :, prompt - config.observation_window :]
     sums = [torch.zeros_like(key, dtype=torch.float32) for _ in range(2)]
     work = {"prompt": prompt_both}
-    known = None
+    known, dense = None, dense_rows.worthwhile(query, key, value, prompt, stride)
     if full_positions.shape[1] > 1:
 
         def full_forward() -> Tensor:
-            return dense_rows.forward(query, key, value, output, prompt, stride, scaling)
+            if dense:
+                return dense_rows.forward(query, key, value, output, prompt, stride, scaling)
+            return full_rows.forward(query, key, value, full_positions, padding, output, prompt, scaling)
 
         lse = full_forward()
         known = lse.unsqueeze(-1)
@@ -289,9 +295,15 @@ def parts(
     rows_lse = partial_rows.forward(query, key, value, *segments, output, prompt, stride, scaling)
     delta = fused.dot_rows(output, upstream)
     if full_positions.shape[1] > 1:
-        work["full back"] = lambda: dense_rows.backward(
-            query, key, value, lse, output, upstream, grad, prompt, stride, scaling
-        )
+
+        def full_backward() -> object:
+            if dense:
+                return dense_rows.backward(query, key, value, lse, output, upstream, grad, prompt, stride, scaling)
+            return full_rows.backward(
+                query, key, value, full_positions, padding, lse, delta, upstream, grad, prompt, stride, scaling
+            )
+
+        work["full back"] = full_backward
     work |= {
         "select": select,
         "partial": lambda: partial_rows.forward(query, key, value, *segments, output, prompt, stride, scaling),

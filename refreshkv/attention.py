@@ -29,6 +29,10 @@ FASTEST_FIRST = [
 ]
 """torch's own order prefers its flash attention, which takes nearly twice cuDNN's time on Hopper GPUs."""
 
+PROMPT_STEP = 128
+"""Prompts of simulated rows are computed up to a multiple of this on a GPU, the further rows for nothing: cuDNN makes a
+plan for each new length, some ten milliseconds long, and takes tiles of 128 rows anyway."""
+
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 """Changes of the softmax that some models ask for; ignoring one would give other numbers than the model's."""
 
@@ -115,31 +119,39 @@ def _simulate(
     settings = {"scaling": scaling, **config.rows_settings(prompt, length, padded=left_padding is not None)}
     if dense and ops.takes_whole_rows(query, key, value, prompt, settings["uniform"]):
         return ops.whole_rows(query, key, value, *arguments, **settings)
-    *early, late_query, key, value = _SplitAtPrompt.apply(query, key, value, prompt, config.observation_window)
-    output = ordinary(*early)
+    computed = _computed_prompt(query, prompt) if dense else prompt
+    parts = _SplitAtPrompt.apply(query, key, value, prompt, computed, config.observation_window)
+    *early, late_query, key, value = parts
+    output = ordinary(*early)[:, :prompt]
     decoded = ops.refresh_rows(late_query, key, value, *arguments, **settings)
     return torch.cat([output, decoded], dim=1)
 
 
+def _computed_prompt(query: Tensor, prompt: int) -> int:
+    """How many rows of query (B, H, T, D) the prompt's attention is computed of: at least the prompt's."""
+    return min(-(-prompt // PROMPT_STEP) * PROMPT_STEP, query.shape[2]) if query.is_cuda else prompt
+
+
 class _SplitAtPrompt(torch.autograd.Function):
-    """Query, key and value of the prompt; then the queries from the prompt's last `observing` positions on, and keys
-    and values whole. Backward puts the gradients together in one pass; autograd by itself would pad each with zeros."""
+    """Query, key and value of the first `computed` positions; then the queries from the prompt's last `observing`
+    positions on, and keys and values whole. Backward puts the gradients together in one pass: nobody uses
+    rows beyond the prompt, whose gradients are zeros. Autograd by itself would pad each with more."""
 
     @staticmethod
-    def forward(ctx, query, key, value, prompt, observing):
-        ctx.prompt, ctx.first = prompt, max(0, prompt - observing)
-        early = (tensor[:, :, :prompt] for tensor in (query, key, value))
+    def forward(ctx, query, key, value, prompt, computed, observing):
+        ctx.prompt, ctx.computed, ctx.first = prompt, computed, max(0, prompt - observing)
+        early = (tensor[:, :, :computed] for tensor in (query, key, value))
         return *early, query[:, :, ctx.first :], key.view_as(key), value.view_as(value)
 
     @staticmethod
     def backward(ctx, early_query, early_key, early_value, late_query, key, value):
-        query = _positions_first(early_query, ctx.first + late_query.shape[2])
-        query[:, :, : ctx.prompt] = early_query
+        query = _positions_first(late_query, ctx.first + late_query.shape[2])
+        query[:, :, : ctx.prompt] = early_query[:, :, : ctx.prompt]
         query[:, :, ctx.prompt :] = late_query[:, :, ctx.prompt - ctx.first :]
         query[:, :, ctx.first : ctx.prompt] += late_query[:, :, : ctx.prompt - ctx.first]
         for whole, early in ((key, early_key), (value, early_value)):
-            whole[:, :, : ctx.prompt] += early
-        return query, key, value, None, None
+            whole[:, :, : ctx.computed] += early
+        return query, key, value, None, None, None
 
 
 def _positions_first(like: Tensor, length: int) -> Tensor:
@@ -191,6 +203,8 @@ def ordinary_attention(
     else:
         mask = _causal_mask(left_padding, query.shape[2], key.shape[2], sliding_window, query.device)
         if mask is not None and _is_lower_right(left_padding, sliding_window, query):
+            if implementation == "sdpa" and not dropout and ops.takes_later_block(query, key, value):
+                return ops.later_block(query, key, value, scaling).transpose(1, 2)
             mask = causal_lower_right(query.shape[2], key.shape[2])
     with sdpa_kernel(FASTEST_FIRST, set_priority=True):
         output, _ = ALL_ATTENTION_FUNCTIONS[implementation](

@@ -24,7 +24,8 @@ from torch import Tensor
 from refreshkv import ops
 from refreshkv.cache import RefreshLayer
 from refreshkv.config import NEVER, RefreshConfig
-from refreshkv.ops.decode import decode_step, uses_kernels
+from refreshkv.ops import decode
+from refreshkv.ops.decode import TAIL, decode_step
 from refreshkv.settings import SettingsError
 
 SLACK = 256
@@ -47,9 +48,10 @@ class OffloadedLayer(RefreshLayer):
         steps = max_cache_len if config.threshold is not None else min(config.stride, max_cache_len)
         self.visible = min(self.width, steps) + 1
         """Most tokens since a full step that a queue holds, and the token itself."""
+        self._drops_many = config.threshold is not None or config.stride > TAIL
 
     def _new_buffer(self, like: Tensor) -> Tensor:
-        if like.is_cuda and not uses_kernels(like):
+        if like.is_cuda and not decode.uses_kernels(like):
             raise SettingsError(
                 f"offload=True works through the kernels, which {like.dtype} and REFRESHKV_OPS=naive exclude on a GPU"
             )
@@ -125,6 +127,8 @@ class OffloadedLayer(RefreshLayer):
         """A step that may be full: by the host's buffers; then the rows that were full change their small caches."""
         self._flush(position)
         output = super().step(query, key, value, scaling)
+        if self._drops_many and decode.uses_kernels(query):
+            self._sort()
         self.flushed = position + 1
         full = self.rows[:, 0] == position
         slot = position - self.base
@@ -137,6 +141,17 @@ class OffloadedLayer(RefreshLayer):
         self.near_length += 1
         self._describe()
         return output
+
+    def _sort(self) -> None:
+        """Puts the selections in order of rank. The kernels sort no more of the lowest ranks than drop next, and others
+        when their turn comes; but the slots of the small cache are what they are until the next full step."""
+        anchors, budgets, padding, _ = self.rows.unbind(1)
+        size = torch.minimum(anchors + 1 - padding, budgets)[:, None, None]
+        slot = torch.arange(self.width, device=self.device)
+        rank = (self.ranking.long() << 32) + (0x7FFFFFFF - self.selected)  # of equal ones the lower position is kept
+        order = torch.where(slot < size, rank, -1 - slot).argsort(dim=-1, descending=True)
+        for state in (self.selected, self.ranking):
+            state.copy_(state.gather(2, order))
 
     def _describe(self) -> None:
         """Tells the operator about the small cache in its own terms: last full position, budget, padding, prompt.

@@ -7,7 +7,7 @@ from transformers import DynamicCache, modeling_flash_attention_utils
 from transformers.integrations import flash_attention
 
 import refreshkv
-from refreshkv import RefreshCache, RefreshConfig, Simulation
+from refreshkv import RefreshCache, RefreshConfig, Simulation, attention
 from refreshkv.attention import refresh_attention
 from refreshkv.settings import SettingsError
 from tests import literal
@@ -315,6 +315,16 @@ def test_gradients_are_those_of_the_paper_algorithm(config, padding):
     found = gradients(model, ids, refresh=Simulation(11, config), **extra)
     expected = gradients(reference, ids, blocks=[(0, 11)], config=config, **extra)
     assert_same_gradients(found, expected, 1e-10)
+
+
+@pytest.mark.parametrize("padding", [0, 7])
+def test_a_prompt_computed_beyond_its_end(monkeypatch, padding):
+    """As on GPUs, up to a length that comes more often: the further rows leave no trace."""
+    model, ids, mask = tiny_enabled(), random_ids(2, 40), mask_with(2, 40, (1, 0, padding))
+    extra = {"attention_mask": mask, "position_ids": padded_positions(mask), "refresh": Simulation(21, SIMILAR)}
+    expected = gradients(model, ids, **extra)
+    monkeypatch.setattr(attention, "_computed_prompt", lambda query, prompt: 32)
+    assert_same_gradients(gradients(model, ids, **extra), expected, 1e-12)
 
 
 def test_a_recorded_simulation_is_the_same_when_recomputed():

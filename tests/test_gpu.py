@@ -11,7 +11,7 @@ from tests.test_ops import rows_arguments, selection_only
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from refreshkv.ops import fused, ranking, short_tail
+from refreshkv.ops import dense_rows, fused, ranking, short_tail
 
 # T, P, S, K, query heads per group, head size
 SIZES = [
@@ -51,17 +51,73 @@ def test_kernels_equal_float64(size, dtype):
     _, arguments, settings = rows_arguments(inputs[0], prompt, config, head_dim**-0.5, padding)
     upstream = torch.randn(2, length - prompt, 2 * groups, head_dim, device="cuda", dtype=dtype)
     output = fused.refresh_rows(*inputs, *arguments, **settings)
+    selected = output.grad_fn.saved_tensors[7].long()  # its own: another way to the scores may order ties otherwise
     gradients = torch.autograd.grad(output, inputs, upstream)
 
-    selection = selection_only(settings)
-    with torch.no_grad():
-        selected = ranking.select(*inputs[:2], arguments[0], *arguments[2:], **selection).long()
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
     expected = exact_rows(*wide, arguments, settings, selected)
     wanted = torch.autograd.grad(expected, wide, upstream.double())
     for found, exact in zip((output, *gradients), (expected, *wanted), strict=True):
         error = (found.double() - exact).norm() / exact.norm()
         assert error < (1e-4 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "size",
+    [(1023, 511, 2, 63, 4, 128), (1023, 1002, 7, 300, 7, 64), (4097, 2048, 7, 1000, 4, 128), (999, 60, 50, 63, 1, 96)],
+)
+def test_full_steps_by_cudnn_equal_float64(monkeypatch, size, dtype):
+    """Rectangles and squares, as of shapes that come again."""
+    length, prompt, stride, budget, groups, head_dim = size
+    monkeypatch.setattr(dense_rows, "PATIENCE", 0.0)
+    torch.manual_seed(length + stride)
+    shapes = (2 * groups, 2, 2)
+    inputs = [torch.randn(2, length, heads, head_dim, device="cuda", dtype=dtype).transpose(1, 2) for heads in shapes]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    _, arguments, settings = rows_arguments(inputs[0], prompt, RefreshConfig(budget=budget, stride=stride), 0.1)
+    assert settings["uniform"] and dense_rows.worthwhile(*inputs, prompt, stride)
+    upstream = torch.randn(2, length - prompt, 2 * groups, head_dim, device="cuda", dtype=dtype)
+    output = fused.refresh_rows(*inputs, *arguments, **settings)
+    selected = output.grad_fn.saved_tensors[7].long()
+    gradients = torch.autograd.grad(output, inputs, upstream)
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = exact_rows(*wide, arguments, settings, selected)
+    wanted = torch.autograd.grad(expected, wide, upstream.double())
+    for found, exact in zip((output, *gradients), (expected, *wanted), strict=True):
+        assert (found.double() - exact).norm() / exact.norm() < 1e-2
+
+
+@pytest.mark.parametrize("late", [256, 700, 999])
+def test_later_blocks_equal_float64(late):
+    query, key, value = (
+        torch.randn(2, 1000, heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for heads in (8, 2, 2)
+    )
+    with torch.no_grad():
+        assert dense_rows.takes_later_block(query[:, :, -late:], key, value)
+        found = dense_rows.later_block(query[:, :, -late:], key, value, 0.1)
+    causal = torch.ones(1000, 1000, dtype=torch.bool, device="cuda").tril()[None, None]
+    exact = naive.grouped_attention(query.double(), key.double(), value.double(), causal, 0.1)[:, :, -late:]
+    assert (found.double() - exact).norm() / exact.norm() < 1e-2
+
+
+def test_drawn_prompt_lengths_train_as_the_naive_form(monkeypatch):
+    """In half precision, where cuDNN computes the prompt, up to a multiple of 128 rows; one full step among them."""
+    config = RefreshConfig(budget=60, stride=20)
+    model = enable(tiny_model(dtype=torch.bfloat16, hidden_size=128, head_dim=64), config).cuda().train()
+    ids = random_ids(2, 300).cuda()
+
+    def gradients(prompt):
+        model.zero_grad()
+        model(ids, labels=ids, refresh=Simulation(prompt, config), use_cache=False).loss.backward()
+        return torch.cat([parameter.grad.float().flatten() for parameter in model.parameters()])
+
+    for prompt in (100, 128, 129, 270):
+        monkeypatch.delenv("REFRESHKV_OPS", raising=False)
+        found = gradients(prompt)
+        monkeypatch.setenv("REFRESHKV_OPS", "naive")
+        wanted = gradients(prompt)
+        assert (found - wanted).norm() / wanted.norm() < 5e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -75,6 +75,17 @@ def test_by_kernels(monkeypatch, name):
     check(outputs, layers, tolerance=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["long intervals", "similarity, long intervals"])
+def test_by_kernels_until_most_have_dropped(monkeypatch, name):
+    """More ranks drop out than the kernels sort at a time, while tokens move to the front."""
+    pytest.importorskip("triton")
+    for module in (ops, decode):
+        monkeypatch.setattr(module, "uses_kernels", lambda tensor: True)
+    outputs, layers = both_layers(CASES[name], steps=CASES[name][1] + 8)
+    check(outputs, layers, tolerance=1e-4)
+
+
 def test_moving_tokens(monkeypatch):
     pytest.importorskip("triton")
     from refreshkv.ops import transfer

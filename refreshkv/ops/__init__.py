@@ -37,6 +37,22 @@ def whole_rows(*args: Any, **kwargs: Any) -> Tensor:
     return short_tail.whole_rows(*args, **kwargs)
 
 
+def takes_later_block(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `later_block` is the faster way for query (B, H, n, D), key and value (B, Hkv, L, D), n < L."""
+    if not uses_kernels(query):
+        return False
+    from refreshkv.ops import dense_rows
+
+    return dense_rows.takes_later_block(query, key, value)
+
+
+def later_block(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Causal attention of the last n positions that `takes_later_block` is for: (B, H, n, D)."""
+    from refreshkv.ops import dense_rows
+
+    return dense_rows.later_block(query, key, value, scaling)
+
+
 def select(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The positions that full steps keep; arguments and result as in `naive.select`."""
     if uses_kernels(query):

@@ -205,13 +205,14 @@ def select(
     """The last launch of a step: where `full` (B,) gives a position, the selection from `rankings` (B, Hkv, L)."""
     batch, heads, _, head_dim = query.shape
     kv_heads, capacity = rankings.shape[1:]
-    doubts = torch.empty(batch, kv_heads, selection.DOUBTS, dtype=torch.int32, device=query.device)
+    sizes = selection.sizes_of(capacity, selected.shape[2])
+    doubts = torch.empty(batch, kv_heads, sizes["DOUBTS"], dtype=torch.int32, device=query.device)
     selection._select[(batch * kv_heads,)](
         rankings, doubts, selected, ranking, rows, length, full, full_steps, query, mean_query,
         *query.stride()[:2], kv_heads, capacity, selected.shape[2], selection.MARGIN,
         H=heads, D=head_dim, HP=triton.next_power_of_2(heads), DP=padded_head(head_dim),
-        SIMILARITY=threshold is not None, SAMPLE=selection.SAMPLE, DOUBTS=selection.DOUBTS, BLOCK=selection.BLOCK,
-        TAIL=TAIL, LAST_RANKS=last_ranks(stride, threshold), num_warps=selection.WARPS,
+        SIMILARITY=threshold is not None, BLOCK=selection.BLOCK, TAIL=TAIL, LAST_RANKS=last_ranks(stride, threshold),
+        num_warps=selection.WARPS, **sizes,
     )  # fmt: skip
 
 

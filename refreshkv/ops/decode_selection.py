@@ -8,20 +8,28 @@ import triton
 import triton.language as tl
 
 from refreshkv.ops.decode_attention import _left, _mean_query
+from refreshkv.ops.tiles import sample_size
 
 SAMPLE = 1024
-"""Rankings of a row from which the cut is guessed."""
+"""Rankings of a row from which the cut is guessed, at least."""
 
 MARGIN = 3.5
 """How far from the guess the cut may be, in standard deviations of the sample's count."""
 
 DOUBTS = 4096
-"""Most positions that may be in doubt after the guess; with more, the whole row is searched."""
+"""Most positions that may be in doubt after the guess; with more, the whole row is searched. Very long rows have two or
+four times as many."""
 
 BLOCK = 4096
 """Entries of a row taken at once."""
 
 WARPS = 16
+
+
+def sizes_of(capacity: int, width: int) -> dict[str, int]:
+    """The sample and the room for those in doubt, for rows of up to `capacity` tokens of which `width` are selected."""
+    doubts = DOUBTS * (1 if capacity <= 2**17 else 2 if capacity <= 2**18 else 4)
+    return {"SAMPLE": sample_size(capacity, width, SAMPLE, doubts, MARGIN), "DOUBTS": doubts}
 
 
 @triton.jit
@@ -92,23 +100,25 @@ def _collect(
 
 
 @triton.jit
-def _search(rankings, first, last, keep, BLOCK: tl.constexpr):
-    """The `keep`-th highest ranking of the whole row, and how many are higher."""
-    cut = keep * 0
-    for step in range(31):
-        bit = 1 << (30 - step)
+def _search(rankings, first, last, keep, low, high, BLOCK: tl.constexpr):
+    """`_kth` of the whole row, and how many are higher than the cut."""
+    reached = keep * 0 - 1
+    while (high - low > 1) & (reached != keep):
+        middle = low + (high - low) // 2
         count = keep * 0
         for start in range(first // BLOCK * BLOCK, last + 1, BLOCK):
             token = start + tl.arange(0, BLOCK)
             ranking = tl.load(rankings + token, mask=(token >= first) & (token <= last), other=-1)
-            count += tl.sum((ranking >= cut + bit).to(tl.int32), 0)
-        cut = tl.where(count >= keep, cut + bit, cut)
+            count += tl.sum((ranking >= middle).to(tl.int32), 0)
+        low = tl.where(count >= keep, middle, low)
+        reached = tl.where(count >= keep, count, reached)
+        high = tl.where(count >= keep, high, middle)
     above = keep * 0
     for start in range(first // BLOCK * BLOCK, last + 1, BLOCK):
         token = start + tl.arange(0, BLOCK)
         ranking = tl.load(rankings + token, mask=(token >= first) & (token <= last), other=-1)
-        above += tl.sum((ranking > cut).to(tl.int32), 0)
-    return cut, above
+        above += tl.sum((ranking > low).to(tl.int32), 0)
+    return low, above
 
 
 @triton.jit
@@ -134,7 +144,9 @@ def _choose(
             tl.store(selected + place, token, mask=taken)
             tl.store(chosen + place, ranking, mask=taken)
     else:  # the guess was wrong, or ties are many
-        cut, higher = _search(rankings, first, last, keep, BLOCK)
+        within = (above < keep) & (above + between >= keep)
+        low, high = tl.where(within, low, 0), tl.where(within, high, 0x7FFFFFFF)
+        cut, higher = _search(rankings, first, last, keep, low, high, BLOCK)
         _collect(rankings, doubts, selected, chosen, first, last, cut, cut + 1, keep, keep - higher, DOUBTS, BLOCK)
 
 

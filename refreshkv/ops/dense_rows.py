@@ -24,12 +24,37 @@ from refreshkv.ops.tiles import LOG2E, load_rows, padded_head
 
 LN2 = math.log(2.0)
 
+FEWEST_LATER = 256
+"""Queries of a later block from which on cuDNN's tiles fill a GPU."""
+
+PATIENCE = 1e14
+"""Operations of forward passes that full steps of one shape cost before cuDNN gets them. For each new shape it makes
+plans, which takes some hundred milliseconds in all; until then `full_rows` computes them, at about two thirds of the
+speed. Where the prompt's length is drawn anew at every step, few shapes come so often."""
+
+_seen: dict[tuple[int, ...], float] = {}
+"""By shape, the operations so far."""
+
 
 def usable(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether cuDNN takes these tensors, (B, H, Q, D) and twice (B, Hkv, T, D)."""
     if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
         return False
     return can_use_cudnn_attention(SDPAParams(query, key, value, None, 0.0, True, True))
+
+
+def worthwhile(query: Tensor, key: Tensor, value: Tensor, prompt_length: int, stride: int, again: bool = False) -> bool:
+    """Whether the full steps of query (B, H, Q, D), key and value (B, Hkv, T, D) go this way: if cuDNN takes them, and
+    has been given their shape often enough. again: asked a second time for the same pass."""
+    steps = (key.shape[2] - prompt_length) // stride
+    if steps < 2 or not usable(query, key, value):  # cuDNN refuses a square of one
+        return False
+    shape = (*query.shape, *key.shape, prompt_length, stride)
+    if not again:
+        seen_by_each = (prompt_length + key.shape[2]) / 2
+        work = 4 * query.shape[0] * query.shape[1] * query.shape[3] * steps * seen_by_each
+        _seen[shape] = _seen.get(shape, 0.0) + work
+    return _seen.get(shape, 0.0) > PATIENCE
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
@@ -56,6 +81,21 @@ def attend_backward(
         upstream, query, key, value, output, lse.unsqueeze(-1).contiguous(), unused, unused, None,
         None, None, query.shape[2], key.shape[2], 0.0, causal, scale=scaling,
     )  # fmt: skip
+
+
+def takes_later_block(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `later_block` can take these and is the fastest way. It has no gradient."""
+    graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    return query.shape[2] >= FEWEST_LATER and not graded and usable(query, key, value)
+
+
+def later_block(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Causal attention of the last n of L positions, as a rectangle and a causal square: query (B, H, n, D), key and
+    value (B, Hkv, L, D) -> (B, H, n, D). torch's own way to say so leaves cuDNN out."""
+    before = key.shape[2] - query.shape[2]
+    early, early_lse = attend(query, key[:, :, :before], value[:, :, :before], False, scaling)
+    late, late_lse = attend(query, key[:, :, before:], value[:, :, before:], True, scaling)
+    return torch.lerp(early.float(), late.float(), torch.sigmoid(late_lse - early_lse).unsqueeze(-1)).to(query.dtype)
 
 
 def forward(

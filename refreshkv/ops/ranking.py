@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.ops.tiles import LOG2E, MANY_PROGRAMS, block_sizes, padded_head, precision
+from refreshkv.ops.tiles import LOG2E, MANY_PROGRAMS, block_sizes, padded_head, precision, sample_size
 
 MAX_SCORES = 2**27
 """Scores held at once, 4 bytes each: 512 MiB."""
@@ -20,10 +20,10 @@ BLOCK = 1024
 
 SAMPLE = 1024
 DOUBTS = 4096
-"""Positions that tell where about the cut is (twice as many beyond LONG), and most that may be set aside for an exact
-search."""
+"""Positions that tell where about the cut is (more in long rows), and most that may be set aside for the exact one."""
 
-LONG = 2**15
+MARGIN = 4.0
+"""How far from the guess the cut may be, in standard deviations of the sample's count."""
 
 LARGEST_ORDER = 64
 """Up to this many droppable ranks are picked out one by one instead of sorting all."""
@@ -189,11 +189,11 @@ def _choice(position_ptr, padding_ptr, budget_ptr, checks, first, kv_heads):
 @triton.jit(do_not_specialize=["checks", "first"])
 def _guess(
     score_ptr, position_ptr, padding_ptr, budget_ptr, bound_ptr, checks, first, length, kv_heads, recent, sinks,
-    POOL: tl.constexpr, SAMPLE: tl.constexpr,
+    POOL: tl.constexpr, SAMPLE: tl.constexpr, MARGIN: tl.constexpr,
 ):  # fmt: skip
     """Two rankings that the cut almost surely lies between, with few others: (B, Hkv, steps, 2).
 
-    From a sample of the positions, one at random out of each of SAMPLE equal stretches, four standard deviations to
+    From a sample of the positions, one at random out of each of SAMPLE equal stretches, MARGIN standard deviations to
     either side, and to 20 bits.
     """
     anchor, padding, keep, row = _choice(position_ptr, padding_ptr, budget_ptr, checks, first, kv_heads)
@@ -208,7 +208,7 @@ def _guess(
     ranking = _rankings(score_ptr + row * length, token, padding, anchor, recent, sinks, POOL, False)
     ranking = tl.where(number < sampled, ranking, -1)
     expected = keep.to(tl.float32) * sampled / count
-    spread = tl.where(count > SAMPLE, 4.0 * tl.sqrt(expected * (1.0 - keep.to(tl.float32) / count)), 0.0)
+    spread = tl.where(count > SAMPLE, MARGIN * tl.sqrt(expected * (1.0 - keep.to(tl.float32) / count)), 0.0)
     few, many = (expected - spread).to(tl.int32) - 1, (expected + spread).to(tl.int32) + 2
     lower, upper = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
     for digit in range(20):
@@ -407,6 +407,7 @@ def select(
     bounds, counts = (torch.empty(pairs * chunk * 2, dtype=torch.int32, device=query.device) for _ in range(2))
     block = min(BLOCK, triton.next_power_of_2(length))
     sizes = block_sizes("scores", query)
+    sample = sample_size(length, width, SAMPLE, DOUBTS, MARGIN)
     for first in range(0, checks, chunk):
         steps = min(chunk, checks - first)
         chosen = torch.full((batch, kv_heads, steps, width), -1, dtype=torch.int64, device=query.device)
@@ -428,7 +429,8 @@ def select(
             length,
             *options,
             POOL=pool_kernel,
-            SAMPLE=SAMPLE if length <= LONG else 2 * SAMPLE,
+            SAMPLE=sample,
+            MARGIN=MARGIN,
             num_warps=8,
         )
         _collect[steps, pairs](

@@ -51,6 +51,23 @@ def block_sizes(kernel: str, query: Tensor) -> dict[str, int]:
     return sizes
 
 
+LONG = 2**15
+"""Rows up to this long need no more than the least sample to guess a selection's cut from."""
+
+
+def sample_size(length: int, width: int, least: int, doubts: int, margin: float) -> int:
+    """Positions of a row from which the cut of a selection is guessed: so many that those in doubt, `margin` standard
+    deviations to either side, mostly are fewer than `doubts`. At most 2^14: the kernels pack two counts into one.
+
+    length: of the row; width: how many are selected.
+    """
+    if length <= LONG:
+        return least
+    share = min(width / length, 0.5)
+    wanted = share * (1 - share) * (2 * margin * length / (0.85 * doubts)) ** 2
+    return min(max(least, triton.next_power_of_2(math.ceil(wanted))), 2**14)
+
+
 def padded_head(head_dim: int) -> int:
     """The head size as the kernels' tiles have it: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(head_dim))
