@@ -64,7 +64,7 @@ def sample_size(length: int, width: int, least: int, doubts: int, margin: float)
     if length <= LONG:
         return least
     share = min(width / length, 0.5)
-    wanted = share * (1 - share) * (2 * margin * length / (0.85 * doubts)) ** 2
+    wanted = share * (1 - share) * (2 * margin * length / (0.6 * doubts)) ** 2
     return min(max(least, triton.next_power_of_2(math.ceil(wanted))), 2**14)
 
 
