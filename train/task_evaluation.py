@@ -205,6 +205,7 @@ def _generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         past_key_values=cache,
+        custom_generate=decode_ahead,
         max_new_tokens=task.family.max_new_tokens,
         eos_token_id=stop,
         pad_token_id=padding,
