@@ -59,7 +59,9 @@ def decode_ahead(
     forward = _Forward(model, generation_config, model_kwargs)
     sequences = _Sequences(input_ids, logits_processor, stopping_criteria, generation_config)
     is_watched = sequences.may_end_early or sequences.do_sample or streamer is not None
-    limit = min((rule.max_length for rule in stopping_criteria if isinstance(rule, MaxLengthCriteria)), default=math.inf)
+    limit = min(
+        (rule.max_length for rule in stopping_criteria if isinstance(rule, MaxLengthCriteria)), default=math.inf
+    )
 
     sequences.add(forward.prompt(input_ids))
     # the first token is waited for: it is wanted soon, and compiling the step may take minutes
@@ -248,7 +250,9 @@ class _Report:
             self.arrival.synchronize()
         goes_on, tokens, invalid = self.values
         if invalid is not None and bool(invalid):
-            raise RuntimeError("the probabilities to sample from are not numbers: the model's logits are infinite or nan")
+            raise RuntimeError(
+                "the probabilities to sample from are not numbers: the model's logits are infinite or nan"
+            )
         if streamer is not None:
             streamer.put(tokens)
         return not bool(goes_on)

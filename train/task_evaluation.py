@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from refreshkv import RefreshCache
+from refreshkv import RefreshCache, decode_ahead
 from refreshkv.data.tasks.task import Example, Task
 from refreshkv.identity import fingerprint
 from refreshkv.prefix_store import PrefixStore
