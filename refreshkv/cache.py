@@ -382,15 +382,16 @@ class BufferedCache(Cache):
                 for window in layer_windows(model_config)
             ]
         )
-        self.max_cache_len = max_cache_len
+        self.capacity = max_cache_len
 
     @property
     def can_take_back(self) -> bool:
         """Whether every layer can undo a decoding step."""
         return all(isinstance(layer, BufferedLayer) and layer.can_take_back for layer in self.layers)
 
-    def known_length(self) -> int:
-        """Tokens so far, as a number of the host's; waits for the device if it has to."""
+    @property
+    def length(self) -> int:
+        """Tokens so far. Waits for the device if steps were replayed since the host last knew."""
         return next(layer.length for layer in self.layers if isinstance(layer, BufferedLayer))
 
     def reset(self) -> None:

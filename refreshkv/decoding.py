@@ -11,11 +11,13 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import ModelOutput
 
 from refreshkv.cache import BufferedCache, check_room
@@ -94,7 +96,8 @@ def _refuse_others(model: PreTrainedModel, generation_config: GenerationConfig, 
         raise ValueError(f"decode_ahead is for greedy search and sampling, not {mode.value}: leave out custom_generate")
     if model.config.is_encoder_decoder:
         raise ValueError("decode_ahead is for decoders: leave out custom_generate")
-    if synced_gpus or is_deepspeed_zero3_enabled():
+    is_spread = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    if synced_gpus or (is_spread and dist.is_initialized() and dist.get_world_size() > 1):
         raise ValueError("decode_ahead takes no steps in common with other processes: leave out custom_generate")
 
 
@@ -132,17 +135,17 @@ class _Forward:
         outputs = self.model._prefill(input_ids, self.config, self.kwargs)
         self._update(outputs)
         if isinstance(self.cache, BufferedCache):
-            self.length = self.cache.known_length()
+            self.length = self.cache.length
         return outputs
 
     def has_room(self) -> bool:
         """Whether one of our caches can take another token."""
-        return not isinstance(self.cache, BufferedCache) or self.length < self.cache.max_cache_len
+        return not isinstance(self.cache, BufferedCache) or self.length < self.cache.capacity
 
     def step(self, sequences: "_Sequences") -> ModelOutput:
         """The caller keeps no reference to what it returns: the next replay of a CUDA graph writes there."""
         if isinstance(self.cache, BufferedCache):
-            check_room(self.length + 1, self.cache.max_cache_len)
+            check_room(self.length + 1, self.cache.capacity)
         if self.inputs is not None:
             # what transformers would prepare anew, without slices of rows that grow
             self.inputs["input_ids"] = sequences.tokens[:, None]
@@ -203,7 +206,7 @@ class _Sequences:
         scores = self.process(self.ids, logits)
         found = {"scores": scores, "logits": logits}
         for name in self.records:
-            self.records[name] += (found[name] if name in found else outputs[name],)
+            self.records[name] += (found[name] if name in found else getattr(outputs, name),)
         self.tokens = self._choose(scores)
         if self.ends_with_token:
             self.tokens = torch.where(self.unfinished, self.tokens, self.padding)
