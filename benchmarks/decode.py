@@ -3,8 +3,10 @@
     python benchmarks/decode.py [--cases 32768:1,32768:8,131072:1,16384:32] [--strategies full,refresh,static] ...
 
 A case is CONTEXT:BATCH. The model has Llama-3.1-8B's shape unless told otherwise; nothing is downloaded, and no prompt
-is processed: caches are filled with random keys and values. `--loop generate` times transformers' generate(), which
-compiles the step and captures it into a CUDA graph; `--loop graph` captures the uncompiled step: quicker to set up.
+is processed: caches are filled with random keys and values. `--loop ahead` and `--loop generate` time generate(), which
+compiles the step and captures it into a CUDA graph, with our loop and with transformers' own; `--loop graph` captures
+the uncompiled step: quicker to set up. Without --loop our strategies take our loop and transformers' caches theirs. A
+text may end early as far as the loops know, but never does.
 
 Strategies: full, refresh (fixed schedule), similarity (the same full steps, decided by comparing queries), offloaded
 (refresh with the full keys and values in host memory; its bound leaves the bus out), streaming, h2o, snapkv; static and
@@ -25,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProcessor, StaticCache
 
-from refreshkv import NEVER, RefreshCache, RefreshConfig, enable
+from refreshkv import NEVER, RefreshCache, RefreshConfig, decode_ahead, enable
 from refreshkv.baselines import CompactLayer, FullCache, H2OCache, SnapKVCache, StreamingCache
 from refreshkv.cache import BufferedCache
 from refreshkv.ops import decode_attention, decode_kernels
@@ -64,7 +66,7 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=CASES, help="CONTEXT:BATCH, separated by commas (default: %(default)s)")
     parser.add_argument("--strategies", default="full,refresh", help="separated by commas (default: %(default)s)")
-    parser.add_argument("--loop", choices=("generate", "graph"), default="generate")
+    parser.add_argument("--loop", choices=("ahead", "generate", "graph"), help="for all strategies (default: above)")
     parser.add_argument("--tuned", action="store_true", help="let the compiler search for faster products (minutes)")
     parser.add_argument("--stride", type=int, default=10)
     parser.add_argument("--budget", type=float, default=0.125, help="a fraction of the context, or whole tokens if > 1")
@@ -159,8 +161,11 @@ def time_strategy(
     cache = make_cache(model, strategy, context + steps + 8, budget, args)
     length = fill(cache, model, batch, context, budget)
     begun = time.perf_counter()
-    run = run_generate if args.loop == "generate" or strategy in ("dynamic", "offloaded") else run_graph
-    times = run(model, cache, batch, length, steps, args.tuned)
+    loop = loop_of(strategy, args.loop)
+    if loop == "graph":
+        times = run_graph(model, cache, batch, length, steps)
+    else:
+        times = run_generate(model, cache, batch, length, steps, args.tuned, decode_ahead if loop == "ahead" else None)
     seconds = time.perf_counter() - begun
     # times[j] is that of step j + 2 after the prompt; two strides warm up
     timed = [(step, ms) for step, ms in enumerate(times, start=2) if step > 2 * stride]
@@ -179,6 +184,7 @@ def time_strategy(
         "context": context,
         "batch": batch,
         "strategy": strategy,
+        "loop": loop,
         "ms": round(typical, 3),
         "mean ms": round(statistics.mean(ms for _, ms in timed), 3),
         "full step": round(statistics.median(full), 3) if refreshes else None,
@@ -190,6 +196,12 @@ def time_strategy(
         "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
         "seconds": round(seconds, 1),
     }
+
+
+def loop_of(strategy: str, asked: str | None) -> str:
+    """The loop that a strategy is timed in; what the host decides cannot be captured into a graph."""
+    own = "ahead" if strategy in OURS else "generate"
+    return own if asked is None or (asked == "graph" and strategy in ("dynamic", "offloaded")) else asked
 
 
 class Clock(LogitsProcessor):
@@ -208,7 +220,9 @@ class Clock(LogitsProcessor):
         return [first.elapsed_time(second) for first, second in zip(self.events, self.events[1:], strict=False)]
 
 
-def run_generate(model: LlamaForCausalLM, cache, batch: int, length: int, steps: int, tuned: bool) -> list[float]:
+def run_generate(
+    model: LlamaForCausalLM, cache, batch: int, length: int, steps: int, tuned: bool, loop: Callable | None
+) -> list[float]:
     clock = Clock()
     compiled = CompileConfig(dynamic=False)
     if tuned:  # products with one row become reductions, each with tiles of its own
@@ -221,8 +235,9 @@ def run_generate(model: LlamaForCausalLM, cache, batch: int, length: int, steps:
         past_key_values=cache,
         max_new_tokens=steps,
         do_sample=False,
-        eos_token_id=None,
+        eos_token_id=model.config.vocab_size,  # looked for, and never there
         pad_token_id=0,
+        custom_generate=loop,
         logits_processor=[clock],
         compile_config=None if isinstance(cache, DynamicCache) else compiled,
     )
@@ -230,7 +245,7 @@ def run_generate(model: LlamaForCausalLM, cache, batch: int, length: int, steps:
 
 
 @torch.no_grad()
-def run_graph(model: LlamaForCausalLM, cache, batch: int, length: int, steps: int, tuned: bool) -> list[float]:
+def run_graph(model: LlamaForCausalLM, cache, batch: int, length: int, steps: int) -> list[float]:
     ids = torch.randint(0, model.config.vocab_size, (batch, 1), device="cuda")
 
     def step() -> None:

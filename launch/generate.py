@@ -31,7 +31,7 @@ from transformers import (
 )
 
 import refreshkv
-from refreshkv import RefreshCache, RefreshConfig, cli
+from refreshkv import RefreshCache, RefreshConfig, cli, decode_ahead
 from refreshkv.cache import saved_config
 from refreshkv.prefix_store import PrefixStore
 from refreshkv.prompt_cache import keep_all_tokens
@@ -75,7 +75,8 @@ def main(argv: list[str]) -> None:
     model.generate(
         **inputs,
         **generation,
-        streamer=streamer,
+        custom_generate=decode_ahead,
+        stream_to=streamer,
         do_sample=options["sample"],
         max_new_tokens=options["max_new_tokens"],
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,

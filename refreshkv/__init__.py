@@ -2,6 +2,7 @@
 
 from refreshkv.cache import RefreshCache
 from refreshkv.config import NEVER, RefreshConfig, Simulation
+from refreshkv.decoding import decode_ahead
 from refreshkv.modeling import enable
 
-__all__ = ["NEVER", "RefreshCache", "RefreshConfig", "Simulation", "enable"]
+__all__ = ["NEVER", "RefreshCache", "RefreshConfig", "Simulation", "decode_ahead", "enable"]

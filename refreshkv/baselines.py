@@ -86,6 +86,10 @@ class CompactLayer(BufferedLayer):
         super().reset()
         self.prompt = None
 
+    def changed_by_step(self, length: int) -> tuple[str, ...]:
+        # the token itself goes where the entry is that went before
+        return ("rows", "slots", "scores", "positions") if self.heavy else ("rows", "slots")
+
     @torch.compiler.disable
     def begin(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
         """Ends the prompt: keeps K of its tokens; query (B, H, n, D), of all P tokens that were not filled in;

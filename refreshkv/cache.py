@@ -35,12 +35,15 @@ class BufferedLayer(CacheLayerMixin):
     """Whether `fill` wants the tokens' queries too: what is kept of a prompt depends on all of them."""
     last_queries = 1
     """Tokens of a prompt that have to follow what `fill` put in, for their queries are needed."""
+    can_take_back = True
+    """Whether `take_back` undoes a decoding step."""
 
     def __init__(self, max_cache_len: int):
         super().__init__()
         self.max_cache_len = max_cache_len
         self.known_length: int | None = 0
         self.filled_length = 0
+        self.prompt_end = 0
         self.arrival: torch.cuda.Event | None = None
         self.is_decoding = False
         self.awaits_attention = False
@@ -175,9 +178,20 @@ class BufferedLayer(CacheLayerMixin):
         """From here on single tokens are decoding steps. Tells CUDA graphs that the buffers stay where they are; those
         of another cache are recorded anew."""
         self.is_decoding, self.awaits_attention = True, False
-        self.filled_length = 0
+        self.filled_length, self.prompt_end = 0, self.length
         self.is_captured = uses_kernels(self.keys) or self.device.type != "cuda"
         self._mark_addresses((*self.row_state, "cumulative_length"))
+
+    def changed_by_step(self, length: int) -> tuple[str, ...]:
+        """Names of the state that the decoding step after `length` tokens may change, other than `length` itself and
+        what is overwritten before anything reads it: who wants that step back copies it, and puts it in again."""
+        return ()
+
+    def take_back(self, length: int) -> None:
+        """After the one decoding step that made `length` tokens one more, and with the state that `changed_by_step`
+        names put in again: as if that step had never been. Does not wait for the device."""
+        self.known_length = length
+        self.cumulative_length.fill_(length)
 
     def operator(self, step: Callable) -> Callable:
         """A decoding operator, as it may be compiled: the naive form on a GPU breaks the graph instead."""
@@ -317,6 +331,15 @@ class RefreshLayer(BufferedLayer):
             query, key, value, *state, config.stride, config.threshold, *config.selection_options().values(), scaling
         )
 
+    def changed_by_step(self, length: int) -> tuple[str, ...]:
+        # Only a check may select. Of the observers a step overwrites the oldest, which no later one looks at.
+        is_check = (length - (self.prompt_end - 1)) % self.config.stride == 0
+        return ("rows", "selected", "ranking", "mean_query") if is_check else ()
+
+    def take_back(self, length: int) -> None:
+        super().take_back(length)
+        self.full_steps[:, length:] = False
+
     def _select(self, observers: Tensor, last: Tensor, scaling: float) -> Tensor:
         """The best positions at the last token, (B, Hkv, W), all in order: a similarity schedule may drop any."""
         keys = self._known_keys()
@@ -359,6 +382,17 @@ class BufferedCache(Cache):
                 for window in layer_windows(model_config)
             ]
         )
+        self.capacity = max_cache_len
+
+    @property
+    def can_take_back(self) -> bool:
+        """Whether every layer can undo a decoding step."""
+        return all(isinstance(layer, BufferedLayer) and layer.can_take_back for layer in self.layers)
+
+    @property
+    def length(self) -> int:
+        """Tokens so far. Waits for the device if steps were replayed since the host last knew."""
+        return next(layer.length for layer in self.layers if isinstance(layer, BufferedLayer))
 
     def reset(self) -> None:
         """Forgets all tokens and decisions; full-attention layers keep their buffers."""

@@ -41,6 +41,7 @@ class OffloadedLayer(RefreshLayer):
 
     near_state = ("near_keys", "near_values", "near_rows", "near_selected")
     row_state = (*RefreshLayer.row_state, *near_state)
+    can_take_back = False  # the host has moved tokens
 
     def __init__(self, max_cache_len: int, config: RefreshConfig):
         super().__init__(max_cache_len, config)
@@ -98,7 +99,7 @@ class OffloadedLayer(RefreshLayer):
     @torch.compiler.disable
     def begin(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
         super().begin(query, left_padding, scaling)
-        self.prompt_end = self.flushed = self.length
+        self.flushed = self.length
         every = torch.ones_like(left_padding, dtype=torch.bool)
         for source, target in zip(self.block, (self.near_keys, self.near_values), strict=True):
             ops.gather_rows(source, self.selected, every, target)

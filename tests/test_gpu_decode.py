@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import CompileConfig
+from transformers import CompileConfig, StoppingCriteria
 
-from refreshkv import NEVER, RefreshCache, RefreshConfig
+from refreshkv import NEVER, RefreshCache, RefreshConfig, decode_ahead
 from refreshkv.baselines import FullCache, H2OCache, SnapKVCache, StreamingCache
 from refreshkv.cache import RefreshLayer
 from refreshkv.ops import naive
@@ -154,3 +154,62 @@ def test_turns_chunks_and_a_reset():
             tokens = torch.cat([expected, random_ids(2, 5, seed=turn).cuda()], dim=1)
             settings["prefill_chunk_size"] = None
         cache.reset()
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+@pytest.mark.parametrize("name", CACHES)
+def test_decode_ahead_equals_the_loop_of_transformers(name, compiled):
+    """Texts that end early, at and beside checks, and go on: by a question, or by the token that was next."""
+    model = tiny_enabled(dtype=torch.float32, head_dim=16).cuda()
+    settings = {"max_new_tokens": 14, "do_sample": False, "pad_token_id": 0, "disable_compile": not compiled}
+    question = 0 if name in ("streaming", "h2o", "snapkv") else 3
+    results = []
+    for loop in ({}, {"custom_generate": decode_ahead}):
+        ids, cache = random_ids(1, 20).cuda(), CACHES[name](model.config)
+        for turn in range(3):
+            ids = model.generate(
+                ids, past_key_values=cache, eos_token_id=list(range(3 + turn, 61, 5)), **settings, **loop
+            )
+            ids = torch.cat([ids, random_ids(1, question * (turn % 2), seed=turn).cuda()], dim=1)
+        results.append((ids, int(cache.get_seq_length())))
+    (expected, length), (found, ours) = results
+    assert torch.equal(found, expected) and ours == length
+
+
+class NoWaiting(StoppingCriteria):
+    """From the 8th token on, once everything is recorded, waiting for the device is an error; ends the text."""
+
+    def __init__(self, length: int):
+        self.length, self.calls = length, 0
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.calls += 1
+        if self.calls == 8:
+            torch.cuda.set_sync_debug_mode("error")
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length, device=input_ids.device)
+
+
+@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("name", CACHES)
+def test_decode_ahead_never_waits(name, sample):
+    model, ids = tiny_enabled(dtype=torch.float32, head_dim=16).cuda(), random_ids(2, 20).cuda()
+    rule = NoWaiting(52)
+    settings = {"max_new_tokens": 50, "do_sample": sample, "eos_token_id": 61, "pad_token_id": 0}
+    settings |= {"stopping_criteria": [rule], "custom_generate": decode_ahead}
+    try:
+        output = model.generate(ids, past_key_values=CACHES[name](model.config), **settings)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert output.shape == (2, 52) and rule.calls == 33, "32 tokens, and one that was taken back"
+
+
+def test_decode_ahead_samples_as_transformers_does():
+    model, ids = tiny_enabled(dtype=torch.float32, head_dim=16).cuda(), random_ids(2, 20).cuda()
+    settings = {"max_new_tokens": 20, "do_sample": True, "eos_token_id": [7, 9, 11], "pad_token_id": 0}
+    results = []
+    for loop in ({}, {"custom_generate": decode_ahead}):
+        torch.manual_seed(3)
+        output = model.generate(ids, past_key_values=CACHES["fixed"](model.config), **settings, **loop)
+        results.append((output, torch.rand(1, device="cuda")))
+    (expected, after), (found, ours) = results
+    assert torch.equal(found, expected) and torch.equal(ours, after)

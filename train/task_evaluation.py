@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from refreshkv import RefreshCache
+from refreshkv import RefreshCache, decode_ahead
 from refreshkv.data.tasks.task import Example, Task
 from refreshkv.identity import fingerprint
 from refreshkv.prefix_store import PrefixStore
@@ -205,6 +205,7 @@ def _generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         past_key_values=cache,
+        custom_generate=decode_ahead,
         max_new_tokens=task.family.max_new_tokens,
         eos_token_id=stop,
         pad_token_id=padding,
