@@ -19,6 +19,7 @@ from refreshkv.train.config import RunConfig
 from refreshkv.train.distillation import DistillationConfig
 from refreshkv.train.engine import build_engine, init_processes
 from refreshkv.train.loss import attach_loss
+from refreshkv.train.recomputation import recompute_layers
 from refreshkv.train.step import backward, step_and_norm
 from tests.models import random_ids, tiny_enabled
 
@@ -40,7 +41,7 @@ class Case:
     kv_heads: int = 4
     heads: int = 8
     loss: str = "chunked"
-    recompute: bool = False
+    recompute: bool | float = False
     offload: bool = False
     distilled: bool = False
 
@@ -74,8 +75,8 @@ def write_gradients(cases: list[Case], folder: str) -> None:
 def gradients_of(case: Case, rank: int, world: int, folder: Path) -> tuple[dict[str, Tensor], float]:
     model = model_of(case)
     if case.recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": case.offload})
-    attach_loss(model, case.loss, case.offload, case.distillation)
+        recompute_layers(model, case.recompute, case.offload)
+    attach_loss(model, case.loss, case.distillation)
     with redirect_stdout(StringIO()), parallel.started(model, case.sequence, MICRO_BATCH) as mpu:
         engine = build_engine(model, run_config(case, folder), world, mpu)
         batches = batches_of(rank // case.sequence, world // case.sequence)

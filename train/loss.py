@@ -6,7 +6,6 @@ tokens and a vocabulary of 128K would be 67 GB in float32.
 Shapes: `B` rows, `T` positions, `N` positions whose losses count, `E` hidden size, `V` vocabulary.
 """
 
-from contextlib import nullcontext
 from types import MethodType
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +17,6 @@ from transformers import PreTrainedModel
 from refreshkv.config import Simulation
 from refreshkv.settings import SettingsError
 from refreshkv.train.distillation import DistillationConfig, divergence, divergence_and_gradient, without_dropout
-from refreshkv.train.offload import layer_inputs_on_cpu
 
 LossKind = Literal["chunked", "liger", "logits"]
 
@@ -44,14 +42,12 @@ class LossSums(NamedTuple):
     divergence_tokens: Tensor
 
 
-def attach_loss(
-    model: PreTrainedModel, kind: LossKind, offload: bool = False, distillation: DistillationConfig | None = None
-) -> None:
+def attach_loss(model: PreTrainedModel, kind: LossKind, distillation: DistillationConfig | None = None) -> None:
     """Lets `model(ids, targets=..., counted=..., partial=..., decoded=..., **other)` return `LossSums`.
 
     targets (B, T) int64: each position's next token. counted, partial, decoded (B, T) bool: whose losses count, which
     predict from the small cache, and which come after the prompt. kind: how the sums are taken, see
-    `TrainingConfig.loss`. offload: see `TrainingConfig.activation_offload`. Other calls stay the same.
+    `TrainingConfig.loss`. Other calls stay the same.
 
     Raises `SettingsError` if the output layer alone does not make the model's logits, or the kind's library is missing.
     """
@@ -76,8 +72,7 @@ def attach_loss(
         if head.distillation.weight and kwargs.get("refresh") is not None:
             with torch.no_grad(), without_dropout(self.base_model):
                 teacher = self.base_model(*args, **{**kwargs, "refresh": None}).last_hidden_state
-        with layer_inputs_on_cpu(decoder.hidden_size) if offload else nullcontext():
-            hidden = self.base_model(*args, **kwargs).last_hidden_state
+        hidden = self.base_model(*args, **kwargs).last_hidden_state
         return head(hidden, targets, **masks, teacher=teacher)
 
     model.forward = MethodType(forward, model)
