@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from refreshkv import RefreshConfig, Simulation
 from refreshkv.settings import SettingsError
 from refreshkv.train.config import TrainingConfig
 from refreshkv.train.kernels import check_kernels, use_liger
-from tests.models import tiny_enabled, tiny_model
+from tests.models import random_ids, tiny_enabled, tiny_model
 
 LIGER = TrainingConfig(kernels="liger")
 
@@ -71,3 +72,42 @@ def test_where_they_cannot_run(asked, monkeypatch, change, reason):
 def test_models_that_they_are_not_for(asked, family, settings, reason):
     with pytest.raises(SettingsError, match=f"{reason}; set training.kernels=torch"):
         check_kernels(LIGER, tiny_model(family, **settings).config)
+
+
+@pytest.fixture
+def modelling(request):
+    """transformers' module of a family, put back as it was: Liger changes it for all models."""
+    module = sys.modules[type(tiny_model(request.param)).__module__]
+    before = dict(vars(module))
+    yield request.param
+    vars(module).update(before)
+
+
+def enabled(family):
+    pytest.importorskip("liger_kernel")
+    return tiny_enabled(family=family, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("modelling", ["llama", "qwen2", "qwen3", "mistral"], indirect=True)
+def test_names_and_the_models_own_forward_stay(modelling):
+    model = enabled(modelling)
+    names, forward = list(model.state_dict()), model.forward
+    use_liger(model)
+    assert list(model.state_dict()) == names and model.forward == forward
+    layer = model.model.layers[0]
+    assert "forward" in vars(layer.mlp) and "forward" in vars(layer.input_layernorm)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's SwiGLU needs a GPU")
+@pytest.mark.parametrize("modelling", ["llama", "qwen2", "qwen3", "mistral"], indirect=True)
+def test_a_model_with_them_equals_one_without(modelling):
+    results = []
+    for change in (lambda model: None, use_liger):
+        model = enabled(modelling).cuda().train()
+        change(model)
+        ids = random_ids(2, 24).cuda()
+        loss = model(ids, labels=ids, refresh=Simulation(9, RefreshConfig(budget=6, stride=4)), use_cache=False).loss
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * max(1.0, float(expected.abs().max())))
