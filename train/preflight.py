@@ -220,7 +220,6 @@ def step_seconds(config: RunConfig, shape: Shape, world: int, rate: float) -> fl
     rows, length, simulation = config.training.global_batch, config.data.row_length, heaviest_simulation(config)
     attention = replace(shape.work, weights=0)
     products = step_flops(replace(shape.work, windows=[]), rows, length, None) / PRODUCTS
-    plain = step_flops(attention, rows, length, None) / ATTENTION
     decoded = 0.0
     if simulation is not None:
         refreshed = replace(attention, windows=[window for window in shape.work.windows if window is None])
@@ -230,7 +229,7 @@ def step_seconds(config: RunConfig, shape: Shape, world: int, rate: float) -> fl
     share = sum(recomputed_layers(shape.layers, config.training.activation_checkpointing)) / shape.layers
     executed = (products + dense / ATTENTION + decoded / DECODED) * (1 + share / 3)
     if config.distillation.weight > 0 and simulation is not None:
-        executed += (products + plain) / 3
+        executed += (products + step_flops(attention, rows, length, None) / ATTENTION) / 3  # the teacher's pass
     return (executed / world + _moved(config, shape, world)) / rate
 
 
