@@ -5,17 +5,20 @@
     python benchmarks/training.py --table DIR
 
 A case is T:PATTERN. off: plain training. paper: the last 50 tokens partial, never refreshed. whole: P = T/2, S = 10.
-K is 2048. One row per group of --sequence GPUs, ZeRO 3, activation checkpointing, bfloat16, the settings of
-configs/deepspeed/zero3.json. Steps are those of launch/train.py, optimizer included. Rows are random tokens, or real
-ones of a folder from launch/prepare.py with --rows.
+K is 2048. --micro-batch rows per group of --sequence GPUs, ZeRO 3, bfloat16, by default all layers recomputed and the
+settings of configs/deepspeed/zero3.json. Steps are those of launch/train.py, optimizer included. Rows are random
+tokens, or real ones of a folder from launch/prepare.py with --rows.
 """
 
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
 import time
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -26,13 +29,15 @@ import refreshkv
 from refreshkv import parallel
 from refreshkv.data.rows import load_rows
 from refreshkv.settings import settings_from_dict
-from refreshkv.train.batch import make_batch
+from refreshkv.train.batch import Batch, make_batch
 from refreshkv.train.config import RunConfig
 from refreshkv.train.engine import build_engine, init_processes
 from refreshkv.train.flops import model_work, peak_flops, step_flops
+from refreshkv.train.kernels import check_kernels, use_liger
 from refreshkv.train.loss import attach_loss
 from refreshkv.train.mock import mock_step
-from refreshkv.train.preflight import matmul_rate, memory_needed, model_shape, step_seconds
+from refreshkv.train.preflight import allocated, matmul_rate, memory_needed, model_shape, step_seconds
+from refreshkv.train.recomputation import recompute_layers
 from refreshkv.train.simulation import draw_simulation
 from refreshkv.train.step import train_step
 
@@ -49,10 +54,14 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=1, help="GPUs per row")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each, after one to warm up")
     parser.add_argument("--rows", help="folder of prepared rows, at least as long")
+    parser.add_argument("--micro-batch", type=int, default=1, help="training.micro_batch")
+    parser.add_argument("--kernels", default="torch", help="training.kernels")
+    parser.add_argument("--checkpointing", type=float, default=1.0, help="training.activation_checkpointing, a share")
     parser.add_argument("--loss", default="chunked", help="training.loss")
     parser.add_argument("--deepspeed-json", default=str(ROOT / "configs" / "deepspeed" / "zero3.json"))
     parser.add_argument("--offload", action="store_true", help="training.activation_offload")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try this script without a GPU")
+    parser.add_argument("--profile", action="store_true", help="print where a step of the first case spends its time")
     parser.add_argument("--output", type=Path, help="folder to which results are added")
     parser.add_argument("--table", type=Path, help="print the results in this folder and end")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -77,10 +86,14 @@ def measure_all(args: argparse.Namespace, rank: int, world: int) -> list[dict]:
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     first = run_config(args, *cases[0], world, device)
     refreshkv.enable(model, first.refresh)
-    model.gradient_checkpointing_enable({"use_reentrant": args.offload})
-    attach_loss(model, args.loss, args.offload)
+    check_kernels(first.training, model_config)
+    if args.kernels == "liger":
+        use_liger(model)
+    if args.checkpointing:
+        recompute_layers(model, args.checkpointing, args.offload)
+    attach_loss(model, args.loss)
     work, shape, rate = model_work(model), model_shape(model_config), matmul_rate(device, first.training.dtype)
-    engine = build_engine(model, first, world, parallel.start(model, args.sequence, 1))
+    engine = build_engine(model, first, world, parallel.start(model, args.sequence, args.micro_batch))
     del model
     results = []
     for length, pattern in cases:
@@ -95,11 +108,16 @@ def measure_all(args: argparse.Namespace, rank: int, world: int) -> list[dict]:
                 "pattern": pattern,
                 "GPUs": world,
                 "sequence": args.sequence,
+                "micro-batch": args.micro_batch,
+                "kernels": args.kernels,
+                "recomputed": args.checkpointing,
+                "offload": args.offload,
+                "DeepSpeed": Path(args.deepspeed_json).stem,
                 "step s": seconds,
                 "predicted s": step_seconds(config, shape, world, rate),
                 "MFU": flops / seconds / world / peak if peak else None,
                 "memory GB": memory / 1e9,
-                "predicted GB": sum(memory_needed(config, shape, world).values()) / 1e9,
+                "predicted GB": allocated(memory_needed(config, shape, world)) / 1e9,
                 "tokens/s": config.training.global_batch * length / seconds,
             }
         )
@@ -109,6 +127,8 @@ def measure_all(args: argparse.Namespace, rank: int, world: int) -> list[dict]:
                 args.output.mkdir(parents=True, exist_ok=True)
                 with (args.output / "training.jsonl").open("a") as file:
                     file.write(json.dumps(results[-1]) + "\n")
+        if args.profile and len(results) == 1:
+            profile_step(engine, config, args, rank, world)
     return results
 
 
@@ -119,10 +139,10 @@ def run_config(args: argparse.Namespace, length: int, pattern: str, world: int, 
     training = {
         "deepspeed": args.deepspeed_json,
         "dtype": "bf16" if device.type == "cuda" else "fp32",
-        "micro_batch": 1,
+        "micro_batch": args.micro_batch,
     }
-    training |= {"global_batch": world // args.sequence, "activation_checkpointing": True, "loss": args.loss}
-    training |= {"activation_offload": args.offload, "steps": 1000}
+    training |= {"global_batch": world // args.sequence * args.micro_batch, "loss": args.loss, "kernels": args.kernels}
+    training |= {"activation_checkpointing": args.checkpointing, "activation_offload": args.offload, "steps": 1000}
     values = {"data": {"row_length": length}, "refresh": {"budget": min(2048, length // 8)}, "training": training}
     values |= {"simulation": simulation[pattern], "parallel": {"sequence": args.sequence}}
     return settings_from_dict(RunConfig, values)
@@ -131,8 +151,7 @@ def run_config(args: argparse.Namespace, length: int, pattern: str, world: int, 
 def measure(engine, config: RunConfig, args: argparse.Namespace, rank: int, world: int) -> tuple[float, float]:
     """Median seconds of a step, and the largest peak of any GPU in bytes."""
     length, is_cuda = config.data.row_length, engine.device.type == "cuda"
-    batches = [make_batch({"input_ids": ids}, "all", engine.device) for ids in rows(args, config, rank, world)]
-    batches = [batch.columns(rank, args.sequence) for batch in batches]
+    batches = batches_of(engine, config, args, rank, world)
     if is_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -151,34 +170,109 @@ def measure(engine, config: RunConfig, args: argparse.Namespace, rank: int, worl
     return statistics.median(times[1:]), float(peak)
 
 
+def batches_of(engine, config: RunConfig, args: argparse.Namespace, rank: int, world: int) -> list[Batch]:
+    """This rank's micro-batch of each step."""
+    batches = [make_batch({"input_ids": ids}, "all", engine.device) for ids in rows(args, config, rank, world)]
+    return [batch.columns(rank, args.sequence) for batch in batches]
+
+
 def rows(args: argparse.Namespace, config: RunConfig, rank: int, world: int) -> list[torch.Tensor]:
-    """Token ids (1, T) of each step, the same on the ranks of a row."""
+    """Token ids (rows, T) of each step, the same on the ranks of a row."""
     group, groups, length = rank // args.sequence, world // args.sequence, config.data.row_length
-    numbers = [step * groups + group for step in range(args.steps + 1)]
+    steps = [(step * groups + group) * args.micro_batch for step in range(args.steps + 1)]
     if args.rows:
         prepared = load_rows(args.rows).train
-        found = [prepared[number % len(prepared)]["input_ids"][None, :length] for number in numbers]
+        found = [
+            prepared[[(first + row) % len(prepared) for row in range(args.micro_batch)]]["input_ids"][:, :length]
+            for first in steps
+        ]
         if found[0].shape[1] < length:
             sys.exit(f"--rows: rows of {args.rows} have {found[0].shape[1]} tokens, fewer than {length}")
         return found
-    vocabulary = (TINY if args.tiny else LLAMA)["vocab_size"]
-    return [torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(n)) for n in numbers]
+    vocabulary, shape = (TINY if args.tiny else LLAMA)["vocab_size"], (args.micro_batch, length)
+    return [torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(first)) for first in steps]
+
+
+KINDS = {
+    "communication": "nccl",
+    "attention": "fmha|flash|sdpa|attention|cudnn_generated|^_(forward|backward|dot_rows|merge)",
+    "selection": "^_(scores|log_sum_exp|guess|collect|settle|search|order)",
+    "products": "gemm|cutlass|nvjet|xmma|cublas|::mm|::addmm",
+    "optimizer": "multi_tensor_apply|foreach|adam",
+    "copies": "memcpy|memset|copy|cat",
+}
+"""Kinds of kernels by a part of their names, tried in this order; the rest is elementwise work and reductions."""
+
+
+def profile_step(engine, config: RunConfig, args: argparse.Namespace, rank: int, world: int) -> None:
+    """Takes a step more; rank 0 prints where its time went: kernels by kind, the largest ones, the host's waits."""
+    batch = batches_of(engine, config, args, rank, world)[0]
+    simulation = draw_simulation(config.simulation, config.refresh, config.data.row_length, 0, 1)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if engine.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) if rank == 0 else nullcontext() as profiler:
+        began = time.perf_counter()
+        train_step(engine, [batch], simulation, args.sequence)
+        seconds = time.perf_counter() - began
+    if rank:
+        return
+    events = list(profiler.events())
+    kernels = [(e.name, e.time_range.elapsed_us() / 1e3) for e in events if e.device_type.name == "CUDA"]
+    if not kernels:  # no GPU: what the operators took
+        kernels = [(e.name, e.self_cpu_time_total / 1e3) for e in events]
+    print(f"\none step of {config.data.row_length}:{config.simulation.pattern}, profiled: {seconds * 1e3:,.0f} ms")
+    print(f"GPU computing {busy(events):,.0f} ms of it, {sum(time for _, time in kernels):,.0f} ms in all streams")
+    print(largest([(kind_of(name), time) for name, time in kernels], len(KINDS) + 1))
+    print(largest(kernels, 15))
+    waits = [(e.name, e.time_range.elapsed_us() / 1e3) for e in events if "Synchronize" in e.name or "item" in e.name]
+    print("waits of the host:", largest(waits, 5), sep="\n")
+
+
+def busy(events: list) -> float:
+    """Milliseconds in which the GPU ran a kernel other than communication; the rest it waited, as for the host."""
+    spans = [e.time_range for e in events if e.device_type.name == "CUDA" and kind_of(e.name) != "communication"]
+    total, until = 0.0, 0.0
+    for span in sorted(spans, key=lambda span: span.start):
+        total += max(0.0, span.end - max(span.start, until))
+        until = max(until, span.end)
+    return total / 1e3
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of work, by a kernel's name."""
+    return next(
+        (kind for kind, part in KINDS.items() if re.search(part, kernel, re.IGNORECASE)), "elementwise and others"
+    )
+
+
+def largest(times: list[tuple[str, float]], count: int) -> str:
+    """Lines of total milliseconds, number and name, the most time first."""
+    total, number = Counter(), Counter(name for name, _ in times)
+    for name, milliseconds in times:
+        total[name] += milliseconds
+    return "\n".join(f"{time:10,.1f} ms {number[name]:7,}  {name[:110]}" for name, time in total.most_common(count))
+
+
+SETTINGS = ("T", "sequence", "micro-batch", "kernels", "recomputed", "offload", "DeepSpeed")
+"""What a run has in common with the plain training it is compared to."""
 
 
 def table(results: list[dict]) -> str:
-    """Markdown, with the ratio to plain training of the same length."""
-    plain = {item["T"]: item["step s"] for item in results if item["pattern"] == "off"}
-    lines = [
-        "| T | pattern | GPUs per row | step s | predicted | to plain | MFU | memory GB | predicted |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Markdown, with the ratio to plain training of the same length and settings."""
+    plain = {tuple(item[name] for name in SETTINGS): item["step s"] for item in results if item["pattern"] == "off"}
+    names = ["T", "pattern", "GPUs per row", "rows", "kernels", "recomputed", "DeepSpeed", "step s", "predicted"]
+    names += ["to plain", "MFU", "memory GB", "predicted"]
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for item in results:
-        ratio = f"{item['step s'] / plain[item['T']]:.2f}" if item["T"] in plain else ""
-        mfu = f"{item['MFU']:.1%}" if item["MFU"] is not None else ""
-        lines.append(
-            f"| {item['T']:,} | {item['pattern']} | {item['sequence']} | {item['step s']:.2f} | "
-            f"{item['predicted s']:.2f} | {ratio} | {mfu} | {item['memory GB']:.1f} | {item['predicted GB']:.1f} |"
-        )
+        same = plain.get(tuple(item[name] for name in SETTINGS))
+        cells = [f"{item['T']:,}", item["pattern"], item["sequence"], item["micro-batch"], item["kernels"]]
+        cells += [f"{item['recomputed']:.0%}" + (", offloaded" if item["offload"] else ""), item["DeepSpeed"]]
+        cells += [f"{item['step s']:.2f}", f"{item['predicted s']:.2f}"]
+        cells += [f"{item['step s'] / same:.2f}" if same else ""]
+        cells += [f"{item['MFU']:.1%}" if item["MFU"] is not None else ""]
+        cells += [f"{item['memory GB']:.1f}", f"{item['predicted GB']:.1f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

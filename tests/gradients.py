@@ -19,7 +19,9 @@ from refreshkv.train.config import RunConfig
 from refreshkv.train.distillation import DistillationConfig
 from refreshkv.train.engine import build_engine, init_processes
 from refreshkv.train.loss import attach_loss
+from refreshkv.train.recomputation import recompute_layers
 from refreshkv.train.step import backward, step_and_norm
+from tests.jobs import ROOT
 from tests.models import random_ids, tiny_enabled
 
 LENGTH, ROWS, MICRO_BATCH = 32, 8, 2
@@ -40,9 +42,11 @@ class Case:
     kv_heads: int = 4
     heads: int = 8
     loss: str = "chunked"
-    recompute: bool = False
+    recompute: bool | float = False
     offload: bool = False
     distilled: bool = False
+    whole_layers: bool = False
+    """Stage 3 gathers a layer at a time, not each of its modules."""
 
     @property
     def distillation(self) -> DistillationConfig:
@@ -74,8 +78,8 @@ def write_gradients(cases: list[Case], folder: str) -> None:
 def gradients_of(case: Case, rank: int, world: int, folder: Path) -> tuple[dict[str, Tensor], float]:
     model = model_of(case)
     if case.recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": case.offload})
-    attach_loss(model, case.loss, case.offload, case.distillation)
+        recompute_layers(model, case.recompute, case.offload)
+    attach_loss(model, case.loss, case.distillation)
     with redirect_stdout(StringIO()), parallel.started(model, case.sequence, MICRO_BATCH) as mpu:
         engine = build_engine(model, run_config(case, folder), world, mpu)
         batches = batches_of(rank // case.sequence, world // case.sequence)
@@ -107,6 +111,9 @@ def run_config(case: Case, folder: Path) -> RunConfig:
     zero = {"stage": case.stage}
     if case.stage == 3:
         zero |= {"stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}
+    if case.whole_layers:
+        own = json.loads((ROOT / "configs" / "deepspeed" / "zero3-layers.json").read_text())["zero_optimization"]
+        zero |= {"leaf_module": own["leaf_module"]}
     path.write_text(json.dumps({"zero_optimization": zero}))
     training = {"deepspeed": str(path), "dtype": "fp32", "global_batch": ROWS, "micro_batch": MICRO_BATCH}
     return settings_from_dict(RunConfig, {"training": training, "parallel": {"sequence": case.sequence}})

@@ -19,6 +19,14 @@ FEW_GROUPS = [Case(0, 4, "similarity", kv_heads=2), Case(1, 4, "fixed", kv_heads
 """Key/value heads fewer than ranks."""
 ORDINARY = [Case(3, 4, "full"), Case(2, 2, "full"), Case(3, 1, "full", recompute=True, offload=True)]
 ORDINARY += [Case(1, 1, "fixed", recompute=True, offload=True)]
+HALF = [Case(3, 2, "similarity", recompute=0.5), Case(2, 1, "fixed", recompute=0.5)]
+HALF += [Case(3, 1, "fixed", recompute=0.5, offload=True), Case(3, 1, "fixed", recompute=0.5, distilled=True)]
+"""One of the two layers recomputes."""
+WHOLE_LAYERS = [
+    Case(3, 2, "fixed", recompute=True, whole_layers=True),
+    Case(3, 1, "similarity", recompute=0.5, whole_layers=True),
+    Case(3, 1, "fixed", recompute=0.5, offload=True, distilled=True, whole_layers=True),
+]
 DISTILLED = [Case(3, 2, "fixed", recompute=True, distilled=True), Case(1, 2, "similarity", distilled=True)]
 
 LAYOUTS = {1: [1], 2: [1, 2], 4: [2, 4]}
@@ -27,7 +35,11 @@ LAYOUTS = {1: [1], 2: [1, 2], 4: [2, 4]}
 
 def cases_of(world, everything):
     """Without `everything`, one schedule for each stage and layout of four ranks."""
-    cases = [case for case in ALL + FEW_GROUPS + ORDINARY + DISTILLED if case.sequence in LAYOUTS[world]]
+    cases = [
+        case
+        for case in ALL + FEW_GROUPS + ORDINARY + HALF + WHOLE_LAYERS + DISTILLED
+        if case.sequence in LAYOUTS[world]
+    ]
     if everything or world < 4:
         return cases
     return [case for case in cases if case not in ALL or (case.simulation == "similarity") == (case.stage % 3 == 0)]
@@ -79,7 +91,7 @@ def check_gradients(world, cases, tmp_path):
     run_ranks(world, tmp_path / "printed.txt", write_gradients, cases, str(tmp_path))
     truth = {}
     for number, case in enumerate(cases):
-        alone = replace(case, stage=0, sequence=1, recompute=False, offload=False)
+        alone = replace(case, stage=0, sequence=1, recompute=False, offload=False, whole_layers=False)
         if alone not in truth:
             truth[alone] = expected(alone)
         gradients, norm = truth[alone]

@@ -2,16 +2,18 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from transformers import LlamaConfig
 
 from refreshkv import NEVER, RefreshConfig, Simulation
 from refreshkv.settings import settings_from_dict
 from refreshkv.train.config import RunConfig
 from refreshkv.train.flops import Work, model_work, step_flops, visible_keys
-from refreshkv.train.preflight import advice, memory_needed, model_shape, report
+from refreshkv.train.preflight import advice, allocated, changes, memory_needed, model_shape, report, step_seconds
 from tests.jobs import ROOT
 from tests.models import random_ids, tiny_enabled
 
@@ -51,18 +53,56 @@ def test_states_by_hand(tmp_path, stage, weights, gradients, optimizer):
     assert found == [weights, gradients, optimizer]
 
 
+MEASURED = [
+    (8192, {"pattern": "off"}, 1, 1.506, 75.3),
+    (8192, {"pattern": "paper", "stride": 50}, 1, 1.580, 75.3),
+    (32768, {"pattern": "off"}, 1, 6.414, 84.9),
+    (32768, {"pattern": "whole", "prompt_length": 16384, "stride": 10}, 1, 5.630, 85.2),
+    (131072, {"pattern": "whole", "prompt_length": 65536, "stride": 10}, 2, 18.737, 103.7),
+]
+"""T, pattern, GPUs per row, seconds a step, GB: two H200s, torch 2.11, ZeRO 3, all layers recomputed, one row a GPU or
+pair, K = 2048 (benchmarks/training.py, 22 November 2026); a matrix product ran at 800 TFLOP/s."""
+
+
+@pytest.mark.parametrize(("length", "simulation", "sequence", "seconds", "gigabytes"), MEASURED)
+def test_what_was_measured_is_predicted(length, simulation, sequence, seconds, gigabytes):
+    training = {"deepspeed": str(ROOT / "configs" / "deepspeed" / "zero3.json"), "activation_checkpointing": True}
+    values = {"data": {"row_length": length}, "refresh": {"budget": 2048}, "simulation": simulation}
+    values |= {"training": {**training, "global_batch": 2 // sequence}, "parallel": {"sequence": sequence}}
+    config = settings_from_dict(RunConfig, values)
+    assert allocated(memory_needed(config, SHAPE, 2)) / 1e9 == pytest.approx(gigabytes, rel=0.02)
+    assert step_seconds(config, SHAPE, 2, 800e12) == pytest.approx(seconds, rel=0.1)
+
+
 def test_less_is_needed_where_it_should_be(tmp_path):
-    def total(name=None, **settings):
-        needs = memory_needed(run_config(tmp_path, **settings), SHAPE, 4)
+    def total(name=None, length=None, **settings):
+        config = run_config(tmp_path, **settings)
+        config.data = replace(config.data, row_length=length or config.data.row_length)
+        needs = memory_needed(config, SHAPE, 4)
         return needs[name] if name else sum(needs.values())
 
     checkpointed = {"activation_checkpointing": True}
     assert total("activations", **checkpointed) < total("activations") / 5
-    assert total("activations", activation_offload=True, **checkpointed) < total("activations", **checkpointed)
-    assert total("activations", sequence=4) == total("activations") / 4
-    assert total("logits and loss") < total("logits and loss", loss="logits") / 2
+    shares = [total(activation_checkpointing=share) for share in (False, 0.25, 0.5, 0.75, True)]
+    assert shares == sorted(shares, reverse=True) and len(set(shares)) == 5
+    assert total("activations", 4 * 8192, activation_offload=True, **checkpointed) == 0
+    half = {"activation_checkpointing": 0.5}
+    assert 0 < total("activations", activation_offload=True, **half) < total("activations", **half)
+    assert total(kernels="liger") < total()
+    assert total("activations", length=4 * 8192, sequence=4) == pytest.approx(total("activations"), rel=0.05)
+    assert total("logits and loss", **checkpointed) < total("logits and loss", loss="logits", **checkpointed) / 2
     assert total("optimizer", optimizer="adamw-8bit") == total("optimizer") / 2
-    assert total("refresh workspace", sequence=2) == total("refresh workspace") / 2
+    assert total("optimizer's step", length=256, **checkpointed) == 8e9
+
+
+def test_what_is_not_recomputed_costs_no_time(tmp_path):
+    def seconds(**training):
+        return step_seconds(run_config(tmp_path, **training), SHAPE, 2, 800e12)
+
+    none, half, every = (seconds(activation_checkpointing=share) for share in (False, 0.5, True))
+    assert every - half == pytest.approx(half - none)
+    assert 1.15 < every / none < 4 / 3
+    assert seconds(global_batch=16) > 2 * seconds(global_batch=8) - seconds(global_batch=2)
 
 
 def test_the_advice_fits(tmp_path, monkeypatch):
@@ -77,13 +117,17 @@ def test_the_advice_fits(tmp_path, monkeypatch):
         for setting in found.split(" (")[0].split():
             name, value = setting.split("=")
             section, key = name.split(".")
-            old = getattr(getattr(changed, section), key)
-            setattr(getattr(changed, section), key, value == "true" if isinstance(old, bool) else type(old)(value))
+            setattr(getattr(changed, section), key, yaml.safe_load(value))
         assert sum(memory_needed(changed, SHAPE, 4).values()) <= gigabytes * 1e9
     assert advice(config, SHAPE, 4, 1e9) is None
     text = report(config, LLAMA, 4, 60e9, 700e12)
     assert "fits        no: 60.0 GB a GPU; set training.loss=chunked" in text
     assert "fits        yes" in report(config, LLAMA, 4, 900e9, 700e12)
+    names = [text.split("=")[0] for text, _ in changes(config, SHAPE, 4)]
+    assert names.index("training.activation_checkpointing") < names.index("parallel.sequence")
+    config.training.activation_checkpointing = True
+    assert "faster: training.activation_checkpointing=false" in report(config, LLAMA, 4, 900e9, 700e12)
+    assert "faster: training.activation_checkpointing=0.5" in report(config, LLAMA, 4, 85e9, 700e12)
     assert "--gpu-memory" in report(config, LLAMA, 4, None, 700e12)
 
 

@@ -358,7 +358,11 @@ def test_offload_takes_the_same_steps(rows, alone, tmp_path, name):
 
 
 def test_libraries_that_are_missing_are_named(rows, tmp_path, monkeypatch):
-    for module, setting, value in [("bitsandbytes", "optimizer", "adamw-8bit"), ("liger_kernel", "loss", "liger")]:
+    for module, setting, value in [
+        ("bitsandbytes", "optimizer", "adamw-8bit"),
+        ("liger_kernel", "loss", "liger"),
+        ("liger_kernel", "kernels", "liger"),
+    ]:
         monkeypatch.setitem(sys.modules, module, None)
         monkeypatch.setitem(sys.modules, f"{module}.optim", None)
         monkeypatch.setitem(sys.modules, f"{module}.transformers", None)

@@ -27,13 +27,16 @@ class Batch(NamedTuple):
         return self if size == 1 else Batch(*(columns(part, rank, size) for part in self))
 
     def model_arguments(self, simulation: Simulation | None, split: bool) -> dict:
-        """What the model of `attach_loss` takes; split: whether these are a share of the columns."""
+        """What the model of `attach_loss` takes; split: whether these are a share of the columns.
+
+        Waits for the device, so it is called before a step's work and not in between.
+        """
         arguments = {
             "input_ids": self.ids,
             "refresh": simulation,
             "use_cache": False,
             "targets": self.targets,
-            "counted": self.counted,
+            "counted": self.counted.flatten().nonzero().squeeze(1),
             "partial": partial_positions(simulation, self.positions),
             "decoded": decoded_positions(simulation, self.positions),
         }

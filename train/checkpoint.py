@@ -36,6 +36,7 @@ FREE_TO_CHANGE = {
     "training.micro_batch",
     "training.activation_checkpointing",
     "training.activation_offload",
+    "training.kernels",
     "training.loss",
     "parallel.sequence",
 }

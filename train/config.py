@@ -107,8 +107,9 @@ class TrainingConfig:
     """Tokens whose losses count: all, or only the answers in rows of tasks (data.path=tasks)."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 turns clipping off."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    activation_checkpointing: bool | float = False
+    """Recompute layers in the backward pass instead of keeping their activations: true for all, or a share of them such
+    as 0.5, spread evenly. The fewer, the faster, as long as the memory suffices."""
     activation_offload: bool = False
     """Keep the inputs of recomputed layers in the CPU's memory meanwhile (with activation_checkpointing)."""
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
@@ -117,6 +118,9 @@ class TrainingConfig:
     loss: LossKind = "chunked"
     """How the loss is computed. chunked: the logits of some thousand positions at a time. liger: likewise by Liger's
     kernels (GPUs only; needs the package liger-kernel). logits: all logits at once, the plain form."""
+    kernels: Literal["torch", "liger"] = "torch"
+    """What computes norms, MLP activations and rotary embeddings. liger: Liger's kernels, which read and write memory
+    less often (GPUs only; needs the package liger-kernel)."""
     seed: int = 0
     """Seed of the weights (model.scratch), the order of rows and the simulations."""
     log_every: int = 10
@@ -146,6 +150,11 @@ class TrainingConfig:
         if self.schedule not in {kind.value for kind in SchedulerType}:
             known = ", ".join(kind.value for kind in SchedulerType)
             raise SettingsError(f"training.schedule must be one of {known}, got {self.schedule!r}")
+        if not 0 <= self.activation_checkpointing <= 1:
+            raise SettingsError(
+                "training.activation_checkpointing must be true, false or a share of the layers from 0 to 1, got "
+                f"{self.activation_checkpointing}"
+            )
         if self.activation_offload and not self.activation_checkpointing:
             raise SettingsError("training.activation_offload needs training.activation_checkpointing=true")
         if not self.timeout > 0:

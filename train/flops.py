@@ -54,17 +54,26 @@ def step_flops(work: Work, rows: int, length: int, simulation: Simulation | None
     Under the similarity schedule the full steps are those that `simulation.record` has noted for this rank's last
     micro-batch, taken for all rows; without them every check counts as full.
     """
-    pairs = 0.0
+    pairs, known = 0.0, {}
     for layer, window in enumerate(work.windows):
-        if window is not None:
-            pairs += float(torch.arange(1, length + 1).clamp(max=window).sum())
-        elif simulation is None:
-            pairs += length * (length + 1) / 2
-        else:
-            flags = simulation.full_steps.get(layer) if simulation.config.threshold is not None else None
-            pairs += float(visible_keys(simulation, length, flags).sum(dim=1).double().mean())
+        flags = None
+        if window is None and simulation is not None and simulation.config.threshold is not None:
+            flags = simulation.full_steps.get(layer)
+        kind = window if flags is None else f"layer {layer}"
+        if kind not in known:  # most layers are alike
+            known[kind] = _pairs(length, window, simulation, flags)
+        pairs += known[kind]
     total = 3.0 * rows * (2 * work.weights * length + work.pair * pairs)
     return total + step_flops(work, rows, length, None) / 3 if distilled and simulation is not None else total
+
+
+def _pairs(length: int, window: int | None, simulation: Simulation | None, full_steps: Tensor | None) -> float:
+    """Pairs of a query and a key it sees in one layer of a row."""
+    if window is not None:
+        return float(torch.arange(1, length + 1).clamp(max=window).sum())
+    if simulation is None:
+        return length * (length + 1) / 2
+    return float(visible_keys(simulation, length, full_steps).sum(dim=1).double().mean())
 
 
 def visible_keys(simulation: Simulation, length: int, full_steps: Tensor | None = None) -> Tensor:

@@ -36,6 +36,7 @@ from refreshkv.train.evaluation import evaluate
 from refreshkv.train.faults import STOPPED, StopRequest, Watchdog, named
 from refreshkv.train.flops import model_work, peak_flops, step_flops
 from refreshkv.train.hub import BackgroundPush, check_push
+from refreshkv.train.kernels import check_kernels
 from refreshkv.train.log import RunLog, peak_memory
 from refreshkv.train.loss import attach_loss
 from refreshkv.train.mock import mock_step
@@ -67,13 +68,14 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     parallel.check_sequence(sequence, world, config.data.row_length, model_config)
     check_batch(config, world)
     check_optimizer(training)
+    check_kernels(training, model_config)
     stage = zero_stage(read_deepspeed_json(training.deepspeed))
     if is_first:
         check_output(output, config, resume, overwrite)
         if config.hub.repo:
             check_push(config.hub.repo, "hub.repo")
     model = build_model(config, model_config)
-    attach_loss(model, training.loss, training.activation_offload, config.distillation)
+    attach_loss(model, training.loss, config.distillation)
     tokenizer = find_tokenizer(rows.tokenizer_folder)
     if is_first:
         claim_output(output, config, overwrite)

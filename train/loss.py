@@ -6,7 +6,6 @@ tokens and a vocabulary of 128K would be 67 GB in float32.
 Shapes: `B` rows, `T` positions, `N` positions whose losses count, `E` hidden size, `V` vocabulary.
 """
 
-from contextlib import nullcontext
 from types import MethodType
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +17,6 @@ from transformers import PreTrainedModel
 from refreshkv.config import Simulation
 from refreshkv.settings import SettingsError
 from refreshkv.train.distillation import DistillationConfig, divergence, divergence_and_gradient, without_dropout
-from refreshkv.train.offload import layer_inputs_on_cpu
 
 LossKind = Literal["chunked", "liger", "logits"]
 
@@ -44,14 +42,12 @@ class LossSums(NamedTuple):
     divergence_tokens: Tensor
 
 
-def attach_loss(
-    model: PreTrainedModel, kind: LossKind, offload: bool = False, distillation: DistillationConfig | None = None
-) -> None:
+def attach_loss(model: PreTrainedModel, kind: LossKind, distillation: DistillationConfig | None = None) -> None:
     """Lets `model(ids, targets=..., counted=..., partial=..., decoded=..., **other)` return `LossSums`.
 
-    targets (B, T) int64: each position's next token. counted, partial, decoded (B, T) bool: whose losses count, which
-    predict from the small cache, and which come after the prompt. kind: how the sums are taken, see
-    `TrainingConfig.loss`. offload: see `TrainingConfig.activation_offload`. Other calls stay the same.
+    targets (B, T) int64: each position's next token. counted (N,) int64: places in the flattened (B, T) whose losses
+    count. partial, decoded (B, T) bool: which positions predict from the small cache, and which come after the prompt.
+    kind: how the sums are taken, see `TrainingConfig.loss`. Other calls stay the same.
 
     Raises `SettingsError` if the output layer alone does not make the model's logits, or the kind's library is missing.
     """
@@ -76,8 +72,7 @@ def attach_loss(
         if head.distillation.weight and kwargs.get("refresh") is not None:
             with torch.no_grad(), without_dropout(self.base_model):
                 teacher = self.base_model(*args, **{**kwargs, "refresh": None}).last_hidden_state
-        with layer_inputs_on_cpu(decoder.hidden_size) if offload else nullcontext():
-            hidden = self.base_model(*args, **kwargs).last_hidden_state
+        hidden = self.base_model(*args, **kwargs).last_hidden_state
         return head(hidden, targets, **masks, teacher=teacher)
 
     model.forward = MethodType(forward, model)
@@ -103,11 +98,16 @@ class _LossHead(nn.Linear):
     ) -> Any:
         if targets is None:
             return super().forward(hidden)
-        hidden, targets, partial = hidden[counted], targets[counted], partial[counted]
+        # places and not a mask, of which the host would have to wait to know how many they are
+        hidden, targets, partial, decoded = (
+            part.flatten(0, 1).index_select(0, counted) for part in (hidden, targets, partial, decoded)
+        )
         if self.loss_kind == "liger":
             return tuple(_liger_sums(hidden, self.weight, self.bias, targets, partial))
-        taught = (counted & decoded)[counted].nonzero().squeeze(1) if teacher is not None else None
-        teacher = None if teacher is None else teacher[counted & decoded]
+        taught = None
+        if teacher is not None:
+            taught = decoded.nonzero().squeeze(1)
+            teacher = teacher.flatten(0, 1).index_select(0, counted[taught])
         if self.loss_kind == "logits":
             logits = _at_least_float(super().forward(hidden))
             losses, divergences = F.cross_entropy(logits, targets, reduction="none"), logits.new_zeros(0)
@@ -123,9 +123,9 @@ class _LossHead(nn.Linear):
 
 
 def _sums(objective: Tensor, losses: Tensor, partial: Tensor, divergences: Tensor) -> LossSums:
-    tokens, taught = (torch.tensor(float(len(values)), device=values.device) for values in (losses, divergences))
     losses, divergences = losses.float(), divergences.float()
-    parts = losses[partial].sum(), partial.sum().float()
+    tokens, taught = (values.new_full((), len(values)) for values in (losses, divergences))
+    parts = losses.where(partial, 0.0).sum(), partial.sum().float()
     return LossSums(objective, losses.sum(), tokens, *parts, divergences.sum(), taught)
 
 
@@ -218,7 +218,7 @@ def _liger_sums(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
         own = hidden[rows]
         # no rows still need a gradient, of zeros: ZeRO waits for one of every parameter
         parts.append(loss(weight, own, targets[rows], bias) if len(own) else 0.0 * (weight.sum() + own.sum()))
-    total, tokens = parts[0] + parts[1], torch.tensor(float(len(targets)), device=hidden.device)
+    total, tokens = parts[0] + parts[1], torch.full((), float(len(targets)), device=hidden.device)
     none = torch.zeros_like(tokens)
     return LossSums(total, total.detach().float(), tokens, parts[1].detach().float(), partial.sum().float(), none, none)
 

@@ -14,6 +14,8 @@ from refreshkv.loading import find_tokenizer, load_configuration, load_model
 from refreshkv.settings import SettingsError
 from refreshkv.train.config import RunConfig
 from refreshkv.train.engine import engine_settings, init_processes, read_deepspeed_json, zero_stage
+from refreshkv.train.kernels import use_liger
+from refreshkv.train.recomputation import recompute_layers
 
 
 def model_configuration(config: RunConfig) -> PretrainedConfig:
@@ -59,9 +61,10 @@ def build_model(config: RunConfig, model_config: PretrainedConfig) -> PreTrained
         torch.manual_seed(config.training.seed)
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     refreshkv.enable(model, config.refresh, prompt_attention=config.model.prompt_attention)
+    if config.training.kernels == "liger":
+        use_liger(model)
     if config.training.activation_checkpointing:
-        # the reentrant form saves a layer's input as tensors are saved for a backward pass, where it can be moved
-        model.gradient_checkpointing_enable({"use_reentrant": config.training.activation_offload})
+        recompute_layers(model, config.training.activation_checkpointing, config.training.activation_offload)
     return model
 
 

@@ -1,14 +1,12 @@
 """What a run will need, before it needs it: memory of each GPU, time of a step, and which setting to change if not.
 
 The figures follow from shapes; how close they come is in docs/training.md. Bytes are those of one GPU.
-
-Shapes: `T` a rank's tokens in a micro-batch, `E` hidden size, `F` MLP size, `V` vocabulary.
 """
 
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,12 +16,21 @@ from refreshkv.train.config import RunConfig
 from refreshkv.train.engine import check_batch, read_deepspeed_json
 from refreshkv.train.flops import Work, model_work, step_flops
 from refreshkv.train.loss import LOGITS_AT_ONCE
+from refreshkv.train.recomputation import recomputed_layers
 from refreshkv.train.simulation import heaviest_simulation
 
-SHARE_OF_MATMUL = 0.6
-"""Speed of a whole step over that of one large matrix product, by experience."""
+PRODUCTS, ATTENTION, DECODED = 0.65, 0.65, 0.2
+"""Speeds over that of one large matrix product, as measured (benchmarks/training.py): a model's products together with
+all that is done to their results, dense attention, and attention of the rows after a prompt."""
+MEMORY_BYTE, EXCHANGE_BYTE = 200, 10_000
+"""Operations of a large matrix product in the time that takes a byte from or to memory, or from GPU to GPU; ZeRO is far
+from what the links carry."""
+UPDATE = 100
+"""Bytes that gradient norm, clipping, AdamW and rounding read and write for a parameter."""
 RESERVE = 1.5e9
 """CUDA's own memory, NCCL's buffers, and what the allocator cannot use."""
+OUTSIDE = "CUDA and NCCL"
+"""The only purpose in `memory_needed` that torch's allocator knows nothing of."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +68,30 @@ def model_shape(model_config: PretrainedConfig) -> Shape:
 
 
 def memory_needed(config: RunConfig, shape: Shape, world: int) -> dict[str, float]:
-    """Bytes on each of `world` GPUs at the peak of a step, by purpose."""
+    """Bytes on each of `world` GPUs at the peak of a step, by purpose.
+
+    The peak is the largest of three moments: the loss, the backward pass of the last layer, the optimizer's step.
+    """
     zero = read_deepspeed_json(config.training.deepspeed).get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    size = 2 if config.training.dtype == "bf16" else 4
-    tokens = config.training.micro_batch * config.data.row_length // config.parallel.sequence
+    stage, size = zero.get("stage", 0), 2 if config.training.dtype == "bf16" else 4
+    kept, layer = _activations(config, shape, size)
+    passing = {"gathered weights": _gathered(shape, zero, stage, size), "activations": kept}
+    moments = [
+        {**passing, "logits and loss": _logits(config, shape, size)},
+        {**passing, "a layer's backward": layer},
+        {"optimizer's step": _step(config, shape, world, zero, stage)},
+    ]
     return {
         **_states(config, shape, world, zero, stage, size),
-        "activations": _activations(config, shape, tokens, size),
-        "logits and loss": _logits(config, shape, tokens, size),
-        "refresh workspace": _workspace(config, shape),
-        "buffers and CUDA": RESERVE + _buffers(shape, zero, stage, size),
+        "reduction buckets": _buckets(shape, zero, stage, size),
+        **max(moments, key=lambda moment: sum(moment.values())),
+        OUTSIDE: RESERVE,
     }
+
+
+def allocated(needs: dict[str, float]) -> float:
+    """Of `memory_needed`, what `torch.cuda.max_memory_allocated` counts."""
+    return sum(needs.values()) - needs[OUTSIDE]
 
 
 def _states(config: RunConfig, shape: Shape, world: int, zero: dict, stage: int, size: int) -> dict[str, float]:
@@ -82,56 +101,103 @@ def _states(config: RunConfig, shape: Shape, world: int, zero: dict, stage: int,
     moments = 2 if config.training.optimizer == "adamw-8bit" else 8
     masters = 4 if size == 2 else 0
     optimizer = (moments + masters) * count / (world if stage >= 1 else 1)
-    if zero.get("offload_param", {}).get("device", "none") != "none":
+    if _offloads(zero, "param"):
         weights = 0.0
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+    if _offloads(zero, "optimizer"):
         optimizer, gradients = 0.0, gradients if stage < 2 else 0.0
     return {"weights": weights, "gradients": gradients, "optimizer": optimizer}
 
 
-def _activations(config: RunConfig, shape: Shape, tokens: int, size: int) -> float:
-    """With recomputation each layer's input and one layer's inner tensors, else those of all layers."""
+def _offloads(zero: dict, what: str) -> bool:
+    return zero.get(f"offload_{what}", {}).get("device", "none") != "none"
+
+
+def _tokens(config: RunConfig) -> float:
+    """Of a rank, in a micro-batch."""
+    return config.training.micro_batch * config.data.row_length / config.parallel.sequence
+
+
+def _activations(config: RunConfig, shape: Shape, size: int) -> tuple[float, float]:
+    """What all layers keep from the forward pass, and what the backward pass of one takes besides.
+
+    A recomputed layer keeps its input. At its turn the activations of a kept one after it are gone.
+    """
+    recomputed = sum(recomputed_layers(shape.layers, config.training.activation_checkpointing))
+    inputs = recomputed * size * shape.hidden * _tokens(config)
+    layer = _layer_activations(config, shape, size)
+    # gradients: of the layer's output, the MLP's product, and its two factors; the product itself is gone by then.
+    # Liger writes those of the factors over them.
+    mlp = 1 if config.training.kernels == "liger" else 2
+    backward = size * (shape.hidden + mlp * shape.mlp) * _tokens(config)
+    kept = (0.0 if config.training.activation_offload else inputs) + (shape.layers - recomputed) * layer
+    return kept, backward + (layer if recomputed == shape.layers else 0.0)
+
+
+def _layer_activations(config: RunConfig, shape: Shape, size: int) -> float:
+    """What one layer saves for its backward pass."""
+    liger = config.training.kernels == "liger"
     query, key_value = shape.heads * shape.head, 2 * shape.kv_heads * shape.head
-    inner = 6 * shape.hidden + 3 * (query + key_value) + 4 * shape.mlp
-    layer = size * tokens * inner
-    if not config.training.activation_checkpointing:
-        return layer * shape.layers
-    inputs = size * tokens * shape.hidden * (0 if config.training.activation_offload else shape.layers)
-    return inputs + 2 * layer  # its gradients take as much again
+    # two norms: input and output; without Liger the input in float32, and scaled
+    norms = 2 * shape.hidden * (2 * size if liger else 4 + 2 * size)
+    # query, keys, values, output; across GPUs the output as heads and as columns
+    attention = size * (2 * query + key_value + (query if config.parallel.sequence > 1 else 0))
+    # gate, up, product; without Liger the gate's activation
+    mlp = size * shape.mlp * (3 if liger else 4)
+    return (norms + attention + mlp) * _tokens(config) + _refresh(config, shape, size)
 
 
-def _logits(config: RunConfig, shape: Shape, tokens: int, size: int) -> float:
-    distilled = config.distillation.weight > 0
-    if config.training.loss == "logits":
-        return tokens * shape.vocabulary * (2 * size + 8) * (3 if distilled else 1)
-    at_once = min(tokens * shape.vocabulary, LOGITS_AT_ONCE)
-    weight = shape.hidden * shape.vocabulary
-    needed = at_once * (4 + 2 * size) + weight * (4 + 2 * size) + 2 * size * tokens * shape.hidden
-    # the teacher's hidden states, and in float32 its chunk of logits, both sides' logarithms and the gradient
-    return needed + (2 * size * tokens * shape.hidden + 16 * at_once if distilled else 0.0)
-
-
-def _workspace(config: RunConfig, shape: Shape) -> float:
-    """Selections, float32 gradients of keys and values, outputs and their gradients; of this rank's share of heads."""
+def _refresh(config: RunConfig, shape: Shape, size: int) -> float:
+    """What the refresh pattern saves besides: the output in two parts, prompt and decoded rows, and the selections."""
     simulation = heaviest_simulation(config)
     if simulation is None:
         return 0.0
-    length, prompt, rows = config.data.row_length, simulation.prompt_length, config.training.micro_batch
+    length, prompt = config.data.row_length, simulation.prompt_length
     checks = 1 + (length - prompt) // simulation.config.stride
     width = min(simulation.config.largest_budget(prompt), length)
-    selections = 8 * checks * width * shape.kv_heads
-    tensors = length * shape.head * (8 * shape.kv_heads + 3 * shape.heads)
-    return rows * (selections + tensors) / config.parallel.sequence
+    heads = max(1, shape.kv_heads // config.parallel.sequence)
+    selections = 4 * checks * width * heads * config.training.micro_batch
+    return size * shape.heads * shape.head * _tokens(config) + selections
 
 
-def _buffers(shape: Shape, zero: dict, stage: int, size: int) -> float:
-    bucket = size * min(float(zero.get("reduce_bucket_size", 5e8)), shape.parameters)
+def _logits(config: RunConfig, shape: Shape, size: int) -> float:
+    """The loss with its gradients, and what the last norm saves."""
+    distilled, tokens = config.distillation.weight > 0, _tokens(config)
+    norm = tokens * shape.hidden * (size if config.training.kernels == "liger" else 4 + size)
+    if config.training.loss == "logits":
+        return norm + tokens * shape.vocabulary * (2 * size + 8) * (3 if distilled else 1)
+    at_once = min(tokens * shape.vocabulary, LOGITS_AT_ONCE)
+    weight = shape.hidden * shape.vocabulary
+    # forward: the float32 sum of the weight's gradient, what a chunk adds to it, the chunk's logits and their gradient
+    forward = weight * (4 + size) + at_once * (4 + size)
+    if distilled:  # of the chunk, the teacher's logits, both sides' logarithms and the gradient
+        forward += 16 * at_once + size * tokens * shape.hidden
+    backward = weight * (4 + 4 + size)  # the sum, scaled, rounded
+    return norm + 2 * size * tokens * shape.hidden + max(forward, backward)
+
+
+def _gathered(shape: Shape, zero: dict, stage: int, size: int) -> float:
+    """Stage 3 fetches weights ahead, and keeps those that are used again soon, up to a limit."""
+    live = min(float(zero.get("stage3_max_live_parameters", 1e9)), shape.parameters)
+    return size * live if stage == 3 else 0.0
+
+
+def _buckets(shape: Shape, zero: dict, stage: int, size: int) -> float:
+    """Gradients on their way to other GPUs: at stage 3 one buffer, below it two, and one for weights afterwards."""
+    bucket = size * float(zero.get("reduce_bucket_size", 5e8))
     if stage == 3:
-        live = size * min(float(zero.get("stage3_max_live_parameters", 1e9)), shape.parameters)
-        group = 8 * min(float(zero.get("sub_group_size", 1e9)), shape.parameters)  # the optimizer's, one at a time
-        return bucket + live + (0 if "offload_optimizer" in zero else group)
+        return bucket
     gather = size * min(float(zero.get("allgather_bucket_size", 5e8)), shape.parameters)
-    return 2 * bucket + gather if stage else 0.0
+    return 2 * min(bucket, size * shape.parameters) + gather if stage else 0.0
+
+
+def _step(config: RunConfig, shape: Shape, world: int, zero: dict, stage: int) -> float:
+    """Of the parameters that are updated at a time: gradients in float32, and AdamW's roots of the second moment."""
+    if _offloads(zero, "optimizer"):
+        return 0.0
+    count = shape.parameters / (world if stage else 1)
+    if stage == 3:
+        count = min(count, float(zero.get("sub_group_size", 1e9)))
+    return count * (8 if config.training.optimizer == "adamw" else 4)
 
 
 def matmul_rate(device: torch.device, dtype: str) -> float:
@@ -151,10 +217,34 @@ def matmul_rate(device: torch.device, dtype: str) -> float:
 
 def step_seconds(config: RunConfig, shape: Shape, world: int, rate: float) -> float:
     """Time of one optimizer step on GPUs of which each makes `rate` operations per second in a matrix product."""
-    simulation, distilled = heaviest_simulation(config), config.distillation.weight > 0
-    work = step_flops(shape.work, config.training.global_batch, config.data.row_length, simulation, distilled)
-    recomputed = 4 / 3 if config.training.activation_checkpointing else 1.0
-    return work * recomputed / (world * rate * SHARE_OF_MATMUL)
+    rows, length, simulation = config.training.global_batch, config.data.row_length, heaviest_simulation(config)
+    attention = replace(shape.work, weights=0)
+    products = step_flops(replace(shape.work, windows=[]), rows, length, None) / PRODUCTS
+    decoded = 0.0
+    if simulation is not None:
+        refreshed = replace(attention, windows=[window for window in shape.work.windows if window is None])
+        decoded = step_flops(refreshed, rows, length, simulation)
+        decoded -= step_flops(refreshed, rows, simulation.prompt_length, None)
+    dense = step_flops(attention, rows, length, simulation) - decoded
+    share = sum(recomputed_layers(shape.layers, config.training.activation_checkpointing)) / shape.layers
+    executed = (products + dense / ATTENTION + decoded / DECODED) * (1 + share / 3)
+    if config.distillation.weight > 0 and simulation is not None:
+        executed += (products + step_flops(attention, rows, length, None) / ATTENTION) / 3  # the teacher's pass
+    return (executed / world + _moved(config, shape, world)) / rate
+
+
+def _moved(config: RunConfig, shape: Shape, world: int) -> float:
+    """Weights and gradients between the GPUs, and the optimizer's step: in operations of the same duration."""
+    stage, size = _stage(config), 2 if config.training.dtype == "bf16" else 4
+    # stage 3 fetches the weights forward and backward, and reduces gradients, for every micro-batch
+    passes = check_batch(config, world) if stage == 3 else 1
+    exchanged = 3 * passes * size * shape.parameters * (world - 1) / world
+    updated = UPDATE * shape.parameters / (world if stage else 1)
+    return EXCHANGE_BYTE * exchanged + MEMORY_BYTE * updated
+
+
+SHARES = {0.0: "false", 0.25: "0.25", 0.5: "0.5", 0.75: "0.75", True: "true"}
+"""Shares of recomputed layers to advise, as they are written."""
 
 
 def _set(name: str, value: Any) -> Callable[[RunConfig], None]:
@@ -176,8 +266,9 @@ def changes(config: RunConfig, shape: Shape, world: int) -> list[tuple[str, Call
         found.append(("training.loss=chunked", _set("loss", "chunked")))
     if training.micro_batch > 1:
         found.append((f"training.micro_batch={training.micro_batch // 2}", _halve_micro_batch))
-    if not training.activation_checkpointing:
-        found.append(("training.activation_checkpointing=true", _set("activation_checkpointing", True)))
+    for share, text in SHARES.items():
+        if share > training.activation_checkpointing:
+            found.append((f"training.activation_checkpointing={text}", _set("activation_checkpointing", share)))
     for name in ("zero2", "zero3"):
         path = f"configs/deepspeed/{name}.json"
         if world > 1 and f"zero{_stage(config)}" < name:
@@ -201,17 +292,17 @@ def _stage(config: RunConfig) -> int:
 
 def advice(config: RunConfig, shape: Shape, world: int, available: float) -> str | None:
     """Settings with which the run fits into `available` bytes a GPU; None if no known ones do."""
-    config, made = deepcopy(config), []
+    config, made = deepcopy(config), {}
     for text, apply in changes(config, shape, world):
         before = deepcopy(config)
         apply(config)
         if sum(memory_needed(config, shape, world).values()) >= sum(memory_needed(before, shape, world).values()):
             config = before
             continue
-        made.append(text)
+        made[text.split("=")[0]] = text  # a setting may be changed further
         needed = sum(memory_needed(config, shape, world).values())
         if needed <= available:
-            return f"{' '.join(made)} (then {needed / 1e9:.1f} GB)"
+            return f"{' '.join(made.values())} (then {needed / 1e9:.1f} GB)"
     return None
 
 
@@ -241,7 +332,21 @@ def _verdict(config: RunConfig, shape: Shape, world: int, total: float, availabl
     if available is None:
         return "fits        not known: there is no GPU here; give its size with --gpu-memory GB"
     if total <= available:
-        return f"fits        yes: {available / 1e9:.1f} GB a GPU, {(available - total) / 1e9:.1f} GB left"
+        left = f"fits        yes: {available / 1e9:.1f} GB a GPU, {(available - total) / 1e9:.1f} GB left"
+        return left + _fewer_recomputed(config, shape, world, available)
     change = advice(config, shape, world, available)
     way_out = f"set {change}" if change else "take more GPUs: no setting is enough"
     return f"fits        no: {available / 1e9:.1f} GB a GPU; {way_out}"
+
+
+def _fewer_recomputed(config: RunConfig, shape: Shape, world: int, available: float) -> str:
+    """The least share of recomputed layers that fits, too."""
+    for share, text in SHARES.items():
+        other = deepcopy(config)
+        other.training.activation_checkpointing = share
+        if share == 0 and other.training.activation_offload:
+            continue
+        needed = sum(memory_needed(other, shape, world).values())
+        if share < config.training.activation_checkpointing and needed <= available:
+            return f"; faster: training.activation_checkpointing={text} ({needed / 1e9:.1f} GB)"
+    return ""

@@ -56,9 +56,10 @@ def backward(
     tokens = sum(batch.counted.sum() for batch in batches).float()
     dist.all_reduce(tokens)
     totals = torch.zeros(len(LossSums._fields) - 1, device=engine.device)
-    for index, batch in enumerate(batches):
+    arguments = [batch.model_arguments(simulation, sequence > 1) for batch in batches]
+    for index, micro_batch in enumerate(arguments):
         note(f"micro-batch {index + 1} of {len(batches)}")
-        sums = LossSums(*engine(**batch.model_arguments(simulation, sequence > 1)))
+        sums = LossSums(*engine(**micro_batch))
         engine.backward(sums.objective * (gradient_scale(engine, sequence) / tokens.clamp(min=1)), scale_wrt_gas=False)
         totals += torch.stack([part.detach().float() for part in sums[1:]])
         if index < len(batches) - 1:
