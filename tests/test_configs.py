@@ -29,7 +29,8 @@ def test_recipes_load_and_fit_together(path, monkeypatch):
     run = load_settings(RunConfig, path)
     check_config(run, {"data": {"row_length": run.data.row_length}})
     assert warnings(run) == []
-    assert zero_stage(read_deepspeed_json(run.training.deepspeed)) in (2, 3)
+    is_for_one_gpu = path.stem == "base"
+    assert is_for_one_gpu or zero_stage(read_deepspeed_json(run.training.deepspeed)) in (2, 3)
     for step in range(50):
         simulation = draw_simulation(run.simulation, run.refresh, run.data.row_length, run.training.seed, step)
         assert simulation is None or 1 <= simulation.prompt_length < run.data.row_length
