@@ -94,8 +94,9 @@ def _collect(
         tl.store(selected + place, token, mask=goes_in)
         tl.store(chosen + place, ranking, mask=goes_in)
         tl.store(doubts + nth, token, mask=is_between & (nth >= ties) & (nth < DOUBTS))
-        above += tl.sum(is_above.to(tl.int32), 0)
-        between += tl.sum(is_between.to(tl.int32), 0)
+        counts = tl.sum(is_above.to(tl.int32) + (is_between.to(tl.int32) << 16), 0)
+        above += counts & 0xFFFF
+        between += counts >> 16
     return above, between
 
 
@@ -122,32 +123,53 @@ def _search(rankings, first, last, keep, low, high, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _take(
+    token, ranking, exists, selected, chosen, above, keep, low, high, tail
+):  # fmt: skip
+    """Puts the best of the doubtful entries behind the `above` sure ones, of which there are too few; the `tail` lowest
+    come last, in order of rank, if there are so many. Returns how many still have to be put in order."""
+    remaining = keep - above
+    cut, _ = _kth(tl.where(exists, ranking, -1), remaining, low, high)
+    higher, tied = exists & (ranking > cut), exists & (ranking == cut)
+    ties = remaining - tl.sum(higher.to(tl.int32), 0)
+    taken = higher | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= ties))
+    beyond = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
+    # all entries differ as (ranking, lower position first); each round finds the next one up
+    entry = tl.where(taken, (ranking.to(tl.int64) << 32) + (0x7FFFFFFF - token), beyond)
+    reached = tl.full([], -1, tl.int64)
+    ordered = tl.where(tail <= remaining, tail, 0)
+    for nth in range(ordered):
+        reached = tl.min(tl.where(entry > reached, entry, beyond), 0)
+        tl.store(selected + keep - 1 - nth, (0x7FFFFFFF - (reached & 0x7FFFFFFF)).to(tl.int32))
+        tl.store(chosen + keep - 1 - nth, (reached >> 32).to(tl.int32))
+    stays = taken & (entry > reached)
+    place = above + tl.cumsum(stays.to(tl.int32), 0) - 1
+    tl.store(selected + place, token, mask=stays)
+    tl.store(chosen + place, ranking, mask=stays)
+    return tail - ordered
+
+
+@triton.jit
 def _choose(
-    rankings, doubts, selected, chosen, first, last, keep, margin,
+    rankings, doubts, selected, chosen, first, last, keep, tail, margin,
     SAMPLE: tl.constexpr, DOUBTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The `keep` highest rankings of `first .. last`, ties to the lower position, unsorted: positions and rankings."""
+    """The `keep` highest rankings of `first .. last`, ties to the lower position: positions and rankings, unsorted but
+    for the `tail` lowest. Returns how many of these still have to be put in order."""
     low, high = _guess(rankings, first, last + 1 - first, keep, margin, SAMPLE)
     above, between = _collect(rankings, doubts, selected, chosen, first, last, low, high, keep, 0, DOUBTS, BLOCK)
     tl.debug_barrier()
-    if (above <= keep) & (above + between >= keep) & (between <= DOUBTS):
+    if (above < keep) & (above + between >= keep) & (between <= DOUBTS):
         number = tl.arange(0, DOUBTS)
         token = tl.load(doubts + number, mask=number < between, other=0)
         ranking = tl.load(rankings + token, mask=number < between, other=-1)
-        remaining = keep - above
-        if remaining > 0:
-            cut, _ = _kth(ranking, remaining, low, high)
-            higher, tied = ranking > cut, ranking == cut
-            ties = remaining - tl.sum(higher.to(tl.int32), 0)
-            taken = higher | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= ties))
-            place = above + tl.cumsum(taken.to(tl.int32), 0) - 1
-            tl.store(selected + place, token, mask=taken)
-            tl.store(chosen + place, ranking, mask=taken)
-    else:  # the guess was wrong, or ties are many
+        tail = _take(token, ranking, number < between, selected, chosen, above, keep, low, high, tail)
+    elif above != keep:  # the guess was wrong, or ties are many
         within = (above < keep) & (above + between >= keep)
         low, high = tl.where(within, low, 0), tl.where(within, high, 0x7FFFFFFF)
         cut, higher = _search(rankings, first, last, keep, low, high, BLOCK)
         _collect(rankings, doubts, selected, chosen, first, last, cut, cut + 1, keep, keep - higher, DOUBTS, BLOCK)
+    return tail
 
 
 @triton.jit
@@ -204,8 +226,8 @@ def _select(
     if position >= 0:
         size = tl.minimum(budget, position + 1 - padding)
         rankings, doubts = ranking_ptr + pair.to(tl.int64) * capacity, doubt_ptr + pair.to(tl.int64) * DOUBTS
-        _choose(rankings, doubts, selected, chosen, padding, position, size, margin, SAMPLE, DOUBTS, BLOCK)
         tail = tl.minimum(size, LAST_RANKS)
+        tail = _choose(rankings, doubts, selected, chosen, padding, position, size, tail, margin, SAMPLE, DOUBTS, BLOCK)
         if kv_head == 0:
             tl.store(flag_ptr + batch * capacity + position, tl.full([], 1, tl.int1))
             tl.store(row_ptr + batch * 4 + 0, position.to(tl.int64))

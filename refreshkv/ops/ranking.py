@@ -254,7 +254,7 @@ def _collect(
 
 @triton.jit(do_not_specialize=["checks", "first"])
 def _settle(
-    score_ptr, position_ptr, padding_ptr, budget_ptr, doubt_ptr, count_ptr, chosen_ptr,
+    score_ptr, position_ptr, padding_ptr, budget_ptr, bound_ptr, doubt_ptr, count_ptr, chosen_ptr,
     checks, first, length, width, kv_heads, recent, sinks,
     POOL: tl.constexpr, BLOCK: tl.constexpr, DOUBTS: tl.constexpr,
 ):  # fmt: skip
@@ -264,25 +264,29 @@ def _settle(
         return
     chosen, doubts = chosen_ptr + row * width, doubt_ptr + row * DOUBTS
     sure, doubtful = tl.load(count_ptr + 2 * row), tl.load(count_ptr + 2 * row + 1)
+    lower, upper = tl.load(bound_ptr + 2 * row), tl.load(bound_ptr + 2 * row + 1)
     if (sure > keep) | (sure + doubtful < keep) | (doubtful > DOUBTS):
         _search(score_ptr + row * length, chosen, keep, padding, anchor, recent, sinks, POOL, BLOCK)
     elif doubtful <= DOUBTS // 2:
-        _take_best(doubts, doubtful, chosen, sure, keep, DOUBTS // 2)
+        _take_best(doubts, doubtful, chosen, sure, keep, lower, upper, DOUBTS // 2)
     else:
-        _take_best(doubts, doubtful, chosen, sure, keep, DOUBTS)
+        _take_best(doubts, doubtful, chosen, sure, keep, lower, upper, DOUBTS)
 
 
 @triton.jit
-def _take_best(doubts, doubtful, chosen, sure, keep, SIZE: tl.constexpr):
-    """Puts the best of up to SIZE doubtful ones behind the sure ones."""
+def _take_best(doubts, doubtful, chosen, sure, keep, lower, upper, SIZE: tl.constexpr):
+    """Puts the best of up to SIZE doubtful ones, ranked `lower .. upper`, behind the sure ones."""
     number = tl.arange(0, SIZE)
     sortable = tl.load(doubts + number, mask=number < doubtful, other=-1)
     ranking = (sortable >> 32).to(tl.int32)
     missing = keep - sure
-    cut = tl.full([], 0, tl.int32)  # the lowest ranking that is kept
-    for digit in range(31):
-        higher = cut + (1 << (30 - digit))
-        cut = tl.where(tl.sum((ranking >= higher).to(tl.int32), 0) >= missing, higher, cut)
+    cut, reached = lower, doubtful  # the lowest ranking that is kept, and how many are not below it
+    while (cut < upper) & (reached != missing):
+        middle = upper - (upper - cut) // 2
+        count = tl.sum((ranking >= middle).to(tl.int32), 0)
+        reached = tl.where(count >= missing, count, reached)
+        cut = tl.where(count >= missing, middle, cut)
+        upper = tl.where(count >= missing, upper, middle - 1)
     ties = missing - tl.sum((ranking > cut).to(tl.int32), 0)  # of which the first ones are in
     equal = (ranking == cut) & (number < doubtful)
     goes_in = (ranking > cut) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= ties))
@@ -438,7 +442,7 @@ def select(
             POOL=pool_kernel, BLOCK=block, DOUBTS=DOUBTS, num_warps=COLLECT_WARPS,
         )  # fmt: skip
         _settle[steps, pairs](
-            score, *rows, doubts, counts, chosen, checks, first, length, width, *options,
+            score, *rows, bounds, doubts, counts, chosen, checks, first, length, width, *options,
             POOL=pool_kernel, BLOCK=block, DOUBTS=DOUBTS, num_warps=4,
         )  # fmt: skip
         if width <= LARGEST_SORT:
