@@ -298,8 +298,9 @@ def time_pieces(model: LlamaForCausalLM, context: int, batch: int, args: argpars
         return decode_kernels.finish(shares, output, length, layer.rows, shares.logits, layer.keys.shape, 7)
 
     def select(layer, shares, rankings):
-        state = (layer.rows, layer.selected, layer.ranking, layer.mean_query, layer.full_steps)
-        decode_kernels.select(shares.full, rankings, token[0], frozen, *state, stride=10, threshold=None)
+        state = (frozen, layer.rows, layer.selected, layer.ranking, layer.mean_query, layer.full_steps)
+        shares.arrived.zero_()  # in a step by the first launch
+        decode_kernels.select(shares.full, shares.arrived, rankings, token[0], *state, stride=10, threshold=None)
 
     layers, counter = cache.layers, torch.zeros((), dtype=torch.int64, device="cuda")
     whole, small = attend(layers[0], 1), attend(layers[0], NEVER)

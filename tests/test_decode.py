@@ -167,6 +167,7 @@ def assert_exact_selection(length, budget, distinct, tail=12):
     flags = torch.zeros(2, length + 5, device=DEVICE, dtype=torch.bool)
     decode_kernels.select(
         torch.full((2,), length - 1, device=DEVICE, dtype=torch.int32),
+        torch.zeros(2, 3, device=DEVICE, dtype=torch.int32),
         rankings,
         torch.randn(2, 6, 1, 64, device=DEVICE),
         torch.tensor(length, device=DEVICE),
@@ -192,3 +193,20 @@ def assert_exact_selection(length, budget, distinct, tail=12):
 @pytest.mark.parametrize(("length", "budget"), [(40, 7), (300, 250), (1500, 100), (1500, 1), (5000, 5000)])
 def test_the_selection_is_exact(length, budget, distinct):
     assert_exact_selection(length, budget, distinct)
+
+
+@pytest.mark.parametrize("parts", [2, 8])
+@pytest.mark.parametrize("distinct", [3, 200, 2**30])
+@pytest.mark.parametrize(("length", "budget"), [(40, 7), (300, 250), (1500, 100), (1500, 1), (900, 900)])
+def test_the_selection_by_several_programs_is_exact(monkeypatch, length, budget, distinct, parts):
+    """Parts without positions, or with more in doubt than they have room for, among them."""
+    monkeypatch.setattr(decode_selection, "parts_of", lambda pairs, capacity: parts)
+    monkeypatch.setattr(decode_selection, "SAMPLE", 64)
+    monkeypatch.setattr(decode_selection, "DOUBTS", 128)
+    monkeypatch.setattr(decode_selection, "BLOCK", 64)
+    assert_exact_selection(length, budget, distinct)
+
+
+def test_programs_that_share_a_row():
+    found = [decode_selection.parts_of(pairs, 32800) for pairs in (1, 8, 16, 64, 256, 1000)]
+    assert found == [16, 16, 16, 4, 1, 1] and decode_selection.parts_of(8, 2000) == 1

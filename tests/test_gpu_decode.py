@@ -1,11 +1,13 @@
 """On a GPU: decoding through kernels and CUDA graphs equals the naive form, and nothing breaks the graph."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, StoppingCriteria
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, StoppingCriteria
 
-from refreshkv import NEVER, RefreshCache, RefreshConfig, decode_ahead
+from refreshkv import NEVER, RefreshCache, RefreshConfig, decode_ahead, enable
 from refreshkv.baselines import FullCache, H2OCache, SnapKVCache, StreamingCache
 from refreshkv.cache import RefreshLayer
 from refreshkv.ops import naive
@@ -17,6 +19,8 @@ if not torch.cuda.is_available():
 
 from refreshkv.ops import decode_kernels
 from tests.test_decode import assert_exact_selection, seen_of, state_of
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # prompt, heads to a group, head size, configuration
 SIZES = [
@@ -130,6 +134,35 @@ def test_generate_captures_the_step_by_itself(name, padding):
     assert counters["inductor"]["cudagraph_skips"] == 0
     if isinstance(cache, RefreshCache):
         assert int(cache.get_seq_length()) == 69 and cache.full_steps.shape[-1] == 69
+
+
+@pytest.mark.parametrize("settings", [{}, {"observation_window": 16, "recent_window": 64}, {"threshold": 0.9}])
+def test_a_trained_model_goes_on_with_the_same_tokens(monkeypatch, settings):
+    """Greedily, 256 tokens in bfloat16, by kernels in a CUDA graph and by the naive form; where they part, two tokens
+    were as likely as bfloat16 can tell."""
+    config = RefreshConfig(budget=0.125, stride=10, **settings)
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "base" / "python-4m", dtype=torch.bfloat16).cuda()
+    enable(model, config)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "base" / "python-4m")
+    texts = [(ROOT / "refreshkv" / name).read_text() for name in ("cache.py", "offload.py", "prefix_store.py")]
+    runs = []
+    for form in ("kernels", "naive"):
+        if form == "naive":
+            monkeypatch.setenv("REFRESHKV_OPS", "naive")
+        for text in texts:
+            ids = tokenizer(text, return_tensors="pt").input_ids[:, :1800].cuda()
+            cache = RefreshCache(model.config, 2100, config)
+            asked = {"max_new_tokens": 256, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            asked |= {"custom_generate": decode_ahead, "return_dict_in_generate": True, "output_logits": True}
+            found = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **asked)
+            runs.append((found.sequences[0, ids.shape[1] :], torch.cat(found.logits).float()))
+    for (ours, our_logits), (theirs, their_logits) in zip(runs[:3], runs[3:], strict=True):
+        apart = (ours != theirs).nonzero().flatten().tolist()
+        if apart:
+            first, pair = apart[0], torch.stack([ours[apart[0]], theirs[apart[0]]])
+            step = 2**-7 * their_logits[first].abs().max()  # of bfloat16 at the largest logit
+            for logits in (our_logits, their_logits):
+                assert (logits[first][pair[0]] - logits[first][pair[1]]).abs() <= 4 * step
 
 
 def test_a_full_cache_says_so():

@@ -51,7 +51,7 @@ def decode_step(
         observed=observation_window > 1,
     )  # fmt: skip
     select(
-        shares.full, rankings, query, length, rows, selected, ranking, mean_query, full_steps,
+        shares.full, shares.arrived, rankings, query, length, rows, selected, ranking, mean_query, full_steps,
         stride=stride, threshold=threshold,
     )  # fmt: skip
     return output
@@ -105,9 +105,10 @@ def compact_step(
 
 
 class Shares:
-    """What `attend` leaves: outputs, maxima and sums of each share of the keys, and which rows were full."""
+    """What `attend` leaves: outputs, maxima and sums of each share of the keys, which rows were full, and zeros for
+    `select` to count with."""
 
-    def __init__(self, query: Tensor, splits: int, capacity: int, store: bool):
+    def __init__(self, query: Tensor, kv_heads: int, splits: int, capacity: int, store: bool):
         batch, heads, _, head_dim = query.shape
 
         def buffer(*shape: int) -> Tensor:
@@ -118,6 +119,7 @@ class Shares:
         self.highest, self.total = buffer(batch, heads, splits), buffer(batch, heads, splits)
         self.logits = buffer(batch, heads, capacity) if store else self.total
         self.full = torch.empty(batch, dtype=torch.int32, device=query.device)
+        self.arrived = torch.empty(batch, kv_heads, dtype=torch.int32, device=query.device)
 
 
 def attend(
@@ -145,10 +147,10 @@ def attend(
     kv_heads, capacity = keys.shape[1], keys.shape[2]
     group = heads // kv_heads
     splits = attention.splits_of(batch * kv_heads, query.device)
-    shares = Shares(query, splits, capacity, store)
+    shares = Shares(query, kv_heads, splits, capacity, store)
     attention._attend[splits, batch * kv_heads](
         query, key, value, keys, values, length, rows, slots, selected, mean_query, observers,
-        shares.full, shares.logits, shares.partial, shares.highest, shares.total,
+        shares.full, shares.arrived, shares.logits, shares.partial, shares.highest, shares.total,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], kv_heads, capacity, selected.shape[-1],
         stride, threshold or 0.0, scaling * LOG2E,
         G=group, H=heads, D=head_dim, HP=triton.next_power_of_2(heads), DP=padded_head(head_dim),
@@ -190,6 +192,7 @@ def finish(
 
 def select(
     full: Tensor,
+    arrived: Tensor,
     rankings: Tensor,
     query: Tensor,
     length: Tensor,
@@ -202,16 +205,26 @@ def select(
     stride: int,
     threshold: float | None,
 ) -> None:
-    """The last launch of a step: where `full` (B,) gives a position, the selection from `rankings` (B, Hkv, L)."""
+    """The last launch of a step: where `full` (B,) gives a position, the selection from `rankings` (B, Hkv, L).
+
+    arrived (B, Hkv) int32: zeros; programs that have come.
+    """
     batch, heads, _, head_dim = query.shape
     kv_heads, capacity = rankings.shape[1:]
-    sizes = selection.sizes_of(capacity, selected.shape[2])
+    parts = selection.parts_of(batch * kv_heads, capacity)
+    sizes = selection.sizes_of(capacity, selected.shape[2], parts)
     doubts = torch.empty(batch, kv_heads, sizes["DOUBTS"], dtype=torch.int32, device=query.device)
-    selection._select[(batch * kv_heads,)](
-        rankings, doubts, selected, ranking, rows, length, full, full_steps, query, mean_query,
-        *query.stride()[:2], kv_heads, capacity, selected.shape[2], selection.MARGIN,
+    # a part's positions begin with a block that the row's own first position may be in
+    room = triton.cdiv(triton.cdiv(capacity + sizes["BLOCK"], parts), sizes["BLOCK"]) * sizes["BLOCK"]
+    stage = (
+        torch.empty(batch, kv_heads, parts, 2, room, dtype=torch.int32, device=query.device) if parts > 1 else doubts
+    )
+    counts = torch.empty(batch, kv_heads, parts, 2, dtype=torch.int32, device=query.device) if parts > 1 else doubts
+    selection._select[parts, batch * kv_heads](
+        rankings, doubts, stage, counts, arrived, selected, ranking, rows, length, full, full_steps, query, mean_query,
+        *query.stride()[:2], kv_heads, capacity, selected.shape[2], room, selection.MARGIN,
         H=heads, D=head_dim, HP=triton.next_power_of_2(heads), DP=padded_head(head_dim),
-        SIMILARITY=threshold is not None, BLOCK=selection.BLOCK, TAIL=TAIL, LAST_RANKS=last_ranks(stride, threshold),
+        SIMILARITY=threshold is not None, TAIL=TAIL, LAST_RANKS=last_ranks(stride, threshold),
         num_warps=selection.WARPS, **sizes,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Triton kernels for the selection of a decoding step; programs of rows whose step is partial end at once.
+"""The Triton kernel for the selection of a decoding step; programs of rows whose step is partial end at once.
 
 Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `G = H / Hkv`, `D` head size, `L` tokens the cache has
 room for, `W` slots of a selection, `N` splits, `O` observing queries.
@@ -23,13 +23,29 @@ four times as many."""
 BLOCK = 4096
 """Entries of a row taken at once."""
 
+MOST_PARTS = 16
+"""Most programs that share a row."""
+
+PROGRAMS = 256
+"""Programs of a selection that a GPU runs at once."""
+
 WARPS = 16
 
 
-def sizes_of(capacity: int, width: int) -> dict[str, int]:
-    """The sample and the room for those in doubt, for rows of up to `capacity` tokens of which `width` are selected."""
+def parts_of(pairs: int, capacity: int) -> int:
+    """Programs for each of so many pairs of rows and key/value heads: a power of two, as long as each has some work."""
+    parts = 1
+    while 2 * parts <= min(MOST_PARTS, PROGRAMS // pairs, capacity // BLOCK * 2):
+        parts *= 2
+    return parts
+
+
+def sizes_of(capacity: int, width: int, parts: int) -> dict[str, int]:
+    """The sample, the room for those in doubt, and what is taken at once, for rows of up to `capacity` tokens of which
+    `width` are selected. Parts of a row may differ, and so their rooms are twice as large."""
     doubts = DOUBTS * (1 if capacity <= 2**17 else 2 if capacity <= 2**18 else 4)
-    return {"SAMPLE": sample_size(capacity, width, SAMPLE, doubts, MARGIN), "DOUBTS": doubts}
+    sample, several = sample_size(capacity, width, SAMPLE, doubts, MARGIN), min(2, parts)
+    return {"SAMPLE": sample, "DOUBTS": doubts * several, "BLOCK": BLOCK // several, "PARTS": parts}
 
 
 @triton.jit
@@ -159,16 +175,88 @@ def _choose(
     low, high = _guess(rankings, first, last + 1 - first, keep, margin, SAMPLE)
     above, between = _collect(rankings, doubts, selected, chosen, first, last, low, high, keep, 0, DOUBTS, BLOCK)
     tl.debug_barrier()
-    if (above < keep) & (above + between >= keep) & (between <= DOUBTS):
+    if (above <= keep) & (above + between >= keep) & (between <= DOUBTS):
         number = tl.arange(0, DOUBTS)
         token = tl.load(doubts + number, mask=number < between, other=0)
         ranking = tl.load(rankings + token, mask=number < between, other=-1)
-        tail = _take(token, ranking, number < between, selected, chosen, above, keep, low, high, tail)
-    elif above != keep:  # the guess was wrong, or ties are many
-        within = (above < keep) & (above + between >= keep)
-        low, high = tl.where(within, low, 0), tl.where(within, high, 0x7FFFFFFF)
-        cut, higher = _search(rankings, first, last, keep, low, high, BLOCK)
-        _collect(rankings, doubts, selected, chosen, first, last, cut, cut + 1, keep, keep - higher, DOUBTS, BLOCK)
+        if above < keep:
+            tail = _take(token, ranking, number < between, selected, chosen, above, keep, low, high, tail)
+    else:
+        _choose_by_search(
+            rankings, doubts, selected, chosen, first, last, keep, low, high, above, between, DOUBTS, BLOCK
+        )
+    return tail
+
+
+@triton.jit
+def _choose_by_search(
+    rankings, doubts, selected, chosen, first, last, keep, low, high, above, between,
+    DOUBTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `_choose`, without order, where the guess was wrong or too many are in doubt."""
+    within = (above < keep) & (above + between >= keep)
+    low, high = tl.where(within, low, 0), tl.where(within, high, 0x7FFFFFFF)
+    cut, higher = _search(rankings, first, last, keep, low, high, BLOCK)
+    _collect(rankings, doubts, selected, chosen, first, last, cut, cut + 1, keep, keep - higher, DOUBTS, BLOCK)
+
+
+@triton.jit
+def _collect_part(
+    rankings, doubts, stage, counts, first, last, keep, part, room, margin,
+    SAMPLE: tl.constexpr, DOUBTS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """One of PARTS shares of a row's positions: `_collect`, into memory of the part's own. Returns the guess."""
+    low, high = _guess(rankings, first, last + 1 - first, keep, margin, SAMPLE)
+    base = first // BLOCK * BLOCK
+    share = tl.cdiv(tl.cdiv(last + 1 - base, PARTS), BLOCK) * BLOCK
+    begin = tl.maximum(first, base + part * share)
+    end = tl.minimum(last, base + (part + 1) * share - 1)
+    own_stage, own_doubts = stage + part * 2 * room, doubts + part * (DOUBTS // PARTS)
+    above, between = _collect(
+        rankings, own_doubts, own_stage, own_stage + room, begin, end, low, high, room, 0, DOUBTS // PARTS, BLOCK
+    )
+    tl.store(counts + 2 * part, above)
+    tl.store(counts + 2 * part + 1, between)
+    return low, high
+
+
+@triton.jit
+def _choose_from_parts(
+    rankings, doubts, stage, counts, selected, chosen, first, last, keep, tail, low, high, room,
+    DOUBTS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """As `_choose`, from what all parts have collected; their memory is read past the L1 cache, which others do not
+    write to."""
+    above, between, most = keep * 0, keep * 0, keep * 0
+    for part in tl.static_range(PARTS):
+        above += tl.load(counts + 2 * part, cache_modifier=".cg")
+        doubtful = tl.load(counts + 2 * part + 1, cache_modifier=".cg")
+        between += doubtful
+        most = tl.maximum(most, doubtful)
+    if (above <= keep) & (above + between >= keep) & (most <= DOUBTS // PARTS):
+        for start in range(0, above, BLOCK):
+            slot = start + tl.arange(0, BLOCK)
+            before, part_of, passed = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), keep * 0
+            for part in tl.static_range(PARTS):
+                passed += tl.load(counts + 2 * part, cache_modifier=".cg")
+                before = tl.where(slot >= passed, passed, before)
+                part_of += (slot >= passed).to(tl.int32)
+            place = stage + part_of * 2 * room + slot - before
+            token = tl.load(place, mask=slot < above, other=0, cache_modifier=".cg")
+            ranking = tl.load(place + room, mask=slot < above, other=0, cache_modifier=".cg")
+            tl.store(selected + slot, token, mask=slot < above)
+            tl.store(chosen + slot, ranking, mask=slot < above)
+        if above < keep:
+            number = tl.arange(0, DOUBTS)
+            part_of = number // (DOUBTS // PARTS)
+            exists = number % (DOUBTS // PARTS) < tl.load(counts + 2 * part_of + 1, cache_modifier=".cg")
+            token = tl.load(doubts + number, mask=exists, other=0, cache_modifier=".cg")
+            ranking = tl.load(rankings + token, mask=exists, other=-1)
+            tail = _take(token, ranking, exists, selected, chosen, above, keep, low, high, tail)
+    else:
+        _choose_by_search(
+            rankings, doubts, selected, chosen, first, last, keep, low, high, above, between, DOUBTS, BLOCK
+        )
     return tail
 
 
@@ -210,13 +298,17 @@ def _order_tail(selected, chosen, size, tail, BLOCK: tl.constexpr, TAIL: tl.cons
 
 @triton.jit
 def _select(
-    ranking_ptr, doubt_ptr, selected_ptr, chosen_ptr, row_ptr, length_ptr, full_ptr, flag_ptr, query_ptr, then_ptr,
-    query_b, query_h, kv_heads, capacity, width, margin,
+    ranking_ptr, doubt_ptr, stage_ptr, count_ptr, arrived_ptr, selected_ptr, chosen_ptr, row_ptr, length_ptr, full_ptr,
+    flag_ptr, query_ptr, then_ptr, query_b, query_h, kv_heads, capacity, width, room, margin,
     H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, SIMILARITY: tl.constexpr,
-    SAMPLE: tl.constexpr, DOUBTS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, LAST_RANKS: tl.constexpr,
+    SAMPLE: tl.constexpr, DOUBTS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, TAIL: tl.constexpr,
+    LAST_RANKS: tl.constexpr,
 ):  # fmt: skip
-    """Ends a step of one row and key/value head: selects if it was full, keeps the ranks that drop next in order."""
-    pair = tl.program_id(0)
+    """Ends a step of one row and key/value head: selects if it was full, keeps the ranks that drop next in order.
+
+    PARTS programs share a row's positions; the one that comes last completes the selection.
+    """
+    part, pair = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
     selected, chosen = selected_ptr + pair.to(tl.int64) * width, chosen_ptr + pair.to(tl.int64) * width
     position = tl.load(full_ptr + batch)
@@ -226,16 +318,34 @@ def _select(
     if position >= 0:
         size = tl.minimum(budget, position + 1 - padding)
         rankings, doubts = ranking_ptr + pair.to(tl.int64) * capacity, doubt_ptr + pair.to(tl.int64) * DOUBTS
-        tail = tl.minimum(size, LAST_RANKS)
-        tail = _choose(rankings, doubts, selected, chosen, padding, position, size, tail, margin, SAMPLE, DOUBTS, BLOCK)
-        if kv_head == 0:
+        completes = part == 0
+        if PARTS == 1:
+            tail = tl.minimum(size, LAST_RANKS)
+            tail = _choose(
+                rankings, doubts, selected, chosen, padding, position, size, tail, margin, SAMPLE, DOUBTS, BLOCK
+            )
+        else:
+            stage, counts = stage_ptr + pair.to(tl.int64) * 2 * PARTS * room, count_ptr + pair * 2 * PARTS
+            low, high = _collect_part(
+                rankings, doubts, stage, counts, padding, position, size, part, room, margin,
+                SAMPLE, DOUBTS, BLOCK, PARTS,
+            )  # fmt: skip
+            tl.debug_barrier()  # what all threads have written is there before the program counts as arrived
+            completes = tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel") == PARTS - 1
+            if completes:
+                tail = tl.minimum(size, LAST_RANKS)
+                tail = _choose_from_parts(
+                    rankings, doubts, stage, counts, selected, chosen, padding, position, size, tail, low, high, room,
+                    DOUBTS, BLOCK, PARTS,
+                )  # fmt: skip
+        if completes & (kv_head == 0):
             tl.store(flag_ptr + batch * capacity + position, tl.full([], 1, tl.int1))
             tl.store(row_ptr + batch * 4 + 0, position.to(tl.int64))
             if SIMILARITY:
                 column = tl.arange(0, DP)
                 mean = _mean_query(query_ptr + batch * query_b, query_h, H, D, HP, DP)
                 tl.store(then_ptr + batch * D + column, mean, mask=column < D)
-    elif LAST_RANKS == TAIL:
+    elif (LAST_RANKS == TAIL) & (part == 0):
         since = tl.load(length_ptr).to(tl.int32) - 1 - tl.load(row_ptr + batch * 4 + 0).to(tl.int32)
         anchor = tl.load(row_ptr + batch * 4 + 0).to(tl.int32)
         whole = tl.minimum(budget, anchor + 1 - padding)
