@@ -74,6 +74,26 @@ def test_what_was_measured_is_predicted(length, simulation, sequence, seconds, g
     assert step_seconds(config, SHAPE, 2, 800e12) == pytest.approx(seconds, rel=0.1)
 
 
+FASTER = [
+    (8192, {"pattern": "off"}, 2, 0.25, 1.881, 129.4),
+    (8192, {"pattern": "paper", "stride": 50}, 2, 0.25, 1.905, 129.4),
+    (32768, {"pattern": "off"}, 1, 0.625, 5.492, 134.1),
+    (32768, {"pattern": "whole", "prompt_length": 16384, "stride": 10}, 1, 0.625, 4.988, 138.6),
+]
+"""T, pattern, rows per GPU, recomputed share, seconds a step, GB: likewise, with Liger's kernels and whole layers."""
+
+
+@pytest.mark.parametrize(("length", "simulation", "rows", "share", "seconds", "gigabytes"), FASTER)
+def test_what_was_measured_with_faster_settings_is_predicted(length, simulation, rows, share, seconds, gigabytes):
+    """What Liger's kernels and whole layers save in time is not predicted."""
+    training = {"deepspeed": str(ROOT / "configs" / "deepspeed" / "zero3-layers.json"), "kernels": "liger"}
+    training |= {"activation_checkpointing": share, "micro_batch": rows, "global_batch": 2 * rows}
+    values = {"data": {"row_length": length}, "refresh": {"budget": 2048}, "simulation": simulation}
+    config = settings_from_dict(RunConfig, {**values, "training": training})
+    assert allocated(memory_needed(config, SHAPE, 2)) / 1e9 == pytest.approx(gigabytes, rel=0.03)
+    assert seconds < step_seconds(config, SHAPE, 2, 800e12) < 1.2 * seconds
+
+
 def test_less_is_needed_where_it_should_be(tmp_path):
     def total(name=None, length=None, **settings):
         config = run_config(tmp_path, **settings)
