@@ -201,11 +201,13 @@ def ordinary_attention(
         module = SimpleNamespace(config=config, is_causal=True, layer_idx=module.layer_idx, modules=module.modules)
         kwargs.pop("position_ids", None)  # of the whole row, and packed sequences are refused anyway
     else:
-        mask = _causal_mask(left_padding, query.shape[2], key.shape[2], sliding_window, query.device)
-        if mask is not None and _is_lower_right(left_padding, sliding_window, query):
-            if implementation == "sdpa" and not dropout and ops.takes_later_block(query, key, value):
-                return ops.later_block(query, key, value, scaling).transpose(1, 2)
+        named = _has_a_name(left_padding, sliding_window, query)
+        if named and implementation == "sdpa" and not dropout and ops.takes_block(query, key, value):
+            return ops.block(query, key, value, scaling).transpose(1, 2)
+        if named and query.shape[2] not in (1, key.shape[2]):
             mask = causal_lower_right(query.shape[2], key.shape[2])
+        else:
+            mask = _causal_mask(left_padding, query.shape[2], key.shape[2], sliding_window, query.device)
     with sdpa_kernel(FASTEST_FIRST, set_priority=True):
         output, _ = ALL_ATTENTION_FUNCTIONS[implementation](
             module, query, key, value, mask, scaling=scaling, dropout=dropout, sliding_window=sliding_window, **kwargs
@@ -213,9 +215,9 @@ def ordinary_attention(
     return output
 
 
-def _is_lower_right(left_padding: Tensor | None, window: int | None, query: Tensor) -> bool:
-    """Whether a later block of a prompt can tell the GPU's kernels its pattern by name: they then skip what is hidden,
-    where a mask in full would be read, and grows with the product of the lengths."""
+def _has_a_name(left_padding: Tensor | None, window: int | None, query: Tensor) -> bool:
+    """Whether a prompt or a later block of it can tell the GPU's kernels its pattern by name: they then skip what is
+    hidden, where a mask in full would be read, and grows with the product of the lengths."""
     plain = left_padding is None and window is None and not torch.compiler.is_compiling()
     return plain and query.is_cuda and query.dtype != torch.float64
 

@@ -88,14 +88,14 @@ def test_full_steps_by_cudnn_equal_float64(monkeypatch, size, dtype):
         assert (found.double() - exact).norm() / exact.norm() < 1e-2
 
 
-@pytest.mark.parametrize("late", [256, 700, 999])
-def test_later_blocks_equal_float64(late):
+@pytest.mark.parametrize("late", [256, 700, 999, 1000])
+def test_blocks_of_prompts_equal_float64(late):
     query, key, value = (
         torch.randn(2, 1000, heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for heads in (8, 2, 2)
     )
     with torch.no_grad():
-        assert dense_rows.takes_later_block(query[:, :, -late:], key, value)
-        found = dense_rows.later_block(query[:, :, -late:], key, value, 0.1)
+        assert dense_rows.takes_block(query[:, :, -late:], key, value)
+        found = dense_rows.block(query[:, :, -late:], key, value, 0.1)
     causal = torch.ones(1000, 1000, dtype=torch.bool, device="cuda").tril()[None, None]
     exact = naive.grouped_attention(query.double(), key.double(), value.double(), causal, 0.1)[:, :, -late:]
     assert (found.double() - exact).norm() / exact.norm() < 1e-2

@@ -144,22 +144,34 @@ def test_cudnn_gets_what_comes_again(monkeypatch):
     assert dense_rows.worthwhile(query, key, value, 70, 10) and not dense_rows.worthwhile(query, key, value, 71, 10)
 
 
-@pytest.mark.parametrize("late", [1, 20, 49])
-def test_a_later_block_as_dense_attention(monkeypatch, late):
-    monkeypatch.setattr(dense_rows, "attend", dense_attend)
-    query, key, value = inputs(2, 50, 4, 2, 24)
+@pytest.mark.parametrize(
+    ("count", "before"), [(50, 0), (64, 0), (1, 49), (20, 30), (30, 20), (49, 1), (40, 160), (3, 77)]
+)
+def test_blocks_of_prompts_as_dense_attention(monkeypatch, count, before):
+    """Of rounded sizes, which differ less than the blocks do."""
+    monkeypatch.setattr(dense_rows, "TILE", 8)
+    shapes = []
+
+    def attend(query, key, value, causal, scaling):
+        shapes.append((query.shape[2], key.shape[2]))
+        return dense_attend(query, key, value, causal, scaling)
+
+    monkeypatch.setattr(dense_rows, "attend", attend)
+    query, key, value = inputs(2, count + before, 4, 2, 24)
     whole = dense_attend(query, key, value, True, 0.3)[0]
-    found = dense_rows.later_block(query[:, :, -late:], key, value, 0.3)
-    torch.testing.assert_close(found, whole[:, :, -late:], rtol=1e-4, atol=1e-5)
+    found = dense_rows.block(query[:, :, before:], key, value, 0.3)
+    torch.testing.assert_close(found, whole[:, :, before:], rtol=1e-4, atol=1e-5)
+    assert all(length % 8 == 0 for shape in shapes for length in shape)
+    assert len(shapes) == (2 if before >= 8 else 1) and shapes[0][0] < 1.2 * (count + 16) + 8
 
 
-def test_which_later_blocks_are_dense(monkeypatch):
+def test_which_blocks_are_dense(monkeypatch):
     monkeypatch.setattr(dense_rows, "usable", lambda *tensors: True)
     query, key, value = inputs(1, 300, 1, 1, 16)
-    assert not dense_rows.takes_later_block(query[:, :, -256:], key, value), "it has no gradient"
+    assert not dense_rows.takes_block(query[:, :, -256:], key, value), "it has no gradient"
     with torch.no_grad():
-        assert dense_rows.takes_later_block(query[:, :, -256:], key, value)
-        assert not dense_rows.takes_later_block(query[:, :, -255:], key, value)
+        assert dense_rows.takes_block(query[:, :, -256:], key, value)
+        assert not dense_rows.takes_block(query[:, :, -255:], key, value)
 
 
 SHORT_TAILS = {

@@ -37,20 +37,20 @@ def whole_rows(*args: Any, **kwargs: Any) -> Tensor:
     return short_tail.whole_rows(*args, **kwargs)
 
 
-def takes_later_block(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `later_block` is the faster way for query (B, H, n, D), key and value (B, Hkv, L, D), n < L."""
+def takes_block(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `block` is the faster way for query (B, H, n, D), key and value (B, Hkv, L, D), n <= L."""
     if not uses_kernels(query):
         return False
     from refreshkv.ops import dense_rows
 
-    return dense_rows.takes_later_block(query, key, value)
+    return dense_rows.takes_block(query, key, value)
 
 
-def later_block(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention of the last n positions that `takes_later_block` is for: (B, H, n, D)."""
+def block(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Causal attention of the last n positions, without gradient, that `takes_block` is for: (B, H, n, D)."""
     from refreshkv.ops import dense_rows
 
-    return dense_rows.later_block(query, key, value, scaling)
+    return dense_rows.block(query, key, value, scaling)
 
 
 def select(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:

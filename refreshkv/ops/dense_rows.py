@@ -24,8 +24,11 @@ from refreshkv.ops.tiles import LOG2E, load_rows, padded_head
 
 LN2 = math.log(2.0)
 
-FEWEST_LATER = 256
-"""Queries of a later block from which on cuDNN's tiles fill a GPU."""
+FEWEST_QUERIES = 256
+"""Queries of a block from which on cuDNN's tiles fill a GPU."""
+
+TILE = 128
+"""Rows that cuDNN takes at once: up to a multiple of them, more rows cost nothing."""
 
 PATIENCE = 1e14
 """Operations of forward passes that full steps of one shape cost before cuDNN gets them. For each new shape it makes
@@ -83,19 +86,55 @@ def attend_backward(
     )  # fmt: skip
 
 
-def takes_later_block(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `later_block` can take these and is the fastest way. It has no gradient."""
+def takes_block(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `block` can take these and is the fastest way. It has no gradient."""
     graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    return query.shape[2] >= FEWEST_LATER and not graded and usable(query, key, value)
+    return query.shape[2] >= FEWEST_QUERIES and not graded and usable(query, key, value)
 
 
-def later_block(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention of the last n of L positions, as a rectangle and a causal square: query (B, H, n, D), key and
-    value (B, Hkv, L, D) -> (B, H, n, D). torch's own way to say so leaves cuDNN out."""
-    before = key.shape[2] - query.shape[2]
-    early, early_lse = attend(query, key[:, :, :before], value[:, :, :before], False, scaling)
-    late, late_lse = attend(query, key[:, :, before:], value[:, :, before:], True, scaling)
-    return torch.lerp(early.float(), late.float(), torch.sigmoid(late_lse - early_lse).unsqueeze(-1)).to(query.dtype)
+def block(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Causal attention of the last n of L positions, a prompt or a block of it: query (B, H, n, D), key and value
+    (B, Hkv, L, D) -> (B, H, n, D).
+
+    As a rectangle and a causal square, for torch's own way to say so leaves cuDNN out. Both have rounded sizes, for
+    lengths of prompts seldom come twice and cuDNN makes a plan for each: zeros behind the queries, whose rows nobody
+    reads; and the keys before them that do not fill the rectangle go to the square, with as many zeros for queries.
+    """
+    count, before = query.shape[2], key.shape[2] - query.shape[2]
+    early = before // _step(before) * _step(before)
+    front = before - early
+    side = _rounded(front + count)
+    square = (
+        _padded(tensor, first, side)
+        for tensor, first in ((query, front), (key[:, :, early:], 0), (value[:, :, early:], 0))
+    )
+    output, lse = (part[:, :, front : front + count] for part in attend(*square, True, scaling))
+    if early == 0:
+        return output
+    wide = _padded(query, 0, _rounded(count))
+    rectangle = attend(wide, key[:, :, :early], value[:, :, :early], False, scaling)
+    early_output, early_lse = (part[:, :, :count] for part in rectangle)
+    share = torch.sigmoid(lse - early_lse).unsqueeze(-1)
+    return torch.lerp(early_output.float(), output.float(), share).to(query.dtype)
+
+
+def _step(length: int) -> int:
+    """Lengths about as long are rounded to multiples of this: an eighth to a sixteenth of them, and whole tiles."""
+    return max(TILE, 2 ** max(0, length.bit_length() - 4))
+
+
+def _rounded(length: int) -> int:
+    return -(-length // _step(length)) * _step(length)
+
+
+def _padded(tensor: Tensor, front: int, length: int) -> Tensor:
+    """(B, H, n, D) with zeros in front and behind: (B, H, length, D), positions before heads in memory."""
+    count = tensor.shape[2]
+    if count == length:
+        return tensor
+    wide = tensor.new_zeros(tensor.shape[0], length, tensor.shape[1], tensor.shape[3]).transpose(1, 2)
+    wide[:, :, front : front + count] = tensor
+    return wide
 
 
 def forward(
