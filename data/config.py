@@ -11,10 +11,13 @@ PYTHON_STDLIB = "python-stdlib"
 PYTHON_PACKAGES = "python-packages"
 """The `path` of the library sources of the running Python and of all packages installed for it."""
 
+NUMPY_TESTS = "numpy-tests"
+"""The `path` of the test sources of the installed NumPy, which python-packages leaves out."""
+
 GENERATED_TASKS = "tasks"
 """The `path` of rows made from generated tasks."""
 
-BUILT_IN = (PYTHON_STDLIB, PYTHON_PACKAGES, GENERATED_TASKS)
+BUILT_IN = (PYTHON_STDLIB, PYTHON_PACKAGES, NUMPY_TESTS, GENERATED_TASKS)
 
 FILE_BUILDERS = ("arrow", "csv", "json", "parquet", "text", "xml")
 """Builders of `datasets` that read the user's own files and nothing else."""
@@ -34,8 +37,9 @@ class DataConfig:
     """Folder of the prepared rows: written by launch/prepare.py, read by training and evaluation."""
     path: str = PYTHON_STDLIB
     """What `datasets.load_dataset` takes first: a builder (json, text, parquet, ...), a folder, or a dataset's id on
-    the hub. Or one of three that need no download: python-stdlib, the library sources of the running Python;
-    python-packages, those and the sources of all installed packages; tasks, prompts and answers of `tasks`."""
+    the hub. Or one of four that need no download: python-stdlib, the library sources of the running Python;
+    python-packages, those and the sources of all installed packages, without tests; numpy-tests, the tests of the
+    installed NumPy; tasks, prompts and answers of `tasks`."""
     name: str | None = None
     """The dataset's configuration, where it has several."""
     data_files: str | list[str] | dict[str, Any] | None = None

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+import numpy
 from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetNotFoundError
 
-from refreshkv.data.config import FILE_BUILDERS, PYTHON_PACKAGES, PYTHON_STDLIB, DataConfig
+from refreshkv.data.config import FILE_BUILDERS, NUMPY_TESTS, PYTHON_PACKAGES, PYTHON_STDLIB, DataConfig
 from refreshkv.settings import SettingsError
 
 SKIPPED_DIRECTORIES = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
@@ -91,6 +92,17 @@ def package_documents() -> Iterator[dict[str, str]]:
                 seen.add(document["path"])
 
 
+def numpy_test_documents() -> Iterator[dict[str, str]]:
+    """The test sources of the installed NumPy, one document per file: {"text": ..., "path": the file}.
+
+    `package_documents` has none of them. The same NumPy gives the same documents on every machine.
+    """
+    root = Path(numpy.__file__).parent
+    for file in sorted(root.glob("**/tests/**/*.py")):
+        path = file.relative_to(root.parent).as_posix()
+        yield {"text": f"# {path}\n{_read_python(file)}\n", "path": path}
+
+
 def is_worth_reading(text: str) -> bool:
     """Whether a source file looks written by people, and neither nearly empty nor huge."""
     if not SMALLEST_SOURCE <= len(text) <= LARGEST_SOURCE:
@@ -129,6 +141,8 @@ def _open_source(config: DataConfig) -> Dataset | IterableDataset:
     if config.path == PYTHON_PACKAGES:
         # read anew each time: `datasets` would keep a copy that does not notice new packages
         return IterableDataset.from_generator(package_documents)
+    if config.path == NUMPY_TESTS:
+        return Dataset.from_list(list(numpy_test_documents()))
     if Path(config.path).is_file():
         raise SettingsError(
             f"data.path={config.path} is a file: set data.path to its kind ({', '.join(FILE_BUILDERS)}) and "

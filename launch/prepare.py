@@ -3,7 +3,7 @@
     python launch/prepare.py [--config configs/NAME.yaml] [--overwrite] [data.key=value ...]
 
 The file is a whole run's; only its `data` section is used, and `refresh.budget` for the report. Without --config it is
-configs/quickstart.yaml: the library sources of the running Python, no download. configs/corpora/ has further sources.
+configs/quickstart.yaml: the tests of the installed NumPy, no download. configs/corpora/ has further sources.
 """
 
 import argparse

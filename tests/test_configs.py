@@ -1,5 +1,6 @@
 """The configurations in configs/: each loads, fits together, and the paper's have the paper's settings."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ def test_recipes_load_and_fit_together(path, monkeypatch):
     for step in range(50):
         simulation = draw_simulation(run.simulation, run.refresh, run.data.row_length, run.training.seed, step)
         assert simulation is None or 1 <= simulation.prompt_length < run.data.row_length
+
+
+def test_the_quickstart_adapts_the_base_model_of_the_repository():
+    run = load_settings(RunConfig, ROOT / "configs" / "quickstart.yaml")
+    assert run.model.path == run.data.tokenizer == "base/python-4m"
+    assert (ROOT / run.model.path / "model.safetensors").stat().st_size < 8e6
+    made = load_settings(RunConfig, ROOT / "configs" / "base.yaml")
+    saved = json.loads((ROOT / run.model.path / "config.json").read_text())
+    assert {key: saved[key] for key in made.model.scratch} == made.model.scratch
 
 
 @pytest.mark.parametrize("path", CORPORA, ids=lambda path: path.stem)

@@ -20,7 +20,13 @@ from refreshkv import cli
 from refreshkv.data.config import DataConfig
 from refreshkv.data.folder import complete_folder
 from refreshkv.data.rows import assign_document, check_tokenizer, load_rows, prepare_rows, share_beyond
-from refreshkv.data.sources import is_worth_reading, load_documents, package_documents, stdlib_documents
+from refreshkv.data.sources import (
+    is_worth_reading,
+    load_documents,
+    numpy_test_documents,
+    package_documents,
+    stdlib_documents,
+)
 from refreshkv.settings import SettingsError
 
 ROW_LENGTH = 16
@@ -259,6 +265,7 @@ def test_unusable_tokenizers(config, changes, message):
         {"max_documents": 0},
         {"max_train_rows": 0},
         {"path": "python-packages", "name": "x"},
+        {"path": "numpy-tests", "split": "test"},
         {"train_vocabulary": 256},
         {"folder": ""},
         {"path": "json", "data_files": None},
@@ -386,6 +393,24 @@ def test_package_documents(tmp_path, monkeypatch):
         f"# other/main.py\n{body}# main\n",
     ]
     assert documents == list(package_documents())
+
+
+def test_numpy_test_documents(tmp_path, monkeypatch):
+    for name in ("__init__.py", "core.py", "lib/tests/test_b.py", "lib/tests/data/make.py", "a/tests/test_a.py"):
+        file = tmp_path / "numpy" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"# in {name}")
+    monkeypatch.setattr("numpy.__file__", str(tmp_path / "numpy" / "__init__.py"))
+    names = ["a/tests/test_a.py", "lib/tests/data/make.py", "lib/tests/test_b.py"]
+    assert list(numpy_test_documents()) == [
+        {"text": f"# numpy/{name}\n# in {name}\n", "path": f"numpy/{name}"} for name in names
+    ]
+
+
+def test_a_numpy_without_tests_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("numpy.__file__", str(tmp_path / "numpy" / "__init__.py"))
+    with pytest.raises(SettingsError, match="data.path=numpy-tests holds no documents"):
+        load_documents(DataConfig(path="numpy-tests"))
 
 
 def test_files_worth_reading():
