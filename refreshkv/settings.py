@@ -104,6 +104,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin is typing.Literal:
         if value in arguments:
             return value
+        if value is False and "off" in arguments:  # what YAML takes a bare off for
+            return "off"
         raise SettingsError(f"{name} must be one of {', '.join(map(str, arguments))}, got {value!r}")
     if origin is list:
         if isinstance(value, list):

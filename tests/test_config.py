@@ -126,7 +126,7 @@ class Inner:
 
 @dataclass
 class Whole:
-    kind: Literal["one", "two"] = "one"
+    kind: Literal["one", "two", "off"] = "one"
     inner: Inner = field(default_factory=Inner)
     other: Inner | None = None
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -144,6 +144,11 @@ def test_without_a_file_there_are_defaults_and_overrides():
     assert load_settings(Whole) == Whole()
     loaded = load_settings(Whole, overrides=["kind=two", "inner.steps=[1, 2]", "inner.folder=a=b", "betas=[0, 1]"])
     assert loaded == Whole(kind="two", inner=Inner(steps=[1, 2], folder="a=b"), betas=[0.0, 1.0])
+    assert (
+        load_settings(Whole, overrides=["kind=off"]).kind
+        == load_settings(Whole, overrides=["kind='off'"]).kind
+        == "off"
+    )
 
 
 def test_a_file_with_sections_and_overrides_on_top(tmp_path):
