@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from refreshkv import RefreshConfig, Simulation
+from refreshkv import RefreshConfig, Simulation, attention
 from refreshkv.attention import refresh_attention
 from refreshkv.ops import dense_rows, full_rows, fused, partial_rows, ranking
 from refreshkv.schedule import plan
@@ -58,7 +58,7 @@ def main() -> None:
     if (args.model is None) != (args.data is None):
         parser.error("--model and --data belong together")
     # cuDNN gets full steps of shapes that come again, as a fixed length does and a drawn one does not
-    dense_rows.PATIENCE = math.inf if args.drawn else 0.0
+    attention.FAMILIAR = math.inf if args.drawn else 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {ceiling(args.repeat):.0f} TFLOP/s in a product")
     results, dense = [], {}
     for case in args.cases.split(","):
@@ -276,7 +276,7 @@ def parts(
     query = query[:, :, prompt - config.observation_window :]
     sums = [torch.zeros_like(key, dtype=torch.float32) for _ in range(2)]
     work = {"prompt": prompt_both}
-    known, dense = None, dense_rows.worthwhile(query, key, value, prompt, stride)
+    known, dense = None, attention.FAMILIAR == 0
     if full_positions.shape[1] > 1:
 
         def full_forward() -> Tensor:

@@ -6,6 +6,7 @@ Training and generation come through here: a `Simulation` computes all positions
 Shapes: `B` batch rows, `T` query positions, `L` key positions, `H` query heads, `Hkv` key/value heads, `D` head size.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from copy import copy
 from types import SimpleNamespace
@@ -32,6 +33,13 @@ FASTEST_FIRST = [
 PROMPT_STEP = 128
 """Prompts of simulated rows are computed up to a multiple of this on a GPU, the further rows for nothing: cuDNN makes a
 plan for each new length, some ten milliseconds long, and takes tiles of 128 rows anyway."""
+
+FAMILIAR = 8
+"""Simulations of one shape after which its full steps go to cuDNN, which plans for each new one for some hundred
+milliseconds in all. Where each step draws its prompt's length, few shapes come so often."""
+
+_simulated: Counter[tuple] = Counter()
+"""How many simulations each shape has had."""
 
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 """Changes of the softmax that some models ask for; ignoring one would give other numbers than the model's."""
@@ -119,12 +127,25 @@ def _simulate(
     settings = {"scaling": scaling, **config.rows_settings(prompt, length, padded=left_padding is not None)}
     if dense and ops.takes_whole_rows(query, key, value, prompt, settings["uniform"]):
         return ops.whole_rows(query, key, value, *arguments, **settings)
+    settings["uniform"] = settings["uniform"] and _is_familiar(simulation, query, key)
     computed = _computed_prompt(query, prompt) if dense else prompt
     parts = _SplitAtPrompt.apply(query, key, value, prompt, computed, config.observation_window)
     *early, late_query, key, value = parts
     output = ordinary(*early)[:, :prompt]
     decoded = ops.refresh_rows(late_query, key, value, *arguments, **settings)
     return torch.cat([output, decoded], dim=1)
+
+
+def _is_familiar(simulation: Simulation, query: Tensor, key: Tensor) -> bool:
+    """Whether plans for these shapes pay. Decided once for a simulation: layers that are computed again for the
+    backward pass go the same way, to the last bit."""
+    if torch.compiler.is_compiling():
+        return True
+    shape = (*query.shape, *key.shape, simulation.prompt_length, simulation.config.stride)
+    if shape not in simulation.familiar:
+        _simulated[shape] += 1
+        simulation.familiar[shape] = _simulated[shape] > FAMILIAR
+    return simulation.familiar[shape]
 
 
 def _computed_prompt(query: Tensor, prompt: int) -> int:

@@ -106,6 +106,8 @@ class Simulation:
     config: RefreshConfig = field(default_factory=RefreshConfig)
     record: bool = False
     full_steps: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    familiar: dict[tuple, bool] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """The attention's own: what it has decided for the shapes of this pass."""
 
     def __post_init__(self) -> None:
         _check_whole("prompt_length", self.prompt_length, 1)

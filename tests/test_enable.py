@@ -1,5 +1,7 @@
 """What enable() and the attention refuse, other attentions for the prompt, and gradients."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -9,6 +11,7 @@ from transformers.integrations import flash_attention
 import refreshkv
 from refreshkv import RefreshCache, RefreshConfig, Simulation, attention
 from refreshkv.attention import refresh_attention
+from refreshkv.ops import naive
 from refreshkv.settings import SettingsError
 from tests import literal
 from tests.models import decode_logits, padded_positions, random_ids, tiny_enabled, tiny_model
@@ -315,6 +318,25 @@ def test_gradients_are_those_of_the_paper_algorithm(config, padding):
     found = gradients(model, ids, refresh=Simulation(11, config), **extra)
     expected = gradients(reference, ids, blocks=[(0, 11)], config=config, **extra)
     assert_same_gradients(found, expected, 1e-10)
+
+
+def test_shapes_that_come_again_are_known_as_such(monkeypatch):
+    """Decided once for all layers of a pass, those that are recomputed too; another shape starts anew."""
+    told = []
+
+    def refresh_rows(*tensors, uniform, **settings):
+        told.append(uniform)
+        return naive.refresh_rows(*tensors, uniform=uniform, **settings)
+
+    monkeypatch.setattr(attention.ops, "refresh_rows", refresh_rows)
+    monkeypatch.setattr(attention, "FAMILIAR", 2)
+    monkeypatch.setattr(attention, "_simulated", Counter())
+    model, ids = tiny_enabled().train(), random_ids(2, 40)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for prompt, expected in [(21, False), (21, False), (22, False), (21, True), (22, False), (21, True)]:
+        told.clear()
+        model(ids, labels=ids, refresh=Simulation(prompt, FIXED), use_cache=False).loss.backward()
+        assert told == [expected] * 4
 
 
 @pytest.mark.parametrize("padding", [0, 7])

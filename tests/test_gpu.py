@@ -67,16 +67,15 @@ def test_kernels_equal_float64(size, dtype):
     "size",
     [(1023, 511, 2, 63, 4, 128), (1023, 1002, 7, 300, 7, 64), (4097, 2048, 7, 1000, 4, 128), (999, 60, 50, 63, 1, 96)],
 )
-def test_full_steps_by_cudnn_equal_float64(monkeypatch, size, dtype):
+def test_full_steps_by_cudnn_equal_float64(size, dtype):
     """Rectangles and squares, as of shapes that come again."""
     length, prompt, stride, budget, groups, head_dim = size
-    monkeypatch.setattr(dense_rows, "PATIENCE", 0.0)
     torch.manual_seed(length + stride)
     shapes = (2 * groups, 2, 2)
     inputs = [torch.randn(2, length, heads, head_dim, device="cuda", dtype=dtype).transpose(1, 2) for heads in shapes]
     inputs = [tensor.requires_grad_() for tensor in inputs]
     _, arguments, settings = rows_arguments(inputs[0], prompt, RefreshConfig(budget=budget, stride=stride), 0.1)
-    assert settings["uniform"] and dense_rows.worthwhile(*inputs, prompt, stride)
+    assert settings["uniform"] and dense_rows.takes_full_steps(*inputs, prompt, stride)
     upstream = torch.randn(2, length - prompt, 2 * groups, head_dim, device="cuda", dtype=dtype)
     output = fused.refresh_rows(*inputs, *arguments, **settings)
     selected = output.grad_fn.saved_tensors[7].long()

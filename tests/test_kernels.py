@@ -124,24 +124,17 @@ def dense_attend_backward(upstream, query, key, value, output, lse, causal, scal
 def test_full_steps_as_dense_attention(monkeypatch, name):
     monkeypatch.setattr(partial_rows, "MANY_PROGRAMS", 1)  # large tiles, keys not shared, though there are few
     monkeypatch.setattr(dense_rows, "usable", lambda *tensors: True)
-    monkeypatch.setattr(dense_rows, "PATIENCE", 0.0)
     monkeypatch.setattr(dense_rows, "attend", dense_attend)
     monkeypatch.setattr(dense_rows, "attend_backward", dense_attend_backward)
     compare(CASES[name])
 
 
-def test_cudnn_gets_what_comes_again(monkeypatch):
-    """Not before its plans pay, and never a single full step, which it refuses; forward and backward agree."""
+def test_cudnn_gets_several_full_steps(monkeypatch):
+    """It refuses a single one."""
     monkeypatch.setattr(dense_rows, "usable", lambda *tensors: True)
-    monkeypatch.setattr(dense_rows, "_seen", {})
     query, key, value = inputs(1, 90, 2, 2, 16)
-    work = 4 * 4 * 16 * 3 * 75  # heads, head size, steps, keys that each sees on average
-    monkeypatch.setattr(dense_rows, "PATIENCE", 1.5 * work)
-    asked = [dense_rows.worthwhile(query, key, value, 60, 10, again) for again in (False, True, True, False, True)]
-    assert asked == [False, False, False, True, True]
-    assert not dense_rows.worthwhile(query, key, value, 59, 10)
-    monkeypatch.setattr(dense_rows, "PATIENCE", 0.0)
-    assert dense_rows.worthwhile(query, key, value, 70, 10) and not dense_rows.worthwhile(query, key, value, 71, 10)
+    assert dense_rows.takes_full_steps(query, key, value, 70, 10)
+    assert not dense_rows.takes_full_steps(query, key, value, 71, 10)
 
 
 @pytest.mark.parametrize(

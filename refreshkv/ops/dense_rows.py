@@ -30,14 +30,6 @@ FEWEST_QUERIES = 256
 TILE = 128
 """Rows that cuDNN takes at once: up to a multiple of them, more rows cost nothing."""
 
-PATIENCE = 1e14
-"""Operations of forward passes that full steps of one shape cost before cuDNN gets them. For each new shape it makes
-plans, which takes some hundred milliseconds in all; until then `full_rows` computes them, at about two thirds of the
-speed. Where the prompt's length is drawn anew at every step, few shapes come so often."""
-
-_seen: dict[tuple[int, ...], float] = {}
-"""By shape, the operations so far."""
-
 
 def usable(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether cuDNN takes these tensors, (B, H, Q, D) and twice (B, Hkv, T, D)."""
@@ -46,18 +38,10 @@ def usable(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return can_use_cudnn_attention(SDPAParams(query, key, value, None, 0.0, True, True))
 
 
-def worthwhile(query: Tensor, key: Tensor, value: Tensor, prompt_length: int, stride: int, again: bool = False) -> bool:
-    """Whether the full steps of query (B, H, Q, D), key and value (B, Hkv, T, D) go this way: if cuDNN takes them, and
-    has been given their shape often enough. again: asked a second time for the same pass."""
-    steps = (key.shape[2] - prompt_length) // stride
-    if steps < 2 or not usable(query, key, value):  # cuDNN refuses a square of one
-        return False
-    shape = (*query.shape, *key.shape, prompt_length, stride)
-    if not again:
-        seen_by_each = (prompt_length + key.shape[2]) / 2
-        work = 4 * query.shape[0] * query.shape[1] * query.shape[3] * steps * seen_by_each
-        _seen[shape] = _seen.get(shape, 0.0) + work
-    return _seen.get(shape, 0.0) > PATIENCE
+def takes_full_steps(query: Tensor, key: Tensor, value: Tensor, prompt_length: int, stride: int) -> bool:
+    """Whether the full steps of query (B, H, Q, D), key and value (B, Hkv, T, D) can go this way."""
+    several = (key.shape[2] - prompt_length) // stride > 1  # cuDNN refuses a square of one
+    return several and usable(query, key, value)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:

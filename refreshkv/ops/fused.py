@@ -70,7 +70,7 @@ def _forward(
     output = _output_like(query, key, prompt)
     full_lse = known = None
     if full_positions.shape[1] > 1:  # the first check is the prompt's own row
-        if uniform and dense_rows.worthwhile(query, key, value, prompt, stride):
+        if uniform and dense_rows.takes_full_steps(query, key, value, prompt, stride):
             full_lse = dense_rows.forward(query, key, value, output, prompt, stride, scaling)
         else:
             full_lse = full_rows.forward(query, key, value, full_positions, left_padding, output, prompt, scaling)
@@ -119,7 +119,7 @@ def _backward(
     query_grad = torch.zeros_like(query)
     decoded_grad = query_grad[:, :, query.shape[2] - output.shape[1] :]  # those before only observe
     if full_positions.shape[1] > 1:
-        if uniform and dense_rows.worthwhile(query, key, value, prompt, stride, again=True):
+        if uniform and dense_rows.takes_full_steps(query, key, value, prompt, stride):
             key_grad, value_grad = dense_rows.backward(
                 query, key, value, full_lse, output, upstream, decoded_grad, prompt, stride, scaling
             )

@@ -57,7 +57,7 @@ def refresh_rows(
     query (B, H, Q, D): of the last Q positions, those after the prompt and the ones that observe at its end; key, value
     (B, Hkv, T, D): of the whole row; full_positions, latest (B, C) int64: the schedule;
     budgets, left_padding (B,) int64; width: the largest `min(budget, T)`; the options of the selection as in `select`;
-    uniform: a promise that every check is full and no row has padding, of which the kernels make use.
+    uniform: a promise that every check is full and no row has padding, of which the kernels may make use.
     Returns (B, R, H, D). Differentiable in query, key and value; the selection is not differentiated.
     """
     selected = select(
