@@ -155,8 +155,8 @@ def _computed_prompt(query: Tensor, prompt: int) -> int:
 
 class _SplitAtPrompt(torch.autograd.Function):
     """Query, key and value of the first `computed` positions; then the queries from the prompt's last `observing`
-    positions on, and keys and values whole. Backward puts the gradients together in one pass: nobody uses
-    rows beyond the prompt, whose gradients are zeros. Autograd by itself would pad each with more."""
+    positions on, and keys and values whole. Backward puts the gradients together in one pass, where autograd by itself
+    would pad each with zeros; those of queries beyond the prompt are zero, for nobody uses what they computed."""
 
     @staticmethod
     def forward(ctx, query, key, value, prompt, computed, observing):

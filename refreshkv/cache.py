@@ -274,6 +274,8 @@ class RefreshLayer(BufferedLayer):
         super().__init__(max_cache_len)
         self.config = config
         self.last_queries = config.observation_window
+        self.drops_many = config.threshold is not None or config.stride > TAIL
+        """Whether more ranks may drop before the next full step than the kernels put in order at a time."""
         self.width = min(config.largest_budget(max_cache_len), max_cache_len)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -343,7 +345,6 @@ class RefreshLayer(BufferedLayer):
     def _select(self, observers: Tensor, last: Tensor, scaling: float) -> Tensor:
         """The best positions at the last token, (B, Hkv, W), all in order: a similarity schedule may drop any."""
         keys = self._known_keys()
-        stride = self.config.stride
         _, budgets, left_padding, _ = (column.contiguous() for column in self.rows.unbind(1))
         return ops.select(
             observers,
@@ -352,7 +353,7 @@ class RefreshLayer(BufferedLayer):
             budgets,
             left_padding,
             width=self.width,
-            droppable=self.width if self.config.threshold is not None or stride > TAIL else stride,
+            droppable=self.width if self.drops_many else self.config.stride,
             scaling=scaling,
             **self.config.selection_options(),
         ).squeeze(2)

@@ -25,7 +25,7 @@ from refreshkv import ops
 from refreshkv.cache import RefreshLayer
 from refreshkv.config import NEVER, RefreshConfig
 from refreshkv.ops import decode
-from refreshkv.ops.decode import TAIL, decode_step
+from refreshkv.ops.decode import decode_step
 from refreshkv.settings import SettingsError
 
 SLACK = 256
@@ -49,7 +49,6 @@ class OffloadedLayer(RefreshLayer):
         steps = max_cache_len if config.threshold is not None else min(config.stride, max_cache_len)
         self.visible = min(self.width, steps) + 1
         """Most tokens since a full step that a queue holds, and the token itself."""
-        self._drops_many = config.threshold is not None or config.stride > TAIL
 
     def _new_buffer(self, like: Tensor) -> Tensor:
         if like.is_cuda and not decode.uses_kernels(like):
@@ -128,7 +127,7 @@ class OffloadedLayer(RefreshLayer):
         """A step that may be full: by the host's buffers; then the rows that were full change their small caches."""
         self._flush(position)
         output = super().step(query, key, value, scaling)
-        if self._drops_many and decode.uses_kernels(query):
+        if self.drops_many and decode.uses_kernels(query):
             self._sort()
         self.flushed = position + 1
         full = self.rows[:, 0] == position
