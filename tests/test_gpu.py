@@ -38,6 +38,17 @@ def exact_rows(query, key, value, arguments, settings, selected):
     return rows.transpose(1, 2)
 
 
+def uniform_case(size, dtype):
+    """Random inputs without padding, and the arguments and settings of their rows after the prompt."""
+    length, prompt, stride, budget, groups, head_dim = size
+    torch.manual_seed(length + stride)
+    shapes = (2 * groups, 2, 2)
+    inputs = [torch.randn(2, length, heads, head_dim, device="cuda", dtype=dtype).transpose(1, 2) for heads in shapes]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    _, arguments, settings = rows_arguments(inputs[0], prompt, RefreshConfig(budget=budget, stride=stride), 0.1)
+    return inputs, arguments, settings
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("size", SIZES)
 def test_kernels_equal_float64(size, dtype):
@@ -69,12 +80,8 @@ def test_kernels_equal_float64(size, dtype):
 )
 def test_full_steps_by_cudnn_equal_float64(size, dtype):
     """Rectangles and squares, as of shapes that come again."""
-    length, prompt, stride, budget, groups, head_dim = size
-    torch.manual_seed(length + stride)
-    shapes = (2 * groups, 2, 2)
-    inputs = [torch.randn(2, length, heads, head_dim, device="cuda", dtype=dtype).transpose(1, 2) for heads in shapes]
-    inputs = [tensor.requires_grad_() for tensor in inputs]
-    _, arguments, settings = rows_arguments(inputs[0], prompt, RefreshConfig(budget=budget, stride=stride), 0.1)
+    length, prompt, stride, _, groups, head_dim = size
+    inputs, arguments, settings = uniform_case(size, dtype)
     assert settings["uniform"] and dense_rows.takes_full_steps(*inputs, prompt, stride)
     upstream = torch.randn(2, length - prompt, 2 * groups, head_dim, device="cuda", dtype=dtype)
     output = fused.refresh_rows(*inputs, *arguments, **settings)
@@ -125,12 +132,8 @@ def test_prompts_of_any_length_by_cudnn(monkeypatch):
 )
 def test_short_tails_equal_float64(size, dtype):
     """One dense attention by cuDNN over the whole row, told that the partial rows' log-sum-exp is infinite."""
-    length, prompt, stride, budget, groups, head_dim = size
-    torch.manual_seed(length + stride)
-    shapes = (2 * groups, 2, 2)
-    inputs = [torch.randn(2, length, heads, head_dim, device="cuda", dtype=dtype).transpose(1, 2) for heads in shapes]
-    inputs = [tensor.requires_grad_() for tensor in inputs]
-    _, arguments, settings = rows_arguments(inputs[0], prompt, RefreshConfig(budget=budget, stride=stride), 0.1)
+    length, prompt, _, _, groups, head_dim = size
+    inputs, arguments, settings = uniform_case(size, dtype)
     assert short_tail.usable(*inputs, prompt, settings["uniform"])
     upstream = torch.randn(2, length, 2 * groups, head_dim, device="cuda", dtype=dtype)
     output = short_tail.whole_rows(*inputs, *arguments, **settings)
