@@ -1,7 +1,6 @@
 """Evaluation: the losses are transformers' and the decoder's own, and reports say what was measured."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import shutil
@@ -39,6 +38,7 @@ from refreshkv.train.report import (
 )
 from refreshkv.train.row_losses import RowRecords, row_losses
 from tests.models import VOCABULARY, decode_logits, random_ids, tiny_enabled, tiny_model
+from tests.scripts import load_script
 
 LENGTH, LAST = 60, 40
 CONFIG = RefreshConfig(budget=6, stride=10)
@@ -322,11 +322,7 @@ def test_reports_of_something_else_are_not_compared(tmp_path):
 
 @pytest.fixture(scope="module")
 def launch():
-    path = Path(__file__).parent.parent / "launch" / "evaluate.py"
-    spec = importlib.util.spec_from_file_location("launch_evaluate", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script("evaluate").main
 
 
 @pytest.fixture(scope="module")

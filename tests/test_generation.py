@@ -1,10 +1,8 @@
 """generate() with a RefreshCache, the cache itself, and launch/generate.py."""
 
 import copy
-import importlib.util
 import io
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from refreshkv import NEVER, RefreshCache, RefreshConfig, Simulation
 from refreshkv.settings import SettingsError
 from tests import literal
 from tests.models import FAMILIES, VOCABULARY, decode_logits, padded_positions, random_ids, tiny_enabled, tiny_model
+from tests.scripts import load_script
 
 FIXED = RefreshConfig(budget=6, stride=4)
 SIMILAR = RefreshConfig(
@@ -404,17 +403,9 @@ def test_a_copy_of_an_enabled_model_is_enabled(duplicate):
 # ---- launch/generate.py
 
 
-def load_script():
-    path = Path(__file__).resolve().parent.parent / "launch" / "generate.py"
-    spec = importlib.util.spec_from_file_location("launch_generate", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def script():
-    return load_script()
+    return load_script("generate")
 
 
 def letters_tokenizer(size=VOCABULARY):

@@ -1,6 +1,5 @@
 """launch/generate.py and launch/evaluate.py with --prefix-store."""
 
-import importlib.util
 import json
 import re
 import warnings
@@ -17,19 +16,12 @@ from refreshkv.train import decoding
 from refreshkv.train.decoding import Decoding, build_decodings
 from refreshkv.train.task_evaluation import Records, evaluate_tasks, make_examples
 from tests.models import random_ids, tiny_enabled, tiny_model
+from tests.scripts import load_script
 from tests.test_generation import SLIDING, letters_tokenizer
 from tests.test_task_evaluation import CONFIG, lines, model, tasks, tokenizer  # noqa: F401  fixtures
 
 PROMPT = "".join(chr(32 + token) for token in random_ids(1, 150).flatten().tolist())
 CUT = 110
-
-
-def script(name):
-    path = Path(__file__).resolve().parent.parent / "launch" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"launch_{name}_store", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # ---- launch/generate.py
@@ -47,7 +39,7 @@ def folder(request, tmp_path):
 def generated(capsys, folder, prompt, *more):
     """The text, and the rows of the report."""
     given = ["--model", str(folder), "--prompt-file", str(folder / prompt), "--max-new-tokens", "12", *more]
-    script("generate").main([*given, "--device", "cpu"])
+    load_script("generate").main([*given, "--device", "cpu"])
     text, table = capsys.readouterr().out.split("\n\n")
     return text, dict(re.split(r"  +|: ", row, maxsplit=1) for row in table.strip().splitlines())
 
@@ -121,7 +113,7 @@ def test_evaluate(tokenizer, tmp_path, monkeypatch):  # noqa: F811
     plain = tiny_model(dtype=torch.float32, vocab_size=len(tokenizer), eos_token_id=0, max_position_embeddings=1024)
     plain.save_pretrained("model")
     tokenizer.save_pretrained("model")
-    main = script("evaluate").main
+    main = load_script("evaluate").main
     given = ["--model", "model", "--tasks", "chain_of_key", "--task-length", "260", "--examples", "2", "--budget", "40"]
     given += ["--device", "cpu", "tasks.chain_of_key.keys=2", "tasks.chain_of_key.max_new_tokens=20"]
     main([*given, "--output", "without"])

@@ -1,6 +1,5 @@
 """Suites: the files in configs/suites, what a run measures, how it is laid out, resumed and made smaller."""
 
-import importlib.util
 import json
 import random
 from pathlib import Path
@@ -22,6 +21,7 @@ from refreshkv.train.evaluation import evaluate
 from refreshkv.train.suite import Suite, load_suite, named_models
 from refreshkv.train.suite_changes import Changes, change
 from tests.models import tiny_model
+from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [f"paper-table-{number}" for number in (1, 2, 3, 4, 5, 8, 9)] + ["paper-figure-3", "paper-figure-4"]
@@ -202,11 +202,7 @@ def test_models_by_name(tmp_path):
 
 @pytest.fixture(scope="module")
 def launch():
-    path = ROOT / "launch" / "evaluate.py"
-    spec = importlib.util.spec_from_file_location("launch_evaluate_suite", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script("evaluate").main
 
 
 @pytest.fixture(scope="module")

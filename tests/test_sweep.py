@@ -1,6 +1,5 @@
 """The threshold sweep: what it recommends, worked by hand on made-up losses, and a run of the command."""
 
-import importlib.util
 import json
 import math
 import random
@@ -20,6 +19,7 @@ from refreshkv.settings import SettingsError
 from refreshkv.train.evaluation import Evaluation, Result, evaluate
 from refreshkv.train.sweep import Sweep, sweep_strategies
 from tests.models import VOCABULARY, random_ids, tiny_model
+from tests.scripts import load_script
 
 LENGTH = 70
 
@@ -102,11 +102,7 @@ def test_strategies():
 
 @pytest.fixture(scope="module")
 def launch():
-    path = Path(__file__).resolve().parent.parent / "launch" / "sweep.py"
-    spec = importlib.util.spec_from_file_location("launch_sweep", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script("sweep").main
 
 
 @pytest.fixture(scope="module")

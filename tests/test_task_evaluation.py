@@ -1,6 +1,5 @@
 """Evaluation on tasks: what a batch generates, what is counted, how it resumes, and what the command line refuses."""
 
-import importlib.util
 import json
 import random
 from dataclasses import replace
@@ -19,6 +18,7 @@ from refreshkv.train import decoding, task_evaluation
 from refreshkv.train.decoding import build_decodings
 from refreshkv.train.task_evaluation import Records, evaluate_tasks, fingerprint, left_padded, make_examples
 from tests.models import tiny_model
+from tests.scripts import load_script
 
 CONFIG = RefreshConfig(budget=40, stride=4)
 LENGTH = 260
@@ -252,11 +252,7 @@ def test_memory_of_each_cache(model, tokenizer, tasks, tmp_path):
 
 @pytest.fixture(scope="module")
 def launch():
-    path = Path(__file__).parent.parent / "launch" / "evaluate.py"
-    spec = importlib.util.spec_from_file_location("launch_evaluate_tasks", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script("evaluate").main
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Training end to end on CPU ranks: exact resume, the same numbers on any number of ranks, refusals."""
 
-import importlib.util
 import json
 import random
 import shutil
@@ -39,6 +38,7 @@ from tests.jobs import (
 )
 from tests.models import random_ids, tiny_enabled, tiny_model
 from tests.ranks import run_ranks, run_script
+from tests.scripts import load_script
 
 LOSSES = ("loss", "loss full", "loss partial", "grad norm")
 
@@ -50,10 +50,7 @@ def rows(tmp_path_factory):
 
 def train_main(arguments):
     """`launch/train.py` in this process."""
-    specification = importlib.util.spec_from_file_location("launch_train", ROOT / "launch" / "train.py")
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
-    script.main(arguments)
+    load_script("train").main(arguments)
 
 
 def losses(output):
