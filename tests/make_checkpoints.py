@@ -1,13 +1,10 @@
 """Trains a tiny model for a few steps per case on all ranks, and saves real checkpoints with the weights to expect.
 
-    RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 python tests/make_checkpoints.py FOLDER
-
-One such process per rank. Each case gives FOLDER/<case>/checkpoints/step-0000003 as training writes it, and
-FOLDER/<case>/expected.pt.
+`main(folder)` runs on each rank. A case gives folder/<case>/checkpoints/step-0000003 as training writes it, and
+folder/<case>/expected.pt.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import deepspeed
@@ -102,7 +99,3 @@ def main(folder: Path) -> None:
         dist.barrier()
         train_case(folder / case, rank, world, stage, dtype, tied, tokenizer)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -20,6 +20,7 @@ from refreshkv.train.experiment.pieces import Command, plan
 from refreshkv.train.experiment.report import gaps_closed, perplexity_table, task_table, write_tables
 from refreshkv.train.experiment.results import Results
 from tests.jobs import ROOT, make_rows
+from tests.scripts import load_script
 
 SCRATCH = {
     "model_type": "llama",
@@ -101,15 +102,35 @@ made.touch()
 """
 
 
+def stand_ins(folder, monkeypatch):
+    """Stand-ins for the scripts, which write down how they were called."""
+    launch = folder / "launch"
+    launch.mkdir(exist_ok=True)
+    for name in ("prepare", "train", "export", "evaluate"):
+        (launch / f"{name}.py").write_text(FAKE)
+    monkeypatch.setenv("CALLS", str(folder / "calls.txt"))
+    return launch
+
+
 @pytest.fixture
 def launch(tmp_path, monkeypatch):
-    """Stand-ins for the scripts, which write down how they were called."""
-    folder = tmp_path / "launch"
-    folder.mkdir()
-    for name in ("prepare", "train", "export", "evaluate"):
-        (folder / f"{name}.py").write_text(FAKE)
-    monkeypatch.setenv("CALLS", str(tmp_path / "calls.txt"))
-    return folder
+    return stand_ins(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """The folder of an experiment that has run to its end, and what became of its pieces; not to be changed."""
+    folder = tmp_path_factory.mktemp("everything")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        outcome, _ = go(experiment(folder), stand_ins(folder, monkeypatch), folder)
+    return folder, outcome
+
+
+@pytest.fixture
+def finished(everything, tmp_path):
+    """A copy of that experiment in this test's folder."""
+    shutil.copytree(everything[0], tmp_path, dirs_exist_ok=True)
+    return experiment(tmp_path)
 
 
 def calls(tmp_path):
@@ -152,31 +173,31 @@ def test_a_study_that_starts_from_anothers_base(tmp_path):
     assert pieces["second/base"].commands[0].config[1]["model"] == {"path": f"{tmp_path}/runs/small/base/model"}
 
 
-def test_a_run_of_everything(tmp_path, launch):
-    config = experiment(tmp_path)
-    outcome, results = go(config, launch, tmp_path)
+def test_a_run_of_everything(everything):
+    folder, outcome = everything
+    config = experiment(folder)
+    results = Results(config)
     assert not outcome.failed and not outcome.left and len(outcome.done) == 7
-    made = calls(tmp_path)
+    made = calls(folder)
     assert [name for name, *_ in made[:4]] == ["prepare", "train", "train", "export"]  # the base on both devices
     assert [(seen, world) for name, seen, world, _ in made[1:3]] == [("0,1", "2")] * 2
     arms = [(name, seen, world) for name, seen, world, _ in made[4:]]
     assert {seen for _, seen, _ in arms} == {"0", "1"} and {world for *_, world in arms} == {None}
     assert len(results.entries) == 6
-    runs = [yaml.safe_load((tmp_path / f"runs/small/whole-{seed}/run.yaml").read_text()) for seed in (0, 1)]
+    runs = [yaml.safe_load((folder / f"runs/small/whole-{seed}/run.yaml").read_text()) for seed in (0, 1)]
     assert [run["training"]["seed"] for run in runs] == [0, 1]
     assert runs[0]["refresh"]["observation_window"] == 4 and runs[0]["refresh"]["budget"] == 8
-    assert runs[0]["model"] == {"path": str(tmp_path / "runs/small/base/model")}
+    assert runs[0]["model"] == {"path": str(folder / "runs/small/base/model")}
     assert "perplexity" in write_tables(config, results.entries)
-    assert {path.name for path in (tmp_path / "results").glob("[!.]*")} == {
+    assert {path.name for path in (folder / "results").glob("[!.]*")} == {
         "results.json",
         "tables.md",
         "small-perplexity.png",
     }
 
 
-def test_finished_figures_are_enough_to_go_on_elsewhere(tmp_path, launch):
-    config = experiment(tmp_path)
-    _, results = go(config, launch, tmp_path)
+def test_finished_figures_are_enough_to_go_on_elsewhere(finished, tmp_path, launch):
+    results = Results(finished)
     del results.entries["small/plain/1/paper/perplexity"]
     (tmp_path / "results/results.json").write_text(json.dumps(results.entries))
     elsewhere = experiment(tmp_path, output=str(tmp_path / "elsewhere"))
@@ -193,22 +214,19 @@ def test_finished_figures_are_enough_to_go_on_elsewhere(tmp_path, launch):
         Results(elsewhere)
 
 
-def test_what_others_add_meanwhile_is_kept(tmp_path, launch):
-    config = experiment(tmp_path)
-    _, results = go(config, launch, tmp_path)
-    late = Results(config)
+def test_what_others_add_meanwhile_is_kept(finished, tmp_path):
+    results, late = Results(finished), Results(finished)
     late.entries.clear()
-    piece = next(p for p in plan(config, set()) if p.name == "small/plain-0")
+    piece = next(p for p in plan(finished, set()) if p.name == "small/plain-0")
     late.add(piece)
-    assert set(Results(config).entries) == set(results.entries)
+    assert set(Results(finished).entries) == set(results.entries) and len(results.entries) == 6
     results.entries["small/plain/1/paper/perplexity"]["rows"] = "others"
     (tmp_path / "results/results.json").write_text(json.dumps(results.entries))
     with pytest.raises(SettingsError, match="on other rows"):
         late.add(piece)
 
 
-def test_settings_that_change_no_figure_may_change(tmp_path, launch):
-    go(experiment(tmp_path), launch, tmp_path)
+def test_settings_that_change_no_figure_may_change(finished, tmp_path):
     values = settings(tmp_path)
     values["studies"]["small"]["continued"]["training"] |= {"micro_batch": 1, "log_every": 3, "seed": 0}
     values["studies"]["small"]["perplexity"] |= {"batch_size": 2, "split": "test"}
@@ -239,8 +257,7 @@ def test_rows_are_prepared_with_the_studys_settings_alone(tmp_path):
 
 def test_sigterm_ends_the_runs_too(tmp_path, launch, monkeypatch):
     """Nothing goes on alone, and two do not work in one output."""
-    for name in ("experiment.py",):
-        (launch / name).write_text((ROOT / "launch" / name).read_text())
+    shutil.copy(ROOT / "launch" / "experiment.py", launch)
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(settings(tmp_path)))
     command = [sys.executable, str(launch / "experiment.py"), "--config", str(path)]
@@ -250,8 +267,8 @@ def test_sigterm_ends_the_runs_too(tmp_path, launch, monkeypatch):
     end = time.monotonic() + 60
     while not run_file.exists() and time.monotonic() < end:
         time.sleep(0.05)
-    second = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert second.returncode == 2 and "another experiment is at work" in second.stderr
+    with pytest.raises(SettingsError, match="another experiment is at work"):
+        load_script("experiment").main(["--config", str(path)])
     first.terminate()
     assert first.wait(30) == 130
     trainers = subprocess.run(["pgrep", "-f", f"{launch}/train.py"], capture_output=True, text=True).stdout
@@ -280,9 +297,7 @@ def test_a_failed_piece_costs_only_what_needs_it(tmp_path, launch, monkeypatch):
     assert "train.py" in outcome.failed["small/whole-0"].read_text()
 
 
-def test_figures_of_other_settings_are_refused(tmp_path, launch):
-    config = experiment(tmp_path)
-    go(config, launch, tmp_path)
+def test_figures_of_other_settings_are_refused(finished, tmp_path):
     values = settings(tmp_path)
     values["studies"]["small"]["continued"]["training"]["steps"] = 3
     with pytest.raises(SettingsError, match="small/plain/0/paper/perplexity with other settings"):

@@ -30,9 +30,10 @@ from refreshkv.train.evaluation import Evaluation, Result
 from refreshkv.train.export import ExportError, export, is_export
 from refreshkv.train.model import build_model, model_configuration
 from refreshkv.train.report import build_report, protocol, write_report
+from tests import make_checkpoints
 from tests.hub_server import HubServer
-from tests.jobs import free_port
 from tests.make_checkpoints import CASES, REFRESH, STEPS, VOCABULARY
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -44,19 +45,7 @@ REPOSITORY = "someone/tiny"
 def runs(tmp_path_factory):
     """Folder of one run per case, each with a checkpoint that two ranks wrote."""
     folder = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, str(ROOT / "tests" / "make_checkpoints.py"), str(folder)]
-    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = []
-    for rank in ("0", "1"):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        ranks.append(subprocess.Popen(command, env={**os.environ, **job, **own}, cwd=folder, **pipes))
-    try:
-        printed = [rank.communicate(timeout=200)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(printed)
+    run_ranks(2, folder / "printed.txt", make_checkpoints.main, folder)
     return folder
 
 

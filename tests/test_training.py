@@ -37,7 +37,7 @@ from tests.jobs import (
     write_config,
 )
 from tests.models import random_ids, tiny_enabled, tiny_model
-from tests.ranks import run_ranks, run_script
+from tests.ranks import Ranks, run_ranks, run_script
 from tests.scripts import load_script
 
 LOSSES = ("loss", "loss full", "loss partial", "grad norm")
@@ -182,8 +182,7 @@ def test_bf16_similarity_and_evaluation(rows, tmp_path):
         simulation={"threshold": 0.2},
         training={"dtype": "bf16", "steps": 4, "evaluate_every": 2, "evaluate_rows": 5, "evaluate_tokens": 16},
     )
-    code, printed = run_job(settings, ranks=1)
-    assert code == 0, printed
+    run_forked(settings, ranks=1)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     evaluations = [line["evaluation"] for line in lines if "evaluation" in line]
     assert len(evaluations) == 2 and set(evaluations[0]) == {"full", "refresh"}
@@ -193,17 +192,18 @@ def test_bf16_similarity_and_evaluation(rows, tmp_path):
 
 def test_the_paper_recipe(rows, tmp_path):
     simulation = {"pattern": "paper", "prompt_length": None, "stride": 10}
-    code, printed = run_job(run_settings(rows, tmp_path / "run", simulation=simulation, training={"steps": 1}), ranks=1)
-    assert code == 0, printed
+    run_forked(run_settings(rows, tmp_path / "run", simulation=simulation, training={"steps": 1}), ranks=1)
     assert "loss partial" in read_metrics(tmp_path / "run")[1]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(rows, tmp_path):
     training = {"learning_rate": 1e30, "save_every": 1, "warmup_steps": 0, "max_grad_norm": 0}
     simulation = {"pattern": "off", "prompt_length": None}
-    code, printed = run_job(run_settings(rows, tmp_path / "run", training=training, simulation=simulation), ranks=1)
-    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert code != 0 and len(errors) == 1, printed
+    config = write_config(run_settings(rows, tmp_path / "run", training=training, simulation=simulation))
+    job = Ranks(1, tmp_path / "printed.txt", run_script, ["--config", str(config)])
+    codes = job.wait()
+    errors = [line for line in job.printed.splitlines() if line.startswith("error: ")]
+    assert codes != [0] and len(errors) == 1, job.printed
     assert "loss partial" not in read_metrics(tmp_path / "run")[1]
     assert "is not finite" in errors[0] and "step-0000001" in errors[0]
     assert (tmp_path / "run" / "checkpoints" / "step-0000001" / "state.json").exists()
@@ -220,7 +220,8 @@ def refused(settings, *arguments):
 def test_folders_in_use(rows, tmp_path):
     output = tmp_path / "run"
     settings = run_settings(rows, output, training={"steps": 1})
-    assert run_job(settings, ranks=1)[0] == 0
+    code, printed = run_job(settings, ranks=1)
+    assert code == 0, printed
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     error = refused(settings)
     assert "--resume" in error and "--overwrite" in error
@@ -409,18 +410,27 @@ def test_a_mock_step_changes_nothing(rows, tmp_path, stage):
     run_ranks(1, tmp_path / "printed.txt", mock_and_step, settings, str(tmp_path))
 
 
-@pytest.mark.parametrize("sequence", [1, 2])
-def test_an_existing_model_is_divided_while_it_is_loaded(rows, tmp_path, sequence):
-    """At stage 3 no rank holds it whole, and it is the same model."""
-    tiny_model(dtype=torch.float32, vocab_size=VOCABULARY).save_pretrained(tmp_path / "model")
-    settings = run_settings(rows, tmp_path / "alone", **six_steps(tmp_path, 0, steps=2))
-    settings["model"] = {"path": str(tmp_path / "model")}
+@pytest.fixture(scope="module")
+def existing(rows, tmp_path_factory):
+    """A model's folder, and the losses of two steps of one process from it."""
+    folder = tmp_path_factory.mktemp("existing")
+    tiny_model(dtype=torch.float32, vocab_size=VOCABULARY).save_pretrained(folder / "model")
+    settings = run_settings(rows, folder / "alone", **six_steps(folder, 0, steps=2))
+    settings["model"] = {"path": str(folder / "model")}
     run_forked(settings, ranks=1)
+    return folder / "model", losses(folder / "alone")
+
+
+@pytest.mark.parametrize("sequence", [1, 2])
+def test_an_existing_model_is_divided_while_it_is_loaded(rows, existing, tmp_path, sequence):
+    """At stage 3 no rank holds it whole, and it is the same model."""
+    model, expected = existing
     settings = run_settings(rows, tmp_path / "run", parallel={"sequence": sequence}, **six_steps(tmp_path, 3, steps=2))
-    settings["model"] = {"path": str(tmp_path / "model")}
+    settings["model"] = {"path": str(model)}
     run_ranks(2, tmp_path / "printed.txt", count_and_train, str(write_config(settings)))
+    assert losses(tmp_path / "run").keys() == expected.keys()
     for step, found in losses(tmp_path / "run").items():
-        assert found == pytest.approx(losses(tmp_path / "alone")[step], abs=2e-5), f"step {step}"
+        assert found == pytest.approx(expected[step], abs=2e-5), f"step {step}"
 
 
 def count_and_train(config):
