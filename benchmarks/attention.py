@@ -14,7 +14,6 @@ selection that the one before had as well.
 import argparse
 import json
 import math
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +24,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 
+import measuring
+from output import in_columns, pyplot, save
 from refreshkv import RefreshConfig, Simulation, attention
 from refreshkv.attention import refresh_attention
 from refreshkv.ops import dense_rows, full_rows, fused, partial_rows, ranking
@@ -72,8 +73,7 @@ def main() -> None:
             print(json.dumps(results[-1]), flush=True)
     print(table(results))
     if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "attention.json").write_text(json.dumps(results, indent=1))
+        save(args.output, "attention.json", results)
         plot(results, args.output / "attention.png")
 
 
@@ -124,19 +124,8 @@ def trained(model_name: str, data: str, length: int) -> dict[str, Inputs]:
 
 
 def milliseconds(work: Callable[[], object], repeat: int) -> float:
-    """Median of CUDA events around `work`. The GPU waits before, until the host has queued it all: in a model the host
-    is ahead as well."""
-    work()
-    times = []
-    for _ in range(repeat):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(HEAD_START)
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    """Median of CUDA events around `work`; in a model the host is ahead as well."""
+    return measuring.milliseconds(work, repeat, HEAD_START)
 
 
 def full_attention(query: Tensor, key: Tensor, value: Tensor, backend: SDPBackend) -> Tensor:
@@ -353,22 +342,15 @@ def time_flex(
 
 def table(results: list[dict[str, object]]) -> str:
     names = list(dict.fromkeys(name for result in results for name in result))
-    lines = [names] + [[str(result.get(name, "")) for name in names] for result in results]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return in_columns([names] + [[str(result.get(name, "")) for name in names] for result in results])
 
 
 def plot(results: list[dict[str, object]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     several = len({result["inputs"] for result in results}) > 1
     labels = [
         str(result["case"]).replace(":", "\n") + (f"\n{result['inputs']}" if several else "") for result in results
     ]
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(9, 4.5), layout="constrained")
     bottom = [0.0] * len(results)
     for name in ("prompt", "full", "full back", "select", "partial", "partial back"):
         heights = [result.get(name, 0.0) / result["cudnn"] for result in results]

@@ -15,7 +15,6 @@ dynamic are transformers' own caches. Prints a line for each, pieces of the step
 """
 
 import argparse
-import gc
 import json
 import statistics
 import time
@@ -25,8 +24,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProcessor, StaticCache
+from transformers import CompileConfig, DynamicCache, LlamaForCausalLM, LogitsProcessor, StaticCache
 
+from measuring import SHAPE, add_shape, free_memory, milliseconds, random_llama
+from output import in_columns, pyplot, save
 from refreshkv import NEVER, RefreshCache, RefreshConfig, decode_ahead, enable
 from refreshkv.baselines import CompactLayer, FullCache, H2OCache, SnapKVCache, StreamingCache
 from refreshkv.cache import BufferedCache
@@ -39,7 +40,7 @@ OURS = ("full", *REFRESHING, "streaming", "h2o", "snapkv")
 
 def main() -> None:
     args = read_arguments()
-    model = build_model(args)
+    model = enable(random_llama(args, "cuda", torch.bfloat16), refresh_config(args))
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     results = []
@@ -52,11 +53,11 @@ def main() -> None:
                 result = {"context": context, "batch": batch, "strategy": strategy, "ms": None}
             results.append(result)
             print(json.dumps(result), flush=True)
-            free_memory()
-            save(args.output, results)
+            forget()
+            save(args.output, "decode.json", results)
         if args.pieces:
             print(json.dumps(time_pieces(model, context, batch, args)), flush=True)
-            free_memory()
+            forget()
     print(table(results))
     if args.output:
         plot(results, args.output / "decode.png")
@@ -73,12 +74,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--observation-window", type=int, default=1)
     parser.add_argument("--cycles", type=int, default=5, help="strides that are timed, after two to warm up")
     parser.add_argument("--pieces", action="store_true", help="time the launches of a step one by one as well")
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--intermediate", type=int, default=14336)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=128256)
+    add_shape(parser, SHAPE)
     parser.add_argument("--quick", action="store_true", help="4 layers, 4K and 8K contexts: does everything run?")
     parser.add_argument("--output", type=Path, help="folder for decode.json and decode.png")
     args = parser.parse_args()
@@ -86,26 +82,6 @@ def read_arguments() -> argparse.Namespace:
         args.layers, args.cases, args.cycles = 4, "4096:1,8192:4", 2
     args.budget = int(args.budget) if args.budget > 1 else args.budget
     return args
-
-
-def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=args.hidden,
-        intermediate_size=args.intermediate,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        vocab_size=args.vocabulary,
-        max_position_embeddings=2**20,
-        rope_theta=500000.0,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    return enable(model.eval(), refresh_config(args))
 
 
 def refresh_config(args: argparse.Namespace, threshold: float | None = None) -> RefreshConfig:
@@ -153,7 +129,7 @@ def fill(cache, model: LlamaForCausalLM, batch: int, context: int, budget: int) 
 def time_strategy(
     model: LlamaForCausalLM, strategy: str, context: int, batch: int, bandwidth: float, args: argparse.Namespace
 ) -> dict[str, object]:
-    free_memory()
+    forget()
     torch.cuda.reset_peak_memory_stats()
     stride, steps = args.stride, args.stride * (args.cycles + 2)
     budget = RefreshConfig(budget=args.budget).largest_budget(context)
@@ -339,20 +315,6 @@ def per_layer(layers, work: Callable) -> float:
     return round(milliseconds(graph.replay, 7) * 1e3 / len(layers), 2)
 
 
-def milliseconds(work: Callable[[], object], repeat: int) -> float:
-    """Median of CUDA events around `work`."""
-    work()
-    times = []
-    for _ in range(repeat):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
 def copy_bandwidth() -> float:
     """Bytes a second of a large copy, read and written."""
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
@@ -360,16 +322,10 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / milliseconds(lambda: target.copy_(source), 10) * 1e3
 
 
-def free_memory() -> None:
+def forget() -> None:
+    """What was compiled and what nothing uses any more."""
     torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def save(folder: Path | None, results: list[dict[str, object]]) -> None:
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "decode.json").write_text(json.dumps(results, indent=1))
+    free_memory()
 
 
 def table(results: list[dict[str, object]]) -> str:
@@ -377,21 +333,15 @@ def table(results: list[dict[str, object]]) -> str:
     lines = [names]
     for result in results:
         lines.append(["" if result.get(name) is None else str(result[name]) for name in names])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return in_columns(lines)
 
 
 def plot(results: list[dict[str, object]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     results = [result for result in results if result["ms"] is not None]
     cases = list(dict.fromkeys((result["context"], result["batch"]) for result in results))
     strategies = list(dict.fromkeys(result["strategy"] for result in results))
     width = 0.8 / len(strategies)
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(9, 4.5), layout="constrained")
     for number, strategy in enumerate(strategies):
         here = [result for result in results if result["strategy"] == strategy]
         places = [cases.index((result["context"], result["batch"])) + number * width for result in here]

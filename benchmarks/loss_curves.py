@@ -22,6 +22,8 @@ from typing import Any
 
 import yaml
 
+from output import in_columns, pyplot, save
+
 TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train.py"
 RUNS = ("kernels", "plain", "naive")
 WARM = 10  # steps whose times do not count
@@ -45,7 +47,7 @@ def main() -> None:
             "settings": {"rows": info["fingerprint"], **settings("kernels", args, info, args.output)},
         }
         print(json.dumps({name: result["runs"][name]}), flush=True)
-        (args.output / "loss_curves.json").write_text(json.dumps({**result, "records": records}, indent=1))
+        save(args.output, "loss_curves.json", {**result, "records": records})
     print(table(result))
     plot(records, args.output / "loss_curves.png")
     sys.exit(0 if complete else 1)
@@ -164,20 +166,14 @@ def table(result: dict[str, Any]) -> str:
     lines = [("", *columns)] + [
         (name, *(str(values.get(column, "")) for column in columns)) for name, values in result["runs"].items()
     ]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    text = [in_columns(lines)]
     for name, values in result["naive against kernels"].items():
         text.append(f"naive against kernels, {name}: mean {values['mean']:.3g}, largest {values['largest']:.3g}")
     return "\n".join(text)
 
 
 def plot(records: dict[str, list[Record]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (losses, apart) = plt.subplots(
+    figure, (losses, apart) = pyplot().subplots(
         2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
     )
     for name, style in zip(RUNS, ("-", "-", ":"), strict=True):

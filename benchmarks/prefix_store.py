@@ -15,7 +15,6 @@ The model is --model, or one of Llama-3.1-8B's shape with random weights; on a C
 """
 
 import argparse
-import gc
 import json
 import platform
 import random
@@ -28,8 +27,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from measuring import SHAPE, add_shape, free_memory, random_llama
+from output import in_columns, pyplot, save
 from refreshkv import RefreshCache, RefreshConfig, enable
 from refreshkv.baselines import FullCache, H2OCache, SnapKVCache, StreamingCache
 from refreshkv.prefix_finders import NearestSentence
@@ -38,6 +39,8 @@ from refreshkv.prompt_cache import PromptCache
 from refreshkv.recycling import Reuse, recycle, store_prompts
 
 STRATEGIES = ("full", "dynamic", "refresh", "similarity", "streaming", "h2o", "snapkv")
+SMALL = {"layers": 4, "hidden": 512, "intermediate": 1536, "heads": 8, "kv_heads": 2, "vocabulary": 4096}
+"""The model's shape on a CPU."""
 NEW_TOKENS = 8
 """Decoding steps that are compared after each prompt."""
 
@@ -74,12 +77,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--embeddings", help="a sentence-transformers model, to compare what is found")
     parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32", help="(default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=3, help="measurements of each (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=32 if on_gpu else 4)
-    parser.add_argument("--hidden", type=int, default=4096 if on_gpu else 512)
-    parser.add_argument("--intermediate", type=int, default=14336 if on_gpu else 1536)
-    parser.add_argument("--heads", type=int, default=32 if on_gpu else 8)
-    parser.add_argument("--kv-heads", type=int, default=8 if on_gpu else 2)
-    parser.add_argument("--vocabulary", type=int, default=128256 if on_gpu else 4096)
+    add_shape(parser, SHAPE if on_gpu else SMALL)
     parser.add_argument("--quick", action="store_true", help="2 layers, one short length: does everything run?")
     parser.add_argument("--output", type=Path, help="folder for prefix_store.json and prefix_store.png")
     args = parser.parse_args()
@@ -98,23 +96,7 @@ def build_model(args: argparse.Namespace):
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
     if args.model:
         return enable(AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval(), RefreshConfig())
-    config = LlamaConfig(
-        hidden_size=args.hidden,
-        intermediate_size=args.intermediate,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        vocab_size=args.vocabulary,
-        max_position_embeddings=2**20,
-        rope_theta=500000.0,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    with torch.device(device):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    return enable(model.eval(), RefreshConfig())
+    return enable(random_llama(args, device, dtype), RefreshConfig())
 
 
 def describe(model, args: argparse.Namespace) -> str:
@@ -332,34 +314,19 @@ def wait(model) -> None:
         torch.cuda.synchronize()
 
 
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def add(results: dict, name: str, result: dict[str, object], args: argparse.Namespace) -> None:
     """Keeps a result, prints it, and writes all so far."""
     results.setdefault(name, []).append(result)
     print(json.dumps(result), flush=True)
-    if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "prefix_store.json").write_text(json.dumps(results, indent=1))
+    save(args.output, "prefix_store.json", results)
 
 
 def table(results: list[dict[str, object]]) -> str:
-    lines = [list(results[0]), *([str(value) for value in result.values()] for result in results)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return in_columns([list(results[0]), *([str(value) for value in result.values()] for result in results)])
 
 
 def plot(results: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 4), layout="constrained")
     for length, strategy in dict.fromkeys((row["length"], row["strategy"]) for row in results["overlaps"]):
         rows = [row for row in results["overlaps"] if (row["length"], row["strategy"]) == (length, strategy)]
         shares = [row["recycled ms"] / row["fresh ms"] for row in rows]
