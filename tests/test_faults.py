@@ -91,6 +91,8 @@ def test_a_request_to_stop_saves_and_leaves(rows, straight, tmp_path, number):
     assert f"{number.name}: saved and stopped after step" in ranks.printed and not errors(ranks)
     last = max(losses(output))
     assert [folder.name for folder in finished_checkpoints(output)] == [f"step-{last:07d}"]
+    if number == signal.SIGUSR1:
+        return  # what follows is the same
     printed = finish(rows, output, "--resume")
     assert f"continuing after step {last}" in printed and losses(output) == losses(straight)
 
