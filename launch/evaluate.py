@@ -30,7 +30,6 @@ from transformers import PreTrainedModel
 
 from refreshkv import RefreshConfig, cli, enable
 from refreshkv.data.rows import SPLITS
-from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.loading import load_model, load_tokenizer
 from refreshkv.prefix_store import PrefixStore
 from refreshkv.settings import SettingsError
@@ -43,11 +42,14 @@ from refreshkv.train.evaluation import (
 )
 from refreshkv.train.inputs import (
     DEFAULT_ROWS,
+    add_execution,
     changed_config,
     check_tokens,
     device,
     model_path,
+    names,
     open_split,
+    open_tasks,
     own_config,
     task_values,
 )
@@ -140,8 +142,7 @@ def evaluate_on_rows(arguments: argparse.Namespace, command: str) -> None:
 def evaluate_on_tasks(arguments: argparse.Namespace, command: str) -> None:
     name = only_model(arguments)
     output = arguments.output or Path("reports", Path(name).resolve().name)
-    common = {} if arguments.task_length is None else {"length": arguments.task_length}
-    tasks = build_tasks(arguments.tasks, task_values(arguments.overrides), **common)
+    tasks = open_tasks(arguments.tasks, arguments.overrides, arguments.task_length)
     path = model_path(name)
     tokenizer = load_tokenizer(path, "--model")
     model = load_model(path, "--model", dtype=arguments.dtype)
@@ -252,11 +253,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--prefix-store-gb", type=float, help="most GB in it (default: 20)")
     parser.add_argument("--budget", help="size of the small cache: tokens, or a fraction of the prompt such as 0.125")
     parser.add_argument("--threshold", help="evaluate the similarity schedule with this threshold as well")
-    parser.add_argument("--batch-size", type=int, default=1, help="rows per forward pass (default: %(default)s)")
-    parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="(default: the model's)"
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    add_execution(parser)
     parser.add_argument("--compare", type=Path, help="folder of an earlier report to compare with")
     parser.add_argument("--output", type=Path, help="folder of the report (default: reports/NAME_OF_MODEL_OR_SUITE)")
     parser.add_argument("--resume", action="store_true", help="continue the evaluation in --output")
@@ -291,10 +288,6 @@ def only_model(arguments: argparse.Namespace) -> str:
     if len(arguments.model) > 1:
         raise SettingsError(f"--model: only a suite takes several; --{arguments.kind} takes one")
     return arguments.model[0]
-
-
-def names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
 
 
 def strides(text: str) -> list[int]:

@@ -17,18 +17,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refreshkv import cli, enable
 from refreshkv.data.rows import SPLITS
-from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.loading import load_model, load_tokenizer
 from refreshkv.settings import SettingsError
 from refreshkv.train.evaluation import check_last_tokens, evaluate
 from refreshkv.train.inputs import (
+    add_execution,
     changed_config,
     check_tokens,
     device,
     model_path,
+    names,
     open_split,
+    open_tasks,
     own_config,
-    task_values,
 )
 from refreshkv.train.report import ROWS_FILE, check_output
 from refreshkv.train.row_losses import RowRecords
@@ -79,8 +80,7 @@ def main(argv: list[str]) -> None:
 def draw_tasks(
     model: PreTrainedModel, path: str, arguments: argparse.Namespace
 ) -> tuple[PreTrainedTokenizerBase, Work]:
-    common = {} if arguments.task_length is None else {"length": arguments.task_length}
-    tasks = build_tasks(arguments.tasks, task_values(arguments.overrides), **common)
+    tasks = open_tasks(arguments.tasks, arguments.overrides, arguments.task_length)
     tokenizer = load_tokenizer(path, "--model")
     return tokenizer, make_examples(model, tokenizer, tasks, arguments.examples)
 
@@ -105,11 +105,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--strides", type=whole_numbers, help="check strides (default: the model's own)")
     parser.add_argument("--keep", type=float, default=0.9, help="share of the gain to keep (default: %(default)s)")
     parser.add_argument("--budget", help="size of the small cache: tokens, or a fraction of the prompt such as 0.125")
-    parser.add_argument("--batch-size", type=int, default=1, help="rows per forward pass (default: %(default)s)")
-    parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="(default: the model's)"
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    add_execution(parser)
     parser.add_argument("--output", type=Path, help="folder of the report (default: reports/NAME_OF_THE_MODEL-sweep)")
     parser.add_argument("--resume", action="store_true", help="continue the sweep in --output")
     parser.add_argument("--overwrite", action="store_true", help="replace a sweep that the folder already holds")
@@ -124,10 +120,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not 0 < arguments.keep <= 1:
         raise SettingsError(f"--keep is a share, more than 0 and at most 1, got {arguments.keep}")
     return arguments
-
-
-def names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
 
 
 def floats(text: str) -> list[float]:

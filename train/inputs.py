@@ -1,5 +1,6 @@
-"""What an evaluation is of: the model with its schedule and selection, the rows, and the device."""
+"""What an evaluation is of: the model with its schedule and selection, the rows, the tasks, and the device."""
 
+import argparse
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel
 
 from refreshkv import RefreshConfig
 from refreshkv.data.rows import Rows, check_tokenizer, load_rows
+from refreshkv.data.tasks.registry import build_tasks
+from refreshkv.data.tasks.task import Task
 from refreshkv.settings import SettingsError, load_settings
 from refreshkv.train.model import check_same_tokens
 
@@ -23,6 +26,20 @@ class Overrides:
 
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
     tasks: dict[str, Any] = field(default_factory=dict)
+
+
+def add_execution(parser: argparse.ArgumentParser) -> None:
+    """Options of how an evaluation is carried out: --batch-size, --dtype and --device."""
+    parser.add_argument("--batch-size", type=int, default=1, help="rows per forward pass (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="(default: the model's)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+
+
+def names(text: str) -> list[str]:
+    """Names separated by commas, as an option's value."""
+    return [name.strip() for name in text.split(",")]
 
 
 def model_path(name: str) -> str:
@@ -49,6 +66,12 @@ def changed_config(config: RefreshConfig, overrides: list[str], **flags: str | N
 def task_values(overrides: list[str]) -> dict[str, Any]:
     """The values of tasks.NAME.key=value, by task."""
     return load_settings(Overrides, None, [o for o in overrides if o.startswith("tasks.")]).tasks
+
+
+def open_tasks(names: list[str], overrides: list[str], length: int | None) -> list[Task]:
+    """The tasks of --tasks with the values of tasks.NAME.key=value; `length` tokens each, None for their own."""
+    common = {} if length is None else {"length": length}
+    return build_tasks(names, task_values(overrides), **common)
 
 
 def open_split(folder: str, split: str, count: int | None) -> tuple[Rows, Dataset]:
