@@ -64,11 +64,11 @@ from refreshkv.train.report import (
     write_report,
 )
 from refreshkv.train.row_losses import RowRecords
-from refreshkv.train.suite import load_suite, named_models
-from refreshkv.train.suite_changes import Changes, change
-from refreshkv.train.suite_report import FILES as SUITE_FILES
-from refreshkv.train.suite_report import build_suite_report, suite_table, write_suite_report
-from refreshkv.train.suite_run import open_suite, run_suite
+from refreshkv.train.suite.changes import Changes, change
+from refreshkv.train.suite.config import load_suite, named_models
+from refreshkv.train.suite.report import FILES as SUITE_FILES
+from refreshkv.train.suite.report import build_suite_report, suite_table, write_suite_report
+from refreshkv.train.suite.run import open_suite, run_suite
 from refreshkv.train.task_evaluation import Records, evaluate_tasks, make_examples
 from refreshkv.train.task_report import EXAMPLES_FILE, build_task_report, task_table, write_task_report
 from refreshkv.train.task_report import FILES as TASK_FILES

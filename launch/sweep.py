@@ -33,8 +33,8 @@ from refreshkv.train.inputs import (
 )
 from refreshkv.train.report import ROWS_FILE, check_output
 from refreshkv.train.row_losses import RowRecords
-from refreshkv.train.sweep import THRESHOLDS, Sweep, sweep_strategies
-from refreshkv.train.sweep_report import FILES, build_sweep_report, sweep_table, write_sweep_report
+from refreshkv.train.sweep.recommendation import THRESHOLDS, Sweep, sweep_strategies
+from refreshkv.train.sweep.report import FILES, build_sweep_report, sweep_table, write_sweep_report
 from refreshkv.train.task_evaluation import Records, TaskResult, Work, evaluate_tasks, make_examples
 from refreshkv.train.task_report import EXAMPLES_FILE
 

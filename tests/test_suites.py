@@ -18,8 +18,8 @@ from refreshkv.settings import SettingsError, settings_from_dict
 from refreshkv.train import row_losses
 from refreshkv.train.decoding import build_decodings
 from refreshkv.train.evaluation import evaluate
-from refreshkv.train.suite import Suite, load_suite, named_models
-from refreshkv.train.suite_changes import Changes, change
+from refreshkv.train.suite.changes import Changes, change
+from refreshkv.train.suite.config import Suite, load_suite, named_models
 from tests.models import tiny_model
 from tests.scripts import load_script
 

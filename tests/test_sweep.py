@@ -17,7 +17,7 @@ from refreshkv.data.tasks.words import coined_words
 from refreshkv.data.tokenizer import train_tokenizer
 from refreshkv.settings import SettingsError
 from refreshkv.train.evaluation import Evaluation, Result, evaluate
-from refreshkv.train.sweep import Sweep, sweep_strategies
+from refreshkv.train.sweep.recommendation import Sweep, sweep_strategies
 from tests.models import VOCABULARY, random_ids, tiny_model
 from tests.scripts import load_script
 

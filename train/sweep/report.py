@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from refreshkv.train.report import ROWS_FILE, circumstances
-from refreshkv.train.sweep import Sweep
-from refreshkv.train.sweep_figure import draw_sweep
+from refreshkv.train.sweep.figure import draw_sweep
+from refreshkv.train.sweep.recommendation import Sweep
 from refreshkv.train.task_report import EXAMPLES_FILE
 
 FILES = ("sweep.json", "sweep.md", "sweep.png", ROWS_FILE, EXAMPLES_FILE)

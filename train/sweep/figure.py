@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, ScalarFormatter
 
 from refreshkv.train.figure import NEVER_COLOUR, SIMILARITY_COLOURS, tidy
-from refreshkv.train.sweep import Point, Sweep
+from refreshkv.train.sweep.recommendation import Point, Sweep
 
 FIXED_COLOUR = "#0072B2"
 CHOSEN_COLOUR = "#009E73"

@@ -8,8 +8,8 @@ from typing import Any
 
 from refreshkv.train.figure import draw_ratios, draw_strides
 from refreshkv.train.report import ROWS_FILE, circumstances
-from refreshkv.train.suite import Suite
-from refreshkv.train.suite_run import Measured
+from refreshkv.train.suite.config import Suite
+from refreshkv.train.suite.run import Measured
 from refreshkv.train.task_report import EXAMPLES_FILE
 
 FILES = ("suite.json", "suite.md", "suite.png", ROWS_FILE, EXAMPLES_FILE)

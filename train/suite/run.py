@@ -19,7 +19,7 @@ from refreshkv.train.evaluation import Evaluation, Result, check_last_tokens, ev
 from refreshkv.train.inputs import check_tokens, open_split
 from refreshkv.train.report import ROWS_FILE
 from refreshkv.train.row_losses import RowRecords
-from refreshkv.train.suite import Corpus, Suite
+from refreshkv.train.suite.config import Corpus, Suite
 from refreshkv.train.task_evaluation import Records, TaskResult, evaluate_tasks, make_examples
 from refreshkv.train.task_report import EXAMPLES_FILE
 

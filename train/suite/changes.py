@@ -7,7 +7,7 @@ from typing import Any
 
 from refreshkv.data.tasks.registry import GROUPS
 from refreshkv.settings import SettingsError
-from refreshkv.train.suite import Benchmark, Corpus, Suite
+from refreshkv.train.suite.config import Benchmark, Corpus, Suite
 
 
 @dataclass(frozen=True)

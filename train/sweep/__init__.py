@@ -1,0 +1,1 @@
+"""Sweeps: a threshold of the similarity schedule, recommended for a model."""
