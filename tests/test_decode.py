@@ -1,5 +1,7 @@
 """The kernels of a decoding step against the naive form, step by step: on a GPU, or under Triton's interpreter."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -195,9 +197,14 @@ def test_the_selection_is_exact(length, budget, distinct):
     assert_exact_selection(length, budget, distinct)
 
 
-@pytest.mark.parametrize("parts", [2, 8])
-@pytest.mark.parametrize("distinct", [3, 200, 2**30])
-@pytest.mark.parametrize(("length", "budget"), [(40, 7), (300, 250), (1500, 100), (1500, 1), (900, 900)])
+# each size with each number of distinct scores; 2 and 8 programs in turn, as the interpreter takes long for each
+SHARED = list(product([(40, 7), (300, 250), (1500, 100), (1500, 1), (900, 900)], [3, 200, 2**30]))
+
+
+@pytest.mark.parametrize(
+    ("length", "budget", "distinct", "parts"),
+    [(*size, distinct, (8, 2)[number % 2]) for number, (size, distinct) in enumerate(SHARED)],
+)
 def test_the_selection_by_several_programs_is_exact(monkeypatch, length, budget, distinct, parts):
     """Parts without positions, or with more in doubt than they have room for, among them."""
     monkeypatch.setattr(decode_selection, "parts_of", lambda pairs, capacity: parts)
