@@ -53,6 +53,23 @@ def test_states_by_hand(tmp_path, stage, weights, gradients, optimizer):
     assert found == [weights, gradients, optimizer]
 
 
+@pytest.mark.parametrize(
+    ("stage", "dtype", "optimizer", "expected"),
+    [
+        *((stage, "bf16", "adamw-8bit", (2 if stage < 3 else 1, 2 if stage < 2 else 1, 3)) for stage in (1, 2, 3)),
+        (0, "bf16", "adamw-8bit", (2, 2, 6)),
+        (0, "fp32", "adamw-8bit", (4, 4, 2)),
+        *((stage, "fp32", "adamw-8bit", (4 if stage < 3 else 2, 4 if stage < 2 else 2, 3)) for stage in (1, 2, 3)),
+        (0, "fp32", "adamw", (4, 4, 8)),
+        (2, "fp32", "adamw", (4, 2, 6)),
+    ],
+)
+def test_states_of_other_kinds_by_hand(tmp_path, stage, dtype, optimizer, expected):
+    """Two moments of a byte each; in float32 ZeRO keeps a second copy of its part of the weights."""
+    needs = memory_needed(run_config(tmp_path, stage, dtype=dtype, optimizer=optimizer), SHAPE, 2)
+    assert tuple(needs[name] / SHAPE.parameters for name in ("weights", "gradients", "optimizer")) == expected
+
+
 MEASURED = [
     (8192, {"pattern": "off"}, 1, 1.506, 75.3),
     (8192, {"pattern": "paper", "stride": 50}, 1, 1.580, 75.3),

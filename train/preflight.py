@@ -99,7 +99,7 @@ def _states(config: RunConfig, shape: Shape, world: int, zero: dict, stage: int,
     weights = size * count / (world if stage == 3 else 1)
     gradients = size * count / (world if stage >= 2 else 1)
     moments = 2 if config.training.optimizer == "adamw-8bit" else 8
-    masters = 4 if size == 2 else 0
+    masters = 4 if size == 2 or stage else 0  # ZeRO keeps its own float32 copy of float32 weights, too
     optimizer = (moments + masters) * count / (world if stage >= 1 else 1)
     if _offloads(zero, "param"):
         weights = 0.0
