@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -268,6 +269,20 @@ def test_an_error_is_one_line_and_a_failed_exit(rows, tmp_path):
     code, printed = run_job(run_settings(rows, tmp_path / "run", training={"stepz": 3}))
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert code != 0 and len(errors) == 1 and "training.stepz" in errors[0], printed
+
+
+def test_nothing_is_printed_after_the_refusal_of_a_job(rows, tmp_path):
+    """Rank 0 looks at the folder while the others wait for it to connect, until the launcher sends them SIGTERM."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    settings = run_settings(rows, tmp_path / "run")
+    ranks = Ranks(2, tmp_path / "printed.txt", run_script, ["--config", str(write_config(settings))])
+    ranks.processes[0].join(120)
+    time.sleep(2)
+    ranks.signal(1, signal.SIGTERM)
+    assert ranks.wait(10) == [2, -signal.SIGTERM], ranks.printed
+    last = ranks.printed.strip().splitlines()[-1]
+    assert last.startswith("error: training.output") and "--overwrite" in last, ranks.printed
 
 
 def test_another_tokenizer_is_refused(rows, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -80,10 +81,12 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     if is_first:
         claim_output(output, config, overwrite)
 
-    with named(output), Watchdog(training.timeout, output) as watchdog, StopRequest() as stop:
+    with named(output), Watchdog(training.timeout, output) as watchdog, ExitStack() as connected:
         # longer than the watchdog's, which knows what was going on
         watchdog.note("connecting to the other processes")
         rank, world = init_processes(2 * training.timeout)
+        # not before: SIGTERM from the launcher ends at once a process that waits for one that has refused to start
+        stop = connected.enter_context(StopRequest())
         watchdog.note("looking for a checkpoint")
         checkpoint, notes = newest_checkpoint(output, rank, world, rows.info["fingerprint"]) if resume else (None, [])
         state = read_state(checkpoint) if checkpoint else None
