@@ -164,9 +164,72 @@ def test_a_run_continues_on_another_layout(rows, alone, two_ranks, tmp_path, bef
 def test_stages_that_do_not_convert_are_refused():
     for before, now in [(0, 2), (1, 0), (3, 0)]:
         with pytest.raises(SettingsError, match="training.deepspeed"):
-            needs_conversion(State(3, 100, 2, before, "rows"), 2, now, "fp32")
-    assert not needs_conversion(State(3, 100, 2, 3, "rows"), 2, 3, "bf16")
-    assert needs_conversion(State(3, 100, 2, 3, "rows"), 4, 3, "bf16")
+            needs_conversion(State(3, 100, 2, before, "rows"), 2, now)
+    assert not needs_conversion(State(3, 100, 2, 3, "rows"), 2, 3)
+    assert not needs_conversion(State(3, 100, 2, 0, "rows"), 4, 0)
+    assert needs_conversion(State(3, 100, 2, 3, "rows"), 4, 3)
+
+
+@pytest.mark.slow
+def test_stage_0_in_bf16_continues_on_another_number_of_ranks(rows, tmp_path):
+    sections = six_steps(tmp_path, 0, dtype="bf16", keep_checkpoints=9)
+    settings = run_settings(rows, tmp_path / "run", **sections)
+    run_forked(settings)
+    expected = losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-0000006")
+    assert "continuing after step 3" in run_forked(settings, "--resume", ranks=1)
+    for step, found in losses(tmp_path / "run").items():
+        assert found[0] == pytest.approx(expected[step][0], abs=0.01), f"step {step}"
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "dtype"),
+    [
+        (0, 1, "bf16"),
+        (3, 2, "fp32"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(0, 2, "fp32"), (1, 2, "bf16"), (1, 1, "fp32")]),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 2, "bf16"), (2, 1, "fp32"), (3, 2, "bf16")]),
+    ],
+)
+def test_8bit_moments_resume_exactly(rows, tmp_path, stage, ranks, dtype):
+    pytest.importorskip("bitsandbytes")
+    sections = six_steps(tmp_path, stage, dtype=dtype, optimizer="adamw-8bit", keep_checkpoints=9)
+    settings = run_settings(rows, tmp_path / "run", **sections)
+    run_forked(settings, ranks=ranks)
+    expected = losses(tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-0000003"
+    assert any(tensor.dtype == torch.uint8 for tensor in tensors_of(checkpoint)), "large tensors have 8-bit moments"
+    shutil.rmtree(checkpoint.with_name("step-0000006"))
+    assert "continuing after step 3" in run_forked(settings, "--resume", ranks=ranks)
+    assert losses(tmp_path / "run") == expected
+
+
+def tensors_of(checkpoint):
+    """All tensors in DeepSpeed's files of a checkpoint."""
+    left = [torch.load(file, weights_only=False) for file in checkpoint.glob("*.pt")]
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (dict, list, tuple)):
+            left += value.values() if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize(("before", "now"), [(0, 1), (1, 1), (3, 2), (2, 0)])
+def test_layouts_that_do_not_convert_change_nothing(rows, tmp_path, monkeypatch, before, now):
+    """A checkpoint of two ranks, continued by one."""
+    monkeypatch.setattr("refreshkv.train.loop.check_optimizer", lambda training: None)
+    output = tmp_path / "run"
+    claim_output(output, run_config(training={"optimizer": "adamw-8bit"}, data={"folder": str(rows)}), overwrite=False)
+    checkpoint = output / "checkpoints" / "step-0000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps(vars(State(3, 100, 2, before, "rows"))))
+    files = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    training = {"optimizer": "adamw-8bit", "deepspeed": zero_json(tmp_path, now)}
+    error = refused(run_settings(rows, output, training=training), "--resume")
+    assert "training.deepspeed" in error and f"stage {before}" in error
+    assert "training.optimizer=adamw-8bit" in error and "2 ranks" in error or not (before and now)
+    assert files == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 
 
 def zero_json(folder, stage):

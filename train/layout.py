@@ -19,21 +19,25 @@ from refreshkv.settings import SettingsError
 from refreshkv.train.checkpoint import State
 
 
-def needs_conversion(state: State, world: int, stage: int, dtype: str) -> bool:
-    """Whether `world` ranks with ZeRO `stage` need a checkpoint converted; `SettingsError` if that is impossible."""
+def needs_conversion(state: State, world: int, stage: int, optimizer: str = "adamw") -> bool:
+    """Whether `world` ranks with ZeRO `stage` need a checkpoint converted; `SettingsError` if that is impossible.
+
+    optimizer: `training.optimizer`.
+    """
     if state.zero_stage == stage and state.world_size == world:
         return False
-    if _is_divided(state.zero_stage, dtype) != _is_divided(stage, dtype):
+    if bool(state.zero_stage) != bool(stage):
         raise SettingsError(
-            f"--resume: a checkpoint of ZeRO stage {state.zero_stage} does not convert to stage {stage} in {dtype} "
+            f"--resume: a checkpoint of ZeRO stage {state.zero_stage} does not convert to stage {stage} "
             "(training.deepspeed): only one of them divides the optimizer; keep stage 0, or a stage from 1 to 3"
         )
-    return _is_divided(stage, dtype)
-
-
-def _is_divided(stage: int, dtype: str) -> bool:
-    """Whether the ranks divide the optimizer's states: in bfloat16 at stage 0, too."""
-    return stage > 0 or dtype == "bf16"
+    if stage and optimizer == "adamw-8bit":
+        raise SettingsError(
+            "--resume: the moments of training.optimizer=adamw-8bit do not convert to another layout: go on with "
+            f"{state.world_size} ranks and ZeRO stage {state.zero_stage} (training.deepspeed), which wrote the "
+            f"checkpoint, not {world} and stage {stage}"
+        )
+    return stage > 0  # at stage 0 every rank has the whole optimizer
 
 
 def load(engine: Any, checkpoint: Path, convert: bool, written_at: int = 0) -> None:

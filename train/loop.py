@@ -73,6 +73,8 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     stage = zero_stage(read_deepspeed_json(training.deepspeed))
     if is_first:
         check_output(output, config, resume, overwrite)
+        if resume and (finished := finished_checkpoints(output)):
+            layout.needs_conversion(read_state(finished[-1]), world, stage, training.optimizer)
         if config.hub.repo:
             check_push(config.hub.repo, "hub.repo")
     model = build_model(config, model_config)
@@ -91,7 +93,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
         checkpoint, notes = newest_checkpoint(output, rank, world, rows.info["fingerprint"]) if resume else (None, [])
         state = read_state(checkpoint) if checkpoint else None
         watchdog.note("setting up the engine")
-        convert = state is not None and layout.needs_conversion(state, world, stage, training.dtype)
+        convert = state is not None and layout.needs_conversion(state, world, stage, training.optimizer)
         engine = build_engine(model, config, world, parallel.start(model, sequence, training.micro_batch), convert)
         if checkpoint:
             watchdog.note(f"loading {checkpoint}")
