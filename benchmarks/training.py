@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--kernels", default="torch", help="training.kernels")
     parser.add_argument("--checkpointing", type=float, default=1.0, help="training.activation_checkpointing, a share")
     parser.add_argument("--loss", default="chunked", help="training.loss")
+    parser.add_argument("--optimizer", default="adamw", help="training.optimizer")
     parser.add_argument("--deepspeed-json", default=str(ROOT / "configs" / "deepspeed" / "zero3.json"))
     parser.add_argument("--offload", action="store_true", help="training.activation_offload")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try this script without a GPU")
@@ -110,6 +111,7 @@ def measure_all(args: argparse.Namespace, rank: int, world: int) -> list[dict]:
                 "sequence": args.sequence,
                 "micro-batch": args.micro_batch,
                 "kernels": args.kernels,
+                "optimizer": args.optimizer,
                 "recomputed": args.checkpointing,
                 "offload": args.offload,
                 "DeepSpeed": Path(args.deepspeed_json).stem,
@@ -140,6 +142,7 @@ def run_config(args: argparse.Namespace, length: int, pattern: str, world: int, 
         "deepspeed": args.deepspeed_json,
         "dtype": "bf16" if device.type == "cuda" else "fp32",
         "micro_batch": args.micro_batch,
+        "optimizer": args.optimizer,
     }
     training |= {"global_batch": world // args.sequence * args.micro_batch, "loss": args.loss, "kernels": args.kernels}
     training |= {"activation_checkpointing": args.checkpointing, "activation_offload": args.offload, "steps": 1000}
@@ -254,19 +257,20 @@ def largest(times: list[tuple[str, float]], count: int) -> str:
     return "\n".join(f"{time:10,.1f} ms {number[name]:7,}  {name[:110]}" for name, time in total.most_common(count))
 
 
-SETTINGS = ("T", "sequence", "micro-batch", "kernels", "recomputed", "offload", "DeepSpeed")
+SETTINGS = ("T", "sequence", "micro-batch", "kernels", "optimizer", "recomputed", "offload", "DeepSpeed")
 """What a run has in common with the plain training it is compared to."""
 
 
 def table(results: list[dict]) -> str:
     """Markdown, with the ratio to plain training of the same length and settings."""
     plain = {tuple(item[name] for name in SETTINGS): item["step s"] for item in results if item["pattern"] == "off"}
-    names = ["T", "pattern", "GPUs per row", "rows", "kernels", "recomputed", "DeepSpeed", "step s", "predicted"]
-    names += ["to plain", "MFU", "memory GB", "predicted"]
+    names = ["T", "pattern", "GPUs per row", "rows", "kernels", "optimizer", "recomputed", "DeepSpeed", "step s"]
+    names += ["predicted", "to plain", "MFU", "memory GB", "predicted"]
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for item in results:
         same = plain.get(tuple(item[name] for name in SETTINGS))
         cells = [f"{item['T']:,}", item["pattern"], item["sequence"], item["micro-batch"], item["kernels"]]
+        cells += [item["optimizer"]]
         cells += [f"{item['recomputed']:.0%}" + (", offloaded" if item["offload"] else ""), item["DeepSpeed"]]
         cells += [f"{item['step s']:.2f}", f"{item['predicted s']:.2f}"]
         cells += [f"{item['step s'] / same:.2f}" if same else ""]

@@ -6,6 +6,7 @@ interrupted evaluation goes on where it stopped.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -26,6 +27,9 @@ from refreshkv.settings import SettingsError
 from refreshkv.train.decoding import Decoding
 from refreshkv.train.records import RecordFile, numbered_layers
 from refreshkv.train.stepwise import Meter, held_bytes, new_cache
+
+ROOM_STEP = 128
+"""A cache has room for a multiple of so many tokens: each other size would be compiled anew."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,8 @@ def _generate(
     columns = ids.shape[1]
     if store is not None:
         store_prompts(store, ids, mask, queries)
-    cache = new_cache(decoding, model.config, columns + task.family.max_new_tokens)
+    room = math.ceil((columns + task.family.max_new_tokens) / ROOM_STEP) * ROOM_STEP
+    cache = new_cache(decoding, model.config, room)
     meter = Meter(model.device)
     reuse = None if store is None else recycle(store, cache, ids, mask)
     known = 0 if reuse is None else int(cache.get_seq_length())
