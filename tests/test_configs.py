@@ -73,7 +73,8 @@ def test_recipes_of_ours_differ_in_the_pattern_and_the_selection_alone(name):
     paper, ours = (load_settings(RunConfig, ROOT / "configs" / f"{name}-8k{kind}.yaml") for kind in ("", "-whole"))
     assert ours.data == paper.data and ours.model == paper.model
     assert {**vars(ours.training), "output": None} == {**vars(paper.training), "output": None}
-    assert ours.refresh == RefreshConfig(budget=2048, stride=10, observation_window=16, recent_window=128)
+    windows = {"observation_window": 4, "recent_window": 192, "pool_kernel": 31}
+    assert ours.refresh == RefreshConfig(budget=2048, stride=10, **windows)
     assert ours.simulation.pattern == "whole" and ours.simulation.strides == [5, 10, 15, 25, 50]
     drawn = [draw_simulation(ours.simulation, ours.refresh, 8192, 0, step).prompt_length for step in range(500)]
     assert min(drawn) < 2300 and max(drawn) > 7900 and 4900 < sum(drawn) / 500 < 5300

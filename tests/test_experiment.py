@@ -374,12 +374,13 @@ def test_what_cannot_work_is_refused_before_anything_runs(tmp_path, place, value
         settings_from_dict(ExperimentConfig, values)
 
 
-def test_the_recipes_of_the_repository():
+def test_the_recipes_of_the_repository(monkeypatch):
+    """The figures that were published are of the settings that stand there."""
+    monkeypatch.chdir(ROOT)
     config = load_settings(ExperimentConfig, ROOT / "configs/experiments/recipes.yaml")
-    pieces = plan(config, set())
-    assert {"30m-4k/base", "30m-4k/distilled-2", "120m-8k/whole-0", "tasks-2k/distilled-0"} <= {
-        piece.name for piece in pieces
-    }
+    expected = {"30m-4k/base", "30m-4k/distilled-2", "120m-8k/whole-0", "tasks-2k/distilled-answers-0"}
+    assert expected <= {piece.name for piece in plan(config, set())}
+    assert "30m-4k/none/paper/perplexity" in Results(config).entries
 
 
 @pytest.mark.slow
