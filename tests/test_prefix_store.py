@@ -314,7 +314,8 @@ def write_forever(store, seed, pipe):
 
 
 def check_kills(model, folder, kills, seed):
-    """Kills writers at random moments; returns how many entries were finished, and how many writes were cut short."""
+    """Kills writers at random moments, every second one as it writes; returns how many entries were finished, and how
+    many writes were cut short."""
     draw, finished, cut = random.Random(seed), 0, 0
     for number in range(kills):
         receive, send = os.pipe()
@@ -325,14 +326,16 @@ def check_kills(model, folder, kills, seed):
         process.start()
         os.close(send)
         told = os.read(receive, 16)  # at least one, or the kill would mostly hit the start
-        time.sleep(draw.random() * 0.03)
+        if number % 2:
+            wait_for_a_write(folder)
+        time.sleep(draw.random() * (0.003 if number % 2 else 0.03))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         while part := os.read(receive, 1 << 16):
             told += part
         os.close(receive)
         finished += len(told) // 16
-        cut += any(path.name.endswith(".partial") for path in Path(folder).iterdir())
+        cut += bool(partial_names(folder))
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a damaged entry would warn
             reader = PrefixStore(folder, 10**9, model)
@@ -349,11 +352,22 @@ def check_kills(model, folder, kills, seed):
 CHECKED = set()
 
 
+def partial_names(folder):
+    return {name for name in os.listdir(folder) if name.endswith(".partial")}
+
+
+def wait_for_a_write(folder):
+    """Until a write begins, or is over within a glance: one that was cut short before lies there as well."""
+    before, end = partial_names(folder), time.monotonic() + 1
+    while partial_names(folder) <= before and time.monotonic() < end:
+        pass
+
+
 def test_killed_writers_leave_whole_entries_only(model, tmp_path):
     finished, _ = check_kills(model, tmp_path / "store", 6, seed=1)
     assert finished >= 6
     put(PrefixStore(tmp_path / "store", 10**9, model), random_ids(1, 40))
-    assert not [path for path in (tmp_path / "store").iterdir() if path.name.endswith(".partial")]
+    assert not partial_names(tmp_path / "store")
 
 
 @pytest.mark.slow
