@@ -68,10 +68,10 @@ def task_values(overrides: list[str]) -> dict[str, Any]:
     return load_settings(Overrides, None, [o for o in overrides if o.startswith("tasks.")]).tasks
 
 
-def open_tasks(names: list[str], overrides: list[str], length: int | None) -> list[Task]:
-    """The tasks of --tasks with the values of tasks.NAME.key=value; `length` tokens each, None for their own."""
+def open_tasks(chosen: list[str], overrides: list[str], length: int | None) -> list[Task]:
+    """The tasks named by --tasks with the values of tasks.NAME.key=value; `length` tokens each, None for their own."""
     common = {} if length is None else {"length": length}
-    return build_tasks(names, task_values(overrides), **common)
+    return build_tasks(chosen, task_values(overrides), **common)
 
 
 def open_split(folder: str, split: str, count: int | None) -> tuple[Rows, Dataset]:

@@ -101,7 +101,8 @@ def _collect(
         token = start + tl.arange(0, BLOCK)
         ranking = tl.load(rankings + token, mask=(token >= first) & (token <= last), other=-1)
         is_above, is_between = ranking >= high, (ranking >= low) & (ranking < high)
-        order = tl.cumsum(is_above.to(tl.int32) + (is_between.to(tl.int32) << 16), 0)
+        both = is_above.to(tl.int32) + (is_between.to(tl.int32) << 16)  # in one scan: a block has less than 2^16
+        order = tl.cumsum(both, 0)
         place = above + (order & 0xFFFF) - 1
         nth = between + (order >> 16) - 1
         goes_in = is_above | (is_between & (nth < ties))
@@ -110,9 +111,9 @@ def _collect(
         tl.store(selected + place, token, mask=goes_in)
         tl.store(chosen + place, ranking, mask=goes_in)
         tl.store(doubts + nth, token, mask=is_between & (nth >= ties) & (nth < DOUBTS))
-        counts = tl.sum(is_above.to(tl.int32) + (is_between.to(tl.int32) << 16), 0)
-        above += counts & 0xFFFF
-        between += counts >> 16
+        total = tl.sum(both, 0)
+        above += total & 0xFFFF
+        between += total >> 16
     return above, between
 
 
@@ -139,9 +140,7 @@ def _search(rankings, first, last, keep, low, high, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _take(
-    token, ranking, exists, selected, chosen, above, keep, low, high, tail
-):  # fmt: skip
+def _take(token, ranking, exists, selected, chosen, above, keep, low, high, tail):
     """Puts the best of the doubtful entries behind the `above` sure ones, of which there are too few; the `tail` lowest
     come last, in order of rank, if there are so many. Returns how many still have to be put in order."""
     remaining = keep - above
