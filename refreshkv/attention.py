@@ -28,7 +28,8 @@ FASTEST_FIRST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-"""torch's own order prefers its flash attention, which takes nearly twice cuDNN's time on Hopper GPUs."""
+"""torch's own order prefers its flash attention, which takes nearly twice cuDNN's time on Hopper GPUs. But with a mask
+over 64 keys more than a multiple of 128, cuDNN's gradients of queries whose scores are all below -88 are not numbers."""
 
 PROMPT_STEP = 128
 """Prompts of simulated rows are computed up to a multiple of this on a GPU, the further rows for nothing: cuDNN makes a
@@ -229,11 +230,29 @@ def ordinary_attention(
             mask = causal_lower_right(query.shape[2], key.shape[2])
         else:
             mask = _causal_mask(left_padding, query.shape[2], key.shape[2], sliding_window, query.device)
-    with sdpa_kernel(FASTEST_FIRST, set_priority=True):
+    first = 1 if isinstance(mask, Tensor) and key.shape[2] % 128 == 64 else 0
+    with sdpa_kernel(FASTEST_FIRST[first:], set_priority=True):
         output, _ = ALL_ATTENTION_FUNCTIONS[implementation](
             module, query, key, value, mask, scaling=scaling, dropout=dropout, sliding_window=sliding_window, **kwargs
         )
-    return output
+    return _UpstreamInLayout.apply(output) if output.requires_grad else output
+
+
+class _UpstreamInLayout(torch.autograd.Function):
+    """The same (B, T, H, D) tensor, whose gradient comes back laid out as itself.
+
+    torch 2.11 keeps cuDNN's plan of a backward pass by the shapes and strides of query, key and value alone, but the
+    plan holds the upstream gradient's strides too: one that comes with others, as a part cut out of longer rows does,
+    would be read at the wrong places, or past its end.
+    """
+
+    @staticmethod
+    def forward(ctx, output):
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream.contiguous()
 
 
 def _has_a_name(left_padding: Tensor | None, window: int | None, query: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from refreshkv import NEVER, RefreshConfig, Simulation, attention, enable
 from refreshkv.ops import naive
@@ -94,6 +95,29 @@ def test_full_steps_by_cudnn_equal_float64(size, dtype):
         assert (found.double() - exact).norm() / exact.norm() < 1e-2
 
 
+@pytest.mark.parametrize("prompt", [512, 576, 600])
+def test_queries_whose_scores_are_all_low(prompt):
+    """About -120, as in some heads of trained models: keys that a kernel takes beyond the last must not count."""
+    torch.manual_seed(prompt)
+    shapes = [(2, 1000, heads, 64) for heads in (8, 2, 2)]
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for shape in shapes]
+    inputs[0][..., 0], inputs[1][..., 0] = 4.0, -30.0
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    config = RefreshConfig(budget=100, stride=5)
+    _, arguments, settings = rows_arguments(inputs[0], prompt, config, 1.0)
+    assert dense_rows.takes_full_steps(*inputs, prompt, 5)
+    upstream = torch.randn(2, 1000 - prompt, 8, 64, device="cuda", dtype=torch.bfloat16)
+    output = fused.refresh_rows(*inputs, *arguments, **settings)
+    selected = output.grad_fn.saved_tensors[7].long()
+    gradients = torch.autograd.grad(output, inputs, upstream)
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    wanted = torch.autograd.grad(exact_rows(*wide, arguments, settings, selected), wide, upstream.double())
+    for found, exact in zip(gradients, wanted, strict=True):
+        assert found.isfinite().all()
+        found, exact = found[..., 1:].double(), exact[..., 1:]  # the first is a small difference of large numbers
+        assert (found - exact).norm() / exact.norm() < 1e-2
+
+
 @pytest.mark.parametrize("late", [256, 700, 999, 1000])
 def test_blocks_of_prompts_equal_float64(late):
     query, key, value = (
@@ -119,11 +143,13 @@ def test_prompts_of_any_length_by_cudnn(monkeypatch):
         model(ids, labels=ids, refresh=Simulation(prompt, config), use_cache=False).loss.backward()
         return torch.cat([parameter.grad.float().flatten() for parameter in model.parameters()])
 
-    prompts = (100, 128, 129, 270)
+    # 128 and 256 are computed as they are: what comes back to them is cut out of the gradient of whole rows
+    prompts = (100, 128, 129, 256, 140, 128)
     found = [gradients(prompt) for prompt in prompts]
     monkeypatch.setattr(attention, "_computed_prompt", lambda query, prompt: prompt)
+    monkeypatch.setattr(attention, "FASTEST_FIRST", [SDPBackend.MATH])
     for ours, wanted in zip(found, [gradients(prompt) for prompt in prompts], strict=True):
-        assert (ours - wanted).norm() / wanted.norm() < 1e-2
+        assert (ours - wanted).norm() / wanted.norm() < 2e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

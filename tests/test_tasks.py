@@ -145,6 +145,12 @@ def test_chain_of_key_every_key_has_one_successor():
     assert len(seen) == 40
 
 
+def test_chain_of_key_words_of_any_length():
+    problem, _ = draw("chain_of_key", 30, syllables=5)
+    words = re.split("[-\n]", problem.fields["context"])
+    assert len(words) == 60 and all(re.fullmatch("([bdfghjklmnprstvwz][aeiou]){5}", word) for word in words)
+
+
 def test_chain_of_key_counts_leading_valid_keys():
     family = ChainOfKey(keys=4)
     references = {"start": "a-b", "chain": ["b-c", "c-d", "d-e", "e-f"]}
@@ -540,6 +546,7 @@ def test_chat_template_wraps_the_question(tokenizer):
         ("vt", {"length": 30}, "tasks.vt: length=30 .* leaves no prompt"),
         ("vt", {"max_new_tokens": 0}, "tasks.vt: max_new_tokens must be"),
         ("chain_of_key", {"words_per_key": 1}, "tasks.chain_of_key: keys must be"),
+        ("chain_of_key", {"syllables": 1}, "tasks.chain_of_key: syllables must be between 2 and 8, got 1"),
         ("niah_single_1", {"data_files": "x"}, "data_files means nothing for haystack=noise"),
         ("niah_single_2", {"values": 41}, "40 places"),
         ("cwe", {"common_repeats": 3}, "common_repeats above uncommon_repeats"),

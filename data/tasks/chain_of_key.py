@@ -28,6 +28,8 @@ class ChainOfKey(Family):
     """Keys to generate: T."""
     words_per_key: int = 2
     """Words of a key, its first and last included."""
+    syllables: int = 3
+    """Of a word: the longer the words, the longer a model knows which key comes next before it has to write it."""
 
     template: ClassVar[Template] = {
         "prompt": (
@@ -44,6 +46,8 @@ class ChainOfKey(Family):
             raise SettingsError(
                 f"keys must be at least 1 and words_per_key at least 2, got {self.keys} and {self.words_per_key}"
             )
+        if not 2 <= self.syllables <= 8:
+            raise SettingsError(f"syllables must be between 2 and 8, got {self.syllables}")
 
     @property
     def least_size(self) -> int:
@@ -51,7 +55,7 @@ class ChainOfKey(Family):
         return self.keys + 1
 
     def draw(self, random: Random, size: int, index: int, template: Template) -> Problem:
-        words = coined_words(random, size * (self.words_per_key - 1))
+        words = coined_words(random, size * (self.words_per_key - 1), self.syllables)
         links, inner = words[:size], iter(words[size:])
         ring = [
             "-".join([links[i], *(next(inner) for _ in range(self.words_per_key - 2)), links[(i + 1) % size]])

@@ -55,11 +55,12 @@ TIMES = (
 SYLLABLES = ["".join(pair) for pair in product("bdfghjklmnprstvwz", "aeiou")]
 
 
-def coined_words(random: Random, count: int) -> list[str]:
-    """`count` different words of three syllables that mean nothing, such as "balori"; at most 614,125 exist."""
+def coined_words(random: Random, count: int, syllables: int = 3) -> list[str]:
+    """`count` different words that mean nothing, such as "balori"; at most 85 to the power of `syllables` exist."""
     base = len(SYLLABLES)
-    numbers = random.sample(range(base**3), count)
-    return [SYLLABLES[n // base**2] + SYLLABLES[n // base % base] + SYLLABLES[n % base] for n in numbers]
+    numbers = random.sample(range(base**syllables), count)
+    places = [base**place for place in reversed(range(syllables))]
+    return ["".join(SYLLABLES[n // place % base] for place in places) for n in numbers]
 
 
 def sentence(random: Random) -> str:

@@ -213,7 +213,7 @@ def select(
     kv_heads, capacity = rankings.shape[1:]
     parts = selection.parts_of(batch * kv_heads, capacity)
     sizes = selection.sizes_of(capacity, selected.shape[2], parts)
-    doubts = torch.empty(batch, kv_heads, sizes["DOUBTS"], dtype=torch.int32, device=query.device)
+    doubts = torch.empty(batch, kv_heads, parts, sizes["DOUBTS"], dtype=torch.int32, device=query.device)
     # a part's positions begin with a block that the row's own first position may be in
     room = triton.cdiv(triton.cdiv(capacity + sizes["BLOCK"], parts), sizes["BLOCK"]) * sizes["BLOCK"]
     stage = (

@@ -10,15 +10,14 @@ import triton.language as tl
 from refreshkv.ops.decode_attention import _left, _mean_query
 from refreshkv.ops.tiles import sample_size
 
-SAMPLE = 1024
+SAMPLE = 2048
 """Rankings of a row from which the cut is guessed, at least."""
 
 MARGIN = 3.5
 """How far from the guess the cut may be, in standard deviations of the sample's count."""
 
-DOUBTS = 4096
-"""Most positions that may be in doubt after the guess; with more, the whole row is searched. Very long rows have two or
-four times as many."""
+DOUBTS = 2048
+"""Most positions that may be in doubt after the guess; with more, the whole row is searched. Long rows have more."""
 
 BLOCK = 4096
 """Entries of a row taken at once."""
@@ -42,10 +41,12 @@ def parts_of(pairs: int, capacity: int) -> int:
 
 def sizes_of(capacity: int, width: int, parts: int) -> dict[str, int]:
     """The sample, the room for those in doubt, and what is taken at once, for rows of up to `capacity` tokens of which
-    `width` are selected. Parts of a row may differ, and so their rooms are twice as large."""
-    doubts = DOUBTS * (1 if capacity <= 2**17 else 2 if capacity <= 2**18 else 4)
-    sample, several = sample_size(capacity, width, SAMPLE, doubts, MARGIN), min(2, parts)
-    return {"SAMPLE": sample, "DOUBTS": doubts * several, "BLOCK": BLOCK // several, "PARTS": parts}
+    `width` are selected."""
+    doubts = DOUBTS
+    while capacity > 24 * doubts and doubts < 8 * DOUBTS:
+        doubts *= 2
+    sample = sample_size(capacity, width, SAMPLE, doubts, MARGIN)
+    return {"SAMPLE": sample, "DOUBTS": doubts, "BLOCK": BLOCK // min(2, parts), "PARTS": parts}
 
 
 @triton.jit
@@ -210,13 +211,26 @@ def _collect_part(
     share = tl.cdiv(tl.cdiv(last + 1 - base, PARTS), BLOCK) * BLOCK
     begin = tl.maximum(first, base + part * share)
     end = tl.minimum(last, base + (part + 1) * share - 1)
-    own_stage, own_doubts = stage + part * 2 * room, doubts + part * (DOUBTS // PARTS)
+    own_stage = stage + part * 2 * room
     above, between = _collect(
-        rankings, own_doubts, own_stage, own_stage + room, begin, end, low, high, room, 0, DOUBTS // PARTS, BLOCK
+        rankings, doubts + part * DOUBTS, own_stage, own_stage + room, begin, end, low, high, room, 0, DOUBTS, BLOCK
     )
     tl.store(counts + 2 * part, above)
     tl.store(counts + 2 * part + 1, between)
     return low, high
+
+
+@triton.jit
+def _find(counts, slot, PARTS: tl.constexpr):
+    """Of entries that the parts hold in turn, as many as every other count says: which part has the entry `slot`, and
+    how many are in the parts before it."""
+    part_of, before = tl.zeros(slot.shape, tl.int32), tl.zeros(slot.shape, tl.int32)
+    passed = tl.full([], 0, tl.int32)
+    for part in tl.static_range(PARTS):
+        passed += tl.load(counts + 2 * part, cache_modifier=".cg")
+        part_of += (slot >= passed).to(tl.int32)
+        before = tl.where(slot >= passed, passed, before)
+    return part_of, before
 
 
 @triton.jit
@@ -226,20 +240,13 @@ def _choose_from_parts(
 ):  # fmt: skip
     """As `_choose`, from what all parts have collected; their memory is read past the L1 cache, which others do not
     write to."""
-    above, between, most = keep * 0, keep * 0, keep * 0
-    for part in tl.static_range(PARTS):
-        above += tl.load(counts + 2 * part, cache_modifier=".cg")
-        doubtful = tl.load(counts + 2 * part + 1, cache_modifier=".cg")
-        between += doubtful
-        most = tl.maximum(most, doubtful)
-    if (above <= keep) & (above + between >= keep) & (most <= DOUBTS // PARTS):
+    part = tl.arange(0, PARTS)
+    above = tl.sum(tl.load(counts + 2 * part, cache_modifier=".cg"), 0)
+    between = tl.sum(tl.load(counts + 2 * part + 1, cache_modifier=".cg"), 0)
+    if (above <= keep) & (above + between >= keep) & (between <= DOUBTS):
         for start in range(0, above, BLOCK):
             slot = start + tl.arange(0, BLOCK)
-            before, part_of, passed = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), keep * 0
-            for part in tl.static_range(PARTS):
-                passed += tl.load(counts + 2 * part, cache_modifier=".cg")
-                before = tl.where(slot >= passed, passed, before)
-                part_of += (slot >= passed).to(tl.int32)
+            part_of, before = _find(counts, slot, PARTS)
             place = stage + part_of * 2 * room + slot - before
             token = tl.load(place, mask=slot < above, other=0, cache_modifier=".cg")
             ranking = tl.load(place + room, mask=slot < above, other=0, cache_modifier=".cg")
@@ -247,11 +254,11 @@ def _choose_from_parts(
             tl.store(chosen + slot, ranking, mask=slot < above)
         if above < keep:
             number = tl.arange(0, DOUBTS)
-            part_of = number // (DOUBTS // PARTS)
-            exists = number % (DOUBTS // PARTS) < tl.load(counts + 2 * part_of + 1, cache_modifier=".cg")
-            token = tl.load(doubts + number, mask=exists, other=0, cache_modifier=".cg")
-            ranking = tl.load(rankings + token, mask=exists, other=-1)
-            tail = _take(token, ranking, exists, selected, chosen, above, keep, low, high, tail)
+            part_of, before = _find(counts + 1, number, PARTS)
+            place = doubts + part_of * DOUBTS + number - before
+            token = tl.load(place, mask=number < between, other=0, cache_modifier=".cg")
+            ranking = tl.load(rankings + token, mask=number < between, other=-1)
+            tail = _take(token, ranking, number < between, selected, chosen, above, keep, low, high, tail)
     else:
         _choose_by_search(
             rankings, doubts, selected, chosen, first, last, keep, low, high, above, between, DOUBTS, BLOCK
@@ -316,7 +323,7 @@ def _select(
     size, tail = position * 0, position * 0
     if position >= 0:
         size = tl.minimum(budget, position + 1 - padding)
-        rankings, doubts = ranking_ptr + pair.to(tl.int64) * capacity, doubt_ptr + pair.to(tl.int64) * DOUBTS
+        rankings, doubts = ranking_ptr + pair.to(tl.int64) * capacity, doubt_ptr + pair.to(tl.int64) * PARTS * DOUBTS
         completes = part == 0
         if PARTS == 1:
             tail = tl.minimum(size, LAST_RANKS)

@@ -49,6 +49,8 @@ class Tasks:
     length: int
     """Tokens of prompt and answer."""
     strategies: list[str]
+    values: dict[str, Fragment] = field(default_factory=dict)
+    """Settings of single tasks, as tasks.NAME.key of launch/evaluate.py."""
     examples: int = 100
     batch_size: int = 20
 
@@ -141,7 +143,7 @@ class ExperimentConfig:
             length = settings_from_dict(DataConfig, self.data(name)).row_length
             check_last_tokens(study.perplexity.last_tokens, length)
         if study.tasks is not None:
-            build_tasks(study.tasks.names, {}, length=study.tasks.length)
+            build_tasks(study.tasks.names, study.tasks.values, length=study.tasks.length)
             build_decodings(study.tasks.strategies, self.refresh(name, self.arms[study.arms[0]].selections[0]))
 
     def refresh(self, study: str, selection: str) -> RefreshConfig:

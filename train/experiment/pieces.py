@@ -223,4 +223,5 @@ def _evaluate(config: ExperimentConfig, study: str, selection: str, kind: str, m
         return Command("evaluate.py", [*arguments, *refresh], folder / "report.json", begun=folder)
     arguments += ["--tasks", ",".join(settings.names), "--task-length", str(settings.length)]
     arguments += ["--examples", str(settings.examples), "--strategies", ",".join(settings.strategies)]
-    return Command("evaluate.py", [*arguments, *refresh], folder / "tasks.json", begun=folder)
+    values = [f"tasks.{n}.{k}={json.dumps(v)}" for n, task in settings.values.items() for k, v in task.items()]
+    return Command("evaluate.py", [*arguments, *refresh, *values], folder / "tasks.json", begun=folder)
