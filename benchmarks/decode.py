@@ -32,6 +32,7 @@ from refreshkv import NEVER, RefreshCache, RefreshConfig, decode_ahead, enable
 from refreshkv.baselines import CompactLayer, FullCache, H2OCache, SnapKVCache, StreamingCache
 from refreshkv.cache import BufferedCache
 from refreshkv.ops import decode_attention, decode_kernels
+from refreshkv.ops.decode import select_step
 
 CASES = "32768:1,32768:8,131072:1,16384:32"
 REFRESHING = ("refresh", "similarity", "offloaded")
@@ -268,28 +269,39 @@ def time_pieces(model: LlamaForCausalLM, context: int, batch: int, args: argpars
     def attend(layer, stride: int, threshold: float | None = None):
         state = (layer.keys, layer.values, frozen, layer.rows, layer.rows, layer.selected, layer.mean_query)
         settings = {"mode": decode_attention.REFRESH, "stride": stride, "threshold": threshold, "store": True}
-        return decode_kernels.attend(*token, *state, layer.observers, scaling, **settings)
+        check = check_of(layer.number)
+        return decode_kernels.attend(*token, *state, layer.observers, scaling, check=check, **settings), check
 
-    def finish(layer, shares, length: Tensor):
-        return decode_kernels.finish(shares, output, length, layer.rows, shares.logits, layer.keys.shape, 7)
+    def finish(layer, shares, check, length: Tensor):
+        pool = 7
+        decode_kernels.finish(shares, output, length, layer.rows, shares.logits, layer.keys.shape, pool, check=check)
 
-    def select(layer, shares, rankings):
-        state = (frozen, layer.rows, layer.selected, layer.ranking, layer.mean_query, layer.full_steps)
-        shares.arrived.zero_()  # in a step by the first launch
-        decode_kernels.select(shares.full, shares.arrived, rankings, token[0], *state, stride=10, threshold=None)
+    def check_of(number: int):
+        return decode_kernels.Check(*(part[number] for part in stack.check))
+
+    def select(after_stride: int) -> float:
+        for layer in layers:
+            finish(layer, *attend(layer, after_stride), counter)
+
+        def launch(stack) -> None:
+            stack.check[1].zero_()  # in a step by the first launch
+            select_step(stack.check, frozen, *(getattr(stack, name) for name in stack.STATE), 10, None)
+
+        return round(per_layer([stack], launch) / len(layers), 2)
 
     layers, counter = cache.layers, torch.zeros((), dtype=torch.int64, device="cuda")
-    whole, small = attend(layers[0], 1), attend(layers[0], NEVER)
-    rankings = finish(layers[0], whole, counter)
+    stack = layers[0].stack
+    whole, small = attend(layers[0], 1), attend(layers[1], NEVER)
+    rankings = stack.check[2][0]
     return {
         "pieces, us a layer": f"{context}:{batch}",
         "attend, full": per_layer(layers, lambda layer: attend(layer, 1)),
         "attend, partial": per_layer(layers, lambda layer: attend(layer, NEVER)),
         "attend, similar": per_layer(layers, lambda layer: attend(layer, 1, -2.0)),
-        "finish, full": per_layer(layers, lambda layer: finish(layer, whole, counter)),
-        "finish, partial": per_layer(layers, lambda layer: finish(layer, small, counter)),
-        "select, full": per_layer(layers, lambda layer: select(layer, whole, rankings)),
-        "select, partial": per_layer(layers, lambda layer: select(layer, small, rankings)),
+        "finish, full": per_layer(layers, lambda layer: finish(layer, *whole, counter)),
+        "finish, partial": per_layer(layers, lambda layer: finish(layer, *small, counter)),
+        "select, full": select(1),
+        "select, partial": select(NEVER),
         "torch.topk": per_layer(layers, lambda layer: rankings.topk(layer.selected.shape[2])),
         "linear layers": per_layer(model.model.layers, lambda layer: linear_layers(layer, batch)),
     }

@@ -28,8 +28,8 @@ FASTEST_FIRST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-"""torch's own order prefers its flash attention, which takes nearly twice cuDNN's time on Hopper GPUs. But with a mask
-over 64 keys more than a multiple of 128, cuDNN's gradients of queries whose scores are all below -88 are not numbers."""
+"""torch's own order prefers its flash attention, which takes nearly twice cuDNN's time on Hopper GPUs. But with a
+mask over 64 keys more than a multiple of 128, cuDNN's gradient of a query whose scores all lie below -88 is nan."""
 
 PROMPT_STEP = 128
 """Prompts of simulated rows are computed up to a multiple of this on a GPU, the further rows for nothing: cuDNN makes a

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 
 from refreshkv import ops
 from refreshkv.config import RefreshConfig
+from refreshkv.layer_stack import LayerStack, stack_layers
 from refreshkv.layers import layer_windows
 from refreshkv.ops.decode import STATE, TAIL, decode_step, uses_kernels
 from refreshkv.schedule import mean_query
@@ -277,6 +278,9 @@ class RefreshLayer(BufferedLayer):
         self.drops_many = config.threshold is not None or config.stride > TAIL
         """Whether more ranks may drop before the next full step than the kernels put in order at a time."""
         self.width = min(config.largest_budget(max_cache_len), max_cache_len)
+        self.siblings: list[RefreshLayer] = []
+        """All layers that may select together, or none."""
+        self.stack: LayerStack | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -305,6 +309,12 @@ class RefreshLayer(BufferedLayer):
         self._keep("observers", torch.zeros_like(observers).index_copy(2, slots, observers))
         self.full_steps[:, length - 1] = True
         self._end_prompt()
+        self._stack_siblings()
+
+    def _stack_siblings(self) -> None:
+        """With the last layer, all of them are ready."""
+        if self.siblings and self is self.siblings[-1]:
+            stack_layers(self.siblings)
 
     def _latest_queries(self, query: Tensor, length: int, window: int) -> Tensor:
         """The last O queries in order, (B, H, O, D): the block's, and before them those that were kept."""
@@ -327,6 +337,8 @@ class RefreshLayer(BufferedLayer):
     def step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """One decoding step: query (B, H, 1, D), key and value (B, Hkv, 1, D) -> (B, 1, H, D)."""
         self.awaits_attention = False
+        if self.stack is not None:
+            return self.stack.step(self, query, key, value, scaling)
         state = [self.cumulative_length if name == "length" else getattr(self, name) for name in STATE]
         config = self.config
         return self.operator(decode_step)(
@@ -366,6 +378,11 @@ class RefreshLayer(BufferedLayer):
         super().reset()
         if self.is_initialized:
             self.full_steps.zero_()
+
+    def _change_rows(self, change) -> None:
+        super()._change_rows(change)
+        if self.is_decoding:
+            self._stack_siblings()
 
 
 class BufferedCache(Cache):
@@ -439,6 +456,10 @@ class RefreshCache(BufferedCache):
         self.config = config or saved_config(model_config)
         layer = OffloadedLayer if offload else RefreshLayer
         super().__init__(model_config, max_cache_len, lambda: layer(max_cache_len, self.config))
+        if not offload:  # those decide on the host which buffers a step reads
+            siblings = [layer for layer in self.layers if isinstance(layer, RefreshLayer)]
+            for layer in siblings:
+                layer.siblings = siblings
 
     @property
     def full_steps(self) -> Tensor:

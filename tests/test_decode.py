@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from refreshkv import NEVER, RefreshConfig
+from refreshkv import NEVER, RefreshConfig, layer_stack
 from refreshkv.baselines import FullLayer, H2OLayer, SnapKVLayer, StreamingLayer
 from refreshkv.cache import RefreshLayer
 from refreshkv.ops import decode, naive
@@ -41,9 +41,9 @@ CASES = {
 }
 
 
-def drawn(generator, heads, length, head_dim, dtype=torch.float32):
+def drawn(generator, heads, length, head_dim, dtype=torch.float32, rows=2):
     # as a model lays them out: (B, T, H, D) in memory
-    return torch.randn(2, length, heads, head_dim, generator=generator).to(DEVICE, dtype).transpose(1, 2)
+    return torch.randn(rows, length, heads, head_dim, generator=generator).to(DEVICE, dtype).transpose(1, 2)
 
 
 def prompted_layer(query, key, value, padding, config, capacity):
@@ -96,6 +96,44 @@ def test_steps_equal_the_naive_form(name):
     full_steps = compare(CASES[name])
     if "similarity" in name:
         assert len({tuple(row) for row in full_steps.tolist()}) == 2, "rows refresh together: the test shows less"
+
+
+TOGETHER = ("fixed", "similarity", "long intervals", "observers and windows")
+
+
+@pytest.mark.parametrize("name", slow_unless(("observers and windows",), TOGETHER))
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_layers_that_select_together(monkeypatch, name, parts):
+    """Steps of three layers whose selections are one launch, and of each by itself; rows change places in between."""
+    monkeypatch.setattr(layer_stack, "uses_kernels", lambda tensor: True)
+    monkeypatch.setattr(decode_selection, "parts_of", lambda pairs, capacity: parts)
+    prompt, _, groups, kv_heads, head_dim, padding, config = CASES[name]
+    steps = 8
+    generator, padding = torch.Generator().manual_seed(3), torch.tensor([0, padding], device=DEVICE)
+    heads = (groups * kv_heads, kv_heads, kv_heads)
+    blocks = [[drawn(generator, count, prompt, head_dim) for count in heads] for _ in range(3)]
+    together, alone = ([prompted_layer(*block, padding, config, prompt + steps) for block in blocks] for _ in range(2))
+    layer_stack.stack_layers(together)
+    for layer in together:
+        layer.siblings = together
+    options = (config.stride, config.threshold, *config.selection_options().values(), head_dim**-0.5)
+    for step in range(steps):
+        if step == 4:
+            before = together[0].stack
+            for layer in (*together, *alone):
+                layer.batch_select_indices(torch.tensor([1, 0, 1], device=DEVICE))
+            assert together[0].stack is together[2].stack is not before
+        rows = 2 if step < 4 else 3
+        for ours, theirs in zip(together, alone, strict=True):
+            token = [drawn(generator, count, 1, head_dim, rows=rows) for count in heads]
+            ours.update(*token[1:])
+            found = ours.step(*token, head_dim**-0.5)
+            assert torch.equal(found, decode_kernels.decode_step(*token, *state_of(theirs), *options)), step
+        for ours, theirs in zip(together, alone, strict=True):
+            for ours_state, theirs_state, state in zip(state_of(ours), state_of(theirs), STATE, strict=True):
+                if state != "observers" or config.observation_window > 1:
+                    assert torch.equal(ours_state, theirs_state), (step, state)
+            assert ours.rows.data_ptr() == ours.stack.rows[ours.number].data_ptr()
 
 
 @pytest.mark.slow
@@ -167,11 +205,9 @@ def assert_exact_selection(length, budget, distinct, tail=12):
     rows = torch.stack([anchors, torch.full_like(padding, budget), padding, anchors], dim=1)
     selected = torch.full((2, 3, budget), -1, device=DEVICE, dtype=torch.int32)
     flags = torch.zeros(2, length + 5, device=DEVICE, dtype=torch.bool)
+    full, arrived, _, now = decode.new_check(2, 3, length + 5, 64, torch.device(DEVICE))
     decode_kernels.select(
-        torch.full((2,), length - 1, device=DEVICE, dtype=torch.int32),
-        torch.zeros(2, 3, device=DEVICE, dtype=torch.int32),
-        rankings,
-        torch.randn(2, 6, 1, 64, device=DEVICE),
+        decode_kernels.Check(full.fill_(length - 1), arrived.zero_(), rankings, now),
         torch.tensor(length, device=DEVICE),
         rows,
         selected,

@@ -72,6 +72,84 @@ def decode_step(
     return naive.decode_step(query, key, value, *state, *options)
 
 
+def new_check(rows: int, kv_heads: int, capacity: int, head_dim: int, device: torch.device) -> list[Tensor]:
+    """What a step of so many rows leaves for the selection: the position (rows,) int32 if it was full, or -1; counters
+    (rows, Hkv) int32; rankings (rows, Hkv, L) int32, the higher the better; mean queries (rows, D) float32. Empty."""
+    return [
+        torch.empty(rows, dtype=torch.int32, device=device),
+        torch.empty(rows, kv_heads, dtype=torch.int32, device=device),
+        torch.empty(rows, kv_heads, capacity, dtype=torch.int32, device=device),
+        torch.empty(rows, head_dim, dtype=torch.float32, device=device),
+    ]
+
+
+@torch.library.custom_op("refreshkv::attend_step", mutates_args=("keys", "values", "length", "observers"))
+def attend_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    observers: Tensor,
+    rows: Tensor,
+    selected: Tensor,
+    mean_query: Tensor,
+    check: list[Tensor],
+    number: int,
+    stride: int,
+    threshold: float | None,
+    pool_kernel: int,
+    observation_window: int,
+    recent_window: int,
+    sink_tokens: int,
+    scaling: float,
+) -> Tensor:
+    """`decode_step` of the layer `number` of a stack, by kernels and without the selection, which `select_step` makes.
+
+    rows, selected and mean_query are those of all N layers, (N, ...); check: the tensors of `new_check`, (N, ...) each,
+    into whose part of this layer goes what the selection needs. That they are written is not said to torch, for it
+    would copy them: nobody but `select_step` reads them, and that comes last, for it takes `length`.
+    """
+    from refreshkv.ops import decode_kernels
+
+    with torch.cuda.device_of(query):
+        return decode_kernels.attend_and_rank(
+            query, key, value, keys, values, length, rows[number], selected[number], mean_query[number], observers,
+            decode_kernels.Check(*(part[number] for part in check)), stride, threshold, pool_kernel,
+            observation_window, recent_window, sink_tokens, scaling,
+        )  # fmt: skip
+
+
+@torch.library.custom_op(
+    "refreshkv::select_step", mutates_args=("rows", "selected", "ranking", "mean_query", "full_steps")
+)
+def select_step(
+    check: list[Tensor],
+    length: Tensor,
+    rows: Tensor,
+    selected: Tensor,
+    ranking: Tensor,
+    mean_query: Tensor,
+    full_steps: Tensor,
+    stride: int,
+    threshold: float | None,
+) -> None:
+    """Ends a step of N layers: the selections of all that were full, in one launch. The state as of `decode_step`, of
+    all layers, (N, ...); length (): the last layer's."""
+    from refreshkv.ops import decode_kernels
+
+    state = (tensor.flatten(0, 1) for tensor in (rows, selected, ranking, mean_query, full_steps))
+    with torch.cuda.device_of(selected):
+        whole = decode_kernels.Check(*(part.flatten(0, 1) for part in check))
+        decode_kernels.select(whole, length, *state, stride=stride, threshold=threshold)
+
+
+@select_step.register_fake
+def _(*args) -> None:
+    return None
+
+
 @torch.library.custom_op("refreshkv::full_step", mutates_args=("keys", "values", "length"))
 def full_step(
     query: Tensor,
@@ -145,6 +223,7 @@ def compact_step(
 
 
 @decode_step.register_fake
+@attend_step.register_fake
 @full_step.register_fake
 @compact_step.register_fake
 def _token_output(query: Tensor, *args) -> Tensor:

@@ -112,7 +112,7 @@ def _walk(
 @triton.jit
 def _attend(
     query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, length_ptr, row_ptr, slot_ptr, selected_ptr, then_ptr,
-    observer_ptr, full_ptr, arrived_ptr, logit_ptr, partial_ptr, highest_ptr, total_ptr,
+    observer_ptr, full_ptr, now_ptr, arrived_ptr, logit_ptr, partial_ptr, highest_ptr, total_ptr,
     query_b, query_h, key_b, key_h, value_b, value_h, kv_heads, capacity, width, stride, threshold, scale,
     G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr,
     OBSERVERS: tl.constexpr, MODE: tl.constexpr, SIMILARITY: tl.constexpr, STORE: tl.constexpr,
@@ -154,6 +154,10 @@ def _attend(
             tl.store(arrived_ptr + pair, 0)
         if (split == 0) & (kv_head == 0):
             tl.store(full_ptr + batch, tl.where(full & (position < capacity), position, -1))
+            if SIMILARITY:
+                if full:
+                    mean = _mean_query(query_ptr, query_h, H, D, HP, DP)
+                    tl.store(now_ptr + batch * D + column, mean, mask=in_head)
     share = tl.cdiv(tl.cdiv(count, splits), 8) * 8
     first = tl.minimum(split * share, count)
     last = tl.minimum(first + share, count)

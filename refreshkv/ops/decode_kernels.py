@@ -1,5 +1,7 @@
 """One decoding step by Triton kernels: launches of fixed size, chosen by shapes alone, nothing read by the host."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from refreshkv.ops import decode_attention as attention
 from refreshkv.ops import decode_observers as observing
 from refreshkv.ops import decode_selection as selection
-from refreshkv.ops.decode import TAIL
+from refreshkv.ops.decode import TAIL, new_check
 from refreshkv.ops.tiles import LOG2E, padded_head, precision
 
 RANKING_PROGRAMS = 1024
@@ -36,23 +38,57 @@ def decode_step(
     scaling: float,
 ) -> Tensor:
     """`refreshkv.ops.naive.decode_step` by kernels: (B, 1, H, D)."""
-    batch, heads, _, head_dim = query.shape
+    check = Check(*new_check(query.shape[0], *keys.shape[1:], query.device))
+    output = attend_and_rank(
+        query, key, value, keys, values, length, rows, selected, mean_query, observers, check, stride, threshold,
+        pool_kernel, observation_window, recent_window, sink_tokens, scaling,
+    )  # fmt: skip
+    select(check, length, rows, selected, ranking, mean_query, full_steps, stride=stride, threshold=threshold)
+    return output
+
+
+class Check(NamedTuple):
+    """What a step leaves for `select`: `refreshkv.ops.decode.new_check` says what they hold."""
+
+    full: Tensor
+    arrived: Tensor
+    rankings: Tensor
+    now: Tensor
+
+
+def attend_and_rank(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    rows: Tensor,
+    selected: Tensor,
+    mean_query: Tensor,
+    observers: Tensor,
+    check: Check,
+    stride: int,
+    threshold: float | None,
+    pool_kernel: int,
+    observation_window: int,
+    recent_window: int,
+    sink_tokens: int,
+    scaling: float,
+) -> Tensor:
+    """A step but for its selection, which `select` makes from what this puts into `check`: (B, 1, H, D)."""
     query, key, value = _unit_stride(query, key, value)
     shares = attend(
         query, key, value, keys, values, length, rows, rows, selected, mean_query, observers, scaling,
-        mode=attention.REFRESH, stride=stride, threshold=threshold, store=observation_window == 1,
+        mode=attention.REFRESH, stride=stride, threshold=threshold, store=observation_window == 1, check=check,
     )  # fmt: skip
     scores = shares.logits
     if observation_window > 1:
-        scores = _observed_scores(observers, keys, rows, shares.full, shares.splits, scaling)
-    output = query.new_empty(batch, 1, heads, head_dim)
-    rankings = finish(
+        scores = _observed_scores(observers, keys, rows, check.full, shares.splits, scaling)
+    output = query.new_empty(query.shape[0], 1, *query.shape[1::2])
+    finish(
         shares, output, length, rows, scores, keys.shape, pool_kernel, recent_window, sink_tokens,
-        observed=observation_window > 1,
-    )  # fmt: skip
-    select(
-        shares.full, shares.arrived, rankings, query, length, rows, selected, ranking, mean_query, full_steps,
-        stride=stride, threshold=threshold,
+        observed=observation_window > 1, check=check,
     )  # fmt: skip
     return output
 
@@ -72,7 +108,7 @@ def full_step(
     state = (keys, values, length, rows, rows, rows, rows, query)
     shares = attend(query, key, value, *state, scaling, mode=attention.FULL)
     output = query.new_empty(query.shape[0], 1, *query.shape[1::2])
-    finish(shares, output, length, rows, shares.total, keys.shape, rank=False)
+    finish(shares, output, length, rows, shares.total, keys.shape)
     return output
 
 
@@ -93,7 +129,7 @@ def compact_step(
     state = (keys, values, length, rows, slots, rows, rows, query)
     shares = attend(query, key, value, *state, scaling, mode=attention.COMPACT, store=heavy)
     output = query.new_empty(query.shape[0], 1, *query.shape[1::2])
-    finish(shares, output, length, rows, shares.total, keys.shape, rank=False)
+    finish(shares, output, length, rows, shares.total, keys.shape)
     if not heavy:
         return output, None
     top = shares.highest.amax(dim=-1, keepdim=True)
@@ -105,10 +141,9 @@ def compact_step(
 
 
 class Shares:
-    """What `attend` leaves: outputs, maxima and sums of each share of the keys, which rows were full, and zeros for
-    `select` to count with."""
+    """What `attend` leaves for `finish`: outputs, maxima and sums of each share of the keys."""
 
-    def __init__(self, query: Tensor, kv_heads: int, splits: int, capacity: int, store: bool):
+    def __init__(self, query: Tensor, splits: int, capacity: int, store: bool):
         batch, heads, _, head_dim = query.shape
 
         def buffer(*shape: int) -> Tensor:
@@ -118,8 +153,6 @@ class Shares:
         self.partial = buffer(batch, heads, splits, head_dim)
         self.highest, self.total = buffer(batch, heads, splits), buffer(batch, heads, splits)
         self.logits = buffer(batch, heads, capacity) if store else self.total
-        self.full = torch.empty(batch, dtype=torch.int32, device=query.device)
-        self.arrived = torch.empty(batch, kv_heads, dtype=torch.int32, device=query.device)
 
 
 def attend(
@@ -140,17 +173,19 @@ def attend(
     stride: int = 1,
     threshold: float | None = None,
     store: bool = False,
+    check: Check | None = None,
 ) -> Shares:
     """The first launch of a step; the arguments of `refreshkv.ops.decode.decode_step`, and slots (B, Hkv) int64: where
-    the token goes in a compact cache."""
+    the token goes in a compact cache; check: of a cache that refreshes."""
     batch, heads, _, head_dim = query.shape
     kv_heads, capacity = keys.shape[1], keys.shape[2]
     group = heads // kv_heads
     splits = attention.splits_of(batch * kv_heads, query.device)
-    shares = Shares(query, kv_heads, splits, capacity, store)
+    shares = Shares(query, splits, capacity, store)
+    full, arrived, now = (shares.total,) * 3 if check is None else (check.full, check.arrived, check.now)
     attention._attend[splits, batch * kv_heads](
         query, key, value, keys, values, length, rows, slots, selected, mean_query, observers,
-        shares.full, shares.arrived, shares.logits, shares.partial, shares.highest, shares.total,
+        full, now, arrived, shares.logits, shares.partial, shares.highest, shares.total,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], kv_heads, capacity, selected.shape[-1],
         stride, threshold or 0.0, scaling * LOG2E,
         G=group, H=heads, D=head_dim, HP=triton.next_power_of_2(heads), DP=padded_head(head_dim),
@@ -172,29 +207,25 @@ def finish(
     recent_window: int = 0,
     sink_tokens: int = 0,
     observed: bool = False,
-    rank: bool = True,
-) -> Tensor:
-    """The second launch: merges the shares into output (B, 1, H, D), counts the token; if `rank`, returns the rankings
-    of full rows' positions, (B, Hkv, L) int32, from the logits (B, H, L) or, if `observed`, from scores (B, Hkv, L)."""
+    check: Check | None = None,
+) -> None:
+    """The second launch: merges the shares into output (B, 1, H, D), counts the token; with `check`, ranks the
+    positions of full rows from the logits (B, H, L) or, if `observed`, from scores (B, Hkv, L)."""
     batch, kv_heads, capacity, head_dim = cache_shape
     group = output.shape[2] // kv_heads
-    rankings = torch.empty(cache_shape[:3] if rank else 1, dtype=torch.int32, device=output.device)
+    full, rankings = (shares.total,) * 2 if check is None else (check.full, check.rankings)
     programs = min(triton.cdiv(capacity, attention.RANKED), max(1, RANKING_PROGRAMS // (batch * kv_heads)))
-    attention._finish[group + (programs if rank else 0), batch * kv_heads](
-        shares.partial, shares.highest, shares.total, output, length, rows, shares.full, shares.logits, scores,
+    attention._finish[group + (0 if check is None else programs), batch * kv_heads](
+        shares.partial, shares.highest, shares.total, output, length, rows, full, shares.logits, scores,
         rankings, kv_heads, capacity, shares.splits, recent_window, sink_tokens,
         G=group, GP=triton.next_power_of_2(group), D=head_dim, DP=padded_head(head_dim),
         NP=max(2, triton.next_power_of_2(shares.splits)), POOL=pool_kernel, OBSERVED=observed,
         BLOCK=attention.RANKED, num_warps=4,
     )  # fmt: skip
-    return rankings
 
 
 def select(
-    full: Tensor,
-    arrived: Tensor,
-    rankings: Tensor,
-    query: Tensor,
+    check: Check,
     length: Tensor,
     rows: Tensor,
     selected: Tensor,
@@ -205,27 +236,21 @@ def select(
     stride: int,
     threshold: float | None,
 ) -> None:
-    """The last launch of a step: where `full` (B,) gives a position, the selection from `rankings` (B, Hkv, L).
-
-    arrived (B, Hkv) int32: zeros; programs that have come.
-    """
-    batch, heads, _, head_dim = query.shape
-    kv_heads, capacity = rankings.shape[1:]
+    """The last launch of a step: the selections of the rows, of one layer or of several, that were full."""
+    batch, kv_heads, capacity = check.rankings.shape
+    head_dim, device = mean_query.shape[1], selected.device
     parts = selection.parts_of(batch * kv_heads, capacity)
     sizes = selection.sizes_of(capacity, selected.shape[2], parts)
-    doubts = torch.empty(batch, kv_heads, parts, sizes["DOUBTS"], dtype=torch.int32, device=query.device)
+    doubts = torch.empty(batch, kv_heads, parts, sizes["DOUBTS"], dtype=torch.int32, device=device)
     # a part's positions begin with a block that the row's own first position may be in
     room = triton.cdiv(triton.cdiv(capacity + sizes["BLOCK"], parts), sizes["BLOCK"]) * sizes["BLOCK"]
-    stage = (
-        torch.empty(batch, kv_heads, parts, 2, room, dtype=torch.int32, device=query.device) if parts > 1 else doubts
-    )
-    counts = torch.empty(batch, kv_heads, parts, 2, dtype=torch.int32, device=query.device) if parts > 1 else doubts
+    stage = torch.empty(batch, kv_heads, parts, 2, room, dtype=torch.int32, device=device) if parts > 1 else doubts
+    counts = torch.empty(batch, kv_heads, parts, 2, dtype=torch.int32, device=device) if parts > 1 else doubts
     selection._select[parts, batch * kv_heads](
-        rankings, doubts, stage, counts, arrived, selected, ranking, rows, length, full, full_steps, query, mean_query,
-        *query.stride()[:2], kv_heads, capacity, selected.shape[2], room, selection.MARGIN,
-        H=heads, D=head_dim, HP=triton.next_power_of_2(heads), DP=padded_head(head_dim),
-        SIMILARITY=threshold is not None, TAIL=TAIL, LAST_RANKS=last_ranks(stride, threshold),
-        num_warps=selection.WARPS, **sizes,
+        check.rankings, doubts, stage, counts, check.arrived, selected, ranking, rows, length, check.full, full_steps,
+        check.now, mean_query, kv_heads, capacity, selected.shape[2], room, selection.MARGIN,
+        D=head_dim, DP=padded_head(head_dim), SIMILARITY=threshold is not None, TAIL=TAIL,
+        LAST_RANKS=last_ranks(stride, threshold), num_warps=selection.WARPS, **sizes,
     )  # fmt: skip
 
 

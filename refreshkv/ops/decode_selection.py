@@ -7,7 +7,7 @@ room for, `W` slots of a selection, `N` splits, `O` observing queries.
 import triton
 import triton.language as tl
 
-from refreshkv.ops.decode_attention import _left, _mean_query
+from refreshkv.ops.decode_attention import _left
 from refreshkv.ops.tiles import sample_size
 
 SAMPLE = 2048
@@ -305,8 +305,8 @@ def _order_tail(selected, chosen, size, tail, BLOCK: tl.constexpr, TAIL: tl.cons
 @triton.jit
 def _select(
     ranking_ptr, doubt_ptr, stage_ptr, count_ptr, arrived_ptr, selected_ptr, chosen_ptr, row_ptr, length_ptr, full_ptr,
-    flag_ptr, query_ptr, then_ptr, query_b, query_h, kv_heads, capacity, width, room, margin,
-    H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, SIMILARITY: tl.constexpr,
+    flag_ptr, now_ptr, then_ptr, kv_heads, capacity, width, room, margin,
+    D: tl.constexpr, DP: tl.constexpr, SIMILARITY: tl.constexpr,
     SAMPLE: tl.constexpr, DOUBTS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, TAIL: tl.constexpr,
     LAST_RANKS: tl.constexpr,
 ):  # fmt: skip
@@ -349,7 +349,7 @@ def _select(
             tl.store(row_ptr + batch * 4 + 0, position.to(tl.int64))
             if SIMILARITY:
                 column = tl.arange(0, DP)
-                mean = _mean_query(query_ptr + batch * query_b, query_h, H, D, HP, DP)
+                mean = tl.load(now_ptr + batch * D + column, mask=column < D, other=0.0)
                 tl.store(then_ptr + batch * D + column, mean, mask=column < D)
     elif (LAST_RANKS == TAIL) & (part == 0):
         since = tl.load(length_ptr).to(tl.int32) - 1 - tl.load(row_ptr + batch * 4 + 0).to(tl.int32)

@@ -1,0 +1,79 @@
+"""Layers of a cache that end their decoding steps together: one launch selects for all of them.
+
+A selection is a search with few steps that can go at once; of one layer it leaves most of a GPU idle, and where no step
+was full its launch is for nothing. Nobody needs it before the next token.
+
+Shapes: `N` layers, `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size.
+"""
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from refreshkv.ops.decode import attend_step, new_check, select_step, uses_kernels
+
+if TYPE_CHECKING:
+    from refreshkv.cache import RefreshLayer
+
+
+class LayerStack:
+    """N layers' `rows`, `selected`, `ranking`, `mean_query` and `full_steps`, in one tensor for all of them, (N, ...);
+    the layers' own become parts of it."""
+
+    STATE = ("rows", "selected", "ranking", "mean_query", "full_steps")
+
+    def __init__(self, layers: "list[RefreshLayer]"):
+        first = layers[0]
+        self.layers = layers
+        for name in self.STATE:
+            whole = torch.stack([getattr(layer, name) for layer in layers])
+            setattr(self, name, whole)
+            for number, layer in enumerate(layers):
+                setattr(layer, name, whole[number])
+        batch, kv_heads, capacity, head_dim = first.keys.shape
+        self.check = [
+            buffer.unflatten(0, (len(layers), batch))
+            for buffer in new_check(len(layers) * batch, kv_heads, capacity, head_dim, first.device)
+        ]
+        for number, layer in enumerate(layers):
+            layer.stack, layer.number = self, number
+        for tensor in (*(getattr(self, name) for name in self.STATE), *self.check):
+            torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def holds(self, layers: "list[RefreshLayer]") -> bool:
+        """Whether it is these layers' stack, and their state is still part of it."""
+        return self.layers == layers and all(
+            getattr(layer, name).data_ptr() == getattr(self, name)[number].data_ptr()
+            and getattr(layer, name).shape == getattr(self, name).shape[1:]
+            for number, layer in enumerate(layers)
+            for name in self.STATE
+        )
+
+    def step(self, layer: "RefreshLayer", query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """`RefreshLayer.step`; the last layer's selects for all."""
+        config, length = layer.config, layer.cumulative_length
+        output = attend_step(
+            query, key, value, layer.keys, layer.values, length, layer.observers, self.rows, self.selected,
+            self.mean_query, self.check, layer.number, config.stride, config.threshold,
+            *config.selection_options().values(), scaling,
+        )  # fmt: skip
+        if layer.number == len(self.layers) - 1:
+            state = (getattr(self, name) for name in self.STATE)
+            select_step(self.check, length, *state, config.stride, config.threshold)
+        return output
+
+
+def stack_layers(layers: "list[RefreshLayer]") -> None:
+    """Makes a `LayerStack` of those among a cache's layers that have one device and shape, if they go by kernels."""
+    groups = defaultdict(list)
+    for layer in layers:
+        if layer.is_initialized:
+            groups[layer.device, layer.keys.shape].append(layer)
+    for group in groups.values():
+        if not uses_kernels(group[0].keys):
+            for layer in group:
+                layer.stack = None
+        elif group[0].stack is None or not group[0].stack.holds(group):
+            LayerStack(group)
