@@ -81,10 +81,10 @@ def compare(case, dtype=torch.float32, tolerance=1e-4, seed=0):
         # a single observer is the step's own query
         for name in kept + ["observers"] * (config.observation_window > 1):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), (step, name)
-        assert torch.equal(ours.rows, theirs.rows), step
+        assert torch.equal(ours.rows, theirs.rows), (step, "rows")
         if config.threshold is not None:
             torch.testing.assert_close(ours.mean_query, theirs.mean_query)
-        assert seen_of(ours) == seen_of(theirs), step
+        assert seen_of(ours) == seen_of(theirs), (step, "selected")
     return theirs.full_steps
 
 

@@ -208,7 +208,7 @@ def _finish(
     partial_ptr, highest_ptr, total_ptr, output_ptr, length_ptr, row_ptr, full_ptr, logit_ptr, score_ptr, ranking_ptr,
     kv_heads, capacity, splits, recent, sinks,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr, POOL: tl.constexpr,
-    OBSERVED: tl.constexpr, BLOCK: tl.constexpr,
+    RANK: tl.constexpr, OBSERVED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The first G programs of a row and key/value head merge the shares of one query head each, in fixed order; the
     others, where the step is full, rank the positions of the cache: window and sink positions first, then the pooled
@@ -230,7 +230,7 @@ def _finish(
         tl.store(output_ptr + head * D + column, result.to(output_ptr.dtype.element_ty), mask=column < D)
         if (part == 0) & (pair == 0):
             tl.store(length_ptr, tl.load(length_ptr) + 1)
-    else:
+    elif RANK:
         position = tl.load(full_ptr + batch)
         if position >= 0:
             member = tl.arange(0, GP)

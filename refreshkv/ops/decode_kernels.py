@@ -219,8 +219,8 @@ def finish(
         shares.partial, shares.highest, shares.total, output, length, rows, full, shares.logits, scores,
         rankings, kv_heads, capacity, shares.splits, recent_window, sink_tokens,
         G=group, GP=triton.next_power_of_2(group), D=head_dim, DP=padded_head(head_dim),
-        NP=max(2, triton.next_power_of_2(shares.splits)), POOL=pool_kernel, OBSERVED=observed,
-        BLOCK=attention.RANKED, num_warps=4,
+        NP=max(2, triton.next_power_of_2(shares.splits)), POOL=pool_kernel, RANK=check is not None,
+        OBSERVED=observed, BLOCK=attention.RANKED, num_warps=4,
     )  # fmt: skip
 
 
