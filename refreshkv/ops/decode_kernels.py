@@ -15,6 +15,10 @@ from refreshkv.ops.tiles import LOG2E, padded_head, precision
 RANKING_PROGRAMS = 1024
 """About how many programs rank the positions of all rows."""
 
+SAME_IN_ALL_THREADS = {"enable_fp_fusion": False}
+"""Of kernels that rank. Where threads add up shares of a sum, each fuses its own product into the addition and gets
+another last bit; then positions with the same score, as pooling makes them, would no longer tie."""
+
 
 def decode_step(
     query: Tensor,
@@ -220,7 +224,7 @@ def finish(
         rankings, kv_heads, capacity, shares.splits, recent_window, sink_tokens,
         G=group, GP=triton.next_power_of_2(group), D=head_dim, DP=padded_head(head_dim),
         NP=max(2, triton.next_power_of_2(shares.splits)), POOL=pool_kernel, RANK=check is not None,
-        OBSERVED=observed, BLOCK=attention.RANKED, num_warps=4,
+        OBSERVED=observed, BLOCK=attention.RANKED, num_warps=4, **SAME_IN_ALL_THREADS,
     )  # fmt: skip
 
 
@@ -275,7 +279,7 @@ def _observed_scores(
     observing._observer_scores[programs, pairs](
         observers, keys, rows, full, highest, total, scores, kv_heads, capacity, splits, scaling * LOG2E,
         GP=max(16, triton.next_power_of_2(group)), NP=max(2, triton.next_power_of_2(splits)), OBSERVERS=window,
-        BLOCK_N=32 if small else 128, **shared,
+        BLOCK_N=32 if small else 128, **shared, **SAME_IN_ALL_THREADS,
     )  # fmt: skip
     return scores
 
