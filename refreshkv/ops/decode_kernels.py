@@ -250,7 +250,7 @@ def select(
     room = triton.cdiv(triton.cdiv(capacity + sizes["BLOCK"], parts), sizes["BLOCK"]) * sizes["BLOCK"]
     stage = torch.empty(batch, kv_heads, parts, 2, room, dtype=torch.int32, device=device) if parts > 1 else doubts
     counts = torch.empty(batch, kv_heads, parts, 2, dtype=torch.int32, device=device) if parts > 1 else doubts
-    selection._select[parts, batch * kv_heads](
+    selection._select[batch * kv_heads, parts](  # many layers and rows: more than the other dimensions take
         check.rankings, doubts, stage, counts, check.arrived, selected, ranking, rows, length, check.full, full_steps,
         check.now, mean_query, kv_heads, capacity, selected.shape[2], room, selection.MARGIN,
         D=head_dim, DP=padded_head(head_dim), SIMILARITY=threshold is not None, TAIL=TAIL,

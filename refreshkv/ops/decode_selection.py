@@ -314,7 +314,7 @@ def _select(
 
     PARTS programs share a row's positions; the one that comes last completes the selection.
     """
-    part, pair = tl.program_id(0), tl.program_id(1)
+    pair, part = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
     selected, chosen = selected_ptr + pair.to(tl.int64) * width, chosen_ptr + pair.to(tl.int64) * width
     position = tl.load(full_ptr + batch)
