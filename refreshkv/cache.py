@@ -278,7 +278,7 @@ class RefreshLayer(BufferedLayer):
         self.drops_many = config.threshold is not None or config.stride > TAIL
         """Whether more ranks may drop before the next full step than the kernels put in order at a time."""
         self.width = min(config.largest_budget(max_cache_len), max_cache_len)
-        self.siblings: list[RefreshLayer] = []
+        self.siblings: tuple[RefreshLayer, ...] = ()
         """All layers that may select together, or none."""
         self.stack: LayerStack | None = None
 
@@ -457,7 +457,7 @@ class RefreshCache(BufferedCache):
         layer = OffloadedLayer if offload else RefreshLayer
         super().__init__(model_config, max_cache_len, lambda: layer(max_cache_len, self.config))
         if not offload:  # those decide on the host which buffers a step reads
-            siblings = [layer for layer in self.layers if isinstance(layer, RefreshLayer)]
+            siblings = tuple(layer for layer in self.layers if isinstance(layer, RefreshLayer))
             for layer in siblings:
                 layer.siblings = siblings
 

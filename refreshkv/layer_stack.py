@@ -7,6 +7,7 @@ Shapes: `N` layers, `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` 
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,7 +66,7 @@ class LayerStack:
         return output
 
 
-def stack_layers(layers: "list[RefreshLayer]") -> None:
+def stack_layers(layers: "Iterable[RefreshLayer]") -> None:
     """Makes a `LayerStack` of those among a cache's layers that have one device and shape, if they go by kernels."""
     groups = defaultdict(list)
     for layer in layers:

@@ -115,7 +115,7 @@ def test_layers_that_select_together(monkeypatch, name, parts):
     together, alone = ([prompted_layer(*block, padding, config, prompt + steps) for block in blocks] for _ in range(2))
     layer_stack.stack_layers(together)
     for layer in together:
-        layer.siblings = together
+        layer.siblings = tuple(together)
     options = (config.stride, config.threshold, *config.selection_options().values(), head_dim**-0.5)
     for step in range(steps):
         if step == 4:
