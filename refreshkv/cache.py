@@ -278,8 +278,9 @@ class RefreshLayer(BufferedLayer):
         self.drops_many = config.threshold is not None or config.stride > TAIL
         """Whether more ranks may drop before the next full step than the kernels put in order at a time."""
         self.width = min(config.largest_budget(max_cache_len), max_cache_len)
-        self.siblings: tuple[RefreshLayer, ...] = ()
-        """All layers that may select together, or none."""
+        self.before: tuple[RefreshLayer, ...] = ()
+        """Of a cache's last layer: those before it, with which it may select. No layer knows those behind it, for in a
+        circle their buffers would stay in memory until Python looks for circles."""
         self.stack: LayerStack | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -309,12 +310,12 @@ class RefreshLayer(BufferedLayer):
         self._keep("observers", torch.zeros_like(observers).index_copy(2, slots, observers))
         self.full_steps[:, length - 1] = True
         self._end_prompt()
-        self._stack_siblings()
+        self._stack_layers()
 
-    def _stack_siblings(self) -> None:
+    def _stack_layers(self) -> None:
         """With the last layer, all of them are ready."""
-        if self.siblings and self is self.siblings[-1]:
-            stack_layers(self.siblings)
+        if self.before:
+            stack_layers((*self.before, self))
 
     def _latest_queries(self, query: Tensor, length: int, window: int) -> Tensor:
         """The last O queries in order, (B, H, O, D): the block's, and before them those that were kept."""
@@ -382,7 +383,7 @@ class RefreshLayer(BufferedLayer):
     def _change_rows(self, change) -> None:
         super()._change_rows(change)
         if self.is_decoding:
-            self._stack_siblings()
+            self._stack_layers()
 
 
 class BufferedCache(Cache):
@@ -456,10 +457,9 @@ class RefreshCache(BufferedCache):
         self.config = config or saved_config(model_config)
         layer = OffloadedLayer if offload else RefreshLayer
         super().__init__(model_config, max_cache_len, lambda: layer(max_cache_len, self.config))
-        if not offload:  # those decide on the host which buffers a step reads
-            siblings = tuple(layer for layer in self.layers if isinstance(layer, RefreshLayer))
-            for layer in siblings:
-                layer.siblings = siblings
+        layers = [layer for layer in self.layers if isinstance(layer, RefreshLayer)]
+        if layers and not offload:  # those decide on the host which buffers a step reads
+            layers[-1].before = tuple(layers[:-1])
 
     @property
     def full_steps(self) -> Tensor:

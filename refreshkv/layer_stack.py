@@ -21,18 +21,17 @@ if TYPE_CHECKING:
 
 class LayerStack:
     """N layers' `rows`, `selected`, `ranking`, `mean_query` and `full_steps`, in one tensor for all of them, (N, ...);
-    the layers' own become parts of it."""
+    the layers' own become parts of it. It knows nothing else of the layers."""
 
     STATE = ("rows", "selected", "ranking", "mean_query", "full_steps")
 
     def __init__(self, layers: "list[RefreshLayer]"):
-        first = layers[0]
-        self.layers = layers
         for name in self.STATE:
             whole = torch.stack([getattr(layer, name) for layer in layers])
             setattr(self, name, whole)
             for number, layer in enumerate(layers):
                 setattr(layer, name, whole[number])
+        first = layers[0]
         batch, kv_heads, capacity, head_dim = first.keys.shape
         self.check = [
             buffer.unflatten(0, (len(layers), batch))
@@ -45,7 +44,7 @@ class LayerStack:
 
     def holds(self, layers: "list[RefreshLayer]") -> bool:
         """Whether it is these layers' stack, and their state is still part of it."""
-        return self.layers == layers and all(
+        return len(layers) == len(self.rows) and all(
             getattr(layer, name).data_ptr() == getattr(self, name)[number].data_ptr()
             and getattr(layer, name).shape == getattr(self, name).shape[1:]
             for number, layer in enumerate(layers)
@@ -60,7 +59,7 @@ class LayerStack:
             self.mean_query, self.check, layer.number, config.stride, config.threshold,
             *config.selection_options().values(), scaling,
         )  # fmt: skip
-        if layer.number == len(self.layers) - 1:
+        if layer.number == len(self.rows) - 1:
             state = (getattr(self, name) for name in self.STATE)
             select_step(self.check, length, *state, config.stride, config.threshold)
         return output

@@ -1,5 +1,7 @@
 """The kernels of a decoding step against the naive form, step by step: on a GPU, or under Triton's interpreter."""
 
+import gc
+import weakref
 from itertools import product
 
 import pytest
@@ -7,10 +9,11 @@ import torch
 
 from refreshkv import NEVER, RefreshConfig, layer_stack
 from refreshkv.baselines import FullLayer, H2OLayer, SnapKVLayer, StreamingLayer
-from refreshkv.cache import RefreshLayer
+from refreshkv.cache import RefreshCache, RefreshLayer
 from refreshkv.ops import decode, naive
 from refreshkv.ops.decode import STATE
 from tests.marks import slow_unless
+from tests.models import random_ids, tiny_enabled
 
 pytest.importorskip("triton")
 
@@ -114,8 +117,7 @@ def test_layers_that_select_together(monkeypatch, name, parts):
     blocks = [[drawn(generator, count, prompt, head_dim) for count in heads] for _ in range(3)]
     together, alone = ([prompted_layer(*block, padding, config, prompt + steps) for block in blocks] for _ in range(2))
     layer_stack.stack_layers(together)
-    for layer in together:
-        layer.siblings = tuple(together)
+    together[-1].before = tuple(together[:-1])
     options = (config.stride, config.threshold, *config.selection_options().values(), head_dim**-0.5)
     for step in range(steps):
         if step == 4:
@@ -134,6 +136,24 @@ def test_layers_that_select_together(monkeypatch, name, parts):
                 if state != "observers" or config.observation_window > 1:
                     assert torch.equal(ours_state, theirs_state), (step, state)
             assert ours.rows.data_ptr() == ours.stack.rows[ours.number].data_ptr()
+
+
+def test_the_memory_of_a_cache_is_free_at_once(monkeypatch):
+    """No layer is part of a circle, which Python would find some time later."""
+    monkeypatch.setattr(layer_stack, "uses_kernels", lambda tensor: True)
+    model, gone = tiny_enabled(CASES["fixed"][-1]).to(DEVICE), []
+    cache = RefreshCache(model.config, 20)
+    with torch.no_grad():
+        model(random_ids(2, 12).to(DEVICE), past_key_values=cache)
+    for layer in cache.layers:
+        assert layer.stack is not None
+        weakref.finalize(layer, gone.append, layer.number)
+    gc.disable()
+    try:
+        del layer, cache
+        assert sorted(gone) == list(range(model.config.num_hidden_layers))
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow
