@@ -32,7 +32,7 @@ from refreshkv import NEVER, RefreshCache, RefreshConfig, decode_ahead, enable
 from refreshkv.baselines import CompactLayer, FullCache, H2OCache, SnapKVCache, StreamingCache
 from refreshkv.cache import BufferedCache
 from refreshkv.ops import decode_attention, decode_kernels
-from refreshkv.ops.decode import select_step
+from refreshkv.ops.decode import Check, select_step
 
 CASES = "32768:1,32768:8,131072:1,16384:32"
 REFRESHING = ("refresh", "similarity", "offloaded")
@@ -266,40 +266,43 @@ def time_pieces(model: LlamaForCausalLM, context: int, batch: int, args: argpars
     output = token[0].new_empty(batch, 1, heads[0], config.head_dim)
     frozen = torch.tensor(context, device="cuda")
 
-    def attend(layer, stride: int, threshold: float | None = None):
+    def attend(layer, stride: int, threshold: float | None = None, check: Check | None = None):
         state = (layer.keys, layer.values, frozen, layer.rows, layer.rows, layer.selected, layer.mean_query)
         settings = {"mode": decode_attention.REFRESH, "stride": stride, "threshold": threshold, "store": True}
-        check = check_of(layer.number)
+        check = check or stack.check.of(layer.number)
         return decode_kernels.attend(*token, *state, layer.observers, scaling, check=check, **settings), check
 
-    def finish(layer, shares, check, length: Tensor):
-        pool = 7
-        decode_kernels.finish(shares, output, length, layer.rows, shares.logits, layer.keys.shape, pool, check=check)
+    def apart(stride: int):
+        """Of the first layer, with a check that no later launch writes to."""
+        return attend(layers[0], stride, check=Check.empty((batch,), *layers[0].keys.shape[1:], output.device))
 
-    def check_of(number: int):
-        return decode_kernels.Check(*(part[number] for part in stack.check))
+    def finish(layer, shares, check) -> None:
+        state = (output, counter, layer.rows, shares.logits, layer.keys.shape)
+        decode_kernels.finish(shares, *state, pool_kernel=7, check=check)
 
-    def select(after_stride: int) -> float:
+    def select(stride: int) -> float:
+        """After a step of this stride."""
         for layer in layers:
-            finish(layer, *attend(layer, after_stride), counter)
+            finish(layer, *attend(layer, stride))
 
         def launch(stack) -> None:
-            stack.check[1].zero_()  # in a step by the first launch
-            select_step(stack.check, frozen, *(getattr(stack, name) for name in stack.STATE), 10, None)
+            stack.check.arrived.zero_()  # in a step by the first launch
+            select_step(list(stack.check), frozen, *(getattr(stack, name) for name in stack.STATE), 10, None)
 
         return round(per_layer([stack], launch) / len(layers), 2)
 
     layers, counter = cache.layers, torch.zeros((), dtype=torch.int64, device="cuda")
     stack = layers[0].stack
-    whole, small = attend(layers[0], 1), attend(layers[1], NEVER)
-    rankings = stack.check[2][0]
+    whole, small = apart(1), apart(NEVER)
+    finish(layers[0], *whole)
+    rankings = whole[1].rankings
     return {
         "pieces, us a layer": f"{context}:{batch}",
         "attend, full": per_layer(layers, lambda layer: attend(layer, 1)),
         "attend, partial": per_layer(layers, lambda layer: attend(layer, NEVER)),
         "attend, similar": per_layer(layers, lambda layer: attend(layer, 1, -2.0)),
-        "finish, full": per_layer(layers, lambda layer: finish(layer, *whole, counter)),
-        "finish, partial": per_layer(layers, lambda layer: finish(layer, *small, counter)),
+        "finish, full": per_layer(layers, lambda layer: finish(layer, *whole)),
+        "finish, partial": per_layer(layers, lambda layer: finish(layer, *small)),
         "select, full": select(1),
         "select, partial": select(NEVER),
         "torch.topk": per_layer(layers, lambda layer: rankings.topk(layer.selected.shape[2])),

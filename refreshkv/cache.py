@@ -457,7 +457,7 @@ class RefreshCache(BufferedCache):
         self.config = config or saved_config(model_config)
         layer = OffloadedLayer if offload else RefreshLayer
         super().__init__(model_config, max_cache_len, lambda: layer(max_cache_len, self.config))
-        layers = [layer for layer in self.layers if isinstance(layer, RefreshLayer)]
+        layers = self._refresh_layers()
         if layers and not offload:  # those decide on the host which buffers a step reads
             layers[-1].before = tuple(layers[:-1])
 
@@ -467,7 +467,7 @@ class RefreshCache(BufferedCache):
 
         Sliding-window layers have no full steps. Raises `ValueError` before the first token.
         """
-        layers = [layer for layer in self.layers if isinstance(layer, RefreshLayer)]
+        layers = self._refresh_layers()
         if not layers or layers[0].length == 0:
             raise ValueError("full_steps: the cache is empty; run the model with it first")
         none = torch.zeros_like(layers[0].full_steps[:, : layers[0].length])
@@ -475,6 +475,9 @@ class RefreshCache(BufferedCache):
             layer.full_steps[:, : layer.length] if isinstance(layer, RefreshLayer) else none for layer in self.layers
         ]
         return torch.stack([row.to(none.device) for row in rows])
+
+    def _refresh_layers(self) -> list[RefreshLayer]:
+        return [layer for layer in self.layers if isinstance(layer, RefreshLayer)]
 
 
 def saved_config(model_config: PretrainedConfig) -> RefreshConfig:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from refreshkv.ops.decode import attend_step, new_check, select_step, uses_kernels
+from refreshkv.ops.decode import Check, attend_step, select_step, uses_kernels
 
 if TYPE_CHECKING:
     from refreshkv.cache import RefreshLayer
@@ -31,12 +31,8 @@ class LayerStack:
             setattr(self, name, whole)
             for number, layer in enumerate(layers):
                 setattr(layer, name, whole[number])
-        first = layers[0]
-        batch, kv_heads, capacity, head_dim = first.keys.shape
-        self.check = [
-            buffer.unflatten(0, (len(layers), batch))
-            for buffer in new_check(len(layers) * batch, kv_heads, capacity, head_dim, first.device)
-        ]
+        batch, *shape = layers[0].keys.shape
+        self.check = Check.empty((len(layers), batch), *shape, layers[0].device)
         for number, layer in enumerate(layers):
             layer.stack, layer.number = self, number
         for tensor in (*(getattr(self, name) for name in self.STATE), *self.check):
@@ -56,12 +52,12 @@ class LayerStack:
         config, length = layer.config, layer.cumulative_length
         output = attend_step(
             query, key, value, layer.keys, layer.values, length, layer.observers, self.rows, self.selected,
-            self.mean_query, self.check, layer.number, config.stride, config.threshold,
+            self.mean_query, list(self.check), layer.number, config.stride, config.threshold,
             *config.selection_options().values(), scaling,
         )  # fmt: skip
         if layer.number == len(self.rows) - 1:
             state = (getattr(self, name) for name in self.STATE)
-            select_step(self.check, length, *state, config.stride, config.threshold)
+            select_step(list(self.check), length, *state, config.stride, config.threshold)
         return output
 
 

@@ -225,9 +225,9 @@ def assert_exact_selection(length, budget, distinct, tail=12):
     rows = torch.stack([anchors, torch.full_like(padding, budget), padding, anchors], dim=1)
     selected = torch.full((2, 3, budget), -1, device=DEVICE, dtype=torch.int32)
     flags = torch.zeros(2, length + 5, device=DEVICE, dtype=torch.bool)
-    full, arrived, _, now = decode.new_check(2, 3, length + 5, 64, torch.device(DEVICE))
+    full, arrived, _, now = decode.Check.empty((2,), 3, length + 5, 64, torch.device(DEVICE))
     decode_kernels.select(
-        decode_kernels.Check(full.fill_(length - 1), arrived.zero_(), rankings, now),
+        decode.Check(full.fill_(length - 1), arrived.zero_(), rankings, now),
         torch.tensor(length, device=DEVICE),
         rows,
         selected,

@@ -10,6 +10,7 @@ slots of a selection, `O` observing queries.
 """
 
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,15 +73,31 @@ def decode_step(
     return naive.decode_step(query, key, value, *state, *options)
 
 
-def new_check(rows: int, kv_heads: int, capacity: int, head_dim: int, device: torch.device) -> list[Tensor]:
-    """What a step of so many rows leaves for the selection: the position (rows,) int32 if it was full, or -1; counters
-    (rows, Hkv) int32; rankings (rows, Hkv, L) int32, the higher the better; mean queries (rows, D) float32. Empty."""
-    return [
-        torch.empty(rows, dtype=torch.int32, device=device),
-        torch.empty(rows, kv_heads, dtype=torch.int32, device=device),
-        torch.empty(rows, kv_heads, capacity, dtype=torch.int32, device=device),
-        torch.empty(rows, head_dim, dtype=torch.float32, device=device),
-    ]
+class Check(NamedTuple):
+    """What a step leaves for the selection, of rows of one layer, (B, ...), or of several, (N, B, ...)."""
+
+    full: Tensor
+    """(B,) int32: the position if the step was full, or -1."""
+    arrived: Tensor
+    """(B, Hkv) int32: zeros, to count programs with."""
+    rankings: Tensor
+    """(B, Hkv, L) int32: the higher the better; of full rows."""
+    now: Tensor
+    """(B, D) float32: the mean query of full rows, where a similarity is asked for."""
+
+    @classmethod
+    def empty(cls, rows: tuple[int, ...], kv_heads: int, capacity: int, head_dim: int, device: torch.device) -> "Check":
+        """rows: (B,) or (N, B)."""
+        return cls(
+            torch.empty(rows, dtype=torch.int32, device=device),
+            torch.empty(*rows, kv_heads, dtype=torch.int32, device=device),
+            torch.empty(*rows, kv_heads, capacity, dtype=torch.int32, device=device),
+            torch.empty(*rows, head_dim, dtype=torch.float32, device=device),
+        )
+
+    def of(self, number: int) -> "Check":
+        """One layer's part of several layers'."""
+        return Check(*(part[number] for part in self))
 
 
 @torch.library.custom_op("refreshkv::attend_step", mutates_args=("keys", "values", "length", "observers"))
@@ -107,8 +124,8 @@ def attend_step(
 ) -> Tensor:
     """`decode_step` of the layer `number` of a stack, by kernels and without the selection, which `select_step` makes.
 
-    rows, selected and mean_query are those of all N layers, (N, ...); check: the tensors of `new_check`, (N, ...) each,
-    into whose part of this layer goes what the selection needs. That they are written is not said to torch, for it
+    rows, selected and mean_query are those of all N layers, (N, ...); check: a `Check` of all of them, into
+    whose part of this layer goes what the selection needs. That they are written is not said to torch, for it
     would copy them: nobody but `select_step` reads them, and that comes last, for it takes `length`.
     """
     from refreshkv.ops import decode_kernels
@@ -116,7 +133,7 @@ def attend_step(
     with torch.cuda.device_of(query):
         return decode_kernels.attend_and_rank(
             query, key, value, keys, values, length, rows[number], selected[number], mean_query[number], observers,
-            decode_kernels.Check(*(part[number] for part in check)), stride, threshold, pool_kernel,
+            Check(*check).of(number), stride, threshold, pool_kernel,
             observation_window, recent_window, sink_tokens, scaling,
         )  # fmt: skip
 
@@ -141,7 +158,7 @@ def select_step(
 
     state = (tensor.flatten(0, 1) for tensor in (rows, selected, ranking, mean_query, full_steps))
     with torch.cuda.device_of(selected):
-        whole = decode_kernels.Check(*(part.flatten(0, 1) for part in check))
+        whole = Check(*(part.flatten(0, 1) for part in check))
         decode_kernels.select(whole, length, *state, stride=stride, threshold=threshold)
 
 

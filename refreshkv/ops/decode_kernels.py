@@ -1,7 +1,5 @@
 """One decoding step by Triton kernels: launches of fixed size, chosen by shapes alone, nothing read by the host."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
@@ -9,7 +7,7 @@ from torch import Tensor
 from refreshkv.ops import decode_attention as attention
 from refreshkv.ops import decode_observers as observing
 from refreshkv.ops import decode_selection as selection
-from refreshkv.ops.decode import TAIL, new_check
+from refreshkv.ops.decode import TAIL, Check
 from refreshkv.ops.tiles import LOG2E, padded_head, precision
 
 RANKING_PROGRAMS = 1024
@@ -42,22 +40,13 @@ def decode_step(
     scaling: float,
 ) -> Tensor:
     """`refreshkv.ops.naive.decode_step` by kernels: (B, 1, H, D)."""
-    check = Check(*new_check(query.shape[0], *keys.shape[1:], query.device))
+    check = Check.empty(query.shape[:1], *keys.shape[1:], query.device)
     output = attend_and_rank(
         query, key, value, keys, values, length, rows, selected, mean_query, observers, check, stride, threshold,
         pool_kernel, observation_window, recent_window, sink_tokens, scaling,
     )  # fmt: skip
     select(check, length, rows, selected, ranking, mean_query, full_steps, stride=stride, threshold=threshold)
     return output
-
-
-class Check(NamedTuple):
-    """What a step leaves for `select`: `refreshkv.ops.decode.new_check` says what they hold."""
-
-    full: Tensor
-    arrived: Tensor
-    rankings: Tensor
-    now: Tensor
 
 
 def attend_and_rank(
