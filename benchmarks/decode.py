@@ -28,7 +28,7 @@ from transformers import CompileConfig, DynamicCache, LlamaForCausalLM, LogitsPr
 
 from measuring import SHAPE, add_shape, free_memory, milliseconds, random_llama
 from output import in_columns, pyplot, save
-from refreshkv import NEVER, RefreshCache, RefreshConfig, decode_ahead, enable
+from refreshkv import NEVER, RefreshCache, RefreshConfig, decode_ahead, enable, tuned_compilation
 from refreshkv.baselines import CompactLayer, FullCache, H2OCache, SnapKVCache, StreamingCache
 from refreshkv.cache import BufferedCache
 from refreshkv.ops import decode_attention, decode_kernels
@@ -69,7 +69,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--cases", default=CASES, help="CONTEXT:BATCH, separated by commas (default: %(default)s)")
     parser.add_argument("--strategies", default="full,refresh", help="separated by commas (default: %(default)s)")
     parser.add_argument("--loop", choices=("ahead", "generate", "graph"), help="for all strategies (default: above)")
-    parser.add_argument("--tuned", action="store_true", help="let the compiler search for faster products (minutes)")
+    parser.add_argument("--tuned", action="store_true", help="compile for one sequence: tuned_compilation()")
     parser.add_argument("--stride", type=int, default=10)
     parser.add_argument("--budget", type=float, default=0.125, help="a fraction of the context, or whole tokens if > 1")
     parser.add_argument("--observation-window", type=int, default=1)
@@ -79,6 +79,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="4 layers, 4K and 8K contexts: does everything run?")
     parser.add_argument("--output", type=Path, help="folder for decode.json and decode.png")
     args = parser.parse_args()
+    if args.tuned and args.loop == "graph":
+        parser.error("--tuned is about compiling, and --loop graph captures the uncompiled step: leave one out")
     if args.quick:
         args.layers, args.cases, args.cycles = 4, "4096:1,8192:4", 2
     args.budget = int(args.budget) if args.budget > 1 else args.budget
@@ -162,6 +164,7 @@ def time_strategy(
         "batch": batch,
         "strategy": strategy,
         "loop": loop,
+        "tuned": args.tuned,
         "ms": round(typical, 3),
         "mean ms": round(statistics.mean(ms for _, ms in timed), 3),
         "full step": round(statistics.median(full), 3) if refreshes else None,
@@ -201,10 +204,7 @@ def run_generate(
     model: LlamaForCausalLM, cache, batch: int, length: int, steps: int, tuned: bool, loop: Callable | None
 ) -> list[float]:
     clock = Clock()
-    compiled = CompileConfig(dynamic=False)
-    if tuned:  # products with one row become reductions, each with tiles of its own
-        options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
-        compiled = CompileConfig(dynamic=False, mode=None, options=options)
+    compiled = tuned_compilation() if tuned else CompileConfig(dynamic=False)
     ids = torch.randint(0, model.config.vocab_size, (batch, length + 1), device="cuda")
     model.generate(
         ids,

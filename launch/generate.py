@@ -4,7 +4,8 @@
 
 The schedule is the one saved with the model, or else the paper's; --budget, --stride and --threshold replace its
 settings. --full decodes with ordinary full attention, to compare; --offload is for contexts that the GPU's memory
-cannot hold. The prompt is taken as it is: no chat template.
+cannot hold; --tuned is for long answers: the GPU's kernels take longer to compile and are faster (docs/method.md, The
+loop). The prompt is taken as it is: no chat template.
 
 With --prefix-store DIR the keys and values of prompts are kept in that folder, and a prompt that begins like an earlier
 one pays for the rest only (docs/prefix-store.md).
@@ -31,7 +32,7 @@ from transformers import (
 )
 
 import refreshkv
-from refreshkv import RefreshCache, RefreshConfig, cli, decode_ahead
+from refreshkv import RefreshCache, RefreshConfig, cli, decode_ahead, tuned_compilation
 from refreshkv.cache import saved_config
 from refreshkv.prefix_store import PrefixStore
 from refreshkv.prompt_cache import keep_all_tokens
@@ -65,6 +66,12 @@ def main(argv: list[str]) -> None:
         kept = keep_all_tokens(DynamicCache(config=model.config) if cache is None else cache)
         reuse = recycle(store, kept, inputs["input_ids"])
         generation["past_key_values"] = kept
+    if options["tuned"]:
+        if model.device.type != "cuda":
+            raise SettingsError(
+                f"--tuned compiles for a GPU, and the model is on the {model.device.type}: leave it out"
+            )
+        generation["compile_config"] = tuned_compilation()
     if options["sample"]:
         set_seed(options.get("seed", 0))
         generation |= {name: options[name] for name in ("temperature", "top_p") if name in options}
@@ -102,6 +109,7 @@ def read_options(argv: list[str]) -> dict[str, Any]:
     parser.add_argument(
         "--offload", action="store_true", help="keep all keys and values but the small cache's on the CPU"
     )
+    parser.add_argument("--tuned", action="store_true", default=False, help="compile for one sequence on a GPU")
     parser.add_argument("--full", action="store_true", default=False, help="ordinary full attention, no small cache")
     parser.add_argument("--sample", action="store_true", default=False, help="sample; without it the likeliest token")
     parser.add_argument(
@@ -118,6 +126,9 @@ def read_options(argv: list[str]) -> dict[str, Any]:
     if options["max_new_tokens"] < 1:
         raise SettingsError(f"--max-new-tokens must be at least 1, got {options['max_new_tokens']}")
     _refuse_unused(options, REFRESH_OPTIONS, unused=options["full"], reason="means nothing with --full")
+    if options["tuned"] and (options["full"] or "offload" in options):
+        other = "--full" if options["full"] else "--offload"
+        raise SettingsError(f"--tuned is about compiling the step, which {other} does not do: leave one out")
     _refuse_unused(options, SAMPLING_OPTIONS, unused=not options["sample"], reason="needs --sample")
     _refuse_unused(options, ("prefix_store_gb",), unused="prefix_store" not in options, reason="needs --prefix-store")
     if not 0 < options.get("prefix_store_gb", 1.0) < float("inf"):

@@ -1,17 +1,20 @@
 """On a GPU: decoding through kernels and CUDA graphs equals the naive form, and nothing breaks the graph."""
 
+import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, StoppingCriteria
 
-from refreshkv import NEVER, RefreshCache, RefreshConfig, Simulation, decode_ahead, enable
+from refreshkv import NEVER, RefreshCache, RefreshConfig, Simulation, decode_ahead, enable, tuned_compilation
 from refreshkv.baselines import FullCache, H2OCache, SnapKVCache, StreamingCache
 from refreshkv.cache import RefreshLayer
 from refreshkv.ops import naive
-from tests.models import decode_logits, random_ids, tiny_enabled
+from tests.models import FAMILIES, decode_logits, random_ids, tiny_enabled
 from tests.test_parity import CASES
 
 if not torch.cuda.is_available():
@@ -136,8 +139,9 @@ def test_generate_captures_the_step_by_itself(name, padding):
         assert int(cache.get_seq_length()) == 69 and cache.full_steps.shape[-1] == 69
 
 
+@pytest.mark.parametrize("compile_config", [None, tuned_compilation()], ids=["default", "tuned"])
 @pytest.mark.parametrize("settings", [{}, {"observation_window": 16, "recent_window": 64}, {"threshold": 0.9}])
-def test_a_trained_model_goes_on_with_the_same_tokens(monkeypatch, settings):
+def test_a_trained_model_goes_on_with_the_same_tokens(monkeypatch, settings, compile_config):
     """Greedily, 256 tokens in bfloat16, by kernels in a CUDA graph and by the naive form. Up to where they part, if
     they do, both are as near to what float32 gives after the same tokens: their rounding differs, and with it what is
     selected."""
@@ -148,6 +152,7 @@ def test_a_trained_model_goes_on_with_the_same_tokens(monkeypatch, settings):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     asked = {"max_new_tokens": 256, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     asked |= {"custom_generate": decode_ahead, "return_dict_in_generate": True, "output_logits": True}
+    asked |= {"compile_config": compile_config}
     texts = [(ROOT / "refreshkv" / name).read_text() for name in ("cache.py", "offload.py", "prefix_store.py")]
     prompts = [tokenizer(text, return_tensors="pt").input_ids[:, :1800].cuda() for text in texts]
     runs = []
@@ -169,6 +174,26 @@ def test_a_trained_model_goes_on_with_the_same_tokens(monkeypatch, settings):
         errors.append([(logits - wanted).abs().mean(dim=1) for logits in found])
     ours, theirs = (torch.cat(column) for column in zip(*errors, strict=True))
     assert len(ours) > 100 and ours.mean() <= 1.25 * theirs.mean()
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tuned_steps(family, rows):
+    """The tokens of the default; no product of a matrix with a row is written to memory before it is summed up."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "initializer_range": 0.05}
+    model = tiny_enabled(family=family, dtype=torch.float32, **sizes).cuda()
+    ids = random_ids(rows, 20).cuda()
+    settings = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "custom_generate": decode_ahead}
+    outputs = []
+    for compile_config in (None, tuned_compilation()):
+        torch._dynamo.reset()
+        cache = RefreshCache(model.config, 90, RefreshConfig(budget=6, stride=4))
+        settings |= {"past_key_values": cache, "compile_config": compile_config}
+        output, codes = run_and_get_code(model.generate, ids, **settings)
+        outputs.append(output)
+    assert torch.equal(*outputs)
+    shapes = re.findall(r"empty_strided_cuda\(\(([\d, ]+)\)", codes[0])
+    assert max(math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes) <= 512 * rows
 
 
 def test_a_full_cache_says_so():
