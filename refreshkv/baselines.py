@@ -26,10 +26,12 @@ class FullLayer(BufferedLayer):
     """All tokens, all of them attended to in every step: what `RefreshLayer` is without the refresh."""
 
     row_state = ("keys", "values", "rows")
+    tells_steps = False
 
     @torch.compiler.disable
     def begin(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
-        """Ends a prompt block; left_padding (B,) int64."""
+        """Ends a prompt block; query (B, H, n, D), left_padding (B,) int64."""
+        self._check_padding(left_padding, query.shape[2])
         zeros = torch.zeros_like(left_padding)
         self._keep("rows", torch.stack([zeros, zeros, left_padding, zeros], dim=1))
         self._end_prompt()
@@ -192,12 +194,13 @@ class SnapKVLayer(CompactLayer):
         ]  # one key/value head at a time: a window of 64 holds many scores
         scores = torch.cat(scores, dim=1)
         column = torch.arange(key.shape[2], device=key.device)
+        recent = (column > key.shape[2] - 1 - self.window).expand(len(key), 1, -1)
+        recent = recent & (self.window > 1)
+        scores = scores.masked_fill(recent.unsqueeze(2), 0.0)  # what is kept anyway lifts no neighbour
         if self.pooling == "max":
             scores = naive._pool(scores, last, left_padding, self.kernel)
         else:
             scores = F.avg_pool1d(scores.squeeze(2), self.kernel, stride=1, padding=self.kernel // 2).unsqueeze(2)
-        recent = (column > key.shape[2] - 1 - self.window).expand(len(key), 1, -1)
-        recent = recent & (self.window > 1)
         return _best_first_last(scores.squeeze(2), recent, budgets, left_padding, capacity), scores.squeeze(2)
 
 

@@ -5,6 +5,7 @@ selection, `O` observation window.
 """
 
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -38,6 +39,8 @@ class BufferedLayer(CacheLayerMixin):
     """Tokens of a prompt that have to follow what `fill` put in, for their queries are needed."""
     can_take_back = True
     """Whether `take_back` undoes a decoding step."""
+    tells_steps = True
+    """Whether a decoding step does anything else than a prompt block of one token."""
 
     def __init__(self, max_cache_len: int):
         super().__init__()
@@ -72,11 +75,22 @@ class BufferedLayer(CacheLayerMixin):
         if value_states.shape[-1] != head_dim:
             raise ValueError(f"keys of {head_dim} and values of {value_states.shape[-1]} numbers are not supported")
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, batch
+        self.value_dtype = value_states.dtype
         self.keys, self.values = self._new_buffer(key_states), self._new_buffer(value_states)
         self.cumulative_length = torch.zeros((), dtype=torch.int64, device=self.device)
         # tells the mask function whose length it is given, and how many tokens fit
         self.cumulative_length.refreshkv_max_cache_len = self.max_cache_len
         self.is_initialized = True
+
+    @property
+    def _shape(self) -> tuple:
+        """Of what the buffers were made for: rows, key/value heads, head size, types of keys and values, device."""
+        return self.batch_size, self.keys.shape[1], self.keys.shape[-1], self.dtype, self.value_dtype, self.device
+
+    @staticmethod
+    def _shape_of(keys: Tensor, values: Tensor) -> tuple:
+        """The same of (B, Hkv, any, D) keys and values."""
+        return keys.shape[0], keys.shape[1], keys.shape[-1], keys.dtype, values.dtype, keys.device
 
     def _new_buffer(self, like: Tensor) -> Tensor:
         """Zeros for all the tokens that the layer holds, (B, Hkv, capacity, D)."""
@@ -88,9 +102,7 @@ class BufferedLayer(CacheLayerMixin):
 
     def reserve(self, key_states: Tensor, value_states: Tensor) -> None:
         """Makes buffers for as many rows and heads as (B, Hkv, any, D) keys and values have, unless they are there."""
-        fits = self.is_initialized and self.keys.shape[:2] == key_states.shape[:2]
-        fits = fits and (self.dtype, self.device) == (key_states.dtype, key_states.device)
-        if not fits:
+        if not (self.is_initialized and self._shape_of(key_states, value_states) == self._shape):
             with torch.inference_mode(False):  # the buffers outlive the mode in which they were first wanted
                 self.lazy_initialization(key_states, value_states)
 
@@ -126,13 +138,13 @@ class BufferedLayer(CacheLayerMixin):
             if torch.compiler.is_compiling():
                 self.known_length = None
             else:
-                self._check_step(key_states)
+                self._check_step(key_states, value_states)
             return key_states, value_states
         return self._append(key_states, value_states)
 
-    def _check_step(self, key_states: Tensor) -> None:
+    def _check_step(self, key_states: Tensor, value_states: Tensor) -> None:
         self._check_refreshed()
-        self._check_rows(key_states)
+        self._check_shape(key_states, value_states)
         if self.known_length is not None:
             self._check_room(self.known_length + 1)
             self.known_length += 1
@@ -142,9 +154,11 @@ class BufferedLayer(CacheLayerMixin):
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Appends a prompt block."""
         self._check_refreshed()
+        if self.tells_steps:
+            check_chunks()
         start = self.length
         if start > 0:
-            self._check_rows(key_states)
+            self._check_shape(key_states, value_states)
         else:
             self.reserve(key_states, value_states)
         self._await_arrival()
@@ -164,10 +178,19 @@ class BufferedLayer(CacheLayerMixin):
     def _check_room(self, length: int) -> None:
         check_room(length, self.max_cache_len)
 
-    def _check_rows(self, key_states: Tensor) -> None:
-        if self.batch_size != key_states.shape[0]:
+    def _check_shape(self, key_states: Tensor, value_states: Tensor) -> None:
+        found = self._shape_of(key_states, value_states)
+        names = ("rows", "key/value heads", "numbers a head", "as keys", "as values", "as device")
+        for name, held, given in zip(names, self._shape, found, strict=True):
+            if held != given:
+                raise ValueError(f"RefreshCache holds {held} {name} and was given {given}: call reset() first")
+
+    def _check_padding(self, left_padding: Tensor, block: int) -> None:
+        """That the last `block` tokens, a later part of a prompt or another turn, come with the rows' first padding."""
+        if self.length - block > self.filled_length and not torch.equal(self.rows[:, 2], left_padding):
             raise ValueError(
-                f"RefreshCache holds {self.batch_size} rows and was given {key_states.shape[0]}: call reset() first"
+                f"the attention_mask hides {left_padding.tolist()} tokens at the rows' beginnings, that of the tokens "
+                f"in the RefreshCache {self.rows[:, 2].tolist()}: it covers the cached ones too"
             )
 
     def _check_refreshed(self) -> None:
@@ -264,6 +287,20 @@ class BufferedLayer(CacheLayerMixin):
         self._mark_addresses(self.row_state)
 
 
+def check_chunks() -> None:
+    """`ValueError` if generate() is processing a prompt in chunks of which one is a single token: but for the cache's
+    first tokens, nothing that it is given tells that from a decoding step."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "_prefill":
+        frame = frame.f_back
+    chunks = [] if frame is None else frame.f_locals.get("input_chunks", [])
+    if len(chunks) > 1 and any(chunk.shape[-1] == 1 for chunk in chunks[1:]):
+        raise ValueError(
+            f"prefill_chunk_size={chunks[0].shape[-1]} cuts {sum(chunk.shape[-1] for chunk in chunks)} tokens so that "
+            "a chunk after the first is a single one, which the cache takes for a decoding step: choose another size"
+        )
+
+
 def check_room(length: int, max_cache_len: int) -> None:
     """`ValueError` if a cache for `max_cache_len` tokens cannot hold `length`."""
     if length > max_cache_len:
@@ -323,6 +360,7 @@ class RefreshLayer(BufferedLayer):
         query (B, H, n, D): the block's queries; left_padding (B,) int64.
         """
         length, window = self.length, self.config.observation_window
+        self._check_padding(left_padding, query.shape[2])
         query = query.detach()  # a selection has no gradient
         if length - query.shape[2] in (self.prompt_length, self.filled_length):
             self.prompt_length = length
@@ -440,6 +478,24 @@ class BufferedCache(Cache):
         """Tokens so far. Waits for the device if steps were replayed since the host last knew."""
         return next(layer.length for layer in self.layers if isinstance(layer, BufferedLayer))
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """The update of one layer. Raises `RuntimeError` if an error broke off the model's call before this one."""
+        if layer_idx == 0 and not torch.compiler.is_compiling():
+            self._check_complete()
+            if any(getattr(layer, "tells_steps", False) for layer in self.layers):
+                check_chunks()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_complete(self) -> None:
+        lengths = {layer.known_length for layer in self.layers if isinstance(layer, BufferedLayer)} - {None}
+        if len(lengths) > 1:
+            raise RuntimeError(
+                f"some layers of the RefreshCache hold {min(lengths)} tokens and some {max(lengths)}, as an error "
+                "within the model leaves them: call reset() first"
+            )
+
     def reset(self) -> None:
         """Forgets all tokens and decisions; full-attention layers keep their buffers."""
         for number, layer in enumerate(self.layers):
@@ -461,7 +517,7 @@ class RefreshCache(BufferedCache):
     graph gives outputs that are not numbers, and the next look at the length raises.
 
     Several tokens at once are a prompt, or a new turn; a single one is a decoding step. So a prompt that is given in
-    chunks (`prefill_chunk_size`) must not end in a chunk of one token.
+    chunks (`prefill_chunk_size`) must not end in a chunk of one token: generate() refuses it.
 
     Args:
         model_config: the model's configuration.

@@ -72,5 +72,7 @@ def _add_keywords(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
     cache = kwargs.get("past_key_values")
     added = {"prompt_attention": module.refreshkv_prompt_attention}
     if isinstance(cache, BufferedCache):
+        if kwargs.get("use_cache") is False:
+            raise ValueError(f"use_cache=False and a {type(cache).__name__} exclude each other: leave one out")
         added["refresh_cache"] = cache
     return args, {**kwargs, **added}

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.generation import BaseStreamer
 
 import refreshkv
-from refreshkv import NEVER, RefreshCache, RefreshConfig, Simulation
+from refreshkv import NEVER, RefreshCache, RefreshConfig, Simulation, decode_ahead
 from refreshkv.settings import SettingsError
 from tests import literal
 from tests.models import FAMILIES, VOCABULARY, decode_logits, padded_positions, random_ids, tiny_enabled, tiny_model
@@ -243,6 +243,36 @@ def test_a_prompt_in_chunks_equals_a_prompt_at_once(settings, chunk):
     assert torch.equal(generate(model, ids, config, attention_mask=mask, prefill_chunk_size=chunk), expected)
 
 
+@pytest.mark.parametrize("loop", [None, decode_ahead])
+@pytest.mark.parametrize(("length", "chunk"), [(21, 4), (20, 19), (20, 1)])
+def test_a_chunk_of_one_token_is_refused(length, chunk, loop):
+    """It would be taken for a decoding step; another turn's may be, too."""
+    model, ids = tiny_enabled(), random_ids(2, length)
+    settings = {"prefill_chunk_size": chunk, "custom_generate": loop}
+    with pytest.raises(ValueError, match=f"prefill_chunk_size={chunk} cuts {length} tokens so that"):
+        generate(model, ids, FIXED, **settings)
+    cache = RefreshCache(model.config, 60, FIXED)
+    generate(model, ids, cache=cache, new=1)
+    expected = generate(model, random_ids(2, length + 1), FIXED, new=1)
+    assert expected.shape == generate(model, random_ids(2, length + 1), cache=cache, new=1, **settings).shape
+    with pytest.raises(ValueError, match=f"prefill_chunk_size={chunk} cuts {2 * chunk + 1} tokens so that"):
+        generate(model, random_ids(2, length + 2 * chunk + 2), cache=cache, **settings)
+
+
+@pytest.mark.parametrize("given", [None, (0, 0), (0, 5)])
+def test_a_turn_comes_with_the_padding_of_those_before(given):
+    model = tiny_enabled()
+    ids, mask = left_padded(random_ids(2, 14), (0, 6))
+    cache = RefreshCache(model.config, 60, FIXED)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, position_ids=padded_positions(mask), past_key_values=cache)
+        mask = None if given is None else left_padded(torch.ones(2, 18, dtype=torch.int64), given)[1]
+        with pytest.raises(
+            ValueError, match=r"hides \[0, .\] tokens .* in the RefreshCache \[0, 6\]: it covers the cached"
+        ):
+            model(random_ids(2, 4), attention_mask=mask, past_key_values=cache)
+
+
 @pytest.mark.parametrize("settings", [{}, SLIDING], ids=["full", "sliding"])
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_after_a_reset_nothing_is_left(settings, rows):
@@ -347,6 +377,69 @@ def test_another_number_of_rows_needs_a_reset():
         model(ids, past_key_values=cache)
         with pytest.raises(ValueError, match=r"holds 2 rows and was given 1: call reset"):
             model(ids[:1, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("tokens", [1, 3], ids=["step", "turn"])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"groups": 4}, "holds 2 key/value heads and was given 1: call reset"),
+        ({"head_dim": 16}, "holds 8 numbers a head and was given 16: call reset"),
+        ({"dtype": torch.float32}, "holds torch.float64 as keys and was given torch.float32: call reset"),
+    ],
+)
+def test_another_shape_of_model_needs_a_reset(settings, message, tokens):
+    model, other, ids = tiny_enabled(), tiny_enabled(**settings), random_ids(2, 20)
+    cache = RefreshCache(model.config, 60, FIXED)
+    expected = generate(other, ids, FIXED)
+    generate(model, ids, cache=cache)
+    with pytest.raises(ValueError, match=message), torch.no_grad():
+        other(ids[:, :tokens], past_key_values=cache)
+    cache.reset()
+    assert torch.equal(generate(other, ids, cache=cache), expected)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_reset_forgets_the_types_of_autocast(offload):
+    model, ids = tiny_enabled(dtype=torch.float32), random_ids(2, 20)
+    caches = [RefreshCache(model.config, 60, FIXED, offload=offload) for _ in range(2)]
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model(ids, past_key_values=caches[0])
+    caches[0].reset()
+    with torch.no_grad():
+        found, expected = (model(ids, past_key_values=cache).logits for cache in caches)
+    assert torch.equal(found, expected) and caches[0].layers[0].values.dtype == torch.float32
+
+
+@pytest.mark.parametrize("decoded", [0, 3])
+@pytest.mark.parametrize("offload", [False, True])
+def test_after_an_error_within_the_model_the_cache_wants_a_reset(decoded, offload):
+    """As when memory runs out: the first layer has taken the tokens, the others have not."""
+    model, ids = tiny_enabled(layers=3), random_ids(2, 20)
+    expected = generate(model, ids, FIXED)
+    cache = RefreshCache(model.config, 60, FIXED, offload=offload)
+    if decoded:
+        generate(model, ids, cache=cache, new=decoded)
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("no memory left")
+
+    hook = model.model.layers[0].mlp.register_forward_hook(fail)
+    tokens = ids[:, :1] if decoded else ids
+    with pytest.raises(torch.OutOfMemoryError), torch.no_grad():
+        model(tokens, past_key_values=cache)
+    hook.remove()
+    for again in (ids[:, :1], ids):
+        with pytest.raises(RuntimeError, match="some layers .* call reset"), torch.no_grad():
+            model(again, past_key_values=cache)
+    cache.reset()
+    assert torch.equal(generate(model, ids, cache=cache), expected)
+
+
+@pytest.mark.parametrize("loop", [None, decode_ahead])
+def test_a_cache_that_is_not_to_be_used_is_refused(loop):
+    with pytest.raises(ValueError, match="use_cache=False and a RefreshCache exclude each other"):
+        generate(tiny_enabled(), random_ids(2, 20), FIXED, use_cache=False, custom_generate=loop)
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
