@@ -44,6 +44,7 @@ from refreshkv.train.inputs import (
     DEFAULT_ROWS,
     add_execution,
     changed_config,
+    check_execution,
     check_tokens,
     device,
     model_path,
@@ -52,6 +53,7 @@ from refreshkv.train.inputs import (
     open_tasks,
     own_config,
     task_values,
+    whole_numbers,
 )
 from refreshkv.train.report import (
     ROWS_FILE,
@@ -81,7 +83,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "compare": (("data",), {}),
     "last_tokens": (("data", "suite"), {"data": 256}),
     "rows": (("data", "suite"), {}),
-    "decode": (("data", "suite"), {"data": False, "suite": False}),
+    "decode": (("data", "suite"), {"data": False}),
     "strategies": (("data", "tasks"), {}),
     "task_length": (("tasks", "suite"), {}),
     "examples": (("tasks", "suite"), {"tasks": 50}),
@@ -202,7 +204,7 @@ def evaluate_suite(arguments: argparse.Namespace, command: str) -> None:
         "dtype": arguments.dtype,
         "device": place,
         "batch size": arguments.batch_size,
-        "decode": arguments.decode,
+        "decode": "where the table shows times or memory" if arguments.decode is None else arguments.decode,
     }
     notes = changes + opened.notes(suite)
     shown = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file
@@ -229,7 +231,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--rows", type=int, help=f"rows, spread over the split (default: {DEFAULT_ROWS} or all, or the suite's)"
     )
-    parser.add_argument("--strides", type=strides, help="of the default strategies (default: 5,10,25,50)")
+    parser.add_argument("--strides", type=whole_numbers, help="of the default strategies (default: 5,10,25,50)")
     parser.add_argument("--task-length", type=int, help="tokens of prompt and answer (default: each task's own, 4096)")
     parser.add_argument("--examples", type=int, help="examples of each task (default: 50, or the suite's)")
     parser.add_argument(
@@ -241,9 +243,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--decode",
-        action="store_true",
-        default=None,
-        help="decode rows token by token, also where one pass gives the same losses: for times and memory",
+        action=argparse.BooleanOptionalAction,
+        help="decode rows token by token, also where one pass gives the same losses, for times and memory (default: "
+        "with --suite those of which the table shows these)",
     )
     parser.add_argument("--corpus", action="append", help="NAME=FOLDER: other rows for one of the suite's corpora")
     parser.add_argument("--without", type=names, help="corpora and benchmarks of the suite to leave out")
@@ -266,6 +268,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def check_used(arguments: argparse.Namespace) -> None:
     """Refuses options of the other kinds of evaluation; gives the rest their defaults."""
+    check_execution(arguments)
     if arguments.prefix_store_gb is not None and arguments.prefix_store is None:
         raise SettingsError("--prefix-store-gb needs --prefix-store")
     arguments.kind = kind = next(kind for kind in KINDS if getattr(arguments, kind) is not None)
@@ -288,13 +291,6 @@ def only_model(arguments: argparse.Namespace) -> str:
     if len(arguments.model) > 1:
         raise SettingsError(f"--model: only a suite takes several; --{arguments.kind} takes one")
     return arguments.model[0]
-
-
-def strides(text: str) -> list[int]:
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"strides must be whole numbers >= 1, got {text}")
-    return values
 
 
 def corpora(values: list[str]) -> dict[str, str]:

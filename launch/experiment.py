@@ -70,11 +70,14 @@ def chosen(pieces: list[Piece], patterns: list[str] | None) -> list[Piece]:
     """The pieces that match a pattern, and all that they need."""
     if patterns is None:
         return pieces
-    names = {p.name for p in pieces if any(fnmatch.fnmatch(p.name, pattern) for pattern in patterns)}
-    if not names:
+    found = {pattern: {p.name for p in pieces if fnmatch.fnmatch(p.name, pattern)} for pattern in patterns}
+    missing = [pattern for pattern in patterns if not found[pattern]]
+    if missing:
+        hint = "; key=value goes before --only" if any("=" in pattern for pattern in missing) else ""
         raise SettingsError(
-            f"--only {' '.join(patterns)}: nothing that is left to do is called so; --dry-run tells what is"
+            f"--only {' '.join(missing)}: nothing that is left to do is called so; --dry-run tells what is{hint}"
         )
+    names = set().union(*found.values())
     for piece in reversed(pieces):  # what is needed stands before
         if piece.name in names:
             names |= set(piece.needs)

@@ -23,6 +23,7 @@ from refreshkv.train.evaluation import check_last_tokens, evaluate
 from refreshkv.train.inputs import (
     add_execution,
     changed_config,
+    check_execution,
     check_tokens,
     device,
     model_path,
@@ -30,6 +31,7 @@ from refreshkv.train.inputs import (
     open_split,
     open_tasks,
     own_config,
+    whole_numbers,
 )
 from refreshkv.train.report import ROWS_FILE, check_output
 from refreshkv.train.row_losses import RowRecords
@@ -98,7 +100,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--split", choices=SPLITS, default="validation", help="(default: %(default)s)")
     parser.add_argument("--rows", type=int, help="rows, spread over the split (default: 100 or all)")
     parser.add_argument("--last-tokens", type=int, default=256, help="tokens scored per row (default: %(default)s)")
-    parser.add_argument("--thresholds", type=floats, default=THRESHOLDS, help="(default: 0.5 to 0.98)")
+    parser.add_argument("--thresholds", type=cosines, default=THRESHOLDS, help="(default: 0.5 to 0.98)")
     parser.add_argument("--tasks", type=names, help="tasks to score as well, separated by commas")
     parser.add_argument("--task-length", type=int, help="tokens of prompt and answer (default: each task's own, 4096)")
     parser.add_argument("--examples", type=int, help=f"examples of each task (default: {DEFAULT_EXAMPLES})")
@@ -111,6 +113,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace a sweep that the folder already holds")
     parser.add_argument("overrides", nargs="*", metavar="refresh.key=value", help="selection; tasks.NAME.key=value")
     arguments = parser.parse_intermixed_args(argv)
+    check_execution(arguments)
     if arguments.resume and arguments.overwrite:
         raise SettingsError("--resume continues a sweep and --overwrite replaces it: choose one")
     of_tasks = [arguments.examples, arguments.task_length, *(text.startswith("tasks.") for text in arguments.overrides)]
@@ -122,12 +125,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def floats(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
-def whole_numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+def cosines(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(-1 <= value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"thresholds are cosines from -1 to 1, separated by commas, got {text}")
+    return values
 
 
 if __name__ == "__main__":

@@ -293,6 +293,19 @@ def test_sigterm_ends_the_runs_too(tmp_path, launch, monkeypatch):
     assert not trainers.strip()
 
 
+def test_only_takes_patterns_that_match(tmp_path):
+    chosen, pieces = load_script("experiment").chosen, plan(experiment(tmp_path), set())
+    everything = [piece.name for piece in pieces]
+    assert [piece.name for piece in chosen(pieces, None)] == everything
+    assert [piece.name for piece in chosen(pieces, ["small/plain-*"])] == [
+        name for name in everything if name.startswith(("rows", "small/base", "small/plain"))
+    ]
+    with pytest.raises(SettingsError, match="--only other/[*]: nothing that is left to do is called so"):
+        chosen(pieces, ["small/*", "other/*"])
+    with pytest.raises(SettingsError, match="--only results=elsewhere: .*; key=value goes before --only"):
+        chosen(pieces, ["small/*", "results=elsewhere"])
+
+
 def test_time_is_up_and_the_rest_is_continued(tmp_path, launch, monkeypatch):
     config = experiment(tmp_path)
     monkeypatch.setenv("slow", "1")

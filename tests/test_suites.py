@@ -118,6 +118,11 @@ def test_numbers_of_the_paper():
     [
         ({"rowz": {}}, "unknown setting rowz; did you mean rows"),
         ({"rows": {}}, "must not be empty"),
+        ({"paper": {"source": "x", "numbers": {"M": 3}}}, "paper.numbers.M must be a section with a line for each row"),
+        (
+            {"paper": {"source": "x", "numbers": {"M": {"Vanilla": 3}}}},
+            "paper.numbers.M.Vanilla must be a section with a number for each column, got 3",
+        ),
         ({"columns": {"PPL": {"of": "books", "value": "perplexity"}}}, "no corpus or benchmark books"),
         ({"columns": {"PPL": {"of": "text", "value": "score"}}}, "columns.PPL.value: text has no score"),
         ({"columns": {"PPL": {"of": "chain", "value": "perplexity"}}}, "chain has no perplexity"),
@@ -330,7 +335,7 @@ def test_a_figure_of_layers_for_each_model(launch, place, tmp_path, monkeypatch,
     suite = written(tmp_path, benchmarks={}, columns=columns, layout="strides", paper=paper)
     models = ["--model", str(place / "one"), "--model", f"other={place / 'two'}"]
     common = [*models, "--suite", suite, "--corpus", f"text={place / 'rows'}", "--rows", "1", "--last-tokens", "12"]
-    launch([*common, "--budget", "50", "--decode", "--output", "out"])
+    launch([*common, "--budget", "50", "--output", "out"])  # decoded, for the table shows the caches' memory
     report = json.loads(Path("out/suite.json").read_text())
     assert list(report["tables"]) == ["one", "other"]
     for model in ("one", "other"):
@@ -355,6 +360,8 @@ def test_a_figure_of_layers_for_each_model(launch, place, tmp_path, monkeypatch,
         (["--corpus", "text=nowhere"], "there are no rows in nowhere; make them with `make them`, name others with"),
         (["--rows", "5"], "--rows must lie between 1 and 4"),
         (["refresh.strid=5"], "unknown setting refresh.strid"),
+        (["tasks.chain_of_key=3"], r"tasks.chain_of_key must be a section with settings, \{\} for none, got 3"),
+        (["tasks.vt.hops=3"], "tasks.vt has settings but is not among the suite's tasks: chain_of_key"),
         (["tasks.chain_of_key.key=2"], "unknown setting key; did you mean keys.; or leave it out with --without chain"),
         (["--task-length", "5"], "leaves no prompt: raise length; or leave it out with --without chain"),
         (["--resume", "--overwrite"], "choose one"),

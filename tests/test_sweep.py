@@ -161,6 +161,7 @@ def test_command_line(launch, place, tmp_path, monkeypatch, capsys):
     assert Path("out/rows.jsonl").read_text() == before
     for more, message in [
         (["--keep", "0"], "--keep is a share"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--resume", "--overwrite"], "choose one"),
         (["--split", "test"], "test split of .* has no rows"),
         (["--examples", "3"], "--examples, --task-length and tasks.NAME.key=value mean nothing without --tasks"),
@@ -168,6 +169,15 @@ def test_command_line(launch, place, tmp_path, monkeypatch, capsys):
     ]:
         with pytest.raises(SettingsError, match=message):
             launch([*common, *more])
+    capsys.readouterr()
+    for more, message in [
+        (["--thresholds", "0.5,1.5"], "thresholds are cosines from -1 to 1, separated by commas, got 0.5,1.5"),
+        (["--thresholds", "a"], "thresholds are cosines from -1 to 1, separated by commas, got a"),
+        (["--strides", "0"], "argument --strides: a whole number >= 1 is wanted, got 0"),
+    ]:
+        with pytest.raises(SystemExit):
+            launch([*common, *more])
+        assert message in capsys.readouterr().err
 
 
 def test_scores_of_tasks_stand_beside(launch, place, tmp_path, monkeypatch, capsys):

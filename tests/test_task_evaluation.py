@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from refreshkv import NEVER, RefreshCache, RefreshConfig, enable
-from refreshkv.baselines import H2OCache, SnapKVCache, StreamingCache
+from refreshkv.baselines import FullCache, H2OCache, SnapKVCache, StreamingCache
 from refreshkv.data.tasks.registry import build_task
 from refreshkv.data.tasks.words import coined_words
 from refreshkv.data.tokenizer import train_tokenizer
@@ -183,7 +183,7 @@ def test_strategies_by_name(monkeypatch):
     assert all(item.settings["sink_tokens"] == 2 for item in made[1:])
     assert [item.is_full for item in made] == [True] + [False] * 5 and all(item.is_parallel for item in made)
     model_config = tiny_model().config
-    assert made[0].build_cache(model_config, 9) is None
+    assert isinstance(made[0].build_cache(model_config, 9), FullCache)
     cache = made[3].build_cache(model_config, 9)
     assert isinstance(cache, RefreshCache) and cache.config.stride == 9 and cache.get_max_length() == 9
     for name, message in [
@@ -192,7 +192,8 @@ def test_strategies_by_name(monkeypatch):
         ("streaming:-1", "sink tokens must be at least 0"),
         ("snapkv:64:4", "pool_kernel must be odd"),
         ("snapkv:64:5:mean", "pooling must be max or average, got mean"),
-        ("refresh:x", "refresh:x: invalid literal"),
+        ("refresh:x", "refresh:x: STRIDE must be a whole number, got 'x'"),
+        ("similarity:5:x", "similarity:5:x: THRESHOLD must be a number, got 'x'"),
         ("refresh:0", "refresh:0: stride must be"),
         ("full:3", "full:3: too many arguments; it is written full"),
         ("similarity", "no threshold is set"),
@@ -241,7 +242,8 @@ def test_memory_of_each_cache(model, tokenizer, tasks, tmp_path):
     held = {line["decoding"]: line for line in lines(tmp_path / "examples.jsonl")}
     entry = 2 * 2 * 2 * 8 * 8  # layers, keys and values, heads, their size, bytes
     full = held["full"]
-    assert full["cache_bytes"] == entry * (full["prompt_tokens"] + full["new_tokens"] - 1)
+    room = -(-(full["prompt_tokens"] + 20) // 128) * 128
+    assert full["cache_bytes"] == entry * room + 2 * (4 + 1) * 8  # a layer's `rows` and length
     assert held["refresh S=4"]["cache_bytes"] > entry * (full["prompt_tokens"] + 20)
     for name in ("StreamingLLM", "H2O", "SnapKV"):
         assert entry * 41 <= held[name]["cache_bytes"] < 1.4 * entry * 41  # and a few numbers of each entry

@@ -340,7 +340,8 @@ def test_path_traversal_score_by_hand():
     family, references = task("path_traversal").family, ["one", "two", "three", "four"]
     for prediction, score, partial in [
         ("<Route>\none\ntwo\nthree\nfour\n</Route> and so on", 1.0, 1.0),
-        ("<Route>\n one \ntwo\nx\nfour\n</Route>", 0.0, 0.5),
+        ("<Route>\n one\ntwo\nx\nfour \n</Route>", 0.0, 0.5),
+        ("<Route>\none\n two\nthree\nfour\n</Route>", 0.0, 0.25),  # LongProc strips the whole, not the lines
         ("<Route>\none\ntwo\nthree\nfour\nfive\n</Route>", 0.0, 1.0),
         ("<Route>\none\ntwo\nthree\nfour", 0.0, 0.0),  # no end
         ("one\ntwo\nthree\nfour", 0.0, 0.0),
@@ -593,6 +594,28 @@ def test_room_that_is_too_small(tokenizer, monkeypatch):
         build_tasks(["fwe"], {"vt": {}})
 
 
+def test_settings_of_a_group():
+    """They go to its tasks that have them; a task's own go before, wherever they stand."""
+    values = {"vt": {"hops": 2, "chat": False}, "ruler": {"chat": True, "hops": 3}}
+    values["ruler_essays"] = {"data_files": "essays.txt"}
+    made = {
+        item.name: item.family for item in build_tasks(["ruler", "chain_of_key"], {**values, "cwe": None}, length=8192)
+    }
+    assert made["vt"].hops == 2 and not made["vt"].chat and made["cwe"].chat and not made["chain_of_key"].chat
+    assert [name for name, family in made.items() if getattr(family, "data_files", None)] == [
+        *("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
+    ]
+    assert all(family.length == 8192 for family in made.values())
+    assert [item.family.chat for item in training_tasks({"ruler": {"chat": True}}, 4096)] == [True] * 13
+    for names, values, message in [
+        (["ruler"], {"ruler": {"hop": 3}}, "tasks.ruler.hop: none of these tasks has such a setting"),
+        (["qmsum"], {"ruler": {"chat": True}}, "tasks.ruler has settings but is not among the tasks: qmsum"),
+        (["vt"], {"vt": 3}, r"tasks.vt must be a section with settings, \{\} for none, got 3"),
+    ]:
+        with pytest.raises(SettingsError, match=message):
+            build_tasks(names, values)
+
+
 # ---- the training form
 
 
@@ -675,9 +698,16 @@ def test_training_tasks_that_cannot_work():
         ({"vt": {"hop": 1}}, "data.tasks.vt: unknown setting hop"),
         ({"vt": {"length": 99}}, "data.tasks.vt.length is set by data.row_length=400"),
         ({"vt": 5}, "data.tasks.vt must be a section"),
+        ({"vt": {"max_new_tokens": 400}}, "data.tasks.vt: length=400 .*; `length` is data.row_length=400 here"),
     ]:
         with pytest.raises(SettingsError, match=message):
             training_tasks(values, 400)
+
+
+def test_training_rows_that_are_too_short(tokenizer):
+    tasks = training_tasks({"chain_of_key": {"max_new_tokens": 60}}, 300)
+    with pytest.raises(SettingsError, match="data.tasks.chain_of_key.length=300 is too .*is data.row_length=300 here"):
+        next(task_rows(tasks, tokenizer, 300, 5))
 
 
 def test_documented():

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import Cache, PretrainedConfig
 
 from refreshkv import RefreshCache, RefreshConfig
-from refreshkv.baselines import H2OCache, SnapKVCache, StreamingCache
+from refreshkv.baselines import FullCache, H2OCache, SnapKVCache, StreamingCache
 from refreshkv.config import NEVER
 from refreshkv.settings import SettingsError
 
@@ -24,8 +24,8 @@ class Decoding:
     """For tables."""
     settings: dict[str, Any]
     """Plain values that say all about it; empty for full attention."""
-    build_cache: Callable[[PretrainedConfig, int], Cache | None]
-    """From the model's configuration and the most tokens of a row: a new cache; None for transformers' own."""
+    build_cache: Callable[[PretrainedConfig, int], Cache]
+    """From the model's configuration and the most tokens of a row: a new cache."""
     config: RefreshConfig | None = None
     """RefreshKV's schedule and selection, which one parallel pass can simulate; None for every other way."""
 
@@ -75,8 +75,8 @@ def build_decoding(text: str, config: RefreshConfig) -> Decoding:
 
 
 def full_attention() -> Decoding:
-    """Every step attends to all tokens, through transformers' own cache."""
-    return Decoding(FULL, {}, lambda model, tokens: None)
+    """Every step attends to all tokens, through the same kernels and in the same loop as all others."""
+    return Decoding(FULL, {}, FullCache)
 
 
 def refreshing(name: str, config: RefreshConfig) -> Decoding:
@@ -96,14 +96,14 @@ def _never(config: RefreshConfig, arguments: list[str]) -> Decoding:
 
 def _fixed(config: RefreshConfig, arguments: list[str]) -> Decoding:
     _at_most(arguments, 1, "refresh:STRIDE")
-    stride = int(arguments[0]) if arguments else config.stride
+    stride = _number(int, "STRIDE", arguments[0]) if arguments else config.stride
     return refreshing(f"refresh S={stride}", dataclasses.replace(config, stride=stride, threshold=None))
 
 
 def _similarity(config: RefreshConfig, arguments: list[str]) -> Decoding:
     _at_most(arguments, 2, "similarity:STRIDE:THRESHOLD")
-    stride = int(arguments[0]) if arguments else config.stride
-    threshold = float(arguments[1]) if len(arguments) > 1 else config.threshold
+    stride = _number(int, "STRIDE", arguments[0]) if arguments else config.stride
+    threshold = _number(float, "THRESHOLD", arguments[1]) if len(arguments) > 1 else config.threshold
     if threshold is None:
         raise ValueError("no threshold is set; write similarity:STRIDE:THRESHOLD or add --threshold")
     changed = dataclasses.replace(config, stride=stride, threshold=threshold)
@@ -112,7 +112,7 @@ def _similarity(config: RefreshConfig, arguments: list[str]) -> Decoding:
 
 def _streaming(config: RefreshConfig, arguments: list[str]) -> Decoding:
     _at_most(arguments, 1, "streaming:SINK_TOKENS")
-    sinks = int(arguments[0]) if arguments else 4
+    sinks = _number(int, "SINK_TOKENS", arguments[0]) if arguments else 4
     if sinks < 0:
         raise ValueError(f"sink tokens must be at least 0, got {sinks}")
     if isinstance(config.budget, int) and config.budget <= sinks:
@@ -129,17 +129,27 @@ def _h2o(config: RefreshConfig, arguments: list[str]) -> Decoding:
 def _snapkv(config: RefreshConfig, arguments: list[str]) -> Decoding:
     _at_most(arguments, 3, "snapkv:WINDOW:KERNEL:POOLING, such as snapkv:64:5:average")
     window, kernel, pooling = [*arguments, *("1", "7", "max")[len(arguments) :]]
-    options = {"observation_window": int(window), "kernel": int(kernel), "pooling": pooling}
-    RefreshConfig(observation_window=int(window), pool_kernel=int(kernel))  # refuses what it cannot
+    options = {"observation_window": _number(int, "WINDOW", window), "kernel": _number(int, "KERNEL", kernel)}
+    RefreshConfig(
+        observation_window=options["observation_window"], pool_kernel=options["kernel"]
+    )  # refuses what it cannot
     if pooling not in ("max", "average"):
         raise ValueError(f"pooling must be max or average, got {pooling}")
     name = "SnapKV" + (f" window {window} kernel {kernel} {pooling}" if arguments else "")
-    return _holding(name, SnapKVCache, budget=config.budget, **options)
+    return _holding(name, SnapKVCache, budget=config.budget, **options, pooling=pooling)
 
 
 def _holding(name: str, kind: type[Cache], **settings: Any) -> Decoding:
     """Decoding through a cache that holds K entries and no more."""
     return Decoding(name, {"cache": kind.__name__, **settings}, lambda model, tokens: kind(model, tokens, **settings))
+
+
+def _number(kind: type, name: str, text: str) -> int | float:
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} must be {wanted}, got {text!r}") from None
 
 
 def _at_most(arguments: list[str], count: int, usage: str) -> None:

@@ -42,6 +42,24 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
+def whole_number(text: str) -> int:
+    """A whole number from 1 on, as an option's value."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"a whole number >= 1 is wanted, got {text}")
+    return int(text)
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Several, separated by commas."""
+    return [whole_number(part) for part in names(text)]
+
+
+def check_execution(arguments: argparse.Namespace) -> None:
+    """Raises `SettingsError` for values of these options that cannot work."""
+    if arguments.batch_size < 1:
+        raise SettingsError(f"--batch-size must be at least 1, got {arguments.batch_size}")
+
+
 def model_path(name: str) -> str:
     """`name`, or the `model` folder inside it."""
     folder = Path(name)

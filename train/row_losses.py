@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from refreshkv.config import Simulation
 from refreshkv.identity import fingerprint
+from refreshkv.train.caches import Caches
 from refreshkv.train.decoding import Decoding
 from refreshkv.train.records import RecordFile, numbered_layers
-from refreshkv.train.stepwise import decode_known
+from refreshkv.train.stepwise import Decoded, decode_known
 
 LOGITS_AT_ONCE = 1 << 26
 """Logits that are held in float32 at the same time: 256 MiB."""
@@ -86,6 +87,7 @@ class RowMeasurement:
         self.model, self.rows, self.prompt_length, self.batch_size = model, rows, prompt_length, batch_size
         self.stepwise, self.records = stepwise, records
         self.weights = "" if records is None else fingerprint(model)
+        self.caches = Caches(model)
 
     def records_of(self, strategy: Decoding, numbers: list[int], bar: tqdm) -> list[RowRecord]:
         """What `strategy` gives on the rows of these `numbers`, in their order; known ones are not computed again."""
@@ -107,7 +109,10 @@ class RowMeasurement:
     def _batch(self, strategy: Decoding, numbers: list[int]) -> list[RowRecord]:
         ids = self.rows[numbers]["input_ids"].to(self.model.device)
         parallel = strategy.is_parallel and not self.stepwise
-        values = (_in_one_pass if parallel else _one_by_one)(self.model, ids, self.prompt_length, strategy)
+        if parallel:
+            values = _in_one_pass(self.model, ids, self.prompt_length, strategy)
+        else:
+            values = _one_by_one(decode_known(self.model, ids, self.prompt_length, strategy, self.caches))
         keys = [self._key(strategy, number) if self.records else "" for number in numbers]
         made = [RowRecord(key, strategy.name, **own) for key, own in zip(keys, values, strict=True)]
         if self.records:
@@ -137,10 +142,9 @@ def _in_one_pass(model: nn.Module, ids: Tensor, prompt_length: int, strategy: De
     ]
 
 
-def _one_by_one(model: nn.Module, ids: Tensor, prompt_length: int, strategy: Decoding) -> list[dict[str, Any]]:
+def _one_by_one(decoded: Decoded) -> list[dict[str, Any]]:
     """Each row's losses, full steps and costs, from decoding."""
-    decoded, rows = decode_known(model, ids, prompt_length, strategy), len(ids)
-    counts = decoded.full_steps
+    counts, rows = decoded.full_steps, len(decoded.losses)
     return [
         {
             "losses": own,

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PretrainedConfig
+from torch import Tensor
+from transformers import Cache, LogitsProcessor, PreTrainedModel
 
-from refreshkv import RefreshCache
+from refreshkv import RefreshCache, decode_ahead
+from refreshkv.train.caches import GREEDY, Caches
 from refreshkv.train.decoding import Decoding
 
 
@@ -35,29 +36,55 @@ class Decoded:
 
 
 @torch.no_grad()
-def decode_known(model: nn.Module, ids: Tensor, prompt_length: int, decoding: Decoding) -> Decoded:
-    """Decodes `ids` (B, T), teacher-forced: the prompt of P tokens in one block, then every further token by itself.
+def decode_known(
+    model: PreTrainedModel, ids: Tensor, prompt_length: int, decoding: Decoding, caches: Caches | None = None
+) -> Decoded:
+    """Decodes `ids` (B, T), teacher-forced: the prompt of P tokens in one block, then every further token by itself, in
+    the loop that generates. caches: of this model, for several batches.
 
     The last token goes through the cache as well, although nothing after it is scored: full steps are then those of
     all N decoding steps, as in `Simulation`.
     """
-    cache = new_cache(decoding, model.config, ids.shape[1])
+    rows, length = ids.shape
+    cache = (caches or Caches(model)).take(decoding, rows, prompt_length, length)
     meter = Meter(model.device)
-    logits = model(ids[:, :prompt_length], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    prompt_seconds, _ = meter.read()
-    losses = []
-    for token in ids[:, prompt_length:].split(1, dim=1):
-        losses.append(F.cross_entropy(logits.float().transpose(1, 2), token, reduction="none"))
-        logits = model(token, past_key_values=cache, use_cache=True).logits
+    known = _KnownTokens(ids, meter)
+    prompt = ids[:, :prompt_length]
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        past_key_values=cache,
+        custom_generate=decode_ahead,
+        logits_processor=[known],
+        max_new_tokens=length - prompt_length + 1,
+        eos_token_id=None,
+        pad_token_id=0,
+        **GREEDY,
+    )
     seconds, peak = meter.read()
-    steps, decoding_seconds = full_steps(cache, prompt_length), seconds - prompt_seconds
-    return Decoded(torch.cat(losses, dim=1).cpu(), steps, prompt_seconds, decoding_seconds, held_bytes(cache), peak)
+    steps, decoding_seconds = full_steps(cache, prompt_length), seconds - known.prompt_seconds
+    losses = torch.stack(known.losses, dim=1).cpu()
+    return Decoded(losses, steps, known.prompt_seconds, decoding_seconds, held_bytes(cache), peak)
 
 
-def new_cache(decoding: Decoding, model_config: PretrainedConfig, tokens: int) -> Cache:
-    """The cache of one batch of rows of at most `tokens` tokens."""
-    cache = decoding.build_cache(model_config, tokens)
-    return DynamicCache(config=model_config) if cache is None else cache
+class _KnownTokens(LogitsProcessor):
+    """Lets only the token be chosen that is known to come next, and notes what the model thought of it."""
+
+    def __init__(self, ids: Tensor, meter: "Meter"):
+        self.ids, self.meter = ids, meter
+        self.losses: list[Tensor] = []
+        """(B,) float32 each: in nats."""
+        self.prompt_seconds: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.prompt_seconds is None:
+            self.prompt_seconds, _ = self.meter.read()
+        position = input_ids.shape[1]
+        if position == self.ids.shape[1]:
+            return scores
+        token = self.ids[:, position]
+        self.losses.append(F.cross_entropy(scores, token, reduction="none"))
+        return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
 
 
 def full_steps(cache: Cache, start: int) -> dict[int, list[int]] | None:

@@ -24,9 +24,10 @@ from refreshkv.prefix_store import PrefixStore
 from refreshkv.prompt_cache import needs_queries
 from refreshkv.recycling import Reuse, recycle, store_prompts
 from refreshkv.settings import SettingsError
+from refreshkv.train.caches import GREEDY, Caches
 from refreshkv.train.decoding import Decoding
 from refreshkv.train.records import RecordFile, numbered_layers
-from refreshkv.train.stepwise import Meter, held_bytes, new_cache
+from refreshkv.train.stepwise import Meter, held_bytes
 
 ROOM_STEP = 128
 """A cache has room for a multiple of so many tokens: each other size would be compiled anew."""
@@ -134,7 +135,7 @@ def evaluate_tasks(
     """
     if batch_size < 1:
         raise SettingsError(f"--batch-size must be at least 1, got {batch_size}")
-    weights, results = fingerprint(model), []
+    weights, results, caches = fingerprint(model), [], Caches(model)
     queries = store is not None and any(needs_queries(way.build_cache(model.config, 1)) for way in decodings)
     total = len(decodings) * sum(len(examples) for _, examples in work)
     with tqdm(total=total, unit=" examples", disable=not progress) as bar:
@@ -152,7 +153,7 @@ def evaluate_tasks(
             for decoding, batch in jobs:
                 bar.set_description(f"{task.label}, {decoding.name}")
                 chosen = [examples[i] for i in batch]
-                outputs = _generate(model, tokenizer, task, decoding, chosen, store, queries)
+                outputs = _generate(model, tokenizer, task, decoding, chosen, caches, store, queries)
                 records.add([Record(keys[decoding.name][i], **out) for i, out in zip(batch, outputs, strict=True)])
                 bar.update(len(batch))
             results += [_result(task, way, [records.get(key) for key in keys[way.name]]) for way in decodings]
@@ -191,18 +192,19 @@ def _generate(
     task: Task,
     decoding: Decoding,
     examples: list[Example],
-    store: PrefixStore | None = None,
-    queries: bool = False,
+    caches: Caches,
+    store: PrefixStore | None,
+    queries: bool,
 ) -> Iterator[dict[str, Any]]:
     """Generates one batch; gives each example's fields of a `Record`, all but the key."""
     stop = _stop_tokens(model, tokenizer)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0]
     ids, mask = left_padded([example.prompt_ids for example in examples], padding)
-    columns = ids.shape[1]
+    rows, columns = ids.shape
     if store is not None:
         store_prompts(store, ids, mask, queries)
     room = math.ceil((columns + task.family.max_new_tokens) / ROOM_STEP) * ROOM_STEP
-    cache = new_cache(decoding, model.config, room)
+    cache = caches.take(decoding, rows, columns, room)
     meter = Meter(model.device)
     reuse = None if store is None else recycle(store, cache, ids, mask)
     known = 0 if reuse is None else int(cache.get_seq_length())
@@ -214,11 +216,7 @@ def _generate(
         max_new_tokens=task.family.max_new_tokens,
         eos_token_id=stop,
         pad_token_id=padding,
-        # greedy, whatever the model's own generation settings
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        **dict.fromkeys(("temperature", "top_p", "top_k")),
+        **GREEDY,
     )[:, columns:].tolist()  # waits for the GPU
     seconds, peak = meter.read()
     for row, (example, generated) in enumerate(zip(examples, output, strict=True)):

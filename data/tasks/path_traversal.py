@@ -66,7 +66,7 @@ class PathTraversal(Family):
     def score(self, prediction: str, references: Any) -> dict[str, float]:
         """LongProc's accuracy (1 for the whole route, else 0), and the share of leading right lines."""
         route = between_tags(prediction, "Route")
-        lines = [] if route is None else [line.strip() for line in route.split("\n")]
+        lines = [] if route is None else route.split("\n")
         leading = leading_matches(lines, references)
         return {"score": float(lines == references), "partial": leading / len(references)}
 

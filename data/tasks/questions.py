@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, Literal
+
+import fsspec
 
 from refreshkv.data.tasks.scoring import match_any
 from refreshkv.data.tasks.task import Family, Problem
@@ -104,11 +105,15 @@ def _choose(random: Random, question: Question, available: int, size: int) -> li
 @lru_cache(maxsize=4)
 def _read(file: str, source: str) -> tuple[list[Question], list[str]]:
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-        return (_squad if source == "squad" else _hotpot)(content)
+        with fsspec.open(file, "rt", encoding="utf-8", compression="infer") as opened:
+            text = opened.read()
     except FileNotFoundError:
         raise SettingsError(f"data_files: there is no file {file}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, ImportError) as error:  # an address of a kind that nothing here can open
+        raise SettingsError(f"data_files={file} cannot be read: {' '.join(str(error).split())}") from error
+    try:
+        return (_squad if source == "squad" else _hotpot)(json.loads(text))
+    except (ValueError, KeyError, TypeError) as error:
         raise SettingsError(
             f"data_files={file} does not have the layout of source={source}: {type(error).__name__}: {error}"
         ) from error

@@ -1,5 +1,6 @@
 """All tasks by name."""
 
+import dataclasses
 import difflib
 from typing import Any
 
@@ -47,7 +48,10 @@ RULER = [
     *("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
     *("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2"),
 ]
-GROUPS = {"ruler": RULER}
+GROUPS = {
+    "ruler": RULER,
+    "ruler_essays": [name for name in RULER if TASKS[name][1].get("haystack") == "essay"],  # they read the same files
+}
 """Names that stand for several tasks."""
 
 
@@ -67,17 +71,46 @@ def build_task(name: str, values: dict[str, Any] | None = None) -> Task:
 
 
 def build_tasks(names: list[str], values: dict[str, dict[str, Any]] | None = None, **common: Any) -> list[Task]:
-    """The named tasks, groups such as `ruler` spelled out, each once; `values` by task go before `common` ones.
+    """The named tasks, groups such as `ruler` spelled out, each once; `values` by task or group go before `common`
+    ones.
 
     Raises `SettingsError` also for values of a task that is not among the names.
     """
-    names = list(dict.fromkeys(task for name in names for task in GROUPS.get(name, [name])))
-    values = values or {}
-    for name in values:
-        if name not in names:
-            raise SettingsError(f"tasks.{name} has settings but is not among the tasks: {', '.join(names)}")
-    return [build_task(name, {**common, **(values.get(name) or {})}) for name in names]
+    names = spelled_out(names)
+    given = settings_by_task(values or {}, names)
+    return [build_task(name, {**common, **given.get(name, {})}) for name in names]
+
+
+def spelled_out(names: list[str]) -> list[str]:
+    """The names, groups replaced by their tasks, each once."""
+    return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, [name])))
+
+
+def settings_by_task(values: dict[str, Any], names: list[str], whose: str = "the tasks") -> dict[str, dict[str, Any]]:
+    """`values` by task or group as those of single tasks among `names`: a group's go to its tasks that have such
+    settings, and a task's own before them.
+
+    Raises `SettingsError` for values of what is not among the names, and for a setting that nothing takes.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, settings in sorted(values.items(), key=lambda item: item[0] not in GROUPS):  # groups first
+        if settings is not None and not isinstance(settings, dict):
+            raise SettingsError(f"tasks.{name} must be a section with settings, {{}} for none, got {settings!r}")
+        members = [task for task in GROUPS.get(name, [name]) if task in names]
+        if not members:
+            raise SettingsError(f"tasks.{name} has settings but is not among {whose}: {', '.join(names)}")
+        for key, value in (settings or {}).items():
+            takers = [task for task in members if name not in GROUPS or _has(task, key)]
+            if not takers:
+                raise SettingsError(f"tasks.{name}.{key}: none of these tasks has such a setting")
+            for task in takers:
+                found.setdefault(task, {})[key] = value
+    return found
+
+
+def _has(task: str, setting: str) -> bool:
+    return setting in {field.name for field in dataclasses.fields(TASKS[task][0])}
 
 
 def _known() -> str:
-    return f"known are {', '.join(TASKS)}, and {', '.join(GROUPS)} for all of RULER's"
+    return f"known are {', '.join(TASKS)}, and {', '.join(GROUPS)} for several of RULER's"

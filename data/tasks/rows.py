@@ -1,6 +1,7 @@
 """The training form of tasks: rows of tokens in which every answer begins at the same column."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
@@ -32,14 +33,23 @@ def training_tasks(values: dict[str, Any], row_length: int) -> list[Task]:
     Raises `SettingsError` for tasks and settings that do not exist, and for a `length` other than the rows'.
     """
     for name, settings in values.items():
-        if settings is not None and not isinstance(settings, dict):
-            raise SettingsError(f"data.tasks.{name} must be a section with settings, {{}} for none, got {settings!r}")
-        if (settings or {}).get("length", row_length) != row_length:
+        if isinstance(settings, dict) and settings.get("length", row_length) != row_length:
             raise SettingsError(f"data.tasks.{name}.length is set by data.row_length={row_length}: leave it out")
-    try:
+    with _named_as_data(row_length):
         return build_tasks(list(values), values, length=row_length)
+
+
+@contextmanager
+def _named_as_data(row_length: int) -> Iterator[None]:
+    """Errors about tasks name their settings as data's; `length` is what the rows have."""
+    try:
+        yield
     except SettingsError as error:
-        raise SettingsError(f"data.{error}" if str(error).startswith("tasks.") else f"data.tasks: {error}") from None
+        text = str(error)
+        if text.startswith("tasks."):
+            length = f"; `length` is data.row_length={row_length} here" if "length" in text else ""
+            raise SettingsError(f"data.{text}{length}") from None
+        raise SettingsError(f"data.tasks: {text}") from None
 
 
 def prompt_length(tasks: list[Task], row_length: int) -> int:
@@ -64,8 +74,9 @@ def task_rows(tasks: list[Task], tokenizer: PreTrainedTokenizerBase, row_length:
     ]
     examples = islice((next(stream) for stream in cycle(streams)), count + 1)
     room = row_length - prompt
-    before = _complete(next(examples), tokenizer, room)  # only fills
-    for example in examples:
+    with _named_as_data(row_length):
+        before = _complete(next(examples), tokenizer, room)  # only fills
+    while (example := _next(examples, row_length)) is not None:
         complete = _complete(example, tokenizer, room)
         front = prompt - len(example.prompt_ids)
         back = row_length - front - len(complete)
@@ -75,6 +86,11 @@ def task_rows(tasks: list[Task], tokenizer: PreTrainedTokenizerBase, row_length:
             answer_length=len(complete) - len(example.prompt_ids),
         )
         before = complete
+
+
+def _next(examples: Iterator[Example], row_length: int) -> Example | None:
+    with _named_as_data(row_length):
+        return next(examples, None)
 
 
 def _complete(example: Example, tokenizer: PreTrainedTokenizerBase, room: int) -> list[int]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from refreshkv.data.tasks.registry import GROUPS
+from refreshkv.data.tasks.registry import settings_by_task, spelled_out
 from refreshkv.settings import SettingsError
 from refreshkv.train.suite.config import Benchmark, Corpus, Suite
 
@@ -84,15 +84,15 @@ def _replaced(
 def _change_tasks(benchmarks: dict[str, Benchmark], tasks: dict[str, Any]) -> list[str]:
     """Puts the settings of tasks into the benchmarks that have them."""
     said = []
-    for task, values in tasks.items():
-        for name, benchmark in benchmarks.items():
-            if task in [each for group in benchmark.tasks for each in GROUPS.get(group, [group])]:
+    known = {name: spelled_out(benchmark.tasks) for name, benchmark in benchmarks.items()}
+    given = settings_by_task(tasks, [task for names in known.values() for task in names], "the suite's tasks")
+    for name, benchmark in benchmarks.items():
+        for task in known[name]:
+            values = given.pop(task, {})  # of the first benchmark that has it
+            if values:
                 own = benchmark.settings.get(task, {})
                 benchmark.settings = {**benchmark.settings, task: {**own, **values}}
                 said += [f"{name}: tasks.{task}.{key}={value}" for key, value in values.items()]
-                break
-        else:
-            raise SettingsError(f"tasks.{task} has settings but is not among the suite's tasks")
     return said
 
 

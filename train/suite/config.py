@@ -138,9 +138,15 @@ class Suite:
 
     def _check_numbers(self) -> None:
         for model, lines in self.paper.numbers.items():
+            if not isinstance(lines, dict):
+                raise SettingsError(f"paper.numbers.{model} must be a section with a line for each row, got {lines!r}")
             for line, numbers in lines.items():
                 if line not in self.rows:
                     raise SettingsError(f"paper.numbers.{model}: there is no row {line}")
+                if not isinstance(numbers, dict):
+                    raise SettingsError(
+                        f"paper.numbers.{model}.{line} must be a section with a number for each column, got {numbers!r}"
+                    )
                 for column, number in numbers.items():
                     if column not in self.columns:
                         raise SettingsError(f"paper.numbers.{model}.{line}: there is no column {column}")
@@ -153,6 +159,10 @@ class Suite:
         for change in changes:
             values |= change
         return settings_from_dict(RefreshConfig, values, "refresh.")
+
+    def shows_costs(self, of: str) -> bool:
+        """Whether a column of this corpus or benchmark shows what only decoding tells."""
+        return any(column.of == of and column.value in ("seconds", "cache MiB") for column in self.columns.values())
 
     def decodings(self, of: str, model: str) -> list[Decoding]:
         """The ways to decode of one corpus or benchmark on one model, named after their lines."""

@@ -98,7 +98,7 @@ def run_suite(
     load: Callable[[str], PreTrainedModel],
     folder: Path,
     batch_size: int = 1,
-    stepwise: bool = False,
+    stepwise: bool | None = None,
     progress: bool = True,
 ) -> dict[str, Measured]:
     """Measures all that the suite's table needs, by model.
@@ -107,7 +107,8 @@ def run_suite(
         models: name -> folder or hub id; they are loaded one after the other.
         load: gives a transformers decoder on its device, in evaluation mode.
         folder: finished rows and examples are kept here; what is there already is not computed again.
-        stepwise: decode the corpora token by token under every strategy, so that all have times and memory.
+        stepwise: decode the corpora token by token under every strategy, so that all have times and memory. None: those
+            of which the table shows these.
 
     Raises `SettingsError` for a model that the rows or tasks do not fit.
     """
@@ -127,7 +128,8 @@ def run_suite(
             for of, own in tasks.items()
         }
         for of, (_, split) in corpora.items():
-            options = {"batch_size": batch_size, "stepwise": stepwise, "records": row_records, "progress": progress}
+            decodes = suite.shows_costs(of) if stepwise is None else stepwise
+            options = {"batch_size": batch_size, "stepwise": decodes, "records": row_records, "progress": progress}
             _add_rows(measured, of, evaluate(model, split, decodings[of], suite.corpora[of].last_tokens, **options))
         for of, examples in work.items():
             options = {"batch_size": batch_size, "progress": progress}
