@@ -32,7 +32,7 @@ TOKENIZER_FOLDER = "tokenizer"
 LAYOUT = 1
 """Version of the folder's layout, for readers that come later."""
 
-BATCH_CHARACTERS = 2_000_000
+BATCH_CHARACTERS = 16_000_000
 """Text tokenized at once: enough to keep every core busy, little enough that its tokens fit anywhere."""
 
 
