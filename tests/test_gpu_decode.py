@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ from refreshkv import NEVER, RefreshCache, RefreshConfig, Simulation, decode_ahe
 from refreshkv.baselines import FullCache, H2OCache, SnapKVCache, StreamingCache
 from refreshkv.cache import RefreshLayer
 from refreshkv.ops import naive
+from refreshkv.train.caches import Caches
+from refreshkv.train.decoding import build_decodings
+from refreshkv.train.row_losses import row_losses
+from refreshkv.train.stepwise import decode_known
 from tests.models import FAMILIES, decode_logits, random_ids, tiny_enabled
 from tests.test_parity import CASES
 
@@ -194,6 +199,28 @@ def test_tuned_steps(family, rows):
     assert torch.equal(*outputs)
     shapes = re.findall(r"empty_strided_cuda\(\(([\d, ]+)\)", codes[0])
     assert max(math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes) <= 512 * rows
+
+
+def test_known_tokens_are_decoded_by_recorded_steps():
+    """Two batches of one shape, compiled for once, before the time is taken; losses as of the parallel form, which has
+    SnapKV with the paper's selection as a small cache that is never refreshed."""
+    model = tiny_enabled(dtype=torch.float32, head_dim=16).cuda()
+    config, caches = RefreshConfig(budget=6, stride=4), Caches(model)
+    for name in ("full", "refresh", "snapkv"):
+        (way,) = build_decodings([name], config)
+        torch._dynamo.reset()
+        counters.clear()
+        for seed in (1, 2):
+            ids = random_ids(2, 60, seed=seed).cuda()
+            decoded = decode_known(model, ids, 30, way, caches)
+            simulation = (
+                None
+                if name == "full"
+                else Simulation(30, config if name == "refresh" else replace(config, stride=NEVER))
+            )
+            expected = row_losses(model, ids, simulation, last=30)
+            torch.testing.assert_close(decoded.losses, expected.cpu(), rtol=0, atol=1e-4)
+            assert counters["stats"]["unique_graphs"] == 1 and counters["inductor"]["cudagraph_skips"] == 0
 
 
 def test_a_full_cache_says_so():

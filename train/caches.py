@@ -20,23 +20,27 @@ RECORDED = 4
 
 
 class Caches:
-    """Gives out empty caches for batches of one model."""
+    """Gives out empty caches for batches of one model.
 
-    def __init__(self, model: PreTrainedModel):
-        self._model = model
+    record: on a GPU, compile and record the steps of a cache before it is given out, which costs a prompt more: worth it
+    where the next batches have the same shape and way to decode.
+    """
+
+    def __init__(self, model: PreTrainedModel, record: bool = True):
+        self._model, self._records = model, record
         self._key: tuple | None = None
         self._cache: Cache | None = None
 
     def take(self, decoding: Decoding, rows: int, prompt: int, tokens: int) -> Cache:
-        """An empty cache for `rows` rows of at most `tokens` tokens, the first `prompt` of them a prompt; on a GPU its
-        steps are compiled and recorded. The one given out before must not be used any more."""
+        """An empty cache for `rows` rows of at most `tokens` tokens, the first `prompt` of them a prompt. The one given
+        out before must not be used any more."""
         key = (decoding.name, tuple(decoding.settings.items()), rows, tokens)
         if self._key == key:
             self._cache.reset()
         else:
             self._key = self._cache = None  # its memory first
             self._cache = decoding.build_cache(self._model.config, tokens)
-            if self._model.device.type == "cuda":
+            if self._records and self._model.device.type == "cuda" and self._cache.is_compileable:
                 self._record(rows, prompt, min(RECORDED, tokens - prompt))
             self._key = key
         return self._cache

@@ -129,14 +129,13 @@ def _h2o(config: RefreshConfig, arguments: list[str]) -> Decoding:
 def _snapkv(config: RefreshConfig, arguments: list[str]) -> Decoding:
     _at_most(arguments, 3, "snapkv:WINDOW:KERNEL:POOLING, such as snapkv:64:5:average")
     window, kernel, pooling = [*arguments, *("1", "7", "max")[len(arguments) :]]
-    options = {"observation_window": _number(int, "WINDOW", window), "kernel": _number(int, "KERNEL", kernel)}
-    RefreshConfig(
-        observation_window=options["observation_window"], pool_kernel=options["kernel"]
-    )  # refuses what it cannot
+    window, kernel = _number(int, "WINDOW", window), _number(int, "KERNEL", kernel)
+    RefreshConfig(observation_window=window, pool_kernel=kernel)  # refuses what it cannot
     if pooling not in ("max", "average"):
         raise ValueError(f"pooling must be max or average, got {pooling}")
     name = "SnapKV" + (f" window {window} kernel {kernel} {pooling}" if arguments else "")
-    return _holding(name, SnapKVCache, budget=config.budget, **options, pooling=pooling)
+    options = {"observation_window": window, "kernel": kernel, "pooling": pooling}
+    return _holding(name, SnapKVCache, budget=config.budget, **options)
 
 
 def _holding(name: str, kind: type[Cache], **settings: Any) -> Decoding:

@@ -135,7 +135,8 @@ def evaluate_tasks(
     """
     if batch_size < 1:
         raise SettingsError(f"--batch-size must be at least 1, got {batch_size}")
-    weights, results, caches = fingerprint(model), [], Caches(model)
+    weights, results = fingerprint(model), []
+    caches = Caches(model, record=store is None)  # with a store each batch has another way to decode than the last
     queries = store is not None and any(needs_queries(way.build_cache(model.config, 1)) for way in decodings)
     total = len(decodings) * sum(len(examples) for _, examples in work)
     with tqdm(total=total, unit=" examples", disable=not progress) as bar:
