@@ -22,8 +22,8 @@ RECORDED = 4
 class Caches:
     """Gives out empty caches for batches of one model.
 
-    record: on a GPU, compile and record the steps of a cache before it is given out, which costs a prompt more: worth it
-    where the next batches have the same shape and way to decode.
+    record: on a GPU, compile and record the steps of a cache before it is given out, which costs a prompt more: worth
+    it where the next batches have the same shape and way to decode.
     """
 
     def __init__(self, model: PreTrainedModel, record: bool = True):
