@@ -17,8 +17,8 @@ from refreshkv.settings import SettingsError, load_settings, settings_from_dict
 from refreshkv.train.config import RunConfig
 from refreshkv.train.evaluation import default_strategies
 from refreshkv.train.experiment.config import ExperimentConfig, merge
-from refreshkv.train.experiment.jobs import run_pieces
-from refreshkv.train.experiment.pieces import Command, plan
+from refreshkv.train.experiment.jobs import Job, Outcome, _start_ready, run_pieces
+from refreshkv.train.experiment.pieces import Command, Piece, plan
 from refreshkv.train.experiment.report import gaps_closed, perplexity_table, task_table, write_tables
 from refreshkv.train.experiment.results import Results
 from refreshkv.train.inputs import changed_config
@@ -291,6 +291,21 @@ def test_sigterm_ends_the_runs_too(tmp_path, launch, monkeypatch):
     assert first.wait(30) == 130
     trainers = subprocess.run(["pgrep", "-f", f"{launch}/train.py"], capture_output=True, text=True).stdout
     assert not trainers.strip()
+
+
+def test_rows_are_prepared_beside_what_needs_devices(tmp_path):
+    """But not where there are none, and every job wants the same cores."""
+    pieces = [Piece("base", [], devices="all"), Piece("arm", []), Piece("rows", [], devices="none"), Piece("more", [])]
+    for devices, busy, started in [
+        (["0", "1"], 0, ["base", "rows"]),
+        (["0", "1"], 1, ["rows"]),  # the base waits for all, and the arms behind it
+        ([""], 0, ["base"]),
+        (["", ""], 1, []),
+    ]:
+        running = [Job(Piece("before", []), [slot], [devices[slot]], tmp_path, tmp_path) for slot in range(busy)]
+        left = _start_ready(pieces, running, Outcome(), devices, tmp_path, tmp_path)
+        names = [job.piece.name for job in running[busy:]]
+        assert names == started and [piece.name for piece in left] == [p.name for p in pieces if p.name not in names]
 
 
 def test_only_takes_patterns_that_match(tmp_path):

@@ -92,7 +92,8 @@ class Job:
 def run_pieces(
     pieces: list[Piece], devices: list[str], launch: Path, logs: Path, seconds: float, on_done: Callable[[Piece], None]
 ) -> Outcome:
-    """Runs pieces as devices are free and what they need is done; those of all devices when all are.
+    """Runs pieces as devices are free and what they need is done; those of all devices when all are, and those of none
+    beside them.
 
     Args:
         devices: CUDA device numbers, "" for none: as many pieces run at a time. One may stand there several times.
@@ -163,11 +164,16 @@ def _start_ready(
     waiting: list[Piece], running: list[Job], outcome: Outcome, devices: list[str], launch: Path, logs: Path
 ) -> list[Piece]:
     """Starts what can be started, in order; returns what still waits. Changes `running`."""
+    wanted = {"none": 0 if any(devices) else 1, "one": 1, "all": len(devices)}  # without GPUs the slots are the cores'
+    is_held_up = False
     for piece in _ready(waiting, outcome):
         free = [slot for slot in range(len(devices)) if not any(slot in job.slots for job in running)]
-        if len(free) < (len(devices) if piece.everywhere else 1):
-            break  # nothing overtakes it, or a piece for all devices would wait for ever
-        own = free if piece.everywhere else free[:1]
+        count = wanted[piece.devices]
+        # nothing that wants a device overtakes another, or a piece for all of them would wait for ever
+        is_held_up = is_held_up or len(free) < count
+        if is_held_up and count > 0:
+            continue
+        own = free[:count]
         log = logs / f"{piece.name.replace('/', '-').replace(' ', '-')}.log"
         running.append(Job(piece, own, list(dict.fromkeys(devices[slot] for slot in own)), launch, log))
         waiting = [other for other in waiting if other is not piece]
@@ -177,7 +183,7 @@ def _start_ready(
 def _environments(devices: list[str]) -> list[dict[str, str]]:
     """One for each process of a command: which devices it sees, and its place among the others."""
     common = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(devices)}
-    if len(devices) == 1:
+    if len(devices) <= 1:
         return [common]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
@@ -38,7 +39,7 @@ class Command:
 
     def devices(self, available: list[str]) -> list[str]:
         """Those of the available devices that it runs on: as many as divide its work."""
-        return available[: max(n for n in range(1, len(available) + 1) if self.micro_batches % n == 0)]
+        return available[: max((n for n in range(1, len(available) + 1) if self.micro_batches % n == 0), default=0)]
 
     def line(self, launch: Path) -> list[str]:
         """The command line, with the scripts in `launch`. Writes the file that it names."""
@@ -83,8 +84,8 @@ class Piece:
     needs: list[str] = field(default_factory=list)
     """Names of pieces that come first."""
     reports: list[Report] = field(default_factory=list)
-    everywhere: bool = False
-    """On all devices at once; else on one."""
+    devices: Literal["none", "one", "all"] = "one"
+    """What it runs on."""
 
     @property
     def finished(self) -> bool:
@@ -164,7 +165,7 @@ def _base(config: ExperimentConfig, study: str) -> Piece:
     run = Path(config.output, study, "base", "run")
     path = None if start is None else str(base_model(config, start))
     commands = _train_and_export(config.base_settings(study, path, str(run)), base_model(config, study), True)
-    return Piece(name, commands, needs, everywhere=True)
+    return Piece(name, commands, needs, devices="all")
 
 
 def base_name(study: str) -> str:
@@ -192,7 +193,7 @@ def _rows(config: ExperimentConfig, study: str) -> Piece:
     tokenizer = Path(data.get("tokenizer") or "")
     others = {config.data(other)["folder"] for other in config.studies} - {data["folder"]}
     needs = [rows_name(other) for other in sorted(others) if Path(other) in tokenizer.parents]
-    return Piece(rows_name(data["folder"]), [command], needs)
+    return Piece(rows_name(data["folder"]), [command], needs, devices="none")
 
 
 def rows_name(folder: str) -> str:
