@@ -304,6 +304,8 @@ def test_ties_go_to_the_lower_position(monkeypatch, sizes):
         monkeypatch.setattr(ranking, name, size)
     query, _, _ = inputs(1, 90, 2, 1, 16)
     kinds = torch.randn(2, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    # eighths, whose products add up exactly: in another order NumPy, as the interpreter's, could give another last bit
+    query, kinds = ((tensor.detach() * 8).round() / 8 for tensor in (query, kinds))
     draw = random.Random(2)
     key = kinds[[draw.randint(0, 1) for _ in range(90)]][None, None]
     _, (positions, _, budgets, padding), settings = rows_arguments(query, 30, RefreshConfig(budget=20, stride=6), 0.25)
