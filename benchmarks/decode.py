@@ -115,16 +115,22 @@ def fill(cache, model: LlamaForCausalLM, batch: int, context: int, budget: int) 
     A compact cache gets a prompt of its budget: the rest would be gone anyway.
     """
     config = model.config
-    compact = isinstance(cache, BufferedCache) and isinstance(cache.layers[0], CompactLayer)
+    ours = isinstance(cache, BufferedCache)
+    compact = ours and isinstance(cache.layers[0], CompactLayer)
     length = budget if compact else context
-    shape = (batch, config.num_key_value_heads, length, config.head_dim)
-    padding = torch.zeros(batch, dtype=torch.int64, device="cuda")
+    # queries of a whole prompt would take memory that decoding does not: all but the last tokens were there before
+    known = max(0, length - 64) if ours and not compact else 0
+
+    def random(heads: int, tokens: int) -> Tensor:
+        return torch.randn(batch, heads, tokens, config.head_dim, device=model.device, dtype=model.dtype)
+
+    for layer in cache.layers if known > 0 else ():
+        layer.fill(*(random(config.num_key_value_heads, known) for _ in range(2)))
+    padding = torch.zeros(batch, dtype=torch.int64, device=model.device)
     for index in range(config.num_hidden_layers):
-        key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        cache.update(key, value, index)
-        if isinstance(cache, BufferedCache):
-            queries = length if compact else min(length, 64)
-            query = torch.randn(batch, config.num_attention_heads, queries, shape[3], device="cuda", dtype=key.dtype)
+        cache.update(*(random(config.num_key_value_heads, length - known) for _ in range(2)), index)
+        if ours:
+            query = random(config.num_attention_heads, length - known)
             cache.layers[index].begin(query, padding, config.head_dim**-0.5)
     return length
 
