@@ -260,6 +260,21 @@ def test_the_paper_recipe(rows, tmp_path):
     assert "loss partial" in read_metrics(tmp_path / "run")[1]
 
 
+def test_plain_steps_among_the_others(rows, tmp_path):
+    changes = {"simulation": {"plain_share": 0.5}, "distillation": {"weight": 1.0}, "training": {"steps": 6}}
+    settings = run_settings(rows, tmp_path / "run", **changes)
+    config = settings_from_dict(RunConfig, settings)
+    steps = {
+        n: draw_simulation(config.simulation, config.refresh, ROW_LENGTH, config.training.seed, n) for n in range(1, 7)
+    }
+    plain = {number for number, simulation in steps.items() if simulation is None}
+    assert 0 < len(plain) < 6
+    run_forked(settings, ranks=2)
+    metrics = read_metrics(tmp_path / "run")
+    for kind in ("loss partial", "divergence"):
+        assert {step for step in steps if kind not in metrics[step]} == plain
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step(rows, tmp_path):
     training = {"learning_rate": 1e30, "save_every": 1, "warmup_steps": 0, "max_grad_norm": 0}
     simulation = {"pattern": "off", "prompt_length": None}
@@ -377,6 +392,9 @@ def test_settings_that_contradict_each_other():
         ({"simulation": {"prompt_length": [8, ROW_LENGTH]}}, "simulation.prompt_length"),
         ({"simulation": {"prompt_length": 0}}, "simulation.prompt_length"),
         ({"simulation": {"pattern": "off"}}, "simulation.prompt_length"),
+        ({"simulation": {"plain_share": 1.0}}, "simulation.plain_share"),
+        ({"simulation": {"plain_share": -0.1}}, "simulation.plain_share"),
+        ({"simulation": {"pattern": "off", "prompt_length": None, "plain_share": 0.5}}, "simulation.plain_share"),
         ({"simulation": {"pattern": "paper", "prompt_length": None, "stride": ROW_LENGTH}}, "simulation.stride"),
         ({"data": {"row_length": 40}}, "data.row_length"),
         ({"training": {"evaluate_every": 1, "evaluate_tokens": ROW_LENGTH}}, "training.evaluate_tokens"),
@@ -407,6 +425,11 @@ def test_simulations_follow_from_seed_and_step():
     assert {simulation.config.stride for simulation in drawn} == {2, 5, 10}
     assert drawn[0].config == replace(refresh, stride=drawn[0].config.stride)
     assert drawn != [draw_simulation(settings, refresh, ROW_LENGTH, 8, step) for step in range(300)]
+
+    mixed = replace(settings, plain_share=0.3)
+    others = [draw_simulation(mixed, refresh, ROW_LENGTH, 7, step) for step in range(300)]
+    assert 60 < others.count(None) < 120
+    assert all(other in (None, simulation) for other, simulation in zip(others, drawn, strict=True))
 
     paper = draw_simulation(SimulationConfig(pattern="paper", stride=10), refresh, ROW_LENGTH, 7, 1)
     assert (paper.prompt_length, paper.config.stride) == (ROW_LENGTH - 10, NEVER)

@@ -44,6 +44,9 @@ class SimulationConfig:
     """Refresh stride: fixed, or a list from which each step draws."""
     threshold: float | None = None
     """Similarity schedule for the simulated steps; None for the fixed one."""
+    plain_share: float = 0.0
+    """Share of the steps that are plain next-token training instead. Positions at the end of a row hardly ever lie in a
+    drawn prompt; these steps keep them good at full attention. Not used by off."""
 
     def __post_init__(self) -> None:
         if not self.strides or any(stride < 1 for stride in self.strides):
@@ -57,6 +60,13 @@ class SimulationConfig:
             raise SettingsError(
                 f"simulation.prompt_length is not used by simulation.pattern={self.pattern}: remove it, or use whole"
             )
+        if not 0 <= self.plain_share < 1:
+            raise SettingsError(
+                f"simulation.plain_share must be at least 0 and less than 1, got {self.plain_share}: "
+                "simulation.pattern=off trains without the pattern altogether"
+            )
+        if self.pattern == "off" and self.plain_share:
+            raise SettingsError("simulation.plain_share: all steps are plain with simulation.pattern=off; remove one")
 
     @property
     def strides(self) -> list[int]:

@@ -12,12 +12,12 @@ PURPOSE = "simulation"
 def draw_simulation(
     settings: SimulationConfig, refresh: RefreshConfig, row_length: int, seed: int, step: int
 ) -> Simulation | None:
-    """The simulation of one optimizer step, the same on every rank; None for plain training.
+    """The simulation of one optimizer step, the same on every rank; None for a plain step.
 
     whole: prompt length and stride drawn independently and uniformly. paper: the last `stride` tokens of the row are
     partial and never refreshed (appendix A.1). `SettingsError` if the prompt does not lie inside the row.
     """
-    if settings.pattern == "off":
+    if settings.pattern == "off" or random.Random(f"{PURPOSE}, plain:{seed}:{step}").random() < settings.plain_share:
         return None
     draw = random.Random(f"{PURPOSE}:{seed}:{step}")
     stride = draw.choice(settings.strides)
