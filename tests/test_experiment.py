@@ -431,6 +431,9 @@ def test_the_recipes_of_the_repository(monkeypatch):
     expected = {"30m-4k/base", "30m-4k/distilled-2", "120m-8k/whole-0", "tasks-2k/distilled-answers-0"}
     assert expected <= {piece.name for piece in plan(config, set())}
     assert "30m-4k/none/paper/perplexity" in Results(config).entries
+    config = load_settings(ExperimentConfig, ROOT / "configs/experiments/plain-share.yaml")
+    assert "small/mixed25-2" in {piece.name for piece in plan(config, set())}
+    assert plan(config, set(Results(config).entries)) == []
 
 
 @pytest.mark.slow
