@@ -100,7 +100,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--split", choices=SPLITS, default="validation", help="(default: %(default)s)")
     parser.add_argument("--rows", type=int, help="rows, spread over the split (default: 100 or all)")
     parser.add_argument("--last-tokens", type=int, default=256, help="tokens scored per row (default: %(default)s)")
-    parser.add_argument("--thresholds", type=cosines, default=THRESHOLDS, help="(default: 0.5 to 0.98)")
+    parser.add_argument("--thresholds", type=cosines, default=THRESHOLDS, help="(default: 0.3 to 0.98)")
     parser.add_argument("--tasks", type=names, help="tasks to score as well, separated by commas")
     parser.add_argument("--task-length", type=int, help="tokens of prompt and answer (default: each task's own, 4096)")
     parser.add_argument("--examples", type=int, help=f"examples of each task (default: {DEFAULT_EXAMPLES})")

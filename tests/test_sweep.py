@@ -57,7 +57,9 @@ def test_the_highest_stride_that_keeps_enough():
     assert (best.point.stride, best.point.threshold) == (10, 0.8)
     assert "stride 10, threshold 0.8: the highest effective stride (14.0) that keeps at least 90%" in best.text
     assert "(it keeps 90%; perplexity +14.91% against full attention)" in best.text and "saves nothing" not in best.text
+    assert "the lowest" not in best.text
     assert Sweep(sweep.evaluation, keep=0.8).recommend().point.threshold == 0.7
+    assert "of those that were tried it is the lowest" in Sweep(sweep.evaluation, keep=0.4).recommend().text
     points = {point.name: point for point in sweep.points}
     assert points["10 0.8"].kept == pytest.approx((1.5 - 1.139) / 0.4)
     # between 10 and 20, half of the way on a logarithmic scale is 14.14
