@@ -315,6 +315,10 @@ def test_only_takes_patterns_that_match(tmp_path):
     assert [piece.name for piece in chosen(pieces, ["small/plain-*"])] == [
         name for name in everything if name.startswith(("rows", "small/base", "small/plain"))
     ]
+    ordered = [piece.name for piece in chosen(pieces, ["small/plain-1", "small/none", "*"])]
+    needed = [name for name in everything if name.startswith("rows") or name == "small/base"]
+    assert ordered[: len(needed) + 2] == [*needed, "small/plain-1", "small/none"]
+    assert sorted(ordered) == sorted(everything)
     with pytest.raises(SettingsError, match="--only other/[*]: nothing that is left to do is called so"):
         chosen(pieces, ["small/*", "other/*"])
     with pytest.raises(SettingsError, match="--only results=elsewhere: .*; key=value goes before --only"):
