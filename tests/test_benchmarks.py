@@ -16,7 +16,7 @@ SHAPE = "--layers 2 --hidden 128 --intermediate 256 --heads 4 --kv-heads 2 --voc
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def script(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import decode
 
@@ -28,12 +28,12 @@ def benchmark(monkeypatch):
     "strategy", ["full", "refresh", "similarity", "offloaded", "streaming", "h2o", "snapkv", "static", "dynamic"]
 )
 @pytest.mark.parametrize("context", [96, 40])
-def test_a_filled_cache_decodes(benchmark, strategy, context):
+def test_a_filled_cache_decodes(script, strategy, context):
     model = tiny_enabled()
     args = argparse.Namespace(budget=0.25, stride=3, observation_window=2)
-    model.set_attn_implementation("refreshkv" if strategy in benchmark.OURS else "sdpa")
-    cache = benchmark.make_cache(model, strategy, context + 9, context // 4, args)
-    length = benchmark.fill(cache, model, 2, context, context // 4)
+    model.set_attn_implementation("refreshkv" if strategy in script.OURS else "sdpa")
+    cache = script.make_cache(model, strategy, context + 9, context // 4, args)
+    length = script.fill(cache, model, 2, context, context // 4)
     assert length == (context // 4 if strategy in ("streaming", "h2o", "snapkv") else context)
     assert int(cache.get_seq_length()) == length
     with torch.no_grad():
