@@ -54,7 +54,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="the experiment's YAML file")
     parser.add_argument("--minutes", type=float, help="time after which runs are saved and the command ends")
-    parser.add_argument("--only", nargs="+", metavar="STUDY/ARM", help="patterns such as 30m-4k/*, the first first")
+    parser.add_argument("--only", nargs="+", metavar="STUDY/ARM", help="patterns such as 30m-4k/*, taken in this order")
     parser.add_argument("--jobs", type=int, help="pieces at a time (default: the GPUs, or 1 without)")
     parser.add_argument("--dry-run", action="store_true", help="say what is left to do, and end")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the experiment")
@@ -77,14 +77,13 @@ def chosen(pieces: list[Piece], patterns: list[str] | None) -> list[Piece]:
         raise SettingsError(
             f"--only {' '.join(missing)}: nothing that is left to do is called so; --dry-run tells what is{hint}"
         )
-    by_name, order = {piece.name: piece for piece in pieces}, []
+    ordered: dict[str, Piece] = {}
     for names in found.values():
-        wanted = set(names)
         for piece in reversed(pieces):  # what is needed stands before
-            if piece.name in wanted:
-                wanted |= set(piece.needs)
-        order += [piece.name for piece in pieces if piece.name in wanted]
-    return [by_name[name] for name in dict.fromkeys(order)]
+            if piece.name in names:
+                names |= set(piece.needs)
+        ordered |= {piece.name: piece for piece in pieces if piece.name in names}
+    return list(ordered.values())
 
 
 def devices(jobs: int | None) -> list[str]:
