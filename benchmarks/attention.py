@@ -26,10 +26,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 import measuring
 from output import in_columns, pyplot, save
-from refreshkv import RefreshConfig, Simulation, attention
-from refreshkv.attention import refresh_attention
-from refreshkv.ops import dense_rows, full_rows, fused, partial_rows, ranking
-from refreshkv.schedule import plan
+from refreshkv import RefreshConfig, Simulation
+from refreshkv.attention import function as attention
+from refreshkv.attention.function import refresh_attention
+from refreshkv.ops.rows import after_prompt as fused
+from refreshkv.ops.rows import dense_rows, full_rows, partial_rows
+from refreshkv.ops.schedule import plan
+from refreshkv.ops.selection import ranking
 
 CASES = ",".join(
     (

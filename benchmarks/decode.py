@@ -29,10 +29,15 @@ from transformers import CompileConfig, DynamicCache, LlamaForCausalLM, LogitsPr
 from measuring import SHAPE, add_shape, free_memory, milliseconds, random_llama
 from output import in_columns, pyplot, save
 from refreshkv import NEVER, RefreshCache, RefreshConfig, decode_ahead, enable, tuned_compilation
-from refreshkv.baselines import CompactLayer, FullCache, H2OCache, SnapKVCache, StreamingCache
-from refreshkv.cache import BufferedCache
-from refreshkv.ops import decode_attention, decode_kernels
-from refreshkv.ops.decode import Check, select_step
+from refreshkv.baselines.compact import CompactLayer
+from refreshkv.baselines.full import FullCache
+from refreshkv.baselines.h2o import H2OCache
+from refreshkv.baselines.snapkv import SnapKVCache
+from refreshkv.baselines.streaming import StreamingCache
+from refreshkv.cache.buffers import BufferedCache
+from refreshkv.ops.step import attention as decode_attention
+from refreshkv.ops.step import launches as decode_kernels
+from refreshkv.ops.step.operators import Check, select_step
 
 CASES = "32768:1,32768:8,131072:1,16384:32"
 REFRESHING = ("refresh", "similarity", "offloaded")

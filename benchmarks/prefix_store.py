@@ -32,11 +32,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from measuring import SHAPE, add_shape, free_memory, random_llama
 from output import in_columns, pyplot, save
 from refreshkv import RefreshCache, RefreshConfig, enable
-from refreshkv.baselines import FullCache, H2OCache, SnapKVCache, StreamingCache
-from refreshkv.prefix_finders import NearestSentence
-from refreshkv.prefix_store import PrefixStore
-from refreshkv.prompt_cache import PromptCache
-from refreshkv.recycling import Reuse, recycle, store_prompts
+from refreshkv.baselines.full import FullCache
+from refreshkv.baselines.h2o import H2OCache
+from refreshkv.baselines.snapkv import SnapKVCache
+from refreshkv.baselines.streaming import StreamingCache
+from refreshkv.prefix.index import NearestSentence
+from refreshkv.prefix.prompt_cache import PromptCache
+from refreshkv.prefix.recycling import Reuse, recycle, store_prompts
+from refreshkv.prefix.store import PrefixStore
 
 STRATEGIES = ("full", "dynamic", "refresh", "similarity", "streaming", "h2o", "snapkv")
 SMALL = {"layers": 4, "hidden": 512, "intermediate": 1536, "heads": 8, "kv_heads": 2, "vocabulary": 4096}

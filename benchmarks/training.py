@@ -26,7 +26,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import refreshkv
-from refreshkv import parallel
+from refreshkv.attention import sequence_parallel
 from refreshkv.data.rows import load_rows
 from refreshkv.settings import settings_from_dict
 from refreshkv.train.batch import Batch, make_batch
@@ -94,7 +94,7 @@ def measure_all(args: argparse.Namespace, rank: int, world: int) -> list[dict]:
         recompute_layers(model, args.checkpointing, args.offload)
     attach_loss(model, args.loss)
     work, shape, rate = model_work(model), model_shape(model_config), matmul_rate(device, first.training.dtype)
-    engine = build_engine(model, first, world, parallel.start(model, args.sequence, args.micro_batch))
+    engine = build_engine(model, first, world, sequence_parallel.start(model, args.sequence, args.micro_batch))
     del model
     results = []
     for length, pattern in cases:

@@ -25,6 +25,7 @@ from refreshkv.data.tasks.rows import prompt_length, task_rows, training_tasks
 from refreshkv.data.tasks.task import Task
 from refreshkv.data.tokenizer import model_tokenizer, train_tokenizer
 from refreshkv.data.writer import SplitWriter
+from refreshkv.loading import find_tokenizer
 from refreshkv.settings import SettingsError
 
 SPLITS = ("train", "validation", "test")
@@ -96,6 +97,19 @@ def load_rows(folder: str | Path) -> Rows:
         ) from error
     info["folder"] = str(folder)
     return Rows(*(splits[split] for split in SPLITS), tokenizer_folder=folder / TOKENIZER_FOLDER, info=info)
+
+
+def check_same_tokens(model: str, rows: Rows) -> None:
+    """Refuses rows whose ids mean other tokens to the model; either tokenizer may have tokens that the other lacks."""
+    own, used = find_tokenizer(model), find_tokenizer(rows.tokenizer_folder)
+    if own is None or used is None:
+        return
+    ids = own.get_vocab()
+    if any(ids.get(token, number) != number for token, number in used.get_vocab().items()):
+        raise SettingsError(
+            f"the rows in {rows.info['folder']} were made with another tokenizer than that of {model}: prepare them "
+            f"again with data.tokenizer={model}"
+        )
 
 
 def check_tokenizer(info: dict[str, Any], model_vocab_size: int) -> None:

@@ -30,17 +30,7 @@ from transformers import PreTrainedModel
 
 from refreshkv import RefreshConfig, cli, enable
 from refreshkv.data.rows import SPLITS
-from refreshkv.loading import load_model, load_tokenizer
-from refreshkv.prefix_store import PrefixStore
-from refreshkv.settings import SettingsError
-from refreshkv.train.decoding import DECODINGS, build_decodings
-from refreshkv.train.evaluation import (
-    budget_warnings,
-    check_last_tokens,
-    default_strategies,
-    evaluate,
-)
-from refreshkv.train.inputs import (
+from refreshkv.evaluation.inputs import (
     DEFAULT_ROWS,
     add_execution,
     changed_config,
@@ -55,7 +45,13 @@ from refreshkv.train.inputs import (
     task_values,
     whole_numbers,
 )
-from refreshkv.train.report import (
+from refreshkv.evaluation.perplexity import (
+    budget_warnings,
+    check_last_tokens,
+    default_strategies,
+    evaluate,
+)
+from refreshkv.evaluation.report import (
     ROWS_FILE,
     build_report,
     check_comparable,
@@ -65,15 +61,19 @@ from refreshkv.train.report import (
     text_table,
     write_report,
 )
-from refreshkv.train.row_losses import RowRecords
-from refreshkv.train.suite.changes import Changes, change
-from refreshkv.train.suite.config import load_suite, named_models
-from refreshkv.train.suite.report import FILES as SUITE_FILES
-from refreshkv.train.suite.report import build_suite_report, suite_table, write_suite_report
-from refreshkv.train.suite.run import open_suite, run_suite
-from refreshkv.train.task_evaluation import Records, evaluate_tasks, make_examples
-from refreshkv.train.task_report import EXAMPLES_FILE, build_task_report, task_table, write_task_report
-from refreshkv.train.task_report import FILES as TASK_FILES
+from refreshkv.evaluation.sequence_losses import RowRecords
+from refreshkv.evaluation.strategies import DECODINGS, build_decodings
+from refreshkv.evaluation.suite.changes import Changes, change
+from refreshkv.evaluation.suite.config import load_suite, named_models
+from refreshkv.evaluation.suite.report import FILES as SUITE_FILES
+from refreshkv.evaluation.suite.report import build_suite_report, suite_table, write_suite_report
+from refreshkv.evaluation.suite.run import open_suite, run_suite
+from refreshkv.evaluation.task_report import EXAMPLES_FILE, build_task_report, task_table, write_task_report
+from refreshkv.evaluation.task_report import FILES as TASK_FILES
+from refreshkv.evaluation.task_scores import Records, evaluate_tasks, make_examples
+from refreshkv.loading import load_model, load_tokenizer
+from refreshkv.prefix.store import PrefixStore
+from refreshkv.settings import SettingsError
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("data", "tasks", "suite")

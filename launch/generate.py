@@ -33,10 +33,10 @@ from transformers import (
 
 import refreshkv
 from refreshkv import RefreshCache, RefreshConfig, cli, decode_ahead, tuned_compilation
-from refreshkv.cache import saved_config
-from refreshkv.prefix_store import PrefixStore
-from refreshkv.prompt_cache import keep_all_tokens
-from refreshkv.recycling import Reuse, put_new, recycle
+from refreshkv.cache.refresh import saved_config
+from refreshkv.prefix.prompt_cache import keep_all_tokens
+from refreshkv.prefix.recycling import Reuse, put_new, recycle
+from refreshkv.prefix.store import PrefixStore
 from refreshkv.settings import SettingsError
 
 SCHEDULE_OPTIONS = ("budget", "stride", "threshold")

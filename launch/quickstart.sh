@@ -38,7 +38,7 @@ say() { echo; echo "== $* ($((SECONDS - started)) s)"; }
     python launch/export.py "$runs/training" "$runs/model" $overwrite
 
     say "a sample from the adapted model"
-    python launch/generate.py --model "$runs/model" --prompt-file tests/test_compiled.py --max-new-tokens 60 \
+    python launch/generate.py --model "$runs/model" --prompt-file tests/attention/test_compiled_step.py --max-new-tokens 60 \
         --sample --temperature 0.7
 
     say "before and after"

@@ -17,10 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refreshkv import cli, enable
 from refreshkv.data.rows import SPLITS
-from refreshkv.loading import load_model, load_tokenizer
-from refreshkv.settings import SettingsError
-from refreshkv.train.evaluation import check_last_tokens, evaluate
-from refreshkv.train.inputs import (
+from refreshkv.evaluation.inputs import (
     add_execution,
     changed_config,
     check_execution,
@@ -33,12 +30,15 @@ from refreshkv.train.inputs import (
     own_config,
     whole_numbers,
 )
-from refreshkv.train.report import ROWS_FILE, check_output
-from refreshkv.train.row_losses import RowRecords
-from refreshkv.train.sweep.recommendation import THRESHOLDS, Sweep, sweep_strategies
-from refreshkv.train.sweep.report import FILES, build_sweep_report, sweep_table, write_sweep_report
-from refreshkv.train.task_evaluation import Records, TaskResult, Work, evaluate_tasks, make_examples
-from refreshkv.train.task_report import EXAMPLES_FILE
+from refreshkv.evaluation.perplexity import check_last_tokens, evaluate
+from refreshkv.evaluation.report import ROWS_FILE, check_output
+from refreshkv.evaluation.sequence_losses import RowRecords
+from refreshkv.evaluation.sweep.recommendation import THRESHOLDS, Sweep, sweep_strategies
+from refreshkv.evaluation.sweep.report import FILES, build_sweep_report, sweep_table, write_sweep_report
+from refreshkv.evaluation.task_report import EXAMPLES_FILE
+from refreshkv.evaluation.task_scores import Records, TaskResult, Work, evaluate_tasks, make_examples
+from refreshkv.loading import load_model, load_tokenizer
+from refreshkv.settings import SettingsError
 
 DEFAULT_EXAMPLES = 20
 

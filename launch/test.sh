@@ -2,7 +2,7 @@
 # Sets the environment up if need be, checks format and lint, and runs the tests:   bash launch/test.sh [PYTEST ARGUMENTS]
 #
 #   bash launch/test.sh                            everything but the tests marked slow
-#   bash launch/test.sh tests/test_parity.py -x    one file, stopping at the first failure
+#   bash launch/test.sh tests/attention/test_parity.py -x    one file, stopping at the first failure
 #   bash launch/test.sh -n 0 -k window             some tests, without worker processes
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

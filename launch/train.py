@@ -11,6 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
+from refreshkv.attention import sequence_parallel
 from refreshkv.cli import run
 from refreshkv.settings import load_settings
 from refreshkv.train.config import RunConfig
@@ -51,13 +52,12 @@ def dry_run(config: RunConfig, ranks: int | None, gigabytes: float | None) -> st
     """What the run needs, on this device or on one of another size."""
     import torch
 
-    from refreshkv import parallel
     from refreshkv.train.model import model_configuration
     from refreshkv.train.preflight import matmul_rate, report
 
     world = ranks or int(os.environ.get("WORLD_SIZE", "0")) or max(1, torch.cuda.device_count())
     model_config = model_configuration(config)
-    parallel.check_sequence(config.parallel.sequence, world, config.data.row_length, model_config)
+    sequence_parallel.check_sequence(config.parallel.sequence, world, config.data.row_length, model_config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     available = gigabytes * 1e9 if gigabytes else None
     if available is None and device.type == "cuda":

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from refreshkv.attention.sequence_parallel import columns
 from refreshkv.config import Simulation
-from refreshkv.parallel import columns
 from refreshkv.train.loss import answer_targets, decoded_positions, partial_positions
 
 

@@ -11,9 +11,9 @@ import yaml
 from refreshkv.config import NEVER
 from refreshkv.data.config import DataConfig
 from refreshkv.data.folder import INFO_FILE
+from refreshkv.evaluation.report import load_report, markdown_table
 from refreshkv.train.checkpoint import State
 from refreshkv.train.config import RunConfig
-from refreshkv.train.report import load_report, markdown_table
 
 TAGS = ["refreshkv", "kv-cache", "long-context"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -99,7 +99,8 @@ def build_engine(
 ) -> deepspeed.DeepSpeedEngine:
     """The engine with AdamW and a transformers learning-rate schedule.
 
-    mpu: from `refreshkv.parallel.start`. universal: it will load a checkpoint of another layout (`train.layout`).
+    mpu: from `refreshkv.attention.sequence_parallel.start`. universal: it will load a checkpoint of another layout
+    (`train.layout`).
     """
     training = config.training
     settings = engine_settings(config, world)

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 import refreshkv
 from refreshkv import RefreshCache, RefreshConfig, Simulation
-from refreshkv.cache import saved_config
+from refreshkv.cache.refresh import saved_config
 from refreshkv.settings import SettingsError, load_settings
 from refreshkv.train.card import model_card
 from refreshkv.train.checkpoint import RUN_FILE, STATE_FILE, State, finished_checkpoints, read_state

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from refreshkv import parallel
+from refreshkv.attention import sequence_parallel
 from refreshkv.data.rows import load_rows
+from refreshkv.evaluation.perplexity import evaluate
+from refreshkv.evaluation.strategies import full_attention, refreshing
 from refreshkv.loading import find_tokenizer
 from refreshkv.settings import SettingsError
 from refreshkv.train import layout
@@ -24,7 +26,6 @@ from refreshkv.train.checkpoint import (
     save_checkpoint,
 )
 from refreshkv.train.config import RunConfig
-from refreshkv.train.decoding import full_attention, refreshing
 from refreshkv.train.engine import (
     build_engine,
     check_batch,
@@ -33,7 +34,6 @@ from refreshkv.train.engine import (
     read_deepspeed_json,
     zero_stage,
 )
-from refreshkv.train.evaluation import evaluate
 from refreshkv.train.faults import STOPPED, StopRequest, Watchdog, named
 from refreshkv.train.flops import model_work, peak_flops, step_flops
 from refreshkv.train.hub import BackgroundPush, check_push
@@ -66,7 +66,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     check_config(config, rows.info)
     model_config = model_configuration(config)
     check_rows(config, model_config, rows)
-    parallel.check_sequence(sequence, world, config.data.row_length, model_config)
+    sequence_parallel.check_sequence(sequence, world, config.data.row_length, model_config)
     check_batch(config, world)
     check_optimizer(training)
     check_kernels(training, model_config)
@@ -94,7 +94,8 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
         state = read_state(checkpoint) if checkpoint else None
         watchdog.note("setting up the engine")
         convert = state is not None and layout.needs_conversion(state, world, stage, training.optimizer)
-        engine = build_engine(model, config, world, parallel.start(model, sequence, training.micro_batch), convert)
+        mpu = sequence_parallel.start(model, sequence, training.micro_batch)
+        engine = build_engine(model, config, world, mpu, convert)
         if checkpoint:
             watchdog.note(f"loading {checkpoint}")
             layout.load(engine, checkpoint, convert, state.zero_stage)

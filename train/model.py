@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 import refreshkv
-from refreshkv.data.rows import Rows, check_tokenizer
-from refreshkv.loading import find_tokenizer, load_configuration, load_model
+from refreshkv.data.rows import Rows, check_same_tokens, check_tokenizer
+from refreshkv.loading import load_configuration, load_model
 from refreshkv.settings import SettingsError
 from refreshkv.train.config import RunConfig
 from refreshkv.train.engine import engine_settings, init_processes, read_deepspeed_json, zero_stage
@@ -82,16 +82,3 @@ def divided_while_loading(config: RunConfig) -> Iterator[None]:
     finally:
         unset_hf_deepspeed_config()
         del told
-
-
-def check_same_tokens(model: str, rows: Rows) -> None:
-    """Refuses rows whose ids mean other tokens to the model; either tokenizer may have tokens that the other lacks."""
-    own, used = find_tokenizer(model), find_tokenizer(rows.tokenizer_folder)
-    if own is None or used is None:
-        return
-    ids = own.get_vocab()
-    if any(ids.get(token, number) != number for token, number in used.get_vocab().items()):
-        raise SettingsError(
-            f"the rows in {rows.info['folder']} were made with another tokenizer than that of {model}: prepare them "
-            f"again with data.tokenizer={model}"
-        )

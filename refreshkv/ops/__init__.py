@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from refreshkv.ops import naive
-from refreshkv.ops.decode import uses_kernels
+from refreshkv.ops.step.operators import uses_kernels
 
 
 def refresh_rows(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Attention of all rows after the prompt; arguments and result as in `naive.refresh_rows`."""
     if uses_kernels(query):
-        from refreshkv.ops import fused  # imports Triton, which machines without a GPU may lack
+        from refreshkv.ops.rows import after_prompt as fused  # imports Triton, which machines without a GPU may lack
 
         return fused.refresh_rows(query, *args, **kwargs)
     return naive.refresh_rows(query, *args, **kwargs)
@@ -25,14 +25,14 @@ def takes_whole_rows(query: Tensor, key: Tensor, value: Tensor, prompt_length: i
     """Whether `whole_rows` is the faster way for query (B, H, T, D), key and value (B, Hkv, T, D)."""
     if not uses_kernels(query):
         return False
-    from refreshkv.ops import short_tail
+    from refreshkv.ops.rows import short_tail
 
     return short_tail.usable(query, key, value, prompt_length, uniform)
 
 
 def whole_rows(*args: Any, **kwargs: Any) -> Tensor:
     """Attention of whole rows that `takes_whole_rows` is for; arguments and result as in `naive.whole_rows`."""
-    from refreshkv.ops import short_tail
+    from refreshkv.ops.rows import short_tail
 
     return short_tail.whole_rows(*args, **kwargs)
 
@@ -41,14 +41,14 @@ def takes_block(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `block` is the faster way for query (B, H, n, D), key and value (B, Hkv, L, D), n <= L."""
     if not uses_kernels(query):
         return False
-    from refreshkv.ops import dense_rows
+    from refreshkv.ops.rows import dense_rows
 
     return dense_rows.takes_block(query, key, value)
 
 
 def block(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Causal attention of the last n positions, without gradient, that `takes_block` is for: (B, H, n, D)."""
-    from refreshkv.ops import dense_rows
+    from refreshkv.ops.rows import dense_rows
 
     return dense_rows.block(query, key, value, scaling)
 
@@ -56,7 +56,7 @@ def block(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
 def select(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The positions that full steps keep; arguments and result as in `naive.select`."""
     if uses_kernels(query):
-        from refreshkv.ops import ranking
+        from refreshkv.ops.selection import ranking
 
         return ranking.select(query, *args, **kwargs)
     return naive.select(query, *args, **kwargs)
@@ -65,7 +65,7 @@ def select(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def copy_rows(source: Tensor, target: Tensor, source_first: int, target_first: int, count: int) -> None:
     """Tokens from one buffer to another, either of them in host memory; arguments as in `naive.copy_rows`."""
     if uses_kernels(source) or uses_kernels(target):
-        from refreshkv.ops import transfer as form
+        from refreshkv.ops.step import transfer as form
     else:
         form = naive
     form.copy_rows(source, target, source_first, target_first, count)
@@ -74,7 +74,7 @@ def copy_rows(source: Tensor, target: Tensor, source_first: int, target_first: i
 def gather_rows(source: Tensor, index: Tensor, wanted: Tensor, target: Tensor) -> None:
     """Chosen tokens to the front of a buffer on the device; arguments as in `naive.gather_rows`."""
     if uses_kernels(target):
-        from refreshkv.ops import transfer as form
+        from refreshkv.ops.step import transfer as form
     else:
         form = naive
     form.gather_rows(source, index, wanted, target)

@@ -6,10 +6,10 @@ from typing import Any, Literal
 from refreshkv.config import RefreshConfig
 from refreshkv.data.config import DataConfig
 from refreshkv.data.tasks.registry import build_tasks
+from refreshkv.evaluation.perplexity import check_last_tokens
+from refreshkv.evaluation.strategies import build_decodings
 from refreshkv.settings import SettingsError, settings_from_dict
 from refreshkv.train.config import RunConfig
-from refreshkv.train.decoding import build_decodings
-from refreshkv.train.evaluation import check_last_tokens
 
 UNTRAINED = "none"
 """The arm that is the base model itself; every study has it."""

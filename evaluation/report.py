@@ -1,0 +1,286 @@
+"""A report of an evaluation: a table for the terminal, and report.json, report.md, report.png in a folder."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from refreshkv.config import NEVER
+from refreshkv.evaluation.figure import draw
+from refreshkv.evaluation.perplexity import Evaluation, Result, gap_closed
+from refreshkv.evaluation.strategies import Decoding
+from refreshkv.settings import SettingsError
+
+ROWS_FILE = "rows.jsonl"
+FILES = ("report.json", "report.md", "report.png")
+"""The report; ROWS_FILE, beside it, has the finished rows."""
+LIBRARIES = ("refreshkv", "torch", "transformers", "datasets")
+LAYOUT = 1
+"""Version of report.json, for readers that come later."""
+
+
+def protocol(
+    fingerprint: str, split: str, rows: int, row_length: int, last_tokens: int, strategies: list[Decoding]
+) -> dict[str, Any]:
+    """All that two evaluations must share for their figures to be comparable, as plain values.
+
+    fingerprint: of the prepared rows; rows: their number, from which it follows which they are.
+    """
+    return {
+        "fingerprint": fingerprint,
+        "split": split,
+        "rows": rows,
+        "row length": row_length,
+        "last tokens": last_tokens,
+        "strategies": {item.name: item.settings or None for item in strategies},
+    }
+
+
+def check_comparable(before: dict[str, Any], measured: dict[str, Any], folder: str | Path) -> None:
+    """Raises `SettingsError` saying what differs between the report `before`, from `folder`, and a `protocol`."""
+    earlier = before["protocol"]
+    for key, value in measured.items():
+        if earlier.get(key) != value:
+            difference = _difference(key, earlier.get(key), value)
+            raise SettingsError(f"--compare {folder} measured something else: {difference}; evaluate both the same way")
+
+
+def build_report(
+    evaluation: Evaluation,
+    measured: dict[str, Any],
+    model: str,
+    settings: dict[str, Any],
+    command: str,
+    before: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Everything about an evaluation as plain values: what report.json holds.
+
+    Args:
+        measured: its `protocol`.
+        model: folder or hub id.
+        settings: further settings by name, such as dtype and batch size.
+        command: the command line.
+        before: an earlier report to compare with.
+    """
+    report = {
+        "layout": LAYOUT,
+        "model": model,
+        "protocol": measured,
+        "settings": settings,
+        **circumstances(command),
+        "evaluation": evaluation.to_dict(),
+    }
+    if before is not None:
+        report["before"] = {key: before[key] for key in ("model", "date", "settings", "evaluation")}
+        report["gap_closed"] = gap_closed(Evaluation.from_dict(before["evaluation"]), evaluation)
+    return report
+
+
+def circumstances(command: str) -> dict[str, Any]:
+    """How and where a report was made: the command, the date, the libraries' versions and the hardware."""
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in LIBRARIES},
+        },
+        "hardware": hardware(),
+    }
+
+
+def text_table(report: dict[str, Any]) -> str:
+    """The strategies as aligned columns for a terminal, with the report's warnings below."""
+    header, *lines = _cells(report)
+    heads = [[cell.rpartition(" ")[0] for cell in header], [cell.rpartition(" ")[2] for cell in header]]
+    lines = heads + lines
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    texts = ["  ".join(_aligned(line, widths)).rstrip() for line in lines]
+    return "\n".join([*texts, *_notes(report), *(f"warning: {text}" for text in report["evaluation"]["warnings"])])
+
+
+def markdown_table(report: dict[str, Any]) -> str:
+    """The strategies as a markdown table, for report.md and model cards."""
+    header, *lines = _cells(report)
+    rule = [":---", *("---:" for _ in header[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
+
+
+def check_output(
+    folder: str | Path, overwrite: bool, resume: bool = False, names: tuple[str, ...] = (*FILES, ROWS_FILE)
+) -> Path:
+    """Makes sure that an evaluation can be written to `folder`, before the work is done, and creates it.
+
+    names: the files that it writes; with `overwrite`, those that are there are removed.
+    Raises `SettingsError` if it already holds one, unless that is to be continued or replaced, or if it cannot be
+    written to.
+    """
+    folder = Path(folder)
+    existing = [name for name in names if (folder / name).exists()]
+    if existing and not overwrite and not resume:
+        raise SettingsError(
+            f"--output {folder} already holds {existing[0]}: continue that with --resume, replace it with --overwrite, "
+            "or choose another folder"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            for name in existing:
+                (folder / name).unlink()
+    except OSError as error:
+        raise SettingsError(f"--output {folder} cannot be written to: {error.strerror or error}") from error
+    if not os.access(folder, os.W_OK):
+        raise SettingsError(f"--output {folder} is not writable: choose another folder")
+    return folder
+
+
+def write_report(folder: str | Path, report: dict[str, Any]) -> None:
+    """Writes report.json, report.md and report.png, replacing earlier ones and touching nothing else in the folder."""
+    contents = {
+        "report.json": (json.dumps(report, indent=2) + "\n").encode(),
+        "report.md": _markdown(report).encode(),
+        "report.png": draw(*_evaluations(report)),
+    }
+    for name, content in contents.items():
+        partial = Path(folder, f"{name}.partial")
+        partial.write_bytes(content)
+        os.replace(partial, Path(folder, name))
+
+
+def load_report(folder: str | Path) -> dict[str, Any]:
+    """The report that `write_report` left in `folder`. Raises `SettingsError` if there is none that can be read."""
+    path = Path(folder, "report.json")
+    try:
+        report = json.loads(path.read_text())
+        if report["layout"] != LAYOUT:
+            raise ValueError(f"layout {report['layout']}, this version reads {LAYOUT}")
+        _evaluations(report)
+        return report
+    except (FileNotFoundError, NotADirectoryError):
+        raise SettingsError(f"{folder} holds no report.json: run launch/evaluate.py with --output {folder}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SettingsError(f"{path} is not a report of launch/evaluate.py: {error}") from error
+
+
+def _evaluations(report: dict[str, Any]) -> tuple[Evaluation, Evaluation | None]:
+    """The report's evaluation, and the one that it is compared with."""
+    before = report.get("before")
+    return Evaluation.from_dict(report["evaluation"]), before and Evaluation.from_dict(before["evaluation"])
+
+
+def _cells(report: dict[str, Any]) -> list[list[str]]:
+    """The table: a header and a line per strategy."""
+    after, before = _evaluations(report)
+    if before is None:
+        header = ["strategy", "K", "stride", "perplexity", "ratio to full", "gap to full", "effective stride"]
+        lines = [[*_setting(r), *_figures(after, r), _number(r.effective_stride, 1)] for r in after.results]
+        if any(result.seconds is not None for result in after.results):
+            header += ["prompt seconds", "decoding seconds", "cache MiB"]
+            lines = [[*line, *_costs(result)] for line, result in zip(lines, after.results, strict=True)]
+        return [header, *lines]
+    header = ["strategy", "K", "stride"]
+    header += [f"{name} {when}" for name in ("perplexity", "ratio", "gap") for when in ("before", "after")]
+    header += ["gap closed", "effective stride"]
+    lines, earlier = [], {result.name: result for result in before.results}
+    for new in after.results:
+        old = earlier[new.name]
+        pairs = zip(_figures(before, old), _figures(after, new), strict=True)
+        figures = [cell for pair in pairs for cell in pair]
+        closed = report["gap_closed"].get(new.name)
+        share = "-" if closed is None else f"{closed:.1%}"
+        lines.append([*_setting(new), *figures, share, _number(new.effective_stride, 1)])
+    return [header, *lines]
+
+
+def _setting(result: Result) -> list[str]:
+    if result.config is None:
+        return [result.name, "-" if result.is_full else f"{result.budget:,}", "-"]
+    stride = "never" if result.config.stride == NEVER else str(result.config.stride)
+    return [result.name, f"{result.budget:,}", stride]
+
+
+def _figures(evaluation: Evaluation, result: Result) -> list[str]:
+    gap = None if result.is_full else evaluation.gap(result)
+    return [_number(result.perplexity), _number(evaluation.ratio(result)), _number(gap)]
+
+
+def _costs(result: Result) -> list[str]:
+    held = result.cache_bytes and result.cache_bytes / 2**20
+    return [_number(result.prompt_seconds, 2), _number(result.seconds, 2), _number(held, 2)]
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _aligned(line: list[str], widths: list[int]) -> list[str]:
+    return [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    """What the table is about, in one or two lines."""
+    evaluation, _ = _evaluations(report)
+    prompt = evaluation.row_length - evaluation.last_tokens
+    notes = [
+        f"perplexity of the last {evaluation.last_tokens:,} tokens after a prompt of {prompt:,}, "
+        f"{evaluation.rows:,} rows of the {report['protocol']['split']} split"
+    ]
+    if evaluation.full.standard_error is not None:
+        error = evaluation.full.standard_error * evaluation.full.perplexity
+        notes.append(
+            f"full attention's standard error over rows: {error:.3f}; all strategies saw the same rows, so gaps "
+            "usually vary less than that"
+        )
+    if any(result.seconds is not None for result in evaluation.results):
+        notes.append("seconds and MiB are of one row decoded token by token; - where one pass gave the same losses")
+    return notes
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    after, before = _evaluations(report)
+    title = f"# {report['model']}" + (f", compared with {report['before']['model']}" if before else "")
+    notes = [f"{note[0].upper()}{note[1:]}." for note in _notes(report)]
+    parts = [title, markdown_table(report), *notes, *(f"**Warning:** {text}." for text in after.warnings)]
+    parts.append(
+        "K: tokens in the small cache. Stride: steps between two checks. Effective stride: steps per full step. Gap: "
+        "perplexity less full attention's of the same model."
+    )
+    parts += ["![Ratio to full attention, and effective stride per layer](report.png)", "## Settings", _list(report)]
+    return "\n\n".join([*parts, f"```\n{report['command']}\n```"]) + "\n"
+
+
+def _list(report: dict[str, Any]) -> str:
+    measured = {key: value for key, value in report["protocol"].items() if key != "strategies"}
+    settings = {**measured, **report["settings"], "hardware": report["hardware"], "date": report["date"]}
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return "\n".join(f"- {key}: {_plain(value)}" for key, value in {**settings, "versions": versions}.items())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    return str("none" if value is None else value)
+
+
+def _difference(key: str, there: Any, here: Any) -> str:
+    if key != "strategies" or not isinstance(there, dict):
+        return f"{key} {there} there, {here} here"
+    if set(there) != set(here):
+        return f"strategies {', '.join(there)} there, {', '.join(here)} here"
+    for name, config in here.items():
+        if config != there[name]:
+            options = [option for option in config if config[option] != there[name].get(option)]
+            return f"{name} with " + " and ".join(f"{o} {there[name].get(o)} there, {config[o]} here" for o in options)
+    raise AssertionError("called for protocols that do not differ")
+
+
+def hardware() -> str:
+    """The GPUs, or the CPU, that torch uses."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

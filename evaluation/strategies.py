@@ -1,0 +1,171 @@
+"""Ways to decode, by name: each builds the cache that `model.generate` is given."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import Cache, PretrainedConfig
+
+from refreshkv import RefreshCache, RefreshConfig
+from refreshkv.baselines.full import FullCache
+from refreshkv.baselines.h2o import H2OCache
+from refreshkv.baselines.snapkv import SnapKVCache
+from refreshkv.baselines.streaming import StreamingCache
+from refreshkv.config import NEVER
+from refreshkv.settings import SettingsError
+
+FULL = "full"
+NEVER_REFRESHED = "never refreshed"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """One way to decode."""
+
+    name: str
+    """For tables."""
+    settings: dict[str, Any]
+    """Plain values that say all about it; empty for full attention."""
+    build_cache: Callable[[PretrainedConfig, int], Cache]
+    """From the model's configuration and the most tokens of a row: a new cache."""
+    config: RefreshConfig | None = None
+    """RefreshKV's schedule and selection, which one parallel pass can simulate; None for every other way."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is ordinary full attention."""
+        return not self.settings
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether one pass over known tokens gives the logits of decoding them one by one."""
+        return self.is_full or self.config is not None
+
+    def largest_budget(self, prompt_length: int) -> int | None:
+        """The budget K after a prompt without padding; None for full attention."""
+        return None if self.is_full else RefreshConfig(budget=self.settings["budget"]).largest_budget(prompt_length)
+
+
+Builder = Callable[[RefreshConfig, list[str]], Decoding]
+"""From the model's schedule and selection, and the arguments that follow the name after colons."""
+
+
+def build_decodings(names: list[str], config: RefreshConfig) -> list[Decoding]:
+    """One for each of `names`, such as "full", "snapkv", "refresh:10", "similarity:5:0.85".
+
+    What a name leaves open comes from `config`. Raises `SettingsError` for unknown names, wrong arguments, and for the
+    same way to decode twice.
+    """
+    decodings: dict[str, Decoding] = {}
+    for text in names:
+        decoding = build_decoding(text, config)
+        if decoding.name in decodings:
+            raise SettingsError(f"--strategies names {decoding.name} twice")
+        decodings[decoding.name] = decoding
+    return list(decodings.values())
+
+
+def build_decoding(text: str, config: RefreshConfig) -> Decoding:
+    """The one that `text`, such as "refresh:10", names; errors as in `build_decodings`."""
+    name, *arguments = text.split(":")
+    if name not in DECODINGS:
+        raise SettingsError(f"--strategies: there is no {name!r}; known are {', '.join(DECODINGS)}")
+    try:
+        return DECODINGS[name](config, arguments)
+    except ValueError as error:
+        raise SettingsError(f"--strategies: {text}: {error}") from None
+
+
+def full_attention() -> Decoding:
+    """Every step attends to all tokens, through the same kernels and in the same loop as all others."""
+    return Decoding(FULL, {}, FullCache)
+
+
+def refreshing(name: str, config: RefreshConfig) -> Decoding:
+    """Decoding from a small cache by the schedule and the selection of `config`."""
+    return Decoding(name, config.to_dict(), lambda model, tokens: RefreshCache(model, tokens, config), config)
+
+
+def _full(config: RefreshConfig, arguments: list[str]) -> Decoding:
+    _at_most(arguments, 0, "full")
+    return full_attention()
+
+
+def _never(config: RefreshConfig, arguments: list[str]) -> Decoding:
+    _at_most(arguments, 0, "never")
+    return refreshing(NEVER_REFRESHED, dataclasses.replace(config, stride=NEVER, threshold=None))
+
+
+def _fixed(config: RefreshConfig, arguments: list[str]) -> Decoding:
+    _at_most(arguments, 1, "refresh:STRIDE")
+    stride = _number(int, "STRIDE", arguments[0]) if arguments else config.stride
+    return refreshing(f"refresh S={stride}", dataclasses.replace(config, stride=stride, threshold=None))
+
+
+def _similarity(config: RefreshConfig, arguments: list[str]) -> Decoding:
+    _at_most(arguments, 2, "similarity:STRIDE:THRESHOLD")
+    stride = _number(int, "STRIDE", arguments[0]) if arguments else config.stride
+    threshold = _number(float, "THRESHOLD", arguments[1]) if len(arguments) > 1 else config.threshold
+    if threshold is None:
+        raise ValueError("no threshold is set; write similarity:STRIDE:THRESHOLD or add --threshold")
+    changed = dataclasses.replace(config, stride=stride, threshold=threshold)
+    return refreshing(f"refresh S={stride} threshold {threshold:g}", changed)
+
+
+def _streaming(config: RefreshConfig, arguments: list[str]) -> Decoding:
+    _at_most(arguments, 1, "streaming:SINK_TOKENS")
+    sinks = _number(int, "SINK_TOKENS", arguments[0]) if arguments else 4
+    if sinks < 0:
+        raise ValueError(f"sink tokens must be at least 0, got {sinks}")
+    if isinstance(config.budget, int) and config.budget <= sinks:
+        raise ValueError(f"budget={config.budget} leaves no room beside {sinks} sink tokens: make it larger")
+    name = "StreamingLLM" + (f" with {sinks} sinks" if arguments else "")
+    return _holding(name, StreamingCache, budget=config.budget, sink_tokens=sinks)
+
+
+def _h2o(config: RefreshConfig, arguments: list[str]) -> Decoding:
+    _at_most(arguments, 0, "h2o")
+    return _holding("H2O", H2OCache, budget=config.budget)
+
+
+def _snapkv(config: RefreshConfig, arguments: list[str]) -> Decoding:
+    _at_most(arguments, 3, "snapkv:WINDOW:KERNEL:POOLING, such as snapkv:64:5:average")
+    window, kernel, pooling = [*arguments, *("1", "7", "max")[len(arguments) :]]
+    window, kernel = _number(int, "WINDOW", window), _number(int, "KERNEL", kernel)
+    RefreshConfig(observation_window=window, pool_kernel=kernel)  # refuses what it cannot
+    if pooling not in ("max", "average"):
+        raise ValueError(f"pooling must be max or average, got {pooling}")
+    name = "SnapKV" + (f" window {window} kernel {kernel} {pooling}" if arguments else "")
+    options = {"observation_window": window, "kernel": kernel, "pooling": pooling}
+    return _holding(name, SnapKVCache, budget=config.budget, **options)
+
+
+def _holding(name: str, kind: type[Cache], **settings: Any) -> Decoding:
+    """Decoding through a cache that holds K entries and no more."""
+    return Decoding(name, {"cache": kind.__name__, **settings}, lambda model, tokens: kind(model, tokens, **settings))
+
+
+def _number(kind: type, name: str, text: str) -> int | float:
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} must be {wanted}, got {text!r}") from None
+
+
+def _at_most(arguments: list[str], count: int, usage: str) -> None:
+    if len(arguments) > count:
+        raise ValueError(f"too many arguments; it is written {usage}")
+
+
+DECODINGS: dict[str, Builder] = {
+    "full": _full,
+    "refresh": _fixed,
+    "similarity": _similarity,
+    "never": _never,
+    "streaming": _streaming,
+    "h2o": _h2o,
+    "snapkv": _snapkv,
+}
+"""All ways to decode. Another one needs an entry here, and nothing else."""

@@ -1,0 +1,210 @@
+"""A suite: a table or figure of a paper as data. What is measured under which strategies, how the table is laid out,
+and the paper's own numbers. The files are configs/suites/*.yaml."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from refreshkv import RefreshConfig
+from refreshkv.evaluation.strategies import Decoding, build_decoding
+from refreshkv.settings import SettingsError, settings_from_dict
+
+SUITES = Path("configs", "suites")
+
+
+@dataclass
+class Corpus:
+    """Prepared rows whose last tokens are scored."""
+
+    data: str
+    """Folder of rows, as launch/prepare.py writes it."""
+    prepare: str
+    """The command that makes them, for whoever has none."""
+    row_length: int
+    """Tokens of a row in the paper. Other rows are taken too, and the report says so."""
+    rows: int = 100
+    last_tokens: int = 256
+    split: Literal["train", "validation", "test"] = "test"
+    refresh: dict[str, Any] = field(default_factory=dict)
+    """Settings of `RefreshConfig` that differ on this one."""
+
+
+@dataclass
+class Benchmark:
+    """Tasks that are generated; their scores are averaged."""
+
+    tasks: list[str]
+    """Names, or groups such as ruler."""
+    length: int
+    """Tokens of prompt and answer together."""
+    examples: int = 100
+    """Of each task."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Further settings by task."""
+    refresh: dict[str, Any] = field(default_factory=dict)
+    """Settings of `RefreshConfig` that differ on this one."""
+
+
+@dataclass
+class Row:
+    """A line of the table: one way to decode."""
+
+    strategy: str | None
+    """As in --strategies, such as similarity:10. None for what this project cannot run: only the paper's numbers."""
+    refresh: dict[str, Any] = field(default_factory=dict)
+    """Settings of `RefreshConfig` that make this line."""
+    model: str | None = None
+    """Which of the suite's models, if the lines differ in that."""
+    why: str | None = None
+    """Why there is no strategy."""
+
+
+@dataclass
+class Column:
+    """A column of the table: one figure of one corpus or benchmark."""
+
+    of: str
+    """Name of a corpus or benchmark."""
+    value: Literal["perplexity", "score", "effective stride", "seconds", "cache MiB"]
+    model: str | None = None
+    """Which of the suite's models, if the columns differ in that."""
+
+
+@dataclass
+class Paper:
+    """What the paper has in the same places."""
+
+    source: str
+    """Where the numbers are from."""
+    numbers: dict[str, Any]
+    """The paper's model -> line -> column -> number; null where it is not known offline, left out where the paper has
+    none."""
+
+
+@dataclass
+class Suite:
+    """Everything about one table or figure."""
+
+    title: str
+    about: str
+    """What it shows, and how it is measured."""
+    reading: str
+    """What of it is certain, and what is this project's reading of the paper."""
+    paper: Paper
+    rows: dict[str, Any]
+    """Label -> `Row`."""
+    columns: dict[str, Any]
+    """Label -> `Column`."""
+    corpora: dict[str, Any] = field(default_factory=dict)
+    """Name -> `Corpus`."""
+    benchmarks: dict[str, Any] = field(default_factory=dict)
+    """Name -> `Benchmark`."""
+    refresh: dict[str, Any] = field(default_factory=dict)
+    """Settings of `RefreshConfig` for all lines; the rest are the paper's defaults, whatever the model has saved."""
+    models: dict[str, str] = field(default_factory=dict)
+    """Name -> what it is, for a table that compares models. Empty: one table for each model that is given."""
+    layout: Literal["table", "ratios", "strides"] = "table"
+    """ratios and strides draw a figure too: perplexity against position, and effective stride against layer."""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("corpora", Corpus), ("benchmarks", Benchmark), ("rows", Row), ("columns", Column)):
+            values = getattr(self, name)
+            converted = {key: settings_from_dict(kind, value, f"{name}.{key}.") for key, value in values.items()}
+            setattr(self, name, converted)
+        self._check_names()
+        self._check_numbers()
+
+    def _check_names(self) -> None:
+        both = set(self.corpora) & set(self.benchmarks)
+        if both:
+            raise SettingsError(f"{min(both)} is among the corpora and the benchmarks: rename one")
+        if not self.rows or not self.columns or not self.paper.numbers:
+            raise SettingsError("rows, columns and paper.numbers must not be empty")
+        for label, column in self.columns.items():
+            if column.of not in {**self.corpora, **self.benchmarks}:
+                raise SettingsError(f"columns.{label}.of: there is no corpus or benchmark {column.of}")
+            if (column.value == "score") != (column.of in self.benchmarks) and column.value in ("score", "perplexity"):
+                raise SettingsError(f"columns.{label}.value: {column.of} has no {column.value}")
+        for kind, items in (("rows", self.rows), ("columns", self.columns)):
+            for label, item in items.items():
+                if item.model is not None and item.model not in self.models:
+                    raise SettingsError(f"{kind}.{label}.model: {item.model} is not among the models")
+        by_rows, by_columns = (all(item.model for item in items.values()) for items in (self.rows, self.columns))
+        if self.models and by_rows == by_columns:
+            raise SettingsError("models: either all rows or all columns must say which model they are of")
+
+    def _check_numbers(self) -> None:
+        for model, lines in self.paper.numbers.items():
+            if not isinstance(lines, dict):
+                raise SettingsError(f"paper.numbers.{model} must be a section with a line for each row, got {lines!r}")
+            for line, numbers in lines.items():
+                if line not in self.rows:
+                    raise SettingsError(f"paper.numbers.{model}: there is no row {line}")
+                if not isinstance(numbers, dict):
+                    raise SettingsError(
+                        f"paper.numbers.{model}.{line} must be a section with a number for each column, got {numbers!r}"
+                    )
+                for column, number in numbers.items():
+                    if column not in self.columns:
+                        raise SettingsError(f"paper.numbers.{model}.{line}: there is no column {column}")
+                    if number is not None and not isinstance(number, (int, float)):
+                        raise SettingsError(f"paper.numbers.{model}.{line}.{column} must be a number or null")
+
+    def config(self, *changes: dict[str, Any]) -> RefreshConfig:
+        """The paper's defaults with the suite's settings and further `changes` in them."""
+        values = {**RefreshConfig().to_dict(), **self.refresh}
+        for change in changes:
+            values |= change
+        return settings_from_dict(RefreshConfig, values, "refresh.")
+
+    def shows_costs(self, of: str) -> bool:
+        """Whether a column of this corpus or benchmark shows what only decoding tells."""
+        return any(column.of == of and column.value in ("seconds", "cache MiB") for column in self.columns.values())
+
+    def decodings(self, of: str, model: str) -> list[Decoding]:
+        """The ways to decode of one corpus or benchmark on one model, named after their lines."""
+        own = {**self.corpora, **self.benchmarks}[of].refresh
+        if not any(column.of == of and column.model in (None, model) for column in self.columns.values()):
+            return []
+        return [
+            dataclasses.replace(build_decoding(row.strategy, self.config(own, row.refresh)), name=label)
+            for label, row in self.rows.items()
+            if row.strategy is not None and row.model in (None, model)
+        ]
+
+
+def load_suite(name: str, root: Path) -> tuple[Suite, Path]:
+    """The suite `name` of configs/suites under `root`, or of any YAML file, and where it is.
+
+    Raises `SettingsError` for a name that there is not, and for what is wrong in the file.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else root / SUITES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in (root / SUITES).glob("*.yaml")))
+        raise SettingsError(f"--suite: there is no {name}; known are {known}, and any YAML file in their form")
+    try:
+        return settings_from_dict(Suite, yaml.safe_load(path.read_text(encoding="utf-8")), ""), path
+    except (SettingsError, yaml.YAMLError) as error:
+        raise SettingsError(f"--suite {path}: {error}") from None
+
+
+def named_models(suite: Suite, given: list[str]) -> dict[str, str]:
+    """Name -> folder or hub id, from --model MODEL or --model NAME=MODEL, as the suite wants them.
+
+    Raises `SettingsError` if a comparison lacks one of its models, or if a name comes twice.
+    """
+    models: dict[str, str] = {}
+    for text in given:
+        name, _, path = text.partition("=")
+        if not path or Path(text).exists():
+            name, path = Path(text).name, text
+        if name in models:
+            raise SettingsError(f"--model: {name} comes twice; write NAME={path}")
+        models[name] = path
+    if suite.models and set(models) != set(suite.models):
+        wanted = " ".join(f"--model {name}=... ({what})" for name, what in suite.models.items())
+        raise SettingsError(f"--model: this table compares models; give {wanted}")
+    return models

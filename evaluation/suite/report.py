@@ -1,0 +1,198 @@
+"""The report of a suite: the paper's table, its numbers beside ours; suite.json, suite.md, for figures suite.png."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from refreshkv.evaluation.figure import draw_ratios, draw_strides
+from refreshkv.evaluation.report import ROWS_FILE, circumstances
+from refreshkv.evaluation.suite.config import Suite
+from refreshkv.evaluation.suite.run import Measured
+from refreshkv.evaluation.task_report import EXAMPLES_FILE
+
+FILES = ("suite.json", "suite.md", "suite.png", ROWS_FILE, EXAMPLES_FILE)
+LAYOUT = 1
+"""Version of suite.json, for readers that come later."""
+UNKNOWN = "n/a"
+"""For numbers of the paper that are not known offline."""
+NOT_MEASURED = "-"
+DIGITS = {"perplexity": 3, "score": 1, "effective stride": 1, "seconds": 2, "peak GiB": 2, "cache MiB": 2}
+COSTS = ("seconds", "peak GiB", "cache MiB")
+
+
+def build_suite_report(
+    suite: Suite,
+    name: str,
+    file: str,
+    results: dict[str, Measured],
+    notes: list[str],
+    settings: dict[str, Any],
+    command: str,
+) -> dict[str, Any]:
+    """Everything about a run as plain values: what suite.json holds.
+
+    Args:
+        file: where the suite is written, for whoever wants to fill in numbers.
+        notes: what is not as in the paper, one phrase each.
+    """
+    return {
+        "layout": LAYOUT,
+        "name": name,
+        "file": file,
+        "suite": dataclasses.asdict(suite),
+        "models": {model: measured.path for model, measured in results.items()},
+        "not the paper's": notes,
+        "warnings": [warning for measured in results.values() for warning in measured.warnings],
+        "settings": settings,
+        **circumstances(command),
+        "tables": _tables(suite, results),
+        "costs": {model: _costs(measured) for model, measured in results.items()},
+        "results": {
+            model: {
+                "figures": measured.figures,
+                "effective strides": measured.strides,
+                "corpora": {corpus: item.to_dict() for corpus, item in measured.evaluations.items()},
+                "benchmarks": {of: [dataclasses.asdict(item) for item in own] for of, own in measured.tasks.items()},
+            }
+            for model, measured in results.items()
+        },
+    }
+
+
+def write_suite_report(folder: Path, report: dict[str, Any], suite: Suite, results: dict[str, Measured]) -> list[str]:
+    """Writes suite.json, suite.md and, for a figure, suite.png; returns their names."""
+    contents = {"suite.json": (json.dumps(report, indent=2) + "\n").encode(), "suite.md": _markdown(report).encode()}
+    if suite.layout == "ratios":
+        panels = {
+            f"{model}, {corpus}": item for model, own in results.items() for corpus, item in own.evaluations.items()
+        }
+        contents["suite.png"] = draw_ratios(panels)
+    if suite.layout == "strides":
+        contents["suite.png"] = draw_strides({model: _lines(own.strides) for model, own in results.items()})
+    for name, content in contents.items():
+        partial = folder / f"{name}.partial"
+        partial.write_bytes(content)
+        os.replace(partial, folder / name)
+    return list(contents)
+
+
+def suite_table(report: dict[str, Any]) -> str:
+    """The tables in aligned columns, with what is not as in the paper below."""
+    texts = []
+    for title, lines in [*report["tables"].items(), *_cost_tables(report)]:
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        rows = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+        texts.append("\n".join([title, *rows]))
+    return "\n\n".join([*texts, "\n".join(_notes(report))])
+
+
+def _tables(suite: Suite, results: dict[str, Measured]) -> dict[str, list[list[str]]]:
+    """Title -> header and lines. One table for each model, or one in which the models are compared."""
+    if suite.models:
+        return {", ".join(results): _table(suite, results, None)}
+    return {model: _table(suite, results, model) for model in results}
+
+
+def _table(suite: Suite, results: dict[str, Measured], model: str | None) -> list[list[str]]:
+    """Each of the paper's columns as ours, and beside it those of the paper's models."""
+    papers = [name for name in suite.paper.numbers if _any_number(suite, name)]
+    papers = papers or list(suite.paper.numbers)[:1]
+    beside = [f"paper, {name}" if len(papers) > 1 else "paper" for name in papers]
+    titles = [_title(title, column.of, results) for title, column in suite.columns.items()]
+    table = [["", *(head for title in titles for head in (title, *beside))]]
+    for label, row in suite.rows.items():
+        line = [label]
+        for title, column in suite.columns.items():
+            measured = results[row.model or column.model or model]
+            own = measured.figures.get(label, {}).get(column.of, {}).get(column.value)
+            digits = DIGITS[column.value]
+            line.append(NOT_MEASURED if own is None else f"{own:,.{digits}f}")
+            line += [_printed(suite, name, label, title) for name in papers]
+        table.append(line)
+    return table
+
+
+def _title(title: str, of: str, results: dict[str, Measured]) -> str:
+    """The column's, which says when its tasks run on substitutes."""
+    on_substitutes = any(task.substitutes for measured in results.values() for task in measured.tasks.get(of, []))
+    return f"{title}-substitute" if on_substitutes else title
+
+
+def _costs(measured: Measured) -> list[list[str]]:
+    """A header; then, for each way to decode and what it was measured on, seconds of one row or example, and memory."""
+    table = [["", "on", *COSTS]]
+    for line, own in measured.figures.items():
+        for of, figures in own.items():
+            cells = [NOT_MEASURED if figures[c] is None else f"{figures[c]:,.{DIGITS[c]}f}" for c in COSTS]
+            table.append([line, of, *cells])
+    return table
+
+
+def _cost_tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    """Of models of which anything was measured."""
+    tables = [(f"time of one row or example, and memory: {model}", table) for model, table in report["costs"].items()]
+    return [(title, table) for title, table in tables if any(set(line[2:]) != {NOT_MEASURED} for line in table[1:])]
+
+
+def _stride_tables(report: dict[str, Any], model: str) -> list[tuple[str, list[list[str]]]]:
+    """Decoding steps per full step, a line for each layer; none where no way to decode refreshes."""
+    columns = _lines(report["results"][model]["effective strides"])
+    layers = sorted({layer for own in columns.values() for layer in own}, key=int)
+    table = [["layer", *columns]]
+    for layer in layers:
+        cells = [own.get(layer) for own in columns.values()]
+        table.append([str(layer), *(NOT_MEASURED if cell is None else f"{cell:.1f}" for cell in cells)])
+    return [(f"effective stride of each layer: {model}", table)] if layers else []
+
+
+def _printed(suite: Suite, model: str, line: str, column: str) -> str:
+    """The paper's number."""
+    numbers = suite.paper.numbers[model].get(line, {})
+    if column not in numbers:
+        return NOT_MEASURED
+    return UNKNOWN if numbers[column] is None else f"{numbers[column]:,g}"
+
+
+def _any_number(suite: Suite, model: str) -> bool:
+    return any(number is not None for line in suite.paper.numbers[model].values() for number in line.values())
+
+
+def _lines(strides: dict[str, dict[str, dict[int, float | None]]]) -> dict[str, dict[int, float | None]]:
+    """One line of a figure for each way to decode and what it was measured on."""
+    return {f"{line}, {of}": layers for line, own in strides.items() for of, layers in own.items()}
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    suite = report["suite"]
+    notes = [f"warning: {text}" for text in dict.fromkeys(report["warnings"])]
+    notes += [f"not as in the paper: {note}" for note in report["not the paper's"]]
+    notes += [f"{label}: {row['why']}" for label, row in suite["rows"].items() if row["why"]]
+    if any(UNKNOWN in line for lines in report["tables"].values() for line in lines):
+        notes.append(f"{UNKNOWN}: not available offline; who has the paper writes it under numbers in {report['file']}")
+    for model, lines in suite["paper"]["numbers"].items():
+        if not any(number is not None for line in lines.values() for number in line.values()):
+            notes.append(f"{model}: none of the paper's numbers is available offline")
+    blank = [column for column in suite["columns"].values() if column["value"] in ("seconds", "cache MiB")]
+    if any(column["of"] in suite["corpora"] for column in blank) and not report["settings"]["decode"]:
+        notes.append("seconds and MiB are of rows decoded token by token, else -: --decode measures them for all")
+    return notes
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    suite = report["suite"]
+    parts = [f"# {suite['title']}", suite["about"].strip(), f"**What is certain.** {suite['reading'].strip()}"]
+    strides = [table for model in report["models"] for table in _stride_tables(report, model)]
+    for title, (header, *lines) in [*report["tables"].items(), *_cost_tables(report), *strides]:
+        rule = [":---", *("---:" for _ in header[1:])]
+        rows = "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
+        parts += [f"## {title}", rows]
+    parts.append("\n".join(f"- {note}" for note in _notes(report)))
+    if suite["layout"] != "table":
+        parts.append("![The figure](suite.png)")
+    parts.append(f"The paper's numbers: {suite['paper']['source'].strip()}")
+    models = ", ".join(f"{name} is {path}" for name, path in report["models"].items())
+    details = {"models": models, **report["settings"], "hardware": report["hardware"], "date": report["date"]}
+    parts += ["\n".join(f"- {key}: {value}" for key, value in details.items()), f"```\n{report['command']}\n```"]
+    return "\n\n".join(part for part in parts if part) + "\n"

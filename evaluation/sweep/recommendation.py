@@ -1,0 +1,177 @@
+"""The threshold of the similarity schedule, chosen for a model as in the paper's appendix A.4: what each threshold
+costs, and how many full steps it saves, beside fixed schedules that save as many."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+
+from refreshkv import RefreshConfig
+from refreshkv.config import NEVER
+from refreshkv.evaluation.perplexity import Evaluation, Result
+from refreshkv.evaluation.strategies import NEVER_REFRESHED, Decoding, full_attention, refreshing
+from refreshkv.settings import SettingsError
+
+THRESHOLDS = [0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98]
+"""The paper found 0.85 and 0.95 for models of 8 and 7 billion parameters; with 0.8 one of 30 million still refreshed at
+nearly every check (docs/results.md)."""
+MULTIPLES = (1, 2, 3, 5)
+"""Fixed schedules to compare with, in check strides."""
+
+
+def sweep_strategies(config: RefreshConfig, strides: list[int], thresholds: list[float]) -> list[Decoding]:
+    """Full attention, every threshold at every check stride, fixed schedules, and a selection that is never refreshed;
+    all with the selection of `config`. Raises `SettingsError` for values that come twice or cannot be."""
+    if NEVER in strides:
+        raise SettingsError("--strides: this model's own schedule is never refreshed; name check strides, such as 10")
+    for name, values in (("--strides", strides), ("--thresholds", thresholds)):
+        if len(set(values)) != len(values):
+            raise SettingsError(f"{name} has a value twice")
+    fixed = sorted({stride * multiple for stride in strides for multiple in MULTIPLES})
+    found = [full_attention()]
+    found += [refreshing(f"fixed S={s}", dataclasses.replace(config, stride=s, threshold=None)) for s in fixed]
+    for stride in strides:
+        for threshold in sorted(thresholds):
+            changed = dataclasses.replace(config, stride=stride, threshold=threshold)
+            found.append(refreshing(f"S={stride} threshold {threshold:g}", changed))
+    return [*found, refreshing(NEVER_REFRESHED, dataclasses.replace(config, stride=NEVER, threshold=None))]
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one schedule costs and saves."""
+
+    name: str
+    stride: int | None
+    """Check stride; None for never."""
+    threshold: float | None
+    """None for a fixed schedule."""
+    effective_stride: float | None
+    """Decoding steps per full step; None if none was full."""
+    gap: float
+    """Mean loss less full attention's, in nats."""
+    kept: float | None
+    """Share of what the most frequent refresh gains over none that this schedule keeps; None if it gains nothing."""
+    fixed_gap: float | None
+    """What a fixed schedule of the same effective stride would cost, between its measured neighbours; None outside."""
+    score: float | None
+    """Mean score of tasks, 0 to 1; None if none were evaluated."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The threshold to take, if any, and why."""
+
+    point: Point | None
+    text: str
+    """One line."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All schedules of one model, and what follows."""
+
+    evaluation: Evaluation
+    keep: float
+    """Share of the refresh's gain that a recommended threshold must keep."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """Schedule -> mean score of tasks, 0 to 1, if some were evaluated: for the reader, not for the recommendation."""
+
+    @property
+    def points(self) -> list[Point]:
+        """Of all schedules but full attention."""
+        return [self._point(result) for result in self.evaluation.results if not result.is_full]
+
+    @property
+    def least_gap(self) -> float:
+        """That of the fixed schedule with the shortest stride: what refreshing can reach here."""
+        return self._shortest.loss - self.evaluation.full.loss
+
+    @property
+    def _shortest(self) -> Result:
+        fixed = [r for r in self.evaluation.results if _kind(r) == "fixed"]
+        return min(fixed, key=lambda result: result.config.stride)
+
+    @property
+    def largest_gap(self) -> float:
+        """That of a selection that is never refreshed."""
+        (never,) = [r for r in self.evaluation.results if _kind(r) == "never"]
+        return never.loss - self.evaluation.full.loss
+
+    @property
+    def gain(self) -> tuple[float, float]:
+        """What refreshing gains over never refreshing, in nats, and its standard error over rows, which all schedules
+        share; infinite for a single row."""
+        (never,) = [r for r in self.evaluation.results if _kind(r) == "never"]
+        pairs = zip(never.row_losses, self._shortest.row_losses, strict=True)
+        gains = [without - refreshed for without, refreshed in pairs]
+        return fmean(gains), stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else math.inf
+
+    @property
+    def allowed_gap(self) -> float:
+        """The gap at which a schedule still keeps the share `keep`."""
+        return self.largest_gap - self.keep * (self.largest_gap - self.least_gap)
+
+    def recommend(self) -> Recommendation:
+        """The threshold with the highest effective stride of those that keep enough.
+
+        A share of the gain, not a perplexity, because what refreshing can reach differs by model and budget.
+        """
+        gain, error = self.gain
+        if gain < 2 * error:
+            text = (
+                f"no recommendation: what refreshing gains over never refreshing here ({gain:.4f} nats, standard error "
+                f"{error:.4f} over rows) is within the noise; use more --rows, a smaller --budget or longer rows"
+            )
+            return Recommendation(None, text)
+        good = [p for p in self.points if p.threshold is not None and p.gap <= self.allowed_gap and p.effective_stride]
+        if not good:
+            return Recommendation(
+                None, f"no recommendation: no threshold keeps {self.keep:.0%} of what refreshing gains; try higher ones"
+            )
+        best = max(good, key=lambda point: (point.effective_stride, -point.gap))
+        text = (
+            f"recommended: stride {best.stride}, threshold {best.threshold:g}: the highest effective stride "
+            f"({best.effective_stride:.1f}) that keeps at least {self.keep:.0%} of what refreshing gains (it keeps "
+            f"{best.kept:.0%}; perplexity {math.expm1(best.gap):+.2%} against full attention)"
+        )
+        if best.effective_stride <= self._shortest.effective_stride:
+            text += f"; it saves nothing over a full step at every {best.stride}th: try lower thresholds"
+        elif best.threshold == min(point.threshold for point in self.points if point.threshold is not None):
+            text += "; of those that were tried it is the lowest: lower ones may save more"
+        return Recommendation(best, text)
+
+    def _point(self, result: Result) -> Point:
+        gap, span = result.loss - self.evaluation.full.loss, self.largest_gap - self.least_gap
+        never, similarity = _kind(result) == "never", _kind(result) == "similarity"
+        return Point(
+            name=result.name,
+            stride=None if never else result.config.stride,
+            threshold=result.config.threshold,
+            effective_stride=result.effective_stride,
+            gap=gap,
+            kept=(self.largest_gap - gap) / span if span > 0 else None,
+            fixed_gap=self._fixed_gap(result.effective_stride) if similarity else None,
+            score=self.scores.get(result.name),
+        )
+
+    def _fixed_gap(self, stride: float | None) -> float | None:
+        """Interpolated over the logarithm of the stride."""
+        fixed = sorted(
+            (result.effective_stride, result.loss - self.evaluation.full.loss)
+            for result in self.evaluation.results
+            if _kind(result) == "fixed" and result.effective_stride
+        )
+        for (low, low_gap), (high, high_gap) in zip(fixed, fixed[1:], strict=False):
+            if stride is not None and low <= stride <= high:
+                share = math.log(stride / low) / math.log(high / low) if high > low else 0.0
+                return low_gap + share * (high_gap - low_gap)
+        return None
+
+
+def _kind(result: Result) -> str:
+    if result.is_full:
+        return "full"
+    if result.config.stride == NEVER:
+        return "never"
+    return "fixed" if result.config.threshold is None else "similarity"

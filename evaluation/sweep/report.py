@@ -1,0 +1,97 @@
+"""The report of a threshold sweep: a table for the terminal, and sweep.json, sweep.md, sweep.png in a folder."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from refreshkv.evaluation.report import ROWS_FILE, circumstances
+from refreshkv.evaluation.sweep.figure import draw_sweep
+from refreshkv.evaluation.sweep.recommendation import Sweep
+from refreshkv.evaluation.task_report import EXAMPLES_FILE
+
+FILES = ("sweep.json", "sweep.md", "sweep.png", ROWS_FILE, EXAMPLES_FILE)
+
+
+def build_sweep_report(sweep: Sweep, model: str, settings: dict[str, Any], command: str) -> dict[str, Any]:
+    """Everything about a sweep as plain values: what sweep.json holds."""
+    recommendation = sweep.recommend()
+    return {
+        "layout": 1,
+        "model": model,
+        "settings": settings,
+        **circumstances(command),
+        "recommendation": {
+            "text": recommendation.text,
+            "stride": recommendation.point and recommendation.point.stride,
+            "threshold": recommendation.point and recommendation.point.threshold,
+        },
+        "keep": sweep.keep,
+        "points": [dataclasses.asdict(point) for point in sweep.points],
+        "evaluation": sweep.evaluation.to_dict(),
+    }
+
+
+def write_sweep_report(folder: Path, sweep: Sweep, report: dict[str, Any]) -> None:
+    """Writes sweep.json, sweep.md and sweep.png."""
+    contents = {
+        "sweep.json": (json.dumps(report, indent=2) + "\n").encode(),
+        "sweep.md": _markdown(sweep, report).encode(),
+        "sweep.png": draw_sweep(sweep),
+    }
+    for name, content in contents.items():
+        partial = folder / f"{name}.partial"
+        partial.write_bytes(content)
+        os.replace(partial, folder / name)
+
+
+def sweep_table(sweep: Sweep) -> str:
+    """A line for each schedule, in aligned columns."""
+    lines = _cells(sweep)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+    )
+
+
+def _cells(sweep: Sweep) -> list[list[str]]:
+    header = ["schedule", "effective stride", "perplexity", "against full", "gain kept", "fixed, same stride"]
+    full = sweep.evaluation.full
+    lines = [header, [full.name, "-", f"{full.perplexity:.3f}", "-", "-", "-"]]
+    for point in sweep.points:
+        lines.append(
+            [
+                point.name,
+                f"{point.effective_stride:.1f}" if point.effective_stride else "-",
+                f"{full.perplexity * math.exp(point.gap):.3f}",
+                f"{math.expm1(point.gap):+.2%}",
+                "-" if point.kept is None else f"{point.kept:.0%}",
+                "-" if point.fixed_gap is None else f"{math.expm1(point.fixed_gap):+.2%}",
+            ]
+        )
+    if sweep.scores:
+        scores = [f"{100 * sweep.scores[line[0]]:.1f}" for line in lines[1:]]
+        lines = [[*line, cell] for line, cell in zip(lines, ["tasks", *scores], strict=True)]
+    return lines
+
+
+def _markdown(sweep: Sweep, report: dict[str, Any]) -> str:
+    header, *lines = _cells(sweep)
+    rule = [":---", *("---:" for _ in header[1:])]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
+    text = report["recommendation"]["text"]
+    evaluation = sweep.evaluation
+    prompt = evaluation.row_length - evaluation.last_tokens
+    explained = (
+        f"Perplexity of the last {evaluation.last_tokens:,} tokens after a prompt of {prompt:,}, {evaluation.rows:,} "
+        "rows. Against full: perplexity over full attention's, less one. Gain kept: how much of the difference between "
+        "never refreshing and the shortest fixed stride is left. Fixed, same stride: what a fixed schedule with as "
+        "many full steps would cost, between its measured neighbours."
+    )
+    details = {**report["settings"], "hardware": report["hardware"], "date": report["date"]}
+    parts = [f"# Threshold of {report['model']}", f"{text[0].upper()}{text[1:]}.", "![The sweep](sweep.png)", table]
+    parts += [explained, *(f"**Warning:** {warning}." for warning in evaluation.warnings)]
+    parts += ["\n".join(f"- {key}: {value}" for key, value in details.items()), f"```\n{report['command']}\n```"]
+    return "\n\n".join(parts) + "\n"

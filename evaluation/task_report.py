@@ -1,0 +1,125 @@
+"""The report of an evaluation on tasks: a table for the terminal, tasks.json and tasks.md in a folder."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from refreshkv.data.tasks.task import Task
+from refreshkv.evaluation.report import circumstances
+from refreshkv.evaluation.strategies import Decoding
+from refreshkv.evaluation.task_scores import TaskResult
+
+EXAMPLES_FILE = "examples.jsonl"
+FILES = ("tasks.json", "tasks.md", EXAMPLES_FILE)
+LAYOUT = 1
+"""Version of tasks.json, for readers that come later."""
+
+
+def build_task_report(
+    results: list[TaskResult],
+    tasks: list[Task],
+    decodings: list[Decoding],
+    model: str,
+    settings: dict[str, Any],
+    command: str,
+) -> dict[str, Any]:
+    """Everything about an evaluation as plain values: what tasks.json holds."""
+    return {
+        "layout": LAYOUT,
+        "model": model,
+        "tasks": {
+            task.label: {"settings": task.settings(), "substitutes": list(task.family.substitutes)} for task in tasks
+        },
+        "strategies": {decoding.name: decoding.settings for decoding in decodings},
+        "settings": settings,
+        **circumstances(command),
+        "results": [dataclasses.asdict(result) for result in results],
+    }
+
+
+def write_task_report(folder: Path, report: dict[str, Any]) -> None:
+    """Writes tasks.json and tasks.md, replacing earlier ones and touching nothing else in the folder."""
+    for name, content in (("tasks.json", json.dumps(report, indent=2) + "\n"), ("tasks.md", _markdown(report))):
+        partial = folder / f"{name}.partial"
+        partial.write_text(content, encoding="utf-8")
+        os.replace(partial, folder / name)
+
+
+def task_table(report: dict[str, Any]) -> str:
+    """A line for each way to decode, in aligned columns, and what the tasks' substitutes are."""
+    lines = _cells(report)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    texts = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+    return "\n".join([*texts, *_notes(report)])
+
+
+def _cells(report: dict[str, Any]) -> list[list[str]]:
+    """The table: a header, and for each way to decode its scores in percent and what they took."""
+    names = list(report["tasks"])
+    header = ["strategy", *names, *(["mean"] if len(names) > 1 else [])]
+    lines = [[*header, "seconds", "peak GiB", "cache MiB", "effective stride"]]
+    for decoding in report["strategies"]:
+        own = {result["task"]: result for result in report["results"] if result["decoding"] == decoding}
+        scores = [own[name]["scores"]["score"] for name in names]
+        scores += [fmean(scores)] if len(names) > 1 else []
+        held = [result["cache_bytes"] for result in own.values() if result["cache_bytes"] is not None]
+        peaks = [result["peak_memory"] for result in own.values() if result["peak_memory"] is not None]
+        lines.append(
+            [
+                decoding,
+                *(f"{100 * score:.1f}" for score in scores),
+                f"{sum(result['seconds'] for result in own.values()):,.1f}",
+                f"{max(peaks) / 2**30:.2f}" if peaks else "-",
+                f"{max(held) / 2**20:,.2f}" if held else "-",
+                _stride(list(own.values())),
+            ]
+        )
+    return lines
+
+
+def _stride(results: list[dict[str, Any]]) -> str:
+    """Decoding steps per full step over all layers and tasks."""
+    rates = [
+        1 / stride if stride else 0.0 for result in results for stride in (result["effective_strides"] or {}).values()
+    ]
+    return f"{len(rates) / sum(rates):.1f}" if any(rates) else "-"
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    count = report["settings"]["examples"]
+    lengths = sorted({f"{entry['settings']['length']:,}" for entry in report["tasks"].values()})
+    notes = [f"scores in percent; {count} examples of each task, of up to {', '.join(lengths)} tokens each"]
+    return notes + [
+        f"{label}: {', '.join(entry['substitutes'])}"
+        for label, entry in report["tasks"].items()
+        if entry["substitutes"]
+    ]
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    header, *lines = _cells(report)
+    rule = [":---", *("---:" for _ in header[1:])]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
+    notes = "\n".join(f"- {note}" for note in _notes(report))
+    command = f"```\n{report['command']}\n```"
+    details = "\n".join(
+        f"- {key}: {value}" for key, value in {**report["settings"], "hardware": report["hardware"]}.items()
+    )
+    return "\n\n".join([f"# {report['model']}", table, notes, _layers(report), details, command]) + "\n"
+
+
+def _layers(report: dict[str, Any]) -> str:
+    """The effective stride of each layer, for each task and way to decode that refreshes."""
+    results = [result for result in report["results"] if result["effective_strides"]]
+    if not results:
+        return "No strategy refreshes anything."
+    layers = list(results[0]["effective_strides"])
+    lines = [["effective stride", *(f"layer {layer}" for layer in layers)], [":---", *("---:" for _ in layers)]]
+    for result in results:
+        strides = [result["effective_strides"][layer] for layer in layers]
+        cells = [f"{stride:.1f}" if stride else "-" for stride in strides]
+        lines.append([f"{result['task']}, {result['decoding']}", *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

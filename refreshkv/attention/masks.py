@@ -1,0 +1,73 @@
+"""The mask function registered with transformers: it returns the rows' left padding and refuses all other masks."""
+
+import torch
+from torch import Tensor
+
+from refreshkv.cache.buffers import check_room
+
+
+def left_padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs,
+) -> Tensor | None:
+    """The mask function registered with transformers: the number of padded columns of each row, or None without any.
+
+    Takes transformers' mask arguments; attention_mask (B, columns) bool. Returns (B, 1, 1, 1) int64, counted from the
+    layer's first key; four dimensions because transformers hands those on untouched. Raises `ValueError` for padding
+    elsewhere than on the left, packed sequences and static caches, whose masks the attention could not see.
+    """
+    if isinstance(q_offset, Tensor):
+        if torch.compiler.is_compiling() and q_length == 1:
+            return None  # a decoding step: its layers know their padding
+        max_cache_len = getattr(q_offset, "refreshkv_max_cache_len", None)
+        if max_cache_len is not None and q_length == 1:
+            check_room(0 if attention_mask is None else attention_mask.shape[1], max_cache_len)
+            return None
+        if max_cache_len is not None:
+            q_offset = int(q_offset)
+            kv_length = q_offset + q_length
+    if isinstance(q_offset, Tensor) or kv_length + kv_offset != q_offset + q_length:
+        raise ValueError(
+            "the refresh attention has no use for a static cache: pass past_key_values=RefreshCache(...), or for "
+            'ordinary attention model.set_attn_implementation("sdpa")'
+        )
+    if torch.compiler.is_compiling() and attention_mask is None:
+        return None  # transformers cannot tell packed sequences while it is traced: the attention looks at positions
+    if not allow_is_causal_skip and q_length > 1:
+        raise ValueError("packed sequences and custom masks are not supported: give each row one sequence")
+    if attention_mask is None:
+        return None
+    if attention_mask.shape[1] < kv_length + kv_offset:
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[1]} columns for {kv_length + kv_offset} tokens: it covers the "
+            "cached ones too"
+        )
+    mask = attention_mask[:, : kv_length + kv_offset].bool()
+    padding = (~mask).sum(dim=-1)
+    if not bool(padding.any()):
+        return None
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    if not bool((mask == (columns >= padding[:, None])).all()):
+        raise ValueError('only left padding is supported: set tokenizer.padding_side = "left"')
+    if bool((padding >= mask.shape[1]).any()):
+        raise ValueError(
+            "a row of the batch is padding only: every row needs at least one token, in the first chunk of a prompt too"
+        )
+    return (padding - kv_offset).clamp(min=0)[:, None, None, None]
+
+
+def padding_from_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """(B,) int64 from what `left_padding_mask` returned; anything else was not made for this attention."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dtype != torch.int64 or attention_mask.shape[1:] != (1, 1, 1):
+        raise ValueError(
+            "the refresh attention takes a (B, T) attention_mask with left padding, not a prepared 4D mask"
+        )
+    return attention_mask[:, 0, 0, 0]

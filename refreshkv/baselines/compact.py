@@ -1,0 +1,109 @@
+"""What StreamingLLM, H2O and SnapKV share: a cache layer that holds K entries and no more.
+
+Entries keep the rotary positions they were written with. A token sees the K entries and itself, then joins them, as in
+RefreshKV's queue (docs/specification.md, section 4).
+
+Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `P` prompt length, `C = K + 1` entries.
+"""
+
+import torch
+from torch import Tensor
+
+from refreshkv.cache.buffers import BufferedLayer
+from refreshkv.config import RefreshConfig
+from refreshkv.ops.step.operators import COMPACT_STATE, compact_step
+
+
+class CompactLayer(BufferedLayer):
+    """K entries of the prompt, and then whatever replaces them; subclasses choose the first ones in `_prompt_entries`.
+
+    State: `keys`, `values` (B, Hkv, C, D), `rows` (B, 4), `slots` (B, Hkv), `scores`, `positions` (B, Hkv, C);
+    `refreshkv.ops.step.operators.compact_step` says what they hold.
+    """
+
+    row_state = tuple(name for name in COMPACT_STATE if name != "length")
+    sink_tokens = 0
+    heavy = False
+
+    def __init__(self, max_cache_len: int, budget: int | float):
+        super().__init__(max_cache_len)
+        self.config = RefreshConfig(budget=budget)
+        self.prompt: tuple[Tensor, Tensor] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states[:, :, :0], value_states[:, :, :0])
+
+    def _capacity(self) -> int:
+        return 0  # nothing before the prompt's attention is done: only what is kept gets a place
+
+    def _store(self, key_states: Tensor, value_states: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        if start > 0 and self.prompt is None:
+            raise ValueError(
+                f"{type(self).__name__} keeps no prompt to attend to: give it in one block, without "
+                "prefill_chunk_size, and call reset() before another"
+            )
+        if start > 0:  # what `fill` put in is the beginning of the prompt
+            blocks = zip(self.prompt, (key_states, value_states), strict=True)
+            key_states, value_states = (torch.cat(parts, dim=2) for parts in blocks)
+        self.prompt = (key_states, value_states)
+        return self.prompt
+
+    def reset(self) -> None:
+        super().reset()
+        self.prompt = None
+
+    def changed_by_step(self, length: int) -> tuple[str, ...]:
+        # the token itself goes where the entry is that went before
+        return ("rows", "slots", "scores", "positions") if self.heavy else ("rows", "slots")
+
+    @torch.compiler.disable
+    def begin(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
+        """Ends the prompt: keeps K of its tokens; query (B, H, n, D), of all P tokens that were not filled in;
+        left_padding (B,) int64."""
+        (key, value), length = self.prompt, self.length
+        self.prompt = None
+        least, most = self.sink_tokens + 1, max(self.sink_tokens + 1, self.max_cache_len)
+        budgets = self.config.budgets(length - left_padding).clamp(least, most)
+        capacity = min(max(self.config.largest_budget(length), least), most) + 1
+        kept, scores = self._prompt_entries(query, key, budgets, left_padding, capacity, scaling)
+        index = kept.clamp(min=0)
+        rows = index.unsqueeze(-1).expand(-1, -1, -1, key.shape[-1])
+        used = torch.minimum(budgets, length - left_padding)
+        self._keep("keys", key.gather(2, rows))
+        self._keep("values", value.gather(2, rows))
+        zeros = torch.zeros_like(used)
+        self._keep("rows", torch.stack([used, budgets, zeros, zeros], dim=1))
+        # a row with fewer tokens than its budget has room behind them, another one entry to spare
+        self._keep("slots", used.unsqueeze(-1).expand(-1, key.shape[1]))
+        self._keep("positions", kept)
+        self._keep("scores", scores.gather(2, index).masked_fill(kept < 0, 0.0))
+        self._end_prompt()
+
+    def _prompt_entries(
+        self, query: Tensor, key: Tensor, budgets: Tensor, left_padding: Tensor, capacity: int, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        """The positions that are kept, (B, Hkv, C) int64, the first to go first, -1 past the end, and all positions'
+        accumulated probabilities, (B, Hkv, P) float32, where they matter. query (B, H, n, D): of the last n of the P
+        tokens of key (B, Hkv, P, D)."""
+        raise NotImplementedError
+
+    def step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """One decoding step: query (B, H, 1, D), key and value (B, Hkv, 1, D) -> (B, 1, H, D)."""
+        self.awaits_attention = False
+        state = [self.cumulative_length if name == "length" else getattr(self, name) for name in COMPACT_STATE]
+        return self.operator(compact_step)(query, key, value, *state, self.sink_tokens, self.heavy, scaling)
+
+
+def best_first_last(scores: Tensor, preferred: Tensor, budgets: Tensor, left_padding: Tensor, capacity: int) -> Tensor:
+    """The K best positions, from the lowest score to the highest, ties to the lower position: (B, Hkv, C), -1 past the
+    end. scores (B, Hkv, P); preferred (B, 1, P) bool: positions that come before all others."""
+    length = scores.shape[-1]
+    column = torch.arange(length, device=scores.device)
+    bits = scores.clamp(min=0.0).contiguous().view(torch.int32).long()
+    order = (preferred.long() << 62) + (bits << 31) + (length - 1 - column)
+    order = order.masked_fill(column < left_padding[:, None, None], -1)
+    best = order.topk(min(capacity, length), dim=-1).indices
+    used = torch.minimum(budgets, length - left_padding)[:, None, None]
+    rank = torch.arange(capacity, device=scores.device)
+    from_last = (used - 1 - rank).clamp(min=0, max=best.shape[-1] - 1).expand(-1, scores.shape[1], -1)
+    return best.gather(2, from_last).masked_fill(rank >= used, -1)

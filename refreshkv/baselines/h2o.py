@@ -1,0 +1,65 @@
+"""H2O (Zhang et al., 2023, arXiv 2306.14048): the tokens with the most accumulated attention, and the last ones.
+
+Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `P` prompt length.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from refreshkv.baselines.compact import CompactLayer, best_first_last
+from refreshkv.cache.buffers import BufferedCache
+from refreshkv.ops.naive.selection import MAX_SCORES
+
+
+class H2OLayer(CompactLayer):
+    """H2O (Zhang et al. 2023): half of the budget for the highest accumulated probability, half for the last tokens."""
+
+    heavy = True
+    needs_queries = True
+    earlier_queries: Tensor | None = None
+
+    def fill(self, key_states: Tensor, value_states: Tensor, query_states: Tensor | None = None) -> None:
+        super().fill(key_states, value_states, query_states)
+        self.earlier_queries = query_states
+
+    def reset(self) -> None:
+        super().reset()
+        self.earlier_queries = None
+
+    def _prompt_entries(self, query, key, budgets, left_padding, capacity, scaling):
+        if self.earlier_queries is not None:
+            query, self.earlier_queries = torch.cat([self.earlier_queries, query], dim=2), None
+        scores = accumulated_probabilities(query, key, left_padding, scaling)
+        column = torch.arange(key.shape[2], device=key.device)
+        recent = column >= (key.shape[2] - budgets // 2)[:, None, None]
+        return best_first_last(scores, recent, budgets, left_padding, capacity), scores
+
+
+def accumulated_probabilities(query: Tensor, key: Tensor, left_padding: Tensor, scaling: float) -> Tensor:
+    """How much attention each position received from all later ones, mean over the group: (B, Hkv, P) float32.
+
+    query (B, H, P, D), key (B, Hkv, P, D). Costs one more pass over the prompt, in chunks of queries.
+    """
+    (batch, heads, length, _), kv_heads = query.shape, key.shape[1]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    column = torch.arange(length, device=key.device)
+    total = torch.zeros(batch, kv_heads, length, dtype=wide, device=key.device)
+    chunk = max(1, MAX_SCORES // (batch * heads * length))
+    for start in range(0, length, chunk):
+        queries = query[:, :, start : start + chunk].unflatten(1, (kv_heads, -1)).flatten(2, 3).to(wide)
+        row = torch.arange(start, min(start + chunk, length), device=key.device)
+        visible = (column <= row[:, None]) & (column >= left_padding[:, None, None])
+        visible |= (row < left_padding[:, None])[..., None]  # a padded row sees something, and counts for nothing
+        logits = (queries @ key.to(wide).transpose(-1, -2) * scaling).unflatten(2, (-1, len(row)))
+        probabilities = logits.masked_fill(~visible[:, None, None], -torch.inf).softmax(dim=-1)
+        counted = (row >= left_padding[:, None])[:, None, None, :, None]
+        total += (probabilities * counted).mean(dim=2).sum(dim=2)
+    return total.float()
+
+
+class H2OCache(BufferedCache):
+    """H2O: half of `budget` (tokens, or a fraction of the prompt) for heavy hitters, half for the last tokens."""
+
+    def __init__(self, model_config: PretrainedConfig, max_cache_len: int, budget: int | float = 0.125):
+        super().__init__(model_config, max_cache_len, lambda: H2OLayer(max_cache_len, budget))

@@ -1,0 +1,156 @@
+"""One layer of a `RefreshCache`: keys and values of all tokens, and the layer's current selection.
+
+Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `L` tokens so far, `W` slots of a
+selection, `O` observation window.
+"""
+
+import torch
+from torch import Tensor
+
+from refreshkv import ops
+from refreshkv.cache.buffers import BufferedLayer
+from refreshkv.cache.joint_state import LayerStack, stack_layers
+from refreshkv.config import RefreshConfig
+from refreshkv.ops.schedule import mean_query
+from refreshkv.ops.step.operators import STATE, TAIL, decode_step
+
+
+class RefreshLayer(BufferedLayer):
+    """One full-attention layer: keys and values of all tokens, and what the layer decided.
+
+    All state is tensors of fixed size: `keys`, `values` (B, Hkv, max_cache_len, D), `full_steps` (B, max_cache_len),
+    `rows` (B, 4), `selected`, `ranking` (B, Hkv, W), `observers` (B, H, O, D), `mean_query` (B, D),
+    `cumulative_length` (); `refreshkv.ops.step.operators.decode_step` says what they hold.
+    """
+
+    row_state = tuple(name for name in STATE if name != "length")
+
+    def __init__(self, max_cache_len: int, config: RefreshConfig):
+        super().__init__(max_cache_len)
+        self.config = config
+        self.last_queries = config.observation_window
+        self.drops_many = config.threshold is not None or config.stride > TAIL
+        """Whether more ranks may drop before the next full step than the kernels put in order at a time."""
+        self.width = min(config.largest_budget(max_cache_len), max_cache_len)
+        self.prompt_length = 0
+        """Tokens before the first decoding step: those after it come from what a small cache gave."""
+        self.before: tuple[RefreshLayer, ...] = ()
+        """Of a cache's last layer: those before it, with which it may select. No layer knows those behind it, for in a
+        circle their buffers would stay in memory until Python looks for circles."""
+        self.stack: LayerStack | None = None
+
+    def __setstate__(self, state: dict) -> None:
+        """Of a copy: pickle makes new tensors of those that are part of the stack's."""
+        vars(self).update(state)
+        for name in LayerStack.STATE if self.stack is not None else ():
+            setattr(self, name, getattr(self.stack, name)[self.number])
+
+    @property
+    def exact_length(self) -> int:
+        return min(self.prompt_length, self.length)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        batch, kv_heads, _, head_dim = key_states.shape
+        self.full_steps = torch.zeros(batch, self.max_cache_len, dtype=torch.bool, device=self.device)
+        self.rows = torch.zeros(batch, 4, dtype=torch.int64, device=self.device)
+        self.selected = torch.full((batch, kv_heads, self.width), -1, dtype=torch.int32, device=self.device)
+        self.ranking = torch.zeros_like(self.selected)
+        self.mean_query = torch.zeros(batch, head_dim, dtype=torch.float32, device=self.device)
+
+    @torch.compiler.disable
+    def begin(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
+        """Ends a prompt block: its last position is a full step, and steps count from there (specification, section 7).
+
+        query (B, H, n, D): the block's queries; left_padding (B,) int64.
+        """
+        length, window = self.length, self.config.observation_window
+        self._check_padding(left_padding, query.shape[2])
+        query = query.detach()  # a selection has no gradient
+        if length - query.shape[2] in (self.prompt_length, self.filled_length):
+            self.prompt_length = length
+        last = torch.full_like(left_padding, length - 1)
+        self.rows.copy_(torch.stack([last, self.config.budgets(length - left_padding), left_padding, last + 1], dim=1))
+        observers = self._latest_queries(query, length, window)
+        self.mean_query.copy_(mean_query(query[:, :, -1:]).squeeze(1))
+        self.selected.copy_(self._select(observers, last, scaling))
+        # the order in which they are sorted, as rankings: only their order counts
+        self.ranking.copy_(torch.arange(self.width, 0, -1, device=self.device).expand_as(self.ranking))
+        slots = torch.arange(length - window, length, device=query.device) % window
+        self._keep("observers", torch.zeros_like(observers).index_copy(2, slots, observers))
+        self.full_steps[:, length - 1] = True
+        self._end_prompt()
+        self._stack_layers()
+
+    def _stack_layers(self) -> None:
+        """With the last layer, all of them are ready."""
+        if self.before:
+            stack_layers((*self.before, self))
+
+    def _latest_queries(self, query: Tensor, length: int, window: int) -> Tensor:
+        """The last O queries in order, (B, H, O, D): the block's, and before them those that were kept."""
+        latest = query[:, :, -window:]
+        missing = window - latest.shape[2]
+        if missing == 0:
+            return latest
+        if self.filled_length > max(0, length - window):
+            raise ValueError(
+                f"a block of {query.shape[2]} tokens follows what the cache was filled with, but "
+                f"observation_window={window}: leave that many tokens of the prompt to compute"
+            )
+        if query.shape[2] == length:
+            kept = query.new_zeros(*query.shape[:2], missing, query.shape[-1])
+        else:
+            before = length - query.shape[2]
+            kept = self.observers[:, :, torch.arange(before - missing, before, device=query.device) % window]
+        return torch.cat([kept, latest], dim=2)
+
+    def step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """One decoding step: query (B, H, 1, D), key and value (B, Hkv, 1, D) -> (B, 1, H, D)."""
+        self.awaits_attention = False
+        if self.stack is not None:
+            return self.stack.step(self, query, key, value, scaling)
+        state = [self.cumulative_length if name == "length" else getattr(self, name) for name in STATE]
+        config = self.config
+        return self.operator(decode_step)(
+            query, key, value, *state, config.stride, config.threshold, *config.selection_options().values(), scaling
+        )
+
+    def changed_by_step(self, length: int) -> tuple[str, ...]:
+        # Only a check may select. Of the observers a step overwrites the oldest, which no later one looks at.
+        is_check = (length - (self.prompt_end - 1)) % self.config.stride == 0
+        return ("rows", "selected", "ranking", "mean_query") if is_check else ()
+
+    def take_back(self, length: int) -> None:
+        super().take_back(length)
+        self.full_steps[:, length:] = False
+
+    def _select(self, observers: Tensor, last: Tensor, scaling: float) -> Tensor:
+        """The best positions at the last token, (B, Hkv, W), all in order: a similarity schedule may drop any."""
+        keys = self._known_keys()
+        _, budgets, left_padding, _ = (column.contiguous() for column in self.rows.unbind(1))
+        return ops.select(
+            observers,
+            keys,
+            last.unsqueeze(-1),
+            budgets,
+            left_padding,
+            width=self.width,
+            droppable=self.width if self.drops_many else self.config.stride,
+            scaling=scaling,
+            **self.config.selection_options(),
+        ).squeeze(2)
+
+    def _known_keys(self) -> Tensor:
+        """All tokens' keys so far, (B, Hkv, L, D)."""
+        return self.keys[:, :, : self.length]
+
+    def reset(self) -> None:
+        super().reset()
+        if self.is_initialized:
+            self.full_steps.zero_()
+
+    def _change_rows(self, change) -> None:
+        super()._change_rows(change)
+        if self.is_decoding:
+            self._stack_layers()

@@ -1,0 +1,223 @@
+"""Full keys and values in pinned host memory, the small cache on the GPU: for contexts that do not fit there.
+
+A check reads the host's buffers over the bus, by the very operator of `RefreshLayer`, in place; what it selected then
+moves to the GPU. The steps between read nothing but the GPU: a few more buffers hold the selected tokens in slots
+`0 .. W-1`, by rank, and behind them the tokens since the last full step. To the operator these buffers are a cache like
+any other, in which the selection happens to stand in front: token `t` is at `t - base`, and `n_sel`, the steps since
+the last full one, and so the queue of section 4 of the specification come out the same.
+
+Which steps are checks the host knows; what they decide these layers never ask. Steps are not captured into a CUDA
+graph. An observation window makes a check read the keys twice more. Rows that change places, as in a beam search, are
+copied in host memory, whole. torch rounds each pinned buffer up to a power of two; PYTORCH_CUDA_ALLOC_CONF has settings
+for that.
+
+Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `W` slots of a selection.
+"""
+
+import copy
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from refreshkv import ops
+from refreshkv.cache.layer import RefreshLayer
+from refreshkv.config import NEVER, RefreshConfig
+from refreshkv.ops.step import operators as decode
+from refreshkv.ops.step.operators import decode_step
+from refreshkv.settings import SettingsError
+
+SLACK = 256
+"""Tokens beyond those that can still be seen that the GPU has room for, before it moves them to the front."""
+
+
+class OffloadedLayer(RefreshLayer):
+    """A `RefreshLayer` whose `keys` and `values` are host memory.
+
+    Further state, on the device: `near_keys`, `near_values` (B, Hkv, C, D): the small cache; `near_rows` (B, 4),
+    `near_selected` (B, Hkv, W), `near_length` (): as `refreshkv.ops.step.operators.decode_step` takes them.
+    """
+
+    near_state = ("near_keys", "near_values", "near_rows", "near_selected")
+    row_state = (*RefreshLayer.row_state, *near_state)
+    can_take_back = False  # the host has moved tokens
+
+    def __init__(self, max_cache_len: int, config: RefreshConfig):
+        super().__init__(max_cache_len, config)
+        self.is_compileable = False  # the host decides which buffers a step reads
+        steps = max_cache_len if config.threshold is not None else min(config.stride, max_cache_len)
+        self.visible = min(self.width, steps) + 1
+        """Most tokens since a full step that a queue holds, and the token itself."""
+
+    def _new_buffer(self, like: Tensor) -> Tensor:
+        if like.is_cuda and not decode.uses_kernels(like):
+            raise SettingsError(
+                f"offload=True works through the kernels, which {like.dtype} and REFRESHKV_OPS=naive exclude on a GPU"
+            )
+        shape = (*like.shape[:2], self.max_cache_len, like.shape[-1])
+        return torch.zeros(shape, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        batch, kv_heads, _, head_dim = key_states.shape
+        shape = (batch, kv_heads, self.width + self.visible + SLACK, head_dim)
+        self.near_keys, self.near_values = key_states.new_zeros(shape), key_states.new_zeros(shape)
+        self.near_rows = torch.zeros_like(self.rows)
+        self.near_selected = torch.zeros_like(self.selected)
+        self.near_length = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    @torch.compiler.disable
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def _store(self, key_states: Tensor, value_states: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        if self.is_decoding:  # a further turn
+            self._flush(start)
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            ops.copy_rows(states, buffer, 0, start, end - start)
+        if start > 0:  # a block after others attends to all of them: this layer's, for as long as that takes
+            key_states, value_states = (self._to_device(buffer, end) for buffer in (self.keys, self.values))
+        self.block = (key_states, value_states)
+        return self.block
+
+    def _to_device(self, buffer: Tensor, end: int) -> Tensor:
+        """The first tokens of a host buffer. By a kernel: it comes after those that still write to the buffer."""
+        whole = torch.empty(*buffer.shape[:2], end, buffer.shape[3], dtype=buffer.dtype, device=self.device)
+        ops.copy_rows(buffer, whole, 0, 0, end)
+        return whole
+
+    def arrives(self, stream: torch.cuda.Stream) -> None:
+        for states in self.block:
+            states.record_stream(stream)
+        self.arrival = stream.record_event()
+
+    def _known_keys(self) -> Tensor:
+        return self.block[0]
+
+    @torch.compiler.disable
+    def begin(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
+        super().begin(query, left_padding, scaling)
+        self.flushed = self.length
+        every = torch.ones_like(left_padding, dtype=torch.bool)
+        for source, target in zip(self.block, (self.near_keys, self.near_values), strict=True):
+            ops.gather_rows(source, self.selected, every, target)
+        del self.block
+        self.base = self.length - self.width
+        self.near_length.fill_(self.width)
+        self._describe()
+
+    @torch.compiler.disable
+    def step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """As `RefreshLayer.step`: query (B, H, 1, D), key and value (B, Hkv, 1, D) -> (B, 1, H, D)."""
+        position = self.length - 1  # `update` has counted the token
+        self._make_room(position)
+        if (position - (self.prompt_end - 1)) % self.config.stride == 0:
+            return self._check(query, key, value, position, scaling)
+        self.awaits_attention = False
+        self.cumulative_length += 1
+        window = self.config.observation_window
+        self.observers[:, :, position % window] = query[:, :, 0]
+        state = (self.near_keys, self.near_values, self.near_length, self.near_rows, self.near_selected)
+        # what full steps change, and here is none; a slot for the one observer
+        state = (*state, self.ranking, self.mean_query, query.clone(), self.full_steps)
+        return decode_step(query, key, value, *state, NEVER, None, 1, 1, 0, 0, scaling)
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor, position: int, scaling: float) -> Tensor:
+        """A step that may be full: by the host's buffers; then the rows that were full change their small caches."""
+        self._flush(position)
+        output = super().step(query, key, value, scaling)
+        if self.drops_many and decode.uses_kernels(query):
+            self._sort()
+        self.flushed = position + 1
+        full = self.rows[:, 0] == position
+        slot = position - self.base
+        for source, token, target in (
+            (self.keys, key, self.near_keys),
+            (self.values, value, self.near_values),
+        ):
+            ops.copy_rows(token, target, 0, slot, 1)
+            ops.gather_rows(source, self.selected, full, target)
+        self.near_length += 1
+        self._describe()
+        return output
+
+    def _sort(self) -> None:
+        """Puts the selections in order of rank. The kernels sort no more of the lowest ranks than drop next, and others
+        when their turn comes; but the slots of the small cache are what they are until the next full step."""
+        anchors, budgets, padding, _ = self.rows.unbind(1)
+        size = torch.minimum(anchors + 1 - padding, budgets)[:, None, None]
+        slot = torch.arange(self.width, device=self.device)
+        rank = (self.ranking.long() << 32) + (0x7FFFFFFF - self.selected)  # of equal ones the lower position is kept
+        order = torch.where(slot < size, rank, -1 - slot).argsort(dim=-1, descending=True)
+        for state in (self.selected, self.ranking):
+            state.copy_(state.gather(2, order))
+
+    def _describe(self) -> None:
+        """Tells the operator about the small cache in its own terms: last full position, budget, padding, prompt.
+
+        The padding is what makes `min(budget, a + 1 - padding)` the number selected.
+        """
+        anchors, budgets, padding, _ = self.rows.unbind(1)
+        kept = torch.minimum(anchors + 1 - padding, budgets)
+        near = anchors - self.base
+        self.near_rows.copy_(torch.stack([near, budgets, near + 1 - kept, torch.zeros_like(near)], dim=1))
+        slot = torch.arange(self.width, dtype=torch.int32, device=self.device)
+        self.near_selected.copy_(torch.where(slot < kept[:, None, None], slot, -1).expand_as(self.near_selected))
+
+    def _make_room(self, position: int) -> None:
+        """Before the token at `position`: if the GPU's buffers are full, those that can still be seen move forward."""
+        if position - self.base < self.near_keys.shape[2]:
+            return
+        self._flush(position)
+        kept = self.visible - 1  # the token itself comes last
+        shift = position - self.base - kept - self.width
+        for buffer in (self.near_keys, self.near_values):
+            buffer[:, :, self.width : self.width + kept] = buffer[:, :, self.width + shift :].clone()
+        self.base += shift
+        self.near_length -= shift
+        self._describe()
+
+    def _flush(self, position: int) -> None:
+        """Tokens before `position` that only the GPU has go to the host."""
+        for buffer, near in ((self.keys, self.near_keys), (self.values, self.near_values)):
+            ops.copy_rows(near, buffer, self.flushed - self.base, self.flushed, position - self.flushed)
+        self.flushed = position
+
+    def _length_on_device(self) -> bool:
+        return False  # the host counts, and may say so
+
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.known_length == 0:
+            return
+        if self.is_decoding:
+            self._flush(self.length)
+        self.settle()
+        super()._change_rows(change)
+
+    def _keep(self, name: str, state: Tensor) -> None:
+        super()._keep(name, state)
+        self._pin()
+
+    def settle(self) -> None:
+        if getattr(self, "is_initialized", False) and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _pin(self) -> None:
+        for name in ("keys", "values"):
+            buffer = getattr(self, name)
+            if self.device.type == "cuda" and not buffer.is_pinned():
+                setattr(self, name, buffer.pin_memory())
+
+    def __deepcopy__(self, memo: dict) -> "OffloadedLayer":
+        self.settle()
+        other = self.__class__.__new__(self.__class__)
+        memo[id(self)] = other
+        vars(other).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        if other.is_initialized:
+            other._pin()
+        return other
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():  # by then the module's own names are gone
+            self.settle()

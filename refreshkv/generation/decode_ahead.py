@@ -1,0 +1,301 @@
+"""decode_ahead: the loop of `generate()` that never waits for the GPU, as transformers' own does after every token.
+
+    model.generate(..., past_key_values=RefreshCache(...), custom_generate=decode_ahead)
+
+Whether all rows have ended is copied to the host while the next step is already queued, and read one step late. The one
+step that may then be too many is taken back: its token, its scores, its random numbers, and what it did to the cache.
+"""
+
+import inspect
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
+from transformers.utils import ModelOutput
+
+from refreshkv.cache.buffers import BufferedCache, check_room
+
+
+def decode_ahead(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None = None,
+    stream_to: BaseStreamer | None = None,
+    synced_gpus: bool = False,
+    run_ahead: bool | None = None,
+    **model_kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Greedy search or sampling, given as `custom_generate` to `generate()`, which calls it: the tokens, scores and
+    cache of transformers' own loop, under a seed too. input_ids (B, P); returns (B, P + new) or the output that
+    `return_dict_in_generate` asks for.
+
+    Logits processors and stopping criteria are called as usual, and once more where the last step is taken back; one
+    that reads the device makes the host wait again. A criterion by time sees the host's clock, a step early.
+
+    Args:
+        stream_to: a streamer, given to `generate()` under this name: what it takes as `streamer` it hands to no loop
+            but its own. Tokens come one step late.
+        run_ahead: whether to queue a step before the one before is known not to be the last. None: on a GPU. Without
+            effect where `past_key_values` cannot take a step back: offloaded caches, sliding windows, caches of
+            transformers. There each step is waited for, unless only the number of tokens ends the text.
+
+    Raises `ValueError` for beams and assistants, encoder-decoder models and parameters that are spread over processes,
+    and `RuntimeError` if probabilities to sample from are not numbers.
+    """
+    _refuse_others(model, generation_config, synced_gpus)
+    if streamer is None:
+        _refuse_lost(inspect.currentframe().f_back)
+    if stream_to is not None:
+        streamer = stream_to
+        streamer.put(input_ids.cpu())
+    forward = _Forward(model, generation_config, model_kwargs)
+    sequences = _Sequences(input_ids, logits_processor, stopping_criteria, generation_config)
+    is_watched = sequences.may_end_early or sequences.do_sample or streamer is not None
+    limit = min(
+        (rule.max_length for rule in stopping_criteria if isinstance(rule, MaxLengthCriteria)), default=math.inf
+    )
+
+    sequences.add(forward.prompt(input_ids))
+    # the first token is waited for: it is wanted soon, and compiling the step may take minutes
+    finished, awaited = is_watched and sequences.report().deliver(streamer), None
+    last_step = _LastStep(forward.cache, sequences) if _can_run_ahead(forward.cache, input_ids, run_ahead) else None
+    while not finished and sequences.ids.shape[1] < limit:
+        if awaited is not None and not forward.has_room():
+            finished, awaited = awaited.deliver(streamer), None
+            continue
+        if is_watched and last_step is not None:
+            last_step.remember(forward.length)
+        sequences.add(forward.step(sequences))
+        if is_watched:
+            report = sequences.report()
+            if last_step is not None:
+                report, awaited = awaited, report
+            finished = report is not None and report.deliver(streamer)
+    if awaited is not None and finished:
+        last_step.take_back()
+    elif awaited is not None:
+        awaited.deliver(streamer)
+    if streamer is not None:
+        streamer.end()
+    return sequences.output(forward.cache)
+
+
+def _refuse_others(model: PreTrainedModel, generation_config: GenerationConfig, synced_gpus: bool) -> None:
+    mode = generation_config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(f"decode_ahead is for greedy search and sampling, not {mode.value}: leave out custom_generate")
+    if model.config.is_encoder_decoder:
+        raise ValueError("decode_ahead is for decoders: leave out custom_generate")
+    is_spread = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    if synced_gpus or (is_spread and dist.is_initialized() and dist.get_world_size() > 1):
+        raise ValueError("decode_ahead takes no steps in common with other processes: leave out custom_generate")
+
+
+def _refuse_lost(frame: Any) -> None:
+    """generate(), whose frame this is, drops some arguments on the way to a loop that is not its own; without a word,
+    so that nothing else can tell."""
+    given = frame.f_locals if frame.f_code.co_name == "generate" else {}
+    if given.get("streamer") is not None:
+        raise ValueError("generate() hands no streamer to decode_ahead: pass it as stream_to=, not streamer=")
+    if given.get("assistant_model") is not None:
+        raise ValueError("decode_ahead takes no assistant: leave out custom_generate")
+
+
+def _can_run_ahead(cache: Any, input_ids: Tensor, wanted: bool | None) -> bool:
+    wanted = input_ids.is_cuda if wanted is None else wanted
+    return wanted and isinstance(cache, BufferedCache) and cache.can_take_back
+
+
+class _Forward:
+    """The model's calls: the prompt, then one token at a time."""
+
+    def __init__(self, model: PreTrainedModel, generation_config: GenerationConfig, model_kwargs: dict[str, Any]):
+        self.model, self.config, self.kwargs = model, generation_config, model_kwargs
+        compiles = model._valid_auto_compile_criteria(model_kwargs, generation_config)
+        self.call = model.get_compiled_call(generation_config.compile_config) if compiles else model.__call__
+        self.inputs: dict[str, Any] | None = None
+        self.length = 0
+        """Tokens in one of our caches, known to the host."""
+
+    @property
+    def cache(self) -> Any:
+        return self.kwargs.get("past_key_values")
+
+    def prompt(self, input_ids: Tensor) -> ModelOutput:
+        outputs = self.model._prefill(input_ids, self.config, self.kwargs)
+        self._update(outputs)
+        if isinstance(self.cache, BufferedCache):
+            self.length = self.cache.length
+        return outputs
+
+    def has_room(self) -> bool:
+        """Whether one of our caches can take another token."""
+        return not isinstance(self.cache, BufferedCache) or self.length < self.cache.capacity
+
+    def step(self, sequences: "_Sequences") -> ModelOutput:
+        """The caller keeps no reference to what it returns: the next replay of a CUDA graph writes there."""
+        if isinstance(self.cache, BufferedCache):
+            check_room(self.length + 1, self.cache.capacity)
+        if self.inputs is not None:
+            # what transformers would prepare anew, without slices of rows that grow
+            self.inputs["input_ids"] = sequences.tokens[:, None]
+            self.inputs["position_ids"] = self.inputs["position_ids"] + 1
+            outputs = self.call(**self.inputs, return_dict=True)
+        else:
+            kept = 1 if self.kwargs["use_cache"] else None
+            inputs = self.model.prepare_inputs_for_generation(sequences.ids, next_sequence_length=kept, **self.kwargs)
+            outputs = self.call(**inputs, return_dict=True)
+            self._update(outputs)
+            self.inputs = inputs if self._can_be_reused(inputs, sequences.ids) else None
+        self.length += 1
+        return outputs
+
+    def _update(self, outputs: ModelOutput) -> None:
+        self.kwargs = self.model._update_model_kwargs_for_generation(outputs, self.kwargs)
+
+    def _can_be_reused(self, inputs: dict[str, Any], ids: Tensor) -> bool:
+        """Whether the next step's inputs differ in the token and its position only."""
+        if not isinstance(self.cache, BufferedCache) or not self.cache.is_compileable:
+            return False
+        masks = inputs.get("attention_mask")
+        masks = masks.values() if isinstance(masks, dict) else [masks]
+        tensors = {name for name, value in inputs.items() if isinstance(value, Tensor)}
+        is_here = tensors == {"input_ids", "position_ids"} and inputs["input_ids"].device == ids.device
+        return is_here and all(mask is None for mask in masks)
+
+
+class _Sequences:
+    """The rows so far and what is recorded of them; chooses the next tokens from the model's outputs.
+
+    Shapes: `ids` (B, T), `tokens` (B,) the last ones, `unfinished` (B,) bool.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+    ):
+        self.process, self.is_done, self.do_sample = logits_processor, stopping_criteria, config.do_sample
+        self.ids = input_ids
+        self.unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        self.ends_with_token = any(hasattr(rule, "eos_token_id") for rule in stopping_criteria)
+        self.padding = config._pad_token_tensor.to(input_ids.device) if self.ends_with_token else None
+        self.may_end_early = any(type(rule) is not MaxLengthCriteria for rule in stopping_criteria)
+        self.as_dict = config.return_dict_in_generate
+        names = ("scores", "logits", "attentions", "hidden_states")
+        asked = [name for name in names if self.as_dict and getattr(config, f"output_{name}")]
+        self.records: dict[str, tuple] = dict.fromkeys(asked, ())
+
+    def add(self, outputs: ModelOutput) -> None:
+        """Appends one token to each row: padding where it has ended."""
+        self.before = (self.ids, dict(self.records))
+        # a copy: the outputs' own memory may hold a whole prompt's logits, or those of the next step soon
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=self.ids.device)
+        scores = self.process(self.ids, logits)
+        found = {"scores": scores, "logits": logits}
+        for name in self.records:
+            self.records[name] += (found[name] if name in found else getattr(outputs, name),)
+        self.tokens = self._choose(scores)
+        if self.ends_with_token:
+            self.tokens = torch.where(self.unfinished, self.tokens, self.padding)
+        self.ids = torch.cat([self.ids, self.tokens[:, None]], dim=-1)
+        self.unfinished = self.unfinished & ~self.is_done(self.ids, self.records.get("scores"))
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        """The likeliest token of (B, V) scores, or one drawn as torch.multinomial draws, which would wait for the
+        device: the largest quotient of a probability and an exponentially distributed number."""
+        if not self.do_sample:
+            return scores.argmax(dim=-1)
+        probabilities = scores.softmax(dim=-1)
+        self.invalid = probabilities.isnan().any()
+        return probabilities.div(torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
+
+    def report(self) -> "_Report":
+        """What the host has to know of the last tokens."""
+        return _Report(self.unfinished.any(), self.tokens, self.invalid if self.do_sample else None)
+
+    def take_back(self) -> None:
+        self.ids, self.records = self.before
+
+    def output(self, cache: Any) -> Tensor | GenerateDecoderOnlyOutput:
+        if not self.as_dict:
+            return self.ids
+        return GenerateDecoderOnlyOutput(sequences=self.ids, past_key_values=cache, **self.records)
+
+
+class _Report:
+    """A step's tokens and whether any row goes on, on their way to the host; nothing waits until `deliver`."""
+
+    def __init__(self, goes_on: Tensor, tokens: Tensor, invalid: Tensor | None):
+        device = tokens.device
+        # from a GPU to pinned memory; elsewhere nothing says when such a copy is done
+        self.values = [
+            None if value is None else value.to("cpu", non_blocking=device.type == "cuda")
+            for value in (goes_on, tokens, invalid)
+        ]
+        self.arrival = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+    def deliver(self, streamer: BaseStreamer | None) -> bool:
+        """Waits for the step, streams its tokens; returns whether all rows have ended."""
+        if self.arrival is not None:
+            self.arrival.synchronize()
+        goes_on, tokens, invalid = self.values
+        if invalid is not None and bool(invalid):
+            raise RuntimeError(
+                "the probabilities to sample from are not numbers: the model's logits are infinite or nan"
+            )
+        if streamer is not None:
+            streamer.put(tokens)
+        return not bool(goes_on)
+
+
+class _LastStep:
+    """Keeps what one decoding step is about to change, and takes that step back."""
+
+    def __init__(self, cache: BufferedCache, sequences: _Sequences):
+        self.cache, self.sequences = cache, sequences
+        self.generator = _generator(sequences.ids.device) if sequences.do_sample else None
+        self.kept: dict[str, list[Tensor]] = {}
+
+    def remember(self, length: int) -> None:
+        """Before the step that makes `length` tokens in the cache one more."""
+        self.length, self.changing = length, self.cache.layers[0].changed_by_step(length)
+        if self.generator is not None:
+            self.random = self.generator.get_state()
+        for name in self.changing:
+            states = self._states(name)
+            if name not in self.kept:
+                self.kept[name] = [torch.empty_like(state) for state in states]
+            torch._foreach_copy_(self.kept[name], states)  # all layers at once: these launches are not captured
+
+    def take_back(self) -> None:
+        """As if the step since `remember` had never been."""
+        self.sequences.take_back()
+        if self.generator is not None:
+            self.generator.set_state(self.random)
+        for name in self.changing:
+            torch._foreach_copy_(self._states(name), self.kept[name])
+        for layer in self.cache.layers:
+            layer.take_back(self.length)
+
+    def _states(self, name: str) -> list[Tensor]:
+        return [getattr(layer, name) for layer in self.cache.layers]
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The one that sampling on this device draws from."""
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]

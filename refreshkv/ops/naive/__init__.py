@@ -1,0 +1,25 @@
+"""The definition of every operation of the refresh pattern in plain PyTorch, on any device, forward and backward.
+
+Faster forms have the same signatures and are tested against these.
+"""
+
+from refreshkv.ops.naive.attention import grouped_attention
+from refreshkv.ops.naive.rows import refresh_rows, visible_keys, whole_rows
+from refreshkv.ops.naive.selection import select, selection_sizes
+from refreshkv.ops.naive.step import compact_step, copy_rows, decode, decode_step, full_step, gather_rows, small_cache
+
+__all__ = [
+    "compact_step",
+    "copy_rows",
+    "decode",
+    "decode_step",
+    "full_step",
+    "gather_rows",
+    "grouped_attention",
+    "refresh_rows",
+    "select",
+    "selection_sizes",
+    "small_cache",
+    "visible_keys",
+    "whole_rows",
+]

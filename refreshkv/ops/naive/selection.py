@@ -1,0 +1,130 @@
+"""Which positions a full step keeps, in plain PyTorch (docs/specification.md, sections 3 and 5).
+
+Shapes: `B` batch rows, `T` positions of the query, `L` positions of the keys, `H` query heads, `Hkv` key/value heads,
+`G = H / Hkv`, `D` head size, `N` full steps, `R` decoded rows (positions `P .. T-1`), `W` width of a selection,
+`O` observing queries. Positions are columns, left padding included; -1 fills what does not exist.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_SCORES = 2**26
+"""Attention scores that `select` holds at once (float32: 256 MiB); longer inputs are taken in chunks of full steps."""
+
+
+@torch.no_grad()
+def select(
+    query: Tensor,
+    key: Tensor,
+    positions: Tensor,
+    budgets: Tensor,
+    left_padding: Tensor,
+    *,
+    width: int,
+    pool_kernel: int,
+    observation_window: int,
+    recent_window: int,
+    sink_tokens: int,
+    droppable: int,
+    scaling: float,
+) -> Tensor:
+    """The positions each full step keeps, by rank (specification, sections 3 and 5; paper section 2.2).
+
+    query (B, H, Q, D): the queries of the last Q of L positions; key (B, Hkv, L, D); positions (B, N) int64: the full
+    steps, or -1 for none; budgets, left_padding (B,) int64; width: slots of the result, at least the largest
+    `min(budget, a+1)`; droppable: how many of the lowest ranks a segment can lose; other forms may leave the better
+    ones in any order. Returns (B, Hkv, N, width) int64 by rank, best first, -1 past the end.
+    """
+    chunk = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * observation_window * key.shape[2]))
+    parts = []
+    for first in range(0, positions.shape[1], chunk):
+        here = positions[:, first : first + chunk]
+        observers = observing_queries(query, here - (key.shape[2] - query.shape[2]), observation_window)
+        scores = observed_scores(observers, key, here, left_padding, scaling)
+        scores = pool(scores, here, left_padding, pool_kernel)
+        ranking = _ranking_keys(scores, here, left_padding, recent_window, sink_tokens)
+        parts.append(_best(ranking, here, budgets, left_padding, width))
+    return torch.cat(parts, dim=2)
+
+
+def observing_queries(query: Tensor, columns: Tensor, observation_window: int) -> Tensor:
+    """The queries of columns `c-O+1 .. c`: query (B, H, Q, D), columns (B, N) -> (B, H, N, O, D).
+
+    Columns before the first get that one's query; the selection gives them no say.
+    """
+    back = torch.arange(observation_window - 1, -1, -1, device=query.device)
+    columns = (columns.unsqueeze(-1) - back).clamp(min=0)  # (B, N, O)
+    index = columns.flatten(1)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
+    return query.gather(2, index).unflatten(2, columns.shape[1:])
+
+
+def observed_scores(observers: Tensor, key: Tensor, positions: Tensor, left_padding: Tensor, scaling: float) -> Tensor:
+    """(B, Hkv, N, L) float32: softmax probabilities, maximum over the group, mean over the observing queries."""
+    (steps, observing), kv_heads = observers.shape[2:4], key.shape[1]
+    wide = torch.promote_types(observers.dtype, torch.float32)
+    grouped = observers.unflatten(1, (kv_heads, -1)).flatten(2, 4).to(wide)
+    logits = grouped @ key.to(wide).transpose(-1, -2) * scaling
+    logits = logits.unflatten(2, (-1, steps, observing))  # (B, Hkv, G, N, O, L)
+    column = torch.arange(key.shape[2], device=key.device)
+    observer = positions.unsqueeze(-1) - torch.arange(observing - 1, -1, -1, device=key.device)  # (B, N, O)
+    start = left_padding[:, None, None]
+    seen = (column >= start.unsqueeze(-1)) & (column <= observer.unsqueeze(-1))
+    unseen = ~seen[:, None, None]
+    probabilities = logits.masked_fill(unseen, -torch.inf).softmax(dim=-1).masked_fill(unseen, 0.0).float()
+    present = (observer >= start).sum(-1).clamp(min=1)  # a row may have fewer positions than observers
+    return probabilities.amax(dim=2).sum(dim=3) / present[:, None, :, None]
+
+
+def _exists(columns: int, positions: Tensor, left_padding: Tensor) -> Tensor:
+    """(B, 1, N, L) bool: the columns `left_padding .. a`."""
+    column = torch.arange(columns, device=positions.device)
+    exists = (column >= left_padding[:, None, None]) & (column <= positions.unsqueeze(-1))
+    return exists.unsqueeze(1)
+
+
+def pool(scores: Tensor, positions: Tensor, left_padding: Tensor, kernel: int) -> Tensor:
+    """Maximum over neighbouring positions, centred; positions that do not exist take no part."""
+    exists = _exists(scores.shape[-1], positions, left_padding)
+    scores = scores.masked_fill(~exists, -torch.inf)
+    pooled = F.max_pool1d(scores.flatten(0, 1), kernel, stride=1, padding=kernel // 2)
+    return pooled.unflatten(0, scores.shape[:2])
+
+
+def _ranking_keys(
+    scores: Tensor, positions: Tensor, left_padding: Tensor, recent_window: int, sink_tokens: int
+) -> Tensor:
+    """(B, Hkv, N, L) int64, all different: window and sink positions first, then the score, then the lower position.
+
+    A float32 >= 0 orders like its bits, so the three criteria fit into one integer: 1 + 31 + 31 bits.
+    """
+    columns = scores.shape[-1]
+    column = torch.arange(columns, device=scores.device)
+    exists = _exists(columns, positions, left_padding)
+    recent = column > (positions - recent_window).unsqueeze(-1)
+    sink = column - left_padding[:, None, None] < sink_tokens
+    preferred = (recent | sink).unsqueeze(1).long()
+    bits = scores.clamp(min=0.0).contiguous().view(torch.int32).long()
+    ranking = (preferred << 62) + (bits << 31) + (columns - 1 - column)
+    return ranking.masked_fill(~exists, -1)
+
+
+def _best(ranking: Tensor, positions: Tensor, budgets: Tensor, left_padding: Tensor, width: int) -> Tensor:
+    """(B, Hkv, N, width): the columns of the `min(K, a+1)` highest keys, highest first, -1 past the end."""
+    order = ranking.topk(min(width, ranking.shape[-1]), dim=-1).indices
+    order = F.pad(order, (0, width - order.shape[-1]), value=-1)
+    kept = selection_sizes(positions, budgets, left_padding)  # (B, N)
+    rank = torch.arange(width, device=ranking.device)
+    return order.masked_fill(rank >= kept[:, None, :, None], -1)
+
+
+def selection_sizes(positions: Tensor, budgets: Tensor, left_padding: Tensor) -> Tensor:
+    """`n_sel = min(K, real tokens up to a)` of each full step: (B, N) int64, 0 where there is no step."""
+    context = positions + 1 - left_padding.unsqueeze(-1)
+    return torch.minimum(context, budgets.unsqueeze(-1)).clamp(min=0)
+
+
+def ranks_left(steps_since: Tensor, selected_sizes: Tensor, budgets: Tensor) -> Tensor:
+    """How many ranks of the selection the queue still holds, `steps_since >= 1` steps after it was made: (B, R)."""
+    dropped = (selected_sizes + steps_since - 1 - budgets.unsqueeze(-1)).clamp(min=0)
+    return selected_sizes - dropped

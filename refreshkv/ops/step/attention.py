@@ -1,0 +1,286 @@
+"""Triton kernels of a decoding step: attention of one query a row over the full or the small cache, split over keys.
+
+Two launches of fixed size, whatever is decided: `_attend` decides from device memory whether each row is full, writes
+the token's key and value into the cache, and leaves a softmax of its share of the keys; `_finish` merges the shares
+and, in full rows, ranks the positions for the selection.
+
+Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `G = H / Hkv`, `D` head size, `L` tokens the cache has
+room for, `W` slots of a selection, `N` splits, `O` observing queries.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refreshkv.ops.tiles import padded_head
+
+ANCHOR, BUDGET, PADDING, PROMPT = 0, 1, 2, 3
+"""Columns of `rows` (B, 4) int64: last full position, budget K, padded columns, length of the last prompt block."""
+
+REFRESH, FULL, COMPACT = 0, 1, 2
+"""What a cache is: one that refreshes; one that is always read whole; one that holds only what it kept, and reads the
+entries `rows[PADDING] .. rows[ANCHOR]-1` but for the one the new token replaces."""
+
+PROGRAMS_PER_PROCESSOR = 2
+"""Programs of `_attend` on each multiprocessor: what its tiles leave room for, so that all run at once."""
+
+LARGEST_SPLIT = 128
+"""Most splits of a row; the merge holds that many partial results at once."""
+
+TILE = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+"""Keys taken at once by `_attend` for 16-bit caches and heads up to 128."""
+
+RANKED = 1024
+"""Positions that a program of `_finish` ranks at once."""
+
+
+@triton.jit
+def _is_full(
+    query_ptr, then_ptr, query_h, position, prompt, stride, threshold,
+    H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, SIMILARITY: tl.constexpr,
+):  # fmt: skip
+    """Whether this step of one row is full: `refreshkv.ops.schedule`'s rule on the device."""
+    full = (position - (prompt - 1)) % stride == 0
+    if SIMILARITY:
+        if full:
+            now = _mean_query(query_ptr, query_h, H, D, HP, DP)
+            column = tl.arange(0, DP)
+            then = tl.load(then_ptr + column, mask=column < D, other=0.0)
+            now_length = tl.maximum(tl.sqrt(tl.sum(now * now, 0)), 1e-8)
+            then_length = tl.maximum(tl.sqrt(tl.sum(then * then, 0)), 1e-8)
+            full = tl.sum(now * then, 0) / (now_length * then_length) <= threshold
+    return full
+
+
+@triton.jit
+def _mean_query(query_ptr, query_h, H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr):
+    """Mean over the query heads of one row in float32: (DP,)."""
+    head, column = tl.arange(0, HP), tl.arange(0, DP)
+    mask = (head < H)[:, None] & (column < D)[None, :]
+    query = tl.load(query_ptr + head[:, None] * query_h + column[None, :], mask=mask, other=0.0)
+    return tl.sum(query.to(tl.float32), 0) / H
+
+
+@triton.jit
+def _left(anchor, budget, padding, since):
+    """Ranks of the selection that the queue still holds `since` steps after it was made (specification, section 4)."""
+    size = tl.minimum(budget, anchor + 1 - padding)
+    return tl.maximum(size - tl.maximum(size + since - 1 - budget, 0), 0)
+
+
+@triton.jit
+def _walk(
+    query, keys, values, selected, logits_row, first, last, left, oldest, slot, highest, total, result, scale,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, BLOCK_N: tl.constexpr,
+    capacity, FULL: tl.constexpr, STORE: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Takes entries `first .. last-1` of a row into the running softmax: by position if FULL, else by the selection
+    and, after its `left` entries, by position from `oldest`. STORE leaves the logits at their positions; SKIP passes
+    over `slot`."""
+    column, row = tl.arange(0, DP), tl.arange(0, MP)
+    in_head = column < D
+    for start in range(first, last, BLOCK_N):
+        entry = start + tl.arange(0, BLOCK_N)
+        exists = entry < last
+        if FULL:
+            token = oldest + entry
+            if SKIP:
+                exists = exists & (token != slot)
+        else:
+            token = tl.load(selected + entry, mask=exists & (entry < left), other=0)
+            token = tl.where(entry < left, token, oldest + entry - left)
+        place = token.to(tl.int64)[:, None] * D + column[None, :]
+        here = exists[:, None] & in_head[None, :]
+        key = tl.load(keys + place, mask=here, other=0.0)
+        value = tl.load(values + place, mask=here, other=0.0)
+        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        if STORE:
+            place = row.to(tl.int64)[:, None] * capacity + token[None, :]
+            tl.store(logits_row + place, logits, mask=(row < G)[:, None] & exists[None, :])
+        logits = tl.where(exists[None, :], logits, -float("inf"))
+        higher = tl.maximum(highest, tl.max(logits, 1))
+        safe = tl.where(higher == -float("inf"), 0.0, higher)  # nothing seen yet
+        weight = tl.exp2(logits - safe[:, None])
+        shrink = tl.exp2(highest - safe)
+        total = total * shrink + tl.sum(weight, 1)
+        result = result * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
+        highest = higher
+    return highest, total, result
+
+
+@triton.jit
+def _attend(
+    query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, length_ptr, row_ptr, slot_ptr, selected_ptr, then_ptr,
+    observer_ptr, full_ptr, now_ptr, arrived_ptr, logit_ptr, partial_ptr, highest_ptr, total_ptr,
+    query_b, query_h, key_b, key_h, value_b, value_h, kv_heads, capacity, width, stride, threshold, scale,
+    G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr,
+    OBSERVERS: tl.constexpr, MODE: tl.constexpr, SIMILARITY: tl.constexpr, STORE: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One share of the keys of one row and key/value head: its maximum and sum (B, H, N), its output (B, H, N, D)."""
+    split, pair = tl.program_id(0), tl.program_id(1)
+    splits = tl.num_programs(0)
+    batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
+    row, column = tl.arange(0, MP), tl.arange(0, DP)
+    in_head = column < D
+    mask = (row < G)[:, None] & in_head[None, :]
+    query_ptr += batch * query_b
+    query = tl.load(query_ptr + (kv_head * G + row)[:, None] * query_h + column[None, :], mask=mask, other=0.0)
+    new_key = tl.load(key_ptr + batch * key_b + kv_head * key_h + column, mask=in_head, other=0.0)
+    new_value = tl.load(value_ptr + batch * value_b + kv_head * value_h + column, mask=in_head, other=0.0)
+    position = tl.minimum(tl.load(length_ptr), capacity).to(tl.int32)
+    anchor = tl.load(row_ptr + batch * 4 + 0).to(tl.int32)
+    budget = tl.load(row_ptr + batch * 4 + 1).to(tl.int32)
+    padding = tl.load(row_ptr + batch * 4 + 2).to(tl.int32)
+    prompt = tl.load(row_ptr + batch * 4 + 3).to(tl.int32)
+
+    slot = position
+    oldest, count = padding, position - padding
+    left = count * 0
+    full = MODE != 0
+    if MODE == 2:
+        slot = tl.load(slot_ptr + pair).to(tl.int32)
+        count = anchor - padding
+    if MODE == 0:
+        full = _is_full(
+            query_ptr, then_ptr + batch * D, query_h, position, prompt, stride, threshold, H, D, HP, DP, SIMILARITY
+        )
+        if not full:
+            left = _left(anchor, budget, padding, position - anchor)
+            oldest = tl.maximum(anchor + 1, position - budget)
+            count = left + position - oldest
+        if split == 0:
+            tl.store(arrived_ptr + pair, 0)
+        if (split == 0) & (kv_head == 0):
+            tl.store(full_ptr + batch, tl.where(full & (position < capacity), position, -1))
+            if SIMILARITY:
+                if full:
+                    mean = _mean_query(query_ptr, query_h, H, D, HP, DP)
+                    tl.store(now_ptr + batch * D + column, mean, mask=in_head)
+    share = tl.cdiv(tl.cdiv(count, splits), 8) * 8
+    first = tl.minimum(split * share, count)
+    last = tl.minimum(first + share, count)
+
+    # the first share begins with the token itself, whose key and value join the cache
+    own = split == 0
+    keys = keys_ptr + pair.to(tl.int64) * capacity * D
+    values = values_ptr + pair.to(tl.int64) * capacity * D
+    logits_row = logit_ptr + (batch * H + kv_head * G) * capacity
+    logit = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
+    highest = tl.where(own, logit, -float("inf"))
+    total = tl.where(own, 1.0, 0.0) + tl.zeros([MP], tl.float32)
+    result = tl.where(own, new_value.to(tl.float32), 0.0)[None, :] + tl.zeros([MP, DP], tl.float32)
+    if own:
+        if slot < capacity:
+            place = slot.to(tl.int64) * D + column
+            tl.store(keys + place, new_key, mask=in_head)
+            tl.store(values + place, new_value, mask=in_head)
+            if STORE:
+                if full:
+                    tl.store(logits_row + row.to(tl.int64) * capacity + slot, logit, mask=row < G)
+        if OBSERVERS > 1:
+            observer = (batch * H + kv_head * G + row) * OBSERVERS + position % OBSERVERS
+            tl.store(observer_ptr + observer[:, None] * D + column[None, :], query, mask=mask)
+        if slot >= capacity:
+            total = total * float("nan")  # nothing may be attended that was not kept
+
+    selected = selected_ptr + pair.to(tl.int64) * width
+    if full:
+        highest, total, result = _walk(
+            query, keys, values, selected, logits_row, first, last, left, oldest, slot, highest, total, result, scale,
+            G, D, DP, MP, BLOCK_N, capacity, True, STORE, MODE == 2, PRECISION,
+        )  # fmt: skip
+    else:
+        highest, total, result = _walk(
+            query, keys, values, selected, logits_row, first, last, left, oldest, slot, highest, total, result, scale,
+            G, D, DP, MP, BLOCK_N, capacity, False, False, False, PRECISION,
+        )  # fmt: skip
+    place = (batch * H + kv_head * G + row) * splits + split
+    tl.store(highest_ptr + place, highest, mask=row < G)
+    tl.store(total_ptr + place, total, mask=row < G)
+    if own | (first < last):
+        tl.store(partial_ptr + place[:, None] * D + column[None, :], result, mask=mask)
+
+
+@triton.jit
+def _finish(
+    partial_ptr, highest_ptr, total_ptr, output_ptr, length_ptr, row_ptr, full_ptr, logit_ptr, score_ptr, ranking_ptr,
+    kv_heads, capacity, splits, recent, sinks,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr, POOL: tl.constexpr,
+    RANK: tl.constexpr, OBSERVED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first G programs of a row and key/value head merge the shares of one query head each, in fixed order; the
+    others, where the step is full, rank the positions of the cache: window and sink positions first, then the pooled
+    score's own bits (a float >= 0 orders like them), into (B, Hkv, L) int32."""
+    part, pair = tl.program_id(0), tl.program_id(1)
+    batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
+    heads = kv_heads * G
+    number = tl.arange(0, NP)
+    if part < G:
+        head = batch * heads + kv_head * G + part
+        highest = tl.load(highest_ptr + head * splits + number, mask=number < splits, other=-float("inf"))
+        total = tl.load(total_ptr + head * splits + number, mask=number < splits, other=0.0)
+        weight = tl.exp2(highest - tl.max(highest, 0))
+        column = tl.arange(0, DP)
+        there = (highest > -float("inf"))[:, None] & (column < D)[None, :]
+        place = (head * splits + number)[:, None] * D + column[None, :]
+        result = tl.load(partial_ptr + place, mask=there, other=0.0)
+        result = tl.sum(result * weight[:, None], 0) / tl.sum(total * weight, 0)
+        tl.store(output_ptr + head * D + column, result.to(output_ptr.dtype.element_ty), mask=column < D)
+        if (part == 0) & (pair == 0):
+            tl.store(length_ptr, tl.load(length_ptr) + 1)
+    elif RANK:
+        position = tl.load(full_ptr + batch)
+        if position >= 0:
+            member = tl.arange(0, GP)
+            head = batch * heads + kv_head * G + member
+            inside = (member < G)[:, None] & (number < splits)[None, :]
+            place = head[:, None] * splits + number[None, :]
+            highest = tl.load(highest_ptr + place, mask=inside, other=-float("inf"))
+            total = tl.load(total_ptr + place, mask=inside, other=0.0)
+            top = tl.max(highest, 1)
+            top = tl.where(member < G, top, 0.0)
+            total = tl.sum(total * tl.exp2(highest - top[:, None]), 1)
+            lse = top + tl.log2(tl.where(member < G, total, 1.0))
+            padding = tl.load(row_ptr + batch * 4 + 2).to(tl.int32)
+            rows = logit_ptr + (batch * heads + kv_head * G) * capacity
+            scores = score_ptr + pair.to(tl.int64) * capacity
+            rankings = ranking_ptr + pair.to(tl.int64) * capacity
+            first = padding // BLOCK * BLOCK
+            step = (tl.num_programs(0) - G) * BLOCK
+            for start in range(first + (part - G) * BLOCK, position + 1, step):
+                token = start + tl.arange(0, BLOCK)
+                if OBSERVED:
+                    best = tl.zeros([BLOCK], tl.float32)
+                    for away in tl.static_range(-(POOL // 2), POOL // 2 + 1):
+                        near = token + away
+                        near_exists = (near >= padding) & (near <= position)
+                        best = tl.maximum(best, tl.load(scores + near, mask=near_exists, other=0.0))
+                else:
+                    best = tl.full([BLOCK], -float("inf"), tl.float32)
+                    for group in range(G):
+                        shift = tl.sum(tl.where(member == group, lse, 0.0), 0)
+                        logits = rows + group * capacity
+                        for away in tl.static_range(-(POOL // 2), POOL // 2 + 1):
+                            near = token + away
+                            near_exists = (near >= padding) & (near <= position)
+                            logit = tl.load(logits + near, mask=near_exists, other=-float("inf"))
+                            best = tl.maximum(best, logit - shift)
+                    best = tl.exp2(best)
+                preferred = (token > position - recent) | (token - padding < sinks)
+                ranking = best.to(tl.int32, bitcast=True) + tl.where(preferred, 1 << 30, 0)
+                tl.store(rankings + token, ranking, mask=(token >= padding) & (token <= position))
+
+
+def splits_of(pairs: int, device: torch.device) -> int:
+    """Shares of the keys for so many pairs of rows and key/value heads: as many programs as run at once."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return max(1, min(LARGEST_SPLIT, PROGRAMS_PER_PROCESSOR * processors // pairs))
+
+
+def tile_of(query: Tensor) -> dict[str, int]:
+    """The tile of `_attend`: smaller for float32 and for wide heads, whose tiles fill the shared memory."""
+    if query.element_size() * padded_head(query.shape[-1]) > 256:
+        return {"BLOCK_N": 32, "num_warps": 8 if query.element_size() == 4 else 4, "num_stages": 2}
+    return TILE

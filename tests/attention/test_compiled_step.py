@@ -1,0 +1,70 @@
+"""The decoding step under torch.compile: one graph, whatever is decided. On a CPU, where the step is the naive one."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+from refreshkv import RefreshCache, RefreshConfig
+from tests.helpers.models import random_ids, tiny_enabled
+
+CONFIGS = {
+    "fixed": RefreshConfig(budget=6, stride=4),
+    "similarity": RefreshConfig(budget=0.3, stride=3, threshold=0.1, observation_window=4, recent_window=2),
+}
+
+
+def left_padded(ids, paddings):
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate(paddings):
+        mask[row, :padding] = 0
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+def generate(model, ids, mask, config, compiled, cache=None, **settings):
+    cache = cache or RefreshCache(model.config, 60, config)
+    if compiled:
+        compile_config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+        compile_config._compile_all_devices = True
+        settings["compile_config"] = compile_config
+    settings = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 14} | settings
+    return model.generate(ids, attention_mask=mask, past_key_values=cache, **settings), cache
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.mark.parametrize("paddings", [(0, 0), (0, 7)], ids=["even", "padded"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_compiled_steps_give_the_same_tokens(name, paddings):
+    model = tiny_enabled()
+    ids, mask = left_padded(random_ids(2, 20), paddings)
+    expected, eager = generate(model, ids, mask, CONFIGS[name], compiled=False)
+    found, cache = generate(model, ids, mask, CONFIGS[name], compiled=True)
+    assert torch.equal(found, expected)
+    assert torch.equal(cache.full_steps, eager.full_steps)
+    assert cache.get_seq_length() == 33
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_neither_steps_nor_prompts_nor_caches_recompile():
+    model, config = tiny_enabled(), CONFIGS["similarity"]
+    cache = None
+    for turn, length in enumerate((20, 13, 26)):
+        ids = random_ids(2, length, seed=turn)
+        expected, _ = generate(model, ids, None, config, compiled=False)
+        if cache is not None and turn < 2:
+            cache.reset()
+        found, cache = generate(model, ids, None, config, compiled=True, cache=cache if turn < 2 else None)
+        assert torch.equal(found, expected)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_full_cache_says_so_when_compiled():
+    model, ids = tiny_enabled(), random_ids(2, 20)
+    cache = RefreshCache(model.config, 25, CONFIGS["fixed"])
+    with pytest.raises(ValueError, match="RefreshCache is full: 26 tokens, but max_cache_len=25"):
+        generate(model, ids, torch.ones_like(ids), None, compiled=True, cache=cache)

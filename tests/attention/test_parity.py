@@ -1,0 +1,155 @@
+"""The heart of the project: one teacher-forced pass equals decoding the same tokens one by one."""
+
+import pytest
+import torch
+
+from refreshkv import NEVER, RefreshConfig, Simulation
+from tests.helpers.models import FAMILIES, decode_logits, padded_positions, random_ids, tiny_enabled, tiny_model
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+# strides from 1 to 50, budgets from 1 to more than the row, both schedules, every option of the selection
+CASES = [
+    (17, RefreshConfig(budget=8, stride=1)),
+    (17, RefreshConfig(budget=8, stride=2)),
+    (17, RefreshConfig(budget=8, stride=5)),
+    (1, RefreshConfig(budget=8, stride=10)),
+    (17, RefreshConfig(budget=1, stride=4)),
+    (17, RefreshConfig(budget=2, stride=7)),
+    (17, RefreshConfig(budget=16, stride=50)),
+    (9, RefreshConfig(budget=20, stride=6)),
+    (9, RefreshConfig(budget=12, stride=10)),
+    (17, RefreshConfig(budget=5, stride=10)),
+    (30, RefreshConfig(budget=1000, stride=3)),
+    (40, RefreshConfig(budget=0.125, stride=5)),
+    (40, RefreshConfig(budget=1.0, stride=5)),
+    (69, RefreshConfig(budget=8, stride=10)),
+    (70, RefreshConfig(budget=8, stride=10)),
+    (20, RefreshConfig(budget=8, stride=NEVER)),
+    (20, RefreshConfig(budget=8, stride=3, threshold=0.0)),
+    (20, RefreshConfig(budget=8, stride=1, threshold=-0.2)),
+    (20, RefreshConfig(budget=0.3, stride=5, threshold=0.2)),
+    (20, RefreshConfig(budget=8, stride=5, threshold=-2.0)),
+    (20, RefreshConfig(budget=8, stride=5, threshold=2.0)),
+    (20, RefreshConfig(budget=8, stride=5, pool_kernel=1)),
+    (20, RefreshConfig(budget=8, stride=5, pool_kernel=13)),
+    (20, RefreshConfig(budget=8, stride=5, observation_window=4)),
+    (3, RefreshConfig(budget=8, stride=5, observation_window=16)),
+    (20, RefreshConfig(budget=8, stride=5, recent_window=3)),
+    (20, RefreshConfig(budget=8, stride=5, recent_window=30)),
+    (20, RefreshConfig(budget=8, stride=5, sink_tokens=2)),
+    (20, RefreshConfig(budget=8, stride=5, sink_tokens=30)),
+    (20, RefreshConfig(budget=9, stride=4, observation_window=5, recent_window=3, sink_tokens=2, pool_kernel=3)),
+    (20, RefreshConfig(budget=0.4, stride=4, threshold=0.1, observation_window=5, recent_window=3, sink_tokens=2)),
+]
+
+
+def assert_parity(model, ids, prompt, config, attention_mask=None, offload=False):
+    extra = {}
+    if attention_mask is not None:
+        extra = {"attention_mask": attention_mask, "position_ids": padded_positions(attention_mask)}
+    simulation = Simulation(prompt, config, record=True)
+    with torch.no_grad():
+        parallel = model(ids, refresh=simulation, use_cache=False, **extra).logits
+    sequential, cache = decode_logits(model, ids, prompt, config, attention_mask, offload)
+    real = slice(None) if attention_mask is None else attention_mask.bool()
+    torch.testing.assert_close(parallel[real], sequential[real], rtol=0, atol=TOLERANCE[model.dtype])
+    for layer, flags in simulation.full_steps.items():
+        assert torch.equal(flags, cache.full_steps[layer]), f"layer {layer} took other full steps"
+    return simulation, parallel
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_all_cases(dtype, groups):
+    model = tiny_enabled(dtype=dtype, groups=groups)
+    ids = random_ids(2, 70)
+    for prompt, config in CASES:
+        assert_parity(model, ids, prompt, config)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_all_cases_with_left_padding(dtype, groups):
+    model = tiny_enabled(dtype=dtype, groups=groups, seed=3)
+    ids = random_ids(3, 70, seed=4)
+    for prompt, config in CASES:
+        mask = torch.ones_like(ids)
+        for row, padding in enumerate([0, prompt // 3, prompt - 1]):
+            mask[row, :padding] = 0
+        assert_parity(model, ids, prompt, config, mask)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family):
+    model = tiny_enabled(family=family, layers=3)
+    ids = random_ids(2, 70, seed=5)
+    for prompt, config in CASES[::3]:
+        assert_parity(model, ids, prompt, config)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_sliding_layers_keep_their_own_attention(family):
+    settings = {
+        "layers": 3,
+        "sliding_window": 12,
+        "use_sliding_window": True,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    }
+    model, ids = tiny_enabled(family=family, **settings), random_ids(2, 60, seed=6)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    config = RefreshConfig(budget=6, stride=5, threshold=0.0)
+    simulation, _ = assert_parity(model, ids, 20, config)
+    assert set(simulation.full_steps) == {0, 2}
+    assert_parity(model, ids, 20, config, mask)
+    whole = RefreshConfig(budget=100)
+    plain = tiny_model(family=family, **settings)
+    with torch.no_grad():
+        expected = plain(ids).logits
+        torch.testing.assert_close(model(ids, refresh=Simulation(20, whole)).logits, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_budget_beyond_the_row_is_full_attention(family):
+    plain, model = tiny_model(family=family), tiny_enabled(family=family)
+    ids = random_ids(2, 50, seed=7)
+    with torch.no_grad():
+        expected = plain(ids).logits
+        for stride in (1, 7, NEVER):
+            simulation = Simulation(11, RefreshConfig(budget=50, stride=stride))
+            torch.testing.assert_close(model(ids, refresh=simulation).logits, expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-10)
+
+
+def test_left_padded_rows_equal_the_same_rows_alone():
+    model, ids = tiny_enabled(), random_ids(2, 60, seed=8)
+    config = RefreshConfig(budget=0.3, stride=5, threshold=0.1, observation_window=4, recent_window=3, sink_tokens=2)
+    mask = torch.ones_like(ids)
+    mask[1, :13] = 0
+    _, batch = assert_parity(model, ids, 30, config, mask)
+    with torch.no_grad():
+        alone = model(ids[1:, 13:], refresh=Simulation(30 - 13, config)).logits
+    torch.testing.assert_close(batch[1:, 13:], alone, rtol=0, atol=1e-10)
+
+
+def test_rows_and_layers_decide_for_themselves():
+    """The similarity cases above would prove little if all rows and layers refreshed together."""
+    model = tiny_enabled(layers=3)
+    simulation, _ = assert_parity(model, random_ids(3, 90), 20, RefreshConfig(budget=8, stride=3, threshold=0.0))
+    counts = torch.stack([flags.sum(-1) for flags in simulation.full_steps.values()])
+    assert len(counts.unique()) > 2
+    assert counts.min() > 1 and counts.max() < 24
+
+
+def test_refreshing_changes_the_numbers():
+    """Parity of two paths that both ignored the budget would pass unseen."""
+    model, ids = tiny_enabled(), random_ids(2, 70)
+    with torch.no_grad():
+        full = model(ids).logits
+        refreshed, never = (
+            model(ids, refresh=Simulation(17, RefreshConfig(budget=8, stride=stride))).logits for stride in (5, NEVER)
+        )
+    assert torch.equal(full[:, :17], refreshed[:, :17])
+    assert (full - refreshed)[:, 17:].abs().max() > 1e-3
+    assert (never - refreshed)[:, 22:].abs().max() > 1e-3

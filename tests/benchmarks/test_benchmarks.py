@@ -1,0 +1,58 @@
+"""The benchmark of decoding: its caches are filled as a prompt would fill them, and it runs to the table."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.models import tiny_enabled
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SHAPE = "--layers 2 --hidden 128 --intermediate 256 --heads 4 --kv-heads 2 --vocabulary 512".split()
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import decode
+
+    yield decode
+    sys.modules.pop("decode")
+
+
+@pytest.mark.parametrize(
+    "strategy", ["full", "refresh", "similarity", "offloaded", "streaming", "h2o", "snapkv", "static", "dynamic"]
+)
+@pytest.mark.parametrize("context", [96, 40])
+def test_a_filled_cache_decodes(script, strategy, context):
+    model = tiny_enabled()
+    args = argparse.Namespace(budget=0.25, stride=3, observation_window=2)
+    model.set_attn_implementation("refreshkv" if strategy in script.OURS else "sdpa")
+    cache = script.make_cache(model, strategy, context + 9, context // 4, args)
+    length = script.fill(cache, model, 2, context, context // 4)
+    assert length == (context // 4 if strategy in ("streaming", "h2o", "snapkv") else context)
+    assert int(cache.get_seq_length()) == length
+    with torch.no_grad():
+        for step in range(4):
+            ids = torch.full((2, 1), step)
+            model(ids, past_key_values=cache, position_ids=torch.full((2, 1), length + step))
+    assert int(cache.get_seq_length()) == length + 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("strategies", "options"),
+    [("full,refresh,offloaded,snapkv,static,dynamic", []), ("full,refresh,similarity,h2o", ["--loop", "graph"])],
+)
+def test_it_runs_to_the_table(tmp_path, strategies, options):
+    command = [sys.executable, str(BENCHMARKS / "decode.py"), *SHAPE, "--cases", "512:2", "--cycles", "1", *options]
+    command += ["--strategies", strategies, "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "decode.json").read_text())
+    assert [result["strategy"] for result in results] == strategies.split(",")
+    assert all(result["ms"] > 0 for result in results) and (tmp_path / "decode.png").exists()

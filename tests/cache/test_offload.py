@@ -1,0 +1,169 @@
+"""Full keys and values in host memory: the same numbers as with all of them on the device, step by step."""
+
+import copy
+
+import pytest
+import torch
+
+from refreshkv import RefreshCache, RefreshConfig, ops
+from refreshkv.cache import offload
+from refreshkv.cache.layer import RefreshLayer
+from refreshkv.cache.offload import OffloadedLayer
+from refreshkv.ops import naive
+from refreshkv.ops.step import operators as decode
+from tests.attention.test_parity import CASES as PARITY_CASES
+from tests.attention.test_parity import assert_parity
+from tests.generation.test_generate import FIXED, SIMILAR, generate, left_padded
+from tests.helpers.marks import slow_unless
+from tests.helpers.models import decode_logits, random_ids, tiny_enabled, tiny_model
+from tests.ops.test_step_kernels import CASES, drawn
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def little_room(monkeypatch):
+    """Tokens move to the front of the GPU's buffers every few steps."""
+    monkeypatch.setattr(offload, "SLACK", 2)
+
+
+def both_layers(case, steps, dtype=torch.float32):
+    """Outputs of each step, of the device's layer and of the offloaded one, and the two layers."""
+    prompt, _, groups, kv_heads, head_dim, padding, config = case
+    generator = torch.Generator().manual_seed(0)
+    padding = torch.tensor([0, padding], device=DEVICE)
+    heads = (groups * kv_heads, kv_heads, kv_heads)
+    layers = RefreshLayer(prompt + steps, config), OffloadedLayer(prompt + steps, config)
+    scaling = head_dim**-0.5
+    outputs = []
+    for step in range(steps + 1):
+        query, key, value = (drawn(generator, count, 1 if step else prompt, head_dim, dtype) for count in heads)
+        for layer in layers:
+            layer.update(key, value)
+            if step == 0:
+                layer.begin(query, padding, scaling)
+        if step:
+            outputs.append([layer.step(query, key, value, scaling) for layer in layers])
+    return outputs, layers
+
+
+def check(outputs, layers, tolerance):
+    for step, (expected, found) in enumerate(outputs):
+        torch.testing.assert_close(
+            found, expected, rtol=tolerance, atol=tolerance, msg=lambda text, step=step: f"step {step}: {text}"
+        )
+    ours, theirs = layers[1], layers[0]
+    kept = ["full_steps", "rows", "mean_query", "cumulative_length"]
+    # a single observer is the step's own query, and kernels need not keep it
+    for name in kept + ["observers"] * (ours.config.observation_window > 1):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
+    ours._flush(ours.length)
+    assert ours.keys.device.type == ours.values.device.type == "cpu"
+    assert torch.equal(ours.keys.to(DEVICE), theirs.keys) and torch.equal(ours.values.to(DEVICE), theirs.values)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_step_equals_the_device_layers(name):
+    check(*both_layers(CASES[name], steps=3 * CASES[name][1]), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", slow_unless(("fixed",), CASES))
+def test_by_kernels(monkeypatch, name):
+    """On a GPU, or under Triton's interpreter."""
+    pytest.importorskip("triton")
+    for module in (ops, decode):
+        monkeypatch.setattr(module, "uses_kernels", lambda tensor: True)
+    outputs, layers = both_layers(CASES[name], steps=6)
+    check(outputs, layers, tolerance=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["long intervals", "similarity, long intervals"])
+def test_by_kernels_until_most_have_dropped(monkeypatch, name):
+    """More ranks drop out than the kernels sort at a time, while tokens move to the front."""
+    pytest.importorskip("triton")
+    for module in (ops, decode):
+        monkeypatch.setattr(module, "uses_kernels", lambda tensor: True)
+    outputs, layers = both_layers(CASES[name], steps=CASES[name][1] + 8)
+    check(outputs, layers, tolerance=1e-4)
+
+
+def test_moving_tokens(monkeypatch):
+    pytest.importorskip("triton")
+    from refreshkv.ops.step import transfer
+
+    source = torch.randn(2, 3, 50, 24).to(DEVICE)
+    index = torch.randint(-1, 50, (2, 3, 19), dtype=torch.int32).to(DEVICE)
+    wanted = torch.tensor([False, True], device=DEVICE)
+    results = []
+    for form in (naive, transfer):
+        target = torch.zeros(2, 3, 60, 24, device=DEVICE)
+        form.copy_rows(source, target, 7, 21, 33)
+        form.copy_rows(source.transpose(2, 3).contiguous().transpose(2, 3), target, 0, 58, 2)
+        form.gather_rows(source, index, wanted, target)
+        results.append(target)
+    assert torch.equal(*results)
+    assert not results[0][0, :, :19].any() and results[0][1, :, :19].any()
+
+
+@pytest.mark.parametrize("case", range(len(PARITY_CASES)))
+def test_parity_with_training(case):
+    prompt, config = PARITY_CASES[case]
+    model, ids = tiny_enabled(groups=2, seed=3), random_ids(3, 70, seed=4)
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate([0, prompt // 3, prompt - 1]):
+        mask[row, :padding] = 0
+    assert_parity(model, ids, prompt, config, mask, offload=True)
+
+
+@pytest.mark.parametrize("config", [FIXED, SIMILAR], ids=["fixed", "similarity"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_beams": 3}, {"prefill_chunk_size": 7}], ids=["greedy", "beams", "chunks"]
+)
+def test_generate(config, settings):
+    model, (ids, mask) = tiny_enabled(), left_padded(random_ids(2, 20), [0, 5])
+    settings = settings | {"attention_mask": mask, "new": 40}
+    expected = generate(model, ids, config, **settings)
+    cache = RefreshCache(model.config, 200, config, offload=True)
+    assert torch.equal(generate(model, ids, cache=cache, **settings), expected)
+    cache.reset()
+    assert torch.equal(generate(model, ids, cache=cache, **settings), expected)
+
+
+def test_a_second_turn():
+    """No mask, so nothing waits for the GPU in between."""
+    dtype = torch.float32 if DEVICE == "cuda" else torch.float64
+    config, ids = RefreshConfig(budget=7, stride=5), random_ids(2, 60).to(DEVICE)
+    model = tiny_enabled(layers=4, head_dim=16, dtype=dtype).to(DEVICE)
+    caches = [RefreshCache(model.config, 60, config, offload=offloaded) for offloaded in (False, True)]
+    bounds = [0, 20, *range(21, 30), 45, *range(46, 61)]
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        with torch.no_grad():
+            logits = [model(ids[:, start:end], past_key_values=cache, use_cache=True).logits for cache in caches]
+        torch.testing.assert_close(*logits, rtol=0, atol=1e-3 if DEVICE == "cuda" else 1e-10)
+
+
+def test_a_compiled_model_and_copies_of_a_cache():
+    """Whoever compiles the model himself gets the same numbers; a copied cache goes on by itself."""
+    config, model, ids = RefreshConfig(budget=7, stride=5), tiny_enabled(), random_ids(1, 40)
+    expected, _ = decode_logits(model, ids, 20, config)
+    cache, compiled = RefreshCache(model.config, 60, config, offload=True), torch.compile(model, backend="eager")
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache, use_cache=True)
+        again = copy.deepcopy(cache)
+        for known in (cache, again):
+            for position in range(20, 40):
+                logits = compiled(ids[:, position : position + 1], past_key_values=known, use_cache=True).logits
+                torch.testing.assert_close(logits, expected[:, position : position + 1], rtol=0, atol=1e-10)
+    torch._dynamo.reset()
+
+
+def test_rows_of_an_unused_cache_change_nothing():
+    RefreshCache(tiny_model().config, 60, FIXED, offload=True).layers[0].batch_repeat_interleave(2)
+
+
+def test_the_device_holds_the_small_cache_alone():
+    config, model, ids = RefreshConfig(budget=8, stride=5), tiny_enabled(), random_ids(1, 300)
+    _, cache = decode_logits(model, ids, 280, config, offload=True)
+    layer = cache.layers[0]
+    assert layer.near_keys.shape[2] == 8 + 6 + 2 and layer.keys.shape[2] == 300 and not hasattr(layer, "block")

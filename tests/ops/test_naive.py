@@ -1,0 +1,163 @@
+"""The naive operations against the paper's sequential algorithm, and their gradients."""
+
+import random
+
+import pytest
+import torch
+
+from refreshkv import NEVER, RefreshConfig
+from refreshkv.ops import naive, schedule
+from refreshkv.ops.schedule import is_refresh, plan
+from tests.helpers.reference import sequential_attention
+
+
+def attention_inputs(rows, heads, kv_heads, length, head_dim, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count):
+        return torch.randn(rows, count, length, head_dim, generator=generator, dtype=torch.float64)
+
+    return draw(heads), draw(kv_heads), draw(kv_heads)
+
+
+def rows_arguments(query, prompt, config, scaling, left_padding=None):
+    """The schedule, and the arguments of `refresh_rows` after query, key and value."""
+    if left_padding is None:
+        left_padding = torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
+    schedule = plan(query.detach(), prompt, config.stride, config.threshold)
+    settings = {"scaling": scaling, **config.rows_settings(prompt, query.shape[2], padded=bool(left_padding.any()))}
+    return schedule, (*schedule, config.budgets(prompt - left_padding), left_padding), settings
+
+
+def selection_only(settings):
+    """Of the settings of `refresh_rows`, those of `select`."""
+    return {name: value for name, value in settings.items() if name not in ("prompt_length", "stride", "uniform")}
+
+
+def decoded(query, key, value, prompt, config, scaling, left_padding=None):
+    """Output of the rows after the prompt, (B, H, T-P, D), and the schedule."""
+    schedule, arguments, settings = rows_arguments(query, prompt, config, scaling, left_padding)
+    return naive.refresh_rows(query, key, value, *arguments, **settings).transpose(1, 2), schedule
+
+
+def select_one(key, position, budget, padding=0, pool_kernel=7):
+    """The selection of one full step whose query is all ones."""
+    selected = naive.select(
+        torch.ones(1, 1, 1, key.shape[-1]).expand(-1, -1, key.shape[2], -1),
+        key,
+        torch.tensor([[position]]),
+        torch.tensor([budget]),
+        torch.tensor([padding]),
+        width=budget,
+        pool_kernel=pool_kernel,
+        observation_window=1,
+        recent_window=0,
+        sink_tokens=0,
+        droppable=budget,
+        scaling=1.0,
+    )
+    return selected.flatten().tolist()
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_parallel_form_equals_the_paper_algorithm(seed):
+    draw = random.Random(seed)
+    length = draw.choice([23, 40, 63])
+    prompt = draw.randint(1, length - 1)
+    config = RefreshConfig(
+        budget=draw.choice([1, 2, 5, 11, 20, 100, 0.25, 0.5]),
+        stride=draw.choice([1, 2, 3, 7, 10, NEVER]),
+        threshold=draw.choice([None, 0.0, 0.3]),
+        pool_kernel=draw.choice([1, 3, 7]),
+        observation_window=draw.choice([1, 4, 9]),
+        recent_window=draw.choice([0, 4]),
+        sink_tokens=draw.choice([0, 2]),
+    )
+    kv_heads = draw.choice([1, 2])
+    query, key, value = attention_inputs(2, kv_heads * draw.choice([1, 2, 3]), kv_heads, length, 8, seed)
+    output, schedule = decoded(query, key, value, prompt, config, scaling=0.4)
+    for row in range(2):
+        expected, full = sequential_attention(query[row], key[row], value[row], prompt, config, scaling=0.4)
+        assert [p for p in schedule.full_positions[row].tolist() if p >= 0] == full
+        torch.testing.assert_close(output[row], expected[:, prompt:], rtol=0, atol=1e-12)
+
+
+def test_ties_go_to_the_lower_position():
+    """Equal keys score exactly alike; among them the first ones are kept, in order."""
+    assert select_one(torch.ones(1, 1, 12, 4), position=9, budget=5, padding=2) == [2, 3, 4, 5, 6]
+
+
+def test_pooling_sees_only_positions_that_exist():
+    """The highest key lies one column past the step: it must not lift its neighbours."""
+    key = torch.tensor([0.0, 3.0, 0.0, 0.0, 0.0, 9.0]).view(1, 1, 6, 1)
+    assert select_one(key, position=4, budget=3, pool_kernel=3) == [0, 1, 2]
+
+
+def test_selection_in_chunks_is_the_same(monkeypatch):
+    config = RefreshConfig(budget=6, stride=3, observation_window=4, recent_window=2)
+    query, key, value = attention_inputs(2, 4, 2, 50, 8, seed=1)
+    whole, _ = decoded(query, key, value, 11, config, scaling=0.4)
+    monkeypatch.setattr(naive, "MAX_SCORES", 1)
+    chunked, _ = decoded(query, key, value, 11, config, scaling=0.4)
+    assert torch.equal(whole, chunked)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RefreshConfig(budget=3, stride=3),
+        RefreshConfig(budget=4, stride=2, threshold=0.5, observation_window=3, recent_window=1, sink_tokens=1),
+        RefreshConfig(budget=50, stride=NEVER),
+    ],
+)
+@pytest.mark.parametrize("padding", [0, 2])
+def test_gradcheck(config, padding):
+    query, key, value = attention_inputs(2, 4, 2, 11, 3, seed=2)
+    schedule, arguments, settings = rows_arguments(query, 4, config, 0.5, torch.tensor([0, padding]))
+    full_positions, latest, budgets, left_padding = arguments
+    settings = selection_only(settings)
+    # the selection stays that of the given inputs: it is not differentiated, and must not flip under the probe
+    selected = naive.select(query, key, full_positions, budgets, left_padding, **settings)
+    shape = {"prompt_length": 4, "stride": config.stride, "columns": 11}
+    visible = naive.visible_keys(full_positions, latest, selected, budgets, left_padding, **shape)
+
+    def rows(query, key, value):
+        return naive.grouped_attention(query, key, value, visible, 0.5)
+
+    inputs = [tensor.clone().requires_grad_() for tensor in (query[:, :, 4:], key, value)]
+    assert torch.autograd.gradcheck(rows, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_close(dtype):
+    config = RefreshConfig(budget=8, stride=4)
+    query, key, value = (tensor.to(dtype) for tensor in attention_inputs(1, 4, 2, 40, 8, seed=3))
+    half, _ = decoded(query, key, value, 12, config, scaling=0.4)
+    exact, _ = decoded(query.double(), key.double(), value.double(), 12, config, scaling=0.4)
+    assert half.dtype == dtype
+    torch.testing.assert_close(half.double(), exact, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("threshold", [-0.9, -0.3, 0.0, 0.3, 0.7, 0.95])
+def test_all_checks_at_once_decide_as_one_by_one(threshold):
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        query = torch.randn(2, 3, 80, 4, generator=generator).cumsum(2) + seed % 3  # it drifts, or turns about
+        mean, positions = query.mean(1), range(11, 80, 4)
+        wanted = torch.zeros(2, 80, dtype=torch.bool)
+        wanted[:, 11] = True
+        then = mean[:, 11]
+        for position in positions[1:]:
+            wanted[:, position] = is_refresh(mean[:, position], then, threshold)
+            then = torch.where(wanted[:, position, None], mean[:, position], then)
+        full, latest = plan(query, 12, 4, threshold)
+        assert torch.equal(full, torch.where(wanted[:, positions], torch.tensor(list(positions)), -1))
+        assert torch.equal(full.gather(1, latest), full.cummax(1).values)
+
+
+def test_checks_are_decided_alike_a_few_at_a_time(monkeypatch):
+    query = torch.randn(3, 2, 200, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    whole = plan(query, 20, 2, 0.3)
+    monkeypatch.setattr(schedule, "MAX_COSINES", 1000)
+    for found, expected in zip(plan(query, 20, 2, 0.3), whole, strict=True):
+        assert torch.equal(found, expected)

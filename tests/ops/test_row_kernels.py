@@ -1,0 +1,354 @@
+"""The Triton kernels against the naive form, values and gradients: on a GPU, or under Triton's interpreter."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from refreshkv import NEVER, RefreshConfig, Simulation, enable, ops
+from refreshkv.ops import naive
+from tests.helpers.marks import slow_unless
+from tests.helpers.models import random_ids, tiny_model
+from tests.ops.test_naive import rows_arguments, selection_only
+
+pytest.importorskip("triton")
+
+from refreshkv.ops.rows import after_prompt as fused
+from refreshkv.ops.rows import dense_rows, partial_rows, short_tail
+from refreshkv.ops.selection import ranking
+
+
+@pytest.fixture(autouse=True)
+def small_searches(monkeypatch):
+    """Sizes of the search for short rows, so that the sampled way is taken, and quickly in the interpreter."""
+    monkeypatch.setattr(ranking, "SAMPLE", 32)
+    monkeypatch.setattr(ranking, "DOUBTS", 128)
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+CASES = {
+    "fixed": (2, 63, 20, 2, 2, 16, RefreshConfig(budget=8, stride=5), 0),
+    "every step full": (1, 40, 17, 2, 1, 16, RefreshConfig(budget=8, stride=1), 0),
+    "seven heads to a group": (1, 50, 21, 7, 1, 16, RefreshConfig(budget=9, stride=7), 0),
+    "odd head size": (1, 50, 21, 1, 2, 24, RefreshConfig(budget=9, stride=2), 3),
+    "one key": (1, 40, 9, 2, 2, 16, RefreshConfig(budget=1, stride=10), 0),
+    "a budget beyond the row": (2, 45, 12, 2, 2, 16, RefreshConfig(budget=1000, stride=7), 4),
+    "a fraction of padded rows": (2, 63, 30, 2, 2, 16, RefreshConfig(budget=0.3, stride=6), 13),
+    "never refreshed": (1, 70, 31, 4, 1, 16, RefreshConfig(budget=12, stride=NEVER), 0),
+    "the paper's recipe": (1, 70, 50, 4, 1, 16, RefreshConfig(budget=12, stride=20), 0),
+    "similarity": (2, 90, 20, 2, 2, 16, RefreshConfig(budget=10, stride=3, threshold=0.3), 5),
+    "similarity, long intervals": (2, 150, 20, 4, 1, 16, RefreshConfig(budget=10, stride=20, threshold=0.3), 5),
+    "observers and windows": (
+        2,
+        63,
+        20,
+        2,
+        2,
+        16,
+        RefreshConfig(budget=9, stride=5, observation_window=4, recent_window=3, sink_tokens=2, pool_kernel=3),
+        5,
+    ),
+    "short prompt, many observers": (1, 40, 3, 2, 1, 16, RefreshConfig(budget=9, stride=5, observation_window=9), 0),
+    "windows beyond the budget": (1, 40, 21, 2, 1, 16, RefreshConfig(budget=4, stride=5, recent_window=9), 0),
+}
+
+
+def inputs(rows, length, groups, kv_heads, head_dim, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(heads):
+        # as a model lays them out: (B, T, H, D) in memory
+        tensor = torch.randn(rows, length, heads, head_dim, generator=generator)
+        return tensor.to(DEVICE, dtype).transpose(1, 2).requires_grad_()
+
+    return draw(groups * kv_heads), draw(kv_heads), draw(kv_heads)
+
+
+def compare(case, dtype=torch.float32, tolerance=1e-4, seed=0):
+    rows, length, prompt, groups, kv_heads, head_dim, config, padding = case
+    tensors = inputs(rows, length, groups, kv_heads, head_dim, seed, dtype)
+    left_padding = torch.tensor([0, padding][-rows:], device=DEVICE)
+    scaling = head_dim**-0.5
+    _, arguments, settings = rows_arguments(tensors[0], prompt, config, scaling, left_padding)
+    upstream = torch.randn(rows, length - prompt, groups * kv_heads, head_dim).to(DEVICE, dtype)
+
+    query, key, value = tensors
+    late = query[:, :, max(0, prompt - config.observation_window) :]  # what is asked for at least
+    output = fused.refresh_rows(late, key, value, *arguments, **settings)
+    gradients = torch.autograd.grad(output, tensors, upstream)
+    expected = naive.refresh_rows(*tensors, *arguments, **settings)
+    expected_gradients = torch.autograd.grad(expected, tensors, upstream)
+    pairs = {"output": (output, expected)}
+    pairs |= {
+        f"gradient of {name}": pair
+        for name, pair in zip(("query", "key", "value"), zip(gradients, expected_gradients, strict=True), strict=True)
+    }
+    for name, (found, wanted) in pairs.items():
+        error = (found.double() - wanted.double()).norm() / wanted.double().norm()
+        assert error < tolerance, f"{name}: {error:.2e}"
+
+
+QUICK = ("fixed", "a fraction of padded rows", "never refreshed", "observers and windows")
+
+
+@pytest.mark.parametrize("name", slow_unless(QUICK, CASES))
+def test_values_and_gradients(name):
+    compare(CASES[name])
+
+
+def dense_logits(query, key, causal, scaling):
+    logits = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(2, 3) * scaling
+    return logits.masked_fill(torch.ones_like(logits[0, 0]).triu(1).bool() & causal, -math.inf)
+
+
+def dense_attend(query, key, value, causal, scaling):
+    """The readable form of `dense_rows.attend`, which needs cuDNN."""
+    logits = dense_logits(query, key, causal, scaling)
+    return logits.softmax(-1) @ value.repeat_interleave(query.shape[1] // key.shape[1], 1), logits.logsumexp(-1)
+
+
+def dense_attend_backward(upstream, query, key, value, output, lse, causal, scaling):
+    """The readable form of `dense_rows.attend_backward`."""
+    weights = (dense_logits(query, key, causal, scaling) - lse.unsqueeze(-1)).exp()
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    delta = (upstream * output).sum(-1, keepdim=True)
+    logit_grad = weights * (upstream @ value.transpose(2, 3) - delta) * scaling
+    grads = (logit_grad.transpose(2, 3) @ query, weights.transpose(2, 3) @ upstream)
+    return logit_grad @ key, *(grad.unflatten(1, (-1, groups)).sum(2) for grad in grads)
+
+
+@pytest.mark.parametrize(
+    "name", slow_unless(("fixed", "the paper's recipe"), [name for name, case in CASES.items() if case[-1] == 0])
+)
+def test_full_steps_as_dense_attention(monkeypatch, name):
+    monkeypatch.setattr(partial_rows, "MANY_PROGRAMS", 1)  # large tiles, keys not shared, though there are few
+    monkeypatch.setattr(dense_rows, "usable", lambda *tensors: True)
+    monkeypatch.setattr(dense_rows, "attend", dense_attend)
+    monkeypatch.setattr(dense_rows, "attend_backward", dense_attend_backward)
+    compare(CASES[name])
+
+
+def test_cudnn_gets_several_full_steps(monkeypatch):
+    """It refuses a single one."""
+    monkeypatch.setattr(dense_rows, "usable", lambda *tensors: True)
+    query, key, value = inputs(1, 90, 2, 2, 16)
+    assert dense_rows.takes_full_steps(query, key, value, 70, 10)
+    assert not dense_rows.takes_full_steps(query, key, value, 71, 10)
+
+
+@pytest.mark.parametrize(
+    ("count", "before"), [(50, 0), (64, 0), (1, 49), (20, 30), (30, 20), (49, 1), (40, 160), (3, 77)]
+)
+def test_blocks_of_prompts_as_dense_attention(monkeypatch, count, before):
+    """Of rounded sizes, which differ less than the blocks do."""
+    monkeypatch.setattr(dense_rows, "TILE", 8)
+    shapes = []
+
+    def attend(query, key, value, causal, scaling):
+        shapes.append((query.shape[2], key.shape[2]))
+        return dense_attend(query, key, value, causal, scaling)
+
+    monkeypatch.setattr(dense_rows, "attend", attend)
+    query, key, value = inputs(2, count + before, 4, 2, 24)
+    whole = dense_attend(query, key, value, True, 0.3)[0]
+    found = dense_rows.block(query[:, :, before:], key, value, 0.3)
+    torch.testing.assert_close(found, whole[:, :, before:], rtol=1e-4, atol=1e-5)
+    assert all(length % 8 == 0 for shape in shapes for length in shape)
+    assert len(shapes) == (2 if before >= 8 else 1) and shapes[0][0] < 1.2 * (count + 16) + 8
+
+
+def test_which_blocks_are_dense(monkeypatch):
+    monkeypatch.setattr(dense_rows, "usable", lambda *tensors: True)
+    query, key, value = inputs(1, 300, 1, 1, 16)
+    assert not dense_rows.takes_block(query[:, :, -256:], key, value), "it has no gradient"
+    with torch.no_grad():
+        assert dense_rows.takes_block(query[:, :, -256:], key, value)
+        assert not dense_rows.takes_block(query[:, :, -255:], key, value)
+
+
+SHORT_TAILS = {
+    "the paper's recipe": (2, 100, 50, 4, 1, 16, RefreshConfig(budget=12, stride=NEVER), 0),
+    "full steps in the tail": (1, 90, 60, 2, 2, 16, RefreshConfig(budget=9, stride=7), 0),
+    "every step full": (1, 40, 17, 2, 1, 16, RefreshConfig(budget=8, stride=1), 0),
+    "observers and windows": (
+        2, 63, 40, 2, 2, 16, RefreshConfig(budget=9, stride=5, observation_window=4, recent_window=3, sink_tokens=2), 0,
+    ),
+    "more observers than the prompt has tokens": (
+        1, 30, 3, 2, 1, 16, RefreshConfig(budget=6, stride=5, observation_window=9), 0,
+    ),
+    "a single row": (1, 41, 40, 1, 2, 24, RefreshConfig(budget=0.3, stride=5), 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("name", SHORT_TAILS)
+def test_whole_rows_with_a_short_tail(monkeypatch, name, heads_first):
+    """By the stand-in for cuDNN; the upstream gradient in the output's layout, and in another."""
+    monkeypatch.setattr(dense_rows, "attend", dense_attend)
+    monkeypatch.setattr(dense_rows, "attend_backward", dense_attend_backward)
+    rows, length, prompt, groups, kv_heads, head_dim, config, _ = SHORT_TAILS[name]
+    tensors = inputs(rows, length, groups, kv_heads, head_dim)
+    _, arguments, settings = rows_arguments(tensors[0], prompt, config, head_dim**-0.5)
+    upstream = torch.randn(rows, length, groups * kv_heads, head_dim).to(DEVICE)
+    if heads_first:
+        upstream = upstream.transpose(1, 2).contiguous().transpose(1, 2)
+    output = short_tail.whole_rows(*tensors, *arguments, **settings)
+    expected = naive.whole_rows(*tensors, *arguments, **settings)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    gradients = torch.autograd.grad(output, tensors, upstream)
+    wanted = torch.autograd.grad(expected, tensors, upstream)
+    for found, gradient in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
+
+
+def test_which_rows_are_computed_whole(monkeypatch):
+    monkeypatch.setattr(dense_rows, "usable", lambda *tensors: True)
+    query, key, value = inputs(1, 128, 1, 1, 16)
+    assert short_tail.usable(query, key, value, 126, True)
+    assert not short_tail.usable(query, key, value, 125, True) and not short_tail.usable(query, key, value, 126, False)
+
+
+@pytest.mark.parametrize("recomputed", slow_unless((None,), (None, False, True)))
+def test_a_model_takes_short_tails_whole(monkeypatch, recomputed):
+    """The attention's own way there gives the same logits and gradients as the parts put together; with activation
+    checkpointing of both kinds too."""
+    config, model = RefreshConfig(budget=9, stride=5), tiny_model(dtype=torch.float32)
+    model, ids = enable(model, config).to(DEVICE).train(), random_ids(2, 70).to(DEVICE)
+    if recomputed is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": recomputed})
+
+    def loss_and_gradients():
+        model.zero_grad()
+        loss = model(ids, labels=ids, refresh=Simulation(50, config), use_cache=False).loss
+        loss.backward()
+        return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected, calls = loss_and_gradients(), []
+    monkeypatch.setattr(dense_rows, "attend", dense_attend)
+    monkeypatch.setattr(dense_rows, "attend_backward", dense_attend_backward)
+    monkeypatch.setattr(ops, "takes_whole_rows", lambda *arguments: calls.append(arguments) or True)
+    torch.testing.assert_close(loss_and_gradients(), expected, rtol=1e-4, atol=1e-5)
+    assert len(calls) == model.config.num_hidden_layers * (1 if recomputed is None else 2)
+
+
+def assert_same_selection(found, wanted, positions, droppable):
+    """The same positions in the same order, but for the ranks that no segment drops: those in any order."""
+    for row, step in (positions >= 0).nonzero().tolist():
+        for ours, theirs in zip(found[row, :, step].tolist(), wanted[row, :, step].tolist(), strict=True):
+            size = sum(position >= 0 for position in theirs)
+            safe = max(0, size - droppable)
+            assert sorted(ours[:safe]) == sorted(theirs[:safe])
+            assert ours[safe:] == theirs[safe:]
+
+
+@pytest.mark.parametrize("name", slow_unless(QUICK, CASES))
+def test_selection(name):
+    """Exactly the naive form's positions, rank by rank as far as the ranks are told apart."""
+    rows, length, prompt, groups, kv_heads, head_dim, config, padding = CASES[name]
+    query, key, _ = inputs(rows, length, groups, kv_heads, head_dim)
+    left_padding = torch.tensor([0, padding][-rows:], device=DEVICE)
+    _, (positions, _, budgets, _), settings = rows_arguments(query, prompt, config, head_dim**-0.5, left_padding)
+    settings = selection_only(settings)
+    with torch.no_grad():
+        wanted = naive.select(query, key, positions, budgets, left_padding, **settings)
+        found = ranking.select(query, key, positions, budgets, left_padding, **settings)
+    assert_same_selection(found, wanted, positions, settings["droppable"])
+
+
+def test_kernels_run_where_their_tensors_are(monkeypatch):
+    """Not on the current device, which models that are spread over several leave as it is."""
+    entered = []
+
+    class Recorded(torch.cuda.device_of):
+        def __init__(self, tensor):
+            super().__init__(tensor)
+            entered.append(tensor.data_ptr())
+
+    monkeypatch.setattr(torch.cuda, "device_of", Recorded)
+    query, key, value = inputs(1, 40, 2, 1, 16)
+    _, plan, settings = rows_arguments(
+        query, 20, RefreshConfig(budget=8, stride=5), 0.25, torch.zeros(1, device=DEVICE)
+    )
+    positions, _, budgets, left_padding = plan
+    with torch.no_grad():
+        ranking.select(query, key, positions, budgets, left_padding, **selection_only(settings))
+    assert entered == [query.data_ptr()]
+    output = fused.refresh_rows(query, key, value, *plan, **settings)
+    before = len(entered)
+    output.sum().backward()
+    assert 1 < before < len(entered)
+
+
+@pytest.mark.slow
+def test_selection_in_chunks_and_with_the_other_sort(monkeypatch):
+    query, key, _ = inputs(2, 63, 2, 2, 16)
+    config, padding = RefreshConfig(budget=9, stride=5, observation_window=3), torch.tensor([0, 4], device=DEVICE)
+    _, (positions, _, budgets, _), settings = rows_arguments(query, 20, config, 0.25, padding)
+    settings = selection_only(settings)
+    with torch.no_grad():
+        whole = ranking.select(query, key, positions, budgets, padding, **settings)
+        monkeypatch.setattr(ranking, "MAX_SCORES", 1)
+        monkeypatch.setattr(ranking, "BLOCK", 16)
+        monkeypatch.setattr(ranking, "LARGEST_SORT", 1)
+        found = ranking.select(query, key, positions, budgets, padding, **settings)
+    assert_same_selection(found, whole, positions, settings["droppable"])
+
+
+@pytest.mark.parametrize(
+    "sizes", slow_unless([{"BLOCK": 16}], [{"BLOCK": 16}, {"BLOCK": 64, "SAMPLE": 16}, {"BLOCK": 16, "DOUBTS": 4}])
+)
+def test_ties_go_to_the_lower_position(monkeypatch, sizes):
+    """Keys of two kinds only: almost everything is a tie, within a block and across."""
+    for name, size in sizes.items():
+        monkeypatch.setattr(ranking, name, size)
+    query, _, _ = inputs(1, 90, 2, 1, 16)
+    kinds = torch.randn(2, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    # eighths, whose products add up exactly: in another order NumPy, as the interpreter's, could give another last bit
+    query, kinds = ((tensor.detach() * 8).round() / 8 for tensor in (query, kinds))
+    draw = random.Random(2)
+    key = kinds[[draw.randint(0, 1) for _ in range(90)]][None, None]
+    _, (positions, _, budgets, padding), settings = rows_arguments(query, 30, RefreshConfig(budget=20, stride=6), 0.25)
+    settings = selection_only(settings)
+    with torch.no_grad():
+        wanted = naive.select(query, key, positions, budgets, padding, **settings)
+        found = ranking.select(query, key, positions, budgets, padding, **settings)
+    assert_same_selection(found, wanted, positions, settings["droppable"])
+
+
+@pytest.mark.parametrize("doubts", [1, 32, 256])
+def test_a_cut_guessed_from_a_sample_or_searched_everywhere(monkeypatch, doubts):
+    """Few positions sampled: with few places for those in doubt the slow search has to finish, with many it has not."""
+    monkeypatch.setattr(ranking, "SAMPLE", 32)
+    monkeypatch.setattr(ranking, "DOUBTS", doubts)
+    query, key, _ = inputs(2, 300, 2, 1, 16)
+    config, padding = RefreshConfig(budget=40, stride=60, recent_window=9, sink_tokens=3), torch.tensor([0, 7])
+    padding = padding.to(DEVICE)
+    _, (positions, _, budgets, _), settings = rows_arguments(query, 170, config, 0.25, padding)
+    settings = selection_only(settings)
+    with torch.no_grad():
+        wanted = naive.select(query, key, positions, budgets, padding, **settings)
+        found = ranking.select(query, key, positions, budgets, padding, **settings)
+    assert_same_selection(found, wanted, positions, settings["droppable"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threshold", [None, 0.3])
+def test_torch_compile_takes_a_model_with_the_kernels_whole(monkeypatch, threshold):
+    """No graph break inside, and the same loss and gradients as without."""
+    monkeypatch.setattr(ops, "refresh_rows", fused.refresh_rows)
+    config = RefreshConfig(budget=9, stride=5, threshold=threshold)
+    model = enable(tiny_model(dtype=torch.float32), config).to(DEVICE).train()
+    ids = random_ids(2, 27).to(DEVICE)
+
+    def loss_and_gradients(model):
+        model.zero_grad()
+        loss = model(ids, labels=ids, refresh=Simulation(14, config), use_cache=False).loss
+        loss.backward()
+        return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = loss_and_gradients(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(loss_and_gradients(compiled), expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,303 @@
+"""The kernels of a decoding step against the naive form, step by step: on a GPU, or under Triton's interpreter."""
+
+import gc
+import pickle
+import weakref
+from itertools import product
+
+import pytest
+import torch
+
+from refreshkv import NEVER, RefreshConfig
+from refreshkv.baselines.full import FullLayer
+from refreshkv.baselines.h2o import H2OLayer
+from refreshkv.baselines.snapkv import SnapKVLayer
+from refreshkv.baselines.streaming import StreamingLayer
+from refreshkv.cache import joint_state as layer_stack
+from refreshkv.cache.layer import RefreshLayer
+from refreshkv.cache.refresh import RefreshCache
+from refreshkv.ops import naive
+from refreshkv.ops.step import operators as decode
+from refreshkv.ops.step.operators import STATE
+from tests.helpers.marks import slow_unless
+from tests.helpers.models import random_ids, tiny_enabled
+
+pytest.importorskip("triton")
+
+from refreshkv.ops.selection import step as decode_selection
+from refreshkv.ops.step import attention as decode_attention
+from refreshkv.ops.step import launches as decode_kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# prompt, steps, query heads per group, key/value heads, head size, padding of the second row, configuration
+CASES = {
+    "fixed": (20, 12, 2, 2, 16, 5, RefreshConfig(budget=8, stride=5)),
+    "every step full": (17, 6, 2, 1, 16, 0, RefreshConfig(budget=8, stride=1)),
+    "seven heads to a group": (21, 9, 7, 1, 16, 3, RefreshConfig(budget=9, stride=4)),
+    "odd head size": (21, 9, 1, 2, 24, 3, RefreshConfig(budget=9, stride=2)),
+    "one key": (9, 14, 2, 2, 16, 3, RefreshConfig(budget=1, stride=6)),
+    "a prompt of one token": (1, 12, 2, 1, 16, 0, RefreshConfig(budget=5, stride=3)),
+    "a budget beyond the row": (12, 16, 2, 2, 16, 4, RefreshConfig(budget=1000, stride=7)),
+    "a fraction of padded rows": (30, 14, 2, 2, 16, 13, RefreshConfig(budget=0.3, stride=6)),
+    "never refreshed": (31, 16, 4, 1, 16, 0, RefreshConfig(budget=12, stride=NEVER)),
+    "similarity": (20, 25, 2, 2, 16, 5, RefreshConfig(budget=10, stride=3, threshold=0.3)),
+    "long intervals": (50, 26, 2, 1, 16, 5, RefreshConfig(budget=36, stride=24)),
+    "similarity, long intervals": (50, 45, 2, 1, 16, 5, RefreshConfig(budget=36, stride=20, threshold=-0.1)),
+    "observers and windows": (
+        *(20, 14, 2, 2, 16, 5),
+        RefreshConfig(budget=9, stride=5, observation_window=4, recent_window=3, sink_tokens=2, pool_kernel=3),
+    ),
+    "short prompt, many observers": (3, 14, 2, 1, 16, 1, RefreshConfig(budget=9, stride=5, observation_window=9)),
+    "windows beyond the budget": (21, 9, 2, 1, 16, 4, RefreshConfig(budget=4, stride=4, recent_window=9)),
+}
+
+
+def drawn(generator, heads, length, head_dim, dtype=torch.float32, rows=2):
+    # as a model lays them out: (B, T, H, D) in memory
+    return torch.randn(rows, length, heads, head_dim, generator=generator).to(DEVICE, dtype).transpose(1, 2)
+
+
+def prompted_layer(query, key, value, padding, config, capacity):
+    layer = RefreshLayer(capacity, config)
+    layer.update(key, value)
+    layer.begin(query, padding, query.shape[-1] ** -0.5)
+    return layer
+
+
+def state_of(layer):
+    return [layer.cumulative_length if name == "length" else getattr(layer, name) for name in STATE]
+
+
+def seen_of(layer):
+    """The set of positions each row and key/value head would attend to in the next step, if partial."""
+    anchors, budgets, padding, _ = layer.rows.unbind(1)
+    queue = naive.small_cache(int(layer.cumulative_length), anchors, layer.selected.long(), budgets, padding)
+    return [[sorted(position for position in head if position >= 0) for head in row] for row in queue.tolist()]
+
+
+def compare(case, dtype=torch.float32, tolerance=1e-4, seed=0):
+    prompt, steps, groups, kv_heads, head_dim, padding, config = case
+    generator = torch.Generator().manual_seed(seed)
+    padding = torch.tensor([0, padding], device=DEVICE)
+    heads = (groups * kv_heads, kv_heads, kv_heads)
+    block = [drawn(generator, count, prompt, head_dim, dtype) for count in heads]
+    ours, theirs = (prompted_layer(*block, padding, config, prompt + steps) for _ in range(2))
+    options = (config.stride, config.threshold, *config.selection_options().values(), head_dim**-0.5)
+    for step in range(steps):
+        token = [drawn(generator, count, 1, head_dim, dtype) for count in heads]
+        found = decode_kernels.decode_step(*token, *state_of(ours), *options)
+        expected = naive.decode_step(*token, *state_of(theirs), *options)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, s=step: f"{s}: {m}")
+        kept = ["keys", "values", "full_steps", "cumulative_length"]
+        # a single observer is the step's own query
+        for name in kept + ["observers"] * (config.observation_window > 1):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), (step, name)
+        assert torch.equal(ours.rows, theirs.rows), (step, "rows")
+        if config.threshold is not None:
+            torch.testing.assert_close(ours.mean_query, theirs.mean_query)
+        assert seen_of(ours) == seen_of(theirs), (step, "selected")
+    return theirs.full_steps
+
+
+QUICK = ("fixed", "a fraction of padded rows", "seven heads to a group", "similarity", "observers and windows")
+
+
+@pytest.mark.parametrize("name", slow_unless(QUICK, CASES))
+def test_steps_equal_the_naive_form(name):
+    full_steps = compare(CASES[name])
+    if "similarity" in name:
+        assert len({tuple(row) for row in full_steps.tolist()}) == 2, "rows refresh together: the test shows less"
+
+
+TOGETHER = ("fixed", "similarity", "long intervals", "observers and windows")
+
+
+@pytest.mark.parametrize("name", slow_unless(("observers and windows",), TOGETHER))
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_layers_that_select_together(monkeypatch, name, parts):
+    """Steps of three layers whose selections are one launch, and of each by itself; rows change places in between."""
+    monkeypatch.setattr(layer_stack, "uses_kernels", lambda tensor: True)
+    monkeypatch.setattr(decode_selection, "parts_of", lambda pairs, capacity: parts)
+    prompt, _, groups, kv_heads, head_dim, padding, config = CASES[name]
+    steps = 8
+    generator, padding = torch.Generator().manual_seed(3), torch.tensor([0, padding], device=DEVICE)
+    heads = (groups * kv_heads, kv_heads, kv_heads)
+    blocks = [[drawn(generator, count, prompt, head_dim) for count in heads] for _ in range(3)]
+    together, alone = ([prompted_layer(*block, padding, config, prompt + steps) for block in blocks] for _ in range(2))
+    layer_stack.stack_layers(together)
+    together[-1].before = tuple(together[:-1])
+    options = (config.stride, config.threshold, *config.selection_options().values(), head_dim**-0.5)
+    for step in range(steps):
+        if step == 4:
+            before = together[0].stack
+            for layer in (*together, *alone):
+                layer.batch_select_indices(torch.tensor([1, 0, 1], device=DEVICE))
+            assert together[0].stack is together[2].stack is not before
+        rows = 2 if step < 4 else 3
+        for ours, theirs in zip(together, alone, strict=True):
+            token = [drawn(generator, count, 1, head_dim, rows=rows) for count in heads]
+            ours.update(*token[1:])
+            found = ours.step(*token, head_dim**-0.5)
+            assert torch.equal(found, decode_kernels.decode_step(*token, *state_of(theirs), *options)), step
+        for ours, theirs in zip(together, alone, strict=True):
+            for ours_state, theirs_state, state in zip(state_of(ours), state_of(theirs), STATE, strict=True):
+                if state != "observers" or config.observation_window > 1:
+                    assert torch.equal(ours_state, theirs_state), (step, state)
+            assert ours.rows.data_ptr() == ours.stack.rows[ours.number].data_ptr()
+
+
+def test_the_memory_of_a_cache_is_free_at_once(monkeypatch):
+    """No layer is part of a circle, which Python would find some time later."""
+    monkeypatch.setattr(layer_stack, "uses_kernels", lambda tensor: True)
+    model, gone = tiny_enabled(CASES["fixed"][-1]).to(DEVICE), []
+    cache = RefreshCache(model.config, 20)
+    with torch.no_grad():
+        model(random_ids(2, 12).to(DEVICE), past_key_values=cache)
+    for layer in cache.layers:
+        assert layer.stack is not None
+        weakref.finalize(layer, gone.append, layer.number)
+    gc.disable()
+    try:
+        del layer, cache
+        assert sorted(gone) == list(range(model.config.num_hidden_layers))
+    finally:
+        gc.enable()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("splits", [1, 5, 16])
+def test_any_number_of_splits(monkeypatch, splits):
+    monkeypatch.setattr(decode_attention, "splits_of", lambda pairs, device: splits)
+    monkeypatch.setitem(decode_attention.TILE, "BLOCK_N", 16)
+    compare(CASES["similarity"])
+    compare(CASES["observers and windows"])
+
+
+@pytest.mark.parametrize(
+    ("name", "sample", "doubts", "margin"),
+    [
+        ("fixed", 16, 16, 3.0),
+        ("observers and windows", 16, 1, 3.0),
+        ("fixed", 8, 16, 0.0),
+        pytest.param("long intervals", 64, 64, 3.0, marks=pytest.mark.slow),
+        pytest.param("long intervals", 16, 1, 3.0, marks=pytest.mark.slow),
+    ],
+)
+def test_selection_whatever_the_guess(monkeypatch, name, sample, doubts, margin):
+    """A good guess, one that leaves too much in doubt, a wrong one; several blocks of everything."""
+    monkeypatch.setattr(decode_selection, "SAMPLE", sample)
+    monkeypatch.setattr(decode_selection, "DOUBTS", doubts)
+    monkeypatch.setattr(decode_selection, "MARGIN", margin)
+    monkeypatch.setattr(decode_selection, "BLOCK", 16)
+    monkeypatch.setattr(decode_attention, "RANKED", 16)
+    monkeypatch.setattr(decode_kernels, "RANKING_PROGRAMS", 4)
+    compare(CASES[name])
+
+
+@pytest.mark.parametrize("name", ["full", "streaming", "h2o", "snapkv"])
+@pytest.mark.parametrize("groups", slow_unless([7], [1, 7]))
+def test_the_baselines_equal_their_naive_form(monkeypatch, name, groups):
+    monkeypatch.setattr(decode_attention, "splits_of", lambda pairs, device: 3)
+    prompt, steps, head_dim, capacity = 21, 14, 16, 40
+    generator = torch.Generator().manual_seed(1)
+    padding = torch.tensor([0, 5], device=DEVICE)
+    block = [drawn(generator, count, prompt, head_dim) for count in (groups * 2, 2, 2)]
+    make = {
+        "full": lambda: FullLayer(capacity),
+        "streaming": lambda: StreamingLayer(capacity, 0.4, 2),
+        "h2o": lambda: H2OLayer(capacity, 0.4),
+        "snapkv": lambda: SnapKVLayer(capacity, 0.4, 1, 7, "max"),
+    }[name]
+    layers = [make(), make()]
+    for layer in layers:
+        layer.update(*block[1:])
+        layer.begin(block[0], padding, 0.25)
+    for step in range(steps):
+        token = [drawn(generator, count, 1, head_dim) for count in (groups * 2, 2, 2)]
+        outputs = []
+        for layer, kernels in zip(layers, (True, False), strict=True):
+            monkeypatch.setattr(decode, "uses_kernels", lambda tensor, kernels=kernels: kernels)
+            outputs.append(layer.step(*token, 0.25))
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5, msg=lambda m, s=step: f"{s}: {m}")
+        for state in layers[0].row_state:
+            ours, theirs = (getattr(layer, state) for layer in layers)
+            torch.testing.assert_close(ours, theirs, msg=lambda m, s=(step, state): f"{s}: {m}")
+
+
+def assert_exact_selection(length, budget, distinct, tail=12):
+    """Random rankings, few of them different or many, against a stable sort; the lowest ranks in order."""
+    generator = torch.Generator().manual_seed(length + distinct)
+    rankings = torch.randint(0, distinct, (2, 3, length + 5), generator=generator, dtype=torch.int32).to(DEVICE)
+    padding = torch.tensor([0, length // 5], device=DEVICE)
+    anchors = torch.zeros_like(padding)
+    rows = torch.stack([anchors, torch.full_like(padding, budget), padding, anchors], dim=1)
+    selected = torch.full((2, 3, budget), -1, device=DEVICE, dtype=torch.int32)
+    flags = torch.zeros(2, length + 5, device=DEVICE, dtype=torch.bool)
+    full, arrived, _, now = decode.Check.empty((2,), 3, length + 5, 64, torch.device(DEVICE))
+    decode_kernels.select(
+        decode.Check(full.fill_(length - 1), arrived.zero_(), rankings, now),
+        torch.tensor(length, device=DEVICE),
+        rows,
+        selected,
+        torch.zeros_like(selected),
+        torch.zeros(2, 64, device=DEVICE),
+        flags,
+        stride=tail,
+        threshold=None,
+    )
+    for row, start in enumerate(padding.tolist()):
+        size = min(budget, length - start)
+        for head in range(3):
+            order = rankings[row, head, start:length].sort(descending=True, stable=True).indices[:size] + start
+            found = selected[row, head, :size].long()
+            assert torch.equal(found.sort().values, order.sort().values)
+            assert torch.equal(found[-tail:], order[-tail:])
+    assert flags.sum() == 2 and rows[:, 0].tolist() == [length - 1] * 2
+
+
+@pytest.mark.parametrize("distinct", [3, 200, 2**30])
+@pytest.mark.parametrize(("length", "budget"), [(40, 7), (300, 250), (1500, 100), (1500, 1), (5000, 5000)])
+def test_the_selection_is_exact(length, budget, distinct):
+    assert_exact_selection(length, budget, distinct)
+
+
+# each size with each number of distinct scores; 2 and 8 programs in turn, as the interpreter takes long for each
+SHARED = list(product([(40, 7), (300, 250), (1500, 100), (1500, 1), (900, 900)], [3, 200, 2**30]))
+
+
+@pytest.mark.parametrize(
+    ("length", "budget", "distinct", "parts"),
+    [(*size, distinct, (8, 2)[number % 2]) for number, (size, distinct) in enumerate(SHARED)],
+)
+def test_the_selection_by_several_programs_is_exact(monkeypatch, length, budget, distinct, parts):
+    """Parts without positions, or with more in doubt than they have room for, among them."""
+    monkeypatch.setattr(decode_selection, "parts_of", lambda pairs, capacity: parts)
+    monkeypatch.setattr(decode_selection, "SAMPLE", 64)
+    monkeypatch.setattr(decode_selection, "DOUBTS", 128)
+    monkeypatch.setattr(decode_selection, "BLOCK", 64)
+    assert_exact_selection(length, budget, distinct)
+
+
+def test_programs_that_share_a_row():
+    found = [decode_selection.parts_of(pairs, 32800) for pairs in (1, 8, 16, 64, 256, 1000)]
+    assert found == [16, 16, 16, 4, 1, 1] and decode_selection.parts_of(8, 2000) == 1
+
+
+def test_a_pickled_cache_goes_on(monkeypatch):
+    """What pickle takes apart, the layers' state and that of all of them, is one again."""
+    monkeypatch.setattr(layer_stack, "uses_kernels", lambda tensor: True)
+    model, ids = tiny_enabled(dtype=torch.float32, head_dim=16).to(DEVICE), random_ids(2, 24).to(DEVICE)
+    results = []
+    with torch.no_grad():
+        for is_pickled in (False, True):
+            cache = RefreshCache(model.config, 40, RefreshConfig(budget=6, stride=3))
+            for columns in (ids[:, :14], *ids[:, 14:16].split(1, dim=1)):
+                model(columns, past_key_values=cache)
+            cache = pickle.loads(pickle.dumps(cache)) if is_pickled else cache
+            logits = [model(column, past_key_values=cache).logits for column in ids[:, 16:20].split(1, dim=1)]
+            cache.reorder_cache(torch.tensor([1, 0], device=DEVICE))
+            logits += [model(column, past_key_values=cache).logits for column in ids[:, 20:].split(1, dim=1)]
+            results.append((torch.cat(logits, dim=1), cache.full_steps))
+    (expected, steps), (found, found_steps) = results
+    assert torch.equal(found, expected) and torch.equal(found_steps, steps)

@@ -1,0 +1,477 @@
+"""Experiments: what is planned, run, interrupted and continued, and what the tables say."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from refreshkv import RefreshConfig
+from refreshkv.evaluation.inputs import changed_config
+from refreshkv.evaluation.perplexity import default_strategies
+from refreshkv.settings import SettingsError, load_settings, settings_from_dict
+from refreshkv.train.config import RunConfig
+from refreshkv.train.experiment.config import ExperimentConfig, merge
+from refreshkv.train.experiment.jobs import Job, Outcome, _start_ready, run_pieces
+from refreshkv.train.experiment.pieces import Command, Piece, plan
+from refreshkv.train.experiment.report import gaps_closed, perplexity_table, task_table, write_tables
+from refreshkv.train.experiment.results import Results
+from tests.helpers.jobs import ROOT, make_rows
+from tests.helpers.scripts import load_script
+
+SCRATCH = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 128,
+}
+
+
+def settings(tmp_path, **changed):
+    rows = {"folder": str(tmp_path / "rows"), "path": "json", "data_files": "t.jsonl", "row_length": 48}
+    values = {
+        "output": str(tmp_path / "runs"),
+        "results": str(tmp_path / "results"),
+        "selections": {"paper": {}, "windows": {"observation_window": 4, "recent_window": 2}},
+        "settings": {"training": {"deepspeed": str(ROOT / "configs/deepspeed/zero0.json"), "dtype": "fp32"}},
+        "arms": {
+            "none": {"selections": ["paper", "windows"]},
+            "plain": {"selections": ["paper"], "settings": {"simulation": {"pattern": "off"}}},
+            "whole": {"selections": ["windows"], "settings": {"simulation": {"pattern": "whole", "stride": [5, 10]}}},
+        },
+        "studies": {
+            "small": {
+                "settings": {"data": {**rows, "train_vocabulary": 300}, "refresh": {"budget": 8, "stride": 5}},
+                "base": {"model": {"scratch": SCRATCH}, "training": {"steps": 4, "global_batch": 4, "micro_batch": 2}},
+                "continued": {"training": {"steps": 2, "global_batch": 4, "micro_batch": 2}},
+                "arms": ["none", "plain", "whole"],
+                "seeds": [0, 1],
+                "perplexity": {"last_tokens": 12, "rows": 4, "strides": [5]},
+            }
+        },
+    }
+    return merge(values, changed)
+
+
+def experiment(tmp_path, **changed):
+    return settings_from_dict(ExperimentConfig, settings(tmp_path, **changed))
+
+
+FAKE = """
+import json, os, signal, sys, time
+from pathlib import Path
+import yaml
+name, arguments = Path(sys.argv[0]).stem, sys.argv[1:]
+def value(flag):
+    return arguments[arguments.index(flag) + 1]
+with open(os.environ["CALLS"], "a") as calls:
+    print(json.dumps([name, os.environ["CUDA_VISIBLE_DEVICES"], os.environ.get("WORLD_SIZE"), arguments]), file=calls)
+if name == "prepare":
+    made = Path(yaml.safe_load(open(value("--config")))["data"]["folder"], "rows.json")
+elif name == "train":
+    run = yaml.safe_load(open(value("--config")))["training"]
+    Path(run["output"]).mkdir(parents=True, exist_ok=True)
+    Path(run["output"], "run.yaml").touch()
+    if "slow" in os.environ:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+        time.sleep(60)
+    if "broken" in os.environ and "whole-0" in run["output"]:
+        sys.exit(1)
+    made = Path(run["output"], "checkpoints", f"step-{run['steps']:07d}")
+elif name == "export":
+    made = Path(arguments[1])
+    made.mkdir(parents=True)
+    (made / "model.safetensors").write_text(os.environ.get("WEIGHTS", "") + str(made.parent.name))
+else:
+    made = Path(value("--output"), "report.json")
+    made.parent.mkdir(parents=True)
+    results = [{"name": n, "losses": [1.0] * 12, "perplexity": p, "loss": 1.0, "standard_error": 0.1, "budget": 8,
+                "effective_stride": 5.0} for n, p in (("full", 10.0), ("refresh S=5", 12.0))]
+    made.write_text(json.dumps({"date": "d", "hardware": "h", "versions": {}, "protocol": {"fingerprint": "f"},
+                                "evaluation": {"results": results}}))
+time.sleep(0.2)
+made.parent.mkdir(parents=True, exist_ok=True)
+made.touch()
+"""
+
+
+def stand_ins(folder, monkeypatch):
+    """Stand-ins for the scripts, which write down how they were called."""
+    launch = folder / "launch"
+    launch.mkdir(exist_ok=True)
+    for name in ("prepare", "train", "export", "evaluate"):
+        (launch / f"{name}.py").write_text(FAKE)
+    monkeypatch.setenv("CALLS", str(folder / "calls.txt"))
+    return launch
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch):
+    return stand_ins(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """The folder of an experiment that has run to its end, and what became of its pieces; not to be changed."""
+    folder = tmp_path_factory.mktemp("everything")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        outcome, _ = go(experiment(folder), stand_ins(folder, monkeypatch), folder)
+    return folder, outcome
+
+
+@pytest.fixture
+def finished(everything, tmp_path):
+    """A copy of that experiment in this test's folder."""
+    shutil.copytree(everything[0], tmp_path, dirs_exist_ok=True)
+    return experiment(tmp_path)
+
+
+def calls(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "calls.txt").read_text().splitlines()]
+
+
+def go(config, launch, tmp_path, devices=("0", "1"), seconds=60.0):
+    results = Results(config)
+    pieces = plan(config, set(results.entries))
+    outcome = run_pieces(
+        pieces, list(devices), launch, tmp_path / "logs", seconds, lambda p: results.add(p) if p.reports else None
+    )
+    return outcome, results
+
+
+def test_the_plan_has_what_is_needed_first(tmp_path):
+    config = experiment(tmp_path)
+    names = [piece.name for piece in plan(config, set())]
+    rows = f"rows {tmp_path}/rows"
+    arms = ["small/none", "small/plain-0", "small/plain-1", "small/whole-0", "small/whole-1"]
+    assert names == [rows, "small/base", *arms]
+    by_name = {piece.name: piece for piece in plan(config, set())}
+    assert by_name["small/base"].needs == [rows] and by_name["small/whole-1"].needs == ["small/base", rows]
+    assert [command.script for command in by_name["small/whole-1"].commands] == ["train.py", "export.py", "evaluate.py"]
+    known = {name for piece in by_name.values() for name in piece.names}
+    left = known - by_name["small/whole-1"].names
+    assert [piece.name for piece in plan(config, left)] == [rows, "small/base", "small/whole-1"]
+    assert plan(config, known) == []
+
+
+def test_a_study_that_starts_from_anothers_base(tmp_path):
+    values = settings(tmp_path)
+    second = copy.deepcopy(values["studies"]["small"])
+    second |= {"base": {"training": {"steps": 3}}, "start": "small", "arms": ["none"]}
+    values["studies"] = {"second": second, "small": values["studies"]["small"]}
+    config = settings_from_dict(ExperimentConfig, values)
+    pieces = {piece.name: piece for piece in plan(config, set())}
+    assert list(pieces).index("small/base") < list(pieces).index("second/base")
+    assert "small/base" in pieces["second/base"].needs
+    assert pieces["second/base"].commands[0].config[1]["model"] == {"path": f"{tmp_path}/runs/small/base/model"}
+
+
+def test_a_run_of_everything(everything):
+    folder, outcome = everything
+    config = experiment(folder)
+    results = Results(config)
+    assert not outcome.failed and not outcome.left and len(outcome.done) == 7
+    made = calls(folder)
+    assert [name for name, *_ in made[:4]] == ["prepare", "train", "train", "export"]  # the base on both devices
+    assert [(seen, world) for name, seen, world, _ in made[1:3]] == [("0,1", "2")] * 2
+    arms = [(name, seen, world) for name, seen, world, _ in made[4:]]
+    assert {seen for _, seen, _ in arms} == {"0", "1"} and {world for *_, world in arms} == {None}
+    assert len(results.entries) == 6
+    runs = [yaml.safe_load((folder / f"runs/small/whole-{seed}/run.yaml").read_text()) for seed in (0, 1)]
+    assert [run["training"]["seed"] for run in runs] == [0, 1]
+    assert runs[0]["refresh"]["observation_window"] == 4 and runs[0]["refresh"]["budget"] == 8
+    assert runs[0]["model"] == {"path": str(folder / "runs/small/base/model")}
+    assert "perplexity" in write_tables(config, results.entries)
+    assert {path.name for path in (folder / "results").glob("[!.]*")} == {
+        "results.json",
+        "tables.md",
+        "small-perplexity.png",
+    }
+
+
+def test_finished_figures_are_enough_to_go_on_elsewhere(finished, tmp_path, launch):
+    results = Results(finished)
+    del results.entries["small/plain/1/paper/perplexity"]
+    (tmp_path / "results/results.json").write_text(json.dumps(results.entries))
+    elsewhere = experiment(tmp_path, output=str(tmp_path / "elsewhere"))
+    results = Results(elsewhere)
+    pieces = plan(elsewhere, set(results.entries))
+    assert [piece.name for piece in pieces] == ["small/base", "small/plain-1"]
+    with pytest.raises(SettingsError, match="whose base model is not here: copy it"):
+        results.check_bases(pieces)
+    shutil.copytree(tmp_path / "runs/small/base/model", tmp_path / "elsewhere/small/base/model")
+    outcome, results = go(elsewhere, launch, tmp_path)
+    assert outcome.done == ["small/plain-1"] and len(results.entries) == 6
+    (tmp_path / "elsewhere/small/base/model/model.safetensors").write_text("another")
+    with pytest.raises(SettingsError, match="from another base model"):
+        Results(elsewhere)
+
+
+def test_what_others_add_meanwhile_is_kept(finished, tmp_path):
+    results, late = Results(finished), Results(finished)
+    late.entries.clear()
+    piece = next(p for p in plan(finished, set()) if p.name == "small/plain-0")
+    late.add(piece)
+    assert set(Results(finished).entries) == set(results.entries) and len(results.entries) == 6
+    results.entries["small/plain/1/paper/perplexity"]["rows"] = "others"
+    (tmp_path / "results/results.json").write_text(json.dumps(results.entries))
+    with pytest.raises(SettingsError, match="on other rows"):
+        late.add(piece)
+
+
+def test_settings_that_change_no_figure_may_change(finished, tmp_path):
+    values = settings(tmp_path)
+    values["studies"]["small"]["continued"]["training"] |= {"micro_batch": 1, "log_every": 3, "seed": 0}
+    values["studies"]["small"]["perplexity"] |= {"batch_size": 2, "split": "test"}
+    values["selections"]["unused"] = {}
+    values["arms"]["none"]["selections"] = ["paper"]
+    assert len(Results(settings_from_dict(ExperimentConfig, values)).entries) == 6
+
+
+def test_a_base_takes_as_many_devices_as_divide_its_batch():
+    command = Command("train.py", [], Path("made"), micro_batches=4)
+    assert [len(command.devices(["0"] * n)) for n in (1, 2, 3, 4, 5, 8)] == [1, 2, 2, 4, 4, 4]
+
+
+def test_rows_are_prepared_with_the_studys_settings_alone(tmp_path):
+    """Nothing of the script's default file comes in; a tokenizer that other rows make comes first."""
+    config = load_settings(
+        ExperimentConfig, ROOT / "configs/experiments/recipes.yaml", [f"output={tmp_path}", f"results={tmp_path}"]
+    )
+    pieces = {piece.name: piece for piece in plan(config, set()) if piece.name.startswith("rows ")}
+    assert len(pieces) == 3
+    first = "rows rows/python-packages"
+    for name, piece in pieces.items():
+        line = piece.commands[0].line(Path("launch"))
+        assert line[1:3] == ["launch/prepare.py", "--config"]
+        data = load_settings(RunConfig, line[3]).data
+        assert (data.train_vocabulary is None) == (name != first)
+        assert piece.needs == ([] if name == first else [first])
+
+
+def test_the_similarity_schedule_is_evaluated_by_name(tmp_path):
+    """With the threshold of the evaluation, whatever the selection or the run has."""
+    values = settings(tmp_path)
+    values["studies"]["small"]["perplexity"]["threshold"] = 0.7
+    pieces = plan(settings_from_dict(ExperimentConfig, values), set())
+    commands = [c for piece in pieces for c in piece.commands if c.script == "evaluate.py"]
+    assert len(commands) == 6
+    for command in commands:
+        overrides = [argument for argument in command.arguments if argument.startswith("refresh.")]
+        config = changed_config(RefreshConfig(), overrides)
+        names = [strategy.name for strategy in default_strategies(config, [5])]
+        assert "refresh S=5 threshold 0.7" in names and "--threshold" not in command.arguments
+
+
+def test_sigterm_ends_the_runs_too(tmp_path, launch, monkeypatch):
+    """Nothing goes on alone, and two do not work in one output."""
+    shutil.copy(ROOT / "launch" / "experiment.py", launch)
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(settings(tmp_path)))
+    command = [sys.executable, str(launch / "experiment.py"), "--config", str(path)]
+    environment = {**os.environ, "slow": "1"}
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run_file = tmp_path / "runs/small/base/run/run.yaml"
+    end = time.monotonic() + 60
+    while not run_file.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    with pytest.raises(SettingsError, match="another experiment is at work"):
+        load_script("experiment").main(["--config", str(path)])
+    first.terminate()
+    assert first.wait(30) == 130
+    trainers = subprocess.run(["pgrep", "-f", f"{launch}/train.py"], capture_output=True, text=True).stdout
+    assert not trainers.strip()
+
+
+def test_rows_are_prepared_beside_what_needs_devices(tmp_path):
+    """But not where there are none, and every job wants the same cores."""
+    pieces = [Piece("base", [], devices="all"), Piece("arm", []), Piece("rows", [], devices="none"), Piece("more", [])]
+    for devices, busy, started in [
+        (["0", "1"], 0, ["base", "rows"]),
+        (["0", "1"], 1, ["rows"]),  # the base waits for all, and the arms behind it
+        ([""], 0, ["base"]),
+        (["", ""], 1, []),
+    ]:
+        running = [Job(Piece("before", []), [slot], [devices[slot]], tmp_path, tmp_path) for slot in range(busy)]
+        left = _start_ready(pieces, running, Outcome(), devices, tmp_path, tmp_path)
+        names = [job.piece.name for job in running[busy:]]
+        assert names == started and [piece.name for piece in left] == [p.name for p in pieces if p.name not in names]
+
+
+def test_only_takes_patterns_that_match(tmp_path):
+    chosen, pieces = load_script("experiment").chosen, plan(experiment(tmp_path), set())
+    everything = [piece.name for piece in pieces]
+    assert [piece.name for piece in chosen(pieces, None)] == everything
+    assert [piece.name for piece in chosen(pieces, ["small/plain-*"])] == [
+        name for name in everything if name.startswith(("rows", "small/base", "small/plain"))
+    ]
+    ordered = [piece.name for piece in chosen(pieces, ["small/plain-1", "small/none", "*"])]
+    needed = [name for name in everything if name.startswith("rows") or name == "small/base"]
+    assert ordered[: len(needed) + 2] == [*needed, "small/plain-1", "small/none"]
+    assert sorted(ordered) == sorted(everything)
+    with pytest.raises(SettingsError, match="--only other/[*]: nothing that is left to do is called so"):
+        chosen(pieces, ["small/*", "other/*"])
+    with pytest.raises(SettingsError, match="--only results=elsewhere: .*; key=value goes before --only"):
+        chosen(pieces, ["small/*", "results=elsewhere"])
+
+
+def test_time_is_up_and_the_rest_is_continued(tmp_path, launch, monkeypatch):
+    config = experiment(tmp_path)
+    monkeypatch.setenv("slow", "1")
+    began = time.monotonic()
+    outcome, _ = go(config, launch, tmp_path, seconds=3.0)
+    assert time.monotonic() - began < 20 and not outcome.failed
+    assert "small/base" in outcome.left and len(outcome.left) == 6
+    monkeypatch.delenv("slow")
+    outcome, results = go(config, launch, tmp_path)
+    assert not outcome.left and len(results.entries) == 6
+    trained = [arguments for name, _, _, arguments in calls(tmp_path) if name == "train"]
+    assert "--resume" not in trained[0] and "--resume" in trained[2]
+
+
+def test_a_failed_piece_costs_only_what_needs_it(tmp_path, launch, monkeypatch):
+    monkeypatch.setenv("broken", "1")
+    config = experiment(tmp_path)
+    outcome, results = go(config, launch, tmp_path, devices=("", ""))
+    assert list(outcome.failed) == ["small/whole-0"] and outcome.left == [] and len(results.entries) == 5
+    assert "train.py" in outcome.failed["small/whole-0"].read_text()
+
+
+def test_figures_of_other_settings_are_refused(finished, tmp_path):
+    values = settings(tmp_path)
+    values["studies"]["small"]["continued"]["training"]["steps"] = 3
+    with pytest.raises(SettingsError, match="small/plain/0/paper/perplexity with other settings"):
+        Results(settings_from_dict(ExperimentConfig, values))
+
+
+def entry(perplexities):
+    return {"results": {name: {"perplexity": value} for name, value in perplexities.items()}}
+
+
+def test_shares_of_the_gap_by_hand(tmp_path):
+    values = settings(tmp_path, arms={"wider": {"selections": ["windows"]}})
+    values["studies"]["small"]["arms"].insert(1, "wider")
+    config = settings_from_dict(ExperimentConfig, values)
+    entries = {
+        "small/none/paper/perplexity": entry({"full": 10.0, "refresh S=5": 12.0}),
+        "small/none/windows/perplexity": entry({"full": 10.0, "refresh S=5": 11.5}),
+        "small/wider/windows/perplexity": entry({"full": 10.0, "refresh S=5": 11.5}),
+        "small/plain/0/paper/perplexity": entry({"full": 8.0, "refresh S=5": 10.0}),
+        "small/whole/0/windows/perplexity": entry({"full": 8.1, "refresh S=5": 9.1}),
+        "small/whole/1/windows/perplexity": entry({"full": 8.3, "refresh S=5": 8.9}),
+    }
+    assert gaps_closed(config, "small", "none", "windows", entries, "refresh S=5") == [0.25]
+    assert gaps_closed(config, "small", "plain", "paper", entries, "refresh S=5") == [0.0]
+    assert gaps_closed(config, "small", "whole", "windows", entries, "refresh S=5") == pytest.approx([0.5, 0.7])
+    lines = {line[0]: line for line in perplexity_table(config, "small", entries)}
+    assert lines["wider"] == ["wider", "windows", "1", "10.000", "", "11.500", "25.0"]
+    assert lines["whole"] == ["whole", "windows", "2", "8.200", "+2.50 %", "9.000 ± 0.141", "60.0 ± 14.1"]
+
+
+def test_scores_of_tasks_by_hand(tmp_path):
+    values = settings(tmp_path)
+    values["studies"]["small"]["tasks"] = {"names": ["chain_of_key"], "length": 400, "strategies": ["full", "h2o"]}
+    config = settings_from_dict(ExperimentConfig, values)
+
+    def scores(full, h2o):
+        pairs = (("full", full), ("H2O", h2o))
+        return {"results": [{"task": "chain", "decoding": name, "scores": {"score": s}} for name, s in pairs]}
+
+    entries = {f"small/whole/{seed}/windows/tasks": scores(0.9 + seed / 10, 0.3) for seed in (0, 1)}
+    assert task_table(config, "small", entries)[1:] == [
+        ["whole", "windows", "full", "2", "95.0 ± 7.1"],
+        ["whole", "windows", "H2O", "2", "30.0 ± 0.0"],
+    ]
+    write_tables(config, entries)
+    assert (tmp_path / "results/small-tasks.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        (("studies", "small", "arms"), ["plain"], "must have none"),
+        (("studies", "small", "arms"), ["none", "wole"], "no 'wole'"),
+        (("arms", "none", "selections"), ["windos"], "no 'windos'"),
+        (("arms", "none", "selections"), [], "arms.none.selections"),
+        (("studies", "small", "perplexity"), None, "evaluates nothing"),
+        (("studies", "small", "start"), "large", "no 'large'"),
+        (("studies", "small", "seeds"), [], "studies.small.seeds"),
+        (("studies", "small", "perplexity", "last_tokens"), 48, "last tokens must lie"),
+        (("studies", "small", "perplexity", "split"), "tests", "split"),
+        (("studies", "small", "tasks"), {"names": ["chain"], "length": 40, "strategies": ["full"]}, "chain"),
+        (("studies", "small", "tasks"), {"names": ["vt"], "length": 40, "strategies": ["fll"]}, "fll"),
+        (("studies", "small", "base", "data"), {"row_length": 4}, "base.data"),
+        (("studies", "small", "settings", "data", "folder"), None, "data.folder"),
+        (("studies", "small", "start"), "small", "comes back to small"),
+        (("studies", "small", "continued", "training", "step"), 3, "training.step"),
+        (("arms", "whole", "settings", "simulation", "stride"), 0, "simulation.stride"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(tmp_path, place, value, message):
+    values = settings(tmp_path)
+    *sections, key = place
+    section = values
+    for name in sections:
+        section = section[name]
+    section[key] = value
+    with pytest.raises(SettingsError, match=message):
+        settings_from_dict(ExperimentConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("name", "planned", "known", "left"),
+    [
+        (
+            "recipes",
+            {"30m-4k/base", "30m-4k/distilled-2", "120m-8k/whole-0", "tasks-2k/distilled-answers-0"},
+            "30m-4k/none/paper/perplexity",
+            ["30m-8k/base", "30m-8k/distilled-1", "30m-8k/distilled-2"],
+        ),
+        ("plain-share", {"small/mixed25-2"}, "small/none/paper/perplexity", []),
+    ],
+)
+def test_the_figures_of_the_repository(tmp_path, monkeypatch, name, planned, known, left):
+    """They are of the settings that stand there, and whole but for what docs/results.md says is missing."""
+    monkeypatch.chdir(ROOT)
+    published = ROOT / "docs/results" / name
+    shutil.copy(published / "results.json", tmp_path)
+    # an output of its own: whoever has run the experiment here has other base models
+    overrides = [f"results={tmp_path}", f"output={tmp_path}"]
+    config = load_settings(ExperimentConfig, ROOT / f"configs/experiments/{name}.yaml", overrides)
+    assert planned <= {piece.name for piece in plan(config, set())}
+    entries = Results(config).entries
+    assert known in entries
+    remaining = [piece.name for piece in plan(config, set(entries))]
+    assert [piece for piece in remaining if not piece.startswith("rows")] == left
+    assert remaining == [] or left  # rows are made for what is left alone
+    assert write_tables(config, entries) == (published / "tables.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_scripts_themselves(tmp_path):
+    """Everything with launch/'s own scripts, stopped once by --minutes."""
+    values = settings(tmp_path)
+    rows = make_rows(tmp_path)
+    values["studies"]["small"]["settings"]["data"] |= {"folder": str(rows)}
+    values["studies"]["small"] |= {"seeds": [0]}
+    values["studies"]["small"]["perplexity"] |= {"split": "train", "threshold": 0.5}
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(values))
+    command = [sys.executable, str(ROOT / "launch/experiment.py"), "--config", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.run([*command, "--minutes", "0.3"], capture_output=True, text=True, env=environment)
+    assert first.returncode == 0 and "left for the next time" in first.stdout, first.stdout + first.stderr
+    second = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "| whole | windows | 1 |" in second.stdout and "| refresh S=5 threshold 0.5 |" in second.stdout
+    assert len(json.loads(Path(values["results"], "results.json").read_text())) == 4
