@@ -1,4 +1,4 @@
-"""What each rank of tests/train/test_gradients.py runs: real engines, one after another, whose gradients are written down."""
+"""What each rank of tests/train/test_gradients.py runs: it builds real engines in turn and writes down their gradients."""
 
 import json
 import os
