@@ -129,7 +129,7 @@ class _Groups:
 def _attend(groups: _Groups, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
     """`refresh_attention` on this process's share of the heads, or on all of them outside training."""
     own = slice(None)
-    if query.shape[1] < groups.heads and kwargs.get("refresh") is not None:
+    if query.shape[1] < groups.heads and kwargs.get("simulation") is not None:
         kwargs["average_heads"] = groups.average_heads
         if groups.sharing > 1:
             query, own = groups.whole_group(query)

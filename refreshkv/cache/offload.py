@@ -23,6 +23,7 @@ from torch import Tensor
 
 from refreshkv import ops
 from refreshkv.cache.layer import RefreshLayer
+from refreshkv.cache.preallocated import Phase
 from refreshkv.config import NEVER, RefreshConfig
 from refreshkv.ops.step import operators as decode
 from refreshkv.ops.step.operators import decode_step
@@ -41,7 +42,7 @@ class OffloadedLayer(RefreshLayer):
 
     near_state = ("near_keys", "near_values", "near_rows", "near_selected")
     row_state = (*RefreshLayer.row_state, *near_state)
-    can_take_back = False  # the host has moved tokens
+    is_croppable = False  # the host has moved tokens
 
     def __init__(self, max_cache_len: int, config: RefreshConfig):
         super().__init__(max_cache_len, config)
@@ -72,7 +73,7 @@ class OffloadedLayer(RefreshLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
     def _store(self, key_states: Tensor, value_states: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
-        if self.is_decoding:  # a further turn
+        if self.phase in (Phase.DECODING, Phase.CONTINUING):  # a further block
             self._flush(start)
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             ops.copy_rows(states, buffer, 0, start, end - start)
@@ -87,17 +88,17 @@ class OffloadedLayer(RefreshLayer):
         ops.copy_rows(buffer, whole, 0, 0, end)
         return whole
 
-    def arrives(self, stream: torch.cuda.Stream) -> None:
+    def wait_for(self, stream: torch.cuda.Stream) -> None:
         for states in self.block:
             states.record_stream(stream)
-        self.arrival = stream.record_event()
+        self.copies = stream.record_event()
 
     def _known_keys(self) -> Tensor:
         return self.block[0]
 
     @torch.compiler.disable
-    def begin(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
-        super().begin(query, left_padding, scaling)
+    def end_block(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
+        super().end_block(query, left_padding, scaling)
         self.flushed = self.length
         every = torch.ones_like(left_padding, dtype=torch.bool)
         for source, target in zip(self.block, (self.near_keys, self.near_values), strict=True):
@@ -112,9 +113,9 @@ class OffloadedLayer(RefreshLayer):
         """As `RefreshLayer.step`: query (B, H, 1, D), key and value (B, Hkv, 1, D) -> (B, 1, H, D)."""
         position = self.length - 1  # `update` has counted the token
         self._make_room(position)
-        if (position - (self.prompt_end - 1)) % self.config.stride == 0:
-            return self._check(query, key, value, position, scaling)
-        self.awaits_attention = False
+        if self._is_decision_step(position):
+            return self._decision_step(query, key, value, position, scaling)
+        self.phase = Phase.DECODING
         self.cumulative_length += 1
         window = self.config.observation_window
         self.observers[:, :, position % window] = query[:, :, 0]
@@ -123,7 +124,7 @@ class OffloadedLayer(RefreshLayer):
         state = (*state, self.ranking, self.mean_query, query.clone(), self.full_steps)
         return decode_step(query, key, value, *state, NEVER, None, 1, 1, 0, 0, scaling)
 
-    def _check(self, query: Tensor, key: Tensor, value: Tensor, position: int, scaling: float) -> Tensor:
+    def _decision_step(self, query: Tensor, key: Tensor, value: Tensor, position: int, scaling: float) -> Tensor:
         """A step that may be full: by the host's buffers; then the rows that were full change their small caches."""
         self._flush(position)
         output = super().step(query, key, value, scaling)
@@ -187,19 +188,19 @@ class OffloadedLayer(RefreshLayer):
     def _length_on_device(self) -> bool:
         return False  # the host counts, and may say so
 
-    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.known_length == 0:
+    def _change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.phase is Phase.EMPTY:
             return
-        if self.is_decoding:
+        if self.phase in (Phase.DECODING, Phase.CONTINUING):
             self._flush(self.length)
-        self.settle()
-        super()._change_rows(change)
+        self.synchronize()
+        super()._change_batch(change)
 
     def _keep(self, name: str, state: Tensor) -> None:
         super()._keep(name, state)
         self._pin()
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         if getattr(self, "is_initialized", False) and self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
@@ -210,7 +211,7 @@ class OffloadedLayer(RefreshLayer):
                 setattr(self, name, buffer.pin_memory())
 
     def __deepcopy__(self, memo: dict) -> "OffloadedLayer":
-        self.settle()
+        self.synchronize()
         other = self.__class__.__new__(self.__class__)
         memo[id(self)] = other
         vars(other).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
@@ -220,4 +221,4 @@ class OffloadedLayer(RefreshLayer):
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_finalizing():  # by then the module's own names are gone
-            self.settle()
+            self.synchronize()

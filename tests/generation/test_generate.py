@@ -58,7 +58,7 @@ def left_padded(ids, paddings):
 def simulated_logits(model, ids, prompt, config, mask=None):
     """Logits that chose the tokens after the prompt: (B, T-P, V) by the parallel form."""
     extra = {} if mask is None else {"attention_mask": mask, "position_ids": padded_positions(mask)}
-    return model(ids, refresh=Simulation(prompt, config), use_cache=False, **extra).logits[:, prompt - 1 : -1]
+    return model(ids, simulation=Simulation(prompt, config), use_cache=False, **extra).logits[:, prompt - 1 : -1]
 
 
 def grown(mask, columns):

@@ -61,7 +61,7 @@ def drawn(generator, heads, length, head_dim, dtype=torch.float32, rows=2):
 def prompted_layer(query, key, value, padding, config, capacity):
     layer = RefreshLayer(capacity, config)
     layer.update(key, value)
-    layer.begin(query, padding, query.shape[-1] ** -0.5)
+    layer.end_block(query, padding, query.shape[-1] ** -0.5)
     return layer
 
 
@@ -130,10 +130,10 @@ def test_layers_that_select_together(monkeypatch, name, parts):
     options = (config.stride, config.threshold, *config.selection_options().values(), head_dim**-0.5)
     for step in range(steps):
         if step == 4:
-            before = together[0].stack
+            before = together[0].joint
             for layer in (*together, *alone):
                 layer.batch_select_indices(torch.tensor([1, 0, 1], device=DEVICE))
-            assert together[0].stack is together[2].stack is not before
+            assert together[0].joint is together[2].joint is not before
         rows = 2 if step < 4 else 3
         for ours, theirs in zip(together, alone, strict=True):
             token = [drawn(generator, count, 1, head_dim, rows=rows) for count in heads]
@@ -144,7 +144,7 @@ def test_layers_that_select_together(monkeypatch, name, parts):
             for ours_state, theirs_state, state in zip(state_of(ours), state_of(theirs), STATE, strict=True):
                 if state != "observers" or config.observation_window > 1:
                     assert torch.equal(ours_state, theirs_state), (step, state)
-            assert ours.rows.data_ptr() == ours.stack.rows[ours.number].data_ptr()
+            assert ours.rows.data_ptr() == ours.joint.rows[ours.number].data_ptr()
 
 
 def test_the_memory_of_a_cache_is_free_at_once(monkeypatch):
@@ -155,7 +155,7 @@ def test_the_memory_of_a_cache_is_free_at_once(monkeypatch):
     with torch.no_grad():
         model(random_ids(2, 12).to(DEVICE), past_key_values=cache)
     for layer in cache.layers:
-        assert layer.stack is not None
+        assert layer.joint is not None
         weakref.finalize(layer, gone.append, layer.number)
     gc.disable()
     try:
@@ -212,7 +212,7 @@ def test_the_baselines_equal_their_naive_form(monkeypatch, name, groups):
     layers = [make(), make()]
     for layer in layers:
         layer.update(*block[1:])
-        layer.begin(block[0], padding, 0.25)
+        layer.end_block(block[0], padding, 0.25)
     for step in range(steps):
         token = [drawn(generator, count, 1, head_dim) for count in (groups * 2, 2, 2)]
         outputs = []
