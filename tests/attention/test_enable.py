@@ -1,7 +1,5 @@
 """What enable() and the attention refuse, other attentions for the prompt, and gradients."""
 
-from collections import Counter
-
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -9,7 +7,7 @@ from transformers import DynamicCache, modeling_flash_attention_utils
 from transformers.integrations import flash_attention
 
 import refreshkv
-from refreshkv import RefreshCache, RefreshConfig, Simulation
+from refreshkv import RefreshCache, RefreshConfig, Simulation, Trace
 from refreshkv.attention import function as attention
 from refreshkv.attention.function import refresh_attention
 from refreshkv.ops import naive
@@ -321,23 +319,21 @@ def test_gradients_are_those_of_the_paper_algorithm(config, padding):
     assert_same_gradients(found, expected, 1e-10)
 
 
-def test_shapes_that_come_again_are_known_as_such(monkeypatch):
-    """Decided once for all layers of a pass, those that are recomputed too; another shape starts anew."""
-    told = []
+@pytest.mark.parametrize("recurring", [False, True])
+def test_only_recurring_shapes_may_go_to_cudnn(monkeypatch, recurring):
+    """The simulation says so, alike for all layers of a pass and for those that are recomputed."""
+    seen = []
 
     def refresh_rows(*tensors, uniform, **settings):
-        told.append(uniform)
+        seen.append(uniform)
         return naive.refresh_rows(*tensors, uniform=uniform, **settings)
 
     monkeypatch.setattr(attention.ops, "refresh_rows", refresh_rows)
-    monkeypatch.setattr(attention, "FAMILIAR", 2)
-    monkeypatch.setattr(attention, "_simulated", Counter())
     model, ids = tiny_enabled().train(), random_ids(2, 40)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    for prompt, expected in [(21, False), (21, False), (22, False), (21, True), (22, False), (21, True)]:
-        told.clear()
-        model(ids, labels=ids, simulation=Simulation(prompt, FIXED), use_cache=False).loss.backward()
-        assert told == [expected] * 4
+    simulation = Simulation(21, FIXED, recurring=recurring)
+    model(ids, labels=ids, simulation=simulation, use_cache=False).loss.backward()
+    assert seen == [recurring] * 4
 
 
 @pytest.mark.parametrize("padding", [0, 7])
@@ -346,16 +342,15 @@ def test_a_prompt_computed_beyond_its_end(monkeypatch, padding):
     model, ids, mask = tiny_enabled(), random_ids(2, 40), mask_with(2, 40, (1, 0, padding))
     extra = {"attention_mask": mask, "position_ids": padded_positions(mask), "simulation": Simulation(21, SIMILAR)}
     expected = gradients(model, ids, **extra)
-    monkeypatch.setattr(attention, "_computed_prompt", lambda query, prompt: 32)
+    monkeypatch.setattr(attention, "computed_length", lambda query, prompt: 32)
     assert_same_gradients(gradients(model, ids, **extra), expected, 1e-12)
 
 
-def test_a_recorded_simulation_is_the_same_when_recomputed():
-    model, ids = tiny_enabled().train(), random_ids(2, 40)
+def test_a_trace_is_the_same_after_recomputation():
+    model, ids, trace = tiny_enabled().train(), random_ids(2, 40), Trace()
     model.gradient_checkpointing_enable()
-    simulation = Simulation(15, SIMILAR, record=True)
-    loss = model(ids, labels=ids, simulation=simulation, use_cache=False).loss
-    before = {layer: flags.clone() for layer, flags in simulation.full_steps.items()}
+    loss = model(ids, labels=ids, simulation=Simulation(15, SIMILAR), trace=trace, use_cache=False).loss
+    before = {layer: flags.clone() for layer, flags in trace.full_steps.items()}
     loss.backward()
     assert before.keys() == {0, 1}
-    assert all(torch.equal(flags, simulation.full_steps[layer]) for layer, flags in before.items())
+    assert all(torch.equal(flags, trace.full_steps[layer]) for layer, flags in before.items())

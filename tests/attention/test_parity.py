@@ -148,7 +148,8 @@ def test_refreshing_changes_the_numbers():
     with torch.no_grad():
         full = model(ids).logits
         refreshed, never = (
-            model(ids, simulation=Simulation(17, RefreshConfig(budget=8, stride=stride))).logits for stride in (5, NEVER)
+            model(ids, simulation=Simulation(17, RefreshConfig(budget=8, stride=stride))).logits
+            for stride in (5, NEVER)
         )
     assert torch.equal(full[:, :17], refreshed[:, :17])
     assert (full - refreshed)[:, 17:].abs().max() > 1e-3
