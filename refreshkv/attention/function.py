@@ -19,7 +19,6 @@ from refreshkv.attention.masks import padding_from_mask
 from refreshkv.attention.split import SplitAtPrompt, computed_length
 from refreshkv.cache.preallocated import PreallocatedCache, PreallocatedLayer
 from refreshkv.config import Simulation, Trace
-from refreshkv.ops import schedule
 from refreshkv.settings import SettingsError
 
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
@@ -91,24 +90,20 @@ def _simulate(
     """Attention of all positions of known tokens in one pass (specification, section 8): returns (B, T, H, D)."""
     length, prompt, config = query.shape[2], simulation.prompt_length, simulation.config
     _validate_prompt(simulation, length, key.shape[2], dense.left_padding)
-    plan = schedule.plan(query.detach(), prompt, config.stride, config.threshold, average_heads)
+    plan = config.plan(query, prompt, dense.left_padding, recurring=simulation.recurring, average_heads=average_heads)
     if trace is not None:
         trace.full_steps[dense.module.layer_idx] = _as_flags(plan.full_positions, length)
     if prompt == length:
         return dense(query, key, value)
-    is_padded = dense.left_padding is not None
-    padding = dense.left_padding if is_padded else _no_padding(query)
-    arguments = (*plan, config.budgets(prompt - padding), padding)
-    settings = {"scaling": dense.scaling, **config.rows_settings(prompt, length, padded=is_padded)}
+    options = config.selection_options()
     may_choose = dense.implementation == "sdpa"  # any other attention is the user's own choice
-    if may_choose and ops.takes_whole_rows(query, key, value, prompt, settings["uniform"]):
-        return ops.whole_rows(query, key, value, *arguments, **settings)
-    settings["uniform"] = settings["uniform"] and simulation.recurring
+    if may_choose and ops.takes_whole_rows(query, key, value, plan):
+        return ops.whole_rows(query, key, value, plan, options, dense.scaling)
     computed = computed_length(query, prompt) if may_choose else prompt
     parts = SplitAtPrompt.apply(query, key, value, prompt, computed, config.observation_window)
     *early, late_query, key, value = parts
     output = dense(*early)[:, :prompt]
-    decoded = ops.refresh_rows(late_query, key, value, *arguments, **settings)
+    decoded = ops.refresh_rows(late_query, key, value, plan, options, dense.scaling)
     return torch.cat([output, decoded], dim=1)
 
 

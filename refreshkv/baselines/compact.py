@@ -11,17 +11,18 @@ from torch import Tensor
 
 from refreshkv.cache.preallocated import Phase, PreallocatedLayer
 from refreshkv.config import RefreshConfig
-from refreshkv.ops.step.operators import COMPACT_STATE, compact_step
+from refreshkv.ops.state import CompactState
+from refreshkv.ops.step.operators import compact_step
 
 
 class CompactLayer(PreallocatedLayer):
     """K entries of the prompt, and then whatever replaces them; subclasses choose the first ones in `_prompt_entries`.
 
-    State: `keys`, `values` (B, Hkv, C, D), `rows` (B, 4), `slots` (B, Hkv), `scores`, `positions` (B, Hkv, C);
-    `refreshkv.ops.step.operators.compact_step` says what they hold.
+    State: `keys`, `values` (B, Hkv, C, D), `row_state` (B, 4), `slots` (B, Hkv), `scores`, `positions` (B, Hkv, C);
+    `refreshkv.ops.state.CompactState` says what they hold.
     """
 
-    row_state = tuple(name for name in COMPACT_STATE if name != "length")
+    batch_state = tuple(name for name in CompactState._fields if name != "length")
     sink_tokens = 0
     """First entries that never leave."""
     heavy = False
@@ -57,7 +58,7 @@ class CompactLayer(PreallocatedLayer):
 
     def state_changed_by_step(self, length: int) -> tuple[str, ...]:
         # the token is written over the entry that left in the step before
-        return ("rows", "slots", "scores", "positions") if self.heavy else ("rows", "slots")
+        return ("row_state", "slots", "scores", "positions") if self.heavy else ("row_state", "slots")
 
     @torch.compiler.disable
     def end_block(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
@@ -75,7 +76,7 @@ class CompactLayer(PreallocatedLayer):
         self._keep("keys", key.gather(2, rows))
         self._keep("values", value.gather(2, rows))
         zeros = torch.zeros_like(used)
-        self._keep("rows", torch.stack([used, budgets, zeros, zeros], dim=1))
+        self._keep("row_state", torch.stack([used, budgets, zeros, zeros], dim=1))
         # the free slot: behind the tokens of a row that has fewer than its budget, else the one entry to spare
         self._keep("slots", used.unsqueeze(-1).expand(-1, key.shape[1]))
         self._keep("positions", kept)
@@ -96,8 +97,9 @@ class CompactLayer(PreallocatedLayer):
     def step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """One decoding step: query (B, H, 1, D), key and value (B, Hkv, 1, D) -> (B, 1, H, D)."""
         self.phase = Phase.DECODING
-        state = [self.cumulative_length if name == "length" else getattr(self, name) for name in COMPACT_STATE]
-        return self.operator(compact_step)(query, key, value, *state, self.sink_tokens, self.heavy, scaling)
+        names = ("cumulative_length" if name == "length" else name for name in CompactState._fields)
+        state = CompactState(*(getattr(self, name) for name in names))
+        return self.operator(compact_step)(query, key, value, state, self.sink_tokens, self.heavy, scaling)
 
 
 def best_first_last(scores: Tensor, preferred: Tensor, budgets: Tensor, left_padding: Tensor, capacity: int) -> Tensor:

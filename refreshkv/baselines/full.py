@@ -14,20 +14,20 @@ from refreshkv.ops.step.operators import full_step
 class FullLayer(PreallocatedLayer):
     """A layer that attends to all tokens in every step: `RefreshLayer` without the refresh."""
 
-    row_state = ("keys", "values", "rows")
+    batch_state = ("keys", "values", "row_state")
 
     @torch.compiler.disable
     def end_block(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
         """Ends a prompt block; query (B, H, n, D), left_padding (B,) int64."""
         self._validate_padding(left_padding, query.shape[2])
         zeros = torch.zeros_like(left_padding)
-        self._keep("rows", torch.stack([zeros, zeros, left_padding, zeros], dim=1))
+        self._keep("row_state", torch.stack([zeros, zeros, left_padding, zeros], dim=1))
         self._start_decoding()
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """One decoding step: query (B, H, 1, D), key and value (B, Hkv, 1, D) -> (B, 1, H, D)."""
         self.phase = Phase.DECODING
-        state = (self.keys, self.values, self.cumulative_length, self.rows)
+        state = (self.keys, self.values, self.cumulative_length, self.row_state)
         return self.operator(full_step)(query, key, value, *state, scaling)
 
 

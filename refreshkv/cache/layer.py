@@ -14,18 +14,19 @@ from refreshkv.cache.preallocated import Phase, PreallocatedLayer
 from refreshkv.cache.joint_state import JointState, join_layers
 from refreshkv.config import RefreshConfig
 from refreshkv.ops.schedule import mean_query
-from refreshkv.ops.step.operators import STATE, TAIL, decode_step
+from refreshkv.ops.state import TAIL, Decisions, FullSteps, LayerState
+from refreshkv.ops.step.operators import decode_step
 
 
 class RefreshLayer(PreallocatedLayer):
     """One full-attention layer: the keys and values of all tokens, and what the layer decided.
 
     All state is tensors of fixed size: `keys`, `values` (B, Hkv, max_cache_len, D), `full_steps` (B, max_cache_len),
-    `rows` (B, 4), `selected`, `ranking` (B, Hkv, W), `observers` (B, H, O, D), `mean_query` (B, D),
-    `cumulative_length` (); `refreshkv.ops.step.operators.decode_step` says what they hold.
+    `row_state` (B, 4), `selected`, `ranking` (B, Hkv, W), `observers` (B, H, O, D), `mean_query` (B, D),
+    `cumulative_length` (); `refreshkv.ops.state.LayerState` says what they hold.
     """
 
-    row_state = tuple(name for name in STATE if name != "length")
+    batch_state = tuple(name for name in LayerState._fields if name != "length")
 
     def __init__(self, max_cache_len: int, config: RefreshConfig):
         super().__init__(max_cache_len)
@@ -46,7 +47,7 @@ class RefreshLayer(PreallocatedLayer):
     def __setstate__(self, state: dict) -> None:
         """Restores a copy: pickle makes new tensors where the original has slices of the joint state."""
         vars(self).update(state)
-        for name in JointState.NAMES if self.joint is not None else ():
+        for name in Decisions._fields if self.joint is not None else ():
             setattr(self, name, getattr(self.joint, name)[self.number])
 
     @property
@@ -57,7 +58,7 @@ class RefreshLayer(PreallocatedLayer):
         super().lazy_initialization(key_states, value_states)
         batch, kv_heads, _, head_dim = key_states.shape
         self.full_steps = torch.zeros(batch, self.max_cache_len, dtype=torch.bool, device=self.device)
-        self.rows = torch.zeros(batch, 4, dtype=torch.int64, device=self.device)
+        self.row_state = torch.zeros(batch, 4, dtype=torch.int64, device=self.device)
         self.selected = torch.full((batch, kv_heads, self.width), -1, dtype=torch.int32, device=self.device)
         self.ranking = torch.zeros_like(self.selected)
         self.mean_query = torch.zeros(batch, head_dim, dtype=torch.float32, device=self.device)
@@ -74,7 +75,8 @@ class RefreshLayer(PreallocatedLayer):
         if length - query.shape[2] in (self.prompt_length, self.prefix_length):  # no step came in between
             self.prompt_length = length
         last = torch.full_like(left_padding, length - 1)
-        self.rows.copy_(torch.stack([last, self.config.budgets(length - left_padding), left_padding, last + 1], dim=1))
+        budgets = self.config.budgets(length - left_padding)
+        self.row_state.copy_(torch.stack([last, budgets, left_padding, last + 1], dim=1))
         observers = self._latest_queries(query, length, window)
         self.mean_query.copy_(mean_query(query[:, :, -1:]).squeeze(1))
         self.selected.copy_(self._select(observers, last, scaling))
@@ -114,15 +116,16 @@ class RefreshLayer(PreallocatedLayer):
         self.phase = Phase.DECODING
         if self.joint is not None:
             return self.joint.step(self, query, key, value, scaling)
-        state = [self.cumulative_length if name == "length" else getattr(self, name) for name in STATE]
-        config = self.config
-        return self.operator(decode_step)(
-            query, key, value, *state, config.stride, config.threshold, *config.selection_options().values(), scaling
-        )
+        return self.operator(decode_step)(query, key, value, self.state(), self.config.step_options(), scaling)
+
+    def state(self) -> LayerState:
+        """The layer's state, as a decoding step takes it."""
+        names = ("cumulative_length" if name == "length" else name for name in LayerState._fields)
+        return LayerState(*(getattr(self, name) for name in names))
 
     def state_changed_by_step(self, length: int) -> tuple[str, ...]:
         # Only a decision step may select. A step overwrites the oldest observer, which no later step looks at.
-        return ("rows", "selected", "ranking", "mean_query") if self._is_decision_step(length) else ()
+        return ("row_state", "selected", "ranking", "mean_query") if self._is_decision_step(length) else ()
 
     def _is_decision_step(self, position: int) -> bool:
         """Whether the schedule decides at the step that processes the token at `position`."""
@@ -136,18 +139,10 @@ class RefreshLayer(PreallocatedLayer):
         """The positions that the last token keeps, (B, Hkv, W), by rank, as far as ranks may drop before the next full
         step."""
         keys = self._known_keys()
-        _, budgets, left_padding, _ = (column.contiguous() for column in self.rows.unbind(1))
-        return ops.select(
-            observers,
-            keys,
-            last.unsqueeze(-1),
-            budgets,
-            left_padding,
-            width=self.width,
-            droppable=self.width if self.drops_many else self.config.stride,
-            scaling=scaling,
-            **self.config.selection_options(),
-        ).squeeze(2)
+        _, budgets, left_padding, _ = (column.contiguous() for column in self.row_state.unbind(1))
+        droppable = self.width if self.drops_many else self.config.stride
+        steps = FullSteps(last.unsqueeze(-1), budgets, left_padding, self.width, droppable)
+        return ops.select(observers, keys, steps, self.config.selection_options(), scaling).squeeze(2)
 
     def _known_keys(self) -> Tensor:
         """All tokens' keys so far, (B, Hkv, L, D)."""

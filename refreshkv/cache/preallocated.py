@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from refreshkv.layers import layer_windows
+from refreshkv.ops.state import PADDING
 from refreshkv.ops.step.operators import uses_kernels
 from refreshkv.settings import SettingsError
 
@@ -46,7 +47,7 @@ class PreallocatedLayer(CacheLayerMixin):
     is_croppable = True
     """Whether the last decoding step can be taken back (`PreallocatedCache.crop`)."""
     is_sliding = False
-    row_state: tuple[str, ...] = ("keys", "values")
+    batch_state: tuple[str, ...] = ("keys", "values")
     """Names of the tensors whose first dimension is the batch."""
     needs_queries = False
     """Whether `load_prefix` needs the tokens' queries too, because all of them decide what is kept of a prompt."""
@@ -138,7 +139,7 @@ class PreallocatedLayer(CacheLayerMixin):
         self.phase = Phase.DECODING
         self.prefix_length, self.block_end = 0, self.length
         self.is_captured = uses_kernels(self.keys) or self.device.type != "cuda"
-        self._mark_static((*self.row_state, "cumulative_length"))
+        self._mark_static((*self.batch_state, "cumulative_length"))
 
     def operator(self, step: Callable) -> Callable:
         """A decoding operator, as a compiled model may call it: the naive form on a GPU breaks the graph instead."""
@@ -250,7 +251,7 @@ class PreallocatedLayer(CacheLayerMixin):
         return self.length + query_length, 0
 
     def get_seq_length(self) -> int | Tensor:
-        """Tokens so far. On a GPU a () int64 tensor, as in transformers' static caches: the host need not wait for it."""
+        """Tokens so far. On a GPU a () int64 tensor, as in transformers' static caches: the host does not wait."""
         return self.cumulative_length if self._length_on_device() else self.length
 
     def _length_on_device(self) -> bool:
@@ -300,10 +301,10 @@ class PreallocatedLayer(CacheLayerMixin):
         if self.phase is Phase.EMPTY:
             return
         self._validate_attended()
-        for name in self.row_state:
+        for name in self.batch_state:
             self._keep(name, change(getattr(self, name)))
         self.batch_size = self.keys.shape[0]
-        self._mark_static(self.row_state)
+        self._mark_static(self.batch_state)
 
     # ---- validation
 
@@ -319,10 +320,10 @@ class PreallocatedLayer(CacheLayerMixin):
 
     def _validate_padding(self, left_padding: Tensor, block: int) -> None:
         """Refuses a later block of `block` tokens whose left padding differs from that of the first block."""
-        if self.length - block > self.prefix_length and not torch.equal(self.rows[:, 2], left_padding):
+        if self.length - block > self.prefix_length and not torch.equal(self.row_state[:, PADDING], left_padding):
             raise ValueError(
                 f"the attention_mask hides {left_padding.tolist()} tokens at the rows' beginnings, that of the tokens "
-                f"in the RefreshCache {self.rows[:, 2].tolist()}: it covers the cached ones too"
+                f"in the RefreshCache {self.row_state[:, PADDING].tolist()}: it covers the cached ones too"
             )
 
     def _validate_attended(self) -> None:

@@ -324,9 +324,9 @@ def test_only_recurring_shapes_may_go_to_cudnn(monkeypatch, recurring):
     """The simulation says so, alike for all layers of a pass and for those that are recomputed."""
     seen = []
 
-    def refresh_rows(*tensors, uniform, **settings):
-        seen.append(uniform)
-        return naive.refresh_rows(*tensors, uniform=uniform, **settings)
+    def refresh_rows(query, key, value, plan, options, scaling):
+        seen.append(plan.recurring)
+        return naive.refresh_rows(query, key, value, plan, options, scaling)
 
     monkeypatch.setattr(attention.ops, "refresh_rows", refresh_rows)
     model, ids = tiny_enabled().train(), random_ids(2, 40)

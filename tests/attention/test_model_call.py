@@ -1,4 +1,4 @@
-"""How a simulation, a trace and a cache reach the attention: nested calls, errors, recomputation, all layers counted."""
+"""How a simulation, a trace and a cache reach the attention: nested calls, errors, recomputation, missing layers."""
 
 import copy
 import threading

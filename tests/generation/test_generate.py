@@ -251,20 +251,32 @@ def test_a_prompt_in_chunks_equals_a_prompt_at_once(settings, chunk):
     assert torch.equal(generate(model, ids, config, attention_mask=mask, prefill_chunk_size=chunk), expected)
 
 
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("settings", [{}, SLIDING], ids=["full", "sliding"])
 @pytest.mark.parametrize("loop", [None, decode_ahead])
-@pytest.mark.parametrize(("length", "chunk"), [(21, 4), (20, 19), (20, 1)])
-def test_a_chunk_of_one_token_is_refused(length, chunk, loop):
-    """It would be taken for a decoding step; another turn's may be, too."""
-    model, ids = tiny_enabled(), random_ids(2, length)
-    settings = {"prefill_chunk_size": chunk, "custom_generate": loop}
-    with pytest.raises(ValueError, match=f"prefill_chunk_size={chunk} cuts {length} tokens so that"):
-        generate(model, ids, FIXED, **settings)
-    cache = RefreshCache(model.config, 60, FIXED)
-    generate(model, ids, cache=cache, new=1)
-    expected = generate(model, random_ids(2, length + 1), FIXED, new=1)
-    assert expected.shape == generate(model, random_ids(2, length + 1), cache=cache, new=1, **settings).shape
-    with pytest.raises(ValueError, match=f"prefill_chunk_size={chunk} cuts {2 * chunk + 1} tokens so that"):
-        generate(model, random_ids(2, length + 2 * chunk + 2), cache=cache, **settings)
+@pytest.mark.parametrize(("length", "chunk", "padding"), [(21, 4, 0), (20, 19, 3), (6, 1, 0)])
+def test_a_chunk_of_one_token_belongs_to_the_prompt(length, chunk, padding, loop, settings, offload):
+    """It looks like a decoding step; in another turn too."""
+    model, (ids, mask) = tiny_enabled(**settings), left_padded(random_ids(2, length), [0, padding])
+    caches = [RefreshCache(model.config, 60, FIXED, offload=offload) for _ in range(2)]
+    for turn in range(2):
+        found, expected = (
+            generate(model, ids, cache=cache, attention_mask=grown(mask, ids.shape[1]), custom_generate=loop, **chunks)
+            for cache, chunks in zip(caches, ({"prefill_chunk_size": chunk}, {}), strict=True)
+        )
+        assert torch.equal(found, expected)
+        assert torch.equal(caches[0].full_steps[..., length - 1 :], caches[1].full_steps[..., length - 1 :])
+        if turn == 0:  # the last token is not in the cache yet
+            ids = torch.cat([expected, random_ids(2, 2 * chunk, seed=turn)], dim=1)
+
+
+def test_a_single_token_without_chunks_is_a_step():
+    """Going on with what was generated, a call of generate() for each token."""
+    model, ids = tiny_enabled(), random_ids(2, 20)
+    expected, cache = generate(model, ids, FIXED), RefreshCache(model.config, 60, FIXED)
+    for _ in range(12):
+        ids = generate(model, ids, cache=cache, new=1)
+    assert torch.equal(ids, expected)
 
 
 @pytest.mark.parametrize("given", [None, (0, 0), (0, 5)])
