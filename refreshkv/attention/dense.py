@@ -91,8 +91,8 @@ class DenseAttention:
 class _UpstreamInLayout(torch.autograd.Function):
     """The identity on a (B, T, H, D) tensor; its gradient is made contiguous.
 
-    torch 2.11 finds cuDNN's plan of a backward pass by the shapes and strides of query, key and value, but the plan also
-    holds the strides of the upstream gradient. A gradient with other strides, such as a slice of longer sequences,
+    torch 2.11 finds cuDNN's plan of a backward pass by the shapes and strides of query, key and value, but the plan
+    also holds the strides of the upstream gradient. A gradient with other strides, such as a slice of longer sequences,
     would be read at the wrong addresses, or past its end.
     """
 

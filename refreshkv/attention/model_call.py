@@ -1,9 +1,9 @@
 """What one call of a model tells its attention modules: the simulation, the trace and the cache.
 
-Decoders differ in what they hand down: StableLM and Nemotron drop keywords that they do not know, OLMo 3 and NanoChat
-replace `use_cache`. So nothing travels through the layers here. A hook on the model takes `simulation=` and `trace=` out
-of the call and keeps them in the model's `ModelCalls`; a hook on each attention module reads them there and adds them to
-the keywords that transformers passes on to the attention function.
+Decoders differ in what they hand down to their layers: StableLM and Nemotron drop keywords that they do not know, and
+OLMo 3 and NanoChat replace `use_cache`. So nothing travels through the layers here. A hook on the model takes
+`simulation=` and `trace=` out of the call and keeps them in the model's `ModelCalls`. A hook on each attention module
+reads them there and adds them to the keywords that transformers passes on to the attention function.
 
 Under activation checkpointing a backward pass computes layers again, after the call has ended and perhaps after another
 one. Each forward pass makes position embeddings of its own, and the repeated layer gets the same ones: they identify

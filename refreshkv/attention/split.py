@@ -8,7 +8,7 @@ from torch import Tensor
 
 LENGTH_STEP = 128
 """On a GPU the prompt's attention is computed for a multiple of this many positions, and the further ones are thrown
-away: cuDNN plans for each new length, which takes some ten milliseconds, and it computes tiles of 128 positions anyway."""
+away: cuDNN takes some ten milliseconds to plan for each new length, and it computes tiles of 128 positions anyway."""
 
 
 def computed_length(query: Tensor, prompt_length: int) -> int:

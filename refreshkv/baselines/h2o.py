@@ -1,8 +1,8 @@
 """H2O: the tokens with the most accumulated attention, and the last ones.
 
 Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", NeurIPS 2023,
-https://arxiv.org/abs/2306.14048. As there, half of the budget is for heavy hitters and half for the last tokens. Here the
-attention that a position received is averaged over the query heads of its key/value head.
+https://arxiv.org/abs/2306.14048. As there, half of the budget is for heavy hitters and half for the last tokens. Here
+the attention that a position received is averaged over the query heads of its key/value head.
 
 Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `P` prompt length.
 """

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from refreshkv import ops
-from refreshkv.cache.preallocated import Phase, PreallocatedLayer
 from refreshkv.cache.joint_state import JointState, join_layers
+from refreshkv.cache.preallocated import Phase, PreallocatedLayer
 from refreshkv.config import RefreshConfig
 from refreshkv.ops.schedule import mean_query
 from refreshkv.ops.state import TAIL, Decisions, FullSteps, LayerState

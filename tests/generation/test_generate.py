@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -265,7 +266,8 @@ def test_a_chunk_of_one_token_belongs_to_the_prompt(length, chunk, padding, loop
             for cache, chunks in zip(caches, ({"prefill_chunk_size": chunk}, {}), strict=True)
         )
         assert torch.equal(found, expected)
-        assert torch.equal(caches[0].full_steps[..., length - 1 :], caches[1].full_steps[..., length - 1 :])
+        steps = slice(ids.shape[1] - 1, None)  # each chunk before ends in a full step too
+        assert torch.equal(caches[0].full_steps[..., steps], caches[1].full_steps[..., steps])
         if turn == 0:  # the last token is not in the cache yet
             ids = torch.cat([expected, random_ids(2, 2 * chunk, seed=turn)], dim=1)
 
@@ -482,6 +484,53 @@ def test_assisted_generation_is_refused(settings):
 def test_max_cache_len_must_be_a_number_of_tokens(length):
     with pytest.raises(SettingsError, match="max_cache_len must be a whole number >= 1"):
         RefreshCache(tiny_model().config, length, FIXED)
+
+
+def test_the_older_spelling_of_a_cache_still_works():
+    model_config = tiny_enabled(SIMILAR).config
+    for arguments, settings in (
+        ((model_config, 60), {"config": FIXED}),
+        ((), {"model_config": model_config, "max_cache_len": 60, "config": FIXED}),
+    ):
+        with pytest.warns(DeprecationWarning, match=r"config=model.config, refresh=RefreshConfig"):
+            assert RefreshCache(*arguments, **settings).config == FIXED
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert RefreshCache(model_config, 60, FIXED).config == FIXED
+        assert RefreshCache(config=model_config, refresh=FIXED, max_cache_len=60).config == FIXED
+        assert RefreshCache(config=model_config, max_cache_len=60).config == SIMILAR
+    with pytest.raises(SettingsError, match="RefreshCache needs config=model.config"):
+        RefreshCache(max_cache_len=60)
+
+
+@pytest.mark.parametrize("config", [FIXED, SIMILAR], ids=["fixed", "similarity"])
+@torch.no_grad()
+def test_the_last_step_can_be_taken_back(config):
+    """By transformers' own protocol: recording, crop(0) after each accepted step, crop(-1)."""
+    model, ids = tiny_enabled(), random_ids(2, 40)
+    expected, wanted = decode_logits(model, ids, 20, config)
+    cache = RefreshCache(model.config, 60, config)
+    assert cache.is_croppable
+    model(ids[:, :20], past_key_values=cache)
+    for position in range(20, 40):
+        cache.activate_past_recording()
+        model(random_ids(2, 1, seed=position), past_key_values=cache)
+        cache.crop(-1)
+        cache.activate_past_recording()
+        logits = model(ids[:, position : position + 1], past_key_values=cache).logits
+        cache.crop(0)
+        torch.testing.assert_close(logits, expected[:, position : position + 1], rtol=0, atol=1e-10)
+    assert torch.equal(cache.full_steps, wanted.full_steps)
+    for tokens in (-2, 1):
+        with pytest.raises(NotImplementedError, match="cannot take tokens back"):
+            cache.crop(tokens)
+    model(random_ids(2, 3), past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="cannot take tokens back"):
+        cache.crop(0)
+    offloaded = RefreshCache(model.config, 60, config, offload=True)
+    assert not offloaded.is_croppable
+    with pytest.raises(NotImplementedError, match="cannot take tokens back"):
+        offloaded.activate_past_recording()
 
 
 def test_rows_of_the_cache_can_be_repeated_and_selected():
