@@ -125,10 +125,10 @@ class ModelCalls:
 
 
 def attach(model: nn.Module, decoder: nn.Module, modules: list[nn.Module], calls: ModelCalls) -> None:
-    """Registers the hooks on the model, its decoder (or once, if they are the same) and its attention modules."""
-    for module, begin in ((model, _begin_call), (decoder, _begin_decoder_call)):
+    """Registers the hooks on the model, its decoder (which may be the model itself) and its attention modules."""
+    for module, begin in {model: _begin_call, decoder: _begin_decoder_call}.items():
         if not hasattr(module, "refreshkv_calls"):
-            module.register_forward_pre_hook(begin if module is not decoder else _begin_decoder_call, with_kwargs=True)
+            module.register_forward_pre_hook(begin, with_kwargs=True)
             module.register_forward_hook(_end_call, always_call=True)
         module.refreshkv_calls = calls
     for module in modules:

@@ -85,8 +85,10 @@ class OffloadedLayer(RefreshLayer):
         return self.block
 
     def _to_device(self, buffer: Tensor, end: int) -> Tensor:
-        """The first `end` tokens of a host buffer, on the device. A kernel copies them, so that the copy comes after the
-        kernels that still write to the buffer."""
+        """The first `end` tokens of a host buffer, on the device.
+
+        A kernel copies them, so that the copy comes after the kernels that still write to the buffer.
+        """
         whole = torch.empty(*buffer.shape[:2], end, buffer.shape[3], dtype=buffer.dtype, device=self.device)
         ops.copy_rows(buffer, whole, 0, 0, end)
         return whole
