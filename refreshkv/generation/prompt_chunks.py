@@ -5,7 +5,7 @@ arguments. The one place where transformers says what a call is for is `prepare_
 model that its generation loops call before each pass, and which models override as they need it.
 """
 
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -16,7 +16,8 @@ from refreshkv.cache.preallocated import PreallocatedCache
 def announce_chunks(model: PreTrainedModel) -> None:
     """Gives `model` a `prepare_inputs_for_generation` that first tells a `PreallocatedCache` of chunks of a prompt."""
     if "prepare_inputs_for_generation" not in vars(model) and hasattr(model, "prepare_inputs_for_generation"):
-        model.prepare_inputs_for_generation = partial(_prepare_inputs, model)
+        prepare = type(model).prepare_inputs_for_generation  # whose signature generate() reads
+        model.prepare_inputs_for_generation = update_wrapper(partial(_prepare_inputs, model), prepare)
 
 
 def _prepare_inputs(model: PreTrainedModel, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -252,14 +252,22 @@ def test_a_prompt_in_chunks_equals_a_prompt_at_once(settings, chunk):
     assert torch.equal(generate(model, ids, config, attention_mask=mask, prefill_chunk_size=chunk), expected)
 
 
-@pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("settings", [{}, SLIDING], ids=["full", "sliding"])
 @pytest.mark.parametrize("loop", [None, decode_ahead])
-@pytest.mark.parametrize(("length", "chunk", "padding"), [(21, 4, 0), (20, 19, 3), (6, 1, 0)])
-def test_a_chunk_of_one_token_belongs_to_the_prompt(length, chunk, padding, loop, settings, offload):
+@pytest.mark.parametrize(
+    ("length", "chunk", "padding", "settings", "offload"),
+    [
+        (21, 4, 0, {}, False),
+        (20, 19, 3, {}, False),
+        (6, 1, 0, {}, False),
+        (21, 4, 3, SLIDING, False),
+        (20, 19, 3, SLIDING, True),
+        (21, 4, 0, {}, True),
+    ],
+)
+def test_a_chunk_of_one_token_belongs_to_the_prompt(length, chunk, padding, settings, offload, loop):
     """It looks like a decoding step; in another turn too."""
     model, (ids, mask) = tiny_enabled(**settings), left_padded(random_ids(2, length), [0, padding])
-    caches = [RefreshCache(model.config, 60, FIXED, offload=offload) for _ in range(2)]
+    caches = [RefreshCache(model.config, 100, FIXED, offload=offload) for _ in range(2)]
     for turn in range(2):
         found, expected = (
             generate(model, ids, cache=cache, attention_mask=grown(mask, ids.shape[1]), custom_generate=loop, **chunks)
@@ -424,7 +432,7 @@ def test_another_shape_of_model_needs_a_reset(settings, message, tokens):
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_reset_forgets_the_types_of_autocast(offload):
     model, ids = tiny_enabled(dtype=torch.float32), random_ids(2, 20)
-    caches = [RefreshCache(model.config, 60, FIXED, offload=offload) for _ in range(2)]
+    caches = [RefreshCache(model.config, 100, FIXED, offload=offload) for _ in range(2)]
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         model(ids, past_key_values=caches[0])
     caches[0].reset()
