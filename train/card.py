@@ -12,8 +12,8 @@ from refreshkv.config import NEVER
 from refreshkv.data.config import DataConfig
 from refreshkv.data.folder import INFO_FILE
 from refreshkv.evaluation.report import load_report, markdown_table
-from refreshkv.train.checkpoint import State
 from refreshkv.train.config import RunConfig
+from refreshkv.train.run_folder import State
 
 TAGS = ["refreshkv", "kv-cache", "long-context"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -22,7 +22,7 @@ SHOWN_TRAINING = (
     "dtype",
     "global_batch",
     "learning_rate",
-    "schedule",
+    "lr_schedule",
     "warmup_steps",
     "weight_decay",
     "betas",

@@ -21,10 +21,10 @@ from transformers.utils import logging as transformers_logging
 import refreshkv
 from refreshkv import RefreshCache, RefreshConfig, Simulation
 from refreshkv.cache.refresh import saved_config
-from refreshkv.settings import SettingsError, load_settings
+from refreshkv.settings import SettingsError
 from refreshkv.train.card import model_card
-from refreshkv.train.checkpoint import RUN_FILE, STATE_FILE, State, finished_checkpoints, read_state
 from refreshkv.train.config import RunConfig
+from refreshkv.train.run_folder import STATE_FILE, State, finished_checkpoints, read_run, read_state
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MODULE_STATES = "mp_rank_00_model_states.pt"
@@ -135,7 +135,7 @@ def find_checkpoint(folder: Path) -> Path:
 
 def _describe(checkpoint: Path) -> tuple[RunConfig, State]:
     try:
-        return load_settings(RunConfig, checkpoint / RUN_FILE), read_state(checkpoint)
+        return read_run(checkpoint), read_state(checkpoint)
     except (ValueError, TypeError, OSError) as error:
         raise ExportError(f"CHECKPOINT: {checkpoint} is damaged: {_one_line(error)}") from error
 

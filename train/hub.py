@@ -10,10 +10,10 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from refreshkv.settings import SettingsError
 from refreshkv.train.config import HubConfig
-from refreshkv.train.log import METRICS_FILE
+from refreshkv.train.run_folder import METRICS_FILE, RUN_FILE
 
-RUN_FILES = ("run.yaml", METRICS_FILE)
-"""What tells of a run how it is going."""
+RUN_FILES = (RUN_FILE, METRICS_FILE)
+"""Files of a run's folder that are uploaded with each evaluation."""
 
 WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
 """An earlier upload's weights must go: transformers would load a single old file rather than new shards."""
@@ -25,8 +25,8 @@ class HubError(SettingsError):
     """An upload that cannot start or did not end well. One line, without the token."""
 
 
-def check_push(repo: str, setting: str = "--push-to-hub") -> None:
-    """Raises `HubError` for what would make a push fail for certain, before any work is done."""
+def validate_push(repo: str, setting: str = "--push-to-hub") -> None:
+    """Raises `HubError` if a push must fail: the name is none that the Hub takes, or there is no token."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -82,10 +82,15 @@ def _without_token(text: str) -> str:
     return text.replace(token, "[token]") if token else text
 
 
+def start_uploads(hub: HubConfig, output: Path, say: Callable[[str], None]) -> "BackgroundPush | None":
+    """Starts uploading a run to `hub.repo`; None if there is no such repository. say: prints a line."""
+    return BackgroundPush(hub, output, say) if hub.repo else None
+
+
 class BackgroundPush:
     """Uploads evaluations and checkpoints of a run from a thread of its own, one at a time, in order.
 
-    Whatever fails is told to `say` in one line, once for each kind of reason, and training goes on. A checkpoint that
+    An upload that fails is reported to `say` in one line, once for each reason, and training goes on. A checkpoint that
     was removed before its turn is skipped.
     """
 

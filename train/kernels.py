@@ -11,7 +11,7 @@ from refreshkv.train.config import TrainingConfig
 WAY_OUT = "set training.kernels=torch"
 
 
-def check_kernels(training: TrainingConfig, model_config: PretrainedConfig) -> None:
+def validate_kernels(training: TrainingConfig, model_config: PretrainedConfig) -> None:
     """Raises `SettingsError` if `training.kernels` cannot run here, or not with this model."""
     if training.kernels == "torch":
         return

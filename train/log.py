@@ -1,4 +1,4 @@
-"""What a run says while it goes: a progress bar, a line per interval, tensorboard curves, metrics.jsonl."""
+"""The log of a run: a progress bar, a line every `training.log_every` steps, TensorBoard curves, metrics.jsonl."""
 
 import json
 import math
@@ -11,11 +11,14 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-METRICS_FILE = "metrics.jsonl"
+from refreshkv.train.run_folder import METRICS_FILE
 
 
 class RunLog:
-    """The log of rank 0; on other ranks nothing is written. Times start anew with every process."""
+    """The log of a run, which rank 0 writes; on other ranks all methods do nothing.
+
+    start: step after which this process continues. The time that is left is estimated from this process's steps.
+    """
 
     def __init__(self, output: Path, steps: int, start: int, every: int, is_writer: bool):
         self.steps, self.every, self.is_writer = steps, every, is_writer
@@ -27,7 +30,7 @@ class RunLog:
         self.bar = tqdm(total=steps, initial=start, desc="training", unit="step", dynamic_ncols=True)
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """Notes one finished optimizer step; `values` by their readable names, NaN for what the step did not have."""
+        """Records a finished optimizer step. values: by readable name, NaN for what the step did not have."""
         if not self.is_writer:
             return
         known = {name: value for name, value in values.items() if not math.isnan(value)}
@@ -41,7 +44,7 @@ class RunLog:
             self.say(self._line(step, known))
 
     def evaluation(self, step: int, perplexities: dict[str, float]) -> None:
-        """Notes an evaluation: perplexity by strategy."""
+        """Records an evaluation: strategy -> perplexity."""
         if not self.is_writer:
             return
         self.metrics.write(json.dumps({"step": step, "evaluation": perplexities}) + "\n")
@@ -59,7 +62,7 @@ class RunLog:
             sys.stdout.flush()
 
     def close(self) -> None:
-        """Ends the bar and the files."""
+        """Closes the progress bar and the files."""
         if self.is_writer:
             self.bar.close()
             self.board.close()
@@ -72,14 +75,14 @@ class RunLog:
 
 
 def peak_memory() -> float:
-    """Peak memory of this process in GB: the GPU's where there is one, else what the system lent it."""
+    """Peak memory of this process in GB: the GPU's if there is one, else main memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def _metrics_until(path: Path, step: int):
-    """Opens metrics.jsonl for appending, without the steps after the checkpoint that the run continues from."""
+    """Opens metrics.jsonl for appending, and removes the steps after `step` first: they will be taken again."""
     kept = []
     if path.exists():
         for line in path.read_text().splitlines(keepends=True):

@@ -26,10 +26,10 @@ from refreshkv.settings import SettingsError, load_settings
 from refreshkv.train import export as export_module
 from refreshkv.train import hub
 from refreshkv.train.card import model_card
-from refreshkv.train.checkpoint import State
 from refreshkv.train.config import ModelConfig, RunConfig, SimulationConfig
 from refreshkv.train.export import ExportError, export, is_export
 from refreshkv.train.model import build_model, model_configuration
+from refreshkv.train.run_folder import State
 from tests.helpers import make_checkpoints
 from tests.helpers.hub_server import HubServer
 from tests.helpers.make_checkpoints import CASES, REFRESH, STEPS, VOCABULARY
@@ -479,7 +479,7 @@ def test_token_in_an_error_is_hidden(exported, server, monkeypatch):
 
 def test_push_that_must_fail_is_refused_before_any_work(server, monkeypatch):
     with pytest.raises(hub.HubError, match="--push-to-hub: .*not a/valid/name"):
-        hub.check_push("not a/valid/name")
+        hub.validate_push("not a/valid/name")
     monkeypatch.setattr(hub, "get_token", lambda: None)
     with pytest.raises(hub.HubError, match="there is no token"):
-        hub.check_push(REPOSITORY)
+        hub.validate_push(REPOSITORY)

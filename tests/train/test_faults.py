@@ -12,9 +12,10 @@ import time
 
 import pytest
 
-from refreshkv.train.checkpoint import finished_checkpoints
-from refreshkv.train.faults import FAILED, STOPPED
+from refreshkv.train.faults import FAILED
 from refreshkv.train.manifest import MANIFEST_FILE, find_damage, write_manifest
+from refreshkv.train.run_folder import finished_checkpoints
+from refreshkv.train.stop_request import STOPPED
 from tests.helpers.jobs import ROOT, free_port, kill_job, make_rows, read_metrics, run_settings, start_job, write_config
 from tests.helpers.ranks import Ranks, run_script
 
