@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import measuring
-from output import in_columns, pyplot, save
+from output import pyplot, save
 from refreshkv import RefreshConfig, Simulation
 from refreshkv.attention import function as attention
 from refreshkv.attention.function import refresh_attention
@@ -33,6 +33,7 @@ from refreshkv.ops.rows import after_prompt as fused
 from refreshkv.ops.rows import dense_rows, full_rows, partial_rows
 from refreshkv.ops.schedule import plan
 from refreshkv.ops.selection import ranking
+from refreshkv.tables import column_table
 
 CASES = ",".join(
     (
@@ -345,7 +346,7 @@ def time_flex(
 
 def table(results: list[dict[str, object]]) -> str:
     names = list(dict.fromkeys(name for result in results for name in result))
-    return in_columns([names] + [[str(result.get(name, "")) for name in names] for result in results])
+    return column_table([names] + [[str(result.get(name, "")) for name in names] for result in results], text_columns=0)
 
 
 def plot(results: list[dict[str, object]], path: Path) -> None:

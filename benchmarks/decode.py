@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import CompileConfig, DynamicCache, LlamaForCausalLM, LogitsProcessor, StaticCache
 
 from measuring import SHAPE, add_shape, free_memory, milliseconds, random_llama
-from output import in_columns, pyplot, save
+from output import pyplot, save
 from refreshkv import NEVER, RefreshCache, RefreshConfig, decode_ahead, enable, tuned_compilation
 from refreshkv.baselines.compact import CompactLayer
 from refreshkv.baselines.full import FullCache
@@ -38,6 +38,7 @@ from refreshkv.cache.buffers import BufferedCache
 from refreshkv.ops.step import attention as decode_attention
 from refreshkv.ops.step import launches as decode_kernels
 from refreshkv.ops.step.operators import Check, select_step
+from refreshkv.tables import column_table
 
 CASES = "32768:1,32768:8,131072:1,16384:32"
 REFRESHING = ("refresh", "similarity", "offloaded")
@@ -359,7 +360,7 @@ def table(results: list[dict[str, object]]) -> str:
     lines = [names]
     for result in results:
         lines.append(["" if result.get(name) is None else str(result[name]) for name in names])
-    return in_columns(lines)
+    return column_table(lines, text_columns=0)
 
 
 def plot(results: list[dict[str, object]], path: Path) -> None:

@@ -1,6 +1,5 @@
 """Writes a run's checkpoints, and finds the newest good one."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from refreshkv.files import write_json
 from refreshkv.settings import SettingsError, save_settings
 from refreshkv.train.config import RunConfig
 from refreshkv.train.faults import WriteFailed
@@ -69,7 +69,7 @@ def _describe(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / "model")
     save_settings(config, folder / RUN_FILE)
-    (folder / STATE_FILE).write_text(json.dumps(vars(state), indent=1))
+    write_json(folder / STATE_FILE, vars(state), indent=1)
 
 
 def newest_checkpoint(output: Path, rank: int, world: int, rows: str) -> tuple[Path | None, list[str]]:
