@@ -1,4 +1,4 @@
-"""Uploads to the Hugging Face Hub, without ever showing the token: exports, and a run while it trains."""
+"""Uploads exports, and runs while they train, to the Hugging Face Hub. The token appears in no message."""
 
 import queue
 import threading
@@ -16,13 +16,14 @@ RUN_FILES = (RUN_FILE, METRICS_FILE)
 """Files of a run's folder that are uploaded with each evaluation."""
 
 WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
-"""An earlier upload's weights must go: transformers would load a single old file rather than new shards."""
+"""Weights of an earlier upload, which a new one deletes: transformers would load an old single file and not the new
+shards."""
 
 LONGEST_REASON = 300
 
 
 class HubError(SettingsError):
-    """An upload that cannot start or did not end well. One line, without the token."""
+    """An upload cannot start, or has failed. One line, without the token."""
 
 
 def validate_push(repo: str, setting: str = "--push-to-hub") -> None:
@@ -36,10 +37,10 @@ def validate_push(repo: str, setting: str = "--push-to-hub") -> None:
 
 
 def push(folder: Path, repo: str, private: bool = False) -> str:
-    """Uploads the files of `folder` to the model repository `repo`, made if it is missing; returns its address.
+    """Uploads the files of `folder` to the model repository `repo`, created if it is missing; returns its address.
 
-    Weights of an earlier upload are replaced, other files in the repository stay. The token is the one of
-    `hf auth login` or HF_TOKEN. Raises `HubError`, also if `private` is asked for and the repository is public.
+    Weights of an earlier upload are replaced, other files in the repository stay. The token is that of `hf auth login`
+    or HF_TOKEN. Raises `HubError` if that fails, and if `private` is set but the repository is public.
     """
     try:
         api = HfApi()
@@ -82,11 +83,6 @@ def _without_token(text: str) -> str:
     return text.replace(token, "[token]") if token else text
 
 
-def start_uploads(hub: HubConfig, output: Path, say: Callable[[str], None]) -> "BackgroundPush | None":
-    """Starts uploading a run to `hub.repo`; None if there is no such repository. say: prints a line."""
-    return BackgroundPush(hub, output, say) if hub.repo else None
-
-
 class BackgroundPush:
     """Uploads evaluations and checkpoints of a run from a thread of its own, one at a time, in order.
 
@@ -103,17 +99,17 @@ class BackgroundPush:
         self._thread.start()
 
     def metrics(self, step: int) -> None:
-        """Uploads the run's settings and metrics, evaluations included, as they are now."""
+        """Uploads the run's settings, metrics and evaluations as they are now."""
         files = {name: (self.output / name).read_bytes() for name in RUN_FILES if (self.output / name).is_file()}
         self._tasks.put((f"metrics after step {step}", lambda api, repo: _push_files(api, repo, files, step)))
 
     def checkpoint(self, folder: Path) -> None:
-        """Uploads a finished checkpoint to checkpoints/NAME, if checkpoints are to be uploaded."""
+        """Uploads a finished checkpoint to checkpoints/NAME, unless `hub.checkpoints` is false."""
         if self.hub.checkpoints:
             self._tasks.put((f"checkpoint {folder.name}", lambda api, repo: _push_checkpoint(api, repo, folder)))
 
     def close(self, timeout: float = 600.0) -> None:
-        """Waits until all is uploaded, at most `timeout` seconds."""
+        """Waits until everything is uploaded, at most `timeout` seconds."""
         self._tasks.put(None)
         self._thread.join(timeout)
         if self._thread.is_alive():

@@ -12,23 +12,28 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from refreshkv.files import write_text
+from refreshkv.train.config import RunConfig
+from refreshkv.train.hub import BackgroundPush
 from refreshkv.train.run_folder import METRICS_FILE
 
 
 class RunLog:
     """The log of a run, which rank 0 writes; on other ranks all methods do nothing.
 
-    start: step after which this process continues. The time that is left is estimated from this process's steps.
+    Evaluations and checkpoints are uploaded, too, if `hub.repo` is set. start: step after which this process continues;
+    the time that is left is estimated from the steps of this process.
     """
 
-    def __init__(self, output: Path, steps: int, start: int, every: int, is_writer: bool):
-        self.steps, self.every, self.is_writer = steps, every, is_writer
+    def __init__(self, config: RunConfig, start: int, is_writer: bool):
+        self.steps, self.every, self.is_writer = config.training.steps, config.training.log_every, is_writer
         self.started, self.start = time.perf_counter(), start
         if not is_writer:
             return
+        output = Path(config.training.output)
+        self.uploads = BackgroundPush(config.hub, output, self.say) if config.hub.repo else None
         self.metrics = _metrics_until(output / METRICS_FILE, start)
         self.board = SummaryWriter(output / "tensorboard", purge_step=start + 1)
-        self.bar = tqdm(total=steps, initial=start, desc="training", unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=self.steps, initial=start, desc="training", unit="step", dynamic_ncols=True)
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """Records a finished optimizer step. values: by readable name, NaN for what the step did not have."""
@@ -55,6 +60,16 @@ class RunLog:
         self.say(
             f"step {step}  perplexity  " + "  ".join(f"{name} {value:.3f}" for name, value in perplexities.items())
         )
+        if self.uploads:
+            self.uploads.metrics(step)
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """Records a finished checkpoint."""
+        if not self.is_writer:
+            return
+        self.say(f"step {step}  saved {folder}")
+        if self.uploads:
+            self.uploads.checkpoint(folder)
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
@@ -63,8 +78,10 @@ class RunLog:
             sys.stdout.flush()
 
     def close(self) -> None:
-        """Closes the progress bar and the files."""
+        """Waits for the uploads, and closes the progress bar and the files."""
         if self.is_writer:
+            if self.uploads:
+                self.uploads.close()
             self.bar.close()
             self.board.close()
             self.metrics.close()

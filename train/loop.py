@@ -5,11 +5,10 @@ from contextlib import ExitStack
 
 import torch.distributed as dist
 
-from refreshkv.train.checkpoint import newest_checkpoint
 from refreshkv.train.config import RunConfig
 from refreshkv.train.engine import init_processes
 from refreshkv.train.faults import Watchdog, reporting
-from refreshkv.train.hub import start_uploads, validate_push
+from refreshkv.train.hub import validate_push
 from refreshkv.train.job import Job, resolve
 from refreshkv.train.log import RunLog
 from refreshkv.train.loss import CausalLossModel
@@ -18,7 +17,7 @@ from refreshkv.train.resume import needs_conversion, start_engine
 from refreshkv.train.run import Run
 from refreshkv.train.run_folder import claim_output, finished_checkpoints, read_state, validate_output
 from refreshkv.train.stop_request import STOPPED, StopRequest
-from refreshkv.train.validation import warnings
+from refreshkv.train.validation import setting_warnings
 
 
 def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> None:
@@ -36,49 +35,34 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     with reporting(output), Watchdog(training.timeout, output) as watchdog, ExitStack() as connected:
         # Connect. Waiting may take longer than the watchdog allows, because the watchdog's message says more.
         watchdog.note("connecting to the other processes")
-        rank, world = init_processes(2 * training.timeout)
+        rank, _ = init_processes(2 * training.timeout)
         # From here on SIGTERM waits for the end of a step. Earlier it must end a process at once: the launcher sends it
         # to those that wait for a process which has refused to start.
         stop = connected.enter_context(StopRequest())
 
         # Resume.
-        watchdog.note("looking for a checkpoint")
-        checkpoint, damaged = None, []
-        if resume:
-            checkpoint, damaged = newest_checkpoint(output, rank, world, job.sequences.info["fingerprint"])
-        engine, state = start_engine(model, job, checkpoint, watchdog.note)
-        start, tokens_seen = (state.step, state.tokens) if state else (0, 0)
-        run = Run(job, engine, rank, watchdog.note, tokens_seen)
-        log = RunLog(output, training.steps, start, training.log_every, is_writer=rank == 0)
-        uploads = start_uploads(config.hub, output, log.say) if rank == 0 else None
-        if resume:
-            log.say(f"continuing after step {start}" if state else "no finished checkpoint yet: starting from step 1")
-        for warning in [*damaged, *warnings(config)]:
-            log.say(f"warning: {warning}")
+        engine, done, messages = start_engine(model, job, rank, resume, watchdog.note)
+        run = Run(job, engine, rank, watchdog.note, done.tokens)
+        log = RunLog(config, done.step, is_writer=rank == 0)
+        for message in [*messages, *setting_warnings(config)]:
+            log.say(message)
 
         # Loop.
         stopped_by = None
-        if start < training.steps:
-            run.mock_step(start + 1)
-        for step in range(start + 1, training.steps + 1):
+        if done.step < training.steps:
+            run.mock_step(done.step + 1)
+        for step in range(done.step + 1, training.steps + 1):
             log.step(step, run.step(step))
-            stopped_by = stop.agreed(engine.device) if step < training.steps else None
-            is_last = step == training.steps or stopped_by is not None
-            if training.evaluate_every and (step % training.evaluate_every == 0 or step == training.steps):
+            is_last = step == training.steps
+            stopped_by = None if is_last else stop.agreed(engine.device)
+            if training.evaluate_every and (step % training.evaluate_every == 0 or is_last):
                 log.evaluation(step, run.evaluate(step))
-                if uploads:
-                    uploads.metrics(step)
-            if step % training.save_every == 0 or is_last:
-                folder = run.save(step)
-                log.say(f"step {step}  saved {folder}")
-                if uploads:
-                    uploads.checkpoint(folder)
+            if step % training.save_every == 0 or is_last or stopped_by:
+                log.checkpoint(step, run.save(step))
             if stopped_by:
                 log.say(f"{stopped_by}: saved and stopped after step {step}; continue with --resume")
                 break
-        if uploads:
-            uploads.close()
-    log.close()
+        log.close()
     dist.destroy_process_group()
     if stopped_by:
         raise SystemExit(STOPPED)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from refreshkv.attention import sequence_parallel
 from refreshkv.settings import SettingsError
+from refreshkv.train.checkpoint import newest_checkpoint
 from refreshkv.train.engine import build_engine
 from refreshkv.train.job import Job
 from refreshkv.train.loss import CausalLossModel
@@ -46,22 +47,32 @@ def needs_conversion(state: State, world: int, stage: int, optimizer: str = "ada
 
 
 def start_engine(
-    model: CausalLossModel, job: Job, checkpoint: Path | None, note: Callable[[str], None]
-) -> tuple[Any, State | None]:
-    """The engine of a run, with what `checkpoint` holds if there is one, and that checkpoint's state.
+    model: CausalLossModel, job: Job, rank: int, resume: bool, note: Callable[[str], None]
+) -> tuple[Any, State, list[str]]:
+    """Sets up the engine and, to resume, loads the newest good checkpoint; all ranks call it together.
 
-    All ranks call it together. note: told about progress.
+    Returns the engine, what has been done so far, and lines for the user. note: called with what is being done, as a
+    sign of progress.
     """
+    training, rows = job.config.training, job.sequences.info["fingerprint"]
+    checkpoint, messages = None, []
+    done, convert = State(0, 0, job.world, job.zero_stage, rows), False
+    if resume:
+        note("looking for a checkpoint")
+        checkpoint, damaged = newest_checkpoint(job.output, rank, job.world, rows)
+        messages = [f"warning: {line}" for line in damaged]
+    if checkpoint is not None:
+        done = read_state(checkpoint)
+        convert = needs_conversion(done, job.world, job.zero_stage, training.optimizer)
     note("setting up the engine")
-    training = job.config.training
-    state = None if checkpoint is None else read_state(checkpoint)
-    convert = state is not None and needs_conversion(state, job.world, job.zero_stage, training.optimizer)
     mpu = sequence_parallel.start(model.causal_lm, job.sequence_parallel_size, training.micro_batch)
     engine = build_engine(model, job, mpu, universal=convert)
     if checkpoint is not None:
         note(f"loading {checkpoint}")
         load(engine, checkpoint, convert)
-    return engine, state
+    if resume:
+        messages.insert(0, f"continuing after step {done.step}" if checkpoint else "no finished checkpoint yet")
+    return engine, done, messages
 
 
 def load(engine: Any, checkpoint: Path, convert: bool) -> None:

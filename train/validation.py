@@ -82,12 +82,12 @@ def micro_batches(config: RunConfig, world: int) -> int:
     return training.global_batch // rows
 
 
-def warnings(config: RunConfig) -> list[str]:
-    """One line for each setting that is allowed and surely a mistake."""
+def setting_warnings(config: RunConfig) -> list[str]:
+    """One line for each setting that is allowed but surely a mistake."""
     length = config.data.row_length
     if config.simulation.pattern != "off" and config.refresh.largest_budget(1) >= length:
         return [
-            f"refresh.budget={config.refresh.budget} is never smaller than the context (data.row_length={length}): "
-            "nothing is simulated"
+            f"warning: refresh.budget={config.refresh.budget} is never smaller than the context "
+            f"(data.row_length={length}): nothing is simulated"
         ]
     return []

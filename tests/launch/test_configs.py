@@ -11,7 +11,7 @@ from refreshkv.settings import load_settings
 from refreshkv.train.config import RunConfig
 from refreshkv.train.deepspeed_json import read_deepspeed_json, zero_stage
 from refreshkv.train.simulation import draw_simulation
-from refreshkv.train.validation import validate_settings, warnings
+from refreshkv.train.validation import setting_warnings, validate_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -29,7 +29,7 @@ def test_recipes_load_and_fit_together(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     run = load_settings(RunConfig, path)
     validate_settings(run)
-    assert warnings(run) == []
+    assert setting_warnings(run) == []
     is_for_one_gpu = path.stem == "base"
     assert is_for_one_gpu or zero_stage(read_deepspeed_json(run.training.deepspeed)) in (2, 3)
     for step in range(50):

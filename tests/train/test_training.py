@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import time
-import warnings as warnings_module
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from refreshkv.train.resume import needs_conversion
 from refreshkv.train.run_folder import State, claim_output, finished_checkpoints, read_run, validate_output
 from refreshkv.train.simulation import draw_simulation
 from refreshkv.train.step import train_step
-from refreshkv.train.validation import validate_preparation, validate_settings, warnings
+from refreshkv.train.validation import setting_warnings, validate_preparation, validate_settings
 from tests.helpers.jobs import (
     ROOT,
     ROW_LENGTH,
@@ -421,15 +421,15 @@ def test_settings_of_the_release_before(tmp_path):
     with pytest.warns(UserWarning, match="training.schedule is now training.lr_schedule"):
         assert run_config(training={"schedule": "cosine"}).training.lr_schedule == "cosine"
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"training": {"schedule": "cosine", "loss": "liger"}}))
-    with warnings_module.catch_warnings():
-        warnings_module.simplefilter("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         training = read_run(tmp_path).training
     assert (training.lr_schedule, training.loss) == ("cosine", "chunked")
 
 
 def test_a_budget_beyond_the_context_is_warned_of():
-    assert warnings(run_config(refresh={"budget": 8})) == []
-    assert "refresh.budget" in warnings(run_config(refresh={"budget": ROW_LENGTH}))[0]
+    assert setting_warnings(run_config(refresh={"budget": 8})) == []
+    assert "refresh.budget" in setting_warnings(run_config(refresh={"budget": ROW_LENGTH}))[0]
 
 
 def test_simulations_follow_from_seed_and_step():
