@@ -47,7 +47,7 @@ def build_engine(model: nn.Module, job: Job, mpu: Any = None, universal: bool = 
     """The engine of `model` with AdamW and a transformers learning-rate schedule.
 
     mpu: from `refreshkv.attention.sequence_parallel.start`. universal: the engine will load a checkpoint of another
-    layout (`train.layout`).
+    layout (`train.resume`).
     """
     training = job.config.training
     settings = engine_settings(job)

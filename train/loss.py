@@ -60,7 +60,6 @@ class CausalLossModel(nn.Module):
         self._causal_lm = (model,)  # in a tuple, since as a child it would put its own name before all others
         for name, child in model.named_children():
             self.add_module(name, child)
-        assert self.state_dict().keys() == model.state_dict().keys(), "the model has tensors outside its children"
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -115,8 +114,14 @@ def validate_output_layer(model: PreTrainedModel) -> None:
     """Raises `SettingsError` unless the logits are what one linear layer makes of the last hidden states."""
     decoder = model.config.get_text_config(decoder=True)
     changed = [name for name in POSTPROCESSED if getattr(decoder, name, None) not in (None, 1, 1.0)]
-    if type(model.get_output_embeddings()) is not nn.Linear or changed:
-        reason = f"config.{changed[0]} changes its logits" if changed else "its output layer is not linear"
+    reason = None
+    if changed:
+        reason = f"config.{changed[0]} changes its logits"
+    elif type(model.get_output_embeddings()) is not nn.Linear:
+        reason = "its output layer is not linear"
+    elif [*model.parameters(recurse=False), *model.buffers(recurse=False)]:
+        reason = "it has weights of its own beside its decoder and its output layer"
+    if reason:
         raise SettingsError(f"training: losses of {type(model).__name__} cannot be computed here: {reason}")
 
 

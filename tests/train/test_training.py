@@ -40,6 +40,7 @@ from tests.helpers.jobs import (
     start_job,
     write_config,
 )
+from tests.helpers.marks import slow_unless
 from tests.helpers.models import random_ids, tiny_enabled, tiny_model
 from tests.helpers.ranks import Ranks, run_ranks, run_script
 from tests.helpers.scripts import load_script
@@ -108,7 +109,7 @@ def six_steps(folder, stage, **training):
 
 
 @pytest.mark.parametrize(
-    ("stage", "ranks", "sequence"), [(0, 2, 1), (1, 2, 2), (2, 4, 2), pytest.param(3, 4, 4, marks=pytest.mark.slow)]
+    ("stage", "ranks", "sequence"), slow_unless([(0, 2, 1), (2, 4, 2)], [(0, 2, 1), (1, 2, 2), (2, 4, 2), (3, 4, 4)])
 )
 def test_ranks_stages_and_layouts_agree(rows, alone, tmp_path, stage, ranks, sequence):
     """Several processes with or without ZeRO take the steps of one, with activations recomputed; evaluations work."""
@@ -138,14 +139,10 @@ def two_ranks(rows, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("before", "now", "ranks", "sequence"),
-    [
-        (3, 3, 4, 2),
-        (2, 1, 1, 1),
-        pytest.param(3, 3, 1, 1, marks=pytest.mark.slow),
-        pytest.param(3, 3, 4, 1, marks=pytest.mark.slow),
-        pytest.param(1, 2, 4, 4, marks=pytest.mark.slow),
-        pytest.param(0, 0, 4, 2, marks=pytest.mark.slow),
-    ],
+    slow_unless(
+        [(3, 3, 1, 1), (2, 1, 1, 1)],
+        [(3, 3, 1, 1), (2, 1, 1, 1), (3, 3, 4, 2), (3, 3, 4, 1), (1, 2, 4, 4), (0, 0, 4, 2)],
+    ),
 )
 def test_a_run_continues_on_another_layout(rows, alone, two_ranks, tmp_path, before, now, ranks, sequence):
     shutil.copytree(two_ranks(before), tmp_path / "run")
@@ -185,12 +182,19 @@ def test_stage_0_in_bf16_continues_on_another_number_of_ranks(rows, tmp_path):
 
 @pytest.mark.parametrize(
     ("stage", "ranks", "dtype"),
-    [
-        (0, 1, "bf16"),
-        (3, 2, "fp32"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(0, 2, "fp32"), (1, 2, "bf16"), (1, 1, "fp32")]),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 2, "bf16"), (2, 1, "fp32"), (3, 2, "bf16")]),
-    ],
+    slow_unless(
+        [(0, 1, "bf16"), (3, 2, "fp32")],
+        [
+            (0, 1, "bf16"),
+            (3, 2, "fp32"),
+            (0, 2, "fp32"),
+            (1, 2, "bf16"),
+            (1, 1, "fp32"),
+            (2, 2, "bf16"),
+            (2, 1, "fp32"),
+            (3, 2, "bf16"),
+        ],
+    ),
 )
 def test_8bit_moments_resume_exactly(rows, tmp_path, stage, ranks, dtype):
     pytest.importorskip("bitsandbytes")
@@ -301,8 +305,7 @@ def refused(settings, *arguments):
 def test_folders_in_use(rows, tmp_path):
     output = tmp_path / "run"
     settings = run_settings(rows, output, training={"steps": 1})
-    code, printed = run_job(settings, ranks=1)
-    assert code == 0, printed
+    run_forked(settings, ranks=1)
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     error = refused(settings)
     assert "--resume" in error and "--overwrite" in error
@@ -348,6 +351,15 @@ def test_refused_before_anything_is_written(rows, tmp_path):
 
 
 def test_an_error_is_one_line_and_a_failed_exit(rows, tmp_path):
+    config = write_config(run_settings(rows, tmp_path / "run", training={"stepz": 3}))
+    ranks = Ranks(2, tmp_path / "printed.txt", run_script, ["--config", str(config)])
+    assert ranks.wait() == [2, 2], ranks.printed
+    errors = [line for line in ranks.printed.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "training.stepz" in errors[0], ranks.printed
+
+
+@pytest.mark.slow
+def test_an_error_is_one_line_and_a_failed_exit_of_the_launcher(rows, tmp_path):
     code, printed = run_job(run_settings(rows, tmp_path / "run", training={"stepz": 3}))
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert code != 0 and len(errors) == 1 and "training.stepz" in errors[0], printed
@@ -463,7 +475,7 @@ def test_every_row_once_an_epoch_whatever_the_layout():
         assert sorted(parts) == sorted(order.step(step))
 
 
-@pytest.mark.parametrize("name", ["zero2-offload", "zero3-offload"])
+@pytest.mark.parametrize("name", slow_unless(["zero3-offload"], ["zero2-offload", "zero3-offload"]))
 def test_offload_takes_the_same_steps(rows, alone, tmp_path, name):
     sections = six_steps(tmp_path, 2, steps=2, activation_checkpointing=True, activation_offload=True)
     sections["training"]["deepspeed"] = str(ROOT / "configs" / "deepspeed" / f"{name}.json")
@@ -518,7 +530,7 @@ def mock_and_step(settings, folder):
         mock_step(engine, batch, config)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", slow_unless([2], [0, 1, 2]))
 def test_a_mock_step_changes_nothing(rows, tmp_path, stage):
     training = {"deepspeed": zero_json(tmp_path, stage), "global_batch": 4, "micro_batch": 2}
     settings = run_settings(rows, tmp_path / "run", training=training)
@@ -536,7 +548,7 @@ def existing(rows, tmp_path_factory):
     return folder / "model", losses(folder / "alone")
 
 
-@pytest.mark.parametrize("sequence", [1, 2])
+@pytest.mark.parametrize("sequence", slow_unless([2], [1, 2]))
 def test_an_existing_model_is_divided_while_it_is_loaded(rows, existing, tmp_path, sequence):
     """At stage 3 no rank holds it whole, and it is the same model."""
     model, expected = existing
