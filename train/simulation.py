@@ -3,8 +3,6 @@
 import random
 from dataclasses import replace
 
-from torch import Tensor
-
 from refreshkv.config import NEVER, RefreshConfig, Simulation
 from refreshkv.train.config import RunConfig, SimulationConfig
 
@@ -25,10 +23,10 @@ def draw_simulation(
     draw = random.Random(f"{PURPOSE}:{seed}:{step}")
     stride = draw.choice(settings.strides)
     if settings.pattern == "paper":
-        return _simulation(row_length - stride, replace(refresh, stride=NEVER, threshold=None))
+        return Simulation(row_length - stride, replace(refresh, stride=NEVER, threshold=None), recurring=True)
     least, most = settings.prompt_range(row_length)
-    prompt_length = draw.randint(least, most)
-    return _simulation(prompt_length, replace(refresh, stride=stride, threshold=settings.threshold))
+    schedule = replace(refresh, stride=stride, threshold=settings.threshold)
+    return Simulation(draw.randint(least, most), schedule, recurring=least == most)
 
 
 def heaviest_simulation(config: RunConfig) -> Simulation | None:
@@ -38,17 +36,6 @@ def heaviest_simulation(config: RunConfig) -> Simulation | None:
         return None
     stride = min(settings.strides)
     if settings.pattern == "paper":
-        return _simulation(length - stride, replace(config.refresh, stride=NEVER, threshold=None))
-    fixed = replace(config.refresh, stride=stride, threshold=None)
-    return _simulation(settings.prompt_range(length)[0], fixed)
-
-
-def _simulation(prompt_length: int, refresh: RefreshConfig) -> Simulation:
-    """Under the similarity schedule the pass records its full steps: only the attention knows them, and the step's
-    work depends on them."""
-    return Simulation(prompt_length, refresh, record=refresh.threshold is not None)
-
-
-def recorded_full_steps(simulation: Simulation | None) -> dict[int, Tensor]:
-    """Layer -> (B, T) bool, the full steps of this rank's last micro-batch; empty where nothing was recorded."""
-    return {} if simulation is None else simulation.full_steps
+        return Simulation(length - stride, replace(config.refresh, stride=NEVER, threshold=None), recurring=True)
+    least, most = settings.prompt_range(length)
+    return Simulation(least, replace(config.refresh, stride=stride, threshold=None), recurring=least == most)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from refreshkv import Trace
 from refreshkv.train.distillation import divergence
 from tests.helpers.gradients import SIMULATIONS, Case, all_rows, model_of, write_gradients
 from tests.helpers.ranks import run_ranks
@@ -85,9 +86,11 @@ def mean_divergence(case, model, ids, logits, counted):
 
 
 def test_the_similarity_cases_have_checks_of_both_kinds():
-    simulation = replace(SIMULATIONS["similarity"], record=True)
-    model_of(Case(0, 1, "similarity"))(all_rows()["input_ids"], refresh=simulation, use_cache=False)
-    for flags in simulation.full_steps.values():
+    trace = Trace()
+    model_of(Case(0, 1, "similarity"))(
+        all_rows()["input_ids"], simulation=SIMULATIONS["similarity"], trace=trace, use_cache=False
+    )
+    for flags in trace.full_steps.values():
         checks = flags[:, simulation.prompt_length - 1 :: simulation.config.stride][:, 1:].float().mean()
         assert 0.1 < checks < 0.9
 
