@@ -86,10 +86,9 @@ def mean_divergence(case, model, ids, logits, counted):
 
 
 def test_the_similarity_cases_have_checks_of_both_kinds():
-    trace = Trace()
-    model_of(Case(0, 1, "similarity"))(
-        all_rows()["input_ids"], simulation=SIMULATIONS["similarity"], trace=trace, use_cache=False
-    )
+    simulation, trace = SIMULATIONS["similarity"], Trace()
+    model = model_of(Case(0, 1, "similarity"))
+    model(all_rows()["input_ids"], simulation=simulation, trace=trace, use_cache=False)
     for flags in trace.full_steps.values():
         checks = flags[:, simulation.prompt_length - 1 :: simulation.config.stride][:, 1:].float().mean()
         assert 0.1 < checks < 0.9
