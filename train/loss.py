@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from refreshkv.config import Simulation
+from refreshkv.config import Simulation, Trace
 from refreshkv.settings import SettingsError
 from refreshkv.train.chunked_loss import ChunkedLoss
 from refreshkv.train.distillation import DistillationConfig, divergence, without_dropout
@@ -92,6 +92,7 @@ class CausalLossModel(nn.Module):
         self,
         targets: Tensor,
         simulation: Simulation | None,
+        trace: Trace | None,
         counted: Tensor,
         partial: Tensor,
         decoded: Tensor,
@@ -100,14 +101,14 @@ class CausalLossModel(nn.Module):
         teacher = None
         if self.distillation.weight and simulation is not None:
             with torch.no_grad(), without_dropout(self.causal_lm):
-                teacher = self._hidden_states(inputs, None)
-        hidden = self._hidden_states(inputs, simulation)
+                teacher = self._hidden_states(inputs, None, None)
+        hidden = self._hidden_states(inputs, simulation, trace)
         head = self.causal_lm.get_output_embeddings()
         return head(hidden, targets, counted=counted, partial=partial, decoded=decoded, teacher=teacher)
 
-    def _hidden_states(self, inputs: dict[str, Any], simulation: Simulation | None) -> Tensor:
+    def _hidden_states(self, inputs: dict[str, Any], simulation: Simulation | None, trace: Trace | None) -> Tensor:
         """Last hidden states (B, T, E), before the output layer."""
-        return self.causal_lm.base_model(**inputs, refresh=simulation).last_hidden_state
+        return self.causal_lm.base_model(**inputs, simulation=simulation, trace=trace).last_hidden_state
 
 
 def validate_output_layer(model: PreTrainedModel) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from refreshkv.config import Simulation
+from refreshkv.config import Simulation, Trace
 from refreshkv.train.batch import Batch
 from refreshkv.train.loss import LossSums
 
@@ -21,6 +21,7 @@ def train_step(
     simulation: Simulation | None,
     sequence_parallel_size: int = 1,
     note: Callable[[str], None] = lambda doing: None,
+    trace: Trace | None = None,
 ) -> dict[str, float]:
     """Takes one optimizer step; returns its values by readable name, which are equal on all ranks.
 
@@ -31,10 +32,11 @@ def train_step(
         batches: this rank's micro-batches.
         sequence_parallel_size: ranks that share each row.
         note: called with what is being done, as a sign of progress.
+        trace: receives the full steps of this rank's last micro-batch.
 
     Raises `NotFinite` on all ranks; if it is the loss, the step has not been taken.
     """
-    sums = backward(engine, batches, simulation, sequence_parallel_size, note)
+    sums = backward(engine, batches, simulation, sequence_parallel_size, note, trace)
     total, count, partial, partial_count, divergence, divergence_count = sums
     note("an optimizer step")
     if not math.isfinite(total + divergence):
@@ -59,6 +61,7 @@ def backward(
     simulation: Simulation | None,
     sequence_parallel_size: int,
     note: Callable[[str], None],
+    trace: Trace | None = None,
 ) -> list[float]:
     """Computes the gradients of the mean objective over the counted tokens of all ranks; the step is not taken.
 
@@ -68,7 +71,7 @@ def backward(
     tokens = sum(batch.counted.sum() for batch in batches).float()
     dist.all_reduce(tokens)
     totals = torch.zeros(len(LossSums._fields) - 1, device=engine.device)
-    arguments = [batch.model_arguments(simulation, sequence_parallel_size > 1) for batch in batches]
+    arguments = [batch.model_arguments(simulation, sequence_parallel_size > 1, trace) for batch in batches]
     for index, micro_batch in enumerate(arguments):
         note(f"micro-batch {index + 1} of {len(batches)}")
         sums = LossSums(*engine(**micro_batch))

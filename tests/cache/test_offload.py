@@ -41,7 +41,7 @@ def both_layers(case, steps, dtype=torch.float32):
         for layer in layers:
             layer.update(key, value)
             if step == 0:
-                layer.begin(query, padding, scaling)
+                layer.end_block(query, padding, scaling)
         if step:
             outputs.append([layer.step(query, key, value, scaling) for layer in layers])
     return outputs, layers

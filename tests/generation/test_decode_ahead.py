@@ -291,16 +291,10 @@ def test_compiled(name, padding):
     [
         ({"num_beams": 2}, ValueError, "greedy search and sampling, not beam_search"),
         ({"prompt_lookup_num_tokens": 3}, ValueError, "not assisted_generation"),
-        ({"streamer": True}, ValueError, "pass it as stream_to=, not streamer="),
-        ({"assistant_model": True}, ValueError, "takes no assistant"),
     ],
 )
 def test_what_it_cannot_do_is_refused_in_one_line(settings, error, message):
     model, ids = tiny_enabled(), random_ids(1, 20)
-    if "streamer" in settings:
-        settings = {"streamer": Collector()}
-    if "assistant_model" in settings:
-        settings = {"assistant_model": tiny_model(seed=1)}
     with pytest.raises(error, match=message) as found:
         generate(model, ids, RefreshCache(model.config, 90, FIXED), custom_generate=decode_ahead, **settings)
     assert "\n" not in str(found.value)

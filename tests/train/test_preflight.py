@@ -8,14 +8,13 @@ import pytest
 import torch
 import yaml
 
-from refreshkv import NEVER, RefreshConfig, Simulation
+from refreshkv import NEVER, RefreshConfig, Simulation, Trace
 from refreshkv.settings import settings_from_dict
 from refreshkv.train.config import RunConfig
 from refreshkv.train.flops import Work, model_work, step_flops, visible_keys
 from refreshkv.train.job import resolve
 from refreshkv.train.memory import allocated, memory_needed
 from refreshkv.train.preflight import advice, changes, report
-from refreshkv.train.simulation import recorded_full_steps
 from refreshkv.train.step_time import step_seconds
 from tests.helpers.jobs import ROOT
 from tests.helpers.models import random_ids, tiny_enabled
@@ -207,12 +206,13 @@ def test_visible_keys_are_those_of_the_queue(config):
 
 def test_recorded_full_steps_count(tmp_path):
     model = tiny_enabled(dtype=torch.float32)
-    simulation = Simulation(9, RefreshConfig(budget=6, stride=3, threshold=0.1), record=True)
-    model(random_ids(2, 40), refresh=simulation, use_cache=False)
+    simulation = Simulation(9, RefreshConfig(budget=6, stride=3, threshold=0.1))
+    trace = Trace()
+    model(random_ids(2, 40), simulation=simulation, trace=trace, use_cache=False)
     work = model_work(model)
     assert work == Work(2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48) + 32 * 61, 4 * 4 * 8, [None, None])
     full = step_flops(work, 1, 40, None)
     assert full == 3 * (2 * work.weights * 40 + work.pair * 2 * 40 * 41 / 2)
     every = step_flops(work, 1, 40, Simulation(9, RefreshConfig(budget=6, stride=3)))
     never = step_flops(work, 1, 40, Simulation(9, RefreshConfig(budget=6, stride=NEVER)))
-    assert never < step_flops(work, 1, 40, simulation, recorded_full_steps(simulation)) < every < full
+    assert never < step_flops(work, 1, 40, simulation, trace.full_steps) < every < full
