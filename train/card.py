@@ -51,7 +51,7 @@ tokenizer = AutoTokenizer.from_pretrained(name)
 model = enable(AutoModelForCausalLM.from_pretrained(name, dtype="auto"))
 
 inputs = tokenizer("The text to go on with", return_tensors="pt")
-cache = RefreshCache(model.config, max_cache_len=inputs.input_ids.shape[1] + {new_tokens})
+cache = RefreshCache(config=model.config, max_cache_len=inputs.input_ids.shape[1] + {new_tokens})
 output = model.generate(**inputs, past_key_values=cache, custom_generate=decode_ahead, max_new_tokens={new_tokens})
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```"""

@@ -272,8 +272,9 @@ def write_other_weights(monkeypatch):
 
 
 def decode_with_another_selection(monkeypatch):
-    def other(model_config, length, config):
-        return RefreshCache(model_config, length, RefreshConfig(budget=config.budget, stride=config.stride))
+    def other(config, refresh, max_cache_len):
+        changed = RefreshConfig(budget=refresh.budget, stride=refresh.stride)
+        return RefreshCache(config=config, refresh=changed, max_cache_len=max_cache_len)
 
     monkeypatch.setattr(export_check, "RefreshCache", other)
 
