@@ -1,13 +1,15 @@
-"""The figure of a threshold sweep: what each schedule costs against what it saves, and who decides it, by layer."""
+"""The figure of a threshold sweep: what each schedule costs and saves, and the effective stride of each layer.
 
-import io
+Importing this module needs matplotlib.
+"""
+
 import math
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, ScalarFormatter
 
-from refreshkv.evaluation.figure import NEVER_COLOUR, SIMILARITY_COLOURS, tidy
+from refreshkv.evaluation.plotting import NEVER_COLOUR, SIMILARITY_COLOURS, png, tidy
 from refreshkv.evaluation.sweep.recommendation import Point, Sweep
 
 FIXED_COLOUR = "#0072B2"
@@ -16,15 +18,16 @@ TICKS = [figure * 10**power for power in range(4) for figure in (1, 1.5, 2, 3, 4
 
 
 def draw_sweep(sweep: Sweep) -> bytes:
-    """As PNG. Left: perplexity over full attention's against the effective stride, for thresholds and for fixed
-    schedules. Right: the effective stride of each layer under the recommended threshold and its neighbours."""
+    """The sweep's figure as PNG.
+
+    Left: perplexity over full attention's against the effective stride, for thresholds and for fixed schedules. Right:
+    the effective stride of each layer under the recommended threshold and its neighbours.
+    """
     figure = Figure(figsize=(12, 5), layout="constrained")
     costs, layers = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_costs(costs, sweep)
     _draw_layers(layers, sweep)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _draw_costs(axes: Axes, sweep: Sweep) -> None:
