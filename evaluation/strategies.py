@@ -24,7 +24,7 @@ NEVER_REFRESHED = "never refreshed"
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to decode: a name, its settings, and the cache it needs."""
+    """A strategy of decoding: a name, its settings, and the cache it needs."""
 
     name: str
     """Names the strategy in tables."""
@@ -99,7 +99,7 @@ def full_attention() -> Strategy:
 
 
 def refreshing(name: str, config: RefreshConfig) -> Strategy:
-    """Strategy from a small cache by the schedule and the selection of `config`."""
+    """RefreshKV with the schedule and the selection of `config`."""
     return Strategy(name, config.to_dict(), lambda model, tokens: RefreshCache(model, tokens, config), config)
 
 
@@ -163,7 +163,7 @@ def _snapkv(config: RefreshConfig, arguments: list[str]) -> Strategy:
 
 
 def _evicting(name: str, kind: type[Cache], **settings: Any) -> Strategy:
-    """Strategy through a cache that holds K entries and no more."""
+    """A strategy whose cache keeps K tokens and evicts the others."""
     return Strategy(name, {"cache": kind.__name__, **settings}, lambda model, tokens: kind(model, tokens, **settings))
 
 

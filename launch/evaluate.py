@@ -78,15 +78,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model(parser, "; with --suite also NAME=MODEL, and more than once", action="append")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", help="folder of rows that launch/prepare.py wrote")
+    source.add_argument("--data", help="folder of sequences that launch/prepare.py wrote")
     source.add_argument(
         "--tasks", type=comma_separated, help="tasks, separated by commas; ruler stands for all of RULER's"
     )
     source.add_argument("--suite", help="a table of the paper, such as paper-table-1 (configs/suites), or a YAML file")
     parser.add_argument("--split", choices=SPLITS, help="(default: test)")
-    parser.add_argument("--last-tokens", type=int, help="tokens scored per row (default: 256, or the suite's)")
+    parser.add_argument("--last-tokens", type=int, help="tokens scored in each sequence (default: 256, or the suite's)")
     parser.add_argument(
-        "--rows", type=int, help=f"rows, spread over the split (default: {DEFAULT_ROWS} or all, or the suite's)"
+        "--rows", type=int, help=f"sequences, spread over the split (default: {DEFAULT_ROWS} or all, or the suite's)"
     )
     parser.add_argument("--strides", type=whole_numbers, help="of the default strategies (default: 5,10,25,50)")
     parser.add_argument("--task-length", type=int, help="tokens of prompt and answer (default: each task's own, 4096)")
@@ -101,10 +101,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--decode",
         action=argparse.BooleanOptionalAction,
-        help="decode rows token by token, also where one pass gives the same losses, for times and memory (default: "
-        "with --suite those of which the table shows these)",
+        help="decode token by token also where one pass gives the same losses, for times and memory (default: only "
+        "where the table of --suite shows these)",
     )
-    parser.add_argument("--corpus", action="append", help="NAME=FOLDER: other rows for one of the suite's corpora")
+    parser.add_argument("--corpus", action="append", help="NAME=FOLDER: other sequences for one of the suite's corpora")
     parser.add_argument("--without", type=comma_separated, help="corpora and benchmarks of the suite to leave out")
     parser.add_argument(
         "--prefix-store", type=Path, help="folder of prompts' keys and values: compute each prompt once"

@@ -38,10 +38,12 @@ def main(arguments: list[str]) -> None:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model(parser)
-    parser.add_argument("--data", required=True, help="folder of rows that launch/prepare.py wrote")
+    parser.add_argument("--data", required=True, help="folder of sequences that launch/prepare.py wrote")
     parser.add_argument("--split", choices=SPLITS, default="validation", help="(default: %(default)s)")
-    parser.add_argument("--rows", type=int, help="rows, spread over the split (default: 100 or all)")
-    parser.add_argument("--last-tokens", type=int, default=256, help="tokens scored per row (default: %(default)s)")
+    parser.add_argument("--rows", type=int, help="sequences, spread over the split (default: 100 or all)")
+    parser.add_argument(
+        "--last-tokens", type=int, default=256, help="tokens scored in each sequence (default: %(default)s)"
+    )
     parser.add_argument("--thresholds", type=cosines, default=THRESHOLDS, help="(default: 0.3 to 0.98)")
     parser.add_argument("--tasks", type=comma_separated, help="tasks to score as well, separated by commas")
     parser.add_argument("--task-length", type=int, help="tokens of prompt and answer (default: each task's own, 4096)")

@@ -115,8 +115,8 @@ def _summed(
         dist.all_reduce(sums)
         sums = sums.cpu()
     length = losses.shape[1]
-    mean, square, rows, *steps = sums[length:].tolist()
-    return sums[:length], mean, square, int(rows), dict(zip(layers, map(int, steps), strict=True))
+    mean, square, count, *steps = sums[length:].tolist()
+    return sums[:length], mean, square, int(count), dict(zip(layers, map(int, steps), strict=True))
 
 
 def _result(
@@ -128,17 +128,17 @@ def _result(
     for record in records:
         for layer, count in (record.full_steps or {}).items():
             steps[layer] = steps.get(layer, 0) + count
-    losses, mean, square, rows, steps = _summed(own, steps, world, device)
+    losses, mean, square, sequences, steps = _summed(own, steps, world, device)
     if not losses.isfinite().all():
         raise SettingsError(f"{strategy.name}: the loss is not finite; try float32, and see whether the model is sound")
-    variance = max(0.0, square - mean**2 / rows) / (rows - 1) if rows > 1 else None
+    variance = max(0.0, square - mean**2 / sequences) / (sequences - 1) if sequences > 1 else None
     return Result(
         name=strategy.name,
         config=strategy.config,
         budget=strategy.largest_budget(prompt_length),
-        losses=(losses / rows).tolist(),
-        standard_error=None if variance is None else math.sqrt(variance / rows),
-        effective_strides={layer: rows * len(losses) / count if count else None for layer, count in steps.items()},
+        losses=(losses / sequences).tolist(),
+        standard_error=None if variance is None else math.sqrt(variance / sequences),
+        effective_strides={layer: sequences * len(losses) / count if count else None for layer, count in steps.items()},
         prompt_seconds=_mean([record.prompt_seconds for record in records]),
         seconds=_mean([record.seconds for record in records]),
         cache_bytes=_mean([record.cache_bytes for record in records]),

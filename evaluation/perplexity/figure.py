@@ -70,13 +70,13 @@ def draw_strides(panels: dict[str, dict[str, dict[int, float | None]]]) -> bytes
     panels: title -> line -> layer -> decoding steps per full step; None leaves a gap. All panels have the same lines.
     """
     columns = min(len(panels), 3)
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(1.5 + 5.5 * columns, 1 + 3.8 * rows), layout="constrained")
+    lines_of_panels = -(-len(panels) // columns)
+    figure = Figure(figsize=(1.5 + 5.5 * columns, 1 + 3.8 * lines_of_panels), layout="constrained")
     names = list(dict.fromkeys(line for lines in panels.values() for line in lines))
     colours = (*STRIDE_COLOURS, *SIMILARITY_COLOURS, NEVER_COLOUR, *BASELINE_COLOURS)
     rounds = [divmod(i, len(colours)) for i in range(len(names))]
     styles = {name: (colours[i], MARKERS[turn % len(MARKERS)]) for name, (turn, i) in zip(names, rounds, strict=True)}
-    for axes, (title, lines) in zip(_axes(figure, rows, columns), panels.items(), strict=False):
+    for axes, (title, lines) in zip(_axes(figure, lines_of_panels, columns), panels.items(), strict=False):
         for name, strides in lines.items():
             heights = [np.nan if stride is None else stride for stride in strides.values()]
             axes.plot(list(strides), heights, color=styles[name][0], marker=styles[name][1], markersize=4, **AFTER)
@@ -91,9 +91,9 @@ def draw_strides(panels: dict[str, dict[str, dict[int, float | None]]]) -> bytes
     return _used_panels(figure)
 
 
-def _axes(figure: Figure, rows: int, columns: int) -> list[Axes]:
+def _axes(figure: Figure, lines_of_panels: int, columns: int) -> list[Axes]:
     """The panels, line by line."""
-    return list(figure.subplots(rows, columns, squeeze=False).flat)
+    return list(figure.subplots(lines_of_panels, columns, squeeze=False).flat)
 
 
 def _label_layers(axes: Axes, title: str) -> None:

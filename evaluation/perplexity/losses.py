@@ -138,7 +138,7 @@ def _in_one_pass(model: nn.Module, ids: Tensor, prompt_length: int, strategy: St
         raise ValueError("the model took no notice of the simulation: call refreshkv.enable(model) before evaluate()")
     counts = {layer: flags[:, prompt_length:].sum(1).tolist() for layer, flags in simulation.full_steps.items()}
     return [
-        {"losses": own, "full_steps": {layer: rows[i] for layer, rows in counts.items()}}
+        {"losses": own, "full_steps": {layer: steps[i] for layer, steps in counts.items()}}
         for i, own in enumerate(losses)
     ]
 

@@ -54,7 +54,7 @@ class Result:
 
     @property
     def effective_stride(self) -> float | None:
-        """Strategy steps per full step over all layers; None for full attention and if no step was full."""
+        """Decoding steps per full step over all layers; None for full attention, or if no step was full."""
         return effective_stride(list(self.effective_strides.values()))
 
 

@@ -172,9 +172,9 @@ class Suite:
         if not any(column.of == of and column.model in (None, model) for column in self.columns.values()):
             return []
         return [
-            dataclasses.replace(build_strategy(row.strategy, self.config(own, row.refresh)), name=label)
-            for label, row in self.rows.items()
-            if row.strategy is not None and row.model in (None, model)
+            dataclasses.replace(build_strategy(line.strategy, self.config(own, line.refresh)), name=label)
+            for label, line in self.rows.items()
+            if line.strategy is not None and line.model in (None, model)
         ]
 
 

@@ -104,15 +104,15 @@ def _table(suite: Suite, results: dict[str, Measured], model: str | None) -> lis
     beside = [f"paper, {name}" if len(papers) > 1 else "paper" for name in papers]
     titles = [_title(title, column.of, results) for title, column in suite.columns.items()]
     table = [["", *(head for title in titles for head in (title, *beside))]]
-    for label, row in suite.rows.items():
-        line = [label]
+    for label, own_line in suite.rows.items():
+        cells = [label]
         for title, column in suite.columns.items():
-            measured = results[row.model or column.model or model]
+            measured = results[own_line.model or column.model or model]
             own = measured.figures.get(label, {}).get(column.of, {}).get(column.value)
             digits = DIGITS[column.value]
-            line.append(NOT_MEASURED if own is None else f"{own:,.{digits}f}")
-            line += [_printed(suite, name, label, title) for name in papers]
-        table.append(line)
+            cells.append(NOT_MEASURED if own is None else f"{own:,.{digits}f}")
+            cells += [_printed(suite, name, label, title) for name in papers]
+        table.append(cells)
     return table
 
 
@@ -139,7 +139,7 @@ def _cost_tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
 
 
 def _stride_tables(report: dict[str, Any], model: str) -> list[tuple[str, list[list[str]]]]:
-    """Strategy steps per full step, a line for each layer; none where no way to decode refreshes."""
+    """A table of decoding steps per full step, a line for each layer; no table if no strategy refreshes."""
     columns = _figure_lines(report["results"][model]["effective strides"])
     layers = sorted({layer for own in columns.values() for layer in own}, key=int)
     table = [["layer", *columns]]

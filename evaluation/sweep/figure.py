@@ -70,14 +70,14 @@ def _curve(points: list[Point]) -> tuple[list[float], list[float]]:
 
 
 def _name_thresholds(axes: Axes, points: list[Point], colour: str) -> None:
-    """Writes thresholds beside their points; of several in the same place, the first."""
+    """Writes thresholds beside their points; where several would overlap, only the first."""
     named: list[tuple[float, float]] = []
     heights = [math.expm1(point.gap) for point in points]
     span = max(heights) - min(heights) or 1.0
     for point, height in zip(points, heights, strict=True):
-        place = (math.log(point.effective_stride), height / span)
-        if all(abs(place[0] - x) > 0.04 or abs(place[1] - y) > 0.04 for x, y in named):
-            named.append(place)
+        position = (math.log(point.effective_stride), height / span)
+        if all(abs(position[0] - x) > 0.04 or abs(position[1] - y) > 0.04 for x, y in named):
+            named.append(position)
             offset = {"xytext": (6, -11), "textcoords": "offset points", "fontsize": 8}
             axes.annotate(f"{point.threshold:g}", (point.effective_stride, height), color=colour, **offset)
 
@@ -87,8 +87,8 @@ def _draw_layers(axes: Axes, sweep: Sweep) -> None:
     results = [result for result in sweep.evaluation.results if result.config and result.config.threshold is not None]
     if chosen:
         results = [result for result in results if result.config.stride == chosen.stride]
-        place = [result.name for result in results].index(chosen.name)
-        results = results[max(0, place - 1) : place + 2]
+        index = [result.name for result in results].index(chosen.name)
+        results = results[max(0, index - 1) : index + 2]
     for i, result in enumerate(results):
         is_chosen = chosen is not None and result.name == chosen.name
         colour = CHOSEN_COLOUR if is_chosen else SIMILARITY_COLOURS[i % len(SIMILARITY_COLOURS)]

@@ -51,7 +51,7 @@ class Point:
     threshold: float | None
     """None for a fixed schedule."""
     effective_stride: float | None
-    """Strategy steps per full step; None if none was full."""
+    """Decoding steps per full step; None if none was full."""
     gap: float
     """Mean loss minus full attention's, in nats."""
     kept: float | None

@@ -76,7 +76,7 @@ def _cells(report: dict[str, Any]) -> list[list[str]]:
 
 
 def _stride(results: list[dict[str, Any]]) -> str:
-    """Strategy steps per full step over all layers and tasks."""
+    """Decoding steps per full step over all layers and tasks."""
     stride = effective_stride([s for result in results for s in (result["effective_strides"] or {}).values()])
     return "-" if stride is None else f"{stride:.1f}"
 

@@ -100,7 +100,7 @@ else:
                 "effective_stride": 5.0} for n, p in (("full", 10.0), ("refresh S=5", 12.0))]
     made.write_text(json.dumps({"date": "d", "hardware": "h", "versions": {}, "protocol": {"fingerprint": "f"},
                                 "evaluation": {"results": results}}))
-time.sleep(0.2)
+time.sleep(0.05)
 made.parent.mkdir(parents=True, exist_ok=True)
 made.touch()
 """
@@ -108,6 +108,7 @@ made.touch()
 
 def stand_ins(folder, monkeypatch):
     """Stand-ins for the scripts, which write down how they were called."""
+    monkeypatch.setattr("refreshkv.train.experiment.running.POLL", 0.02)
     launch = folder / "launch"
     launch.mkdir(exist_ok=True)
     for name in ("prepare", "train", "export", "evaluate"):
@@ -429,6 +430,19 @@ def test_what_cannot_work_is_refused_before_anything_runs(tmp_path, place, value
         settings_from_dict(ExperimentConfig, values)
 
 
+def draw_one_of_each_kind():
+    """In place of `drawn`: draws the first figure of each kind, for each takes a second."""
+    kinds = set()
+
+    def drawn(name, draw):
+        kind = name.rpartition("-")[2]
+        is_first = kind not in kinds
+        kinds.add(kind)
+        return draw() if is_first else b""
+
+    return drawn
+
+
 @pytest.mark.parametrize(
     ("name", "planned", "known", "left"),
     [
@@ -444,6 +458,7 @@ def test_what_cannot_work_is_refused_before_anything_runs(tmp_path, place, value
 def test_the_figures_of_the_repository(tmp_path, monkeypatch, name, planned, known, left):
     """They are of the settings that stand there, and whole but for what docs/results.md says is missing."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("refreshkv.train.experiment.report.drawn", draw_one_of_each_kind())
     published = ROOT / "docs/results" / name
     shutil.copy(published / "results.json", tmp_path)
     # an output of its own: whoever has run the experiment here has other base models

@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from refreshkv.train.experiment.jobs import Job
 
+POLL = 0.2
+"""Seconds between two looks at the running jobs."""
 PATIENCE = 60.0
 """Seconds that training runs have to save a checkpoint and exit when time is up."""
 
@@ -120,7 +122,7 @@ def run_jobs(
                 bar.set_description(", ".join(active.job.name for active in running), refresh=False)
                 if not running and not _ready(waiting, outcome):
                     break
-                time.sleep(0.2)
+                time.sleep(POLL)
         finally:
             with undisturbed():
                 for active in running:
@@ -165,11 +167,12 @@ def _start_ready(
     waiting: list[Job], running: list[RunningJob], outcome: Outcome, devices: list[str], launch: Path, logs: Path
 ) -> list[Job]:
     """Starts the jobs that can start, in order, and adds them to `running`; returns the jobs that still wait."""
+    # without GPUs a slot is a share of the cores, which every job takes
     wanted = {
         "none": 0 if any(devices) else 1,
         "one": 1,
         "all": len(devices),
-    }  # without GPUs a slot is a share of the cores
+    }
     is_held_up = False
     for job in _ready(waiting, outcome):
         free = [slot for slot in range(len(devices)) if not any(slot in active.slots for active in running)]
