@@ -12,7 +12,7 @@ from refreshkv import tables
 from refreshkv.config import NEVER
 from refreshkv.data.config import DataConfig
 from refreshkv.data.folder import INFO_FILE
-from refreshkv.evaluation.report import load_report, markdown_table
+from refreshkv.evaluation.perplexity.report import load_report, markdown_table
 from refreshkv.train.config import RunConfig
 from refreshkv.train.run_folder import State
 

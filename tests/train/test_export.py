@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import refreshkv
 from refreshkv import RefreshCache, RefreshConfig
 from refreshkv.data.config import DataConfig
-from refreshkv.evaluation.perplexity import Evaluation, Result
-from refreshkv.evaluation.report import build_report, protocol, write_report
+from refreshkv.evaluation.perplexity.report import build_report, protocol, write_report
+from refreshkv.evaluation.perplexity.results import Evaluation, Result
 from refreshkv.settings import SettingsError, load_settings
 from refreshkv.train import export as export_module
 from refreshkv.train import export_check, hub
