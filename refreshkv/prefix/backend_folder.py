@@ -12,6 +12,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor
 
+from refreshkv.files import PARTIAL, atomic_file, write_json
 from refreshkv.identity import first_difference
 from refreshkv.prefix.entry import DamagedEntry, Entry
 from refreshkv.prefix.entry_file import SUFFIX, UNREADABLE, read_entry, read_tensors, write_entry
@@ -20,7 +21,7 @@ from refreshkv.settings import SettingsError
 LAYOUT = 1
 """Version of the folder's layout, stored with the model's identity."""
 
-PARTIAL, LOCK_FILE, IDENTITY_FILE = ".partial", ".lock", "store.json"
+LOCK_FILE, IDENTITY_FILE = ".lock", "store.json"
 
 
 class FolderBackend:
@@ -60,7 +61,7 @@ class FolderBackend:
                 )
             with self.writing():
                 if not file.exists():
-                    _write_aside(file, json.dumps(identity, indent=1).encode())
+                    write_json(file, identity, indent=1, durable=True)
         there = json.loads(file.read_text())
         different = first_difference(identity, there if isinstance(there, dict) else {})
         if different:
@@ -103,14 +104,10 @@ class FolderBackend:
     def write(self, entry: Entry, tensors: dict[str, Tensor]) -> None:
         for path in self.folder.glob(f".*{PARTIAL}"):  # this process holds the lock, so their writers are gone
             path.unlink()
-        aside = self.folder / f".{entry.name}{PARTIAL}"
         try:
-            write_entry(aside, entry, tensors)
-            _to_disk(aside)
-            os.replace(aside, self._file(entry.name))
-            _to_disk(self.folder)
+            with atomic_file(self._file(entry.name), durable=True) as temporary:
+                write_entry(temporary, entry, tensors)
         except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
             reason = " ".join(str(error).split())
             raise SettingsError(f"{self._setting} {self.folder} cannot be written to: {reason}") from None
 
@@ -135,20 +132,3 @@ class FolderBackend:
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}{SUFFIX}"
-
-
-def _write_aside(file: Path, content: bytes) -> None:
-    aside = file.with_name(f".{file.name}{PARTIAL}")
-    aside.write_bytes(content)
-    _to_disk(aside)
-    os.replace(aside, file)
-    _to_disk(file.parent)
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -312,8 +312,8 @@ def write_forever(store, seed, pipe):
 
 
 def check_kills(model, folder, kills, seed):
-    """Kills `kills` writers at random moments, every second one as it writes; returns the numbers of finished entries and
-    of interrupted writes."""
+    """Kills writers at random moments, every second one as it writes; returns the numbers of finished entries and of
+    interrupted writes."""
     draw, finished, cut = random.Random(seed), 0, 0
     for number in range(kills):
         receive, send = os.pipe()
