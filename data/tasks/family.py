@@ -11,41 +11,44 @@ from refreshkv.settings import SettingsError
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem, not yet worded."""
+    """One problem, before it is put into words."""
 
     fields: dict[str, str]
     """The values of the template's placeholders."""
     answer: str
-    """The right continuation of the prompt, with the space or line break it begins with."""
+    """The right continuation of the prompt, with its leading space or line break."""
     references: Any
-    """What the family's scorer compares with: plain values."""
+    """What `Family.score` compares a prediction with: JSON values."""
     examples: tuple["Problem", ...] = ()
-    """Solved problems that stand before this one in the prompt."""
+    """Solved problems in the prompt before this one."""
 
 
 @dataclass(frozen=True)
 class Family(ABC):
-    """The settings that all tasks share, and what a family of tasks has to bring. Sizes are in its own units: keys,
-    sentences, rows, whatever makes its prompts longer."""
+    """The settings that all tasks share; subclasses implement `draw` and `score`.
+
+    A problem's size is in the family's own unit, the one that makes its prompts longer: keys, sentences, documents.
+    """
 
     length: int = 4096
-    """Tokens of a prompt and its answer together: the prompt gets `length - max_new_tokens`."""
+    """Tokens of a prompt and its answer together. The prompt gets `length - max_new_tokens` of them."""
     max_new_tokens: int = 128
     """Tokens that may be generated."""
     seed: int = 42
     """Seed of the problems."""
     template_file: str | None = None
-    """YAML file with another wording: the pieces it names replace the task's own."""
+    """YAML file with another wording: its template parts replace the task's own."""
     chat: bool = False
-    """Wrap the prompt in the tokenizer's chat template, as one user message."""
+    """Put the question into the tokenizer's chat template, as one user message."""
 
     template: ClassVar[Template]
-    """The wording: `prompt`, `answer_prefix`, and pieces of the family's own."""
+    """The wording: `prompt`, `answer_prefix`, and parts of the family's own."""
     least_size: ClassVar[int] = 1
+    """The smallest size of a problem."""
     answer_fits: ClassVar[bool] = True
-    """Whether an answer that max_new_tokens cannot hold is an error: it could not be generated."""
+    """Whether an answer of more than max_new_tokens tokens is an error, because it could not be generated."""
     redraws: ClassVar[bool] = False
-    """Whether problems differ so much in the length of their answers that they are drawn until one fits."""
+    """Whether problems are drawn until an answer fits, because the answers' lengths differ much."""
 
     def __post_init__(self) -> None:
         for name, least in (("length", 2), ("max_new_tokens", 1)):
@@ -59,17 +62,18 @@ class Family(ABC):
 
     @abstractmethod
     def draw(self, random: Random, size: int, index: int, template: Template) -> Problem:
-        """A problem of `size` units. `index` numbers the problems, for families that read them from a file."""
+        """A problem of `size` units from the random generator alone, or, in families that read a file, its problem
+        `index`."""
 
     @abstractmethod
     def score(self, prediction: str, references: Any) -> dict[str, float]:
-        """Figures between 0 and 1 by name; the first is called score and is the task's own."""
+        """Scores between 0 and 1 by name. The first is called "score" and is the task's result."""
 
     def largest_size(self, index: int) -> int | None:
-        """The most units there are; None for no end."""
+        """The largest size of problem `index`; None if there is no limit."""
         return None
 
     @property
     def substitutes(self) -> tuple[str, ...]:
-        """What stands in for something that the benchmark reads from files, one phrase each."""
+        """For each part of the benchmark that is replaced by generated text a phrase such as "sentences for essays"."""
         return ()
