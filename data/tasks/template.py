@@ -24,7 +24,7 @@ def load_template(default: Template, path: str | None, setting: str) -> Template
     question = placeholders(default["prompt"]) | placeholders(default["answer_prefix"])
     for name, text in parts.items():
         if name not in default:
-            raise SettingsError(f"{setting}={path}: unknown piece {name!r}; this task has {', '.join(default)}")
+            raise SettingsError(f"{setting}={path}: unknown part {name!r}; this task has {', '.join(default)}")
         known = question if name in ("prompt", "answer_prefix") else placeholders(default[name])
         _validate_part(name, text, default[name], known, f"{setting}={path}")
     return {**default, **parts}
@@ -43,7 +43,7 @@ def _read(path: str, setting: str) -> dict:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{setting}: {path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(parts, dict):
-        raise SettingsError(f"{setting}: {path} must hold pieces of text by name, such as prompt and answer_prefix")
+        raise SettingsError(f"{setting}: {path} must hold parts of text by name, such as prompt and answer_prefix")
     return parts
 
 

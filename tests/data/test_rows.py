@@ -1,4 +1,4 @@
-"""Preparation of rows: what is in them, what is counted, and what is refused."""
+"""Preparation of rows: their content, the counts, and refused settings."""
 
 import json
 import random
@@ -48,7 +48,7 @@ def write_jsonl(path: Path, texts: list[str | None]) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory):
-    """Keeps the sources' copies out of the user's cache, and the hub out of reach."""
+    """Copies of sources go to a folder of the test, and the Hub is not reached."""
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
@@ -65,7 +65,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, texts) -> DataConfig:
-    """Rows of `texts` with a tokenizer trained on them; the tests below use it as `data.tokenizer`."""
+    """Rows of `texts` with a tokenizer trained on them, which `config` uses as `data.tokenizer`."""
     folder = tmp_path_factory.mktemp("prepared")
     source = write_jsonl(folder / "source.jsonl", texts)
     config = DataConfig(
@@ -92,19 +92,19 @@ def splits_by_document(folder: str) -> dict[str, str]:
     return {hash_: split for split in ("train", "validation", "test") for hash_ in getattr(rows, split)["document"]}
 
 
-def test_rows_are_consecutive_pieces_of_single_documents(prepared, texts):
+def test_rows_are_consecutive_parts_of_single_documents(prepared, texts):
     rows = load_rows(prepared.folder)
     tokenizer = AutoTokenizer.from_pretrained(rows.tokenizer_folder)
-    pieces = defaultdict(list)
+    parts = defaultdict(list)
     for split in (rows.train, rows.validation, rows.test):
         for row in split:
             assert row["input_ids"].shape == (ROW_LENGTH,) and row["input_ids"].dtype == torch.int64
-            pieces[row["document"]] += row["input_ids"].tolist()
+            parts[row["document"]] += row["input_ids"].tolist()
     for text in texts:
         token_ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         kept = len(token_ids) // ROW_LENGTH * ROW_LENGTH
-        assert pieces.pop(assign_document(text)[0], []) == token_ids[:kept]
-    assert not pieces
+        assert parts.pop(assign_document(text)[0], []) == token_ids[:kept]
+    assert not parts
 
 
 def test_everything_dropped_is_counted(prepared, texts):
@@ -133,7 +133,7 @@ def test_a_document_stays_in_its_split_when_others_join(prepared, config, texts,
 
 
 def test_splits_are_the_same_everywhere_and_have_their_shares():
-    # From sha256 alone: rows prepared anew, on any machine, must never move a test document into training.
+    # these values follow from sha256 alone: a test document stays a test document on every machine
     assert assign_document("document 0") == ("19e6bd2cd5bf6096", "train")
     assert assign_document("document 4") == ("ebbb26765e8c2254", "test")
     assert assign_document("document 10") == ("e52216b48eed296d", "validation")

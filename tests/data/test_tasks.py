@@ -1,4 +1,4 @@
-"""Tasks: what they draw, how they score (cases worked by hand), how prompts fit their room, and the training form."""
+"""Tasks: problems, scores (cases worked by hand), prompts that fit their length, and training sequences."""
 
 import builtins
 import json
@@ -37,14 +37,14 @@ SETTINGS = {
     "countdown": {"max_new_tokens": 800, "length": 4000},
     "html_to_tsv": {"rows": 3, "max_new_tokens": 200},
 }
-"""What the tasks need to fit a small tokenizer."""
+"""Settings with which the tasks fit a small tokenizer."""
 
 GENERATED = [name for name in TASKS if name not in ("gov_report", "qmsum", "novel_summary")]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Trained on the tasks' own words, so that they are not spelled letter by letter."""
+    """Trained on the tasks' words, so that a word takes few tokens."""
     generator = random.Random(0)
     texts = [" ".join([*coined_words(generator, 100), *ADJECTIVES, *NOUNS, *map(str, range(500))]) for _ in range(30)]
     return train_tokenizer(texts, 1200)
@@ -514,7 +514,7 @@ def test_rouge_without_its_library(monkeypatch):
 # ---- wording and room
 
 
-def test_a_template_file_replaces_pieces(tmp_path, tokenizer):
+def test_a_template_file_replaces_parts(tmp_path, tokenizer):
     file = tmp_path / "ruler.yaml"
     file.write_text('prompt: "{context}\\nWhat is the {kind} of {query}?"\nneedle: "{key} has {kind} {value}!"\n')
     example = next(task("niah_single_1", template_file=str(file)).examples(tokenizer, 1))
@@ -525,13 +525,13 @@ def test_a_template_file_replaces_pieces(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('prompts: "{context}"', "unknown piece 'prompts'; this task has needle, noise, prompt, answer_prefix"),
+        ('prompts: "{context}"', "unknown part 'prompts'; this task has needle, noise, prompt, answer_prefix"),
         ('prompt: "{context} {query}"', r"prompt lacks \{kind\}"),
         ('prompt: "{context} {query} {kind} {value}"', r"prompt has an unknown \{value\}"),
         ('needle: "{key} {kind} {value} {context}"', r"needle has an unknown \{context\}"),
         ('prompt: "{context"', "prompt: .*write {{ and }} for braces"),
         ("prompt: 5", "prompt must be text, got 5"),
-        ("just text", "must hold pieces of text"),
+        ("just text", "must hold parts of text"),
         ("{", "is not readable YAML"),
     ],
 )
@@ -595,7 +595,7 @@ def test_room_that_is_too_small(tokenizer, monkeypatch):
 
 
 def test_settings_of_a_group():
-    """They go to its tasks that have them; a task's own go before, wherever they stand."""
+    """They apply to its tasks that have them; a task's own override them in any order."""
     values = {"vt": {"hops": 2, "chat": False}, "ruler": {"chat": True, "hops": 3}}
     values["ruler_essays"] = {"data_files": "essays.txt"}
     made = {
