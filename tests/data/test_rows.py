@@ -1,9 +1,10 @@
 """Preparation of rows: their content, the counts, and refused settings."""
 
 import json
+import multiprocessing
+import os
 import random
 import signal
-import subprocess
 import sys
 import sysconfig
 from collections import defaultdict
@@ -17,6 +18,7 @@ import torch
 from transformers import AutoTokenizer
 
 from refreshkv import cli
+from refreshkv.data import preparation
 from refreshkv.data.config import DataConfig
 from refreshkv.data.folder import rows_folder
 from refreshkv.data.preparation import assign_document
@@ -307,16 +309,16 @@ def test_a_folder_of_something_else_is_never_replaced(config):
     assert precious.exists() and Path(f"{beside.folder}.partial", "thesis.tex").exists()
 
 
+def killed_preparation(config):
+    preparation._validate_train_has_rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    prepare_rows(config, 4)
+
+
 def test_a_killed_preparation_is_not_prepared_and_does_not_block(config):
-    script = (
-        "import os, signal, sys\n"
-        "from refreshkv.data import preparation, rows\n"
-        "from refreshkv.data.config import DataConfig\n"
-        "preparation._validate_train_has_rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"rows.prepare_rows({config!r}, 4)\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    process = multiprocessing.get_context("fork").Process(target=killed_preparation, args=(config,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     assert Path(f"{config.folder}.partial", "streams", "train.arrow").stat().st_size > 0
     with pytest.raises(SettingsError, match=r"data\.folder=.*launch/prepare\.py"):
         load_rows(config.folder)
