@@ -22,7 +22,7 @@ OPTIONS = {
 
 
 def tuned_compilation() -> CompileConfig:
-    """A `compile_config` for `generate()` with a `RefreshCache` or a cache of `refreshkv.baselines`, with `decode_ahead`
+    """A `compile_config` for `generate()` with a `RefreshCache` or one of `refreshkv.baselines`, with `decode_ahead`
     or without: the same step, compiled for a single sequence.
 
     The first token takes some ten seconds longer, once for each model, GPU and version, as long as torch's compilation
