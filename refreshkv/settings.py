@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import types
 import typing
-import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,7 +39,6 @@ def settings_from_dict(cls: type[Settings], values: dict[str, Any], prefix: str 
     """Builds `cls` from nested plain values; `prefix` (such as `"training."`) is put before names in errors."""
     if not isinstance(values, dict):
         raise SettingsError(f"{prefix.rstrip('.') or 'the file'} must be a section with keys, got {values!r}")
-    values = _renamed(values, getattr(cls, "RENAMED", {}), prefix)
     if hasattr(cls, "plain_values"):  # a class may accept other spellings of its values
         values = cls.plain_values(values)
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -52,16 +50,6 @@ def settings_from_dict(cls: type[Settings], values: dict[str, Any], prefix: str 
             raise SettingsError(f"unknown setting {prefix}{key}{hint}")
     converted = {key: _convert(value, hints[key], f"{prefix}{key}") for key, value in values.items()}
     return cls(**converted)
-
-
-def _renamed(values: dict[str, Any], new_names: dict[str, str], prefix: str) -> dict[str, Any]:
-    """Accepts the old name of a renamed setting (`RENAMED` of its dataclass), with a warning."""
-    for old, new in new_names.items():
-        if old in values:
-            if new in values:
-                raise SettingsError(f"{prefix}{old} is the old name of {prefix}{new}: remove it")
-            warnings.warn(f"{prefix}{old} is now {prefix}{new}; the old name goes with the next release", stacklevel=2)
-    return {new_names.get(key, key): value for key, value in values.items()}
 
 
 def settings_to_dict(settings: Any) -> dict[str, Any]:

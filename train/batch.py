@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from refreshkv.attention.sequence_parallel import columns
-from refreshkv.config import Simulation
+from refreshkv.config import Simulation, Trace
 
 
 class Batch(NamedTuple):
@@ -25,8 +25,10 @@ class Batch(NamedTuple):
         """The columns of rank `rank`, one of the `size` processes that share these rows."""
         return self if size == 1 else Batch(*(columns(part, rank, size) for part in self))
 
-    def model_arguments(self, simulation: Simulation | None, split: bool) -> dict:
-        """Keywords with which `CausalLossModel` computes the losses; split: whether these are a share of the columns.
+    def model_arguments(self, simulation: Simulation | None, split: bool, trace: Trace | None = None) -> dict:
+        """Keywords with which `CausalLossModel` computes the losses.
+
+        split: whether this batch has only a share of the columns. trace: receives the full steps of the pass.
 
         The host waits here for the device (to learn how many positions count), so call it before a step's work and not
         in between.
@@ -34,6 +36,7 @@ class Batch(NamedTuple):
         arguments = {
             "input_ids": self.ids,
             "simulation": simulation,
+            "trace": trace,
             "use_cache": False,
             "targets": self.targets,
             "counted": self.counted.flatten().nonzero().squeeze(1),

@@ -12,7 +12,7 @@ from refreshkv import tables
 from refreshkv.config import NEVER
 from refreshkv.data.config import DataConfig
 from refreshkv.data.folder import INFO_FILE
-from refreshkv.evaluation.report import load_report, markdown_table
+from refreshkv.evaluation.perplexity.report import load_report, markdown_table
 from refreshkv.train.config import RunConfig
 from refreshkv.train.run_folder import State
 
@@ -51,7 +51,7 @@ tokenizer = AutoTokenizer.from_pretrained(name)
 model = enable(AutoModelForCausalLM.from_pretrained(name, dtype="auto"))
 
 inputs = tokenizer("The text to go on with", return_tensors="pt")
-cache = RefreshCache(model.config, max_cache_len=inputs.input_ids.shape[1] + {new_tokens})
+cache = RefreshCache(config=model.config, max_cache_len=inputs.input_ids.shape[1] + {new_tokens})
 output = model.generate(**inputs, past_key_values=cache, custom_generate=decode_ahead, max_new_tokens={new_tokens})
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```"""

@@ -1,7 +1,8 @@
 """A whole run as dataclasses: one YAML file, its sections the fields of `RunConfig`."""
 
+import warnings
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from transformers import SchedulerType
 
@@ -91,9 +92,6 @@ class SimulationConfig:
 class TrainingConfig:
     """The optimisation and its book-keeping."""
 
-    RENAMED: ClassVar[dict[str, str]] = {"schedule": "lr_schedule"}
-    """Names of the release before -> names now. An old name is accepted with a warning, until the next release."""
-
     output: str = "runs/quickstart"
     """Folder of the run: checkpoints, tensorboard curves, the resolved config."""
     deepspeed: str = "configs/deepspeed/zero2.json"
@@ -176,6 +174,16 @@ class TrainingConfig:
         if len(self.betas) != 2:
             raise SettingsError(f"training.betas must be two numbers, got {self.betas}")
 
+    @staticmethod
+    def plain_values(values: dict[str, Any]) -> dict[str, Any]:
+        """The settings `values`, where `schedule` stands for `lr_schedule` as in the release before, with a warning."""
+        if "schedule" not in values:
+            return values
+        if "lr_schedule" in values:
+            raise SettingsError("training.schedule is the old name of training.lr_schedule: remove it")
+        warnings.warn("training.schedule is now training.lr_schedule; the next release refuses it", stacklevel=2)
+        return {"lr_schedule" if key == "schedule" else key: value for key, value in values.items()}
+
 
 @dataclass
 class ParallelConfig:
@@ -226,7 +234,9 @@ def current_names(values: Any) -> Any:
     """
     if not isinstance(values, dict) or not isinstance(values.get("training"), dict):
         return values
-    training = {TrainingConfig.RENAMED.get(key, key): value for key, value in values["training"].items()}
+    training = dict(values["training"])
+    if "schedule" in training:
+        training["lr_schedule"] = training.pop("schedule")
     if training.get("loss") == "liger":
         training["loss"] = "chunked"  # the same sums
     return {**values, "training": training}

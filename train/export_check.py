@@ -61,7 +61,7 @@ def decoding_difference(model: PreTrainedModel, rows: Tensor) -> tuple[float, fl
     prompt_length = max(1, 3 * rows.shape[1] // 4)
     config = _constraining(saved_config(model.config), prompt_length)
     parallel = model(rows, simulation=Simulation(prompt_length, config), use_cache=False).logits
-    cache = RefreshCache(model.config, rows.shape[1], config)
+    cache = RefreshCache(config=model.config, refresh=config, max_cache_len=rows.shape[1])
     blocks = [rows[:, :prompt_length], *rows[:, prompt_length:].split(1, dim=1)]
     decoded = [model(block, past_key_values=cache, use_cache=True).logits for block in blocks]
     differences = (torch.cat(decoded, dim=1) - parallel).abs().flatten(1).amax(dim=1)

@@ -92,23 +92,21 @@ class CausalLossModel(nn.Module):
         self,
         targets: Tensor,
         simulation: Simulation | None,
+        trace: Trace | None,
         counted: Tensor,
         partial: Tensor,
         decoded: Tensor,
-        trace: Trace | None = None,
         **inputs: Any,
     ) -> tuple[Tensor, ...]:
         teacher = None
         if self.distillation.weight and simulation is not None:
             with torch.no_grad(), without_dropout(self.causal_lm):
-                teacher = self._hidden_states(inputs, None)
+                teacher = self._hidden_states(inputs, None, None)
         hidden = self._hidden_states(inputs, simulation, trace)
         head = self.causal_lm.get_output_embeddings()
         return head(hidden, targets, counted=counted, partial=partial, decoded=decoded, teacher=teacher)
 
-    def _hidden_states(
-        self, inputs: dict[str, Any], simulation: Simulation | None, trace: Trace | None = None
-    ) -> Tensor:
+    def _hidden_states(self, inputs: dict[str, Any], simulation: Simulation | None, trace: Trace | None) -> Tensor:
         """Last hidden states (B, T, E), before the output layer."""
         return self.causal_lm.base_model(**inputs, simulation=simulation, trace=trace).last_hidden_state
 

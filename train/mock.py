@@ -52,7 +52,7 @@ def _validate_loss(engine, batch: Batch, config: RunConfig) -> None:
     model = engine.module
     ids, targets = batch.ids[:1, :CHECKED_TOKENS], batch.targets[:1, :CHECKED_TOKENS]
     every = torch.ones_like(ids, dtype=torch.bool)
-    masks = {"simulation": None, "counted": every.nonzero()[:, 1], "partial": ~every, "decoded": ~every}
+    masks = {"simulation": None, "trace": None, "counted": every.nonzero()[:, 1], "partial": ~every, "decoded": ~every}
     model.eval()
     logits = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
     sums = LossSums(*model(input_ids=ids, use_cache=False, targets=targets, **masks))

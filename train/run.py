@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from refreshkv.config import Trace
+from refreshkv.config import Simulation, Trace
 from refreshkv.evaluation.perplexity import evaluate
 from refreshkv.evaluation.strategies import full_attention, refreshing
 from refreshkv.loading import find_tokenizer
@@ -23,7 +23,7 @@ from refreshkv.train.log import peak_memory
 from refreshkv.train.mock import mock_step
 from refreshkv.train.order import RowOrder
 from refreshkv.train.run_folder import State, finished_checkpoints
-from refreshkv.train.simulation import draw_simulation
+from refreshkv.train.simulation import draw_simulation, new_trace
 from refreshkv.train.step import NotFinite, train_step
 
 
@@ -82,19 +82,15 @@ class Run:
         # dropout's masks depend on the seed, the step and the rows alone, so a resumed run draws the same
         torch.manual_seed(training.seed * 1_000_003 + step * job.data_parallel_size + data_rank)
         simulation = draw_simulation(config.simulation, config.refresh, config.data.row_length, training.seed, step)
-        # under the similarity schedule only the attention knows the full steps, on which the step's work depends
-        trace = Trace() if config.simulation.threshold is not None else None
-        learning_rate = self.engine.get_lr()[0]
+        learning_rate, trace, size = self.engine.get_lr()[0], new_trace(simulation), job.sequence_parallel_size
         try:
-            values = train_step(
-                self.engine, self.batches(step), simulation, job.sequence_parallel_size, self.note, trace
-            )
+            values = train_step(self.engine, self.batches(step), simulation, size, self.note, trace)
         except NotFinite as error:
             raise TrainingStopped(f"the {error} of step {step} is not finite; {_advice(job.output)}") from None
         self.tokens_seen += int(values.pop("tokens"))
         return {**values, "learning rate": learning_rate, **self._speed(time.perf_counter() - began, simulation, trace)}
 
-    def _speed(self, seconds: float, simulation: Any, trace: Trace | None) -> dict[str, float]:
+    def _speed(self, seconds: float, simulation: Simulation | None, trace: Trace | None) -> dict[str, float]:
         """Tokens per second, the share of the GPUs' peak that went into model work, and memory."""
         job, config, rows = self.job, self.job.config, self.job.config.training.global_batch
         values = {"tokens/s": rows * config.data.row_length / seconds}
@@ -104,7 +100,7 @@ class Run:
                 rows,
                 config.data.row_length,
                 simulation,
-                full_steps={} if trace is None else trace.full_steps,
+                full_steps=trace.full_steps if trace else {},
                 distilled=config.distillation.weight > 0,
             )
             values["MFU"] = flops / seconds / job.world / peak

@@ -3,7 +3,7 @@
 import random
 from dataclasses import replace
 
-from refreshkv.config import NEVER, RefreshConfig, Simulation
+from refreshkv.config import NEVER, RefreshConfig, Simulation, Trace
 from refreshkv.train.config import RunConfig, SimulationConfig
 
 PURPOSE = "simulation"
@@ -23,10 +23,10 @@ def draw_simulation(
     draw = random.Random(f"{PURPOSE}:{seed}:{step}")
     stride = draw.choice(settings.strides)
     if settings.pattern == "paper":
-        return Simulation(row_length - stride, replace(refresh, stride=NEVER, threshold=None), recurring=True)
+        return _simulation(settings, row_length - stride, replace(refresh, stride=NEVER, threshold=None))
     least, most = settings.prompt_range(row_length)
-    schedule = replace(refresh, stride=stride, threshold=settings.threshold)
-    return Simulation(draw.randint(least, most), schedule, recurring=least == most)
+    prompt_length = draw.randint(least, most)
+    return _simulation(settings, prompt_length, replace(refresh, stride=stride, threshold=settings.threshold))
 
 
 def heaviest_simulation(config: RunConfig) -> Simulation | None:
@@ -36,6 +36,17 @@ def heaviest_simulation(config: RunConfig) -> Simulation | None:
         return None
     stride = min(settings.strides)
     if settings.pattern == "paper":
-        return Simulation(length - stride, replace(config.refresh, stride=NEVER, threshold=None), recurring=True)
-    least, most = settings.prompt_range(length)
-    return Simulation(least, replace(config.refresh, stride=stride, threshold=None), recurring=least == most)
+        return _simulation(settings, length - stride, replace(config.refresh, stride=NEVER, threshold=None))
+    fixed = replace(config.refresh, stride=stride, threshold=None)
+    return _simulation(settings, settings.prompt_range(length)[0], fixed)
+
+
+def _simulation(settings: SimulationConfig, prompt_length: int, refresh: RefreshConfig) -> Simulation:
+    """A simulation; few shapes recur if the prompt length is fixed, or follows from the stride as under paper."""
+    recurring = settings.pattern == "paper" or isinstance(settings.prompt_length, int)
+    return Simulation(prompt_length, refresh, recurring=recurring)
+
+
+def new_trace(simulation: Simulation | None) -> Trace | None:
+    """A trace for the full steps of a pass under the similarity schedule; None where they are known beforehand."""
+    return Trace() if simulation is not None and simulation.config.threshold is not None else None

@@ -71,7 +71,7 @@ def backward(
     tokens = sum(batch.counted.sum() for batch in batches).float()
     dist.all_reduce(tokens)
     totals = torch.zeros(len(LossSums._fields) - 1, device=engine.device)
-    arguments = [batch.model_arguments(simulation, sequence_parallel_size > 1) for batch in batches]
+    arguments = [batch.model_arguments(simulation, sequence_parallel_size > 1, trace) for batch in batches]
     for index, micro_batch in enumerate(arguments):
         note(f"micro-batch {index + 1} of {len(batches)}")
         sums = LossSums(*engine(**micro_batch, trace=trace))

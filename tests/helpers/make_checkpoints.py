@@ -77,7 +77,7 @@ def train_case(folder: Path, rank: int, world: int, stage: int, dtype: str, tied
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(100 * step + rank)
         rows = torch.randint(VOCABULARY, (1, ROW_LENGTH), generator=generator)
-        logits = engine(rows, refresh=Simulation(24, REFRESH), use_cache=False).logits
+        logits = engine(rows, simulation=Simulation(24, REFRESH), use_cache=False).logits
         engine.backward(torch.nn.functional.cross_entropy(logits[0, :-1].float(), rows[0, 1:]))
         engine.step()
     state = State(STEPS, tokens=STEPS * world * ROW_LENGTH, world_size=world, zero_stage=stage, rows="fingerprint")

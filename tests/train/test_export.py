@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import refreshkv
 from refreshkv import RefreshCache, RefreshConfig
 from refreshkv.data.config import DataConfig
-from refreshkv.evaluation.perplexity import Evaluation, Result
-from refreshkv.evaluation.report import build_report, protocol, write_report
+from refreshkv.evaluation.perplexity.report import build_report, protocol, write_report
+from refreshkv.evaluation.perplexity.results import Evaluation, Result
 from refreshkv.settings import SettingsError, load_settings
 from refreshkv.train import export as export_module
 from refreshkv.train import export_check, hub
@@ -272,8 +272,9 @@ def write_other_weights(monkeypatch):
 
 
 def decode_with_another_selection(monkeypatch):
-    def other(model_config, length, config):
-        return RefreshCache(model_config, length, RefreshConfig(budget=config.budget, stride=config.stride))
+    def other(config, refresh, max_cache_len):
+        changed = RefreshConfig(budget=refresh.budget, stride=refresh.stride)
+        return RefreshCache(config=config, refresh=changed, max_cache_len=max_cache_len)
 
     monkeypatch.setattr(export_check, "RefreshCache", other)
 

@@ -65,7 +65,7 @@ def expected(case):
     """Plain autograd of the mean loss over all counted tokens, one process, all logits."""
     model, rows = model_of(case), all_rows()
     ids = rows["input_ids"]
-    logits = model(ids, refresh=SIMULATIONS[case.simulation], use_cache=False).logits[:, :-1]
+    logits = model(ids, simulation=SIMULATIONS[case.simulation], use_cache=False).logits[:, :-1]
     target = torch.arange(1, ids.shape[1])
     counted = target >= rows["prompt_length"][:, None]
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
@@ -87,8 +87,7 @@ def mean_divergence(case, model, ids, logits, counted):
 
 def test_the_similarity_cases_have_checks_of_both_kinds():
     simulation, trace = SIMULATIONS["similarity"], Trace()
-    model = model_of(Case(0, 1, "similarity"))
-    model(all_rows()["input_ids"], simulation=simulation, trace=trace, use_cache=False)
+    model_of(Case(0, 1, "similarity"))(all_rows()["input_ids"], simulation=simulation, trace=trace, use_cache=False)
     for flags in trace.full_steps.values():
         checks = flags[:, simulation.prompt_length - 1 :: simulation.config.stride][:, 1:].float().mean()
         assert 0.1 < checks < 0.9

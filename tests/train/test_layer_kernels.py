@@ -106,7 +106,7 @@ def test_a_model_with_them_equals_one_without(modelling):
         model = enabled(modelling).cuda().train()
         change(model)
         ids = random_ids(2, 24).cuda()
-        loss = model(ids, labels=ids, refresh=Simulation(9, RefreshConfig(budget=6, stride=4)), use_cache=False).loss
+        loss = model(ids, labels=ids, simulation=Simulation(9, RefreshConfig(budget=6, stride=4)), use_cache=False).loss
         loss.backward()
         results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
     for found, expected in zip(results[1], results[0], strict=True):

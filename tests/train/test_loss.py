@@ -89,7 +89,7 @@ def test_losses_by_kind_of_position():
     partial = partial_positions(SIMULATION, torch.arange(20))
     assert partial.nonzero().flatten().tolist() == [7, 8, 9, 10, 12, 13, 14, 15, 17, 18, 19]
     with torch.no_grad():
-        outputs = model(ids, labels=ids, refresh=SIMULATION)
+        outputs = model(ids, labels=ids, simulation=SIMULATION)
     sums, _ = sums_and_gradients("chunked", make_batch(rows(), "all", ids.device), model)
     assert float(sums.total / sums.tokens) == pytest.approx(float(outputs.loss), rel=1e-5)
     assert (int(sums.tokens), int(sums.partial_tokens)) == (38, 20)
@@ -103,7 +103,7 @@ def test_losses_of_answers_alone():
     answers = answer_targets(torch.tensor([7, 7]), torch.tensor([3, 6]), 20)
     assert [row.nonzero().flatten().tolist() for row in answers] == [[6, 7, 8], [6, 7, 8, 9, 10, 11]]
     with torch.no_grad():
-        logits = model(ids, refresh=SIMULATION).logits
+        logits = model(ids, simulation=SIMULATION).logits
     losses = -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     sums, _ = sums_and_gradients("chunked", make_batch(rows(), "answers", ids.device), model)
     assert float(sums.total) == pytest.approx(float(losses[0, 6:9].sum() + losses[1, 6:12].sum()), rel=1e-5)
@@ -133,7 +133,7 @@ def test_the_objective_of_a_distillation(monkeypatch, kind, loss_on):
     distillation = DistillationConfig(weight=0.7, temperature=2.0)
     batch = make_batch(rows(), loss_on, torch.device("cpu"))
     truth = tiny_enabled(dtype=torch.float32)
-    logits = truth(batch.ids, refresh=SIMULATION, use_cache=False).logits
+    logits = truth(batch.ids, simulation=SIMULATION, use_cache=False).logits
     with torch.no_grad():
         teacher = truth(batch.ids, use_cache=False).logits
     after = batch.counted & (batch.positions >= SIMULATION.prompt_length)

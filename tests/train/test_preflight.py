@@ -206,7 +206,8 @@ def test_visible_keys_are_those_of_the_queue(config):
 
 def test_recorded_full_steps_count(tmp_path):
     model = tiny_enabled(dtype=torch.float32)
-    simulation, trace = Simulation(9, RefreshConfig(budget=6, stride=3, threshold=0.1)), Trace()
+    simulation = Simulation(9, RefreshConfig(budget=6, stride=3, threshold=0.1))
+    trace = Trace()
     model(random_ids(2, 40), simulation=simulation, trace=trace, use_cache=False)
     work = model_work(model)
     assert work == Work(2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48) + 32 * 61, 4 * 4 * 8, [None, None])
