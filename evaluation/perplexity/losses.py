@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from refreshkv.config import Simulation
+from refreshkv.config import Simulation, Trace
 from refreshkv.evaluation.caches import Caches
 from refreshkv.evaluation.perplexity.stepwise import Decoded, decode_known
 from refreshkv.evaluation.records import RecordFile, numbered_layers
@@ -56,15 +56,19 @@ class SequenceRecords(RecordFile[SequenceRecord]):
 
 
 def sequence_losses(
-    model: nn.Module, ids: Tensor, simulation: Simulation | None = None, last: int | None = None
+    model: nn.Module,
+    ids: Tensor,
+    simulation: Simulation | None = None,
+    last: int | None = None,
+    trace: Trace | None = None,
 ) -> Tensor:
     """Next-token losses in nats, (B, n) float32, of the last n = `last` tokens of ids (B, T); of T - 1 tokens if None.
 
-    simulation: None is full attention. The model computes the logits of the last n positions only, in its own dtype;
-    at most `LOGITS_AT_ONCE` of them are converted to float32 at a time.
+    simulation: None is full attention. trace: receives the simulation's full steps. The model computes the logits of
+    the last n positions only, in its own dtype; at most `LOGITS_AT_ONCE` of them are converted to float32 at a time.
     """
     count = ids.shape[1] - 1 if last is None else last
-    extra = {} if simulation is None else {"refresh": simulation}
+    extra = {} if simulation is None else {"simulation": simulation, "trace": trace}
     logits = model(ids, use_cache=False, logits_to_keep=count + 1, **extra).logits[:, :-1]
     chunk = max(1, LOGITS_AT_ONCE // (logits.shape[0] * logits.shape[2]))
     parts = zip(logits.split(chunk, dim=1), ids[:, -count:].split(chunk, dim=1), strict=True)
@@ -130,13 +134,14 @@ class Measurement:
 
 def _in_one_pass(model: nn.Module, ids: Tensor, prompt_length: int, strategy: Strategy) -> list[dict[str, Any]]:
     """Each sequence's losses and full steps, from a parallel pass."""
-    simulation = None if strategy.is_full else Simulation(prompt_length, strategy.config, record=True)
-    losses = sequence_losses(model, ids, simulation, last=ids.shape[1] - prompt_length).tolist()
+    simulation = None if strategy.is_full else Simulation(prompt_length, strategy.config)
+    trace = Trace()
+    losses = sequence_losses(model, ids, simulation, last=ids.shape[1] - prompt_length, trace=trace).tolist()
     if simulation is None:
         return [{"losses": own, "full_steps": None} for own in losses]
-    if not simulation.full_steps:
+    if not trace.full_steps:
         raise ValueError("the model took no notice of the simulation: call refreshkv.enable(model) before evaluate()")
-    counts = {layer: flags[:, prompt_length:].sum(1).tolist() for layer, flags in simulation.full_steps.items()}
+    counts = {layer: flags[:, prompt_length:].sum(1).tolist() for layer, flags in trace.full_steps.items()}
     return [
         {"losses": own, "full_steps": {layer: steps[i] for layer, steps in counts.items()}}
         for i, own in enumerate(losses)

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from refreshkv.baselines.compact import CompactLayer
 from refreshkv.baselines.full import FullLayer
-from refreshkv.cache.buffers import BufferedCache, BufferedLayer
+from refreshkv.cache.preallocated import PreallocatedCache, PreallocatedLayer
 
 
 class PromptLayer(FullLayer):
@@ -21,22 +21,22 @@ class PromptLayer(FullLayer):
         self.needs_queries = keep_queries
         self.queries: Tensor | None = None
 
-    def fill(self, key_states: Tensor, value_states: Tensor, query_states: Tensor | None = None) -> None:
-        super().fill(key_states, value_states, query_states)
+    def load_prefix(self, key_states: Tensor, value_states: Tensor, query_states: Tensor | None = None) -> None:
+        super().load_prefix(key_states, value_states, query_states)
         self.queries = query_states if self.needs_queries else None
 
     @torch.compiler.disable
-    def begin(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
+    def end_block(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
         if self.needs_queries:
             self.queries = query if self.queries is None else torch.cat([self.queries, query], dim=2)
-        super().begin(query, left_padding, scaling)
+        super().end_block(query, left_padding, scaling)
 
     def reset(self) -> None:
         super().reset()
         self.queries = None
 
 
-class PromptCache(BufferedCache):
+class PromptCache(PreallocatedCache):
     """Computes prompts for a `PrefixStore`: keys and values of all tokens, in sliding-window layers too, and with
     `keep_queries` the full-attention layers' queries, on which H2O depends."""
 
@@ -92,8 +92,8 @@ def needs_queries(cache: Cache | None) -> bool:
 
 def fill_layer(cache: Cache, number: int, key: Tensor, value: Tensor, query: Tensor | None) -> None:
     """Puts the first tokens of prompts into one layer of an empty cache: (B, Hkv, d, D), queries (B, H, d, D)."""
-    if number < len(cache.layers) and isinstance(cache.layers[number], BufferedLayer):
-        cache.layers[number].fill(key, value, query)
+    if number < len(cache.layers) and isinstance(cache.layers[number], PreallocatedLayer):
+        cache.layers[number].load_prefix(key, value, query)
     else:  # transformers' own layers take a prompt in any number of blocks
         cache.update(key, value, number)
 
@@ -116,14 +116,14 @@ def prompt_states(cache: Cache, row: int, start: int, end: int) -> dict[str, Ten
                 f"layer {number} keeps only its window of {layer.sliding_window} tokens: call "
                 "refreshkv.prefix.prompt_cache.keep_all_tokens(cache) before the prompt"
             )
-        held = layer.exact_length if isinstance(layer, BufferedLayer) else layer.get_seq_length()
+        held = layer.exact_length if isinstance(layer, PreallocatedLayer) else layer.get_seq_length()
         if kept[0][1] is None or isinstance(layer, CompactLayer) or held < end:
             raise ValueError(
                 f"layer {number} of this {type(cache).__name__} does not hold the prompt's {end} tokens as full "
                 "attention leaves them: store a prompt before anything else follows it"
             )
-        if isinstance(layer, BufferedLayer):
-            layer.settle()
+        if isinstance(layer, PreallocatedLayer):
+            layer.synchronize()
         for name, tensor in kept:
             if tensor is not None:
                 states[f"{name}.{number}"] = tensor[row, :, start:end].detach().transpose(0, 1)

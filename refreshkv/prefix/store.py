@@ -24,7 +24,7 @@ from transformers import Cache, PreTrainedModel
 
 from refreshkv.attention.enable import attention_modules
 from refreshkv.baselines.compact import CompactLayer
-from refreshkv.cache.buffers import BufferedLayer
+from refreshkv.cache.preallocated import PreallocatedLayer
 from refreshkv.identity import identity
 from refreshkv.prefix.backends import Entry, FolderPlace, MemoryPlace, entry_bytes
 from refreshkv.prefix.index import Finder, LongestPrefix, common_prefix
@@ -244,14 +244,14 @@ def _fill(
             ]
             fill_layer(cache, number, *blocks)
         if stream is not None:
-            layers[number].arrives(stream)
+            layers[number].wait_for(stream)
     copied = [layer for layer, stream in zip(layers, streams, strict=True) if stream is not None]
     for layer in copied[:1]:  # its length is asked for before its attention comes
         torch.cuda.current_stream(layer.device).wait_event(layer.arrival)
 
 
 def _has_buffers(layer: object) -> bool:
-    return isinstance(layer, BufferedLayer) and not isinstance(layer, CompactLayer) and not layer.needs_queries
+    return isinstance(layer, PreallocatedLayer) and not isinstance(layer, CompactLayer) and not layer.needs_queries
 
 
 def _block(

@@ -64,7 +64,7 @@ def test_steps_equal_the_naive_form(size, dtype):
     for _ in range(2):
         layers.append(RefreshLayer(prompt + 8, config))
         layers[-1].update(*block[1:])
-        layers[-1].begin(block[0], padding, head_dim**-0.5)
+        layers[-1].end_block(block[0], padding, head_dim**-0.5)
     ours, theirs = layers
     options = (config.step_options(), head_dim**-0.5)
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2

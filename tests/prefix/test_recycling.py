@@ -320,7 +320,7 @@ def test_what_cannot_be_filled_or_stored():
         assert len(store.put(ids, cache).ids) == 40
     with pytest.raises(ValueError, match="H2OLayer depends on all queries of a prompt"):
         cache = H2OCache(model.config, ROOM, 20)
-        cache.layers[1].fill(*torch.zeros(2, 1, 2, 5, 8, dtype=torch.float64))
+        cache.layers[1].load_prefix(*torch.zeros(2, 1, 2, 5, 8, dtype=torch.float64))
     with pytest.raises(ValueError, match="H2OCache depends on all queries of a prompt: store them"):
         store.load(entry, H2OCache(model.config, ROOM, 20))
     with pytest.raises(ValueError, match="41 tokens were asked of an entry that holds 40"):

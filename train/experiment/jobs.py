@@ -11,9 +11,9 @@ import yaml
 from refreshkv.data.folder import INFO_FILE
 from refreshkv.files import write_text
 from refreshkv.settings import settings_from_dict
-from refreshkv.train.checkpoint import RUN_FILE
 from refreshkv.train.config import RunConfig
 from refreshkv.train.experiment.config import ExperimentConfig, Fragment, merge
+from refreshkv.train.run_folder import RUN_FILE
 
 
 @dataclass(frozen=True)

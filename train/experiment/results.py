@@ -10,10 +10,10 @@ from filelock import FileLock
 from refreshkv.config import RefreshConfig
 from refreshkv.files import write_json
 from refreshkv.settings import SettingsError, settings_from_dict, settings_to_dict
-from refreshkv.train.checkpoint import FREE_TO_CHANGE, flat_settings
-from refreshkv.train.config import RunConfig
+from refreshkv.train.config import RunConfig, current_names
 from refreshkv.train.experiment.config import ExperimentConfig, Perplexity, Tasks
 from refreshkv.train.experiment.jobs import Job, Report, base_is_given, base_model, base_name
+from refreshkv.train.run_folder import FREE_TO_CHANGE, flat_settings
 
 RESULTS_FILE, LOCK_FILE = "results.json", ".results.lock"
 PARTS = 16
@@ -128,6 +128,7 @@ def _normal(settings: Any) -> Any:
     normal = {}
     for name, values in settings.items():
         if name in kinds:
+            values = current_names(values) if name == "run" else values
             values = flat_settings(settings_to_dict(settings_from_dict(kinds[name], values)))
             values = {key: value for key, value in values.items() if key not in IMMATERIAL}
         normal[name] = _normal(values) if name in ("base", "start") else values
