@@ -1,4 +1,4 @@
-"""What each rank of tests/train/test_gradients.py runs: it builds real engines in turn and writes down their gradients."""
+"""What each rank of tests/train/test_gradients.py runs: real engines, in turn, whose gradients it stores."""
 
 import json
 import os
