@@ -1,6 +1,6 @@
 """Compares ways to train: each arm from the same base model on the same tokens, several times, with table and plots.
 
-    python launch/experiment.py --config configs/experiments/recipes.yaml [--minutes 9] [--only STUDY/ARM ...]
+    python launch/experiment.py --config recipes [--minutes 9] [--only STUDY/ARM ...]
 
 Every piece is a command of this folder (prepare, train, export, evaluate), printed in OUTPUT/logs; as many run at a
 time as there are GPUs. What is finished stands in RESULTS/results.json and is not done again; with --minutes the rest
@@ -28,7 +28,7 @@ from refreshkv.train.experiment.results import Results
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    config = load_settings(ExperimentConfig, args.config, args.overrides)
+    config = load_settings(ExperimentConfig, args.config, args.overrides, folders=("experiments",))
     results = Results(config)
     pieces = chosen(plan(config, set(results.entries)), args.only)
     results.check_bases(pieces)
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="the experiment's YAML file")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, or a name in configs/experiments")
     parser.add_argument("--minutes", type=float, help="time after which runs are saved and the command ends")
     parser.add_argument("--only", nargs="+", metavar="STUDY/ARM", help="patterns such as 30m-4k/*, taken in this order")
     parser.add_argument("--jobs", type=int, help="pieces at a time (default: the GPUs, or 1 without)")

@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 
@@ -72,15 +72,10 @@ def load_settings(
 
 
 def settings_from_dict(cls: type[Settings], values: dict[str, Any], prefix: str = "") -> Settings:
-    """Builds `cls` from nested plain values; `prefix` (such as `"training."`) is put before names in errors.
-
-    A class may have a static method `accept(values) -> values`, which rewrites other accepted spellings (an old name,
-    `stride: never`) before the values are checked.
-    """
+    """Builds `cls` from nested plain values; `prefix` (such as `"training."`) is put before names in errors."""
     if not isinstance(values, dict):
         raise SettingsError(f"{prefix.rstrip('.') or 'the file'} must be a section with keys, got {values!r}")
-    values = getattr(cls, "accept", dict)(values)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {field.name: field for field in dataclasses.fields(cast(Any, cls))}
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
@@ -155,7 +150,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin is typing.Literal:
         return _convert_literal(value, typing.get_args(hint), name)
     if dataclasses.is_dataclass(hint):
-        return settings_from_dict(hint, value, prefix=f"{name}.")
+        return settings_from_dict(cast(type, hint), value, prefix=f"{name}.")
     if origin is list and isinstance(value, list):
         (element,) = typing.get_args(hint)
         return [_convert(item, element, f"{name}[{i}]") for i, item in enumerate(value)]

@@ -93,8 +93,9 @@ class TrainingConfig:
 
     output: str = "runs/quickstart"
     """Folder of the run: checkpoints, tensorboard curves, the resolved config."""
-    deepspeed: str = "configs/deepspeed/zero2.json"
-    """DeepSpeed JSON: ZeRO stage, offload and the like. What stands in this file here is not repeated there."""
+    deepspeed: str = "zero2"
+    """DeepSpeed JSON: its path, or a name in configs/deepspeed. ZeRO stage, offload and the like; it must not repeat
+    what this file sets."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the model's computation; the optimizer keeps float32 master weights."""
     steps: int = 100

@@ -6,7 +6,6 @@ import os
 import socket
 import warnings
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -14,7 +13,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedModel, get_scheduler
 
-from refreshkv.settings import SettingsError
+from refreshkv.settings import SettingsError, find_config
 from refreshkv.train.config import RunConfig, TrainingConfig
 
 OURS = {
@@ -32,10 +31,9 @@ OURS = {
 
 def read_deepspeed_json(path: str) -> dict[str, Any]:
     """The user's part of DeepSpeed's configuration; `SettingsError` for what would be silently wrong."""
+    file = find_config(path, ("deepspeed",), "training.deepspeed")
     try:
-        settings = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise SettingsError(f"training.deepspeed: there is no file {path}") from None
+        settings = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise SettingsError(f"training.deepspeed: {path} is not readable JSON: {error}") from None
     if not isinstance(settings, dict):

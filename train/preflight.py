@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -270,9 +271,8 @@ def changes(config: RunConfig, shape: Shape, world: int) -> list[tuple[str, Call
         if share > training.activation_checkpointing:
             found.append((f"training.activation_checkpointing={text}", _set("activation_checkpointing", share)))
     for name in ("zero2", "zero3"):
-        path = f"configs/deepspeed/{name}.json"
         if world > 1 and f"zero{_stage(config)}" < name:
-            found.append((f"training.deepspeed={path}", _set("deepspeed", path)))
+            found.append((f"training.deepspeed={name}", _set("deepspeed", name)))
     sequence = config.parallel.sequence * 2
     if world % sequence == 0 and shape.heads % sequence == 0 and config.data.row_length % sequence == 0:
         found.append((f"parallel.sequence={sequence}", _double_sequence))
@@ -280,9 +280,8 @@ def changes(config: RunConfig, shape: Shape, world: int) -> list[tuple[str, Call
         found.append(("training.activation_offload=true", _set("activation_offload", True)))
     if training.optimizer == "adamw":
         found.append(("training.optimizer=adamw-8bit", _set("optimizer", "adamw-8bit")))
-    path = "configs/deepspeed/zero3-offload.json"
-    if training.deepspeed != path:
-        found.append((f"training.deepspeed={path}", _set("deepspeed", path)))
+    if Path(training.deepspeed).stem != "zero3-offload":
+        found.append(("training.deepspeed=zero3-offload", _set("deepspeed", "zero3-offload")))
     return found
 
 
