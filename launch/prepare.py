@@ -2,7 +2,7 @@
 
     python launch/prepare.py [--config NAME_OR_FILE] [--overwrite] [data.key=value ...]
 
-The config is that of a whole run. Only its `data` section is used, and `refresh.budget` for the report. Without --config
+The config is that of a whole run; its `data` section is used, and `refresh.budget` for the report. Without --config
 it is `quickstart`: the tests of the installed NumPy, no download. configs/corpora has further sources.
 """
 
