@@ -14,6 +14,8 @@ from typing import Any, TypeVar, cast
 
 import yaml
 
+from refreshkv.files import write_text
+
 Settings = TypeVar("Settings")
 
 CONFIGS = Path(__file__).resolve().with_name("configs").resolve()
@@ -93,7 +95,7 @@ def settings_to_dict(settings: Any) -> dict[str, Any]:
 
 def save_settings(settings: Any, path: str | Path) -> None:
     """Writes the settings as YAML, in the order of their declaration."""
-    Path(path).write_text(yaml.safe_dump(settings_to_dict(settings), sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.safe_dump(settings_to_dict(settings), sort_keys=False, allow_unicode=True))
 
 
 def read_yaml(path: Path, setting: str = "--config") -> dict[str, Any]:
