@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 
-
 from tests.package.sources import ROOT, circles, imports
 
 LAYERS = {
