@@ -156,7 +156,7 @@ def layer_attention(query: Tensor, key: Tensor, value: Tensor, prompt: int, conf
     """A layer's whole attention, as a model calls it: (1, T, H, D)."""
     module = SimpleNamespace(head_dim=query.shape[-1], layer_idx=0, is_causal=True, training=True)
     module.num_key_value_groups = query.shape[1] // key.shape[1]
-    return refresh_attention(module, query, key, value, None, refresh=Simulation(prompt, config))[0]
+    return refresh_attention(module, query, key, value, None, simulation=Simulation(prompt, config, recurring=True))[0]
 
 
 def time_case(

@@ -108,7 +108,7 @@ def settings(name: str, args: argparse.Namespace, info: dict[str, Any], output: 
             "global_batch": 1,
             "micro_batch": 1,
             "learning_rate": 3e-4,
-            "schedule": "constant_with_warmup",
+            "lr_schedule": "constant_with_warmup",
             "warmup_steps": 20,
             "seed": args.seed,
             "log_every": 1,

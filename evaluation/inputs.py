@@ -1,26 +1,33 @@
-"""What an evaluation is of: the model with its schedule and selection, the rows, the tasks, and the device."""
+"""Opens the prepared sequences and the tasks of an evaluation, and checks that they fit the model."""
 
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from refreshkv.data.rows import Rows, check_same_tokens, check_tokenizer, load_rows
+from refreshkv.data.rows import Rows, load_rows, validate_same_tokens, validate_token_ids
 from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.data.tasks.task import Task
 from refreshkv.options import task_values
 from refreshkv.settings import SettingsError
 
 DEFAULT_ROWS = 100
+"""Sequences of a split that are taken without --rows."""
 
 
 def open_tasks(chosen: list[str], overrides: list[str], length: int | None) -> list[Task]:
-    """The tasks named by --tasks with the values of tasks.NAME.key=value; `length` tokens each, None for their own."""
+    """Builds the tasks that --tasks names, with the values of tasks.NAME.key=value.
+
+    length: tokens of prompt and answer; None keeps each task's own.
+    """
     common = {} if length is None else {"length": length}
     return build_tasks(chosen, task_values(overrides), **common)
 
 
 def open_split(folder: str, split: str, count: int | None) -> tuple[Rows, Dataset]:
-    """Prepared rows, and `count` of one split at equal distances, so that they come from many documents; None for 100
-    or all. Raises `SettingsError` for rows that are not there."""
+    """Opens a folder of prepared sequences; returns it, and `count` sequences of one split.
+
+    These lie at equal distances, so that they come from many documents. count: None takes 100, or all if there are
+    fewer. Raises `SettingsError` if the folder or so many sequences are not there.
+    """
     rows = load_rows(folder)
     chosen, source = getattr(rows, split), f"the {split} split of {folder}"
     available = len(chosen)
@@ -33,6 +40,6 @@ def open_split(folder: str, split: str, count: int | None) -> tuple[Rows, Datase
 
 
 def check_tokens(model: PreTrainedModel, path: str, rows: Rows) -> None:
-    """Raises `SettingsError` if the rows' tokens are not the model's."""
-    check_tokenizer(rows.info, model.get_input_embeddings().num_embeddings)
-    check_same_tokens(path, rows)
+    """Raises `SettingsError` if the sequences have other tokens than the model."""
+    validate_token_ids(rows.info, model.get_input_embeddings().num_embeddings)
+    validate_same_tokens(path, rows)

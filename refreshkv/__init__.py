@@ -1,9 +1,54 @@
-"""RefreshKV: decode from a small KV cache that a full attention step refreshes now and then, and train for it."""
+"""RefreshKV: decode from a small KV cache that a full attention step refreshes now and then, and train for it.
 
-from refreshkv.attention.enable import enable
-from refreshkv.cache.refresh import RefreshCache
-from refreshkv.config import NEVER, RefreshConfig, Simulation
-from refreshkv.generation.compilation import tuned_compilation
-from refreshkv.generation.decode_ahead import decode_ahead
+A public name is imported when it is first used, so that `refreshkv --help` does not wait for torch and transformers.
+"""
 
-__all__ = ["NEVER", "RefreshCache", "RefreshConfig", "Simulation", "decode_ahead", "enable", "tuned_compilation"]
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from refreshkv.attention.enable import enable
+    from refreshkv.cache.refresh import RefreshCache
+    from refreshkv.config import NEVER, RefreshConfig, Simulation, Trace
+    from refreshkv.generation.compilation import tuned_compilation
+    from refreshkv.generation.decode_ahead import decode_ahead
+    from refreshkv.settings import SettingsError
+
+try:
+    __version__ = version("refreshkv")
+except PackageNotFoundError:  # a checkout that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "NEVER",
+    "RefreshCache",
+    "RefreshConfig",
+    "SettingsError",
+    "Simulation",
+    "Trace",
+    "__version__",
+    "decode_ahead",
+    "enable",
+    "tuned_compilation",
+]
+
+_MODULES = {
+    "NEVER": "refreshkv.config",
+    "RefreshCache": "refreshkv.cache.refresh",
+    "RefreshConfig": "refreshkv.config",
+    "SettingsError": "refreshkv.settings",
+    "Simulation": "refreshkv.config",
+    "Trace": "refreshkv.config",
+    "decode_ahead": "refreshkv.generation.decode_ahead",
+    "enable": "refreshkv.attention.enable",
+    "tuned_compilation": "refreshkv.generation.compilation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name from its module."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'refreshkv' has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(_MODULES[name]), name)
+    return value

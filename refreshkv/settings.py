@@ -77,6 +77,8 @@ def settings_from_dict(cls: type[Settings], values: dict[str, Any], prefix: str 
     """Builds `cls` from nested plain values; `prefix` (such as `"training."`) is put before names in errors."""
     if not isinstance(values, dict):
         raise SettingsError(f"{prefix.rstrip('.') or 'the file'} must be a section with keys, got {values!r}")
+    if hasattr(cls, "plain_values"):  # a class may accept other spellings of its values
+        values = cast(Any, cls).plain_values(values)
     fields = {field.name: field for field in dataclasses.fields(cast(Any, cls))}
     hints = typing.get_type_hints(cls)
     for key in values:

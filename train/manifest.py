@@ -13,7 +13,7 @@ CHUNK = 1 << 22
 
 
 def checksum(file: Path) -> str:
-    """128 bits of xxh3, in hexadecimal: many times faster than a disk."""
+    """Checksum of a file: xxh3 of 128 bits, in hexadecimal. It is many times faster than a disk."""
     digest = xxhash.xxh3_128()
     with file.open("rb") as content:
         while chunk := content.read(CHUNK):
@@ -22,7 +22,10 @@ def checksum(file: Path) -> str:
 
 
 def write_manifest(folder: Path, rank: int = 0, world: int = 1) -> None:
-    """Forces the files below `folder` to the disk and writes their manifest; all ranks together, each its share."""
+    """Forces the files below `folder` to the disk and writes their manifest.
+
+    All ranks call it together, and each handles its share of the files.
+    """
     entries = {}
     for file in _files(folder)[rank::world]:
         flush_to_disk(file)
@@ -34,9 +37,9 @@ def write_manifest(folder: Path, rank: int = 0, world: int = 1) -> None:
 
 
 def find_damage(folder: Path, rank: int = 0, world: int = 1) -> str | None:
-    """What is wrong with a checkpoint, the same on all ranks; None if every file is as it was written.
+    """The first damage of a checkpoint, the same text on all ranks; None if every file is as it was written.
 
-    All ranks together, each reads its share of the files.
+    All ranks call it together, and each reads its share of the files.
     """
     try:
         entries = json.loads((folder / MANIFEST_FILE).read_text())["files"]
