@@ -25,14 +25,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import measuring
-from output import in_columns, pyplot, save
+from output import pyplot, save
 from refreshkv import RefreshConfig, Simulation
 from refreshkv.attention import function as attention
 from refreshkv.attention.function import refresh_attention
 from refreshkv.ops.rows import after_prompt as fused
 from refreshkv.ops.rows import dense_rows, full_rows, partial_rows
-from refreshkv.ops.schedule import plan
 from refreshkv.ops.selection import ranking
+from refreshkv.ops.state import AttentionInputs
+from refreshkv.tables import column_table
 
 CASES = ",".join(
     (
@@ -158,13 +159,6 @@ def layer_attention(query: Tensor, key: Tensor, value: Tensor, prompt: int, conf
     return refresh_attention(module, query, key, value, None, refresh=Simulation(prompt, config))[0]
 
 
-def arguments(query: Tensor, prompt: int, config: RefreshConfig) -> tuple[tuple, dict]:
-    padding = torch.zeros(1, dtype=torch.int64, device="cuda")
-    settings = {"scaling": query.shape[-1] ** -0.5, **config.rows_settings(prompt, query.shape[2], padded=False)}
-    schedule = plan(query.detach(), prompt, config.stride, config.threshold)
-    return (*schedule, config.budgets(prompt - padding), padding), settings
-
-
 def time_case(
     inputs: Inputs, prompt: int, stride: int, budget: int, dense: dict[str, float], repeat: int, flex: bool
 ) -> dict[str, object]:
@@ -212,12 +206,11 @@ def time_case(
 
 def shared(query: Tensor, key: Tensor, prompt: int, config: RefreshConfig) -> float | None:
     """Mean part of a selection that the selection before it had; None for a single one."""
-    (full_positions, _, budgets, padding), settings = arguments(query, prompt, config)
-    if full_positions.shape[1] == 1:
+    plan = config.plan(query, prompt)
+    if plan.full_positions.shape[1] == 1:
         return None
-    names = ("width", "droppable", "scaling", *config.selection_options())
-    selection = {name: settings[name] for name in names}
-    chosen = ranking.select(query.detach(), key.detach(), full_positions, budgets, padding, **selection).long()
+    scaling = query.shape[-1] ** -0.5
+    chosen = ranking.select(query.detach(), key.detach(), plan.steps, config.selection_options(), scaling).long()
     parts = []
     for step in range(1, chosen.shape[2]):
         member = torch.zeros(*chosen.shape[:2], key.shape[2] + 1, dtype=torch.bool, device=key.device)
@@ -251,10 +244,7 @@ def parts(
     query: Tensor, key: Tensor, value: Tensor, prompt: int, config: RefreshConfig, upstream: Tensor, repeat: int
 ) -> dict[str, float]:
     """Where the time goes."""
-    rest, settings = arguments(query, prompt, config)
-    full_positions, latest, budgets, padding = rest
-    scaling, stride = settings["scaling"], min(config.stride, query.shape[2])
-    selection = {name: settings[name] for name in ("width", "droppable", *config.selection_options())}
+    plan, options, scaling = config.plan(query, prompt), config.selection_options(), query.shape[-1] ** -0.5
     early = [tensor[:, :, :prompt].detach().requires_grad_() for tensor in (query, key, value)]
     early_upstream = torch.randn_like(early[0])
 
@@ -266,42 +256,37 @@ def parts(
     output = torch.empty_like(upstream).contiguous()
     grad = torch.zeros_like(query[:, :, prompt:])
     query = query[:, :, prompt - config.observation_window :]
+    inputs = AttentionInputs(query, key, value, scaling)
     sums = [torch.zeros_like(key, dtype=torch.float32) for _ in range(2)]
     work = {"prompt": prompt_both}
     known, dense = None, attention.FAMILIAR == 0
-    if full_positions.shape[1] > 1:
+    if plan.full_positions.shape[1] > 1:
 
         def full_forward() -> Tensor:
-            if dense:
-                return dense_rows.forward(query, key, value, output, prompt, stride, scaling)
-            return full_rows.forward(query, key, value, full_positions, padding, output, prompt, scaling)
+            return (dense_rows if dense else full_rows).forward(inputs, plan, output)
 
         lse = full_forward()
         known = lse.unsqueeze(-1)
         work["full"] = full_forward
 
     def select() -> Tensor:
-        return ranking.select(query, key, full_positions, budgets, padding, scaling=scaling, lse=known, **selection)
+        return ranking.select(query, key, plan.steps, options, scaling, lse=known)
 
-    segments = (full_positions, latest, select(), budgets, padding)
-    rows_lse = partial_rows.forward(query, key, value, *segments, output, prompt, stride, scaling)
+    selected = select()
+    rows_lse = partial_rows.forward(inputs, plan, selected, output)
     delta = fused.dot_rows(output, upstream)
-    if full_positions.shape[1] > 1:
+    if plan.full_positions.shape[1] > 1:
 
         def full_backward() -> object:
             if dense:
-                return dense_rows.backward(query, key, value, lse, output, upstream, grad, prompt, stride, scaling)
-            return full_rows.backward(
-                query, key, value, full_positions, padding, lse, delta, upstream, grad, prompt, stride, scaling
-            )
+                return dense_rows.backward(inputs, plan, lse, output, upstream, grad)
+            return full_rows.backward(inputs, plan, lse, delta, upstream, grad)
 
         work["full back"] = full_backward
     work |= {
         "select": select,
-        "partial": lambda: partial_rows.forward(query, key, value, *segments, output, prompt, stride, scaling),
-        "partial back": lambda: partial_rows.backward(
-            query, key, value, *segments, rows_lse, delta, upstream, grad, *sums, prompt, stride, scaling
-        ),
+        "partial": lambda: partial_rows.forward(inputs, plan, selected, output),
+        "partial back": lambda: partial_rows.backward(inputs, plan, selected, rows_lse, delta, upstream, (grad, *sums)),
     }
     return {name: milliseconds(call, repeat) for name, call in work.items()}
 
@@ -312,17 +297,15 @@ def time_flex(
     """flex_attention with the same visibility as a mask, mask building included, as it comes or compiled."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    rest, settings = arguments(query, prompt, config)
-    full_positions, latest, budgets, padding = rest
-    selection = {name: settings[name] for name in ("width", "droppable", "scaling", *config.selection_options())}
-    selected = ranking.select(query.detach(), key.detach(), full_positions, budgets, padding, **selection).long()
-    length, stride, checks = query.shape[2], min(config.stride, query.shape[2]), full_positions.shape[1]
+    plan, scaling = config.plan(query, prompt), query.shape[-1] ** -0.5
+    selected = ranking.select(query.detach(), key.detach(), plan.steps, config.selection_options(), scaling).long()
+    length, stride, checks = query.shape[2], plan.stride, plan.full_positions.shape[1]
     # rank of each position in each check's selection, the width where it is not in it
     heads, kv_heads = query.shape[1], key.shape[1]
     ranks = torch.full((kv_heads, checks, length), selected.shape[-1], dtype=torch.int16, device="cuda")
     order = torch.arange(selected.shape[-1], dtype=torch.int16, device="cuda").expand_as(selected[0])
     ranks.scatter_(2, selected[0], order)
-    budget = int(budgets[0])
+    budget = int(plan.budgets[0])
 
     def visible(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         check = torch.clamp(row - (prompt - 1), min=0) // stride
@@ -345,7 +328,7 @@ def time_flex(
 
 def table(results: list[dict[str, object]]) -> str:
     names = list(dict.fromkeys(name for result in results for name in result))
-    return in_columns([names] + [[str(result.get(name, "")) for name in names] for result in results])
+    return column_table([names] + [[str(result.get(name, "")) for name in names] for result in results], text_columns=0)
 
 
 def plot(results: list[dict[str, object]], path: Path) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import CompileConfig, DynamicCache, LlamaForCausalLM, LogitsProcessor, StaticCache
 
 from measuring import SHAPE, add_shape, free_memory, milliseconds, random_llama
-from output import in_columns, pyplot, save
+from output import pyplot, save
 from refreshkv import NEVER, RefreshCache, RefreshConfig, decode_ahead, enable, tuned_compilation
 from refreshkv.baselines.compact import CompactLayer
 from refreshkv.baselines.full import FullCache
@@ -35,9 +35,10 @@ from refreshkv.baselines.h2o import H2OCache
 from refreshkv.baselines.snapkv import SnapKVCache
 from refreshkv.baselines.streaming import StreamingCache
 from refreshkv.cache.buffers import BufferedCache
-from refreshkv.ops.step import attention as decode_attention
+from refreshkv.ops.state import Decisions, SelectionOptions, SelectionScratch, StepOptions
 from refreshkv.ops.step import launches as decode_kernels
-from refreshkv.ops.step.operators import Check, select_step
+from refreshkv.ops.step.operators import select_step
+from refreshkv.tables import column_table
 
 CASES = "32768:1,32768:8,131072:1,16384:32"
 REFRESHING = ("refresh", "similarity", "offloaded")
@@ -277,19 +278,22 @@ def time_pieces(model: LlamaForCausalLM, context: int, batch: int, args: argpars
     output = token[0].new_empty(batch, 1, heads[0], config.head_dim)
     frozen = torch.tensor(context, device="cuda")
 
-    def attend(layer, stride: int, threshold: float | None = None, check: Check | None = None):
-        state = (layer.keys, layer.values, frozen, layer.rows, layer.rows, layer.selected, layer.mean_query)
-        settings = {"mode": decode_attention.REFRESH, "stride": stride, "threshold": threshold, "store": True}
-        check = check or stack.check.of(layer.number)
-        return decode_kernels.attend(*token, *state, layer.observers, scaling, check=check, **settings), check
+    def options(stride: int, threshold: float | None = None) -> StepOptions:
+        return StepOptions(stride, threshold, SelectionOptions(7, 1, 0, 0))
+
+    def attend(layer, stride: int, threshold: float | None = None, scratch: SelectionScratch | None = None):
+        state, scratch = layer.state()._replace(length=frozen), scratch or stack.scratch.of(layer.number)
+        settings = {"options": options(stride, threshold), "scratch": scratch}
+        return decode_kernels.attend(*token, state, scaling, **settings), scratch
 
     def apart(stride: int):
-        """Of the first layer, with a check that no later launch writes to."""
-        return attend(layers[0], stride, check=Check.empty((batch,), *layers[0].keys.shape[1:], output.device))
+        """Of the first layer, with scratch that no later launch writes to."""
+        scratch = SelectionScratch.empty((batch,), *layers[0].keys.shape[1:], output.device)
+        return attend(layers[0], stride, scratch=scratch)
 
-    def finish(layer, shares, check) -> None:
-        state = (output, counter, layer.rows, shares.logits, layer.keys.shape)
-        decode_kernels.finish(shares, *state, pool_kernel=7, check=check)
+    def finish(layer, shares, scratch) -> None:
+        state = layer.state()._replace(length=counter)
+        decode_kernels.finish(shares, output, state, shares.logits, options(1).selection, scratch)
 
     def select(stride: int) -> float:
         """After a step of this stride."""
@@ -297,8 +301,9 @@ def time_pieces(model: LlamaForCausalLM, context: int, batch: int, args: argpars
             finish(layer, *attend(layer, stride))
 
         def launch(stack) -> None:
-            stack.check.arrived.zero_()  # in a step by the first launch
-            select_step(list(stack.check), frozen, *(getattr(stack, name) for name in stack.STATE), 10, None)
+            stack.scratch.arrived.zero_()  # in a step by the first launch
+            decisions = Decisions(*(getattr(stack, name) for name in Decisions._fields))
+            select_step(stack.scratch, frozen, decisions, options(10))
 
         return round(per_layer([stack], launch) / len(layers), 2)
 
@@ -359,7 +364,7 @@ def table(results: list[dict[str, object]]) -> str:
     lines = [names]
     for result in results:
         lines.append(["" if result.get(name) is None else str(result[name]) for name in names])
-    return in_columns(lines)
+    return column_table(lines, text_columns=0)
 
 
 def plot(results: list[dict[str, object]], path: Path) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from measuring import SHAPE, add_shape, free_memory, random_llama
-from output import in_columns, pyplot, save
+from output import pyplot, save
 from refreshkv import RefreshCache, RefreshConfig, enable
 from refreshkv.baselines.full import FullCache
 from refreshkv.baselines.h2o import H2OCache
@@ -40,6 +40,7 @@ from refreshkv.prefix.index import NearestSentence
 from refreshkv.prefix.prompt_cache import PromptCache
 from refreshkv.prefix.recycling import Reuse, recycle, store_prompts
 from refreshkv.prefix.store import PrefixStore
+from refreshkv.tables import column_table
 
 STRATEGIES = ("full", "dynamic", "refresh", "similarity", "streaming", "h2o", "snapkv")
 SMALL = {"layers": 4, "hidden": 512, "intermediate": 1536, "heads": 8, "kv_heads": 2, "vocabulary": 4096}
@@ -325,7 +326,9 @@ def add(results: dict, name: str, result: dict[str, object], args: argparse.Name
 
 
 def table(results: list[dict[str, object]]) -> str:
-    return in_columns([list(results[0]), *([str(value) for value in result.values()] for result in results)])
+    return column_table(
+        [list(results[0]), *([str(value) for value in result.values()] for result in results)], text_columns=0
+    )
 
 
 def plot(results: dict, path: Path) -> None:

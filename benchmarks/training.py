@@ -29,6 +29,7 @@ import refreshkv
 from refreshkv.attention import sequence_parallel
 from refreshkv.data.rows import load_rows
 from refreshkv.settings import settings_from_dict
+from refreshkv.tables import markdown_table
 from refreshkv.train.batch import Batch, make_batch
 from refreshkv.train.config import RunConfig
 from refreshkv.train.engine import build_engine, init_processes
@@ -266,7 +267,7 @@ def table(results: list[dict]) -> str:
     plain = {tuple(item[name] for name in SETTINGS): item["step s"] for item in results if item["pattern"] == "off"}
     names = ["T", "pattern", "GPUs per row", "rows", "kernels", "optimizer", "recomputed", "DeepSpeed", "step s"]
     names += ["predicted", "to plain", "MFU", "memory GB", "predicted"]
-    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    lines = [names]
     for item in results:
         same = plain.get(tuple(item[name] for name in SETTINGS))
         cells = [f"{item['T']:,}", item["pattern"], item["sequence"], item["micro-batch"], item["kernels"]]
@@ -276,8 +277,8 @@ def table(results: list[dict]) -> str:
         cells += [f"{item['step s'] / same:.2f}" if same else ""]
         cells += [f"{item['MFU']:.1%}" if item["MFU"] is not None else ""]
         cells += [f"{item['memory GB']:.1f}", f"{item['predicted GB']:.1f}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        lines.append([str(cell) for cell in cells])
+    return markdown_table(lines, text_columns=2)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refreshkv.tables import column_table
+
 
 @dataclass(frozen=True)
 class PreparationReport:
@@ -60,12 +62,4 @@ def _table(splits: dict[str, dict[str, int]]) -> str:
     lines = [["split", "documents", "dropped", "rows", "tokens", "left over"]]
     lines += [[split, *(f"{counts[column]:,}" for column in columns)] for split, counts in splits.items()]
     lines.append(["total", *(f"{sum(counts[column] for counts in splits.values()):,}" for column in columns)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(_aligned(line, widths) for line in lines)
-
-
-def _aligned(cells: list[str], widths: list[int]) -> str:
-    first, *numbers = (
-        cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "  ".join([first, *numbers])
+    return column_table(lines)

@@ -18,13 +18,14 @@ from transformers import PreTrainedTokenizerBase
 
 from refreshkv.config import RefreshConfig
 from refreshkv.data.config import GENERATED_TASKS, DataConfig
-from refreshkv.data.folder import INFO_FILE, complete_folder
+from refreshkv.data.folder import INFO_FILE, rows_folder
 from refreshkv.data.report import PreparationReport
 from refreshkv.data.sources import document_texts, load_documents
 from refreshkv.data.tasks.rows import prompt_length, task_rows, training_tasks
 from refreshkv.data.tasks.task import Task
 from refreshkv.data.tokenizer import model_tokenizer, train_tokenizer
 from refreshkv.data.writer import SplitWriter
+from refreshkv.files import write_json
 from refreshkv.loading import find_tokenizer
 from refreshkv.settings import SettingsError
 
@@ -73,9 +74,9 @@ def prepare_rows(config: DataConfig, budget: int | float, overwrite: bool = Fals
             "to train a tokenizer), and the other to null"
         )
     prepare = _prepare_tasks if config.path == GENERATED_TASKS else _prepare_documents
-    with complete_folder(target, overwrite) as folder:
+    with rows_folder(target, overwrite) as folder:
         info = prepare(config, folder)
-        (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n")
+        write_json(folder / INFO_FILE, info)
     return PreparationReport(target, info, capacity, share_beyond(budget, config.row_length))
 
 

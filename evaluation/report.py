@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from refreshkv import tables
 from refreshkv.config import NEVER
 from refreshkv.evaluation.figure import draw
 from refreshkv.evaluation.perplexity import Evaluation, Result, gap_closed
 from refreshkv.evaluation.strategies import Decoding
+from refreshkv.files import write_bytes, write_json, write_text
 from refreshkv.settings import SettingsError
 
 ROWS_FILE = "rows.jsonl"
@@ -99,16 +101,13 @@ def text_table(report: dict[str, Any]) -> str:
     header, *lines = _cells(report)
     heads = [[cell.rpartition(" ")[0] for cell in header], [cell.rpartition(" ")[2] for cell in header]]
     lines = heads + lines
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    texts = ["  ".join(_aligned(line, widths)).rstrip() for line in lines]
-    return "\n".join([*texts, *_notes(report), *(f"warning: {text}" for text in report["evaluation"]["warnings"])])
+    table = tables.column_table(lines)
+    return "\n".join([table, *_notes(report), *(f"warning: {text}" for text in report["evaluation"]["warnings"])])
 
 
 def markdown_table(report: dict[str, Any]) -> str:
     """The strategies as a markdown table, for report.md and model cards."""
-    header, *lines = _cells(report)
-    rule = [":---", *("---:" for _ in header[1:])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
+    return tables.markdown_table(_cells(report))
 
 
 def check_output(
@@ -141,15 +140,11 @@ def check_output(
 
 def write_report(folder: str | Path, report: dict[str, Any]) -> None:
     """Writes report.json, report.md and report.png, replacing earlier ones and touching nothing else in the folder."""
-    contents = {
-        "report.json": (json.dumps(report, indent=2) + "\n").encode(),
-        "report.md": _markdown(report).encode(),
-        "report.png": draw(*_evaluations(report)),
-    }
-    for name, content in contents.items():
-        partial = Path(folder, f"{name}.partial")
-        partial.write_bytes(content)
-        os.replace(partial, Path(folder, name))
+    folder = Path(folder)
+    figure = draw(*_evaluations(report))
+    write_json(folder / "report.json", report)
+    write_text(folder / "report.md", _markdown(report))
+    write_bytes(folder / "report.png", figure)
 
 
 def load_report(folder: str | Path) -> dict[str, Any]:
@@ -216,10 +211,6 @@ def _costs(result: Result) -> list[str]:
 
 def _number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
-
-
-def _aligned(line: list[str], widths: list[int]) -> list[str]:
-    return [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
 
 
 def _notes(report: dict[str, Any]) -> list[str]:

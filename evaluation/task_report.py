@@ -1,8 +1,6 @@
 """The report of an evaluation on tasks: a table for the terminal, tasks.json and tasks.md in a folder."""
 
 import dataclasses
-import json
-import os
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,6 +9,8 @@ from refreshkv.data.tasks.task import Task
 from refreshkv.evaluation.report import circumstances
 from refreshkv.evaluation.strategies import Decoding
 from refreshkv.evaluation.task_scores import TaskResult
+from refreshkv.files import write_json, write_text
+from refreshkv.tables import column_table, markdown_table
 
 EXAMPLES_FILE = "examples.jsonl"
 FILES = ("tasks.json", "tasks.md", EXAMPLES_FILE)
@@ -42,18 +42,13 @@ def build_task_report(
 
 def write_task_report(folder: Path, report: dict[str, Any]) -> None:
     """Writes tasks.json and tasks.md, replacing earlier ones and touching nothing else in the folder."""
-    for name, content in (("tasks.json", json.dumps(report, indent=2) + "\n"), ("tasks.md", _markdown(report))):
-        partial = folder / f"{name}.partial"
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, folder / name)
+    write_json(folder / "tasks.json", report)
+    write_text(folder / "tasks.md", _markdown(report))
 
 
 def task_table(report: dict[str, Any]) -> str:
     """A line for each way to decode, in aligned columns, and what the tasks' substitutes are."""
-    lines = _cells(report)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    texts = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
-    return "\n".join([*texts, *_notes(report)])
+    return "\n".join([column_table(_cells(report)), *_notes(report)])
 
 
 def _cells(report: dict[str, Any]) -> list[list[str]]:
@@ -100,9 +95,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
 
 
 def _markdown(report: dict[str, Any]) -> str:
-    header, *lines = _cells(report)
-    rule = [":---", *("---:" for _ in header[1:])]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
+    table = markdown_table(_cells(report))
     notes = "\n".join(f"- {note}" for note in _notes(report))
     command = f"```\n{report['command']}\n```"
     details = "\n".join(
@@ -117,9 +110,9 @@ def _layers(report: dict[str, Any]) -> str:
     if not results:
         return "No strategy refreshes anything."
     layers = list(results[0]["effective_strides"])
-    lines = [["effective stride", *(f"layer {layer}" for layer in layers)], [":---", *("---:" for _ in layers)]]
+    lines = [["effective stride", *(f"layer {layer}" for layer in layers)]]
     for result in results:
         strides = [result["effective_strides"][layer] for layer in layers]
         cells = [f"{stride:.1f}" if stride else "-" for stride in strides]
         lines.append([f"{result['task']}, {result['decoding']}", *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(lines)

@@ -30,21 +30,7 @@ from transformers import PreTrainedModel
 
 from refreshkv import RefreshConfig, cli, enable
 from refreshkv.data.rows import SPLITS
-from refreshkv.evaluation.inputs import (
-    DEFAULT_ROWS,
-    add_execution,
-    changed_config,
-    check_execution,
-    check_tokens,
-    device,
-    model_path,
-    names,
-    open_split,
-    open_tasks,
-    own_config,
-    task_values,
-    whole_numbers,
-)
+from refreshkv.evaluation.inputs import DEFAULT_ROWS, check_tokens, open_split, open_tasks
 from refreshkv.evaluation.perplexity import (
     budget_warnings,
     check_last_tokens,
@@ -71,7 +57,16 @@ from refreshkv.evaluation.suite.run import open_suite, run_suite
 from refreshkv.evaluation.task_report import EXAMPLES_FILE, build_task_report, task_table, write_task_report
 from refreshkv.evaluation.task_report import FILES as TASK_FILES
 from refreshkv.evaluation.task_scores import Records, evaluate_tasks, make_examples
-from refreshkv.loading import load_model, load_tokenizer
+from refreshkv.loading import load_model, load_tokenizer, model_folder, own_config
+from refreshkv.options import (
+    add_execution,
+    changed_config,
+    check_execution,
+    chosen_device,
+    comma_separated,
+    task_values,
+    whole_numbers,
+)
 from refreshkv.prefix.store import PrefixStore
 from refreshkv.settings import SettingsError
 
@@ -111,7 +106,7 @@ def evaluate_on_rows(arguments: argparse.Namespace, command: str) -> None:
     row_length = len(split[0]["input_ids"])
     check_last_tokens(arguments.last_tokens, row_length)
 
-    path = model_path(name)
+    path = model_folder(name)
     model = load_model(path, "--model", dtype=arguments.dtype)
     check_tokens(model, path, rows)
     config = chosen_config(model, arguments)
@@ -126,7 +121,7 @@ def evaluate_on_rows(arguments: argparse.Namespace, command: str) -> None:
     )
     if before:
         check_comparable(before, measured, arguments.compare)
-    enable(model, config).to(device(arguments.device)).eval()
+    enable(model, config).to(chosen_device(arguments.device)).eval()
     records = RowRecords(check_output(output, arguments.overwrite, arguments.resume) / ROWS_FILE)
     for warning in budget_warnings(strategies, row_length, arguments.last_tokens):
         print(f"warning: {warning}", file=sys.stderr)
@@ -145,13 +140,13 @@ def evaluate_on_tasks(arguments: argparse.Namespace, command: str) -> None:
     name = only_model(arguments)
     output = arguments.output or Path("reports", Path(name).resolve().name)
     tasks = open_tasks(arguments.tasks, arguments.overrides, arguments.task_length)
-    path = model_path(name)
+    path = model_folder(name)
     tokenizer = load_tokenizer(path, "--model")
     model = load_model(path, "--model", dtype=arguments.dtype)
     config = chosen_config(model, arguments)
     names = arguments.strategies or ["full", "refresh", *(["similarity"] if config.threshold else []), "snapkv"]
     decodings = build_decodings(names, config)
-    enable(model, config).to(device(arguments.device)).eval()
+    enable(model, config).to(chosen_device(arguments.device)).eval()
     examples = make_examples(model, tokenizer, tasks, arguments.examples)
     store = open_store(model, arguments)
     records = Records(check_output(output, arguments.overwrite, arguments.resume, TASK_FILES) / EXAMPLES_FILE)
@@ -192,7 +187,7 @@ def evaluate_suite(arguments: argparse.Namespace, command: str) -> None:
         ),
     )
     opened = open_suite(suite)
-    place = device(arguments.device)
+    place = chosen_device(arguments.device)
 
     def load(path: str) -> PreTrainedModel:
         return load_model(path, "--model", dtype=arguments.dtype).to(place).eval()
@@ -224,7 +219,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", help="folder of rows that launch/prepare.py wrote")
-    source.add_argument("--tasks", type=names, help="tasks, separated by commas; ruler stands for all of RULER's")
+    source.add_argument(
+        "--tasks", type=comma_separated, help="tasks, separated by commas; ruler stands for all of RULER's"
+    )
     source.add_argument("--suite", help="a table of the paper, such as paper-table-1 (configs/suites), or a YAML file")
     parser.add_argument("--split", choices=SPLITS, help="(default: test)")
     parser.add_argument("--last-tokens", type=int, help="tokens scored per row (default: 256, or the suite's)")
@@ -236,7 +233,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--examples", type=int, help="examples of each task (default: 50, or the suite's)")
     parser.add_argument(
         "--strategies",
-        type=names,
+        type=comma_separated,
         help=f"ways to decode, of {', '.join(DECODINGS)}; refresh:10 and similarity:5:0.85 give stride and threshold "
         "(default: with --data full, refresh at --strides, never; with --tasks full, refresh, snapkv; both: similarity "
         "with --threshold)",
@@ -248,7 +245,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "with --suite those of which the table shows these)",
     )
     parser.add_argument("--corpus", action="append", help="NAME=FOLDER: other rows for one of the suite's corpora")
-    parser.add_argument("--without", type=names, help="corpora and benchmarks of the suite to leave out")
+    parser.add_argument("--without", type=comma_separated, help="corpora and benchmarks of the suite to leave out")
     parser.add_argument(
         "--prefix-store", type=Path, help="folder of prompts' keys and values: compute each prompt once"
     )
@@ -304,7 +301,7 @@ def corpora(values: list[str]) -> dict[str, str]:
 def chosen_config(model: PreTrainedModel, arguments: argparse.Namespace) -> RefreshConfig:
     """The model's own settings, changed by the command line's."""
     flags = {"budget": arguments.budget, "threshold": arguments.threshold}
-    return changed_config(own_config(model), arguments.overrides, **flags)
+    return changed_config(own_config(model.config), arguments.overrides, **flags)
 
 
 def changed_values(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -17,19 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refreshkv import cli, enable
 from refreshkv.data.rows import SPLITS
-from refreshkv.evaluation.inputs import (
-    add_execution,
-    changed_config,
-    check_execution,
-    check_tokens,
-    device,
-    model_path,
-    names,
-    open_split,
-    open_tasks,
-    own_config,
-    whole_numbers,
-)
+from refreshkv.evaluation.inputs import check_tokens, open_split, open_tasks
 from refreshkv.evaluation.perplexity import check_last_tokens, evaluate
 from refreshkv.evaluation.report import ROWS_FILE, check_output
 from refreshkv.evaluation.sequence_losses import RowRecords
@@ -37,7 +25,15 @@ from refreshkv.evaluation.sweep.recommendation import THRESHOLDS, Sweep, sweep_s
 from refreshkv.evaluation.sweep.report import FILES, build_sweep_report, sweep_table, write_sweep_report
 from refreshkv.evaluation.task_report import EXAMPLES_FILE
 from refreshkv.evaluation.task_scores import Records, TaskResult, Work, evaluate_tasks, make_examples
-from refreshkv.loading import load_model, load_tokenizer
+from refreshkv.loading import load_model, load_tokenizer, model_folder, own_config
+from refreshkv.options import (
+    add_execution,
+    changed_config,
+    check_execution,
+    chosen_device,
+    comma_separated,
+    whole_numbers,
+)
 from refreshkv.settings import SettingsError
 
 DEFAULT_EXAMPLES = 20
@@ -48,12 +44,12 @@ def main(argv: list[str]) -> None:
     output = arguments.output or Path("reports", f"{Path(arguments.model).resolve().name}-sweep")
     rows, split = open_split(arguments.data, arguments.split, arguments.rows)
     check_last_tokens(arguments.last_tokens, len(split[0]["input_ids"]))
-    path = model_path(arguments.model)
+    path = model_folder(arguments.model)
     model = load_model(path, "--model", dtype=arguments.dtype)
     check_tokens(model, path, rows)
-    config = changed_config(own_config(model), arguments.overrides, budget=arguments.budget)
+    config = changed_config(own_config(model.config), arguments.overrides, budget=arguments.budget)
     strategies = sweep_strategies(config, arguments.strides or [config.stride], arguments.thresholds)
-    enable(model, config).to(device(arguments.device)).eval()
+    enable(model, config).to(chosen_device(arguments.device)).eval()
     tokenizer, work = draw_tasks(model, path, arguments) if arguments.tasks else (None, [])
     folder = check_output(output, arguments.overwrite, arguments.resume, FILES)
 
@@ -101,7 +97,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="rows, spread over the split (default: 100 or all)")
     parser.add_argument("--last-tokens", type=int, default=256, help="tokens scored per row (default: %(default)s)")
     parser.add_argument("--thresholds", type=cosines, default=THRESHOLDS, help="(default: 0.3 to 0.98)")
-    parser.add_argument("--tasks", type=names, help="tasks to score as well, separated by commas")
+    parser.add_argument("--tasks", type=comma_separated, help="tasks to score as well, separated by commas")
     parser.add_argument("--task-length", type=int, help="tokens of prompt and answer (default: each task's own, 4096)")
     parser.add_argument("--examples", type=int, help=f"examples of each task (default: {DEFAULT_EXAMPLES})")
     parser.add_argument("--strides", type=whole_numbers, help="check strides (default: the model's own)")

@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from refreshkv.ops import schedule
+from refreshkv.ops.state import Plan, SelectionOptions, StepOptions
 from refreshkv.settings import SettingsError, settings_from_dict
 
 NEVER = 2**31 - 1
@@ -70,21 +73,45 @@ class RefreshConfig:
         """The budget K of a row without padding: `budgets` for one length, without a tensor."""
         return math.ceil(self.budget * prompt_length) if isinstance(self.budget, float) else self.budget
 
-    def selection_options(self) -> dict[str, int]:
-        """The settings of the selection, by the names that `refreshkv.ops.naive.select` knows them by."""
-        names = ("pool_kernel", "observation_window", "recent_window", "sink_tokens")
-        return {name: getattr(self, name) for name in names}
+    def selection_options(self) -> SelectionOptions:
+        """The settings of the selection, as the operations take them."""
+        return SelectionOptions(self.pool_kernel, self.observation_window, self.recent_window, self.sink_tokens)
 
-    def rows_settings(self, prompt_length: int, length: int, padded: bool) -> dict[str, int]:
-        """The settings of `refreshkv.ops.naive.refresh_rows` for rows of `length` tokens, all but the scaling."""
-        return {
-            "prompt_length": prompt_length,
-            "stride": self.stride,
-            "width": min(self.largest_budget(prompt_length), length),
-            "droppable": min(self.stride if self.threshold is None else length, length - prompt_length),
-            "uniform": self.threshold is None and not padded,
-            **self.selection_options(),
-        }
+    def step_options(self) -> StepOptions:
+        """The settings of a decoding step, as the operations take them."""
+        return StepOptions(self.stride, self.threshold, self.selection_options())
+
+    def plan(
+        self,
+        query: Tensor,
+        prompt_length: int,
+        left_padding: Tensor | None = None,
+        *,
+        recurring: bool = False,
+        average_heads: Callable[[Tensor], Tensor] | None = None,
+    ) -> Plan:
+        """The refresh pattern of T known tokens after a prompt of `prompt_length`, from a layer's queries (B, H, T, D).
+
+        left_padding (B,) int64, None without any; recurring: whether later passes have the same prompt length and
+        stride; average_heads: as in `refreshkv.ops.schedule.plan`.
+        """
+        length = query.shape[2]
+        full_positions, latest = schedule.plan(
+            query.detach(), prompt_length, self.stride, self.threshold, average_heads
+        )
+        padding = full_positions.new_zeros(len(query)) if left_padding is None else left_padding
+        return Plan(
+            full_positions,
+            latest,
+            self.budgets(prompt_length - padding),
+            padding,
+            prompt_length,
+            stride=min(self.stride, length),
+            width=min(self.largest_budget(prompt_length), length),
+            droppable=min(self.stride if self.threshold is None else length, length - prompt_length),
+            uniform=self.threshold is None and left_padding is None,
+            recurring=recurring,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json."""

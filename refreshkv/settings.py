@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from refreshkv.files import write_text
+
 Settings = TypeVar("Settings")
 
 
@@ -55,7 +57,7 @@ def settings_to_dict(settings: Any) -> dict[str, Any]:
 
 def save_settings(settings: Any, path: str | Path) -> None:
     """Writes the settings as YAML, in the order of their declaration."""
-    Path(path).write_text(yaml.safe_dump(settings_to_dict(settings), sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.safe_dump(settings_to_dict(settings), sort_keys=False, allow_unicode=True))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

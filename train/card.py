@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from refreshkv import tables
 from refreshkv.config import NEVER
 from refreshkv.data.config import DataConfig
 from refreshkv.data.folder import INFO_FILE
@@ -184,11 +185,11 @@ def _prepared_splits(folder: str, fingerprint: str) -> dict[str, dict[str, int]]
 
 
 def _table(values: dict[str, Any]) -> str:
-    lines = [f"| {key} | {_plain(value)} |" for key, value in values.items()]
-    return "\n".join(["| setting | value |", "| :--- | :--- |", *lines])
+    lines = [(key, _plain(value)) for key, value in values.items()]
+    return tables.markdown_table([("setting", "value"), *lines], text_columns=2)
 
 
 def _plain(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_plain(item) for item in value)
-    return "none" if value is None else str(value).replace("|", "\\|")
+    return "none" if value is None else str(value)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from refreshkv.files import write_json
 from refreshkv.settings import SettingsError, load_settings, save_settings, settings_to_dict
 from refreshkv.train.config import RunConfig
 from refreshkv.train.faults import FAILURE_FILE, WriteFailed
@@ -177,7 +178,7 @@ def _describe(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / "model")
     save_settings(config, folder / RUN_FILE)
-    (folder / STATE_FILE).write_text(json.dumps(vars(state), indent=1))
+    write_json(folder / STATE_FILE, vars(state), indent=1)
 
 
 def newest_checkpoint(output: Path, rank: int, world: int, rows: str) -> tuple[Path | None, list[str]]:

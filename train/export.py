@@ -3,7 +3,6 @@
 import fnmatch
 import io
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -21,7 +19,9 @@ from transformers.utils import logging as transformers_logging
 import refreshkv
 from refreshkv import RefreshCache, RefreshConfig, Simulation
 from refreshkv.cache.refresh import saved_config
+from refreshkv.files import FolderKind, complete_folder, write_text
 from refreshkv.settings import SettingsError, load_settings
+from refreshkv.tables import column_table
 from refreshkv.train.card import model_card
 from refreshkv.train.checkpoint import RUN_FILE, STATE_FILE, State, finished_checkpoints, read_state
 from refreshkv.train.config import RunConfig
@@ -29,9 +29,6 @@ from refreshkv.train.config import RunConfig
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MODULE_STATES = "mp_rank_00_model_states.pt"
 """DeepSpeed's file with the whole model, where ZeRO partitions nothing."""
-
-LOCK_FILE = ".exporting"
-"""Marks a folder as an export being written, and is locked as long as that is running."""
 
 WRITTEN = ("config.json", "generation_config.json", "README.md", "model*.safetensors", "model.safetensors.index.json")
 """What every export may write; the tokenizer's files come to these."""
@@ -72,8 +69,7 @@ class ExportResult:
             ("reloaded against the checkpoint", f"largest logit difference {self.reload_difference:.1e}"),
             ("decoding against the parallel form", f"largest logit difference {self.decode_difference:.1e} (float32)"),
         ]
-        width = max(len(name) for name, _ in lines)
-        return "\n".join(f"{name:{width}}  {text}" for name, text in lines)
+        return column_table(lines, text_columns=2)
 
 
 def export(
@@ -105,7 +101,7 @@ def export(
     run, state = _describe(checkpoint)
     card = model_card(run, state, name or target.name, report)
     dtype = DTYPES[run.training.dtype]
-    with _complete_folder(target, checkpoint, overwrite) as folder:
+    with _export_folder(target, checkpoint, overwrite) as folder:
         model = checkpoint_model(checkpoint, consolidated_weights(checkpoint, state.zero_stage, dtype), dtype)
         rows, parameters = _random_rows(model), model.num_parameters()
         logits = _logits(model, rows)
@@ -200,7 +196,7 @@ def _write(model: PreTrainedModel, description: Path, card: str, folder: Path) -
     for file in description.iterdir():  # the tokenizer and the generation config, as they are
         if file.name != "config.json":
             (shutil.copytree if file.is_dir() else shutil.copyfile)(file, folder / file.name)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_text(folder / "README.md", card)
 
 
 def check_export(folder: Path, rows: Tensor, logits: Tensor) -> tuple[float, float]:
@@ -278,22 +274,14 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def _complete_folder(target: Path, checkpoint: Path, overwrite: bool) -> Iterator[Path]:
-    """Yields an empty folder `target.partial`, renamed to `target` when the block has ended without an error."""
+def _export_folder(target: Path, checkpoint: Path, overwrite: bool) -> Iterator[Path]:
+    """Yields an empty folder that becomes `target` when the block ends without an error (`complete_folder`)."""
     _check_target(target, checkpoint, overwrite)
-    partial = target.with_name(f"{target.name}.partial")
-    lock = _claim(partial)
     try:
-        yield partial
-        (partial / LOCK_FILE).unlink()
-        _put_in_place(partial, target)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise ExportError(f"OUT={target}: the export could not be written: {_one_line(error)}") from error
-        raise
-    finally:
-        lock.release()
+        with complete_folder(target, EXPORT) as folder:
+            yield folder
+    except OSError as error:
+        raise ExportError(f"OUT={target}: the export could not be written: {_one_line(error)}") from error
 
 
 def _check_target(target: Path, checkpoint: Path, overwrite: bool) -> None:
@@ -323,35 +311,7 @@ def is_export(folder: Path) -> bool:
         return False
 
 
-def _claim(partial: Path) -> FileLock:
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        if any(partial.iterdir()) and not (partial / LOCK_FILE).exists() and not is_export(partial):
-            raise ExportError(f"OUT: {partial} is needed and holds other files; choose another folder")
-        lock = FileLock(partial / LOCK_FILE)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ExportError(f"OUT: another export is writing to {partial}; wait for it to end") from None
-    except OSError as error:
-        raise ExportError(f"OUT: cannot write to {partial}: {error.strerror or error}") from error
-    for leftover in partial.iterdir():
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        elif leftover.name != LOCK_FILE:
-            leftover.unlink()
-    return lock
-
-
-def _put_in_place(partial: Path, target: Path) -> None:
-    if not is_export(target):
-        os.replace(partial, target)
-        return
-    replaced = target.with_name(f"{target.name}.replaced")
-    if is_export(replaced):
-        shutil.rmtree(replaced)
-    os.replace(target, replaced)
-    os.replace(partial, target)
-    shutil.rmtree(replaced)
+EXPORT = FolderKind(setting="OUT", writer="export", lock_file=".exporting", is_complete=is_export, error=ExportError)
 
 
 def _one_line(error: Exception) -> str:

@@ -11,6 +11,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from refreshkv.files import write_text
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -85,9 +87,7 @@ def _metrics_until(path: Path, step: int):
         for line in path.read_text().splitlines(keepends=True):
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    write_text(path, "".join(kept))
     return path.open("a")
 
 

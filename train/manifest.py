@@ -1,11 +1,12 @@
 """A checkpoint's manifest: the size and checksum of each of its files, written last and checked before loading."""
 
 import json
-import os
 from pathlib import Path
 
 import torch.distributed as dist
 import xxhash
+
+from refreshkv.files import flush_to_disk, write_json
 
 MANIFEST_FILE = "manifest.json"
 CHUNK = 1 << 22
@@ -24,15 +25,12 @@ def write_manifest(folder: Path, rank: int = 0, world: int = 1) -> None:
     """Forces the files below `folder` to the disk and writes their manifest; all ranks together, each its share."""
     entries = {}
     for file in _files(folder)[rank::world]:
-        _to_disk(file)
+        flush_to_disk(file)
         entries[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "xxh3_128": checksum(file)}
     shares = _gather(entries, world)
     if rank == 0:
         whole = {name: entry for share in shares for name, entry in sorted(share.items())}
-        manifest = folder / MANIFEST_FILE
-        manifest.write_text(json.dumps({"files": whole}, indent=1))
-        _to_disk(manifest)
-        _to_disk(folder)
+        write_json(folder / MANIFEST_FILE, {"files": whole}, indent=1, durable=True)
 
 
 def find_damage(folder: Path, rank: int = 0, world: int = 1) -> str | None:
@@ -69,12 +67,3 @@ def _gather(share: object, world: int) -> list:
     shares: list = [None] * world
     dist.all_gather_object(shares, share)
     return shares
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, lies on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -1,8 +1,6 @@
 """The report of a suite: the paper's table, its numbers beside ours; suite.json, suite.md, for figures suite.png."""
 
 import dataclasses
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,8 @@ from refreshkv.evaluation.report import ROWS_FILE, circumstances
 from refreshkv.evaluation.suite.config import Suite
 from refreshkv.evaluation.suite.run import Measured
 from refreshkv.evaluation.task_report import EXAMPLES_FILE
+from refreshkv.files import write_bytes, write_json, write_text
+from refreshkv.tables import column_table, markdown_table
 
 FILES = ("suite.json", "suite.md", "suite.png", ROWS_FILE, EXAMPLES_FILE)
 LAYOUT = 1
@@ -63,28 +63,27 @@ def build_suite_report(
 
 def write_suite_report(folder: Path, report: dict[str, Any], suite: Suite, results: dict[str, Measured]) -> list[str]:
     """Writes suite.json, suite.md and, for a figure, suite.png; returns their names."""
-    contents = {"suite.json": (json.dumps(report, indent=2) + "\n").encode(), "suite.md": _markdown(report).encode()}
+    figure = None
     if suite.layout == "ratios":
         panels = {
             f"{model}, {corpus}": item for model, own in results.items() for corpus, item in own.evaluations.items()
         }
-        contents["suite.png"] = draw_ratios(panels)
+        figure = draw_ratios(panels)
     if suite.layout == "strides":
-        contents["suite.png"] = draw_strides({model: _lines(own.strides) for model, own in results.items()})
-    for name, content in contents.items():
-        partial = folder / f"{name}.partial"
-        partial.write_bytes(content)
-        os.replace(partial, folder / name)
-    return list(contents)
+        figure = draw_strides({model: _lines(own.strides) for model, own in results.items()})
+    write_json(folder / "suite.json", report)
+    write_text(folder / "suite.md", _markdown(report))
+    if figure is None:
+        return ["suite.json", "suite.md"]
+    write_bytes(folder / "suite.png", figure)
+    return ["suite.json", "suite.md", "suite.png"]
 
 
 def suite_table(report: dict[str, Any]) -> str:
     """The tables in aligned columns, with what is not as in the paper below."""
     texts = []
     for title, lines in [*report["tables"].items(), *_cost_tables(report)]:
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        rows = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
-        texts.append("\n".join([title, *rows]))
+        texts.append(f"{title}\n{column_table(lines)}")
     return "\n\n".join([*texts, "\n".join(_notes(report))])
 
 
@@ -184,10 +183,8 @@ def _markdown(report: dict[str, Any]) -> str:
     suite = report["suite"]
     parts = [f"# {suite['title']}", suite["about"].strip(), f"**What is certain.** {suite['reading'].strip()}"]
     strides = [table for model in report["models"] for table in _stride_tables(report, model)]
-    for title, (header, *lines) in [*report["tables"].items(), *_cost_tables(report), *strides]:
-        rule = [":---", *("---:" for _ in header[1:])]
-        rows = "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
-        parts += [f"## {title}", rows]
+    for title, lines in [*report["tables"].items(), *_cost_tables(report), *strides]:
+        parts += [f"## {title}", markdown_table(lines)]
     parts.append("\n".join(f"- {note}" for note in _notes(report)))
     if suite["layout"] != "table":
         parts.append("![The figure](suite.png)")

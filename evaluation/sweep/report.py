@@ -1,9 +1,7 @@
 """The report of a threshold sweep: a table for the terminal, and sweep.json, sweep.md, sweep.png in a folder."""
 
 import dataclasses
-import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,8 @@ from refreshkv.evaluation.report import ROWS_FILE, circumstances
 from refreshkv.evaluation.sweep.figure import draw_sweep
 from refreshkv.evaluation.sweep.recommendation import Sweep
 from refreshkv.evaluation.task_report import EXAMPLES_FILE
+from refreshkv.files import write_bytes, write_json, write_text
+from refreshkv.tables import column_table, markdown_table
 
 FILES = ("sweep.json", "sweep.md", "sweep.png", ROWS_FILE, EXAMPLES_FILE)
 
@@ -36,24 +36,15 @@ def build_sweep_report(sweep: Sweep, model: str, settings: dict[str, Any], comma
 
 def write_sweep_report(folder: Path, sweep: Sweep, report: dict[str, Any]) -> None:
     """Writes sweep.json, sweep.md and sweep.png."""
-    contents = {
-        "sweep.json": (json.dumps(report, indent=2) + "\n").encode(),
-        "sweep.md": _markdown(sweep, report).encode(),
-        "sweep.png": draw_sweep(sweep),
-    }
-    for name, content in contents.items():
-        partial = folder / f"{name}.partial"
-        partial.write_bytes(content)
-        os.replace(partial, folder / name)
+    figure = draw_sweep(sweep)
+    write_json(folder / "sweep.json", report)
+    write_text(folder / "sweep.md", _markdown(sweep, report))
+    write_bytes(folder / "sweep.png", figure)
 
 
 def sweep_table(sweep: Sweep) -> str:
     """A line for each schedule, in aligned columns."""
-    lines = _cells(sweep)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
-    )
+    return column_table(_cells(sweep))
 
 
 def _cells(sweep: Sweep) -> list[list[str]]:
@@ -78,9 +69,7 @@ def _cells(sweep: Sweep) -> list[list[str]]:
 
 
 def _markdown(sweep: Sweep, report: dict[str, Any]) -> str:
-    header, *lines = _cells(sweep)
-    rule = [":---", *("---:" for _ in header[1:])]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
+    table = markdown_table(_cells(sweep))
     text = report["recommendation"]["text"]
     evaluation = sweep.evaluation
     prompt = evaluation.row_length - evaluation.last_tokens

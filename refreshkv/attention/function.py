@@ -17,7 +17,6 @@ from refreshkv.attention.dense import ordinary_attention
 from refreshkv.attention.masks import padding_from_mask
 from refreshkv.cache.buffers import BufferedCache, BufferedLayer
 from refreshkv.config import Simulation
-from refreshkv.ops import schedule
 from refreshkv.settings import SettingsError
 
 PROMPT_STEP = 128
@@ -108,22 +107,20 @@ def _simulate(
         raise ValueError("refresh=Simulation(...) takes whole rows: pass use_cache=False and no past_key_values")
     if prompt > length:
         raise SettingsError(f"prompt_length={prompt} is outside the row of {length} tokens")
-    plan = schedule.plan(query.detach(), prompt, config.stride, config.threshold, average_heads)
+    plan = config.plan(query, prompt, left_padding, average_heads=average_heads)
     if simulation.record:
         simulation.full_steps[module.layer_idx] = _as_flags(plan.full_positions, length)
     if prompt == length:
         return ordinary(query, key, value)
-    padding = _no_padding(query) if left_padding is None else left_padding
-    arguments = (*plan, config.budgets(prompt - padding), padding)
-    settings = {"scaling": scaling, **config.rows_settings(prompt, length, padded=left_padding is not None)}
-    if dense and ops.takes_whole_rows(query, key, value, prompt, settings["uniform"]):
-        return ops.whole_rows(query, key, value, *arguments, **settings)
-    settings["uniform"] = settings["uniform"] and _is_familiar(simulation, query, key)
+    options = config.selection_options()
+    if dense and ops.takes_whole_rows(query, key, value, plan):
+        return ops.whole_rows(query, key, value, plan, options, scaling)
+    plan = plan._replace(recurring=_is_familiar(simulation, query, key))
     computed = _computed_prompt(query, prompt) if dense else prompt
     parts = _SplitAtPrompt.apply(query, key, value, prompt, computed, config.observation_window)
     *early, late_query, key, value = parts
     output = ordinary(*early)[:, :prompt]
-    decoded = ops.refresh_rows(late_query, key, value, *arguments, **settings)
+    decoded = ops.refresh_rows(late_query, key, value, plan, options, scaling)
     return torch.cat([output, decoded], dim=1)
 
 

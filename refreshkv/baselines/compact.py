@@ -11,17 +11,18 @@ from torch import Tensor
 
 from refreshkv.cache.buffers import BufferedLayer
 from refreshkv.config import RefreshConfig
-from refreshkv.ops.step.operators import COMPACT_STATE, compact_step
+from refreshkv.ops.state import CompactState
+from refreshkv.ops.step.operators import compact_step
 
 
 class CompactLayer(BufferedLayer):
     """K entries of the prompt, and then whatever replaces them; subclasses choose the first ones in `_prompt_entries`.
 
-    State: `keys`, `values` (B, Hkv, C, D), `rows` (B, 4), `slots` (B, Hkv), `scores`, `positions` (B, Hkv, C);
-    `refreshkv.ops.step.operators.compact_step` says what they hold.
+    State: `keys`, `values` (B, Hkv, C, D), `row_state` (B, 4), `slots` (B, Hkv), `scores`, `positions` (B, Hkv, C);
+    `refreshkv.ops.state.CompactState` says what they hold.
     """
 
-    row_state = tuple(name for name in COMPACT_STATE if name != "length")
+    per_row = tuple(name for name in CompactState._fields if name != "length")
     sink_tokens = 0
     heavy = False
 
@@ -54,7 +55,7 @@ class CompactLayer(BufferedLayer):
 
     def changed_by_step(self, length: int) -> tuple[str, ...]:
         # the token itself goes where the entry is that went before
-        return ("rows", "slots", "scores", "positions") if self.heavy else ("rows", "slots")
+        return ("row_state", "slots", "scores", "positions") if self.heavy else ("row_state", "slots")
 
     @torch.compiler.disable
     def begin(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
@@ -72,7 +73,7 @@ class CompactLayer(BufferedLayer):
         self._keep("keys", key.gather(2, rows))
         self._keep("values", value.gather(2, rows))
         zeros = torch.zeros_like(used)
-        self._keep("rows", torch.stack([used, budgets, zeros, zeros], dim=1))
+        self._keep("row_state", torch.stack([used, budgets, zeros, zeros], dim=1))
         # a row with fewer tokens than its budget has room behind them, another one entry to spare
         self._keep("slots", used.unsqueeze(-1).expand(-1, key.shape[1]))
         self._keep("positions", kept)
@@ -90,8 +91,9 @@ class CompactLayer(BufferedLayer):
     def step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """One decoding step: query (B, H, 1, D), key and value (B, Hkv, 1, D) -> (B, 1, H, D)."""
         self.awaits_attention = False
-        state = [self.cumulative_length if name == "length" else getattr(self, name) for name in COMPACT_STATE]
-        return self.operator(compact_step)(query, key, value, *state, self.sink_tokens, self.heavy, scaling)
+        names = ("cumulative_length" if name == "length" else name for name in CompactState._fields)
+        state = CompactState(*(getattr(self, name) for name in names))
+        return self.operator(compact_step)(query, key, value, state, self.sink_tokens, self.heavy, scaling)
 
 
 def best_first_last(scores: Tensor, preferred: Tensor, budgets: Tensor, left_padding: Tensor, capacity: int) -> Tensor:

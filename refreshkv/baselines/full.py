@@ -11,7 +11,7 @@ from refreshkv.ops.step.operators import full_step
 class FullLayer(BufferedLayer):
     """All tokens, all of them attended to in every step: what `RefreshLayer` is without the refresh."""
 
-    row_state = ("keys", "values", "rows")
+    per_row = ("keys", "values", "row_state")
     tells_steps = False
 
     @torch.compiler.disable
@@ -19,13 +19,13 @@ class FullLayer(BufferedLayer):
         """Ends a prompt block; query (B, H, n, D), left_padding (B,) int64."""
         self._check_padding(left_padding, query.shape[2])
         zeros = torch.zeros_like(left_padding)
-        self._keep("rows", torch.stack([zeros, zeros, left_padding, zeros], dim=1))
+        self._keep("row_state", torch.stack([zeros, zeros, left_padding, zeros], dim=1))
         self._end_prompt()
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """One decoding step: query (B, H, 1, D), key and value (B, Hkv, 1, D) -> (B, 1, H, D)."""
         self.awaits_attention = False
-        state = (self.keys, self.values, self.cumulative_length, self.rows)
+        state = (self.keys, self.values, self.cumulative_length, self.row_state)
         return self.operator(full_step)(query, key, value, *state, scaling)
 
 

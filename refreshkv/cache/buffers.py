@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from refreshkv.layers import layer_windows
+from refreshkv.ops.state import PADDING
 from refreshkv.ops.step.operators import uses_kernels
 from refreshkv.settings import SettingsError
 
@@ -27,7 +28,8 @@ class BufferedLayer(CacheLayerMixin):
 
     is_croppable = False
     is_sliding = False
-    row_state: tuple[str, ...] = ("keys", "values")
+    per_row: tuple[str, ...] = ("keys", "values")
+    """Names of the state that has a part for each batch row."""
     needs_queries = False
     """Whether `fill` wants the tokens' queries too: what is kept of a prompt depends on all of them."""
     last_queries = 1
@@ -175,17 +177,17 @@ class BufferedLayer(CacheLayerMixin):
 
     def _check_shape(self, key_states: Tensor, value_states: Tensor) -> None:
         found = self._shape_of(key_states, value_states)
-        names = ("rows", "key/value heads", "numbers a head", "as keys", "as values", "as device")
+        names = ("row_state", "key/value heads", "numbers a head", "as keys", "as values", "as device")
         for name, held, given in zip(names, self._shape, found, strict=True):
             if held != given:
                 raise ValueError(f"RefreshCache holds {held} {name} and was given {given}: call reset() first")
 
     def _check_padding(self, left_padding: Tensor, block: int) -> None:
         """That the last `block` tokens, a later part of a prompt or another turn, come with the rows' first padding."""
-        if self.length - block > self.filled_length and not torch.equal(self.rows[:, 2], left_padding):
+        if self.length - block > self.filled_length and not torch.equal(self.row_state[:, PADDING], left_padding):
             raise ValueError(
                 f"the attention_mask hides {left_padding.tolist()} tokens at the rows' beginnings, that of the tokens "
-                f"in the RefreshCache {self.rows[:, 2].tolist()}: it covers the cached ones too"
+                f"in the RefreshCache {self.row_state[:, PADDING].tolist()}: it covers the cached ones too"
             )
 
     def _check_refreshed(self) -> None:
@@ -209,7 +211,7 @@ class BufferedLayer(CacheLayerMixin):
         self.is_decoding, self.awaits_attention = True, False
         self.filled_length, self.prompt_end = 0, self.length
         self.is_captured = uses_kernels(self.keys) or self.device.type != "cuda"
-        self._mark_addresses((*self.row_state, "cumulative_length"))
+        self._mark_addresses((*self.per_row, "cumulative_length"))
 
     def changed_by_step(self, length: int) -> tuple[str, ...]:
         """Names of the state that the decoding step after `length` tokens may change, other than `length` itself and
@@ -276,10 +278,10 @@ class BufferedLayer(CacheLayerMixin):
         if self.known_length == 0:
             return
         self._check_refreshed()
-        for name in self.row_state:
+        for name in self.per_row:
             self._keep(name, change(getattr(self, name)))
         self.batch_size = self.keys.shape[0]
-        self._mark_addresses(self.row_state)
+        self._mark_addresses(self.per_row)
 
 
 def check_chunks() -> None:

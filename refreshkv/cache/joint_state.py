@@ -13,52 +13,49 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from refreshkv.ops.step.operators import Check, attend_step, select_step, uses_kernels
+from refreshkv.ops.state import Decisions, LayerState, SelectionScratch
+from refreshkv.ops.step.operators import attend_step, select_step, uses_kernels
 
 if TYPE_CHECKING:
     from refreshkv.cache.layer import RefreshLayer
 
 
 class LayerStack:
-    """N layers' `rows`, `selected`, `ranking`, `mean_query` and `full_steps`, in one tensor for all of them, (N, ...);
-    the layers' own become parts of it. It knows nothing else of the layers."""
-
-    STATE = ("rows", "selected", "ranking", "mean_query", "full_steps")
+    """N layers' `Decisions`, each field in one tensor for all of them, (N, ...); the layers' own become parts of it. It
+    knows nothing else of the layers."""
 
     @torch.inference_mode(False)  # it outlives the mode in which it was first wanted
     def __init__(self, layers: "list[RefreshLayer]"):
-        for name in self.STATE:
+        for name in Decisions._fields:
             whole = torch.stack([getattr(layer, name) for layer in layers])
             setattr(self, name, whole)
             for number, layer in enumerate(layers):
                 setattr(layer, name, whole[number])
         batch, *shape = layers[0].keys.shape
-        self.check = Check.empty((len(layers), batch), *shape, layers[0].device)
+        self.scratch = SelectionScratch.empty((len(layers), batch), *shape, layers[0].device)
         for number, layer in enumerate(layers):
             layer.stack, layer.number = self, number
-        for tensor in (*(getattr(self, name) for name in self.STATE), *self.check):
+        for tensor in (*(getattr(self, name) for name in Decisions._fields), *self.scratch):
             torch._dynamo.mark_static_address(tensor, guard=False)
 
     def holds(self, layers: "list[RefreshLayer]") -> bool:
         """Whether it is these layers' stack, and their state is still part of it."""
-        return len(layers) == len(self.rows) and all(
+        return len(layers) == len(self.row_state) and all(
             getattr(layer, name).data_ptr() == getattr(self, name)[number].data_ptr()
             and getattr(layer, name).shape == getattr(self, name).shape[1:]
             for number, layer in enumerate(layers)
-            for name in self.STATE
+            for name in Decisions._fields
         )
 
     def step(self, layer: "RefreshLayer", query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """`RefreshLayer.step`; the last layer's selects for all."""
-        config, length = layer.config, layer.cumulative_length
-        output = attend_step(
-            query, key, value, layer.keys, layer.values, length, layer.observers, self.rows, self.selected,
-            self.mean_query, list(self.check), layer.number, config.stride, config.threshold,
-            *config.selection_options().values(), scaling,
-        )  # fmt: skip
-        if layer.number == len(self.rows) - 1:
-            state = (getattr(self, name) for name in self.STATE)
-            select_step(list(self.check), length, *state, config.stride, config.threshold)
+        decisions = Decisions(*(getattr(self, name) for name in Decisions._fields))
+        options, length = layer.config.step_options(), layer.cumulative_length
+        buffers = {"keys": layer.keys, "values": layer.values, "length": length, "observers": layer.observers}
+        state = LayerState(**buffers, **decisions._asdict())
+        output = attend_step(query, key, value, state, self.scratch, layer.number, options, scaling)
+        if layer.number == len(self.row_state) - 1:
+            select_step(self.scratch, length, decisions, options)
         return output
 
 

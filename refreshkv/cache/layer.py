@@ -12,18 +12,19 @@ from refreshkv.cache.buffers import BufferedLayer
 from refreshkv.cache.joint_state import LayerStack, stack_layers
 from refreshkv.config import RefreshConfig
 from refreshkv.ops.schedule import mean_query
-from refreshkv.ops.step.operators import STATE, TAIL, decode_step
+from refreshkv.ops.state import TAIL, Decisions, FullSteps, LayerState
+from refreshkv.ops.step.operators import decode_step
 
 
 class RefreshLayer(BufferedLayer):
     """One full-attention layer: keys and values of all tokens, and what the layer decided.
 
     All state is tensors of fixed size: `keys`, `values` (B, Hkv, max_cache_len, D), `full_steps` (B, max_cache_len),
-    `rows` (B, 4), `selected`, `ranking` (B, Hkv, W), `observers` (B, H, O, D), `mean_query` (B, D),
-    `cumulative_length` (); `refreshkv.ops.step.operators.decode_step` says what they hold.
+    `row_state` (B, 4), `selected`, `ranking` (B, Hkv, W), `observers` (B, H, O, D), `mean_query` (B, D),
+    `cumulative_length` (); `refreshkv.ops.state.LayerState` says what they hold.
     """
 
-    row_state = tuple(name for name in STATE if name != "length")
+    per_row = tuple(name for name in LayerState._fields if name != "length")
 
     def __init__(self, max_cache_len: int, config: RefreshConfig):
         super().__init__(max_cache_len)
@@ -42,7 +43,7 @@ class RefreshLayer(BufferedLayer):
     def __setstate__(self, state: dict) -> None:
         """Of a copy: pickle makes new tensors of those that are part of the stack's."""
         vars(self).update(state)
-        for name in LayerStack.STATE if self.stack is not None else ():
+        for name in Decisions._fields if self.stack is not None else ():
             setattr(self, name, getattr(self.stack, name)[self.number])
 
     @property
@@ -53,7 +54,7 @@ class RefreshLayer(BufferedLayer):
         super().lazy_initialization(key_states, value_states)
         batch, kv_heads, _, head_dim = key_states.shape
         self.full_steps = torch.zeros(batch, self.max_cache_len, dtype=torch.bool, device=self.device)
-        self.rows = torch.zeros(batch, 4, dtype=torch.int64, device=self.device)
+        self.row_state = torch.zeros(batch, 4, dtype=torch.int64, device=self.device)
         self.selected = torch.full((batch, kv_heads, self.width), -1, dtype=torch.int32, device=self.device)
         self.ranking = torch.zeros_like(self.selected)
         self.mean_query = torch.zeros(batch, head_dim, dtype=torch.float32, device=self.device)
@@ -70,7 +71,9 @@ class RefreshLayer(BufferedLayer):
         if length - query.shape[2] in (self.prompt_length, self.filled_length):
             self.prompt_length = length
         last = torch.full_like(left_padding, length - 1)
-        self.rows.copy_(torch.stack([last, self.config.budgets(length - left_padding), left_padding, last + 1], dim=1))
+        self.row_state.copy_(
+            torch.stack([last, self.config.budgets(length - left_padding), left_padding, last + 1], dim=1)
+        )
         observers = self._latest_queries(query, length, window)
         self.mean_query.copy_(mean_query(query[:, :, -1:]).squeeze(1))
         self.selected.copy_(self._select(observers, last, scaling))
@@ -110,16 +113,17 @@ class RefreshLayer(BufferedLayer):
         self.awaits_attention = False
         if self.stack is not None:
             return self.stack.step(self, query, key, value, scaling)
-        state = [self.cumulative_length if name == "length" else getattr(self, name) for name in STATE]
-        config = self.config
-        return self.operator(decode_step)(
-            query, key, value, *state, config.stride, config.threshold, *config.selection_options().values(), scaling
-        )
+        return self.operator(decode_step)(query, key, value, self.state(), self.config.step_options(), scaling)
+
+    def state(self) -> LayerState:
+        """The layer's state, as a decoding step takes it."""
+        names = ("cumulative_length" if name == "length" else name for name in LayerState._fields)
+        return LayerState(*(getattr(self, name) for name in names))
 
     def changed_by_step(self, length: int) -> tuple[str, ...]:
         # Only a check may select. Of the observers a step overwrites the oldest, which no later one looks at.
         is_check = (length - (self.prompt_end - 1)) % self.config.stride == 0
-        return ("rows", "selected", "ranking", "mean_query") if is_check else ()
+        return ("row_state", "selected", "ranking", "mean_query") if is_check else ()
 
     def take_back(self, length: int) -> None:
         super().take_back(length)
@@ -128,18 +132,10 @@ class RefreshLayer(BufferedLayer):
     def _select(self, observers: Tensor, last: Tensor, scaling: float) -> Tensor:
         """The best positions at the last token, (B, Hkv, W), all in order: a similarity schedule may drop any."""
         keys = self._known_keys()
-        _, budgets, left_padding, _ = (column.contiguous() for column in self.rows.unbind(1))
-        return ops.select(
-            observers,
-            keys,
-            last.unsqueeze(-1),
-            budgets,
-            left_padding,
-            width=self.width,
-            droppable=self.width if self.drops_many else self.config.stride,
-            scaling=scaling,
-            **self.config.selection_options(),
-        ).squeeze(2)
+        _, budgets, left_padding, _ = (column.contiguous() for column in self.row_state.unbind(1))
+        droppable = self.width if self.drops_many else self.config.stride
+        steps = FullSteps(last.unsqueeze(-1), budgets, left_padding, self.width, droppable)
+        return ops.select(observers, keys, steps, self.config.selection_options(), scaling).squeeze(2)
 
     def _known_keys(self) -> Tensor:
         """All tokens' keys so far, (B, Hkv, L, D)."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from refreshkv import ops
 from refreshkv.cache.layer import RefreshLayer
 from refreshkv.config import NEVER, RefreshConfig
+from refreshkv.ops.state import LAST_FULL, LayerState, SelectionOptions, StepOptions
 from refreshkv.ops.step import operators as decode
 from refreshkv.ops.step.operators import decode_step
 from refreshkv.settings import SettingsError
@@ -35,12 +36,12 @@ SLACK = 256
 class OffloadedLayer(RefreshLayer):
     """A `RefreshLayer` whose `keys` and `values` are host memory.
 
-    Further state, on the device: `near_keys`, `near_values` (B, Hkv, C, D): the small cache; `near_rows` (B, 4),
+    Further state, on the device: `near_keys`, `near_values` (B, Hkv, C, D): the small cache; `near_row_state` (B, 4),
     `near_selected` (B, Hkv, W), `near_length` (): as `refreshkv.ops.step.operators.decode_step` takes them.
     """
 
-    near_state = ("near_keys", "near_values", "near_rows", "near_selected")
-    row_state = (*RefreshLayer.row_state, *near_state)
+    near_state = ("near_keys", "near_values", "near_row_state", "near_selected")
+    per_row = (*RefreshLayer.per_row, *near_state)
     can_take_back = False  # the host has moved tokens
 
     def __init__(self, max_cache_len: int, config: RefreshConfig):
@@ -63,7 +64,7 @@ class OffloadedLayer(RefreshLayer):
         batch, kv_heads, _, head_dim = key_states.shape
         shape = (batch, kv_heads, self.width + self.visible + SLACK, head_dim)
         self.near_keys, self.near_values = key_states.new_zeros(shape), key_states.new_zeros(shape)
-        self.near_rows = torch.zeros_like(self.rows)
+        self.near_row_state = torch.zeros_like(self.row_state)
         self.near_selected = torch.zeros_like(self.selected)
         self.near_length = torch.zeros((), dtype=torch.int64, device=self.device)
 
@@ -118,10 +119,10 @@ class OffloadedLayer(RefreshLayer):
         self.cumulative_length += 1
         window = self.config.observation_window
         self.observers[:, :, position % window] = query[:, :, 0]
-        state = (self.near_keys, self.near_values, self.near_length, self.near_rows, self.near_selected)
+        state = (self.near_keys, self.near_values, self.near_length, self.near_row_state, self.near_selected)
         # what full steps change, and here is none; a slot for the one observer
-        state = (*state, self.ranking, self.mean_query, query.clone(), self.full_steps)
-        return decode_step(query, key, value, *state, NEVER, None, 1, 1, 0, 0, scaling)
+        state = LayerState(*state, self.ranking, self.mean_query, query.clone(), self.full_steps)
+        return decode_step(query, key, value, state, StepOptions(NEVER, None, SelectionOptions(1, 1, 0, 0)), scaling)
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, position: int, scaling: float) -> Tensor:
         """A step that may be full: by the host's buffers; then the rows that were full change their small caches."""
@@ -130,7 +131,7 @@ class OffloadedLayer(RefreshLayer):
         if self.drops_many and decode.uses_kernels(query):
             self._sort()
         self.flushed = position + 1
-        full = self.rows[:, 0] == position
+        full = self.row_state[:, LAST_FULL] == position
         slot = position - self.base
         for source, token, target in (
             (self.keys, key, self.near_keys),
@@ -145,7 +146,7 @@ class OffloadedLayer(RefreshLayer):
     def _sort(self) -> None:
         """Puts the selections in order of rank. The kernels sort no more of the lowest ranks than drop next, and others
         when their turn comes; but the slots of the small cache are what they are until the next full step."""
-        anchors, budgets, padding, _ = self.rows.unbind(1)
+        anchors, budgets, padding, _ = self.row_state.unbind(1)
         size = torch.minimum(anchors + 1 - padding, budgets)[:, None, None]
         slot = torch.arange(self.width, device=self.device)
         rank = (self.ranking.long() << 32) + (0x7FFFFFFF - self.selected)  # of equal ones the lower position is kept
@@ -158,10 +159,10 @@ class OffloadedLayer(RefreshLayer):
 
         The padding is what makes `min(budget, a + 1 - padding)` the number selected.
         """
-        anchors, budgets, padding, _ = self.rows.unbind(1)
+        anchors, budgets, padding, _ = self.row_state.unbind(1)
         kept = torch.minimum(anchors + 1 - padding, budgets)
         near = anchors - self.base
-        self.near_rows.copy_(torch.stack([near, budgets, near + 1 - kept, torch.zeros_like(near)], dim=1))
+        self.near_row_state.copy_(torch.stack([near, budgets, near + 1 - kept, torch.zeros_like(near)], dim=1))
         slot = torch.arange(self.width, dtype=torch.int32, device=self.device)
         self.near_selected.copy_(torch.where(slot < kept[:, None, None], slot, -1).expand_as(self.near_selected))
 

@@ -4,37 +4,40 @@
 REFRESHKV_OPS=naive in the environment keeps them on the naive form, to compare.
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from refreshkv.ops import naive
+from refreshkv.ops.state import FullSteps, Plan, SelectionOptions
 from refreshkv.ops.step.operators import uses_kernels
 
 
-def refresh_rows(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Attention of all rows after the prompt; arguments and result as in `naive.refresh_rows`."""
+def refresh_rows(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: SelectionOptions, scaling: float
+) -> Tensor:
+    """Attention of all positions after the prompt; arguments and result as in `naive.refresh_rows`."""
     if uses_kernels(query):
         from refreshkv.ops.rows import after_prompt as fused  # imports Triton, which machines without a GPU may lack
 
-        return fused.refresh_rows(query, *args, **kwargs)
-    return naive.refresh_rows(query, *args, **kwargs)
+        return fused.refresh_rows(query, key, value, plan, options, scaling)
+    return naive.refresh_rows(query, key, value, plan, options, scaling)
 
 
-def takes_whole_rows(query: Tensor, key: Tensor, value: Tensor, prompt_length: int, uniform: bool) -> bool:
+def takes_whole_rows(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> bool:
     """Whether `whole_rows` is the faster way for query (B, H, T, D), key and value (B, Hkv, T, D)."""
     if not uses_kernels(query):
         return False
     from refreshkv.ops.rows import short_tail
 
-    return short_tail.usable(query, key, value, prompt_length, uniform)
+    return short_tail.usable(query, key, value, plan)
 
 
-def whole_rows(*args: Any, **kwargs: Any) -> Tensor:
+def whole_rows(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: SelectionOptions, scaling: float
+) -> Tensor:
     """Attention of whole rows that `takes_whole_rows` is for; arguments and result as in `naive.whole_rows`."""
     from refreshkv.ops.rows import short_tail
 
-    return short_tail.whole_rows(*args, **kwargs)
+    return short_tail.whole_rows(query, key, value, plan, options, scaling)
 
 
 def takes_block(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -53,13 +56,13 @@ def block(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     return dense_rows.block(query, key, value, scaling)
 
 
-def select(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def select(query: Tensor, key: Tensor, steps: FullSteps, options: SelectionOptions, scaling: float) -> Tensor:
     """The positions that full steps keep; arguments and result as in `naive.select`."""
     if uses_kernels(query):
         from refreshkv.ops.selection import ranking
 
-        return ranking.select(query, *args, **kwargs)
-    return naive.select(query, *args, **kwargs)
+        return ranking.select(query, key, steps, options, scaling)
+    return naive.select(query, key, steps, options, scaling)
 
 
 def copy_rows(source: Tensor, target: Tensor, source_first: int, target_first: int, count: int) -> None:

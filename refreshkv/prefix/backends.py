@@ -24,13 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from refreshkv.files import PARTIAL, atomic_file, write_json
 from refreshkv.identity import first_difference
 from refreshkv.settings import SettingsError
 
 CHECKED_TOKENS = 1024
 """Tokens that share a checksum: what is not loaded need not be read to trust what is."""
 LAYOUT = 1
-SUFFIX, PARTIAL, LOCK_FILE, IDENTITY_FILE = ".safetensors", ".partial", ".lock", "store.json"
+SUFFIX, LOCK_FILE, IDENTITY_FILE = ".safetensors", ".lock", "store.json"
 UNREADABLE = (OSError, RuntimeError, SafetensorError, ValueError, KeyError, IndexError, TypeError)
 """What reading a file raises that is damaged or gone; RuntimeError is torch's, of a file that it cannot map."""
 HEADER_BYTES = 256
@@ -160,7 +161,7 @@ class FolderPlace:
                 )
             with self.writing():
                 if not file.exists():
-                    _write_aside(file, json.dumps({"layout": LAYOUT, **identity}, indent=1).encode())
+                    write_json(file, {"layout": LAYOUT, **identity}, indent=1, durable=True)
         there = json.loads(file.read_text())
         different = first_difference({"layout": LAYOUT, **identity}, there if isinstance(there, dict) else {})
         if different:
@@ -216,14 +217,10 @@ class FolderPlace:
         facts = json.dumps({name: getattr(entry, name) for name in ("has_queries", "seconds", "device")})
         header = {"facts": facts, "checksum": _head_checksum(facts, ids, sums)}
         file = self.folder / f"{entry.name}{SUFFIX}"
-        aside = self.folder / f".{entry.name}{PARTIAL}"
         try:
-            save_file({"ids": ids, "checksums": sums, **host}, aside, metadata=header)
-            _to_disk(aside)
-            os.replace(aside, file)
-            _to_disk(self.folder)
+            with atomic_file(file, durable=True) as temporary:
+                save_file({"ids": ids, "checksums": sums, **host}, temporary, metadata=header)
         except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
             reason = " ".join(str(error).split())
             raise SettingsError(f"{self._setting} {self.folder} cannot be written to: {reason}") from None
 
@@ -287,23 +284,6 @@ def _head_checksum(facts: str, ids: Tensor, sums: Tensor) -> str:
     digest.update(ids.numpy().tobytes())
     digest.update(sums.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write_aside(file: Path, content: bytes) -> None:
-    aside = file.with_name(f".{file.name}{PARTIAL}")
-    aside.write_bytes(content)
-    _to_disk(aside)
-    os.replace(aside, file)
-    _to_disk(file.parent)
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, lies on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _host_buffer(size: int) -> Tensor:

@@ -325,9 +325,9 @@ def test_shapes_that_come_again_are_known_as_such(monkeypatch):
     """Decided once for all layers of a pass, those that are recomputed too; another shape starts anew."""
     told = []
 
-    def refresh_rows(*tensors, uniform, **settings):
-        told.append(uniform)
-        return naive.refresh_rows(*tensors, uniform=uniform, **settings)
+    def refresh_rows(query, key, value, plan, options, scaling):
+        told.append(plan.recurring)
+        return naive.refresh_rows(query, key, value, plan, options, scaling)
 
     monkeypatch.setattr(attention.ops, "refresh_rows", refresh_rows)
     monkeypatch.setattr(attention, "FAMILIAR", 2)

@@ -53,7 +53,7 @@ def check(outputs, layers, tolerance):
             found, expected, rtol=tolerance, atol=tolerance, msg=lambda text, step=step: f"step {step}: {text}"
         )
     ours, theirs = layers[1], layers[0]
-    kept = ["full_steps", "rows", "mean_query", "cumulative_length"]
+    kept = ["full_steps", "row_state", "mean_query", "cumulative_length"]
     # a single observer is the step's own query, and kernels need not keep it
     for name in kept + ["observers"] * (ours.config.observation_window > 1):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from refreshkv import cli
 from refreshkv.data.config import DataConfig
-from refreshkv.data.folder import complete_folder
+from refreshkv.data.folder import rows_folder
 from refreshkv.data.rows import assign_document, check_tokenizer, load_rows, prepare_rows, share_beyond
 from refreshkv.data.sources import (
     is_worth_reading,
@@ -324,7 +324,7 @@ def test_a_killed_preparation_is_not_prepared_and_does_not_block(config):
 
 
 def test_two_preparations_of_one_folder_do_not_mix(config):
-    with complete_folder(Path(config.folder), overwrite=False):
+    with rows_folder(Path(config.folder), overwrite=False):
         with pytest.raises(SettingsError, match="another preparation"):
             prepare_rows(config, budget=4)
 

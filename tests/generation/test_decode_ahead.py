@@ -70,7 +70,7 @@ def assert_same(expected, found):
 def assert_same_cache(expected, found):
     assert found.get_seq_length() == expected.get_seq_length()
     for theirs, ours in zip(expected.layers, found.layers, strict=True):
-        for name in ("rows", "selected", "mean_query", "slots", "scores", "positions", "full_steps"):
+        for name in ("row_state", "selected", "mean_query", "slots", "scores", "positions", "full_steps"):
             if hasattr(theirs, name):
                 assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     if isinstance(expected, RefreshCache):

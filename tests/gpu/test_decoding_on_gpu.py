@@ -29,7 +29,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from refreshkv.ops.step import launches as decode_kernels
-from tests.ops.test_step_kernels import assert_exact_selection, seen_of, state_of
+from tests.ops.test_step_kernels import assert_exact_selection, seen_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,15 +66,15 @@ def test_steps_equal_the_naive_form(size, dtype):
         layers[-1].update(*block[1:])
         layers[-1].begin(block[0], padding, head_dim**-0.5)
     ours, theirs = layers
-    options = (config.stride, config.threshold, *config.selection_options().values(), head_dim**-0.5)
+    options = (config.step_options(), head_dim**-0.5)
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     for step in range(8):
         token = draw(1)
-        found = decode_kernels.decode_step(*token, *state_of(ours), *options)
-        expected = naive.decode_step(*token, *state_of(theirs), *options)
+        found = decode_kernels.decode_step(*token, ours.state(), *options)
+        expected = naive.decode_step(*token, theirs.state(), *options)
         error = (found.double() - expected.double()).norm() / expected.double().norm()
         assert error < tolerance, (step, error)
-        assert torch.equal(ours.rows, theirs.rows) and torch.equal(ours.full_steps, theirs.full_steps)
+        assert torch.equal(ours.row_state, theirs.row_state) and torch.equal(ours.full_steps, theirs.full_steps)
         assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
         if dtype == torch.float32:
             assert seen_of(ours) == seen_of(theirs), step

@@ -9,7 +9,7 @@ from refreshkv.attention import dense
 from refreshkv.attention import function as attention
 from refreshkv.ops import naive
 from tests.helpers.models import decode_logits, random_ids, tiny_model
-from tests.ops.test_naive import rows_arguments, selection_only
+from tests.ops.test_row_kernels import plan_of
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -33,35 +33,30 @@ SIZES = [
 ]
 
 
-def exact_rows(query, key, value, arguments, settings, selected):
+def exact_rows(query, key, value, plan, scaling, selected):
     """The naive form in float64 with a selection made elsewhere."""
-    full_positions, latest, budgets, padding = arguments
-    prompt = settings["prompt_length"]
-    shape = {"prompt_length": prompt, "stride": settings["stride"], "columns": key.shape[2]}
-    visible = naive.visible_keys(full_positions, latest, selected, budgets, padding, **shape)
-    rows = naive.grouped_attention(query[:, :, prompt:], key, value, visible, settings["scaling"])
-    return rows.transpose(1, 2)
+    visible = naive.visible_keys(plan, selected, columns=key.shape[2])
+    return naive.grouped_attention(query[:, :, plan.prompt_length :], key, value, visible, scaling).transpose(1, 2)
 
 
-def found_and_exact(inputs, arguments, settings, upstream):
+def found_and_exact(inputs, plan, options, scaling, upstream):
     """Output and gradients by the kernels, and of the naive form in float64 with the same selection."""
-    output = fused.refresh_rows(*inputs, *arguments, **settings)
+    output = fused.refresh_rows(*inputs, plan, options, scaling)
     selected = output.grad_fn.saved_tensors[7].long()  # its own: another way to the scores may order ties otherwise
     gradients = torch.autograd.grad(output, inputs, upstream)
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    expected = exact_rows(*wide, arguments, settings, selected)
+    expected = exact_rows(*wide, plan, scaling, selected)
     return (output, *gradients), (expected, *torch.autograd.grad(expected, wide, upstream.double()))
 
 
 def uniform_case(size, dtype):
-    """Random inputs without padding, and the arguments and settings of their rows after the prompt."""
+    """Random inputs without padding, their plan and the selection's options."""
     length, prompt, stride, budget, groups, head_dim = size
     torch.manual_seed(length + stride)
     shapes = (2 * groups, 2, 2)
     inputs = [torch.randn(2, length, heads, head_dim, device="cuda", dtype=dtype).transpose(1, 2) for heads in shapes]
     inputs = [tensor.requires_grad_() for tensor in inputs]
-    _, arguments, settings = rows_arguments(inputs[0], prompt, RefreshConfig(budget=budget, stride=stride), 0.1)
-    return inputs, arguments, settings
+    return inputs, *plan_of(inputs[0], prompt, RefreshConfig(budget=budget, stride=stride))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -74,9 +69,9 @@ def test_kernels_equal_float64(size, dtype):
     inputs = [tensor.transpose(1, 2).requires_grad_() for tensor in (query, key, value)]
     padding = torch.tensor([0, prompt // 3], device="cuda")
     config = RefreshConfig(budget=budget, stride=stride)
-    _, arguments, settings = rows_arguments(inputs[0], prompt, config, head_dim**-0.5, padding)
+    plan, options = plan_of(inputs[0], prompt, config, padding)
     upstream = torch.randn(2, length - prompt, 2 * groups, head_dim, device="cuda", dtype=dtype)
-    results = found_and_exact(inputs, arguments, settings, upstream)
+    results = found_and_exact(inputs, plan, options, head_dim**-0.5, upstream)
     for found, exact in zip(*results, strict=True):
         error = (found.double() - exact).norm() / exact.norm()
         assert error < (1e-4 if dtype == torch.float32 else 1e-2)
@@ -90,10 +85,10 @@ def test_kernels_equal_float64(size, dtype):
 def test_full_steps_by_cudnn_equal_float64(size, dtype):
     """Rectangles and squares, as of shapes that come again."""
     length, prompt, stride, _, groups, head_dim = size
-    inputs, arguments, settings = uniform_case(size, dtype)
-    assert settings["uniform"] and dense_rows.takes_full_steps(*inputs, prompt, stride)
+    inputs, plan, options = uniform_case(size, dtype)
+    assert plan.uniform and dense_rows.takes_full_steps(*inputs, prompt, stride)
     upstream = torch.randn(2, length - prompt, 2 * groups, head_dim, device="cuda", dtype=dtype)
-    results = found_and_exact(inputs, arguments, settings, upstream)
+    results = found_and_exact(inputs, plan, options, 0.1, upstream)
     for found, exact in zip(*results, strict=True):
         assert (found.double() - exact).norm() / exact.norm() < 1e-2
 
@@ -107,10 +102,10 @@ def test_queries_whose_scores_are_all_low(prompt):
     inputs[0][..., 0], inputs[1][..., 0] = 4.0, -30.0
     inputs = [tensor.requires_grad_() for tensor in inputs]
     config = RefreshConfig(budget=100, stride=5)
-    _, arguments, settings = rows_arguments(inputs[0], prompt, config, 1.0)
+    plan, options = plan_of(inputs[0], prompt, config)
     assert dense_rows.takes_full_steps(*inputs, prompt, 5)
     upstream = torch.randn(2, 1000 - prompt, 8, 64, device="cuda", dtype=torch.bfloat16)
-    (_, *gradients), (_, *wanted) = found_and_exact(inputs, arguments, settings, upstream)
+    (_, *gradients), (_, *wanted) = found_and_exact(inputs, plan, options, 1.0, upstream)
     for found, exact in zip(gradients, wanted, strict=True):
         assert found.isfinite().all()
         found, exact = found[..., 1:].double(), exact[..., 1:]  # the first is a small difference of large numbers
@@ -160,17 +155,17 @@ def test_prompts_of_any_length_by_cudnn(monkeypatch):
 def test_short_tails_equal_float64(size, dtype):
     """One dense attention by cuDNN over the whole row, told that the partial rows' log-sum-exp is infinite."""
     length, prompt, _, _, groups, head_dim = size
-    inputs, arguments, settings = uniform_case(size, dtype)
-    assert short_tail.usable(*inputs, prompt, settings["uniform"])
+    inputs, plan, options = uniform_case(size, dtype)
+    assert short_tail.usable(*inputs, plan)
     upstream = torch.randn(2, length, 2 * groups, head_dim, device="cuda", dtype=dtype)
-    output = short_tail.whole_rows(*inputs, *arguments, **settings)
+    output = short_tail.whole_rows(*inputs, plan, options, 0.1)
     gradients = torch.autograd.grad(output, inputs, upstream)
     with torch.no_grad():
-        selected = ranking.select(*inputs[:2], arguments[0], *arguments[2:], **selection_only(settings)).long()
+        selected = ranking.select(*inputs[:2], plan.steps, options, 0.1).long()
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
     early = torch.ones(prompt, prompt, dtype=torch.bool, device="cuda").tril()[None, None]
     expected = naive.grouped_attention(*(tensor[:, :, :prompt] for tensor in wide), early, 0.1).transpose(1, 2)
-    expected = torch.cat([expected, exact_rows(*wide, arguments, settings, selected)], dim=1)
+    expected = torch.cat([expected, exact_rows(*wide, plan, 0.1, selected)], dim=1)
     wanted = torch.autograd.grad(expected, wide, upstream.double())
     for found, exact in zip((output, *gradients), (expected, *wanted), strict=True):
         assert (found.double() - exact).norm() / exact.norm() < 1e-2
@@ -187,10 +182,9 @@ def test_selection_is_the_naive_one():
     query, key = torch.randn(1, 8, 4097, 64, device="cuda"), torch.randn(1, 2, 4097, 64, device="cuda")
     config = RefreshConfig(budget=700, stride=97, observation_window=3, recent_window=20, sink_tokens=4)
     padding = torch.tensor([5], device="cuda")
-    _, (positions, _, budgets, _), settings = rows_arguments(query, 2000, config, 0.125, padding)
-    settings = selection_only(settings)
-    wanted = naive.select(query, key, positions, budgets, padding, **settings)
-    found = ranking.select(query, key, positions, budgets, padding, **settings).long()
+    plan, options = plan_of(query, 2000, config, padding)
+    wanted = naive.select(query, key, plan.steps, options, 0.125)
+    found = ranking.select(query, key, plan.steps, options, 0.125).long()
     assert torch.equal(found.sort(-1).values, wanted.sort(-1).values)
 
 

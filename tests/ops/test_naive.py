@@ -7,7 +7,9 @@ import torch
 
 from refreshkv import NEVER, RefreshConfig
 from refreshkv.ops import naive, schedule
+from refreshkv.ops.naive import selection
 from refreshkv.ops.schedule import is_refresh, plan
+from refreshkv.ops.state import FullSteps, SelectionOptions
 from tests.helpers.reference import sequential_attention
 
 
@@ -20,43 +22,17 @@ def attention_inputs(rows, heads, kv_heads, length, head_dim, seed):
     return draw(heads), draw(kv_heads), draw(kv_heads)
 
 
-def rows_arguments(query, prompt, config, scaling, left_padding=None):
-    """The schedule, and the arguments of `refresh_rows` after query, key and value."""
-    if left_padding is None:
-        left_padding = torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
-    schedule = plan(query.detach(), prompt, config.stride, config.threshold)
-    settings = {"scaling": scaling, **config.rows_settings(prompt, query.shape[2], padded=bool(left_padding.any()))}
-    return schedule, (*schedule, config.budgets(prompt - left_padding), left_padding), settings
-
-
-def selection_only(settings):
-    """Of the settings of `refresh_rows`, those of `select`."""
-    return {name: value for name, value in settings.items() if name not in ("prompt_length", "stride", "uniform")}
-
-
 def decoded(query, key, value, prompt, config, scaling, left_padding=None):
-    """Output of the rows after the prompt, (B, H, T-P, D), and the schedule."""
-    schedule, arguments, settings = rows_arguments(query, prompt, config, scaling, left_padding)
-    return naive.refresh_rows(query, key, value, *arguments, **settings).transpose(1, 2), schedule
+    """Output of the positions after the prompt, (B, H, T-P, D), and the plan."""
+    plan = config.plan(query, prompt, left_padding)
+    return naive.refresh_rows(query, key, value, plan, config.selection_options(), scaling).transpose(1, 2), plan
 
 
 def select_one(key, position, budget, padding=0, pool_kernel=7):
     """The selection of one full step whose query is all ones."""
-    selected = naive.select(
-        torch.ones(1, 1, 1, key.shape[-1]).expand(-1, -1, key.shape[2], -1),
-        key,
-        torch.tensor([[position]]),
-        torch.tensor([budget]),
-        torch.tensor([padding]),
-        width=budget,
-        pool_kernel=pool_kernel,
-        observation_window=1,
-        recent_window=0,
-        sink_tokens=0,
-        droppable=budget,
-        scaling=1.0,
-    )
-    return selected.flatten().tolist()
+    query = torch.ones(1, 1, 1, key.shape[-1]).expand(-1, -1, key.shape[2], -1)
+    steps = FullSteps(torch.tensor([[position]]), torch.tensor([budget]), torch.tensor([padding]), budget, budget)
+    return naive.select(query, key, steps, SelectionOptions(pool_kernel, 1, 0, 0), 1.0).flatten().tolist()
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -75,10 +51,10 @@ def test_parallel_form_equals_the_paper_algorithm(seed):
     )
     kv_heads = draw.choice([1, 2])
     query, key, value = attention_inputs(2, kv_heads * draw.choice([1, 2, 3]), kv_heads, length, 8, seed)
-    output, schedule = decoded(query, key, value, prompt, config, scaling=0.4)
+    output, pattern = decoded(query, key, value, prompt, config, scaling=0.4)
     for row in range(2):
         expected, full = sequential_attention(query[row], key[row], value[row], prompt, config, scaling=0.4)
-        assert [p for p in schedule.full_positions[row].tolist() if p >= 0] == full
+        assert [p for p in pattern.full_positions[row].tolist() if p >= 0] == full
         torch.testing.assert_close(output[row], expected[:, prompt:], rtol=0, atol=1e-12)
 
 
@@ -97,7 +73,7 @@ def test_selection_in_chunks_is_the_same(monkeypatch):
     config = RefreshConfig(budget=6, stride=3, observation_window=4, recent_window=2)
     query, key, value = attention_inputs(2, 4, 2, 50, 8, seed=1)
     whole, _ = decoded(query, key, value, 11, config, scaling=0.4)
-    monkeypatch.setattr(naive, "MAX_SCORES", 1)
+    monkeypatch.setattr(selection, "MAX_SCORES", 1)
     chunked, _ = decoded(query, key, value, 11, config, scaling=0.4)
     assert torch.equal(whole, chunked)
 
@@ -113,13 +89,10 @@ def test_selection_in_chunks_is_the_same(monkeypatch):
 @pytest.mark.parametrize("padding", [0, 2])
 def test_gradcheck(config, padding):
     query, key, value = attention_inputs(2, 4, 2, 11, 3, seed=2)
-    schedule, arguments, settings = rows_arguments(query, 4, config, 0.5, torch.tensor([0, padding]))
-    full_positions, latest, budgets, left_padding = arguments
-    settings = selection_only(settings)
+    plan, options = config.plan(query, 4, torch.tensor([0, padding])), config.selection_options()
     # the selection stays that of the given inputs: it is not differentiated, and must not flip under the probe
-    selected = naive.select(query, key, full_positions, budgets, left_padding, **settings)
-    shape = {"prompt_length": 4, "stride": config.stride, "columns": 11}
-    visible = naive.visible_keys(full_positions, latest, selected, budgets, left_padding, **shape)
+    selected = naive.select(query, key, plan.steps, options, 0.5)
+    visible = naive.visible_keys(plan, selected, columns=11)
 
     def rows(query, key, value):
         return naive.grouped_attention(query, key, value, visible, 0.5)

@@ -10,7 +10,6 @@ from refreshkv import NEVER, RefreshConfig, Simulation, enable, ops
 from refreshkv.ops import naive
 from tests.helpers.marks import slow_unless
 from tests.helpers.models import random_ids, tiny_model
-from tests.ops.test_naive import rows_arguments, selection_only
 
 pytest.importorskip("triton")
 
@@ -66,19 +65,26 @@ def inputs(rows, length, groups, kv_heads, head_dim, seed=0, dtype=torch.float32
     return draw(groups * kv_heads), draw(kv_heads), draw(kv_heads)
 
 
+def plan_of(query, prompt, config, left_padding=None):
+    """The plan of a shape that comes again, and the selection's options."""
+    is_padded = left_padding is not None and bool(left_padding.any())
+    plan = config.plan(query, prompt, left_padding if is_padded else None, recurring=True)
+    return plan, config.selection_options()
+
+
 def compare(case, dtype=torch.float32, tolerance=1e-4, seed=0):
     rows, length, prompt, groups, kv_heads, head_dim, config, padding = case
     tensors = inputs(rows, length, groups, kv_heads, head_dim, seed, dtype)
     left_padding = torch.tensor([0, padding][-rows:], device=DEVICE)
     scaling = head_dim**-0.5
-    _, arguments, settings = rows_arguments(tensors[0], prompt, config, scaling, left_padding)
+    plan, options = plan_of(tensors[0], prompt, config, left_padding)
     upstream = torch.randn(rows, length - prompt, groups * kv_heads, head_dim).to(DEVICE, dtype)
 
     query, key, value = tensors
     late = query[:, :, max(0, prompt - config.observation_window) :]  # what is asked for at least
-    output = fused.refresh_rows(late, key, value, *arguments, **settings)
+    output = fused.refresh_rows(late, key, value, plan, options, scaling)
     gradients = torch.autograd.grad(output, tensors, upstream)
-    expected = naive.refresh_rows(*tensors, *arguments, **settings)
+    expected = naive.refresh_rows(*tensors, plan, options, scaling)
     expected_gradients = torch.autograd.grad(expected, tensors, upstream)
     pairs = {"output": (output, expected)}
     pairs |= {
@@ -191,12 +197,12 @@ def test_whole_rows_with_a_short_tail(monkeypatch, name, heads_first):
     monkeypatch.setattr(dense_rows, "attend_backward", dense_attend_backward)
     rows, length, prompt, groups, kv_heads, head_dim, config, _ = SHORT_TAILS[name]
     tensors = inputs(rows, length, groups, kv_heads, head_dim)
-    _, arguments, settings = rows_arguments(tensors[0], prompt, config, head_dim**-0.5)
+    plan, options = plan_of(tensors[0], prompt, config)
     upstream = torch.randn(rows, length, groups * kv_heads, head_dim).to(DEVICE)
     if heads_first:
         upstream = upstream.transpose(1, 2).contiguous().transpose(1, 2)
-    output = short_tail.whole_rows(*tensors, *arguments, **settings)
-    expected = naive.whole_rows(*tensors, *arguments, **settings)
+    output = short_tail.whole_rows(*tensors, plan, options, head_dim**-0.5)
+    expected = naive.whole_rows(*tensors, plan, options, head_dim**-0.5)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     gradients = torch.autograd.grad(output, tensors, upstream)
     wanted = torch.autograd.grad(expected, tensors, upstream)
@@ -207,8 +213,10 @@ def test_whole_rows_with_a_short_tail(monkeypatch, name, heads_first):
 def test_which_rows_are_computed_whole(monkeypatch):
     monkeypatch.setattr(dense_rows, "usable", lambda *tensors: True)
     query, key, value = inputs(1, 128, 1, 1, 16)
-    assert short_tail.usable(query, key, value, 126, True)
-    assert not short_tail.usable(query, key, value, 125, True) and not short_tail.usable(query, key, value, 126, False)
+    few, more = (plan_of(query, prompt, RefreshConfig())[0] for prompt in (126, 125))
+    assert short_tail.usable(query, key, value, few)
+    assert not short_tail.usable(query, key, value, more)
+    assert not short_tail.usable(query, key, value, few._replace(uniform=False))
 
 
 @pytest.mark.parametrize("recomputed", slow_unless((None,), (None, False, True)))
@@ -244,18 +252,20 @@ def assert_same_selection(found, wanted, positions, droppable):
             assert ours[safe:] == theirs[safe:]
 
 
+def assert_naive_selection(query, key, plan, options, scaling):
+    with torch.no_grad():
+        wanted = naive.select(query, key, plan.steps, options, scaling)
+        found = ranking.select(query, key, plan.steps, options, scaling)
+    assert_same_selection(found, wanted, plan.full_positions, plan.droppable)
+
+
 @pytest.mark.parametrize("name", slow_unless(QUICK, CASES))
 def test_selection(name):
     """Exactly the naive form's positions, rank by rank as far as the ranks are told apart."""
     rows, length, prompt, groups, kv_heads, head_dim, config, padding = CASES[name]
     query, key, _ = inputs(rows, length, groups, kv_heads, head_dim)
     left_padding = torch.tensor([0, padding][-rows:], device=DEVICE)
-    _, (positions, _, budgets, _), settings = rows_arguments(query, prompt, config, head_dim**-0.5, left_padding)
-    settings = selection_only(settings)
-    with torch.no_grad():
-        wanted = naive.select(query, key, positions, budgets, left_padding, **settings)
-        found = ranking.select(query, key, positions, budgets, left_padding, **settings)
-    assert_same_selection(found, wanted, positions, settings["droppable"])
+    assert_naive_selection(query, key, *plan_of(query, prompt, config, left_padding), head_dim**-0.5)
 
 
 def test_kernels_run_where_their_tensors_are(monkeypatch):
@@ -269,14 +279,11 @@ def test_kernels_run_where_their_tensors_are(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_of", Recorded)
     query, key, value = inputs(1, 40, 2, 1, 16)
-    _, plan, settings = rows_arguments(
-        query, 20, RefreshConfig(budget=8, stride=5), 0.25, torch.zeros(1, device=DEVICE)
-    )
-    positions, _, budgets, left_padding = plan
+    plan, options = plan_of(query, 20, RefreshConfig(budget=8, stride=5))
     with torch.no_grad():
-        ranking.select(query, key, positions, budgets, left_padding, **selection_only(settings))
+        ranking.select(query, key, plan.steps, options, 0.25)
     assert entered == [query.data_ptr()]
-    output = fused.refresh_rows(query, key, value, *plan, **settings)
+    output = fused.refresh_rows(query, key, value, plan, options, 0.25)
     before = len(entered)
     output.sum().backward()
     assert 1 < before < len(entered)
@@ -286,15 +293,14 @@ def test_kernels_run_where_their_tensors_are(monkeypatch):
 def test_selection_in_chunks_and_with_the_other_sort(monkeypatch):
     query, key, _ = inputs(2, 63, 2, 2, 16)
     config, padding = RefreshConfig(budget=9, stride=5, observation_window=3), torch.tensor([0, 4], device=DEVICE)
-    _, (positions, _, budgets, _), settings = rows_arguments(query, 20, config, 0.25, padding)
-    settings = selection_only(settings)
+    plan, options = plan_of(query, 20, config, padding)
     with torch.no_grad():
-        whole = ranking.select(query, key, positions, budgets, padding, **settings)
+        whole = ranking.select(query, key, plan.steps, options, 0.25)
         monkeypatch.setattr(ranking, "MAX_SCORES", 1)
         monkeypatch.setattr(ranking, "BLOCK", 16)
         monkeypatch.setattr(ranking, "LARGEST_SORT", 1)
-        found = ranking.select(query, key, positions, budgets, padding, **settings)
-    assert_same_selection(found, whole, positions, settings["droppable"])
+        found = ranking.select(query, key, plan.steps, options, 0.25)
+    assert_same_selection(found, whole, plan.full_positions, plan.droppable)
 
 
 @pytest.mark.parametrize(
@@ -310,12 +316,7 @@ def test_ties_go_to_the_lower_position(monkeypatch, sizes):
     query, kinds = ((tensor.detach() * 8).round() / 8 for tensor in (query, kinds))
     draw = random.Random(2)
     key = kinds[[draw.randint(0, 1) for _ in range(90)]][None, None]
-    _, (positions, _, budgets, padding), settings = rows_arguments(query, 30, RefreshConfig(budget=20, stride=6), 0.25)
-    settings = selection_only(settings)
-    with torch.no_grad():
-        wanted = naive.select(query, key, positions, budgets, padding, **settings)
-        found = ranking.select(query, key, positions, budgets, padding, **settings)
-    assert_same_selection(found, wanted, positions, settings["droppable"])
+    assert_naive_selection(query, key, *plan_of(query, 30, RefreshConfig(budget=20, stride=6)), 0.25)
 
 
 @pytest.mark.parametrize("doubts", [1, 32, 256])
@@ -326,12 +327,7 @@ def test_a_cut_guessed_from_a_sample_or_searched_everywhere(monkeypatch, doubts)
     query, key, _ = inputs(2, 300, 2, 1, 16)
     config, padding = RefreshConfig(budget=40, stride=60, recent_window=9, sink_tokens=3), torch.tensor([0, 7])
     padding = padding.to(DEVICE)
-    _, (positions, _, budgets, _), settings = rows_arguments(query, 170, config, 0.25, padding)
-    settings = selection_only(settings)
-    with torch.no_grad():
-        wanted = naive.select(query, key, positions, budgets, padding, **settings)
-        found = ranking.select(query, key, positions, budgets, padding, **settings)
-    assert_same_selection(found, wanted, positions, settings["droppable"])
+    assert_naive_selection(query, key, *plan_of(query, 170, config, padding), 0.25)
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ from refreshkv.cache import joint_state as layer_stack
 from refreshkv.cache.layer import RefreshLayer
 from refreshkv.cache.refresh import RefreshCache
 from refreshkv.ops import naive
+from refreshkv.ops.state import LAST_FULL, Decisions, LayerState, SelectionOptions, SelectionScratch, StepOptions
 from refreshkv.ops.step import operators as decode
-from refreshkv.ops.step.operators import STATE
 from tests.helpers.marks import slow_unless
 from tests.helpers.models import random_ids, tiny_enabled
 
@@ -65,14 +65,9 @@ def prompted_layer(query, key, value, padding, config, capacity):
     return layer
 
 
-def state_of(layer):
-    return [layer.cumulative_length if name == "length" else getattr(layer, name) for name in STATE]
-
-
 def seen_of(layer):
     """The set of positions each row and key/value head would attend to in the next step, if partial."""
-    anchors, budgets, padding, _ = layer.rows.unbind(1)
-    queue = naive.small_cache(int(layer.cumulative_length), anchors, layer.selected.long(), budgets, padding)
+    queue = naive.small_cache(int(layer.cumulative_length), layer.row_state, layer.selected.long())
     return [[sorted(position for position in head if position >= 0) for head in row] for row in queue.tolist()]
 
 
@@ -83,17 +78,17 @@ def compare(case, dtype=torch.float32, tolerance=1e-4, seed=0):
     heads = (groups * kv_heads, kv_heads, kv_heads)
     block = [drawn(generator, count, prompt, head_dim, dtype) for count in heads]
     ours, theirs = (prompted_layer(*block, padding, config, prompt + steps) for _ in range(2))
-    options = (config.stride, config.threshold, *config.selection_options().values(), head_dim**-0.5)
+    options = (config.step_options(), head_dim**-0.5)
     for step in range(steps):
         token = [drawn(generator, count, 1, head_dim, dtype) for count in heads]
-        found = decode_kernels.decode_step(*token, *state_of(ours), *options)
-        expected = naive.decode_step(*token, *state_of(theirs), *options)
+        found = decode_kernels.decode_step(*token, ours.state(), *options)
+        expected = naive.decode_step(*token, theirs.state(), *options)
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, s=step: f"{s}: {m}")
         kept = ["keys", "values", "full_steps", "cumulative_length"]
         # a single observer is the step's own query
         for name in kept + ["observers"] * (config.observation_window > 1):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), (step, name)
-        assert torch.equal(ours.rows, theirs.rows), (step, "rows")
+        assert torch.equal(ours.row_state, theirs.row_state), (step, "row_state")
         if config.threshold is not None:
             torch.testing.assert_close(ours.mean_query, theirs.mean_query)
         assert seen_of(ours) == seen_of(theirs), (step, "selected")
@@ -127,7 +122,7 @@ def test_layers_that_select_together(monkeypatch, name, parts):
     together, alone = ([prompted_layer(*block, padding, config, prompt + steps) for block in blocks] for _ in range(2))
     layer_stack.stack_layers(together)
     together[-1].before = tuple(together[:-1])
-    options = (config.stride, config.threshold, *config.selection_options().values(), head_dim**-0.5)
+    options = (config.step_options(), head_dim**-0.5)
     for step in range(steps):
         if step == 4:
             before = together[0].stack
@@ -139,12 +134,12 @@ def test_layers_that_select_together(monkeypatch, name, parts):
             token = [drawn(generator, count, 1, head_dim, rows=rows) for count in heads]
             ours.update(*token[1:])
             found = ours.step(*token, head_dim**-0.5)
-            assert torch.equal(found, decode_kernels.decode_step(*token, *state_of(theirs), *options)), step
+            assert torch.equal(found, decode_kernels.decode_step(*token, theirs.state(), *options)), step
         for ours, theirs in zip(together, alone, strict=True):
-            for ours_state, theirs_state, state in zip(state_of(ours), state_of(theirs), STATE, strict=True):
+            for ours_state, theirs_state, state in zip(ours.state(), theirs.state(), LayerState._fields, strict=True):
                 if state != "observers" or config.observation_window > 1:
                     assert torch.equal(ours_state, theirs_state), (step, state)
-            assert ours.rows.data_ptr() == ours.stack.rows[ours.number].data_ptr()
+            assert ours.row_state.data_ptr() == ours.stack.row_state[ours.number].data_ptr()
 
 
 def test_the_memory_of_a_cache_is_free_at_once(monkeypatch):
@@ -220,7 +215,7 @@ def test_the_baselines_equal_their_naive_form(monkeypatch, name, groups):
             monkeypatch.setattr(decode, "uses_kernels", lambda tensor, kernels=kernels: kernels)
             outputs.append(layer.step(*token, 0.25))
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5, msg=lambda m, s=step: f"{s}: {m}")
-        for state in layers[0].row_state:
+        for state in layers[0].per_row:
             ours, theirs = (getattr(layer, state) for layer in layers)
             torch.testing.assert_close(ours, theirs, msg=lambda m, s=(step, state): f"{s}: {m}")
 
@@ -231,20 +226,18 @@ def assert_exact_selection(length, budget, distinct, tail=12):
     rankings = torch.randint(0, distinct, (2, 3, length + 5), generator=generator, dtype=torch.int32).to(DEVICE)
     padding = torch.tensor([0, length // 5], device=DEVICE)
     anchors = torch.zeros_like(padding)
-    rows = torch.stack([anchors, torch.full_like(padding, budget), padding, anchors], dim=1)
+    row_state = torch.stack([anchors, torch.full_like(padding, budget), padding, anchors], dim=1)
     selected = torch.full((2, 3, budget), -1, device=DEVICE, dtype=torch.int32)
     flags = torch.zeros(2, length + 5, device=DEVICE, dtype=torch.bool)
-    full, arrived, _, now = decode.Check.empty((2,), 3, length + 5, 64, torch.device(DEVICE))
+    mean_query = torch.zeros(2, 64, device=DEVICE)
+    scratch = SelectionScratch.empty((2,), 3, length + 5, 64, torch.device(DEVICE))
+    scratch.full.fill_(length - 1)
+    scratch.arrived.zero_()
     decode_kernels.select(
-        decode.Check(full.fill_(length - 1), arrived.zero_(), rankings, now),
+        scratch._replace(rankings=rankings),
         torch.tensor(length, device=DEVICE),
-        rows,
-        selected,
-        torch.zeros_like(selected),
-        torch.zeros(2, 64, device=DEVICE),
-        flags,
-        stride=tail,
-        threshold=None,
+        Decisions(row_state, selected, torch.zeros_like(selected), mean_query, flags),
+        StepOptions(tail, None, SelectionOptions(1, 1, 0, 0)),
     )
     for row, start in enumerate(padding.tolist()):
         size = min(budget, length - start)
@@ -253,7 +246,7 @@ def assert_exact_selection(length, budget, distinct, tail=12):
             found = selected[row, head, :size].long()
             assert torch.equal(found.sort().values, order.sort().values)
             assert torch.equal(found[-tail:], order[-tail:])
-    assert flags.sum() == 2 and rows[:, 0].tolist() == [length - 1] * 2
+    assert flags.sum() == 2 and row_state[:, LAST_FULL].tolist() == [length - 1] * 2
 
 
 @pytest.mark.parametrize("distinct", [3, 200, 2**30])

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from refreshkv import RefreshConfig
-from refreshkv.evaluation.inputs import changed_config
 from refreshkv.evaluation.perplexity import default_strategies
+from refreshkv.options import changed_config
 from refreshkv.settings import SettingsError, load_settings, settings_from_dict
 from refreshkv.train.config import RunConfig
 from refreshkv.train.experiment.config import ExperimentConfig, merge

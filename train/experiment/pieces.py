@@ -9,6 +9,7 @@ from typing import Literal
 import yaml
 
 from refreshkv.data.folder import INFO_FILE
+from refreshkv.files import write_text
 from refreshkv.settings import settings_from_dict
 from refreshkv.train.checkpoint import RUN_FILE
 from refreshkv.train.config import RunConfig
@@ -47,7 +48,7 @@ class Command:
         if self.config is not None:
             path, settings = self.config
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(yaml.safe_dump(settings, sort_keys=False))
+            write_text(path, yaml.safe_dump(settings, sort_keys=False))
             arguments += ["--config", str(path)]
         if self.begun is not None and self.begun.exists():
             arguments.append("--resume")

@@ -1,13 +1,14 @@
 """Tables and plots of an experiment's figures: the gap that each arm closes."""
 
 import io
-import os
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from refreshkv.files import write_bytes, write_text
+from refreshkv.tables import markdown_table
 from refreshkv.train.experiment.config import UNTRAINED, ExperimentConfig
 from refreshkv.train.experiment.pieces import report_name
 
@@ -32,12 +33,10 @@ def write_tables(config: ExperimentConfig, entries: Entries) -> str:
             if len(lines) < 2:
                 continue
             image = f"{study}-{kind}.png"
-            (folder / image).write_bytes(plot(config, study, entries))
-            parts.append(f"## {study}: {kind}\n\n{_markdown(lines)}\n\n![{study}]({image})\n")
+            write_bytes(folder / image, plot(config, study, entries))
+            parts.append(f"## {study}: {kind}\n\n{markdown_table(lines, text_columns=2)}\n\n![{study}]({image})\n")
     text = "\n".join(parts)
-    partial = folder / "tables.md.partial"
-    partial.write_text(text)
-    os.replace(partial, folder / "tables.md")
+    write_text(folder / "tables.md", text)
     return text
 
 
@@ -188,12 +187,6 @@ def _spread(values: list[float], digits: int) -> str:
     if not values:
         return "-"
     return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    header, *rest = lines
-    rule = [":---", ":---", *("---:" for _ in header[2:])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *rest])
 
 
 def _png(figure: Figure) -> bytes:

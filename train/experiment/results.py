@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from refreshkv.config import RefreshConfig
+from refreshkv.files import write_json
 from refreshkv.settings import SettingsError, settings_from_dict, settings_to_dict
 from refreshkv.train.checkpoint import FREE_TO_CHANGE, flat_settings
 from refreshkv.train.config import RunConfig
@@ -57,9 +57,7 @@ class Results:
                 self._check_base(report.study, entry["base model"])
                 self._check_rows(entry)
                 self.entries[report.name] = entry
-            temporary = self._path.with_suffix(".new")
-            temporary.write_text(json.dumps(self.entries, indent=1) + "\n")
-            os.replace(temporary, self._path)
+            write_json(self._path, self.entries, indent=1)
 
     def _read(self) -> dict[str, dict[str, Any]]:
         return json.loads(self._path.read_text()) if self._path.exists() else {}

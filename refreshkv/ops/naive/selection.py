@@ -9,42 +9,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refreshkv.ops.state import FullSteps, SelectionOptions
+
 MAX_SCORES = 2**26
 """Attention scores that `select` holds at once (float32: 256 MiB); longer inputs are taken in chunks of full steps."""
 
 
 @torch.no_grad()
-def select(
-    query: Tensor,
-    key: Tensor,
-    positions: Tensor,
-    budgets: Tensor,
-    left_padding: Tensor,
-    *,
-    width: int,
-    pool_kernel: int,
-    observation_window: int,
-    recent_window: int,
-    sink_tokens: int,
-    droppable: int,
-    scaling: float,
-) -> Tensor:
+def select(query: Tensor, key: Tensor, steps: FullSteps, options: SelectionOptions, scaling: float) -> Tensor:
     """The positions each full step keeps, by rank (specification, sections 3 and 5; paper section 2.2).
 
-    query (B, H, Q, D): the queries of the last Q of L positions; key (B, Hkv, L, D); positions (B, N) int64: the full
-    steps, or -1 for none; budgets, left_padding (B,) int64; width: slots of the result, at least the largest
-    `min(budget, a+1)`; droppable: how many of the lowest ranks a segment can lose; other forms may leave the better
-    ones in any order. Returns (B, Hkv, N, width) int64 by rank, best first, -1 past the end.
+    query (B, H, Q, D): the queries of the last Q of L positions; key (B, Hkv, L, D). Returns (B, Hkv, C, W) int64 by
+    rank, best first, -1 past the end; other forms may leave all ranks but the `droppable` lowest in any order.
     """
-    chunk = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * observation_window * key.shape[2]))
+    budgets, left_padding = steps.budgets, steps.left_padding
+    chunk = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * options.observation_window * key.shape[2]))
     parts = []
-    for first in range(0, positions.shape[1], chunk):
-        here = positions[:, first : first + chunk]
-        observers = observing_queries(query, here - (key.shape[2] - query.shape[2]), observation_window)
+    for here in steps.positions.split(chunk, dim=1):
+        observers = observing_queries(query, here - (key.shape[2] - query.shape[2]), options.observation_window)
         scores = observed_scores(observers, key, here, left_padding, scaling)
-        scores = pool(scores, here, left_padding, pool_kernel)
-        ranking = _ranking_keys(scores, here, left_padding, recent_window, sink_tokens)
-        parts.append(_best(ranking, here, budgets, left_padding, width))
+        scores = pool(scores, here, left_padding, options.pool_kernel)
+        ranking = _ranking_keys(scores, here, left_padding, options.recent_window, options.sink_tokens)
+        parts.append(_best(ranking, here, budgets, left_padding, steps.width))
     return torch.cat(parts, dim=2)
 
 

@@ -13,37 +13,17 @@ from torch import Tensor
 
 from refreshkv.ops.rows import dense_rows, full_rows, partial_rows
 from refreshkv.ops.selection import ranking
+from refreshkv.ops.state import AttentionInputs, Plan, SelectionOptions
 from refreshkv.ops.tiles import on_its_device, padded_head
 
 
 def refresh_rows(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    full_positions: Tensor,
-    latest: Tensor,
-    budgets: Tensor,
-    left_padding: Tensor,
-    *,
-    prompt_length: int,
-    stride: int,
-    width: int,
-    pool_kernel: int,
-    observation_window: int,
-    recent_window: int,
-    sink_tokens: int,
-    droppable: int,
-    uniform: bool,
-    scaling: float,
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: SelectionOptions, scaling: float
 ) -> Tensor:
     """`refreshkv.ops.naive.refresh_rows` by kernels, differentiable in query, key and value: (B, R, H, D)."""
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
     run = _forward_operator if torch.compiler.is_compiling() else _Rows.apply
-    output, *_ = run(
-        query, key, value, full_positions, latest, budgets, left_padding,
-        prompt_length, min(stride, key.shape[2]),  # intervals end with the row at the latest
-        width, pool_kernel, observation_window, recent_window, sink_tokens, droppable, uniform, scaling,
-    )  # fmt: skip
+    output, *_ = run(query, key, value, *plan, *options, scaling)
     return output
 
 
@@ -56,41 +36,46 @@ def _forward(
     latest: Tensor,
     budgets: Tensor,
     left_padding: Tensor,
-    prompt: int,
+    prompt_length: int,
     stride: int,
     width: int,
+    droppable: int,
+    uniform: bool,
+    recurring: bool,
     pool_kernel: int,
     observation_window: int,
     recent_window: int,
     sink_tokens: int,
-    droppable: int,
-    uniform: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the output (B, R, H, D), and for the gradients the log-sum-exp of the full steps (B, H, C) and of the
-    partial rows (B, H, R), float32, and the selections (B, Hkv, C, W) int32."""
-    output = _output_like(query, key, prompt)
+    """A `Plan` and `SelectionOptions`, flat for torch. Returns the output (B, R, H, D), and for the gradients the
+    log-sum-exp of the full steps (B, H, C) and of the partial steps (B, H, R), float32, and the selections
+    (B, Hkv, C, W) int32."""
+    schedule = (full_positions, latest, budgets, left_padding, prompt_length, stride)
+    plan = Plan(*schedule, width, droppable, uniform, recurring)
+    options = SelectionOptions(pool_kernel, observation_window, recent_window, sink_tokens)
+    inputs = AttentionInputs(query, key, value, scaling)
+    output = _output_like(query, key, prompt_length)
     full_lse = known = None
-    if full_positions.shape[1] > 1:  # the first check is the prompt's own row
-        if uniform and dense_rows.takes_full_steps(query, key, value, prompt, stride):
-            full_lse = dense_rows.forward(query, key, value, output, prompt, stride, scaling)
-        else:
-            full_lse = full_rows.forward(query, key, value, full_positions, left_padding, output, prompt, scaling)
+    if full_positions.shape[1] > 1:  # the first decision step is the prompt's own row
+        full_steps = dense_rows if _is_dense(inputs, plan) else full_rows
+        full_lse = full_steps.forward(inputs, plan, output)
         known = full_lse.unsqueeze(-1) if observation_window == 1 else None
-    selected = ranking.select(
-        query, key, full_positions, budgets, left_padding,
-        width=width, pool_kernel=pool_kernel, observation_window=observation_window, recent_window=recent_window,
-        sink_tokens=sink_tokens, droppable=droppable, scaling=scaling, lse=known,
-    )  # fmt: skip
-    lse = partial_rows.forward(
-        query, key, value, full_positions, latest, selected, budgets, left_padding, output, prompt, stride, scaling
-    )
+    selected = ranking.select(query, key, plan.steps, options, scaling, lse=known)
+    lse = partial_rows.forward(inputs, plan, selected, output)
     return output, _lse_like(query, full_positions) if full_lse is None else full_lse, lse, selected
 
 
-def _output_like(query: Tensor, key: Tensor, prompt: int) -> Tensor:
+def _is_dense(inputs: AttentionInputs, plan: Plan) -> bool:
+    """Whether the full steps go to cuDNN."""
+    query, key, value, _ = inputs
+    comes_again = plan.uniform and plan.recurring
+    return comes_again and dense_rows.takes_full_steps(query, key, value, plan.prompt_length, plan.stride)
+
+
+def _output_like(query: Tensor, key: Tensor, prompt_length: int) -> Tensor:
     batch, heads, _, head_dim = query.shape
-    return query.new_empty(batch, key.shape[2] - prompt, heads, head_dim)
+    return query.new_empty(batch, key.shape[2] - prompt_length, heads, head_dim)
 
 
 def _lse_like(query: Tensor, full_positions: Tensor) -> Tensor:
@@ -111,32 +96,29 @@ def _backward(
     output: Tensor,
     full_lse: Tensor,
     lse: Tensor,
-    prompt: int,
+    prompt_length: int,
     stride: int,
+    width: int,
+    droppable: int,
     uniform: bool,
+    recurring: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of query (B, H, Q, D), key and value (B, Hkv, T, D)."""
+    schedule = (full_positions, latest, budgets, left_padding, prompt_length, stride)
+    plan = Plan(*schedule, width, droppable, uniform, recurring)
+    inputs = AttentionInputs(query, key, value, scaling)
     upstream = upstream if upstream.stride(-1) == 1 else upstream.contiguous()
     delta = dot_rows(output, upstream)
     query_grad = torch.zeros_like(query)
     decoded_grad = query_grad[:, :, query.shape[2] - output.shape[1] :]  # those before only observe
-    if full_positions.shape[1] > 1:
-        if uniform and dense_rows.takes_full_steps(query, key, value, prompt, stride):
-            key_grad, value_grad = dense_rows.backward(
-                query, key, value, full_lse, output, upstream, decoded_grad, prompt, stride, scaling
-            )
-        else:
-            key_grad, value_grad = full_rows.backward(
-                query, key, value, full_positions, left_padding, full_lse, delta, upstream, decoded_grad,
-                prompt, stride, scaling,
-            )  # fmt: skip
-    else:
+    if full_positions.shape[1] == 1:
         key_grad, value_grad = (torch.zeros_like(key, dtype=torch.float32) for _ in range(2))
-    partial_rows.backward(
-        query, key, value, full_positions, latest, selected, budgets, left_padding, lse, delta, upstream, decoded_grad,
-        key_grad, value_grad, prompt, stride, scaling,
-    )  # fmt: skip
+    elif _is_dense(inputs, plan):
+        key_grad, value_grad = dense_rows.backward(inputs, plan, full_lse, output, upstream, decoded_grad)
+    else:
+        key_grad, value_grad = full_rows.backward(inputs, plan, full_lse, delta, upstream, decoded_grad)
+    partial_rows.backward(inputs, plan, selected, lse, delta, upstream, (decoded_grad, key_grad, value_grad))
     return query_grad, rounded(key_grad, key), rounded(value_grad, value)
 
 
@@ -146,13 +128,13 @@ def rounded(gradient: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    query, key, value, full_positions, latest, budgets, left_padding, prompt, stride, *_, uniform, scaling = inputs
+    query, key, value, full_positions, latest, budgets, left_padding, *numbers = inputs
     rows, full_lse, lse, selected = output
     ctx.mark_non_differentiable(full_lse, lse, selected)
     ctx.save_for_backward(
         query, key, value, full_positions, latest, budgets, left_padding, selected, rows, full_lse, lse
     )
-    ctx.numbers = (prompt, stride, uniform, scaling)
+    ctx.numbers = (*numbers[:6], numbers[-1])  # the plan's, and the scaling
 
 
 class _Rows(torch.autograd.Function):
@@ -164,7 +146,7 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward(upstream, *ctx.saved_tensors, *ctx.numbers), *[None] * 14)
+        return (*_backward(upstream, *ctx.saved_tensors, *ctx.numbers), *[None] * 15)
 
 
 _forward_operator = torch.library.custom_op("refreshkv::rows", _forward, mutates_args=())
@@ -172,11 +154,11 @@ _backward_operator = torch.library.custom_op("refreshkv::rows_backward", _backwa
 
 
 @_forward_operator.register_fake
-def _(query, key, value, full_positions, latest, budgets, left_padding, prompt, stride, width, *settings):
+def _(query, key, value, full_positions, latest, budgets, left_padding, prompt_length, stride, width, *numbers):
     batch, heads, _, _ = query.shape
-    lse = query.new_empty(batch, heads, key.shape[2] - prompt, dtype=torch.float32)
+    lse = query.new_empty(batch, heads, key.shape[2] - prompt_length, dtype=torch.float32)
     selected = query.new_empty(batch, key.shape[1], full_positions.shape[1], width, dtype=torch.int32)
-    return _output_like(query, key, prompt), _lse_like(query, full_positions), lse, selected
+    return _output_like(query, key, prompt_length), _lse_like(query, full_positions), lse, selected
 
 
 @_backward_operator.register_fake
@@ -185,7 +167,7 @@ def _(upstream, query, key, value, *rest):
 
 
 def _operator_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward_operator(upstream, *ctx.saved_tensors, *ctx.numbers), *[None] * 14)
+    return (*_backward_operator(upstream, *ctx.saved_tensors, *ctx.numbers), *[None] * 15)
 
 
 _forward_operator.register_autograd(_operator_gradients, setup_context=_keep_for_backward)

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
+from refreshkv.ops.state import AttentionInputs, Plan
 from refreshkv.ops.tiles import LOG2E, load_rows, padded_head
 
 LN2 = math.log(2.0)
@@ -121,14 +122,13 @@ def _padded(tensor: Tensor, front: int, length: int) -> Tensor:
     return wide
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, output: Tensor, prompt_length: int, stride: int, scaling: float
-) -> Tensor:
-    """Writes the rows of full steps after the prompt into `output`; returns all full steps' log-sum-exp.
+def forward(inputs: AttentionInputs, plan: Plan, output: Tensor) -> Tensor:
+    """Writes the full steps' positions after the prompt into `output`; returns all full steps' log-sum-exp.
 
-    query (B, H, Q, D): of the last Q positions; key, value (B, Hkv, T, D); output (B, R, H, D), the other rows
-    untouched. Returns (B, H, C) float32, in units of log 2.
+    output (B, R, H, D): the other positions stay untouched. Returns (B, H, C) float32, in units of log 2.
     """
+    query, key, value, scaling = inputs
+    prompt_length, stride = plan.prompt_length, plan.stride
     batch, heads, queries, head_dim = query.shape
     steps = (key.shape[2] - prompt_length) // stride
     rows = _every(query, prompt_length - 1 - (key.shape[2] - queries), stride)  # the first is the prompt's own
@@ -146,22 +146,15 @@ def forward(
 
 
 def backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lse: Tensor,
-    output: Tensor,
-    upstream: Tensor,
-    query_grad: Tensor,
-    prompt_length: int,
-    stride: int,
-    scaling: float,
+    inputs: AttentionInputs, plan: Plan, lse: Tensor, output: Tensor, upstream: Tensor, query_grad: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Writes the full steps' rows of `query_grad` (B, H, R, D); returns the gradients of keys and values so far.
+    """Writes the full steps' positions of `query_grad` (B, H, R, D); returns the gradients of keys and values so far.
 
-    upstream (B, R, H, D): gradient of `output`; the others as in `forward`. Returns two (B, Hkv, T, D) float32 sums,
+    lse: what `forward` returned; upstream (B, R, H, D): gradient of `output`. Returns two (B, Hkv, T, D) float32 sums,
     to which the partial rows are added.
     """
+    query, key, value, scaling = inputs
+    prompt_length, stride = plan.prompt_length, plan.stride
     steps = lse.shape[2] - 1
     after = prompt_length + steps * stride
     first = stride - 1  # of the rows after the prompt, the first full one

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refreshkv.ops.state import AttentionInputs, Plan
 from refreshkv.ops.tiles import (
     LOG2E,
     attend,
@@ -204,30 +205,22 @@ def _backward_key_value(
     tl.store(value_grad_ptr + place, tl.where(present, value_grad, 0.0), mask=here)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    left_padding: Tensor,
-    output: Tensor,
-    prompt_length: int,
-    scaling: float,
-) -> Tensor:
-    """Writes the rows of full steps after the prompt into `output`; returns all full steps' log-sum-exp.
+def forward(inputs: AttentionInputs, plan: Plan, output: Tensor) -> Tensor:
+    """Writes the full steps' positions after the prompt into `output`; returns all full steps' log-sum-exp.
 
-    query (B, H, Q, D): of the last Q positions; key, value (B, Hkv, T, D); positions (B, C); output (B, R, H, D), the
-    other rows untouched. Returns (B, H, C) float32, in units of log 2, undefined where there is no step.
+    output (B, R, H, D): the other positions stay untouched. Returns (B, H, C) float32, in units of log 2, undefined
+    where there is no step.
     """
+    query, key, value, scaling = inputs
     batch, heads, _, head_dim = query.shape
-    kv_heads, checks = key.shape[1], positions.shape[1]
+    kv_heads, checks = key.shape[1], plan.full_positions.shape[1]
     lse = torch.empty(batch, heads, checks, dtype=torch.float32, device=query.device)
     sizes = block_sizes("full_forward", query)
     grid = (triton.cdiv(checks * (heads // kv_heads), sizes["BLOCK_M"]), kv_heads, batch)
     _forward[grid](
-        query, key, value, positions, left_padding, output, lse,
+        query, key, value, plan.full_positions, plan.left_padding, output, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
-        checks, prompt_length, key.shape[2] - query.shape[2], scaling * LOG2E,
+        checks, plan.prompt_length, key.shape[2] - query.shape[2], scaling * LOG2E,
         G=heads // kv_heads, D=head_dim, DP=padded_head(head_dim), INDEX=index_type(key, value),
         PRECISION=precision(query), **sizes,
     )  # fmt: skip
@@ -235,41 +228,30 @@ def forward(
 
 
 def backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    left_padding: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    upstream: Tensor,
-    query_grad: Tensor,
-    prompt_length: int,
-    stride: int,
-    scaling: float,
+    inputs: AttentionInputs, plan: Plan, lse: Tensor, delta: Tensor, upstream: Tensor, query_grad: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Writes the full steps' rows of `query_grad` (B, H, R, D); returns the gradients of keys and values so far.
+    """Writes the full steps' positions of `query_grad` (B, H, R, D); returns the gradients of keys and values so far.
 
-    upstream (B, R, H, D): gradient of the output; delta (B, H, R) float32: its dot product with the output; the others
-    as in `forward`. Returns two (B, Hkv, T, D) float32 sums, to which the partial rows are added.
+    lse: what `forward` returned; upstream (B, R, H, D): gradient of the output; delta (B, H, R) float32: its dot
+    product with the output. Returns two (B, Hkv, T, D) float32 sums, to which the partial rows are added.
     """
+    query, key, value, scaling = inputs
     batch, heads, queries, head_dim = query.shape
-    kv_heads, length, checks, decoded = key.shape[1], key.shape[2], positions.shape[1], upstream.shape[1]
+    kv_heads, length, checks, decoded = key.shape[1], key.shape[2], plan.full_positions.shape[1], upstream.shape[1]
     group = heads // kv_heads
     shared = {"G": group, "D": head_dim, "DP": padded_head(head_dim), "PRECISION": precision(query)}
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *upstream.stride()[:3])
+    rows = (query, key, value, plan.full_positions, plan.left_padding, lse, delta, upstream)
     key_grad = torch.empty_like(key, dtype=torch.float32)
     value_grad = torch.empty_like(key_grad)
     sizes = block_sizes("full_backward_query", query)
     _backward_query[triton.cdiv(checks * group, sizes["BLOCK_M"]), kv_heads, batch](
-        query, key, value, positions, left_padding, lse, delta, upstream, query_grad,
-        *strides, *query_grad.stride()[:3], decoded, checks, prompt_length,
+        *rows, query_grad, *strides, *query_grad.stride()[:3], decoded, checks, plan.prompt_length,
         length - queries, scaling * LOG2E, scaling, INDEX=index_type(key, value), **shared, **sizes,
     )  # fmt: skip
     sizes = block_sizes("full_backward_key_value", query)
     _backward_key_value[triton.cdiv(length, sizes["BLOCK_N"]), kv_heads, batch](
-        query, key, value, positions, left_padding, lse, delta, upstream, key_grad, value_grad,
-        *strides, *key_grad.stride()[:3], decoded, checks, length, prompt_length, length - queries, stride,
-        scaling * LOG2E, scaling, **shared, **sizes,
+        *rows, key_grad, value_grad, *strides, *key_grad.stride()[:3], decoded, checks, length, plan.prompt_length,
+        length - queries, plan.stride, scaling * LOG2E, scaling, **shared, **sizes,
     )  # fmt: skip
     return key_grad, value_grad

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refreshkv.ops.state import AttentionInputs, Plan
 from refreshkv.ops.tiles import (
     LOG2E,
     MANY_PROGRAMS,
@@ -249,36 +250,23 @@ def _backward_kernel(rows: int, intervals: int, device: torch.device) -> str:
     return "partial_backward_64"
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    full_positions: Tensor,
-    latest: Tensor,
-    selected: Tensor,
-    budgets: Tensor,
-    left_padding: Tensor,
-    output: Tensor,
-    prompt_length: int,
-    stride: int,
-    scaling: float,
-) -> Tensor:
-    """Writes the partial rows of `output` (B, R, H, D); the full steps' rows stay untouched.
+def forward(inputs: AttentionInputs, plan: Plan, selected: Tensor, output: Tensor) -> Tensor:
+    """Writes the partial steps' positions into `output` (B, R, H, D); the full steps' positions stay untouched.
 
-    query (B, H, Q, D): of the last Q positions; key, value (B, Hkv, T, D); full_positions, latest (B, C) int64;
-    selected (B, Hkv, C, W) int32; budgets, left_padding (B,) int64. Returns the rows' log-sum-exp (B, H, R) float32,
-    in units of log 2.
+    selected (B, Hkv, C, W) int32. Returns the positions' log-sum-exp (B, H, R) float32, in units of log 2.
     """
+    query, key, value, scaling = inputs
     batch, heads, _, head_dim = query.shape
-    kv_heads, length, checks = key.shape[1], key.shape[2], full_positions.shape[1]
-    lse = torch.empty(batch, heads, length - prompt_length, dtype=torch.float32, device=query.device)
-    rows = _interval_rows(query, key, prompt_length, stride)
+    kv_heads, length, checks = key.shape[1], key.shape[2], plan.full_positions.shape[1]
+    lse = torch.empty(batch, heads, length - plan.prompt_length, dtype=torch.float32, device=query.device)
+    rows = _interval_rows(query, key, plan.prompt_length, plan.stride)
     sizes = block_sizes("partial_forward", query)
     tiles = triton.cdiv(rows, sizes["BLOCK_M"])
     _forward[checks * tiles, kv_heads, batch](
-        query, key, value, full_positions, latest, selected, budgets, left_padding, output, lse,
+        query, key, value, plan.full_positions, plan.latest, selected, plan.budgets, plan.left_padding, output, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
-        checks, tiles, selected.shape[-1], length, prompt_length, length - query.shape[2], stride, scaling * LOG2E,
+        checks, tiles, selected.shape[-1], length, plan.prompt_length, length - query.shape[2], plan.stride,
+        scaling * LOG2E,
         G=heads // kv_heads, D=head_dim, DP=padded_head(head_dim), INDEX=index_type(key, value),
         PRECISION=precision(query), **sizes,
     )  # fmt: skip
@@ -286,44 +274,37 @@ def forward(
 
 
 def backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    full_positions: Tensor,
-    latest: Tensor,
+    inputs: AttentionInputs,
+    plan: Plan,
     selected: Tensor,
-    budgets: Tensor,
-    left_padding: Tensor,
     lse: Tensor,
     delta: Tensor,
     upstream: Tensor,
-    query_grad: Tensor,
-    key_grad: Tensor,
-    value_grad: Tensor,
-    prompt_length: int,
-    stride: int,
-    scaling: float,
+    gradients: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Adds the partial rows to `query_grad` (B, H, R, D), zero there, and to the float32 `key_grad`, `value_grad`.
+    """Adds what the partial steps give to the gradients of query, key and value.
 
-    upstream (B, R, H, D): gradient of the output; delta (B, H, R) float32: its dot product with the output; the others
-    as in `forward`. key_grad, value_grad (B, Hkv, T, D), in one layout, hold what the full steps' rows gave.
+    lse: what `forward` returned; upstream (B, R, H, D): gradient of the output; delta (B, H, R) float32: its dot
+    product with the output. gradients: of the queries after the prompt (B, H, R, D), zero at partial steps, and of keys
+    and values (B, Hkv, T, D), float32 and in one layout.
     """
+    query, key, value, scaling = inputs
+    query_grad, key_grad, value_grad = gradients
     batch, heads, _, head_dim = query.shape
-    kv_heads, length, checks = key.shape[1], key.shape[2], full_positions.shape[1]
+    kv_heads, length, checks = key.shape[1], key.shape[2], plan.full_positions.shape[1]
     group = heads // kv_heads
-    rows = _interval_rows(query, key, prompt_length, stride)
+    rows = _interval_rows(query, key, plan.prompt_length, plan.stride)
     sizes = block_sizes(_backward_kernel(rows, checks * kv_heads * batch, query.device), query)
     tiles = triton.cdiv(rows, sizes["BLOCK_M"])
     splits = max(1, min(MANY_SPLITS, MANY_PROGRAMS // (4 * checks * tiles * kv_heads * batch)))
     # added up by several programs: in float32, and put among the full steps' rows afterwards
     sums = query_grad if splits == 1 else torch.zeros(query_grad.shape, dtype=torch.float32, device=query.device)
     _backward[checks * tiles * splits, kv_heads, batch](
-        query, key, value, full_positions, latest, selected, budgets, left_padding, lse, delta,
+        query, key, value, plan.full_positions, plan.latest, selected, plan.budgets, plan.left_padding, lse, delta,
         upstream, sums, key_grad, value_grad,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *upstream.stride()[:3], *sums.stride()[:3],
         *key_grad.stride()[:3],
-        checks, tiles, selected.shape[-1], length, prompt_length, length - query.shape[2], stride,
+        checks, tiles, selected.shape[-1], length, plan.prompt_length, length - query.shape[2], plan.stride,
         scaling * LOG2E, scaling,
         G=group, D=head_dim, INDEX=index_type(key, value, key_grad), PRECISION=precision(query),
         PARTS=padded_head(head_dim) // sizes["WIDTH"], SPLITS=splits, **sizes,

@@ -17,6 +17,7 @@ from torch import Tensor
 from refreshkv.ops.rows import after_prompt as fused
 from refreshkv.ops.rows import dense_rows, partial_rows
 from refreshkv.ops.selection import ranking
+from refreshkv.ops.state import AttentionInputs, Plan, SelectionOptions
 from refreshkv.ops.tiles import LOG2E, on_its_device
 
 SHARE = 64
@@ -24,82 +25,42 @@ SHARE = 64
 attention, is less than what handling the prompt apart costs."""
 
 
-def usable(query: Tensor, key: Tensor, value: Tensor, prompt_length: int, uniform: bool) -> bool:
+def usable(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> bool:
     """Whether `whole_rows` can take these, and is the faster way. torch.compile keeps to `fused`."""
     length = query.shape[2]
-    few = (length - prompt_length) * SHARE <= length
-    return uniform and few and not torch.compiler.is_compiling() and dense_rows.usable(query, key, value)
+    few = (length - plan.prompt_length) * SHARE <= length
+    return plan.uniform and few and not torch.compiler.is_compiling() and dense_rows.usable(query, key, value)
 
 
 @on_its_device
 def whole_rows(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    full_positions: Tensor,
-    latest: Tensor,
-    budgets: Tensor,
-    left_padding: Tensor,
-    *,
-    prompt_length: int,
-    stride: int,
-    width: int,
-    pool_kernel: int,
-    observation_window: int,
-    recent_window: int,
-    sink_tokens: int,
-    droppable: int,
-    uniform: bool,
-    scaling: float,
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: SelectionOptions, scaling: float
 ) -> Tensor:
     """`refreshkv.ops.naive.whole_rows` for what `usable` allows, differentiable in query, key and value."""
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
-    selection = {
-        "width": width,
-        "pool_kernel": pool_kernel,
-        "observation_window": observation_window,
-        "recent_window": recent_window,
-        "sink_tokens": sink_tokens,
-        "droppable": droppable,
-    }
-    plan = (full_positions, latest, budgets, left_padding)
-    return _WholeRows.apply(query, key, value, *plan, prompt_length, min(stride, key.shape[2]), selection, scaling)
+    return _WholeRows.apply(query, key, value, plan, options, scaling)
 
 
 class _WholeRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        full_positions: Tensor,
-        latest: Tensor,
-        budgets: Tensor,
-        left_padding: Tensor,
-        prompt: int,
-        stride: int,
-        selection: dict[str, int],
-        scaling: float,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: SelectionOptions, scaling: float
     ) -> Tensor:
+        prompt, stride = plan.prompt_length, plan.stride
         output, lse = dense_rows.attend(query, key, value, True, scaling)
-        observing = selection["observation_window"]
-        late = query[:, :, max(0, prompt - observing) :]
-        known = lse[:, :, prompt - 1 :: stride, None] * LOG2E if observing == 1 else None
-        selected = ranking.select(
-            late, key, full_positions, budgets, left_padding, scaling=scaling, lse=known, **selection
-        )
-        segments = (full_positions, latest, selected, budgets, left_padding)
+        late = query[:, :, max(0, prompt - options.observation_window) :]
+        known = lse[:, :, prompt - 1 :: stride, None] * LOG2E if options.observation_window == 1 else None
+        selected = ranking.select(late, key, plan.steps, options, scaling, lse=known)
         rows = output.transpose(1, 2)[:, prompt:]
-        rows_lse = partial_rows.forward(late, key, value, *segments, rows, prompt, stride, scaling)
-        ctx.save_for_backward(query, key, value, output, _hide_partial(lse, prompt, stride), rows_lse, *segments)
-        ctx.numbers = (prompt, stride, scaling)
+        rows_lse = partial_rows.forward(AttentionInputs(late, key, value, scaling), plan, selected, rows)
+        ctx.save_for_backward(query, key, value, output, _hide_partial(lse, prompt, stride), rows_lse, selected)
+        ctx.plan, ctx.scaling = plan, scaling
         return output.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, lse, rows_lse, *segments = ctx.saved_tensors
-        prompt, stride, scaling = ctx.numbers
+        query, key, value, output, lse, rows_lse, selected = ctx.saved_tensors
+        plan, scaling, prompt = ctx.plan, ctx.scaling, ctx.plan.prompt_length
         upstream = upstream.transpose(1, 2)
         if upstream.stride() != output.stride():  # cuDNN takes the two in one layout
             upstream = torch.empty_like(output).copy_(upstream)
@@ -107,12 +68,11 @@ class _WholeRows(torch.autograd.Function):
         # in one layout, and wide enough for the sums
         key_grad, value_grad = (torch.empty_like(key, dtype=torch.float32).copy_(gradient) for gradient in dense)
         rows, rows_upstream = (tensor.transpose(1, 2)[:, prompt:] for tensor in (output, upstream))
+        inputs = AttentionInputs(query[:, :, prompt:], key, value, scaling)
+        gradients = (query_grad[:, :, prompt:], key_grad, value_grad)
         delta = fused.dot_rows(rows, rows_upstream)
-        partial_rows.backward(
-            query[:, :, prompt:], key, value, *segments, rows_lse, delta, rows_upstream, query_grad[:, :, prompt:],
-            key_grad, value_grad, prompt, stride, scaling,
-        )  # fmt: skip
-        return query_grad, fused.rounded(key_grad, key), fused.rounded(value_grad, value), *[None] * 8
+        partial_rows.backward(inputs, plan, selected, rows_lse, delta, rows_upstream, gradients)
+        return query_grad, fused.rounded(key_grad, key), fused.rounded(value_grad, value), None, None, None
 
 
 def _hide_partial(lse: Tensor, prompt: int, stride: int) -> Tensor:

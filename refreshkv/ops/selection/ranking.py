@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refreshkv.ops.state import FullSteps, SelectionOptions
 from refreshkv.ops.tiles import LOG2E, MANY_PROGRAMS, block_sizes, on_its_device, padded_head, precision, sample_size
 
 MAX_SCORES = 2**27
@@ -386,20 +387,14 @@ def log_sum_exp(
 def select(
     query: Tensor,
     key: Tensor,
-    positions: Tensor,
-    budgets: Tensor,
-    left_padding: Tensor,
-    *,
-    width: int,
-    pool_kernel: int,
-    observation_window: int,
-    recent_window: int,
-    sink_tokens: int,
+    steps: FullSteps,
+    options: SelectionOptions,
     scaling: float,
-    droppable: int,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """`refreshkv.ops.naive.select` by kernels: (B, Hkv, C, width) int32; `lse`: what `log_sum_exp` gives, if known."""
+    """`refreshkv.ops.naive.select` by kernels: (B, Hkv, C, W) int32; `lse`: what `log_sum_exp` gives, if known."""
+    positions, budgets, left_padding, width, droppable = steps
+    pool_kernel, observation_window, recent_window, sink_tokens = options
     batch, heads, queries, head_dim = query.shape
     kv_heads, length, checks = key.shape[1], key.shape[2], positions.shape[1]
     if lse is None:
@@ -414,18 +409,18 @@ def select(
     sizes = block_sizes("scores", query)
     sample = sample_size(length, width, SAMPLE, DOUBTS, MARGIN)
     for first in range(0, checks, chunk):
-        steps = min(chunk, checks - first)
-        chosen = torch.full((batch, kv_heads, steps, width), -1, dtype=torch.int64, device=query.device)
-        grid = (triton.cdiv(length, sizes["BLOCK_N"]), triton.cdiv(steps, sizes["BLOCK_M"]), pairs)
+        count = min(chunk, checks - first)
+        chosen = torch.full((batch, kv_heads, count, width), -1, dtype=torch.int64, device=query.device)
+        grid = (triton.cdiv(length, sizes["BLOCK_N"]), triton.cdiv(count, sizes["BLOCK_M"]), pairs)
         _scores[grid](
             query, key, positions, left_padding, lse, score, *query.stride()[:3], *key.stride()[:3],
-            checks, first, steps, length, kv_heads, length - queries, scaling * LOG2E,
+            checks, first, count, length, kv_heads, length - queries, scaling * LOG2E,
             G=heads // kv_heads, OBSERVERS=observation_window, D=head_dim, DP=padded_head(head_dim),
             PRECISION=precision(query), **sizes,
         )  # fmt: skip
         rows = (positions, left_padding, budgets)
         options = (kv_heads, recent_window, sink_tokens)
-        _guess[steps, pairs](
+        _guess[count, pairs](
             score,
             *rows,
             bounds,
@@ -438,23 +433,23 @@ def select(
             MARGIN=MARGIN,
             num_warps=8,
         )
-        _collect[steps, pairs](
+        _collect[count, pairs](
             score, *rows, bounds, doubts, counts, chosen, checks, first, length, width, *options,
             POOL=pool_kernel, BLOCK=block, DOUBTS=DOUBTS, num_warps=COLLECT_WARPS,
         )  # fmt: skip
-        _settle[steps, pairs](
+        _settle[count, pairs](
             score, *rows, bounds, doubts, counts, chosen, checks, first, length, width, *options,
             POOL=pool_kernel, BLOCK=block, DOUBTS=DOUBTS, num_warps=4,
         )  # fmt: skip
         if width <= LARGEST_SORT:
             padded = triton.next_power_of_2(width)
-            _order[steps, pairs](
-                chosen, selected, checks, first, steps, width, kv_heads,
+            _order[count, pairs](
+                chosen, selected, checks, first, count, width, kv_heads,
                 WIDTH=padded, DROPPABLE=droppable if droppable <= LARGEST_ORDER else padded,
                 num_warps=8 if width >= 1024 else 4,
             )  # fmt: skip
         else:
             order = chosen.sort(dim=-1, descending=True).values
             tokens = torch.where(order >= 0, 0x7FFFFFFF - (order & 0x7FFFFFFF), -1)
-            selected[:, :, first : first + steps] = tokens.to(torch.int32)
+            selected[:, :, first : first + count] = tokens.to(torch.int32)
     return selected

@@ -5,9 +5,18 @@ import triton
 from torch import Tensor
 
 from refreshkv.ops.selection import step as selection
+from refreshkv.ops.state import (
+    ENTRIES_USED,
+    TAIL,
+    CompactState,
+    Decisions,
+    LayerState,
+    SelectionOptions,
+    SelectionScratch,
+    StepOptions,
+)
 from refreshkv.ops.step import attention
 from refreshkv.ops.step import observers as observing
-from refreshkv.ops.step.operators import TAIL, Check
 from refreshkv.ops.tiles import LOG2E, padded_head, precision
 
 RANKING_PROGRAMS = 1024
@@ -19,33 +28,12 @@ another last bit; then positions with the same score, as pooling makes them, wou
 
 
 def decode_step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    length: Tensor,
-    rows: Tensor,
-    selected: Tensor,
-    ranking: Tensor,
-    mean_query: Tensor,
-    observers: Tensor,
-    full_steps: Tensor,
-    stride: int,
-    threshold: float | None,
-    pool_kernel: int,
-    observation_window: int,
-    recent_window: int,
-    sink_tokens: int,
-    scaling: float,
+    query: Tensor, key: Tensor, value: Tensor, state: LayerState, options: StepOptions, scaling: float
 ) -> Tensor:
     """`refreshkv.ops.naive.decode_step` by kernels: (B, 1, H, D)."""
-    check = Check.empty(query.shape[:1], *keys.shape[1:], query.device)
-    output = attend_and_rank(
-        query, key, value, keys, values, length, rows, selected, mean_query, observers, check, stride, threshold,
-        pool_kernel, observation_window, recent_window, sink_tokens, scaling,
-    )  # fmt: skip
-    select(check, length, rows, selected, ranking, mean_query, full_steps, stride=stride, threshold=threshold)
+    scratch = SelectionScratch.empty(query.shape[:1], *state.keys.shape[1:], query.device)
+    output = attend_and_rank(query, key, value, state, scratch, options, scaling)
+    select(scratch, state.length, state.decisions, options)
     return output
 
 
@@ -53,36 +41,19 @@ def attend_and_rank(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    length: Tensor,
-    rows: Tensor,
-    selected: Tensor,
-    mean_query: Tensor,
-    observers: Tensor,
-    check: Check,
-    stride: int,
-    threshold: float | None,
-    pool_kernel: int,
-    observation_window: int,
-    recent_window: int,
-    sink_tokens: int,
+    state: LayerState,
+    scratch: SelectionScratch,
+    options: StepOptions,
     scaling: float,
 ) -> Tensor:
-    """A step but for its selection, which `select` makes from what this puts into `check`: (B, 1, H, D)."""
+    """A step but for its selection, which `select` makes from what this puts into `scratch`: (B, 1, H, D)."""
     query, key, value = _unit_stride(query, key, value)
-    shares = attend(
-        query, key, value, keys, values, length, rows, rows, selected, mean_query, observers, scaling,
-        mode=attention.REFRESH, stride=stride, threshold=threshold, store=observation_window == 1, check=check,
-    )  # fmt: skip
+    shares = attend(query, key, value, state, scaling, options=options, scratch=scratch)
     scores = shares.logits
-    if observation_window > 1:
-        scores = _observed_scores(observers, keys, rows, check.full, shares.splits, scaling)
+    if options.selection.observation_window > 1:
+        scores = _observed_scores(state, scratch.full, shares.splits, scaling)
     output = query.new_empty(query.shape[0], 1, *query.shape[1::2])
-    finish(
-        shares, output, length, rows, scores, keys.shape, pool_kernel, recent_window, sink_tokens,
-        observed=observation_window > 1, check=check,
-    )  # fmt: skip
+    finish(shares, output, state, scores, options.selection, scratch)
     return output
 
 
@@ -93,44 +64,40 @@ def full_step(
     keys: Tensor,
     values: Tensor,
     length: Tensor,
-    rows: Tensor,
+    row_state: Tensor,
     scaling: float,
 ) -> Tensor:
     """`refreshkv.ops.naive.full_step` by kernels: (B, 1, H, D)."""
     query, key, value = _unit_stride(query, key, value)
-    state = (keys, values, length, rows, rows, rows, rows, query)
-    shares = attend(query, key, value, *state, scaling, mode=attention.FULL)
+    state = _undecided(keys, values, length, row_state)
+    shares = attend(query, key, value, state, scaling)
     output = query.new_empty(query.shape[0], 1, *query.shape[1::2])
-    finish(shares, output, length, rows, shares.total, keys.shape)
+    finish(shares, output, state, shares.total)
     return output
 
 
 def compact_step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    length: Tensor,
-    rows: Tensor,
-    slots: Tensor,
-    heavy: bool,
-    scaling: float,
+    query: Tensor, key: Tensor, value: Tensor, compact: CompactState, heavy: bool, scaling: float
 ) -> tuple[Tensor, Tensor | None]:
     """`refreshkv.ops.naive.compact_step` by kernels: (B, 1, H, D), and the entries' probabilities."""
     query, key, value = _unit_stride(query, key, value)
-    state = (keys, values, length, rows, slots, rows, rows, query)
-    shares = attend(query, key, value, *state, scaling, mode=attention.COMPACT, store=heavy)
+    state, slots = _undecided(*compact[:4]), compact.slots
+    shares = attend(query, key, value, state, scaling, slots=slots, store=heavy)
     output = query.new_empty(query.shape[0], 1, *query.shape[1::2])
-    finish(shares, output, length, rows, shares.total, keys.shape)
+    finish(shares, output, state, shares.total)
     if not heavy:
         return output, None
     top = shares.highest.amax(dim=-1, keepdim=True)
     lse = top + (shares.total * torch.exp2(shares.highest - top)).sum(-1, keepdim=True).log2()
-    entry = torch.arange(keys.shape[2], device=keys.device)
-    visible = (entry < rows[:, 0, None, None]) | (entry == slots.unsqueeze(-1))
-    probabilities = torch.exp2(shares.logits - lse).unflatten(1, (keys.shape[1], -1)).mean(dim=2)
+    entry = torch.arange(state.keys.shape[2], device=state.keys.device)
+    visible = (entry < state.row_state[:, ENTRIES_USED, None, None]) | (entry == slots.unsqueeze(-1))
+    probabilities = torch.exp2(shares.logits - lse).unflatten(1, (state.keys.shape[1], -1)).mean(dim=2)
     return output, probabilities.masked_fill(~visible, 0.0)
+
+
+def _undecided(keys: Tensor, values: Tensor, length: Tensor, row_state: Tensor) -> LayerState:
+    """The state of a cache that never selects; the kernels do not read what stands in the other fields."""
+    return LayerState(keys, values, length, row_state, row_state, row_state, row_state, keys, row_state)
 
 
 class Shares:
@@ -152,37 +119,34 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    length: Tensor,
-    rows: Tensor,
-    slots: Tensor,
-    selected: Tensor,
-    mean_query: Tensor,
-    observers: Tensor,
+    state: LayerState,
     scaling: float,
     *,
-    mode: int,
-    stride: int = 1,
-    threshold: float | None = None,
+    options: StepOptions | None = None,
+    scratch: SelectionScratch | None = None,
+    slots: Tensor | None = None,
     store: bool = False,
-    check: Check | None = None,
 ) -> Shares:
-    """The first launch of a step; the arguments of `refreshkv.ops.step.operators.decode_step`, and slots (B, Hkv)
-    int64: where the token goes in a compact cache; check: of a cache that refreshes."""
+    """The first launch of a step. A cache that refreshes comes with `options` and `scratch`; a compact one with `slots`
+    (B, Hkv) int64, the entries that the token takes, and `store` if it wants the logits; another is read whole."""
     batch, heads, _, head_dim = query.shape
-    kv_heads, capacity = keys.shape[1], keys.shape[2]
+    kv_heads, capacity = state.keys.shape[1], state.keys.shape[2]
     group = heads // kv_heads
     splits = attention.splits_of(batch * kv_heads, query.device)
+    mode, stride, threshold, observers = attention.COMPACT if slots is not None else attention.FULL, 1, None, 1
+    if options is not None:
+        mode, stride, threshold, observers = attention.REFRESH, *options[:2], options.selection.observation_window
+        store = observers == 1
     shares = Shares(query, splits, capacity, store)
-    full, arrived, now = (shares.total,) * 3 if check is None else (check.full, check.arrived, check.now)
+    full, arrived, now = (shares.total,) * 3 if scratch is None else (scratch.full, scratch.arrived, scratch.now)
     attention._attend[splits, batch * kv_heads](
-        query, key, value, keys, values, length, rows, slots, selected, mean_query, observers,
+        query, key, value, state.keys, state.values, state.length, state.row_state,
+        state.row_state if slots is None else slots, state.selected, state.mean_query, state.observers,
         full, now, arrived, shares.logits, shares.partial, shares.highest, shares.total,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], kv_heads, capacity, selected.shape[-1],
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], kv_heads, capacity, state.selected.shape[-1],
         stride, threshold or 0.0, scaling * LOG2E,
         G=group, H=heads, D=head_dim, HP=triton.next_power_of_2(heads), DP=padded_head(head_dim),
-        MP=max(16, triton.next_power_of_2(group)), OBSERVERS=observers.shape[2] if mode == attention.REFRESH else 1,
+        MP=max(16, triton.next_power_of_2(group)), OBSERVERS=observers,
         MODE=mode, SIMILARITY=threshold is not None, STORE=store, PRECISION=precision(query),
         **attention.tile_of(query),
     )  # fmt: skip
@@ -192,45 +156,32 @@ def attend(
 def finish(
     shares: Shares,
     output: Tensor,
-    length: Tensor,
-    rows: Tensor,
+    state: LayerState,
     scores: Tensor,
-    cache_shape: torch.Size,
-    pool_kernel: int = 1,
-    recent_window: int = 0,
-    sink_tokens: int = 0,
-    observed: bool = False,
-    check: Check | None = None,
+    options: SelectionOptions | None = None,
+    scratch: SelectionScratch | None = None,
 ) -> None:
-    """The second launch: merges the shares into output (B, 1, H, D), counts the token; with `check`, ranks the
-    positions of full rows from the logits (B, H, L) or, if `observed`, from scores (B, Hkv, L)."""
-    batch, kv_heads, capacity, head_dim = cache_shape
+    """The second launch: merges the shares into output (B, 1, H, D) and counts the token. With `options` and `scratch`
+    it ranks the positions of full batch rows, from the logits (B, H, L) of a single observer, or from the `scores`
+    (B, Hkv, L) of several."""
+    batch, kv_heads, capacity, head_dim = state.keys.shape
     group = output.shape[2] // kv_heads
-    full, rankings = (shares.total,) * 2 if check is None else (check.full, check.rankings)
+    full, rankings = (shares.total,) * 2 if scratch is None else (scratch.full, scratch.rankings)
+    pool_kernel, window, recent_window, sink_tokens = options or (1, 1, 0, 0)
     programs = min(triton.cdiv(capacity, attention.RANKED), max(1, RANKING_PROGRAMS // (batch * kv_heads)))
-    attention._finish[group + (0 if check is None else programs), batch * kv_heads](
-        shares.partial, shares.highest, shares.total, output, length, rows, full, shares.logits, scores,
-        rankings, kv_heads, capacity, shares.splits, recent_window, sink_tokens,
+    attention._finish[group + (0 if scratch is None else programs), batch * kv_heads](
+        shares.partial, shares.highest, shares.total, output, state.length, state.row_state, full, shares.logits,
+        scores, rankings, kv_heads, capacity, shares.splits, recent_window, sink_tokens,
         G=group, GP=triton.next_power_of_2(group), D=head_dim, DP=padded_head(head_dim),
-        NP=max(2, triton.next_power_of_2(shares.splits)), POOL=pool_kernel, RANK=check is not None,
-        OBSERVED=observed, BLOCK=attention.RANKED, num_warps=4, **SAME_IN_ALL_THREADS,
+        NP=max(2, triton.next_power_of_2(shares.splits)), POOL=pool_kernel, RANK=scratch is not None,
+        OBSERVED=window > 1, BLOCK=attention.RANKED, num_warps=4, **SAME_IN_ALL_THREADS,
     )  # fmt: skip
 
 
-def select(
-    check: Check,
-    length: Tensor,
-    rows: Tensor,
-    selected: Tensor,
-    ranking: Tensor,
-    mean_query: Tensor,
-    full_steps: Tensor,
-    *,
-    stride: int,
-    threshold: float | None,
-) -> None:
-    """The last launch of a step: the selections of the rows, of one layer or of several, that were full."""
-    batch, kv_heads, capacity = check.rankings.shape
+def select(scratch: SelectionScratch, length: Tensor, decisions: Decisions, options: StepOptions) -> None:
+    """The last launch of a step: the selections of the batch rows, of one layer or of several, that were full."""
+    row_state, selected, ranking, mean_query, full_steps = decisions
+    batch, kv_heads, capacity = scratch.rankings.shape
     head_dim, device = mean_query.shape[1], selected.device
     parts = selection.parts_of(batch * kv_heads, capacity)
     sizes = selection.sizes_of(capacity, selected.shape[2], parts)
@@ -240,17 +191,16 @@ def select(
     stage = torch.empty(batch, kv_heads, parts, 2, room, dtype=torch.int32, device=device) if parts > 1 else doubts
     counts = torch.empty(batch, kv_heads, parts, 2, dtype=torch.int32, device=device) if parts > 1 else doubts
     selection._select[batch * kv_heads, parts](  # many layers and rows: more than the other dimensions take
-        check.rankings, doubts, stage, counts, check.arrived, selected, ranking, rows, length, check.full, full_steps,
-        check.now, mean_query, kv_heads, capacity, selected.shape[2], room, selection.MARGIN,
-        D=head_dim, DP=padded_head(head_dim), SIMILARITY=threshold is not None, TAIL=TAIL,
-        LAST_RANKS=last_ranks(stride, threshold), num_warps=selection.WARPS, **sizes,
+        scratch.rankings, doubts, stage, counts, scratch.arrived, selected, ranking, row_state, length, scratch.full,
+        full_steps, scratch.now, mean_query, kv_heads, capacity, selected.shape[2], room, selection.MARGIN,
+        D=head_dim, DP=padded_head(head_dim), SIMILARITY=options.threshold is not None, TAIL=TAIL,
+        LAST_RANKS=last_ranks(options), num_warps=selection.WARPS, **sizes,
     )  # fmt: skip
 
 
-def _observed_scores(
-    observers: Tensor, keys: Tensor, rows: Tensor, full: Tensor, splits: int, scaling: float
-) -> Tensor:
+def _observed_scores(state: LayerState, full: Tensor, splits: int, scaling: float) -> Tensor:
     """Mean over the observing queries of their group's highest probability: (B, Hkv, L) float32, of full rows."""
+    observers, keys, row_state = state.observers, state.keys, state.row_state
     batch, heads, window, head_dim = observers.shape
     kv_heads, capacity = keys.shape[1], keys.shape[2]
     group, pairs = heads // kv_heads, batch * kv_heads
@@ -261,21 +211,21 @@ def _observed_scores(
     small = keys.element_size() * padded_head(head_dim) > 256
     tile = min(16 if small else 64, max(16, triton.next_power_of_2(window * group)))
     observing._observer_sums[splits, triton.cdiv(window * group, tile), pairs](
-        observers, keys, rows, full, highest, total, kv_heads, capacity, scaling * LOG2E,
+        observers, keys, row_state, full, highest, total, kv_heads, capacity, scaling * LOG2E,
         OBSERVERS=window, BLOCK_M=tile, BLOCK_N=32 if small else 64, **shared,
     )  # fmt: skip
     programs = min(triton.cdiv(capacity, 128), max(1, RANKING_PROGRAMS // pairs))
     observing._observer_scores[programs, pairs](
-        observers, keys, rows, full, highest, total, scores, kv_heads, capacity, splits, scaling * LOG2E,
+        observers, keys, row_state, full, highest, total, scores, kv_heads, capacity, splits, scaling * LOG2E,
         GP=max(16, triton.next_power_of_2(group)), NP=max(2, triton.next_power_of_2(splits)), OBSERVERS=window,
         BLOCK_N=32 if small else 128, **shared, **SAME_IN_ALL_THREADS,
     )  # fmt: skip
     return scores
 
 
-def last_ranks(stride: int, threshold: float | None) -> int:
+def last_ranks(options: StepOptions) -> int:
     """How many of the lowest ranks a selection keeps in order at a time."""
-    return min(stride, TAIL) if threshold is None else TAIL
+    return min(options.stride, TAIL) if options.threshold is None else TAIL
 
 
 def _unit_stride(*tensors: Tensor) -> list[Tensor]:

@@ -1,29 +1,32 @@
 """One decoding step of one layer as an operator: everything it decides and keeps stays in device memory.
 
-`decode_step` is opaque to torch.compile, which therefore sees no break, and `generate` can capture it into a CUDA
-graph.
-On CUDA, 16- and 32-bit caches go through the Triton kernels of `decode_attention` and `decode_selection`; everything
-else, and REFRESHKV_OPS=naive, through `naive.decode_step`.
+The operators are opaque to torch.compile, which therefore sees no break, and `generate` can capture them into a CUDA
+graph. torch wants their arguments flat; the functions of the same names take them as structs. On CUDA, 16- and 32-bit
+caches go through the Triton kernels of `refreshkv.ops.step.launches`; everything else, and REFRESHKV_OPS=naive, through
+`refreshkv.ops.naive.step`.
 
-Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `L` tokens the cache has room for, `W`
-slots of a selection, `O` observing queries.
+Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `L` tokens the cache has room for, `N`
+layers.
 """
 
 import os
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from refreshkv.ops import naive
+from refreshkv.ops.state import (
+    BUDGET,
+    ENTRIES_USED,
+    CompactState,
+    Decisions,
+    LayerState,
+    SelectionOptions,
+    SelectionScratch,
+    StepOptions,
+)
 
 KERNEL_TYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-STATE = ("keys", "values", "length", "rows", "selected", "ranking", "mean_query", "observers", "full_steps")
-"""What a step changes, by argument name."""
-
-TAIL = 16
-"""Lowest ranks that the kernels put in order at a time, for they are dropped one by one."""
 
 
 def uses_kernels(tensor: Tensor) -> bool:
@@ -31,15 +34,27 @@ def uses_kernels(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype in KERNEL_TYPES and os.environ.get("REFRESHKV_OPS") != "naive"
 
 
-@torch.library.custom_op("refreshkv::decode_step", mutates_args=STATE)
 def decode_step(
+    query: Tensor, key: Tensor, value: Tensor, state: LayerState, options: StepOptions, scaling: float
+) -> Tensor:
+    """Appends one token and attends with its query (specification, sections 2 to 4): returns (B, 1, H, D).
+
+    query (B, H, 1, D), key and value (B, Hkv, 1, D): the token's; state: the layer's, changed in place. Its keys and
+    values may be pinned host memory, which the kernels read and write over the bus. The caller makes sure that the
+    cache has room; without it the output is not a number.
+    """
+    return _decode_step(query, key, value, *state, *options.flat(), scaling)
+
+
+@torch.library.custom_op("refreshkv::decode_step", mutates_args=LayerState._fields)
+def _decode_step(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     keys: Tensor,
     values: Tensor,
     length: Tensor,
-    rows: Tensor,
+    row_state: Tensor,
     selected: Tensor,
     ranking: Tensor,
     mean_query: Tensor,
@@ -53,69 +68,55 @@ def decode_step(
     sink_tokens: int,
     scaling: float,
 ) -> Tensor:
-    """Appends one token and attends with its query (specification, sections 2 to 4): returns (B, 1, H, D).
-
-    query (B, H, 1, D), key and value (B, Hkv, 1, D): the token's; the rest is the layer's state, changed in place:
-    keys, values (B, Hkv, L, D); length () int64; rows (B, 4) int64: last full position, budget, padded columns, length
-    of the last prompt block; selected (B, Hkv, W) int32: positions by rank, the ranks that may still drop in order;
-    ranking (B, Hkv, W) int32: their scores' bits, for the kernels; mean_query (B, D) float32: of the last full step;
-    observers (B, H, O, D): the last queries, position `p` in slot `p % O`; full_steps (B, L) bool.
-    keys and values may be pinned host memory, which the kernels read and write over the bus. The caller sees to it that
-    the cache has room; without it the output is not a number.
-    """
-    state = (keys, values, length, rows, selected, ranking, mean_query, observers, full_steps)
-    options = (stride, threshold, pool_kernel, observation_window, recent_window, sink_tokens, scaling)
+    state = LayerState(keys, values, length, row_state, selected, ranking, mean_query, observers, full_steps)
+    selection = SelectionOptions(pool_kernel, observation_window, recent_window, sink_tokens)
+    options = StepOptions(stride, threshold, selection)
     if uses_kernels(query):
-        from refreshkv.ops.step import (
-            launches as decode_kernels,  # imports Triton, which machines without a GPU may lack
-        )
+        from refreshkv.ops.step import launches  # imports Triton, which machines without a GPU may lack
 
         with torch.cuda.device_of(query):
-            return decode_kernels.decode_step(query, key, value, *state, *options)
-    return naive.decode_step(query, key, value, *state, *options)
+            return launches.decode_step(query, key, value, state, options, scaling)
+    return naive.decode_step(query, key, value, state, options, scaling)
 
 
-class Check(NamedTuple):
-    """What a step leaves for the selection, of rows of one layer, (B, ...), or of several, (N, B, ...)."""
-
-    full: Tensor
-    """(B,) int32: the position if the step was full, or -1."""
-    arrived: Tensor
-    """(B, Hkv) int32: zeros, to count programs with."""
-    rankings: Tensor
-    """(B, Hkv, L) int32: the higher the better; of full rows."""
-    now: Tensor
-    """(B, D) float32: the mean query of full rows, where a similarity is asked for."""
-
-    @classmethod
-    def empty(cls, rows: tuple[int, ...], kv_heads: int, capacity: int, head_dim: int, device: torch.device) -> "Check":
-        """rows: (B,) or (N, B)."""
-        return cls(
-            torch.empty(rows, dtype=torch.int32, device=device),
-            torch.empty(*rows, kv_heads, dtype=torch.int32, device=device),
-            torch.empty(*rows, kv_heads, capacity, dtype=torch.int32, device=device),
-            torch.empty(*rows, head_dim, dtype=torch.float32, device=device),
-        )
-
-    def of(self, number: int) -> "Check":
-        """One layer's part of several layers'."""
-        return Check(*(part[number] for part in self))
-
-
-@torch.library.custom_op("refreshkv::attend_step", mutates_args=("keys", "values", "length", "observers"))
 def attend_step(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    state: LayerState,
+    scratch: SelectionScratch,
+    layer: int,
+    options: StepOptions,
+    scaling: float,
+) -> Tensor:
+    """`decode_step` of one of N layers by kernels, without the selection, which `select_step` makes for all of them.
+
+    state: the layer's keys, values, length and observers, and the decisions of all layers, (N, ...); scratch: that of
+    all layers, of which this layer writes its part. scratch is left out of `mutates_args` on purpose: declared,
+    functionalization would clone it. That is safe because only `select_step` reads it, after every `attend_step`, for
+    it takes the `length` that each of them changes.
+    """
+    keys, values, length, row_state, selected, _, mean_query, observers, _ = state
+    return _attend_step(
+        query, key, value, keys, values, length, observers, row_state, selected, mean_query, list(scratch), layer,
+        *options.flat(), scaling,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("refreshkv::attend_step", mutates_args=("keys", "values", "length", "observers"))
+def _attend_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     keys: Tensor,
     values: Tensor,
     length: Tensor,
     observers: Tensor,
-    rows: Tensor,
+    row_state: Tensor,
     selected: Tensor,
     mean_query: Tensor,
-    check: list[Tensor],
-    number: int,
+    scratch: list[Tensor],
+    layer: int,
     stride: int,
     threshold: float | None,
     pool_kernel: int,
@@ -124,47 +125,53 @@ def attend_step(
     sink_tokens: int,
     scaling: float,
 ) -> Tensor:
-    """`decode_step` of the layer `number` of a stack, by kernels and without the selection, which `select_step` makes.
+    from refreshkv.ops.step import launches
 
-    rows, selected and mean_query are those of all N layers, (N, ...); check: a `Check` of all of them, into
-    whose part of this layer goes what the selection needs. That they are written is not said to torch, for it
-    would copy them: nobody but `select_step` reads them, and that comes last, for it takes `length`.
-    """
-    from refreshkv.ops.step import launches as decode_kernels
-
+    # an attending layer neither reads nor writes rankings and flags: `selected` and `row_state` stand in their places
+    row_state, selected, mean_query = row_state[layer], selected[layer], mean_query[layer]
+    state = LayerState(keys, values, length, row_state, selected, selected, mean_query, observers, row_state)
+    selection = SelectionOptions(pool_kernel, observation_window, recent_window, sink_tokens)
+    options = StepOptions(stride, threshold, selection)
     with torch.cuda.device_of(query):
-        return decode_kernels.attend_and_rank(
-            query, key, value, keys, values, length, rows[number], selected[number], mean_query[number], observers,
-            Check(*check).of(number), stride, threshold, pool_kernel,
-            observation_window, recent_window, sink_tokens, scaling,
-        )  # fmt: skip
+        own = SelectionScratch(*scratch).of(layer)
+        return launches.attend_and_rank(query, key, value, state, own, options, scaling)
 
 
-@torch.library.custom_op(
-    "refreshkv::select_step", mutates_args=("rows", "selected", "ranking", "mean_query", "full_steps")
-)
-def select_step(
-    check: list[Tensor],
+def select_step(scratch: SelectionScratch, length: Tensor, decisions: Decisions, options: StepOptions) -> None:
+    """Ends a step of N layers: the selections of all that were full, in one launch.
+
+    scratch and decisions: those of all layers, (N, ...); length (): the last layer's.
+    """
+    _select_step(list(scratch), length, *decisions, *options.flat())
+
+
+@torch.library.custom_op("refreshkv::select_step", mutates_args=Decisions._fields)
+def _select_step(
+    scratch: list[Tensor],
     length: Tensor,
-    rows: Tensor,
+    row_state: Tensor,
     selected: Tensor,
     ranking: Tensor,
     mean_query: Tensor,
     full_steps: Tensor,
     stride: int,
     threshold: float | None,
+    pool_kernel: int,
+    observation_window: int,
+    recent_window: int,
+    sink_tokens: int,
 ) -> None:
-    """Ends a step of N layers: the selections of all that were full, in one launch. The state as of `decode_step`, of
-    all layers, (N, ...); length (): the last layer's."""
-    from refreshkv.ops.step import launches as decode_kernels
+    from refreshkv.ops.step import launches
 
-    state = (tensor.flatten(0, 1) for tensor in (rows, selected, ranking, mean_query, full_steps))
+    decisions = Decisions(row_state, selected, ranking, mean_query, full_steps)
+    decisions = Decisions(*(tensor.flatten(0, 1) for tensor in decisions))
+    selection = SelectionOptions(pool_kernel, observation_window, recent_window, sink_tokens)
     with torch.cuda.device_of(selected):
-        whole = Check(*(part.flatten(0, 1) for part in check))
-        decode_kernels.select(whole, length, *state, stride=stride, threshold=threshold)
+        whole = SelectionScratch(*(part.flatten(0, 1) for part in scratch))
+        launches.select(whole, length, decisions, StepOptions(stride, threshold, selection))
 
 
-@select_step.register_fake
+@_select_step.register_fake
 def _(*args) -> None:
     return None
 
@@ -177,30 +184,39 @@ def full_step(
     keys: Tensor,
     values: Tensor,
     length: Tensor,
-    rows: Tensor,
+    row_state: Tensor,
     scaling: float,
 ) -> Tensor:
     """Appends one token and attends to all; arguments and result as in `decode_step`."""
     if uses_kernels(keys):
-        from refreshkv.ops.step import launches as decode_kernels
+        from refreshkv.ops.step import launches
 
         with torch.cuda.device_of(keys):
-            return decode_kernels.full_step(query, key, value, keys, values, length, rows, scaling)
-    return naive.full_step(query, key, value, keys, values, length, rows, scaling)
+            return launches.full_step(query, key, value, keys, values, length, row_state, scaling)
+    return naive.full_step(query, key, value, keys, values, length, row_state, scaling)
 
 
-COMPACT_STATE = ("keys", "values", "length", "rows", "slots", "scores", "positions")
-
-
-@torch.library.custom_op("refreshkv::compact_step", mutates_args=COMPACT_STATE)
 def compact_step(
+    query: Tensor, key: Tensor, value: Tensor, state: CompactState, sink_tokens: int, heavy: bool, scaling: float
+) -> Tensor:
+    """One token attends to what a compact cache kept and to itself and joins it; one entry goes if there are then more
+    than the budget: returns (B, 1, H, D).
+
+    The oldest entry after the first `sink_tokens` goes; or, if `heavy`, the one with the lowest accumulated probability
+    that is not among the last K // 2 tokens.
+    """
+    return _compact_step(query, key, value, *state, sink_tokens, heavy, scaling)
+
+
+@torch.library.custom_op("refreshkv::compact_step", mutates_args=CompactState._fields)
+def _compact_step(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     keys: Tensor,
     values: Tensor,
     length: Tensor,
-    rows: Tensor,
+    row_state: Tensor,
     slots: Tensor,
     scores: Tensor,
     positions: Tensor,
@@ -208,23 +224,15 @@ def compact_step(
     heavy: bool,
     scaling: float,
 ) -> Tensor:
-    """One token attends to what a compact cache kept and to itself, joins it, and one entry goes if there are more than
-    the budget: returns (B, 1, H, D).
-
-    The cache has one entry more than its budget, C = K + 1, and in a full cache one of them, `slots` (B, Hkv) int64,
-    is free for the token. keys, values (B, Hkv, C, D); rows (B, 4) int64: entries ever used, the row's K, 0, unused.
-    The oldest entry after the first `sink_tokens` goes; or, if `heavy`, the one with the lowest accumulated
-    probability, `scores` (B, Hkv, C) float32, that is not among the last K // 2 tokens by `positions` (B, Hkv, C)
-    int64.
-    """
     token = length.clone()
     if uses_kernels(keys):
         from refreshkv.ops.step import launches as form
     else:
         form = naive
+    state = CompactState(keys, values, length, row_state, slots, scores, positions)
     with torch.cuda.device_of(keys):
-        output, probabilities = form.compact_step(query, key, value, keys, values, length, rows, slots, heavy, scaling)
-    used, budgets = rows[:, 0], rows[:, 1]
+        output, probabilities = form.compact_step(query, key, value, state, heavy, scaling)
+    used, budgets = row_state[:, ENTRIES_USED], row_state[:, BUDGET]
     used.copy_(torch.minimum(used + 1, budgets + 1))
     following = torch.where(slots < budgets[:, None], slots + 1, sink_tokens)
     if heavy:
@@ -241,10 +249,10 @@ def compact_step(
     return output
 
 
-@decode_step.register_fake
-@attend_step.register_fake
+@_decode_step.register_fake
+@_attend_step.register_fake
 @full_step.register_fake
-@compact_step.register_fake
+@_compact_step.register_fake
 def _token_output(query: Tensor, *args) -> Tensor:
     """What a step returns, as far as torch.compile has to know: (B, 1, H, D)."""
     batch, heads, _, head_dim = query.shape

@@ -1,0 +1,188 @@
+"""The structs that operations take in place of long argument lists: tensors and numbers, nothing computed.
+
+Shapes: `B` batch rows, `T` positions, `P` prompt length, `R = T - P`, `S` stride, `C` decision steps, the prompt's end
+included, `H` query heads, `Hkv` key/value heads, `D` head size, `L` tokens the cache has room for, `W` slots of a
+selection, `O` observing queries, `N` layers.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LAST_FULL, BUDGET, PADDING, PROMPT_LENGTH = range(4)
+"""Columns of a `row_state` (B, 4) int64: last full position, budget K, padded columns, length of the last prompt block.
+A compact cache counts the entries ever used in column 0 and leaves the last two at zero."""
+
+ENTRIES_USED = LAST_FULL
+"""Column 0 of a compact cache's `row_state`."""
+
+TAIL = 16
+"""Lowest ranks that the kernels of a decoding step put in order at a time: a queue drops them one by one."""
+
+
+class SelectionOptions(NamedTuple):
+    """How a full step ranks positions (specification, section 5); `RefreshConfig` documents the fields."""
+
+    pool_kernel: int
+    observation_window: int
+    recent_window: int
+    sink_tokens: int
+
+
+class StepOptions(NamedTuple):
+    """When a decoding step is full, and what it then keeps."""
+
+    stride: int
+    threshold: float | None
+    selection: SelectionOptions
+
+    def flat(self) -> tuple:
+        """stride, threshold and the four selection options, for an operator."""
+        return self.stride, self.threshold, *self.selection
+
+
+class FullSteps(NamedTuple):
+    """The full steps whose selections are wanted."""
+
+    positions: Tensor
+    """(B, C) int64: the step's position, or -1 where the step is not full."""
+    budgets: Tensor
+    """(B,) int64: the budget K of each batch row."""
+    left_padding: Tensor
+    """(B,) int64: padded columns of each batch row."""
+    width: int
+    """Slots of a selection, at least the largest `min(K, position + 1)`."""
+    droppable: int
+    """How many of the lowest ranks a segment can lose: those are wanted in order, the others in any order."""
+
+
+class Plan(NamedTuple):
+    """The refresh pattern of known tokens in one layer (specification, section 8)."""
+
+    full_positions: Tensor
+    """(B, C) int64: the decision step's position where it was full, else -1. The first is the prompt's end, always
+    full; decision step `c` is at position `P - 1 + c * S`."""
+    latest: Tensor
+    """(B, C) int64: the last full decision step at or before each."""
+    budgets: Tensor
+    """(B,) int64: the budget K of each batch row."""
+    left_padding: Tensor
+    """(B,) int64: padded columns of each batch row."""
+    prompt_length: int
+    """P, padded columns included."""
+    stride: int
+    """S, at most T: the last interval ends with the sequence."""
+    width: int
+    """Slots of a selection: `min(K, T)` for the largest K."""
+    droppable: int
+    """How many of the lowest ranks a segment can lose before the next full step."""
+    uniform: bool
+    """Whether every decision step is full and no batch row is padded."""
+    recurring: bool
+    """Whether later passes have this prompt length and stride again, so that kernels planned for one shape pay."""
+
+    @property
+    def steps(self) -> FullSteps:
+        """What the selection needs of the plan."""
+        return FullSteps(self.full_positions, self.budgets, self.left_padding, self.width, self.droppable)
+
+
+class AttentionInputs(NamedTuple):
+    """What the kernels of known positions attend with."""
+
+    query: Tensor
+    """(B, H, Q, D): the queries of the last Q positions."""
+    key: Tensor
+    """(B, Hkv, T, D)."""
+    value: Tensor
+    """(B, Hkv, T, D)."""
+    scaling: float
+
+
+class Decisions(NamedTuple):
+    """What one layer's decoding has decided so far: the state that a selection writes. Of N layers: (N, B, ...)."""
+
+    row_state: Tensor
+    """(B, 4) int64, by the columns above."""
+    selected: Tensor
+    """(B, Hkv, W) int32: the selected positions by rank, best first; the ranks that may still drop are in order."""
+    ranking: Tensor
+    """(B, Hkv, W) int32: the bits of their scores, kept for the kernels."""
+    mean_query: Tensor
+    """(B, D) float32: the mean query of the last full step."""
+    full_steps: Tensor
+    """(B, L) bool: which positions were full."""
+
+
+class LayerState(NamedTuple):
+    """The state of one layer's cache, which a decoding step changes in place."""
+
+    keys: Tensor
+    """(B, Hkv, L, D)."""
+    values: Tensor
+    """(B, Hkv, L, D)."""
+    length: Tensor
+    """() int64: tokens so far."""
+    row_state: Tensor
+    """As in `Decisions`, like the next three."""
+    selected: Tensor
+    ranking: Tensor
+    mean_query: Tensor
+    observers: Tensor
+    """(B, H, O, D): the last queries, position `p` in slot `p % O`."""
+    full_steps: Tensor
+
+    @property
+    def decisions(self) -> Decisions:
+        """The part that a selection writes."""
+        return Decisions(self.row_state, self.selected, self.ranking, self.mean_query, self.full_steps)
+
+
+class CompactState(NamedTuple):
+    """The state of a cache of at most K entries, with one entry more than its budget, `E = K + 1`, in which a full
+    cache has one free for the next token."""
+
+    keys: Tensor
+    """(B, Hkv, E, D)."""
+    values: Tensor
+    """(B, Hkv, E, D)."""
+    length: Tensor
+    """() int64: tokens so far."""
+    row_state: Tensor
+    """(B, 4) int64: entries ever used, K, 0, 0."""
+    slots: Tensor
+    """(B, Hkv) int64: the entry that the next token takes."""
+    scores: Tensor
+    """(B, Hkv, E) float32: the entries' accumulated probability, for H2O."""
+    positions: Tensor
+    """(B, Hkv, E) int64: the entries' positions, for H2O."""
+
+
+class SelectionScratch(NamedTuple):
+    """What a step leaves for the selection that ends it: of one layer (B, ...), or of several (N, B, ...)."""
+
+    full: Tensor
+    """(B,) int32: the step's position where it was full, else -1."""
+    arrived: Tensor
+    """(B, Hkv) int32: zeros, on which the selection's programs count themselves."""
+    rankings: Tensor
+    """(B, Hkv, L) int32: the ranking of each position of full batch rows, the higher the better."""
+    now: Tensor
+    """(B, D) float32: the step's mean query of full batch rows, written under the similarity schedule only."""
+
+    @classmethod
+    def empty(
+        cls, batch: tuple[int, ...], kv_heads: int, capacity: int, head_dim: int, device: torch.device
+    ) -> "SelectionScratch":
+        """Uninitialised memory; batch: (B,) or (N, B)."""
+        return cls(
+            torch.empty(batch, dtype=torch.int32, device=device),
+            torch.empty(*batch, kv_heads, dtype=torch.int32, device=device),
+            torch.empty(*batch, kv_heads, capacity, dtype=torch.int32, device=device),
+            torch.empty(*batch, head_dim, dtype=torch.float32, device=device),
+        )
+
+    def of(self, layer: int) -> "SelectionScratch":
+        """The part of one of several layers."""
+        return SelectionScratch(*(part[layer] for part in self))
