@@ -70,21 +70,21 @@ class DataConfig:
         for key in ("folder", "path", "split", "text_column"):
             if not getattr(self, key):
                 raise SettingsError(f"data.{key} must not be empty")
-        _check_least("row_length", self.row_length, 2)
-        _check_least("max_documents", self.max_documents, 1)
-        _check_least("train_vocabulary", self.train_vocabulary, SMALLEST_VOCABULARY)
-        _check_least("max_train_rows", self.max_train_rows, 1)
-        _check_least("task_examples", self.task_examples, 1)
+        _validate_least("row_length", self.row_length, 2)
+        _validate_least("max_documents", self.max_documents, 1)
+        _validate_least("train_vocabulary", self.train_vocabulary, SMALLEST_VOCABULARY)
+        _validate_least("max_train_rows", self.max_train_rows, 1)
+        _validate_least("task_examples", self.task_examples, 1)
         if self.tasks is not None and self.path != GENERATED_TASKS:
             raise SettingsError(
                 f"data.tasks means nothing for data.path={self.path}: leave it out or set data.path=tasks"
             )
         if self.path in BUILT_IN:
-            self._check_nothing_ignored()
+            self._validate_nothing_ignored()
         elif self.path in FILE_BUILDERS and not self.data_files:
             raise SettingsError(f"data.path={self.path} reads files of yours: name them in data.data_files")
 
-    def _check_nothing_ignored(self) -> None:
+    def _validate_nothing_ignored(self) -> None:
         unused = [("name", None), ("data_files", None), ("split", "train")]
         if self.path == GENERATED_TASKS:
             unused += [("train_vocabulary", None), ("max_documents", None), ("max_train_rows", None)]
@@ -97,6 +97,6 @@ class DataConfig:
                 )
 
 
-def _check_least(key: str, value: int | None, least: int) -> None:
+def _validate_least(key: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
         raise SettingsError(f"data.{key} must be a whole number >= {least}, got {value!r}")

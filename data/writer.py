@@ -29,7 +29,7 @@ class SplitCounts:
 class SplitWriter:
     """Cuts documents into rows of `row_length` tokens and appends them to the Arrow stream `path`.
 
-    `columns` names further whole numbers that each row has, for `add_row`.
+    `columns` names further whole numbers that each row has, for `add_sequence`.
     """
 
     def __init__(self, path: Path, row_length: int, columns: tuple[str, ...] = ()) -> None:
@@ -59,7 +59,7 @@ class SplitWriter:
         if count:
             self._buffer(np.array(token_ids[:kept], dtype=np.int32), [document] * count)
 
-    def add_row(self, token_ids: list[int], document: str, **values: int) -> None:
+    def add_sequence(self, token_ids: list[int], document: str, **values: int) -> None:
         """Adds one document that is exactly a row; `values` are those of the further columns."""
         for name, value in values.items():
             self._columns[name].append(value)

@@ -24,7 +24,7 @@ from refreshkv.evaluation.records import RecordFile, numbered_layers
 from refreshkv.evaluation.stepwise import Meter, held_bytes
 from refreshkv.evaluation.strategies import Decoding
 from refreshkv.identity import fingerprint
-from refreshkv.prefix.prompt_cache import needs_queries
+from refreshkv.prefix.fill import validate_takes_prefix
 from refreshkv.prefix.recycling import Reuse, recycle, store_prompts
 from refreshkv.prefix.store import PrefixStore
 from refreshkv.settings import SettingsError
@@ -137,7 +137,9 @@ def evaluate_tasks(
         raise SettingsError(f"--batch-size must be at least 1, got {batch_size}")
     weights, results = fingerprint(model), []
     caches = Caches(model, record=store is None)  # with a store each batch has another way to decode than the last
-    queries = store is not None and any(needs_queries(way.build_cache(model.config, 1)) for way in decodings)
+    if store is not None:
+        for way in decodings:
+            validate_takes_prefix(way.build_cache(model.config, 1))
     total = len(decodings) * sum(len(examples) for _, examples in work)
     with tqdm(total=total, unit=" examples", disable=not progress) as bar:
         for task, examples in work:
@@ -154,7 +156,7 @@ def evaluate_tasks(
             for decoding, batch in jobs:
                 bar.set_description(f"{task.label}, {decoding.name}")
                 chosen = [examples[i] for i in batch]
-                outputs = _generate(model, tokenizer, task, decoding, chosen, caches, store, queries)
+                outputs = _generate(model, tokenizer, task, decoding, chosen, caches, store)
                 records.add([Record(keys[decoding.name][i], **out) for i, out in zip(batch, outputs, strict=True)])
                 bar.update(len(batch))
             results += [_result(task, way, [records.get(key) for key in keys[way.name]]) for way in decodings]
@@ -195,7 +197,6 @@ def _generate(
     examples: list[Example],
     caches: Caches,
     store: PrefixStore | None,
-    queries: bool,
 ) -> Iterator[dict[str, Any]]:
     """Generates one batch; gives each example's fields of a `Record`, all but the key."""
     stop = _stop_tokens(model, tokenizer)
@@ -203,7 +204,7 @@ def _generate(
     ids, mask = left_padded([example.prompt_ids for example in examples], padding)
     rows, columns = ids.shape
     if store is not None:
-        store_prompts(store, ids, mask, queries)
+        store_prompts(store, ids, mask)
     room = math.ceil((columns + task.family.max_new_tokens) / ROOM_STEP) * ROOM_STEP
     cache = caches.take(decoding, rows, columns, room)
     meter = Meter(model.device)

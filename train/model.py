@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 import refreshkv
-from refreshkv.data.rows import Rows, check_same_tokens, check_tokenizer
+from refreshkv.data.rows import Rows, validate_same_tokens, validate_token_ids
 from refreshkv.loading import load_configuration, load_model
 from refreshkv.settings import SettingsError
 from refreshkv.train.config import RunConfig
@@ -37,9 +37,9 @@ def model_configuration(config: RunConfig) -> PretrainedConfig:
 def check_rows(config: RunConfig, model_config: PretrainedConfig, rows: Rows) -> None:
     """Refuses rows that the model cannot have been meant for: other tokens, or longer than its positions reach."""
     if config.model.path is not None:
-        check_same_tokens(config.model.path, rows)
+        validate_same_tokens(config.model.path, rows)
     decoder = model_config.get_text_config(decoder=True)
-    check_tokenizer(rows.info, decoder.vocab_size)
+    validate_token_ids(rows.info, decoder.vocab_size)
     reach = getattr(decoder, "max_position_embeddings", None)
     if reach is not None and config.data.row_length > reach:
         raise SettingsError(

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, ClassVar
 
+from refreshkv.data.tasks.family import Family, Problem
 from refreshkv.data.tasks.scoring import leading_matches
-from refreshkv.data.tasks.task import Family, Problem
 from refreshkv.data.tasks.template import Template
 from refreshkv.data.tasks.words import coined_words
 from refreshkv.settings import SettingsError

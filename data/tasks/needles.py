@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 from uuid import UUID
 
 from refreshkv.data.tasks.essays import essay_sentences, generated_sentences
+from refreshkv.data.tasks.family import Family, Problem
 from refreshkv.data.tasks.scoring import match_all
-from refreshkv.data.tasks.task import Family, Problem
 from refreshkv.data.tasks.template import Template
 from refreshkv.data.tasks.words import word_pairs
 from refreshkv.settings import SettingsError

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 
 import fsspec
 
+from refreshkv.data.tasks.family import Family, Problem
 from refreshkv.data.tasks.scoring import match_any
-from refreshkv.data.tasks.task import Family, Problem
 from refreshkv.data.tasks.template import Template
 from refreshkv.data.tasks.words import ADJECTIVES, NOUNS, coined_words
 from refreshkv.settings import SettingsError

@@ -6,12 +6,13 @@ from typing import Any
 
 from refreshkv.data.tasks.chain_of_key import ChainOfKey
 from refreshkv.data.tasks.countdown import Countdown
+from refreshkv.data.tasks.family import Family
 from refreshkv.data.tasks.html_table import HtmlTable
 from refreshkv.data.tasks.needles import Needles
 from refreshkv.data.tasks.path_traversal import PathTraversal
 from refreshkv.data.tasks.questions import Questions
 from refreshkv.data.tasks.summaries import Meetings, Novels, Reports
-from refreshkv.data.tasks.task import Family, Task
+from refreshkv.data.tasks.task import Task
 from refreshkv.data.tasks.variables import VariableTracking
 from refreshkv.data.tasks.word_counts import CommonWords, FrequentWords
 from refreshkv.settings import SettingsError, settings_from_dict

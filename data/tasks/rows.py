@@ -17,7 +17,7 @@ PURPOSE = "training"
 
 
 @dataclass(frozen=True)
-class TaskRow:
+class TaskSequence:
     """One row: the end of another example, a prompt, its answer, end of text, and the beginning of another example."""
 
     token_ids: list[int]
@@ -60,7 +60,9 @@ def prompt_length(tasks: list[Task], row_length: int) -> int:
     return row_length - answer - 1
 
 
-def task_rows(tasks: list[Task], tokenizer: PreTrainedTokenizerBase, row_length: int, count: int) -> Iterator[TaskRow]:
+def task_sequences(
+    tasks: list[Task], tokenizer: PreTrainedTokenizerBase, row_length: int, count: int
+) -> Iterator[TaskSequence]:
     """`count` rows of `row_length` tokens, one example each, of the tasks in turn.
 
     A prompt ends at `prompt_length`. What it and its answer leave of the row is filled from the example before: its end
@@ -80,7 +82,7 @@ def task_rows(tasks: list[Task], tokenizer: PreTrainedTokenizerBase, row_length:
         complete = _complete(example, tokenizer, room)
         front = prompt - len(example.prompt_ids)
         back = row_length - front - len(complete)
-        yield TaskRow(
+        yield TaskSequence(
             token_ids=[*_end(before, front), *complete, *_beginning(before, back)],
             text=example.prompt + example.answer,
             answer_length=len(complete) - len(example.prompt_ids),

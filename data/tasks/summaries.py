@@ -6,8 +6,8 @@ from random import Random
 from typing import Any, ClassVar
 
 from refreshkv.data.tasks.essays import load_columns
+from refreshkv.data.tasks.family import Family, Problem
 from refreshkv.data.tasks.scoring import rouge_l
-from refreshkv.data.tasks.task import Family, Problem
 from refreshkv.data.tasks.template import Template
 from refreshkv.settings import SettingsError
 

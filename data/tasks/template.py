@@ -25,7 +25,7 @@ def load_template(default: Template, path: str | None, setting: str) -> Template
         if name not in default:
             raise SettingsError(f"{setting}={path}: unknown piece {name!r}; this task has {', '.join(default)}")
         known = question if name in ("prompt", "answer_prefix") else placeholders(default[name])
-        _check_piece(name, text, default[name], known, f"{setting}={path}")
+        _validate_piece(name, text, default[name], known, f"{setting}={path}")
     return {**default, **pieces}
 
 
@@ -46,7 +46,7 @@ def _read(path: str, setting: str) -> dict:
     return pieces
 
 
-def _check_piece(name: str, text: object, default: str, known: set[str], source: str) -> None:
+def _validate_piece(name: str, text: object, default: str, known: set[str], source: str) -> None:
     if not isinstance(text, str):
         raise SettingsError(f"{source}: {name} must be text, got {text!r}")
     try:

@@ -6,8 +6,8 @@ from functools import lru_cache
 from random import Random
 from typing import Any, ClassVar, Literal
 
+from refreshkv.data.tasks.family import Family, Problem
 from refreshkv.data.tasks.scoring import match_all
-from refreshkv.data.tasks.task import Family, Problem
 from refreshkv.data.tasks.template import Template
 from refreshkv.data.tasks.words import coined_words, wonderwords_vocabulary
 from refreshkv.settings import SettingsError

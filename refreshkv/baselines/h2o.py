@@ -16,20 +16,9 @@ class H2OLayer(CompactLayer):
     """H2O (Zhang et al. 2023): half of the budget for the highest accumulated probability, half for the last tokens."""
 
     heavy = True
-    needs_queries = True
-    earlier_queries: Tensor | None = None
-
-    def fill(self, key_states: Tensor, value_states: Tensor, query_states: Tensor | None = None) -> None:
-        super().fill(key_states, value_states, query_states)
-        self.earlier_queries = query_states
-
-    def reset(self) -> None:
-        super().reset()
-        self.earlier_queries = None
+    takes_prefix = False  # the accumulated probabilities need the queries of all tokens of the prompt
 
     def _prompt_entries(self, query, key, budgets, left_padding, capacity, scaling):
-        if self.earlier_queries is not None:
-            query, self.earlier_queries = torch.cat([self.earlier_queries, query], dim=2), None
         scores = accumulated_probabilities(query, key, left_padding, scaling)
         column = torch.arange(key.shape[2], device=key.device)
         recent = column >= (key.shape[2] - budgets // 2)[:, None, None]

@@ -30,8 +30,8 @@ class BufferedLayer(CacheLayerMixin):
     is_sliding = False
     per_row: tuple[str, ...] = ("keys", "values")
     """Names of the state that has a part for each batch row."""
-    needs_queries = False
-    """Whether `fill` wants the tokens' queries too: what is kept of a prompt depends on all of them."""
+    takes_prefix = True
+    """Whether `fill` may put in the first tokens of a prompt: False if the choice of entries needs all its queries."""
     last_queries = 1
     """Tokens of a prompt that have to follow what `fill` put in, for their queries are needed."""
     can_take_back = True
@@ -103,16 +103,16 @@ class BufferedLayer(CacheLayerMixin):
             with torch.inference_mode(False):  # the buffers outlive the mode in which they were first wanted
                 self.lazy_initialization(key_states, value_states)
 
-    def fill(self, key_states: Tensor, value_states: Tensor, query_states: Tensor | None = None) -> None:
+    def fill(self, key_states: Tensor, value_states: Tensor) -> None:
         """Puts in the first d columns of a prompt, known from an earlier run. The rest of it has to follow, and attends
-        to them. Keys and values (B, Hkv, d, D), and if the layer `needs_queries` the queries (B, H, d, D).
+        to them. Keys and values (B, Hkv, d, D).
 
-        Raises `ValueError` unless the layer is empty and the tokens have room in it.
+        Raises `ValueError` unless the layer is empty, takes a prefix, and the tokens have room in it.
         """
         if self.length > 0:
             raise ValueError(f"a cache that holds {self.length} tokens cannot be filled: call reset() first")
-        if self.needs_queries and query_states is None:
-            raise ValueError(f"{type(self).__name__} depends on all queries of a prompt: fill it with them too")
+        if not self.takes_prefix:
+            raise ValueError(f"{type(self).__name__} depends on all queries of a prompt: compute the whole prompt")
         self._append(key_states, value_states)
         self.filled_length, self.awaits_attention = key_states.shape[2], False
 

@@ -19,7 +19,9 @@ from transformers import AutoTokenizer
 from refreshkv import cli
 from refreshkv.data.config import DataConfig
 from refreshkv.data.folder import rows_folder
-from refreshkv.data.rows import assign_document, check_tokenizer, load_rows, prepare_rows, share_beyond
+from refreshkv.data.preparation import assign_document
+from refreshkv.data.report import share_beyond
+from refreshkv.data.rows import load_rows, prepare_rows, validate_token_ids
 from refreshkv.data.sources import (
     is_worth_reading,
     load_documents,
@@ -308,9 +310,9 @@ def test_a_folder_of_something_else_is_never_replaced(config):
 def test_a_killed_preparation_is_not_prepared_and_does_not_block(config):
     script = (
         "import os, signal, sys\n"
-        "from refreshkv.data import rows\n"
+        "from refreshkv.data import preparation, rows\n"
         "from refreshkv.data.config import DataConfig\n"
-        "rows._check_train_has_rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "preparation._validate_train_has_rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"rows.prepare_rows({config!r}, 4)\n"
     )
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True)
@@ -337,12 +339,12 @@ def test_damaged_rows_are_refused(config):
         load_rows(config.folder)
 
 
-def test_check_tokenizer(prepared):
+def test_validate_token_ids(prepared):
     info = load_rows(prepared.folder).info
-    check_tokenizer(info, info["vocabulary_size"])
-    check_tokenizer(info, info["largest_token_id"] + 1)
+    validate_token_ids(info, info["vocabulary_size"])
+    validate_token_ids(info, info["largest_token_id"] + 1)
     with pytest.raises(SettingsError, match=r"tokenizer of \d+ tokens but the model has 100; .*data\.tokenizer=MODEL"):
-        check_tokenizer(info, 100)
+        validate_token_ids(info, 100)
 
 
 def test_stdlib_documents():

@@ -20,7 +20,7 @@ from refreshkv.data.tasks.chain_of_key import ChainOfKey
 from refreshkv.data.tasks.countdown import is_solution, search
 from refreshkv.data.tasks.html_table import read_table, row_overlap
 from refreshkv.data.tasks.registry import RULER, TASKS, build_task, build_tasks
-from refreshkv.data.tasks.rows import prompt_length, task_rows, training_tasks
+from refreshkv.data.tasks.rows import prompt_length, task_sequences, training_tasks
 from refreshkv.data.tasks.task import FULL_ENOUGH
 from refreshkv.data.tasks.template import load_template
 from refreshkv.data.tasks.words import ADJECTIVES, NOUNS, coined_words, wonderwords_vocabulary
@@ -624,7 +624,7 @@ def test_training_rows(tmp_path, tokenizer):
     tasks = training_tasks(values, 400)
     begin = prompt_length(tasks, 400)
     assert begin == 400 - 60 - 1
-    rows = list(task_rows(tasks, tokenizer, 400, 5))
+    rows = list(task_sequences(tasks, tokenizer, 400, 5))
     examples = [list(made.examples(tokenizer, 3, "training", begin, made.family.max_new_tokens)) for made in tasks]
     in_turn = [examples[i % 2][i // 2] for i in range(6)]
     assert len(rows) == 5
@@ -644,7 +644,7 @@ def test_summaries_longer_than_their_room_are_cut(tmp_path, tokenizer):
     rows = [{"context": f"Text {i}. " * 50, "answers": [f"{i}: {summary}"]} for i in range(4)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tasks = training_tasks({"gov_report": {"data_files": str(file), "max_new_tokens": 40}}, 400)
-    (first, second) = task_rows(tasks, tokenizer, 400, 2)
+    (first, second) = task_sequences(tasks, tokenizer, 400, 2)
     assert len(first.token_ids) == len(second.token_ids) == 400 and first.answer_length == 41
     whole = tokenizer(first.text[first.text.rindex(" 1: point0") :], add_special_tokens=False).input_ids
     assert first.token_ids[400 - 41 :] == whole[:41] and tokenizer.eos_token_id not in whole[:41]
@@ -707,7 +707,7 @@ def test_training_tasks_that_cannot_work():
 def test_training_rows_that_are_too_short(tokenizer):
     tasks = training_tasks({"chain_of_key": {"max_new_tokens": 60}}, 300)
     with pytest.raises(SettingsError, match="data.tasks.chain_of_key.length=300 is too .*is data.row_length=300 here"):
-        next(task_rows(tasks, tokenizer, 300, 5))
+        next(task_sequences(tasks, tokenizer, 300, 5))
 
 
 def test_documented():
