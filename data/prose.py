@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import lxml.etree
 import lxml.html
 from inscriptis import Inscriptis
 
@@ -67,9 +68,10 @@ def read_text(file: Path) -> str:
 def html_text(page: str) -> str:
     """The text of an HTML page, laid out as a text browser shows it, without its navigation."""
     page = re.sub(r"^\s*<\?xml[^>]*\?>", "", page)  # lxml refuses a string that declares an encoding
-    if not page.strip():
+    try:
+        tree = lxml.html.document_fromstring(page)
+    except lxml.etree.ParserError:  # nothing in it but space or a comment
         return ""
-    tree = lxml.html.document_fromstring(page)
     named = [element for element in tree.xpath("//*[@class or @id or @role]") if _is_navigation(element)]
     for element in [*named, *tree.iter(*OUTSIDE_TEXT)]:
         if element.getparent() is not None:
