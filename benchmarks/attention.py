@@ -29,8 +29,7 @@ from output import in_columns, pyplot, save
 from refreshkv import RefreshConfig, Simulation
 from refreshkv.attention import function as attention
 from refreshkv.attention.function import refresh_attention
-from refreshkv.ops.rows import after_prompt as fused
-from refreshkv.ops.rows import dense_rows, full_rows, partial_rows
+from refreshkv.ops.rows import after_prompt, full_steps, full_steps_cudnn, partial_steps
 from refreshkv.ops.selection import ranking
 from refreshkv.ops.state import AttentionInputs
 
@@ -256,13 +255,13 @@ def parts(
     grad = torch.zeros_like(query[:, :, prompt:])
     query = query[:, :, prompt - config.observation_window :]
     inputs = AttentionInputs(query, key, value, scaling)
-    sums = [torch.zeros_like(key, dtype=torch.float32) for _ in range(2)]
+    gradients = (grad, *(torch.zeros_like(key, dtype=torch.float32) for _ in range(2)))
     work = {"prompt": prompt_both}
     known, dense = None, attention.FAMILIAR == 0
     if plan.full_positions.shape[1] > 1:
 
         def full_forward() -> Tensor:
-            return (dense_rows if dense else full_rows).forward(inputs, plan, output)
+            return (full_steps_cudnn if dense else full_steps).forward(inputs, plan, output)
 
         lse = full_forward()
         known = lse.unsqueeze(-1)
@@ -272,20 +271,20 @@ def parts(
         return ranking.select(query, key, plan.steps, options, scaling, lse=known)
 
     selected = select()
-    rows_lse = partial_rows.forward(inputs, plan, selected, output)
-    delta = fused.dot_rows(output, upstream)
+    rows_lse = partial_steps.forward(inputs, plan, selected, output)
+    delta = after_prompt.dot_rows(output, upstream)
     if plan.full_positions.shape[1] > 1:
 
         def full_backward() -> object:
             if dense:
-                return dense_rows.backward(inputs, plan, lse, output, upstream, grad)
-            return full_rows.backward(inputs, plan, lse, delta, upstream, grad)
+                return full_steps_cudnn.backward(inputs, plan, lse, output, upstream, grad)
+            return full_steps.backward(inputs, plan, lse, delta, upstream, grad)
 
         work["full back"] = full_backward
     work |= {
         "select": select,
-        "partial": lambda: partial_rows.forward(inputs, plan, selected, output),
-        "partial back": lambda: partial_rows.backward(inputs, plan, selected, rows_lse, delta, upstream, (grad, *sums)),
+        "partial": lambda: partial_steps.forward(inputs, plan, selected, output),
+        "partial back": lambda: partial_steps.backward(inputs, plan, selected, rows_lse, delta, upstream, gradients),
     }
     return {name: milliseconds(call, repeat) for name, call in work.items()}
 

@@ -13,6 +13,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from refreshkv import ops
+from refreshkv.ops.choice import CHOICE
 
 FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -50,8 +51,8 @@ def ordinary_attention(
         kwargs.pop("position_ids", None)  # of the whole row, and packed sequences are refused anyway
     else:
         named = _has_a_name(left_padding, sliding_window, query)
-        if named and implementation == "sdpa" and not dropout and ops.takes_block(query, key, value):
-            return ops.block(query, key, value, scaling).transpose(1, 2)
+        if named and implementation == "sdpa" and not dropout and CHOICE.takes_prompt_block(query, key, value):
+            return ops.prompt_block(query, key, value, scaling).transpose(1, 2)
         if named and query.shape[2] not in (1, key.shape[2]):
             mask = causal_lower_right(query.shape[2], key.shape[2])
         else:

@@ -17,6 +17,7 @@ from refreshkv.attention.dense import ordinary_attention
 from refreshkv.attention.masks import padding_from_mask
 from refreshkv.cache.buffers import BufferedCache, BufferedLayer
 from refreshkv.config import Simulation
+from refreshkv.ops.choice import CHOICE
 from refreshkv.settings import SettingsError
 
 PROMPT_STEP = 128
@@ -113,8 +114,8 @@ def _simulate(
     if prompt == length:
         return ordinary(query, key, value)
     options = config.selection_options()
-    if dense and ops.takes_whole_rows(query, key, value, plan):
-        return ops.whole_rows(query, key, value, plan, options, scaling)
+    if dense and CHOICE.takes_whole_sequence(query, key, value, plan):
+        return ops.whole_sequence(query, key, value, plan, options, scaling)
     plan = plan._replace(recurring=_is_familiar(simulation, query, key))
     computed = _computed_prompt(query, prompt) if dense else prompt
     parts = _SplitAtPrompt.apply(query, key, value, prompt, computed, config.observation_window)

@@ -3,7 +3,6 @@
 Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `L` tokens so far.
 """
 
-import os
 import sys
 from collections.abc import Callable
 
@@ -13,8 +12,8 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from refreshkv.layers import layer_windows
+from refreshkv.ops.choice import CHOICE
 from refreshkv.ops.state import PADDING
-from refreshkv.ops.step.operators import uses_kernels
 from refreshkv.settings import SettingsError
 
 
@@ -49,7 +48,7 @@ class BufferedLayer(CacheLayerMixin):
         self.is_decoding = False
         self.awaits_attention = False
         # whether generate() may compile a decoding step; on a GPU the naive form reads decisions back to the host
-        self.is_compileable = os.environ.get("REFRESHKV_OPS") != "naive"
+        self.is_compileable = not CHOICE.naive_only
 
     @property
     def length(self) -> int:
@@ -210,7 +209,7 @@ class BufferedLayer(CacheLayerMixin):
         of another cache are recorded anew."""
         self.is_decoding, self.awaits_attention = True, False
         self.filled_length, self.prompt_end = 0, self.length
-        self.is_captured = uses_kernels(self.keys) or self.device.type != "cuda"
+        self.is_captured = CHOICE.uses_kernels(self.keys) or self.device.type != "cuda"
         self._mark_addresses((*self.per_row, "cumulative_length"))
 
     def changed_by_step(self, length: int) -> tuple[str, ...]:

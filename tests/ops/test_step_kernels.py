@@ -17,8 +17,8 @@ from refreshkv.cache import joint_state as layer_stack
 from refreshkv.cache.layer import RefreshLayer
 from refreshkv.cache.refresh import RefreshCache
 from refreshkv.ops import naive
+from refreshkv.ops.choice import Choice
 from refreshkv.ops.state import LAST_FULL, Decisions, LayerState, SelectionOptions, SelectionScratch, StepOptions
-from refreshkv.ops.step import operators as decode
 from tests.helpers.marks import slow_unless
 from tests.helpers.models import random_ids, tiny_enabled
 
@@ -112,7 +112,7 @@ TOGETHER = ("fixed", "similarity", "long intervals", "observers and windows")
 @pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_layers_that_select_together(monkeypatch, name, parts):
     """Steps of three layers whose selections are one launch, and of each by itself; rows change places in between."""
-    monkeypatch.setattr(layer_stack, "uses_kernels", lambda tensor: True)
+    monkeypatch.setattr(Choice, "uses_kernels", lambda choice, tensor: True)
     monkeypatch.setattr(decode_selection, "parts_of", lambda pairs, capacity: parts)
     prompt, _, groups, kv_heads, head_dim, padding, config = CASES[name]
     steps = 8
@@ -144,7 +144,7 @@ def test_layers_that_select_together(monkeypatch, name, parts):
 
 def test_the_memory_of_a_cache_is_free_at_once(monkeypatch):
     """No layer is part of a circle, which Python would find some time later."""
-    monkeypatch.setattr(layer_stack, "uses_kernels", lambda tensor: True)
+    monkeypatch.setattr(Choice, "uses_kernels", lambda choice, tensor: True)
     model, gone = tiny_enabled(CASES["fixed"][-1]).to(DEVICE), []
     cache = RefreshCache(model.config, 20)
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_any_number_of_splits(monkeypatch, splits):
 
 
 @pytest.mark.parametrize(
-    ("name", "sample", "doubts", "margin"),
+    ("name", "sample", "candidates", "margin"),
     [
         ("fixed", 16, 16, 3.0),
         ("observers and windows", 16, 1, 3.0),
@@ -179,10 +179,10 @@ def test_any_number_of_splits(monkeypatch, splits):
         pytest.param("long intervals", 16, 1, 3.0, marks=pytest.mark.slow),
     ],
 )
-def test_selection_whatever_the_guess(monkeypatch, name, sample, doubts, margin):
+def test_selection_whatever_the_guess(monkeypatch, name, sample, candidates, margin):
     """A good guess, one that leaves too much in doubt, a wrong one; several blocks of everything."""
     monkeypatch.setattr(decode_selection, "SAMPLE", sample)
-    monkeypatch.setattr(decode_selection, "DOUBTS", doubts)
+    monkeypatch.setattr(decode_selection, "CANDIDATES", candidates)
     monkeypatch.setattr(decode_selection, "MARGIN", margin)
     monkeypatch.setattr(decode_selection, "BLOCK", 16)
     monkeypatch.setattr(decode_attention, "RANKED", 16)
@@ -212,7 +212,7 @@ def test_the_baselines_equal_their_naive_form(monkeypatch, name, groups):
         token = [drawn(generator, count, 1, head_dim) for count in (groups * 2, 2, 2)]
         outputs = []
         for layer, kernels in zip(layers, (True, False), strict=True):
-            monkeypatch.setattr(decode, "uses_kernels", lambda tensor, kernels=kernels: kernels)
+            monkeypatch.setattr(Choice, "uses_kernels", lambda choice, tensor, kernels=kernels: kernels)
             outputs.append(layer.step(*token, 0.25))
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5, msg=lambda m, s=step: f"{s}: {m}")
         for state in layers[0].per_row:
@@ -267,7 +267,7 @@ def test_the_selection_by_several_programs_is_exact(monkeypatch, length, budget,
     """Parts without positions, or with more in doubt than they have room for, among them."""
     monkeypatch.setattr(decode_selection, "parts_of", lambda pairs, capacity: parts)
     monkeypatch.setattr(decode_selection, "SAMPLE", 64)
-    monkeypatch.setattr(decode_selection, "DOUBTS", 128)
+    monkeypatch.setattr(decode_selection, "CANDIDATES", 128)
     monkeypatch.setattr(decode_selection, "BLOCK", 64)
     assert_exact_selection(length, budget, distinct)
 
@@ -279,7 +279,7 @@ def test_programs_that_share_a_row():
 
 def test_a_pickled_cache_goes_on(monkeypatch):
     """What pickle takes apart, the layers' state and that of all of them, is one again."""
-    monkeypatch.setattr(layer_stack, "uses_kernels", lambda tensor: True)
+    monkeypatch.setattr(Choice, "uses_kernels", lambda choice, tensor: True)
     model, ids = tiny_enabled(dtype=torch.float32, head_dim=16).to(DEVICE), random_ids(2, 24).to(DEVICE)
     results = []
     with torch.no_grad():

@@ -28,7 +28,7 @@ def refresh_rows(
     return grouped_attention(rows, key, value, visible, scaling).transpose(1, 2)
 
 
-def whole_rows(
+def whole_sequence(
     query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: SelectionOptions, scaling: float
 ) -> Tensor:
     """Attention of a whole sequence without padding: causal in the prompt, then as `refresh_rows`.

@@ -131,13 +131,13 @@ def small_cache(position: int, row_state: Tensor, selected: Tensor) -> Tensor:
     return torch.cat([kept, local.unsqueeze(1).expand(-1, selected.shape[1], -1)], dim=-1)
 
 
-def copy_rows(source: Tensor, target: Tensor, source_first: int, target_first: int, count: int) -> None:
+def copy_tokens(source: Tensor, target: Tensor, source_first: int, target_first: int, count: int) -> None:
     """target (B, Hkv, M, D) from `target_first` on becomes `count` tokens of source (B, Hkv, L, D) from `source_first`
     on; pinned host memory or on the device."""
     target[:, :, target_first : target_first + count] = source[:, :, source_first : source_first + count]
 
 
-def gather_rows(source: Tensor, index: Tensor, wanted: Tensor, target: Tensor) -> None:
+def gather_tokens(source: Tensor, index: Tensor, wanted: Tensor, target: Tensor) -> None:
     """The first W tokens of target (B, Hkv, M, D) become those of source (B, Hkv, L, D) at index (B, Hkv, W) int32.
 
     Only in the rows `wanted` (B,) bool, and where the index is not negative. source: pinned host memory or as target.

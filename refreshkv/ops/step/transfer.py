@@ -46,8 +46,8 @@ def _gather(
     tl.store(target[:, None] + column[None, :], tl.load(source[:, None] + column[None, :], mask=mask), mask=mask)
 
 
-def copy_rows(source: Tensor, target: Tensor, source_first: int, target_first: int, count: int) -> None:
-    """As `refreshkv.ops.naive.copy_rows`."""
+def copy_tokens(source: Tensor, target: Tensor, source_first: int, target_first: int, count: int) -> None:
+    """As `refreshkv.ops.naive.copy_tokens`."""
     batch, kv_heads, _, head_dim = source.shape
     if count == 0:
         return
@@ -59,8 +59,8 @@ def copy_rows(source: Tensor, target: Tensor, source_first: int, target_first: i
         )  # fmt: skip
 
 
-def gather_rows(source: Tensor, index: Tensor, wanted: Tensor, target: Tensor) -> None:
-    """As `refreshkv.ops.naive.gather_rows`."""
+def gather_tokens(source: Tensor, index: Tensor, wanted: Tensor, target: Tensor) -> None:
+    """As `refreshkv.ops.naive.gather_tokens`."""
     batch, kv_heads, width = index.shape
     source = source if source.stride(-1) == 1 else source.contiguous()
     head_dim = source.shape[-1]
