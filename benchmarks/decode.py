@@ -27,17 +27,18 @@ from torch import Tensor
 from transformers import CompileConfig, DynamicCache, LlamaForCausalLM, LogitsProcessor, StaticCache
 
 from measuring import SHAPE, add_shape, free_memory, milliseconds, random_llama
-from output import in_columns, pyplot, save
+from output import pyplot, save
 from refreshkv import NEVER, RefreshCache, RefreshConfig, decode_ahead, enable, tuned_compilation
 from refreshkv.baselines.compact import CompactLayer
 from refreshkv.baselines.full import FullCache
 from refreshkv.baselines.h2o import H2OCache
 from refreshkv.baselines.snapkv import SnapKVCache
 from refreshkv.baselines.streaming import StreamingCache
-from refreshkv.cache.buffers import BufferedCache
+from refreshkv.cache.preallocated import PreallocatedCache
 from refreshkv.ops.state import Decisions, SelectionOptions, SelectionScratch, StepOptions
 from refreshkv.ops.step import launches as decode_kernels
 from refreshkv.ops.step.operators import select_step
+from refreshkv.tables import column_table
 
 CASES = "32768:1,32768:8,131072:1,16384:32"
 REFRESHING = ("refresh", "similarity", "offloaded")
@@ -120,7 +121,7 @@ def fill(cache, model: LlamaForCausalLM, batch: int, context: int, budget: int) 
     A compact cache gets a prompt of its budget: the rest would be gone anyway.
     """
     config = model.config
-    ours = isinstance(cache, BufferedCache)
+    ours = isinstance(cache, PreallocatedCache)
     compact = ours and isinstance(cache.layers[0], CompactLayer)
     length = budget if compact else context
     # queries of a whole prompt would take memory that decoding does not: all but the last tokens were there before
@@ -130,13 +131,13 @@ def fill(cache, model: LlamaForCausalLM, batch: int, context: int, budget: int) 
         return torch.randn(batch, heads, tokens, config.head_dim, device=model.device, dtype=model.dtype)
 
     for layer in cache.layers if known > 0 else ():
-        layer.fill(*(random(config.num_key_value_heads, known) for _ in range(2)))
+        layer.load_prefix(*(random(config.num_key_value_heads, known) for _ in range(2)))
     padding = torch.zeros(batch, dtype=torch.int64, device=model.device)
     for index in range(config.num_hidden_layers):
         cache.update(*(random(config.num_key_value_heads, length - known) for _ in range(2)), index)
         if ours:
             query = random(config.num_attention_heads, length - known)
-            cache.layers[index].begin(query, padding, config.head_dim**-0.5)
+            cache.layers[index].end_block(query, padding, config.head_dim**-0.5)
     return length
 
 
@@ -363,7 +364,7 @@ def table(results: list[dict[str, object]]) -> str:
     lines = [names]
     for result in results:
         lines.append(["" if result.get(name) is None else str(result[name]) for name in names])
-    return in_columns(lines)
+    return column_table(lines, text_columns=0)
 
 
 def plot(results: list[dict[str, object]], path: Path) -> None:

@@ -22,7 +22,8 @@ from typing import Any
 
 import yaml
 
-from output import in_columns, pyplot, save
+from output import pyplot, save
+from refreshkv.tables import column_table
 
 TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train.py"
 RUNS = ("kernels", "plain", "naive")
@@ -107,7 +108,7 @@ def settings(name: str, args: argparse.Namespace, info: dict[str, Any], output: 
             "global_batch": 1,
             "micro_batch": 1,
             "learning_rate": 3e-4,
-            "schedule": "constant_with_warmup",
+            "lr_schedule": "constant_with_warmup",
             "warmup_steps": 20,
             "seed": args.seed,
             "log_every": 1,
@@ -166,7 +167,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [("", *columns)] + [
         (name, *(str(values.get(column, "")) for column in columns)) for name, values in result["runs"].items()
     ]
-    text = [in_columns(lines)]
+    text = [column_table(lines, text_columns=0)]
     for name, values in result["naive against kernels"].items():
         text.append(f"naive against kernels, {name}: mean {values['mean']:.3g}, largest {values['largest']:.3g}")
     return "\n".join(text)

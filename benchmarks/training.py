@@ -23,28 +23,43 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 import refreshkv
 from refreshkv.attention import sequence_parallel
 from refreshkv.data.rows import load_rows
 from refreshkv.settings import settings_from_dict
+from refreshkv.tables import markdown_table
 from refreshkv.train.batch import Batch, make_batch
 from refreshkv.train.config import RunConfig
 from refreshkv.train.engine import build_engine, init_processes
-from refreshkv.train.flops import model_work, peak_flops, step_flops
-from refreshkv.train.kernels import check_kernels, use_liger
-from refreshkv.train.loss import attach_loss
+from refreshkv.train.flops import peak_flops, step_flops
+from refreshkv.train.job import Job, resolve
+from refreshkv.train.kernels import use_liger, validate_kernels
+from refreshkv.train.loss import CausalLossModel
+from refreshkv.train.memory import allocated, memory_needed
 from refreshkv.train.mock import mock_step
-from refreshkv.train.preflight import allocated, matmul_rate, memory_needed, model_shape, step_seconds
 from refreshkv.train.recomputation import recompute_layers
 from refreshkv.train.simulation import draw_simulation
 from refreshkv.train.step import train_step
+from refreshkv.train.step_time import matmul_rate, step_seconds
 
 ROOT = Path(__file__).resolve().parent.parent
-LLAMA = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
 LLAMA |= {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 1 << 20}
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 TINY |= {"num_key_value_heads": 2, "vocab_size": 500, "max_position_embeddings": 1 << 20}
 
 
@@ -78,51 +93,15 @@ def main() -> None:
 
 
 def measure_all(args: argparse.Namespace, rank: int, world: int) -> list[dict]:
-    """All cases on one engine; each is printed, and added to the output, when it is known."""
+    """Measures all cases on one engine; each result is printed, and added to the output, when it is known."""
     cases = [(int(length), pattern) for length, pattern in (case.split(":") for case in args.cases.split(","))]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model_config = LlamaConfig(**(TINY if args.tiny else LLAMA))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with device:  # random weights are made faster there, and ZeRO divides them
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-    first = run_config(args, *cases[0], world, device)
-    refreshkv.enable(model, first.refresh)
-    check_kernels(first.training, model_config)
-    if args.kernels == "liger":
-        use_liger(model)
-    if args.checkpointing:
-        recompute_layers(model, args.checkpointing, args.offload)
-    attach_loss(model, args.loss)
-    work, shape, rate = model_work(model), model_shape(model_config), matmul_rate(device, first.training.dtype)
-    engine = build_engine(model, first, world, sequence_parallel.start(model, args.sequence, args.micro_batch))
-    del model
+    job = resolve(run_config(args, *cases[0], world, device), world, dry=True)
+    engine, rate = build(args, job, device), matmul_rate(device, job.config.training.dtype)
     results = []
     for length, pattern in cases:
-        config = run_config(args, length, pattern, world, device)
-        seconds, memory = measure(engine, config, args, rank, world)
-        simulation = draw_simulation(config.simulation, config.refresh, length, 0, 1)
-        flops = step_flops(work, config.training.global_batch, length, simulation)
-        peak = peak_flops(engine.device, config.training.dtype)
-        results.append(
-            {
-                "T": length,
-                "pattern": pattern,
-                "GPUs": world,
-                "sequence": args.sequence,
-                "micro-batch": args.micro_batch,
-                "kernels": args.kernels,
-                "optimizer": args.optimizer,
-                "recomputed": args.checkpointing,
-                "offload": args.offload,
-                "DeepSpeed": Path(args.deepspeed_json).stem,
-                "step s": seconds,
-                "predicted s": step_seconds(config, shape, world, rate),
-                "MFU": flops / seconds / world / peak if peak else None,
-                "memory GB": memory / 1e9,
-                "predicted GB": allocated(memory_needed(config, shape, world)) / 1e9,
-                "tokens/s": config.training.global_batch * length / seconds,
-            }
-        )
+        job = job.with_settings(run_config(args, length, pattern, world, device))
+        results.append(result(engine, job, args, rank, rate))
         if rank == 0:
             print(json.dumps(results[-1]), flush=True)
             if args.output:
@@ -130,8 +109,50 @@ def measure_all(args: argparse.Namespace, rank: int, world: int) -> list[dict]:
                 with (args.output / "training.jsonl").open("a") as file:
                     file.write(json.dumps(results[-1]) + "\n")
         if args.profile and len(results) == 1:
-            profile_step(engine, config, args, rank, world)
+            profile_step(engine, job.config, args, rank, world)
     return results
+
+
+def build(args: argparse.Namespace, job: Job, device: torch.device):
+    """The engine of a model with random weights."""
+    validate_kernels(job.config.training, job.model_config)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with device:  # random weights are made faster on the GPU, and ZeRO divides them
+        model = AutoModelForCausalLM.from_config(job.model_config, dtype=dtype)
+    refreshkv.enable(model, job.config.refresh)
+    if args.kernels == "liger":
+        use_liger(model)
+    if args.checkpointing:
+        recompute_layers(model, args.checkpointing, args.offload)
+    mpu = sequence_parallel.start(model, args.sequence, args.micro_batch)
+    return build_engine(CausalLossModel(model, args.loss), job, mpu)
+
+
+def result(engine, job: Job, args: argparse.Namespace, rank: int, rate: float) -> dict:
+    """Measures one case; what was measured and what was predicted, by the names of the table's columns."""
+    config, world, length = job.config, job.world, job.config.data.row_length
+    seconds, memory = measure(engine, config, args, rank, world)
+    simulation = draw_simulation(config.simulation, config.refresh, length, 0, 1)
+    flops = step_flops(job.shape.work, config.training.global_batch, length, simulation)
+    peak = peak_flops(engine.device, config.training.dtype)
+    return {
+        "T": length,
+        "pattern": config.simulation.pattern,
+        "GPUs": world,
+        "sequence": args.sequence,
+        "micro-batch": args.micro_batch,
+        "kernels": args.kernels,
+        "optimizer": args.optimizer,
+        "recomputed": args.checkpointing,
+        "offload": args.offload,
+        "DeepSpeed": Path(args.deepspeed_json).stem,
+        "step s": seconds,
+        "predicted s": step_seconds(job, rate),
+        "MFU": flops / seconds / world / peak if peak else None,
+        "memory GB": memory / 1e9,
+        "predicted GB": allocated(memory_needed(job)) / 1e9,
+        "tokens/s": config.training.global_batch * length / seconds,
+    }
 
 
 def run_config(args: argparse.Namespace, length: int, pattern: str, world: int, device: torch.device) -> RunConfig:
@@ -148,6 +169,7 @@ def run_config(args: argparse.Namespace, length: int, pattern: str, world: int, 
     training |= {"activation_checkpointing": args.checkpointing, "activation_offload": args.offload, "steps": 1000}
     values = {"data": {"row_length": length}, "refresh": {"budget": min(2048, length // 8)}, "training": training}
     values |= {"simulation": simulation[pattern], "parallel": {"sequence": args.sequence}}
+    values["model"] = {"scratch": TINY if args.tiny else LLAMA}
     return settings_from_dict(RunConfig, values)
 
 
@@ -266,7 +288,7 @@ def table(results: list[dict]) -> str:
     plain = {tuple(item[name] for name in SETTINGS): item["step s"] for item in results if item["pattern"] == "off"}
     names = ["T", "pattern", "GPUs per row", "rows", "kernels", "optimizer", "recomputed", "DeepSpeed", "step s"]
     names += ["predicted", "to plain", "MFU", "memory GB", "predicted"]
-    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    lines = [names]
     for item in results:
         same = plain.get(tuple(item[name] for name in SETTINGS))
         cells = [f"{item['T']:,}", item["pattern"], item["sequence"], item["micro-batch"], item["kernels"]]
@@ -276,8 +298,8 @@ def table(results: list[dict]) -> str:
         cells += [f"{item['step s'] / same:.2f}" if same else ""]
         cells += [f"{item['MFU']:.1%}" if item["MFU"] is not None else ""]
         cells += [f"{item['memory GB']:.1f}", f"{item['predicted GB']:.1f}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        lines.append([str(cell) for cell in cells])
+    return markdown_table(lines, text_columns=2)
 
 
 if __name__ == "__main__":

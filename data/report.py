@@ -1,18 +1,22 @@
-"""What a preparation prints when it is done."""
+"""The report of a preparation: counts of each split, and warnings."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refreshkv.config import RefreshConfig
+from refreshkv.tables import column_table
+
 
 @dataclass(frozen=True)
 class PreparationReport:
-    """The prepared folder, its rows.json, and how much of a row the small cache constrains. `str()` is the table."""
+    """What a preparation wrote, and how much of it a small cache constrains. `str()` gives a table and warnings."""
 
     folder: Path
     info: dict[str, Any]
+    """The content of the folder's rows.json."""
     budget: int
-    """The small cache's size K for a prompt as long as a row."""
+    """The small cache's size K, in tokens, for a prompt as long as a row."""
     share_beyond: float
     """Share of a row's positions whose context is longer than K (0 to 1)."""
 
@@ -55,17 +59,18 @@ class PreparationReport:
         return warnings
 
 
+def share_beyond(budget: int | float, row_length: int) -> float:
+    """Share (0 to 1) of a row's positions whose context, `t + 1` tokens at position t, is longer than the budget K.
+
+    A fraction is taken of the whole row: K is the largest that any prompt in the row can give.
+    """
+    capacity = RefreshConfig(budget=budget).largest_budget(row_length)
+    return max(0, row_length - capacity) / row_length
+
+
 def _table(splits: dict[str, dict[str, int]]) -> str:
     columns = ("documents", "dropped_documents", "rows", "tokens", "leftover_tokens")
     lines = [["split", "documents", "dropped", "rows", "tokens", "left over"]]
     lines += [[split, *(f"{counts[column]:,}" for column in columns)] for split, counts in splits.items()]
     lines.append(["total", *(f"{sum(counts[column] for counts in splits.values()):,}" for column in columns)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(_aligned(line, widths) for line in lines)
-
-
-def _aligned(cells: list[str], widths: list[int]) -> str:
-    first, *numbers = (
-        cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "  ".join([first, *numbers])
+    return column_table(lines)

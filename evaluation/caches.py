@@ -1,11 +1,14 @@
-"""Caches for one batch after the other: one at a time, used again where the next batch has the same shape, because for
-each new one a GPU compiles and records the steps anew. What is timed then is decoding, not compiling."""
+"""Empty caches for one batch after another.
+
+The next batch of the same shape gets the same cache, emptied: for each new cache a GPU compiles the steps and captures
+them in a CUDA graph, which would be timed with the decoding.
+"""
 
 import torch
 from transformers import Cache, PreTrainedModel
 
 from refreshkv import decode_ahead
-from refreshkv.evaluation.strategies import Decoding
+from refreshkv.evaluation.strategies import Strategy
 
 GREEDY = {
     "do_sample": False,
@@ -15,15 +18,15 @@ GREEDY = {
 }
 """Arguments of `generate()` for greedy decoding, whatever the model's own generation settings are."""
 
-RECORDED = 4
-"""Tokens after which a step has been compiled and captured into a CUDA graph."""
+STEPS_TO_CAPTURE = 4
+"""Tokens after which a step has been compiled and captured in a CUDA graph."""
 
 
 class Caches:
-    """Gives out empty caches for batches of one model.
+    """Hands out empty caches for batches of one model, one at a time.
 
-    record: on a GPU, compile and record the steps of a cache before it is given out, which costs a prompt more: worth
-    it where the next batches have the same shape and way to decode.
+    record: on a GPU, compile and capture the steps of a new cache before handing it out. This costs another prompt, and
+    pays if the next batches have the same shape and strategy.
     """
 
     def __init__(self, model: PreTrainedModel, record: bool = True):
@@ -31,28 +34,30 @@ class Caches:
         self._key: tuple | None = None
         self._cache: Cache | None = None
 
-    def take(self, decoding: Decoding, rows: int, prompt: int, tokens: int) -> Cache:
-        """An empty cache for `rows` rows of at most `tokens` tokens, the first `prompt` of them a prompt. The one given
-        out before must not be used any more."""
-        key = (decoding.name, tuple(decoding.settings.items()), rows, tokens)
+    def take(self, strategy: Strategy, sequences: int, prompt_length: int, tokens: int) -> Cache:
+        """An empty cache for a batch of this many sequences, each of at most `tokens` tokens, prompt included.
+
+        The cache handed out before must not be used any more.
+        """
+        key = (strategy.name, tuple(strategy.settings.items()), sequences, tokens)
         if self._key == key:
             self._cache.reset()
         else:
-            self._key = self._cache = None  # its memory first
-            self._cache = decoding.build_cache(self._model.config, tokens)
+            self._key = self._cache = None  # frees the earlier cache's memory first
+            self._cache = strategy.build_cache(self._model.config, tokens)
             if self._records and self._model.device.type == "cuda" and self._cache.is_compileable:
-                self._record(rows, prompt, min(RECORDED, tokens - prompt))
+                self._record(sequences, prompt_length, min(STEPS_TO_CAPTURE, tokens - prompt_length))
             self._key = key
         return self._cache
 
-    def _record(self, rows: int, prompt: int, new: int) -> None:
-        ids = torch.zeros(rows, prompt, dtype=torch.int64, device=self._model.device)
+    def _record(self, sequences: int, prompt_length: int, new_tokens: int) -> None:
+        ids = torch.zeros(sequences, prompt_length, dtype=torch.int64, device=self._model.device)
         self._model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=self._cache,
             custom_generate=decode_ahead,
-            max_new_tokens=new,
+            max_new_tokens=new_tokens,
             eos_token_id=None,
             pad_token_id=0,
             **GREEDY,

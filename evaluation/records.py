@@ -1,4 +1,4 @@
-"""Finished pieces of an evaluation, one JSON object per line of a file, so that an interrupted one goes on."""
+"""Finished parts of an evaluation, one JSON object per line of a file, so that an interrupted one can continue."""
 
 import json
 import os
@@ -8,31 +8,32 @@ from typing import Any, Generic, TypeVar
 from refreshkv.settings import SettingsError
 
 Line = TypeVar("Line")
-"""A dataclass of plain values with a `key`: a hash of everything that its other values depend on."""
+"""A dataclass of plain values with a `key`: a hash of everything that the other values depend on."""
 
 
 class RecordFile(Generic[Line]):
-    """The records of one file by key. A last line that a kill has cut short is removed.
+    """The records of one file, by key.
 
-    Raises `SettingsError` for a file that holds something else.
+    A last line that a killed process wrote in part is removed. Raises `SettingsError` for a file with other content.
     """
 
     kind = "an evaluation"
-    """What the lines are of, for errors."""
+    """Names the evaluation in errors."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._records = {record.key: record for record in self._read()} if path.exists() else {}
 
     def parse(self, values: dict[str, Any]) -> Line:
-        """The record of a line's values. JSON has made text of keys that were numbers."""
+        """Builds the record from a line's values. JSON has turned keys that were numbers into text."""
         raise NotImplementedError
 
     def get(self, key: str) -> Line | None:
+        """The record with this key; None if the file has none."""
         return self._records.get(key)
 
     def add(self, records: list[Line]) -> None:
-        """Appends them to the file; they are on disk when this returns."""
+        """Appends records to the file; they lie on the disk when this returns."""
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(vars(record)) + "\n" for record in records)
             file.flush()
@@ -53,5 +54,5 @@ class RecordFile(Generic[Line]):
 
 
 def numbered_layers(counts: dict[str, int] | None) -> dict[int, int] | None:
-    """Values by layer, with the layers' numbers as numbers again."""
+    """The same values by layer, with layer numbers as integers again."""
     return None if counts is None else {int(layer): count for layer, count in counts.items()}

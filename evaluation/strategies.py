@@ -1,4 +1,7 @@
-"""Ways to decode, by name: each builds the cache that `model.generate` is given."""
+"""Strategies of decoding, by name: full attention, RefreshKV under a schedule, and caches that evict.
+
+A strategy builds the cache that `model.generate` gets.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,17 +23,17 @@ NEVER_REFRESHED = "never refreshed"
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """One way to decode."""
+class Strategy:
+    """A strategy of decoding: a name, its settings, and the cache it needs."""
 
     name: str
-    """For tables."""
+    """Names the strategy in tables."""
     settings: dict[str, Any]
-    """Plain values that say all about it; empty for full attention."""
+    """Plain values that define the strategy; empty for full attention."""
     build_cache: Callable[[PretrainedConfig, int], Cache]
-    """From the model's configuration and the most tokens of a row: a new cache."""
+    """(model configuration, most tokens of a sequence) -> a new cache."""
     config: RefreshConfig | None = None
-    """RefreshKV's schedule and selection, which one parallel pass can simulate; None for every other way."""
+    """RefreshKV's schedule and selection, which one parallel pass can simulate; None for all other strategies."""
 
     @property
     def is_full(self) -> bool:
@@ -47,63 +50,81 @@ class Decoding:
         return None if self.is_full else RefreshConfig(budget=self.settings["budget"]).largest_budget(prompt_length)
 
 
-Builder = Callable[[RefreshConfig, list[str]], Decoding]
-"""From the model's schedule and selection, and the arguments that follow the name after colons."""
+Builder = Callable[[RefreshConfig, list[str]], Strategy]
+"""(the model's schedule and selection, the arguments that follow the name after colons) -> the strategy."""
 
 
-def build_decodings(names: list[str], config: RefreshConfig) -> list[Decoding]:
-    """One for each of `names`, such as "full", "snapkv", "refresh:10", "similarity:5:0.85".
+def build_strategies(names: list[str], config: RefreshConfig) -> list[Strategy]:
+    """Builds the strategies with these names, such as "full", "snapkv", "refresh:10", "similarity:5:0.85".
 
-    What a name leaves open comes from `config`. Raises `SettingsError` for unknown names, wrong arguments, and for the
-    same way to decode twice.
+    `config` gives what a name leaves open. Raises `SettingsError` for unknown names, wrong arguments, and for a
+    strategy that is named twice.
     """
-    decodings: dict[str, Decoding] = {}
+    strategies: dict[str, Strategy] = {}
     for text in names:
-        decoding = build_decoding(text, config)
-        if decoding.name in decodings:
-            raise SettingsError(f"--strategies names {decoding.name} twice")
-        decodings[decoding.name] = decoding
-    return list(decodings.values())
+        strategy = build_strategy(text, config)
+        if strategy.name in strategies:
+            raise SettingsError(f"--strategies names {strategy.name} twice")
+        strategies[strategy.name] = strategy
+    return list(strategies.values())
 
 
-def build_decoding(text: str, config: RefreshConfig) -> Decoding:
-    """The one that `text`, such as "refresh:10", names; errors as in `build_decodings`."""
+def build_strategy(text: str, config: RefreshConfig) -> Strategy:
+    """Builds the strategy that `text` names, such as "refresh:10"; errors as in `build_strategies`."""
     name, *arguments = text.split(":")
-    if name not in DECODINGS:
-        raise SettingsError(f"--strategies: there is no {name!r}; known are {', '.join(DECODINGS)}")
+    if name not in STRATEGIES:
+        raise SettingsError(f"--strategies: there is no {name!r}; known are {', '.join(STRATEGIES)}")
     try:
-        return DECODINGS[name](config, arguments)
+        return STRATEGIES[name](config, arguments)
     except ValueError as error:
         raise SettingsError(f"--strategies: {text}: {error}") from None
 
 
-def full_attention() -> Decoding:
-    """Every step attends to all tokens, through the same kernels and in the same loop as all others."""
-    return Decoding(FULL, {}, FullCache)
+def default_strategies(config: RefreshConfig, strides: list[int]) -> list[Strategy]:
+    """Full attention, a refresh every S steps for each S of `strides`, and a selection that is never refreshed.
+
+    If `config` has a threshold, its similarity schedule too. All select as `config` says.
+    """
+    strategies = [full_attention()]
+    for stride in dict.fromkeys(strides):
+        strategies.append(refreshing(f"refresh S={stride}", dataclasses.replace(config, stride=stride, threshold=None)))
+    if config.threshold is not None and config.stride != NEVER:
+        strategies.append(refreshing(f"refresh S={config.stride} threshold {config.threshold:g}", config))
+    return [*strategies, never_refreshed(config)]
 
 
-def refreshing(name: str, config: RefreshConfig) -> Decoding:
-    """Decoding from a small cache by the schedule and the selection of `config`."""
-    return Decoding(name, config.to_dict(), lambda model, tokens: RefreshCache(model, tokens, config), config)
+def full_attention() -> Strategy:
+    """Every step attends to all tokens, with the same kernels and the same loop as the other strategies."""
+    return Strategy(FULL, {}, FullCache)
 
 
-def _full(config: RefreshConfig, arguments: list[str]) -> Decoding:
+def refreshing(name: str, config: RefreshConfig) -> Strategy:
+    """RefreshKV with the schedule and the selection of `config`."""
+    return Strategy(name, config.to_dict(), lambda model, tokens: RefreshCache(model, tokens, config), config)
+
+
+def never_refreshed(config: RefreshConfig) -> Strategy:
+    """Decoding from the tokens that `config` selects after the prompt."""
+    return refreshing(NEVER_REFRESHED, dataclasses.replace(config, stride=NEVER, threshold=None))
+
+
+def _full(config: RefreshConfig, arguments: list[str]) -> Strategy:
     _at_most(arguments, 0, "full")
     return full_attention()
 
 
-def _never(config: RefreshConfig, arguments: list[str]) -> Decoding:
+def _never(config: RefreshConfig, arguments: list[str]) -> Strategy:
     _at_most(arguments, 0, "never")
-    return refreshing(NEVER_REFRESHED, dataclasses.replace(config, stride=NEVER, threshold=None))
+    return never_refreshed(config)
 
 
-def _fixed(config: RefreshConfig, arguments: list[str]) -> Decoding:
+def _fixed(config: RefreshConfig, arguments: list[str]) -> Strategy:
     _at_most(arguments, 1, "refresh:STRIDE")
     stride = _number(int, "STRIDE", arguments[0]) if arguments else config.stride
     return refreshing(f"refresh S={stride}", dataclasses.replace(config, stride=stride, threshold=None))
 
 
-def _similarity(config: RefreshConfig, arguments: list[str]) -> Decoding:
+def _similarity(config: RefreshConfig, arguments: list[str]) -> Strategy:
     _at_most(arguments, 2, "similarity:STRIDE:THRESHOLD")
     stride = _number(int, "STRIDE", arguments[0]) if arguments else config.stride
     threshold = _number(float, "THRESHOLD", arguments[1]) if len(arguments) > 1 else config.threshold
@@ -113,7 +134,7 @@ def _similarity(config: RefreshConfig, arguments: list[str]) -> Decoding:
     return refreshing(f"refresh S={stride} threshold {threshold:g}", changed)
 
 
-def _streaming(config: RefreshConfig, arguments: list[str]) -> Decoding:
+def _streaming(config: RefreshConfig, arguments: list[str]) -> Strategy:
     _at_most(arguments, 1, "streaming:SINK_TOKENS")
     sinks = _number(int, "SINK_TOKENS", arguments[0]) if arguments else 4
     if sinks < 0:
@@ -121,15 +142,15 @@ def _streaming(config: RefreshConfig, arguments: list[str]) -> Decoding:
     if isinstance(config.budget, int) and config.budget <= sinks:
         raise ValueError(f"budget={config.budget} leaves no room beside {sinks} sink tokens: make it larger")
     name = "StreamingLLM" + (f" with {sinks} sinks" if arguments else "")
-    return _holding(name, StreamingCache, budget=config.budget, sink_tokens=sinks)
+    return _evicting(name, StreamingCache, budget=config.budget, sink_tokens=sinks)
 
 
-def _h2o(config: RefreshConfig, arguments: list[str]) -> Decoding:
+def _h2o(config: RefreshConfig, arguments: list[str]) -> Strategy:
     _at_most(arguments, 0, "h2o")
-    return _holding("H2O", H2OCache, budget=config.budget)
+    return _evicting("H2O", H2OCache, budget=config.budget)
 
 
-def _snapkv(config: RefreshConfig, arguments: list[str]) -> Decoding:
+def _snapkv(config: RefreshConfig, arguments: list[str]) -> Strategy:
     _at_most(arguments, 3, "snapkv:WINDOW:KERNEL:POOLING, such as snapkv:64:5:average")
     window, kernel, pooling = [*arguments, *("1", "7", "max")[len(arguments) :]]
     window, kernel = _number(int, "WINDOW", window), _number(int, "KERNEL", kernel)
@@ -138,12 +159,12 @@ def _snapkv(config: RefreshConfig, arguments: list[str]) -> Decoding:
         raise ValueError(f"pooling must be max or average, got {pooling}")
     name = "SnapKV" + (f" window {window} kernel {kernel} {pooling}" if arguments else "")
     options = {"observation_window": window, "kernel": kernel, "pooling": pooling}
-    return _holding(name, SnapKVCache, budget=config.budget, **options)
+    return _evicting(name, SnapKVCache, budget=config.budget, **options)
 
 
-def _holding(name: str, kind: type[Cache], **settings: Any) -> Decoding:
-    """Decoding through a cache that holds K entries and no more."""
-    return Decoding(name, {"cache": kind.__name__, **settings}, lambda model, tokens: kind(model, tokens, **settings))
+def _evicting(name: str, kind: type[Cache], **settings: Any) -> Strategy:
+    """A strategy whose cache keeps K tokens and evicts the others."""
+    return Strategy(name, {"cache": kind.__name__, **settings}, lambda model, tokens: kind(model, tokens, **settings))
 
 
 def _number(kind: type, name: str, text: str) -> int | float:
@@ -159,7 +180,7 @@ def _at_most(arguments: list[str], count: int, usage: str) -> None:
         raise ValueError(f"too many arguments; it is written {usage}")
 
 
-DECODINGS: dict[str, Builder] = {
+STRATEGIES: dict[str, Builder] = {
     "full": _full,
     "refresh": _fixed,
     "similarity": _similarity,
@@ -168,4 +189,4 @@ DECODINGS: dict[str, Builder] = {
     "h2o": _h2o,
     "snapkv": _snapkv,
 }
-"""All ways to decode. Another one needs an entry here, and nothing else."""
+"""All strategies. A new one needs an entry here, and nothing else."""

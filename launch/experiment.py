@@ -1,10 +1,11 @@
-"""Compares ways to train: each arm from the same base model on the same tokens, several times, with table and plots.
+"""Compares ways to train: every arm continues the same base model on the same tokens, with several seeds.
 
     python launch/experiment.py --config configs/experiments/recipes.yaml [--minutes 9] [--only STUDY/ARM ...]
 
-Every piece is a command of this folder (prepare, train, export, evaluate), printed in OUTPUT/logs; as many run at a
-time as there are GPUs. What is finished stands in RESULTS/results.json and is not done again; with --minutes the rest
-is saved in time, and the same command continues it. Writes RESULTS/tables.md and plots.
+Every job runs commands of this folder (prepare, train, export, evaluate), which OUTPUT/logs shows; as many jobs run at
+a time as there are GPUs. RESULTS/results.json has the finished figures, which are not computed again. With --minutes,
+runs save a checkpoint in time, and the same command continues them. Writes RESULTS/tables.md and, with matplotlib
+(refreshkv[eval]), plots.
 """
 
 import argparse
@@ -20,31 +21,31 @@ from filelock import FileLock, Timeout
 from refreshkv import cli
 from refreshkv.settings import SettingsError, load_settings
 from refreshkv.train.experiment.config import ExperimentConfig
-from refreshkv.train.experiment.jobs import Outcome, run_pieces, stopped_by_sigterm
-from refreshkv.train.experiment.pieces import Piece, plan
+from refreshkv.train.experiment.jobs import Job, plan
 from refreshkv.train.experiment.report import write_tables
 from refreshkv.train.experiment.results import Results
+from refreshkv.train.experiment.running import Outcome, run_jobs, stopped_by_sigterm
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
     config = load_settings(ExperimentConfig, args.config, args.overrides)
     results = Results(config)
-    pieces = chosen(plan(config, set(results.entries)), args.only)
-    results.check_bases(pieces)
+    jobs = chosen(plan(config, set(results.entries)), args.only)
+    results.check_bases(jobs)
     if args.dry_run:
-        print("\n".join(piece.name for piece in pieces) or "nothing is left to do")
+        print("\n".join(job.name for job in jobs) or "nothing is left to do")
         return
 
-    def finish(piece: Piece) -> None:
-        if piece.reports:
-            results.add(piece)
+    def finish(job: Job) -> None:
+        if job.reports:
+            results.add(job)
             write_tables(config, results.entries)
 
     seconds = math.inf if args.minutes is None else 60 * args.minutes
     scripts, logs = Path(__file__).resolve().parent, Path(config.output, "logs")
     with alone(Path(config.output)), stopped_by_sigterm():
-        outcome = run_pieces(pieces, devices(args.jobs), scripts, logs, seconds, finish)
+        outcome = run_jobs(jobs, devices(args.jobs), scripts, logs, seconds, finish)
     print(write_tables(config, results.entries))
     print(f"{config.results}: tables.md, results.json, plots")
     tell(outcome)
@@ -55,8 +56,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, help="the experiment's YAML file")
     parser.add_argument("--minutes", type=float, help="time after which runs are saved and the command ends")
     parser.add_argument("--only", nargs="+", metavar="STUDY/ARM", help="patterns such as 30m-4k/*, taken in this order")
-    parser.add_argument("--jobs", type=int, help="pieces at a time (default: the GPUs, or 1 without)")
-    parser.add_argument("--dry-run", action="store_true", help="say what is left to do, and end")
+    parser.add_argument("--jobs", type=int, help="jobs at a time (default: the GPUs, or 1 without)")
+    parser.add_argument("--dry-run", action="store_true", help="print the jobs that are left, and end")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the experiment")
     args = parser.parse_intermixed_args(argv)
     if args.minutes is not None and not args.minutes > 0:
@@ -66,28 +67,28 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def chosen(pieces: list[Piece], patterns: list[str] | None) -> list[Piece]:
-    """The pieces that match a pattern, in the patterns' order, and before them all that they need."""
+def chosen(jobs: list[Job], patterns: list[str] | None) -> list[Job]:
+    """The jobs that match a pattern, in the patterns' order, each after the jobs that it needs."""
     if patterns is None:
-        return pieces
-    found = {pattern: {p.name for p in pieces if fnmatch.fnmatch(p.name, pattern)} for pattern in patterns}
+        return jobs
+    found = {pattern: {p.name for p in jobs if fnmatch.fnmatch(p.name, pattern)} for pattern in patterns}
     missing = [pattern for pattern in patterns if not found[pattern]]
     if missing:
         hint = "; key=value goes before --only" if any("=" in pattern for pattern in missing) else ""
         raise SettingsError(
             f"--only {' '.join(missing)}: nothing that is left to do is called so; --dry-run tells what is{hint}"
         )
-    ordered: dict[str, Piece] = {}
+    ordered: dict[str, Job] = {}
     for names in found.values():
-        for piece in reversed(pieces):  # what is needed stands before
-            if piece.name in names:
-                names |= set(piece.needs)
-        ordered |= {piece.name: piece for piece in pieces if piece.name in names}
+        for job in reversed(jobs):  # a needed job comes earlier in the list
+            if job.name in names:
+                names |= set(job.needs)
+        ordered |= {job.name: job for job in jobs if job.name in names}
     return list(ordered.values())
 
 
 def devices(jobs: int | None) -> list[str]:
-    """CUDA device numbers, in turn if there are fewer than `jobs`; empty without a GPU."""
+    """A CUDA device number for each of `jobs` jobs, in turn if there are fewer; "" without a GPU."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -100,7 +101,7 @@ def devices(jobs: int | None) -> list[str]:
 
 @contextmanager
 def alone(output: Path) -> Iterator[None]:
-    """Nobody else works in the same output meanwhile: two would write into one run."""
+    """Locks the output folder: two experiments would write into the same run."""
     output.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output / ".lock", timeout=0):

@@ -27,10 +27,10 @@ def main(arguments: list[str]) -> None:
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # an export needs no GPU, and DeepSpeed would look for one
     from refreshkv.train.export import export
-    from refreshkv.train.hub import check_push, push
+    from refreshkv.train.hub import push, validate_push
 
     if args.push_to_hub:
-        check_push(args.push_to_hub)
+        validate_push(args.push_to_hub)
     print(export(args.checkpoint, args.output, args.report, args.overwrite, name=args.push_to_hub), flush=True)
     if args.push_to_hub:
         print("pushed to", push(args.output, args.push_to_hub, args.private))

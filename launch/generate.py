@@ -21,8 +21,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     Cache,
     DynamicCache,
     PreTrainedModel,
@@ -33,11 +31,12 @@ from transformers import (
 
 import refreshkv
 from refreshkv import RefreshCache, RefreshConfig, cli, decode_ahead, tuned_compilation
-from refreshkv.cache.refresh import saved_config
+from refreshkv.loading import load_model, load_tokenizer, own_config
 from refreshkv.prefix.prompt_cache import keep_all_tokens
 from refreshkv.prefix.recycling import Reuse, put_new, recycle
 from refreshkv.prefix.store import PrefixStore
 from refreshkv.settings import SettingsError
+from refreshkv.tables import column_table
 
 SCHEDULE_OPTIONS = ("budget", "stride", "threshold")
 REFRESH_OPTIONS = (*SCHEDULE_OPTIONS, "offload")
@@ -48,10 +47,8 @@ PREFIX_STORE_GB = 20.0
 def main(argv: list[str]) -> None:
     options = read_options(argv)
     prompt = read_prompt(options["prompt_file"])
-    tokenizer = load("tokenizer", AutoTokenizer, options["model"])
-    model = load(
-        "model", AutoModelForCausalLM, options["model"], dtype=options["dtype"], device_map=options["device"]
-    ).eval()
+    tokenizer = load_tokenizer(options["model"], "--model")
+    model = load_model(options["model"], "--model", dtype=options["dtype"], device_map=options["device"]).eval()
     inputs = encode(prompt, tokenizer, model, options["max_new_tokens"])
     prompt_tokens = inputs["input_ids"].shape[1]
 
@@ -168,13 +165,6 @@ def read_prompt(name: str) -> str:
     return text
 
 
-def load(what: str, loader: type, name: str, **settings: Any) -> Any:
-    try:
-        return loader.from_pretrained(name, **settings)
-    except Exception as error:  # what is raised differs by what is missing
-        raise SettingsError(f"--model={name}: no {what} could be loaded from there: {error}") from error
-
-
 def encode(
     prompt: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_new_tokens: int
 ) -> dict[str, torch.Tensor]:
@@ -196,8 +186,9 @@ def encode(
 
 def chosen_config(model: PreTrainedModel, options: dict[str, Any]) -> RefreshConfig:
     """The configuration saved with the model, or the paper's, with the options' settings in it."""
-    config = saved_config(model.config) if hasattr(model.config, "refreshkv") else RefreshConfig()
-    return dataclasses.replace(config, **{name: options[name] for name in SCHEDULE_OPTIONS if name in options})
+    return dataclasses.replace(
+        own_config(model.config), **{name: options[name] for name in SCHEDULE_OPTIONS if name in options}
+    )
 
 
 class TimedStreamer(TextStreamer):
@@ -244,8 +235,8 @@ def stored(store: PrefixStore, ids: torch.Tensor, cache: Cache, reuse: Reuse, se
 
 def report(prompt_tokens: int, streamer: TimedStreamer, cache: RefreshCache | None, reuse: Reuse | None = None) -> str:
     rows = [
-        ("prompt tokens", prompt_tokens),
-        ("new tokens", streamer.new_tokens),
+        ("prompt tokens", str(prompt_tokens)),
+        ("new tokens", str(streamer.new_tokens)),
         ("seconds for the prompt", f"{streamer.prompt_seconds:.2f}"),
     ]
     rows += [("prefix store", str(reuse))] if reuse is not None else []
@@ -253,8 +244,7 @@ def report(prompt_tokens: int, streamer: TimedStreamer, cache: RefreshCache | No
         rows.append(("seconds per token", f"{streamer.token_seconds:.4f}"))
         rows.append(("tokens/s", f"{1 / streamer.token_seconds:.1f}"))
     rows += [("attention", "full")] if cache is None else cache_rows(prompt_tokens, cache)
-    width = max(len(name) for name, _ in rows) + 2
-    return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
+    return column_table(rows, text_columns=2)
 
 
 def cache_rows(prompt_tokens: int, cache: RefreshCache) -> list[tuple[str, str]]:

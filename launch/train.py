@@ -3,7 +3,7 @@
     deepspeed launch/train.py --config configs/NAME.yaml [--resume | --overwrite] [section.key=value ...]
     python launch/train.py --config configs/NAME.yaml --dry-run [--ranks N] [--gpu-memory GB] [section.key=value ...]
 
-With --dry-run it says what each GPU will need, how long a step should take, and what to change if it does not fit;
+With --dry-run it prints what each GPU will need, how long a step should take, and what to change if it does not fit;
 nothing is written. Without --config it trains configs/quickstart.yaml and prepares its rows if they are missing.
 """
 
@@ -11,7 +11,6 @@ import argparse
 import os
 from pathlib import Path
 
-from refreshkv.attention import sequence_parallel
 from refreshkv.cli import run
 from refreshkv.settings import load_settings
 from refreshkv.train.config import RunConfig
@@ -24,7 +23,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--config", type=Path, help="the run's YAML file")
     parser.add_argument("--resume", action="store_true", help="continue the run in training.output")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in training.output")
-    parser.add_argument("--dry-run", action="store_true", help="say what the run needs, and end")
+    parser.add_argument("--dry-run", action="store_true", help="print what the run needs, and end")
     parser.add_argument("--ranks", type=int, metavar="N", help="GPUs of the job that --dry-run is about")
     parser.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of each, if not as here")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
@@ -32,15 +31,14 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_intermixed_args(arguments)
     if args.resume and args.overwrite:
         parser.error("--resume continues a run and --overwrite replaces it: choose one")
+    if (args.ranks or args.gpu_memory) and not args.dry_run:
+        parser.error("--ranks and --gpu-memory are about --dry-run: add it")
 
     config = load_settings(RunConfig, args.config or QUICKSTART, args.overrides)
-
     if args.dry_run:
         print(dry_run(config, args.ranks, args.gpu_memory))
         return
-    if args.ranks or args.gpu_memory:
-        parser.error("--ranks and --gpu-memory are about --dry-run: add it")
-
+    # imported late: DeepSpeed takes seconds, and a wrong setting or a dry run needs none of it
     from refreshkv.train.loop import train
 
     if args.config is None and not Path(config.data.folder).exists():
@@ -49,24 +47,25 @@ def main(arguments: list[str]) -> None:
 
 
 def dry_run(config: RunConfig, ranks: int | None, gigabytes: float | None) -> str:
-    """What the run needs, on this device or on one of another size."""
+    """The report of what the run needs, on GPUs as here or on others."""
     import torch
 
-    from refreshkv.train.model import model_configuration
-    from refreshkv.train.preflight import matmul_rate, report
+    from refreshkv.train.job import resolve
+    from refreshkv.train.preflight import report
+    from refreshkv.train.step_time import matmul_rate
 
-    world = ranks or int(os.environ.get("WORLD_SIZE", "0")) or max(1, torch.cuda.device_count())
-    model_config = model_configuration(config)
-    sequence_parallel.check_sequence(config.parallel.sequence, world, config.data.row_length, model_config)
+    job = resolve(
+        config, ranks or int(os.environ.get("WORLD_SIZE", "0")) or max(1, torch.cuda.device_count()), dry=True
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     available = gigabytes * 1e9 if gigabytes else None
     if available is None and device.type == "cuda":
         available = float(torch.cuda.get_device_properties(device).total_memory)
-    return report(config, model_config, world, available, matmul_rate(device, config.training.dtype))
+    return report(job, available, matmul_rate(device, config.training.dtype))
 
 
 def prepare_once(config: RunConfig) -> None:
-    """Prepares the rows on rank 0, while the others wait."""
+    """Prepares the rows on rank 0, while the other ranks wait."""
     import torch.distributed as dist
 
     from refreshkv.data.rows import prepare_rows

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,10 @@ from refreshkv.ops.state import Plan, SelectionOptions, StepOptions
 from refreshkv.settings import SettingsError, settings_from_dict
 
 NEVER = 2**31 - 1
-"""A stride that no row reaches: the small cache is selected once, after the prompt, and never refreshed."""
+"""A stride larger than any text: the small cache is selected once, after the prompt, and never refreshed. Written
+`never` in YAML and in config.json."""
 LARGEST_BUDGET = 2**31 - 1
-"""Kernels count tokens in 32 bits."""
+"""Largest budget in tokens: kernels count tokens in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,14 @@ class RefreshConfig:
     """
 
     budget: int | float = 0.125
-    """Size K of the small cache: an `int` counts tokens (>= 1), a `float` is a share of the prompt (0 < f <= 1)"""
+    """Size K of the small cache. An `int` is a number of tokens (>= 1), a `float` a share of the prompt (0 < f <= 1). A
+    text such as "12.5%" is stored as the share 0.125."""
     stride: int = 10
-    """Every `stride`-th decoding step is a check (>= 1); without a threshold each check is a full step. `NEVER` turns
-    refreshing off."""
+    """Every `stride`-th decoding step is a decision step (>= 1); without a threshold each decision step is a full step.
+    `NEVER` (or the text "never") turns refreshing off."""
     threshold: float | None = None
-    """Similarity schedule: a check is full if the cosine between the layer's mean query now and at its last full step
-    is at most this. None: fixed schedule."""
+    """Similarity schedule: a decision step is full if the cosine between the layer's mean query now and at its last
+    full step is at most this. None: fixed schedule."""
     pool_kernel: int = 7
     """Width of the max-pooling over neighbouring positions' scores (odd, >= 1)."""
     observation_window: int = 1
@@ -43,34 +46,37 @@ class RefreshConfig:
     """Number of first positions that are selected before all others (>= 0)."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.budget, bool) or not isinstance(self.budget, (int, float)) or not self.budget > 0:
-            raise SettingsError(
-                f"budget must be a number of tokens >= 1 or a fraction of the prompt, got {self.budget!r}"
-            )
-        if isinstance(self.budget, int) and self.budget > LARGEST_BUDGET:
-            raise SettingsError(f"budget={self.budget} must be <= {LARGEST_BUDGET}; for all of a prompt write 1.0")
-        if isinstance(self.budget, float) and not self.budget <= 1:
-            raise SettingsError(
-                f"budget={self.budget!r} is a fraction of the prompt and must be <= 1; write a whole number for tokens"
-            )
-        check_whole("stride", self.stride, 1)
-        check_whole("pool_kernel", self.pool_kernel, 1)
-        check_whole("observation_window", self.observation_window, 1)
-        check_whole("recent_window", self.recent_window, 0)
-        check_whole("sink_tokens", self.sink_tokens, 0)
+        for name, value in self.plain_values({"budget": self.budget, "stride": self.stride}).items():
+            object.__setattr__(self, name, value)
+        _validate_budget(self.budget)
+        validate_whole("stride", self.stride, 1)
+        validate_whole("pool_kernel", self.pool_kernel, 1)
+        validate_whole("observation_window", self.observation_window, 1)
+        validate_whole("recent_window", self.recent_window, 0)
+        validate_whole("sink_tokens", self.sink_tokens, 0)
         if self.pool_kernel % 2 == 0:
             raise SettingsError(f"pool_kernel must be odd so that it is centred, got {self.pool_kernel}")
         if not (self.threshold is None or _is_finite(self.threshold)):
             raise SettingsError(f"threshold must be a cosine or null for the fixed schedule, got {self.threshold!r}")
 
+    @staticmethod
+    def plain_values(values: dict[str, Any]) -> dict[str, Any]:
+        """The settings `values`, with a budget such as "12.5%" as a share and a stride "never" as a number."""
+        budget, stride = values.get("budget"), values.get("stride")
+        if isinstance(budget, str) and budget.strip().endswith("%"):
+            values = {**values, "budget": _share_from_percent(budget)}
+        if isinstance(stride, str) and stride.strip().lower() == "never":
+            values = {**values, "stride": NEVER}
+        return values
+
     def budgets(self, prompt_lengths: Tensor) -> Tensor:
-        """The budget K of each row, (B,) int64, from the rows' numbers of real prompt tokens, (B,) int64."""
+        """The budget K of each batch row, (B,) int64, from the rows' numbers of real prompt tokens, (B,) int64."""
         if isinstance(self.budget, float):
             return (prompt_lengths.double() * self.budget).ceil().long()
         return prompt_lengths.new_full(prompt_lengths.shape, self.budget)
 
     def largest_budget(self, prompt_length: int) -> int:
-        """The budget K of a row without padding: `budgets` for one length, without a tensor."""
+        """The budget K of a batch row without padding: `budgets` for one length, without a tensor."""
         return math.ceil(self.budget * prompt_length) if isinstance(self.budget, float) else self.budget
 
     def selection_options(self) -> SelectionOptions:
@@ -114,40 +120,71 @@ class RefreshConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for config.json."""
-        return dataclasses.asdict(self)
+        """Plain values for config.json; a stride of `NEVER` is written "never"."""
+        values = dataclasses.asdict(self)
+        return {**values, "stride": "never" if self.stride == NEVER else self.stride}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RefreshConfig":
-        """Reads what `to_dict` wrote; unknown keys and wrong types are refused by name."""
+        """Reads what `to_dict` wrote, also with the number `NEVER`; raises `SettingsError` for unknown keys and wrong
+        types, by name."""
         return settings_from_dict(cls, values, prefix="refreshkv.")
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """One teacher-forced pass with the refresh pattern: `model(ids, refresh=Simulation(prompt_length, config))`.
+    """Settings of one teacher-forced pass with the refresh pattern: `model(ids, simulation=Simulation(P, config))`.
 
     The logits at every position equal those of decoding the same tokens one by one through `RefreshCache` after a
-    prompt of `prompt_length` columns (left padding included).
-
-    With `record=True` each layer leaves its full steps in `full_steps`: layer -> (B, T) bool.
+    prompt of `prompt_length` columns, left padding included (docs/specification.md, section 8).
     """
 
     prompt_length: int
+    """Columns of the prompt, P >= 1."""
     config: RefreshConfig = field(default_factory=RefreshConfig)
-    record: bool = False
-    full_steps: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
-    familiar: dict[tuple, bool] = field(default_factory=dict, init=False, compare=False, repr=False)
-    """The attention's own: what it has decided for the shapes of this pass."""
+    recurring: bool = False
+    """Whether later passes have the same prompt length and stride. On a GPU their full steps then go to cuDNN, which
+    takes about 100 ms to plan for each new shape: that pays only where the shape comes again."""
 
     def __post_init__(self) -> None:
-        check_whole("prompt_length", self.prompt_length, 1)
+        validate_whole("prompt_length", self.prompt_length, 1)
+
+
+@dataclass
+class Trace:
+    """What a simulated pass records, for the caller that hands it in: `model(ids, simulation=..., trace=trace)`."""
+
+    full_steps: dict[int, Tensor] = field(default_factory=dict)
+    """For each full-attention layer, by its number, which positions were full steps: (B, T) bool. The last position of
+    the prompt counts as one."""
+
+
+def _share_from_percent(text: str) -> float:
+    """The share of the prompt that a text such as "12.5%" stands for."""
+    try:
+        return float(text.strip().removesuffix("%")) / 100
+    except ValueError:
+        raise SettingsError(f'budget must be a number or a text such as "12.5%", got {text!r}') from None
+
+
+def _validate_budget(budget: Any) -> None:
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
+        raise SettingsError(f"budget must be a number of tokens >= 1 or a fraction of the prompt, got {budget!r}")
+    if isinstance(budget, int) and budget > LARGEST_BUDGET:
+        raise SettingsError(f"budget={budget} must be <= {LARGEST_BUDGET}; for all of a prompt write 1.0")
+    if isinstance(budget, float) and not budget <= 1:
+        raise SettingsError(
+            f"budget={budget!r} is a fraction of the prompt and must be <= 1; write a whole number for tokens"
+        )
+    if isinstance(budget, int) and budget == 1:
+        warnings.warn('budget=1 keeps one token; for all of the prompt write 1.0 or "100%"', stacklevel=4)
 
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_whole(name: str, value: Any, least: int) -> None:
+def validate_whole(name: str, value: Any, least: int) -> None:
+    """Raises `SettingsError` unless `value` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise SettingsError(f"{name} must be a whole number >= {least}, got {value!r}")

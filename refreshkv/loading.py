@@ -1,4 +1,4 @@
-"""Loads models and tokenizers from folders or the Hub, with one-line errors that name the setting at fault."""
+"""Loads models, tokenizers and saved schedules from folders or the Hub; errors are one line that names the setting."""
 
 from pathlib import Path
 from typing import Any
@@ -12,26 +12,36 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from refreshkv.cache.refresh import saved_config
+from refreshkv.config import RefreshConfig
 from refreshkv.settings import SettingsError
 
 
+def model_folder(name: str) -> str:
+    """The folder of a model inside an experiment's folder (`name`/model), or else `name` itself."""
+    folder = Path(name)
+    nested = (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file()
+    return str(folder / "model") if nested else name
+
+
 def load_configuration(name: str, setting: str) -> PretrainedConfig:
-    """The configuration in a folder or of a Hub id; `SettingsError` naming `setting` if there is none."""
+    """Loads a model's configuration from a folder or Hub id; `SettingsError` naming `setting` if there is none."""
     try:
         return AutoConfig.from_pretrained(name)
-    except Exception as error:  # what is raised differs by what is missing, and by where the model comes from
-        raise SettingsError(f"{setting}: no model could be loaded from {_place(name)}: {_reason(error)}") from error
+    except Exception as error:  # the type depends on what is missing, and on where the model comes from
+        raise SettingsError(f"{setting}: no model could be loaded from {_source(name)}: {_reason(error)}") from error
 
 
 def load_model(name: str, setting: str, **options: Any) -> PreTrainedModel:
-    """The whole decoder in a folder or of a Hub id; `options` go to `from_pretrained`.
+    """Loads a decoder with all its weights from a folder or Hub id; `options` go to `from_pretrained`.
 
-    Raises `SettingsError` naming `setting` if none loads, or if weights are missing: those would be random.
+    Raises `SettingsError` naming `setting` if none loads, or if weights are missing: transformers would draw them at
+    random.
     """
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
     except Exception as error:  # as above
-        raise SettingsError(f"{setting}: no model could be loaded from {_place(name)}: {_reason(error)}") from error
+        raise SettingsError(f"{setting}: no model could be loaded from {_source(name)}: {_reason(error)}") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise SettingsError(f"{setting}: {name} lacks {len(missing)} weights, the first being {missing[0]}")
@@ -39,22 +49,31 @@ def load_model(name: str, setting: str, **options: Any) -> PreTrainedModel:
 
 
 def load_tokenizer(name: str | Path, setting: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or of a Hub id; `SettingsError` naming `setting` if there is none."""
+    """Loads a tokenizer from a folder or Hub id; `SettingsError` naming `setting` if there is none."""
     try:
         return AutoTokenizer.from_pretrained(str(name))
-    except Exception as error:  # as above, and by the tokenizer's own library
-        raise SettingsError(f"{setting}: no tokenizer could be loaded from {_place(name)}: {_reason(error)}") from error
+    except Exception as error:  # as above, and on the tokenizer's own library
+        raise SettingsError(
+            f"{setting}: no tokenizer could be loaded from {_source(name)}: {_reason(error)}"
+        ) from error
 
 
 def find_tokenizer(name: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a folder or of a Hub id, None if there is none."""
+    """Loads a tokenizer from a folder or Hub id; None if there is none."""
     try:
         return load_tokenizer(name, "")
     except SettingsError:
         return None
 
 
-def _place(name: str | Path) -> str:
+def own_config(model_config: PretrainedConfig) -> RefreshConfig:
+    """The refresh schedule and selection saved in a model's config.json, or the paper's defaults if it has none."""
+    if getattr(model_config, "refreshkv", None) is None:
+        return RefreshConfig()
+    return saved_config(model_config)
+
+
+def _source(name: str | Path) -> str:
     return f"the folder {name}" if Path(name).is_dir() else f"{name} (no such folder; taken for a Hub id)"
 
 

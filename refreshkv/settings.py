@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from refreshkv.files import write_text
+
 Settings = TypeVar("Settings")
 
 
@@ -37,6 +39,8 @@ def settings_from_dict(cls: type[Settings], values: dict[str, Any], prefix: str 
     """Builds `cls` from nested plain values; `prefix` (such as `"training."`) is put before names in errors."""
     if not isinstance(values, dict):
         raise SettingsError(f"{prefix.rstrip('.') or 'the file'} must be a section with keys, got {values!r}")
+    if hasattr(cls, "plain_values"):  # a class may accept other spellings of its values
+        values = cls.plain_values(values)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key in values:
@@ -55,7 +59,7 @@ def settings_to_dict(settings: Any) -> dict[str, Any]:
 
 def save_settings(settings: Any, path: str | Path) -> None:
     """Writes the settings as YAML, in the order of their declaration."""
-    Path(path).write_text(yaml.safe_dump(settings_to_dict(settings), sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.safe_dump(settings_to_dict(settings), sort_keys=False, allow_unicode=True))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -82,6 +83,31 @@ def test_configs_do_not_change():
 def test_configs_survive_json(config):
     read = RefreshConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert read == config and type(read.budget) is type(config.budget)
+
+
+def test_never_has_a_name_in_files():
+    config = RefreshConfig(stride=NEVER)
+    assert config.to_dict()["stride"] == "never"
+    for written in ("never", "Never", "NEVER", NEVER):
+        assert RefreshConfig.from_dict({"stride": written}) == RefreshConfig(stride=written) == config
+
+
+def test_a_budget_in_percent():
+    for written, share in (("12.5%", 0.125), ("100%", 1.0), (" 7 % ", 0.07)):
+        found = RefreshConfig.from_dict({"budget": written})
+        assert found == RefreshConfig(budget=written) and found.budget == pytest.approx(share)
+        assert isinstance(found.budget, float)
+    assert "budget must be a number or a text such as" in refusal(RefreshConfig, budget="some%")
+    assert "budget=1.5 is a fraction of the prompt" in refusal(RefreshConfig, budget="150%")
+
+
+def test_one_token_is_not_all_of_them_unnoticed():
+    with pytest.warns(UserWarning, match=r'budget=1 keeps one token; for all of the prompt write 1.0 or "100%"'):
+        RefreshConfig(budget=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RefreshConfig(budget=1.0)
+        RefreshConfig(budget=2)
 
 
 def test_a_saved_config_may_leave_settings_out():

@@ -1,4 +1,4 @@
-"""A micro-batch: tokens, where they stand, and which next tokens are to be learned."""
+"""A micro-batch: tokens, their positions, and which next tokens are to be learned."""
 
 from typing import NamedTuple
 
@@ -6,34 +6,37 @@ import torch
 from torch import Tensor
 
 from refreshkv.attention.sequence_parallel import columns
-from refreshkv.config import Simulation
-from refreshkv.train.loss import answer_targets, decoded_positions, partial_positions
+from refreshkv.config import Simulation, Trace
 
 
 class Batch(NamedTuple):
-    """B rows of T columns, or a rank's T / N columns of them under sequence parallelism."""
+    """B rows of T columns, or one rank's T / N columns of them under sequence parallelism."""
 
     ids: Tensor
     """(B, T) int64."""
     positions: Tensor
-    """(B, T) int64: each column's place in its row."""
+    """(B, T) int64: each column's position in its row."""
     targets: Tensor
-    """(B, T) int64: the next token, taken before columns are split; 0 after the last one, which does not count."""
+    """(B, T) int64: the next token, taken before the columns are split; 0 after a row's last token."""
     counted: Tensor
-    """(B, T) bool: whether the loss of the next token counts."""
+    """(B, T) bool: whether the loss of the next token counts. False after a row's last token."""
 
     def columns(self, rank: int, size: int) -> "Batch":
-        """What one of the `size` processes that share these rows takes."""
+        """The columns of rank `rank`, one of the `size` processes that share these rows."""
         return self if size == 1 else Batch(*(columns(part, rank, size) for part in self))
 
-    def model_arguments(self, simulation: Simulation | None, split: bool) -> dict:
-        """What the model of `attach_loss` takes; split: whether these are a share of the columns.
+    def model_arguments(self, simulation: Simulation | None, split: bool, trace: Trace | None = None) -> dict:
+        """Keywords with which `CausalLossModel` computes the losses.
 
-        Waits for the device, so it is called before a step's work and not in between.
+        split: whether this batch has only a share of the columns. trace: receives the full steps of the pass.
+
+        The host waits here for the device (to learn how many positions count), so call it before a step's work and not
+        in between.
         """
         arguments = {
             "input_ids": self.ids,
-            "refresh": simulation,
+            "simulation": simulation,
+            "trace": trace,
             "use_cache": False,
             "targets": self.targets,
             "counted": self.counted.flatten().nonzero().squeeze(1),
@@ -53,3 +56,28 @@ def make_batch(rows: dict[str, Tensor], loss_on: str, device: torch.device) -> B
         counted = answer_targets(rows["prompt_length"].to(device), rows["answer_length"].to(device), length)
     counted[:, -1] = False
     return Batch(ids, torch.arange(length, device=device).expand_as(ids), targets, counted)
+
+
+def partial_positions(simulation: Simulation | None, positions: Tensor) -> Tensor:
+    """Which of `positions` (any shape, int64) predict from the small cache in every layer: bool, the same shape.
+
+    Under the similarity schedule the layers decide differently at a decision step, so none of these counts as partial.
+    """
+    if simulation is None:
+        return torch.zeros_like(positions, dtype=torch.bool)
+    step = positions - (simulation.prompt_length - 1)
+    return (step > 0) & (step % simulation.config.stride != 0)
+
+
+def decoded_positions(simulation: Simulation | None, positions: Tensor) -> Tensor:
+    """Which of `positions` (any shape, int64) come after the prompt: bool, the same shape."""
+    if simulation is None:
+        return torch.zeros_like(positions, dtype=torch.bool)
+    return positions >= simulation.prompt_length
+
+
+def answer_targets(prompt_length: Tensor, answer_length: Tensor, length: int) -> Tensor:
+    """Which positions predict a token of the answer, in rows of tasks: (B,) and (B,) int64 -> (B, length) bool."""
+    target = torch.arange(1, length + 1, device=prompt_length.device)
+    begin, end = prompt_length[:, None], (prompt_length + answer_length)[:, None]
+    return (target >= begin) & (target < end)

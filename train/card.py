@@ -8,12 +8,13 @@ from typing import Any
 
 import yaml
 
+from refreshkv import tables
 from refreshkv.config import NEVER
 from refreshkv.data.config import DataConfig
 from refreshkv.data.folder import INFO_FILE
-from refreshkv.evaluation.report import load_report, markdown_table
-from refreshkv.train.checkpoint import State
+from refreshkv.evaluation.perplexity.report import load_report, markdown_table
 from refreshkv.train.config import RunConfig
+from refreshkv.train.run_folder import State
 
 TAGS = ["refreshkv", "kv-cache", "long-context"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -22,14 +23,14 @@ SHOWN_TRAINING = (
     "dtype",
     "global_batch",
     "learning_rate",
-    "schedule",
+    "lr_schedule",
     "warmup_steps",
     "weight_decay",
     "betas",
     "max_grad_norm",
     "seed",
 )
-"""Settings of `training` that shaped the weights; the others name folders or only say when to log and to save."""
+"""Settings of `training` that the weights depend on. The others name folders, or decide when to log and to save."""
 
 INTRODUCTION = """\
 # {name}
@@ -50,7 +51,7 @@ tokenizer = AutoTokenizer.from_pretrained(name)
 model = enable(AutoModelForCausalLM.from_pretrained(name, dtype="auto"))
 
 inputs = tokenizer("The text to go on with", return_tensors="pt")
-cache = RefreshCache(model.config, max_cache_len=inputs.input_ids.shape[1] + {new_tokens})
+cache = RefreshCache(config=model.config, max_cache_len=inputs.input_ids.shape[1] + {new_tokens})
 output = model.generate(**inputs, past_key_values=cache, custom_generate=decode_ahead, max_new_tokens={new_tokens})
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```"""
@@ -72,14 +73,14 @@ CITATION = """\
 
 
 def model_card(run: RunConfig, state: State, name: str, report: str | Path | None = None) -> str:
-    """README.md of a checkpoint's model, in markdown with the Hub's front matter.
+    """The README.md of a checkpoint's model: markdown with the Hub's front matter.
 
     Args:
         run, state: the checkpoint's settings, and how far it came.
-        name: the model's name, as `from_pretrained` is to be given it.
-        report: folder of an evaluation, for its table.
+        name: the model's name, which the usage example gives to `from_pretrained`.
+        report: folder of an evaluation whose table the card shows; None for no table.
 
-    Raises `SettingsError` if the folder holds no report.
+    Raises `SettingsError` if that folder holds no report.
     """
     trained = f"Trained, from {run.model.path}," if run.model.path and _is_hub_id(run.model.path) else "Trained"
     parts = [_front_matter(run), INTRODUCTION.format(name=name, origin=trained)]
@@ -111,7 +112,7 @@ def _evaluation(report: dict[str, Any]) -> str:
             *warnings,
             f"Perplexity of the last {measured['last tokens']:,} tokens of {measured['rows']:,} rows of "
             f"{measured['row length']:,} tokens ({measured['split']} split). K: tokens in the small cache. Stride: "
-            "steps between two checks. Ratio and gap: to full attention of the same model.",
+            "steps between two decision steps. Ratio and gap: to full attention of the same model.",
         ]
     )
 
@@ -155,7 +156,7 @@ def _data(run: RunConfig, state: State) -> str:
 
 
 def _source(data: DataConfig) -> str:
-    """What was read, without the folders of the machine that read it."""
+    """The source of the data, without the folders of the machine that read it."""
     path = data.path if _is_hub_id(data.path) else Path(data.path).name
     extras = [
         data.name,
@@ -175,7 +176,7 @@ def _file_names(files: Any) -> str | None:
 
 
 def _prepared_splits(folder: str, fingerprint: str) -> dict[str, dict[str, int]] | None:
-    """Counts of the prepared rows per split, if they are still there and are this run's."""
+    """Counts of the prepared rows per split; None if the rows are gone, or are not those of this run."""
     try:
         info = json.loads((Path(folder).expanduser() / INFO_FILE).read_text())
         return info["splits"] if info["fingerprint"] == fingerprint else None
@@ -184,11 +185,11 @@ def _prepared_splits(folder: str, fingerprint: str) -> dict[str, dict[str, int]]
 
 
 def _table(values: dict[str, Any]) -> str:
-    lines = [f"| {key} | {_plain(value)} |" for key, value in values.items()]
-    return "\n".join(["| setting | value |", "| :--- | :--- |", *lines])
+    lines = [(key, _plain(value)) for key, value in values.items()]
+    return tables.markdown_table([("setting", "value"), *lines], text_columns=2)
 
 
 def _plain(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_plain(item) for item in value)
-    return "none" if value is None else str(value).replace("|", "\\|")
+    return "none" if value is None else str(value)

@@ -1,5 +1,6 @@
 """A whole run as dataclasses: one YAML file, its sections the fields of `RunConfig`."""
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ class ModelConfig:
     scratch: dict[str, Any] | None = None
     """A new model with random weights: `model_type` and the fields of its transformers configuration."""
     prompt_attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
-    """transformers' attention for prompts and full rows of plain training."""
+    """transformers' attention for prompts and for the rows of plain steps."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.scratch is None):
@@ -32,21 +33,21 @@ class ModelConfig:
 
 @dataclass
 class SimulationConfig:
-    """What each training step simulates; drawn from `(training.seed, step)` alone."""
+    """What each training step simulates. The draws depend on `training.seed` and the step alone."""
 
     pattern: Literal["whole", "paper", "off"] = "whole"
     """whole: the refresh pattern over everything after the prompt. paper: the published recipe, the last `stride`
     tokens partial and never refreshed (appendix A.1). off: plain next-token training with full attention."""
     prompt_length: int | list[int] | None = None
-    """Prompt of each row in tokens: fixed, or [least, most], drawn uniformly. None: a quarter of the row to all but the
-    largest stride. Not used by paper and off."""
+    """Prompt of each row in tokens: a fixed number, or [least, most], from which each step draws uniformly. None: from
+    a quarter of the row to all but the largest stride. Not used by paper and off."""
     stride: int | list[int] = field(default_factory=lambda: [5, 10, 25, 50])
-    """Refresh stride: fixed, or a list from which each step draws."""
+    """Refresh stride: a fixed number, or a list from which each step draws."""
     threshold: float | None = None
-    """Similarity schedule for the simulated steps; None for the fixed one."""
+    """Similarity threshold of the simulated steps; None for the fixed schedule."""
     plain_share: float = 0.0
-    """Share of the steps that are plain next-token training instead. Positions at the end of a row hardly ever lie in a
-    drawn prompt; these steps keep them good at full attention. Not used by off."""
+    """Share of the steps that are plain next-token training with full attention. Positions at the end of a row hardly
+    ever lie in a drawn prompt; plain steps keep the model good at full attention there. Not used by off."""
 
     def __post_init__(self) -> None:
         if not self.strides or any(stride < 1 for stride in self.strides):
@@ -94,7 +95,7 @@ class TrainingConfig:
     output: str = "runs/quickstart"
     """Folder of the run: checkpoints, tensorboard curves, the resolved config."""
     deepspeed: str = "configs/deepspeed/zero2.json"
-    """DeepSpeed JSON: ZeRO stage, offload and the like. What stands in this file here is not repeated there."""
+    """DeepSpeed JSON: ZeRO stage, offload and the like. Settings of this section must not be repeated in it."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the model's computation; the optimizer keeps float32 master weights."""
     steps: int = 100
@@ -105,7 +106,7 @@ class TrainingConfig:
     """Rows per rank in one forward pass; the rest of the global batch is accumulated."""
     learning_rate: float = 5e-6
     """Peak learning rate of AdamW."""
-    schedule: str = "linear"
+    lr_schedule: str = "linear"
     """Learning-rate schedule, by its transformers name: linear, cosine, constant_with_warmup, ..."""
     warmup_steps: int = 20
     """Steps until the peak learning rate."""
@@ -114,23 +115,24 @@ class TrainingConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """AdamW's betas."""
     loss_on: Literal["all", "answers"] = "all"
-    """Tokens whose losses count: all, or only the answers in rows of tasks (data.path=tasks)."""
+    """Tokens whose losses count: all, or only those of the answers in rows of tasks (data.path=tasks)."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 turns clipping off."""
     activation_checkpointing: bool | float = False
-    """Recompute layers in the backward pass instead of keeping their activations: true for all, or a share of them such
-    as 0.5, spread evenly. The fewer, the faster, as long as the memory suffices."""
+    """Recompute layers in the backward pass instead of keeping their activations: true for all layers, or a share of
+    them such as 0.5, spread evenly. The fewer are recomputed, the faster a step and the more memory it needs."""
     activation_offload: bool = False
-    """Keep the inputs of recomputed layers in the CPU's memory meanwhile (with activation_checkpointing)."""
+    """Keep the inputs of recomputed layers in the CPU's memory until the backward pass (with
+    activation_checkpointing)."""
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
     """adamw: two float32 moments per parameter. adamw-8bit: the same in blocks of 8 bits, a quarter of the memory (GPUs
     only; needs the package bitsandbytes)."""
     loss: LossKind = "chunked"
-    """How the loss is computed. chunked: the logits of some thousand positions at a time. liger: likewise by Liger's
-    kernels (GPUs only; needs the package liger-kernel). logits: all logits at once, the plain form."""
+    """How the loss is computed. chunked: from the logits of some thousand positions at a time. logits: from all logits
+    at once, the plain form."""
     kernels: Literal["torch", "liger"] = "torch"
-    """What computes norms, MLP activations and rotary embeddings. liger: Liger's kernels, which read and write memory
-    less often (GPUs only; needs the package liger-kernel)."""
+    """Kernels of norms, MLP activations and rotary embeddings. torch: PyTorch's. liger: Liger's, which read and write
+    memory less often (GPUs only; needs the package liger-kernel)."""
     seed: int = 0
     """Seed of the weights (model.scratch), the order of rows and the simulations."""
     log_every: int = 10
@@ -140,11 +142,11 @@ class TrainingConfig:
     evaluate_rows: int = 16
     """Validation rows of such an evaluation."""
     evaluate_tokens: int = 128
-    """Its last tokens per row, decoded from the small cache; all before them is the prompt."""
+    """Last tokens of each validation row that are scored, decoded from the small cache; those before are the prompt."""
     save_every: int = 100
     """Steps between two checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
-    """Checkpoints kept; older ones are removed."""
+    """Newest checkpoints to keep; older ones are removed."""
     timeout: float = 1800.0
     """Seconds without progress (a micro-batch, a checkpoint, an evaluation) after which a job ends itself."""
 
@@ -157,9 +159,9 @@ class TrainingConfig:
                 raise SettingsError(f"training.{name} must not be negative, got {getattr(self, name)}")
         if self.evaluate_every and (self.evaluate_rows < 1 or self.evaluate_tokens < 1):
             raise SettingsError("training.evaluate_rows and training.evaluate_tokens must be at least 1")
-        if self.schedule not in {kind.value for kind in SchedulerType}:
+        if self.lr_schedule not in {kind.value for kind in SchedulerType}:
             known = ", ".join(kind.value for kind in SchedulerType)
-            raise SettingsError(f"training.schedule must be one of {known}, got {self.schedule!r}")
+            raise SettingsError(f"training.lr_schedule must be one of {known}, got {self.lr_schedule!r}")
         if not 0 <= self.activation_checkpointing <= 1:
             raise SettingsError(
                 "training.activation_checkpointing must be true, false or a share of the layers from 0 to 1, got "
@@ -172,14 +174,24 @@ class TrainingConfig:
         if len(self.betas) != 2:
             raise SettingsError(f"training.betas must be two numbers, got {self.betas}")
 
+    @staticmethod
+    def plain_values(values: dict[str, Any]) -> dict[str, Any]:
+        """The settings `values`, where `schedule` stands for `lr_schedule` as in the release before, with a warning."""
+        if "schedule" not in values:
+            return values
+        if "lr_schedule" in values:
+            raise SettingsError("training.schedule is the old name of training.lr_schedule: remove it")
+        warnings.warn("training.schedule is now training.lr_schedule; the next release refuses it", stacklevel=2)
+        return {"lr_schedule" if key == "schedule" else key: value for key, value in values.items()}
+
 
 @dataclass
 class ParallelConfig:
-    """How the job's processes share the work; those that share no row each take rows of their own."""
+    """How the ranks of the job share the rows of a step."""
 
     sequence: int = 1
-    """Processes that share each row, a part of its tokens each (DeepSpeed Ulysses). It must divide the ranks, the row
-    length and the attention heads."""
+    """Ranks that share each row, each with an equal part of its tokens (DeepSpeed Ulysses). It must divide the ranks,
+    the row length and the attention heads."""
 
     def __post_init__(self) -> None:
         if self.sequence < 1:
@@ -188,14 +200,15 @@ class ParallelConfig:
 
 @dataclass
 class HubConfig:
-    """Uploads during training to the Hugging Face Hub, in the background; one that fails never stops training."""
+    """Uploads to the Hugging Face Hub while training goes on. An upload that fails does not stop the training."""
 
     repo: str | None = None
-    """Model repository for evaluations and checkpoints, made if it is missing; None for no uploads."""
+    """Model repository for evaluations and checkpoints, created if it is missing; None for no uploads."""
     private: bool = True
     """Whether a new repository is private."""
     checkpoints: bool = True
-    """Upload checkpoints too (each in a folder of its own), not only evaluations and metrics."""
+    """Upload evaluations, metrics and checkpoints (each checkpoint in a folder of its own); false leaves checkpoints
+    out."""
 
 
 @dataclass
@@ -205,10 +218,25 @@ class RunConfig:
     model: ModelConfig = field(default_factory=lambda: ModelConfig(path="model"))
     data: DataConfig = field(default_factory=DataConfig)
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
-    """Selection and budget of the simulated steps; with its stride and threshold, what evaluations use and the exported
-    model carries."""
+    """Budget and selection of the simulated steps. Together with its stride and threshold this is the configuration
+    that evaluations use and that the exported model carries."""
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     hub: HubConfig = field(default_factory=HubConfig)
+
+
+def current_names(values: Any) -> Any:
+    """Plain values of a run that an earlier release saved -> the same run in today's names.
+
+    Saved runs must still load, so they change without the warnings and refusals that a user's file gets.
+    """
+    if not isinstance(values, dict) or not isinstance(values.get("training"), dict):
+        return values
+    training = dict(values["training"])
+    if "schedule" in training:
+        training["lr_schedule"] = training.pop("schedule")
+    if training.get("loss") == "liger":
+        training["loss"] = "chunked"  # the same sums
+    return {**values, "training": training}

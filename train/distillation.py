@@ -1,6 +1,6 @@
-"""Self-distillation: what the model predicts from the small cache is drawn to what it predicts under full attention.
+"""Self-distillation: the model's predictions from the small cache are trained towards its full-attention predictions.
 
-Both come from the same weights in the same step; the full-attention pass is the teacher and gets no gradient.
+Both come from the same weights in the same step. The full-attention pass is the teacher and gets no gradient.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,13 @@ from refreshkv.settings import SettingsError
 
 @dataclass
 class DistillationConfig:
-    """Adds `weight` times the divergence of the two predictions to each decoded token's loss. Costs a forward pass."""
+    """Adds the divergence of the two predictions to the loss of each decoded token, for one more forward pass."""
 
     weight: float = 0.0
-    """Of the divergence, where the next-token loss has 1; 0 for none."""
+    """Weight of the divergence, where the next-token loss has weight 1; 0 for no distillation."""
     temperature: float = 1.0
-    """Divides both sides' logits. The divergence is multiplied by its square, so that the gradients keep their size."""
+    """Divides the logits of both predictions. The divergence is multiplied by its square, so that the gradients keep
+    their size."""
 
     def __post_init__(self) -> None:
         if not self.weight >= 0:
@@ -31,9 +32,9 @@ class DistillationConfig:
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL divergence of the student's prediction from the teacher's, times the squared temperature.
+    """KL divergence of the student's distribution from the teacher's, times the squared temperature: (N,).
 
-    student, teacher: logits (N, V) -> (N,).
+    student, teacher: logits (N, V).
     """
     student, teacher = ((logits / temperature).log_softmax(dim=1) for logits in (student, teacher))
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1) * temperature**2
@@ -42,15 +43,17 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def divergence_and_gradient(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """`divergence`, (N,), and its gradient with respect to the student's logits, (N, V)."""
     student, teacher = ((logits / temperature).log_softmax(dim=1) for logits in (student, teacher))
-    wanted = teacher.exp()
-    found = (wanted * (teacher - student)).sum(dim=1) * temperature**2
-    return found, student.exp_().sub_(wanted).mul_(temperature)
+    probabilities = teacher.exp()
+    found = (probabilities * (teacher - student)).sum(dim=1) * temperature**2
+    return found, student.exp_().sub_(probabilities).mul_(temperature)
 
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """The teacher predicts as the model will, not with a mask of its own. The model itself stays in training mode, in
-    which processes share their rows."""
+    """Turns dropout off, since the teacher must not predict with a random mask.
+
+    The model stays in training mode, because only in that mode do ranks share rows.
+    """
     active = [module for module in model.modules() if isinstance(module, _DropoutNd) and module.training]
     for module in active:
         module.training = False

@@ -1,68 +1,38 @@
-"""What ends a job early: a request to stop, a process that died or hangs, a full disk; each with one line that says so.
+"""Ends a job that cannot go on: a process died or hangs, a disk is full. One process prints one line that says so.
 
-Every way out leaves the last good checkpoint as it was. Exit codes: `STOPPED` after a request, `FAILED` otherwise.
+The last good checkpoint stays as it was. The exit code is `FAILED`.
 """
 
 import errno
 import faulthandler
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 from refreshkv.settings import SettingsError
+from refreshkv.train.run_folder import FAILURE_FILE, finished_checkpoints
 
-STOPPED = 75
-"""Exit code after SIGTERM or SIGUSR1: everything is saved, `--resume` goes on (EX_TEMPFAIL of sysexits.h)."""
 FAILED = 3
 """Exit code of a job that could not go on; `--resume` continues from the last good checkpoint."""
 
-FAILURE_FILE = "failure.txt"
-"""Holds a failed job's message. The process that makes it is the one that prints."""
-
 LOST = ("closed by peer", "reset by peer", "broken pipe", "socket closed", "read error", "remote process exited")
+"""Words in the errors of torch's backends when another process is gone."""
 LATE = ("timed out", "timeout")
-"""Words by which torch's backends tell that another process is gone, or does not answer."""
-
-
-class StopRequest:
-    """Remembers SIGTERM and SIGUSR1 instead of dying of them: `with StopRequest() as stop`."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-
-    def agreed(self, device: torch.device) -> str | None:
-        """The signal's name if any rank has received one, the same on all ranks; call on all of them."""
-        number = torch.tensor(float(self.received), device=device)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return signal.Signals(int(number)).name if number else None
-
-    def __enter__(self) -> "StopRequest":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+"""Words in their errors when another process does not answer."""
 
 
 class Watchdog:
     """`with Watchdog(...) as watchdog` ends this process if `note` is not called for `timeout` seconds.
 
-    Each process has its own, so that a job ends everywhere within that time, also on machines that see no other.
+    Every process has one of its own, so that a job ends within that time on every machine, whether the machines can
+    still reach each other or not.
     """
 
     def __init__(self, timeout: float, output: Path):
@@ -72,7 +42,7 @@ class Watchdog:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def note(self, doing: str) -> None:
-        """There is progress; from here on the process works on `doing`."""
+        """Reports progress: the process works on `doing` now. An error message names it."""
         self._seen, self._doing = time.monotonic(), doing
 
     def __enter__(self) -> "Watchdog":
@@ -95,9 +65,9 @@ class Watchdog:
 
 
 def end(output: Path, problem: str, trace: Path | None = None) -> None:
-    """Ends this process at once with `FAILED`; the first process of the job to get here prints the message.
+    """Ends this process at once with `FAILED`; the first process of the job that comes here prints the message.
 
-    trace: a file for the stacks of all threads. Nothing is waited for: other processes may never answer.
+    It waits for no other process, since those may never answer. trace: a file for the stacks of all threads.
     """
     try:
         announce(output, problem)
@@ -110,9 +80,7 @@ def end(output: Path, problem: str, trace: Path | None = None) -> None:
 
 
 def announce(output: Path, problem: str) -> None:
-    """Prints `problem` and what is left, unless another process of the job already has."""
-    from refreshkv.train.checkpoint import finished_checkpoints
-
+    """Prints `problem` and the last good checkpoint, unless another process of the job already has."""
     finished = finished_checkpoints(output)
     left = f"the last good checkpoint is {finished[-1]}; continue with --resume" if finished else "no checkpoint yet"
     message = f"error: {problem}; {left}"
@@ -122,13 +90,13 @@ def announce(output: Path, problem: str) -> None:
     except FileExistsError:
         return
     except OSError:
-        pass  # such as a full disk: then several processes may say it
+        pass  # the disk may be full: then several processes print the message
     print(f"\n{message}", file=sys.stderr, flush=True)  # a progress bar may stand on the line
 
 
 @contextmanager
-def named(output: Path) -> Iterator[None]:
-    """Turns what a machine or another process did into one line and an exit code, at once; other errors go through."""
+def reporting(output: Path) -> Iterator[None]:
+    """Ends this process with one line for an error that a machine or another process caused; other errors pass."""
     try:
         yield
     except SettingsError:
@@ -141,7 +109,7 @@ def named(output: Path) -> Iterator[None]:
 
 
 def _problem(error: Exception) -> str | None:
-    """What happened, in words for the user; None for an error of ours."""
+    """The user's line for an error that a machine or another process caused; None for any other error."""
     text = " ".join(str(error).split())
     lower = text.lower()
     if isinstance(error, torch.OutOfMemoryError):
@@ -158,4 +126,4 @@ def _problem(error: Exception) -> str | None:
 
 
 class WriteFailed(RuntimeError):
-    """A checkpoint could not be written; what was there before stands."""
+    """A checkpoint could not be written. Earlier checkpoints are untouched."""

@@ -1,12 +1,14 @@
-"""Model work of a training step in floating-point operations: what is executed, recomputation not counted.
+"""Model work of a training step in floating-point operations. Recomputation and the selection's scores do not count.
 
-A multiplication with a weight takes 2 operations a token forward and 4 backward, a pair of a query and a key it sees
-4 D forward per head and 8 D backward. Scoring for the selection is overhead, not work.
+A multiplication with a weight takes 2 operations a token in the forward pass and 4 in the backward pass. A query and a
+key that it attends to take 4 D operations per head forward and 8 D backward.
 
 Shapes: `T` positions, `P` prompt length, `K` budget.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -28,37 +30,42 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class Work:
-    """What a model computes for a token and for a pair of positions."""
+    """What a model computes for a token, and for a query and a key that it attends to."""
 
     weights: int
     """Weights that a token is multiplied with, the output layer's included."""
     pair: int
-    """Operations for a query position and a key position it sees, all heads of a layer, forward."""
+    """Operations for one query and one key, over all heads of a layer, forward."""
     windows: list[int | None]
     """Each layer's sliding window, None where it attends to everything."""
 
 
 def model_work(model: nn.Module) -> Work:
-    """The work of a transformers decoder, on any device or none ("meta"), partitioned or whole."""
+    """The work of a transformers decoder, on any device ("meta" too), divided over ranks or whole."""
     weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear))
     decoder = model.config.get_text_config(decoder=True)
     head = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
     return Work(weights, 4 * decoder.num_attention_heads * head, layer_windows(model.config))
 
 
-def step_flops(work: Work, rows: int, length: int, simulation: Simulation | None, distilled: bool = False) -> float:
+def step_flops(
+    work: Work,
+    rows: int,
+    length: int,
+    simulation: Simulation | None,
+    full_steps: Mapping[int, Tensor] = MappingProxyType({}),
+    distilled: bool = False,
+) -> float:
     """Operations of a step over `rows` rows of `length` tokens, forward and backward.
 
-    distilled: with a full-attention pass besides, forward only (`DistillationConfig`).
-
-    Under the similarity schedule the full steps are those that `simulation.record` has noted for this rank's last
-    micro-batch, taken for all rows; without them every check counts as full.
+    Args:
+        full_steps: layer -> (B, T) bool, the full steps of some of the rows under the similarity schedule; their mean
+            is taken for all rows. In a layer without an entry every decision step counts as full.
+        distilled: the step has a full-attention pass besides, forward only (`DistillationConfig`).
     """
     pairs, known = 0.0, {}
     for layer, window in enumerate(work.windows):
-        flags = None
-        if window is None and simulation is not None and simulation.config.threshold is not None:
-            flags = simulation.full_steps.get(layer)
+        flags = full_steps.get(layer) if window is None and simulation is not None else None
         kind = window if flags is None else f"layer {layer}"
         if kind not in known:  # most layers are alike
             known[kind] = _pairs(length, window, simulation, flags)
@@ -68,7 +75,7 @@ def step_flops(work: Work, rows: int, length: int, simulation: Simulation | None
 
 
 def _pairs(length: int, window: int | None, simulation: Simulation | None, full_steps: Tensor | None) -> float:
-    """Pairs of a query and a key it sees in one layer of a row."""
+    """Number of (query, key) pairs in one layer of a row, of which the query attends to the key."""
     if window is not None:
         return float(torch.arange(1, length + 1).clamp(max=window).sum())
     if simulation is None:
@@ -77,9 +84,9 @@ def _pairs(length: int, window: int | None, simulation: Simulation | None, full_
 
 
 def visible_keys(simulation: Simulation, length: int, full_steps: Tensor | None = None) -> Tensor:
-    """Keys that each position sees (specification, sections 3 and 4): (B, T) int64.
+    """Number of keys that each position attends to (specification, sections 3 and 4): (B, T) int64.
 
-    full_steps: (B, T) bool; None for all checks, and then B = 1.
+    full_steps: (B, T) bool; None if every decision step is full, and then B = 1.
     """
     prompt, config = simulation.prompt_length, simulation.config
     position = torch.arange(length, device=None if full_steps is None else full_steps.device)
@@ -95,7 +102,7 @@ def visible_keys(simulation: Simulation, length: int, full_steps: Tensor | None 
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """The device's bfloat16 peak in operations per second; None if it is not known or the run is not in bfloat16."""
+    """The device's bfloat16 peak in operations per second; None if it is unknown, or the run is not in bfloat16."""
     if device.type != "cuda" or dtype != "bf16":
         return None
     name = torch.cuda.get_device_name(device)

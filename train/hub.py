@@ -1,4 +1,4 @@
-"""Uploads to the Hugging Face Hub, without ever showing the token: exports, and a run while it trains."""
+"""Uploads exports, and runs while they train, to the Hugging Face Hub. The token appears in no message."""
 
 import queue
 import threading
@@ -10,23 +10,24 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from refreshkv.settings import SettingsError
 from refreshkv.train.config import HubConfig
-from refreshkv.train.log import METRICS_FILE
+from refreshkv.train.run_folder import METRICS_FILE, RUN_FILE
 
-RUN_FILES = ("run.yaml", METRICS_FILE)
-"""What tells of a run how it is going."""
+RUN_FILES = (RUN_FILE, METRICS_FILE)
+"""Files of a run's folder that are uploaded with each evaluation."""
 
 WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
-"""An earlier upload's weights must go: transformers would load a single old file rather than new shards."""
+"""Weights of an earlier upload, which a new one deletes: transformers would load an old single file and not the new
+shards."""
 
 LONGEST_REASON = 300
 
 
 class HubError(SettingsError):
-    """An upload that cannot start or did not end well. One line, without the token."""
+    """An upload cannot start, or has failed. One line, without the token."""
 
 
-def check_push(repo: str, setting: str = "--push-to-hub") -> None:
-    """Raises `HubError` for what would make a push fail for certain, before any work is done."""
+def validate_push(repo: str, setting: str = "--push-to-hub") -> None:
+    """Raises `HubError` if a push must fail: the name is none that the Hub takes, or there is no token."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -36,10 +37,10 @@ def check_push(repo: str, setting: str = "--push-to-hub") -> None:
 
 
 def push(folder: Path, repo: str, private: bool = False) -> str:
-    """Uploads the files of `folder` to the model repository `repo`, made if it is missing; returns its address.
+    """Uploads the files of `folder` to the model repository `repo`, created if it is missing; returns its address.
 
-    Weights of an earlier upload are replaced, other files in the repository stay. The token is the one of
-    `hf auth login` or HF_TOKEN. Raises `HubError`, also if `private` is asked for and the repository is public.
+    Weights of an earlier upload are replaced, other files in the repository stay. The token is that of `hf auth login`
+    or HF_TOKEN. Raises `HubError` if that fails, and if `private` is set but the repository is public.
     """
     try:
         api = HfApi()
@@ -85,7 +86,7 @@ def _without_token(text: str) -> str:
 class BackgroundPush:
     """Uploads evaluations and checkpoints of a run from a thread of its own, one at a time, in order.
 
-    Whatever fails is told to `say` in one line, once for each kind of reason, and training goes on. A checkpoint that
+    An upload that fails is reported to `say` in one line, once for each reason, and training goes on. A checkpoint that
     was removed before its turn is skipped.
     """
 
@@ -98,17 +99,17 @@ class BackgroundPush:
         self._thread.start()
 
     def metrics(self, step: int) -> None:
-        """Uploads the run's settings and metrics, evaluations included, as they are now."""
+        """Uploads the run's settings, metrics and evaluations as they are now."""
         files = {name: (self.output / name).read_bytes() for name in RUN_FILES if (self.output / name).is_file()}
         self._tasks.put((f"metrics after step {step}", lambda api, repo: _push_files(api, repo, files, step)))
 
     def checkpoint(self, folder: Path) -> None:
-        """Uploads a finished checkpoint to checkpoints/NAME, if checkpoints are to be uploaded."""
+        """Uploads a finished checkpoint to checkpoints/NAME, unless `hub.checkpoints` is false."""
         if self.hub.checkpoints:
             self._tasks.put((f"checkpoint {folder.name}", lambda api, repo: _push_checkpoint(api, repo, folder)))
 
     def close(self, timeout: float = 600.0) -> None:
-        """Waits until all is uploaded, at most `timeout` seconds."""
+        """Waits until everything is uploaded, at most `timeout` seconds."""
         self._tasks.put(None)
         self._thread.join(timeout)
         if self._thread.is_alive():

@@ -1,4 +1,4 @@
-"""Liger's kernels in a model's layers: RMSNorm, SwiGLU and rotary embedding, each in one pass over memory."""
+"""Liger's kernels for a model's layers: RMSNorm, SwiGLU and rotary embedding, each in one pass over memory."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from refreshkv.train.config import TrainingConfig
 WAY_OUT = "set training.kernels=torch"
 
 
-def check_kernels(training: TrainingConfig, model_config: PretrainedConfig) -> None:
+def validate_kernels(training: TrainingConfig, model_config: PretrainedConfig) -> None:
     """Raises `SettingsError` if `training.kernels` cannot run here, or not with this model."""
     if training.kernels == "torch":
         return
@@ -22,17 +22,17 @@ def check_kernels(training: TrainingConfig, model_config: PretrainedConfig) -> N
         raise SettingsError(f"training.kernels=liger runs on GPUs only, and there is none here: {WAY_OUT}")
     if model_config.model_type not in known:
         raise SettingsError(
-            f"training.kernels=liger: Liger has none for models of type {model_config.model_type}; {WAY_OUT}"
+            f"training.kernels=liger: Liger has no kernels for models of type {model_config.model_type}; {WAY_OUT}"
         )
-    if activation not in ("silu", "swish"):  # it would compute SwiGLU all the same
+    if activation not in ("silu", "swish"):  # Liger would compute SwiGLU all the same
         raise SettingsError(f"training.kernels=liger: Liger's are not for hidden_act={activation}; {WAY_OUT}")
 
 
 def use_liger(model: PreTrainedModel) -> None:
-    """Lets the layers of `model` compute by Liger's kernels; attention, loss, parameters and their names stay.
+    """Exchanges the layers' norms, MLPs and rotary embedding for Liger's; attention, parameters and their names stay.
 
-    The rotary embedding is a function of transformers' module, so it changes for all models of this type in the
-    process, as do the classes of those that are made later.
+    Liger exchanges the rotary embedding in transformers' module, so it changes for all models of this type in the
+    process, and for those that are made later.
     """
     _liger()._apply_liger_kernel_to_instance(
         model, rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False

@@ -1,4 +1,4 @@
-"""What a run says while it goes: a progress bar, a line per interval, tensorboard curves, metrics.jsonl."""
+"""The log of a run: a progress bar, a line every `training.log_every` steps, TensorBoard curves, metrics.jsonl."""
 
 import json
 import math
@@ -11,23 +11,32 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-METRICS_FILE = "metrics.jsonl"
+from refreshkv.files import write_text
+from refreshkv.train.config import RunConfig
+from refreshkv.train.hub import BackgroundPush
+from refreshkv.train.run_folder import METRICS_FILE
 
 
 class RunLog:
-    """The log of rank 0; on other ranks nothing is written. Times start anew with every process."""
+    """The log of a run, which rank 0 writes; on other ranks all methods do nothing.
 
-    def __init__(self, output: Path, steps: int, start: int, every: int, is_writer: bool):
-        self.steps, self.every, self.is_writer = steps, every, is_writer
+    Evaluations and checkpoints are uploaded, too, if `hub.repo` is set. start: step after which this process continues;
+    the time that is left is estimated from the steps of this process.
+    """
+
+    def __init__(self, config: RunConfig, start: int, is_writer: bool):
+        self.steps, self.every, self.is_writer = config.training.steps, config.training.log_every, is_writer
         self.started, self.start = time.perf_counter(), start
         if not is_writer:
             return
+        output = Path(config.training.output)
+        self.uploads = BackgroundPush(config.hub, output, self.say) if config.hub.repo else None
         self.metrics = _metrics_until(output / METRICS_FILE, start)
         self.board = SummaryWriter(output / "tensorboard", purge_step=start + 1)
-        self.bar = tqdm(total=steps, initial=start, desc="training", unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=self.steps, initial=start, desc="training", unit="step", dynamic_ncols=True)
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """Notes one finished optimizer step; `values` by their readable names, NaN for what the step did not have."""
+        """Records a finished optimizer step. values: by readable name, NaN for what the step did not have."""
         if not self.is_writer:
             return
         known = {name: value for name, value in values.items() if not math.isnan(value)}
@@ -41,7 +50,7 @@ class RunLog:
             self.say(self._line(step, known))
 
     def evaluation(self, step: int, perplexities: dict[str, float]) -> None:
-        """Notes an evaluation: perplexity by strategy."""
+        """Records an evaluation: strategy -> perplexity."""
         if not self.is_writer:
             return
         self.metrics.write(json.dumps({"step": step, "evaluation": perplexities}) + "\n")
@@ -51,6 +60,16 @@ class RunLog:
         self.say(
             f"step {step}  perplexity  " + "  ".join(f"{name} {value:.3f}" for name, value in perplexities.items())
         )
+        if self.uploads:
+            self.uploads.metrics(step)
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """Records a finished checkpoint."""
+        if not self.is_writer:
+            return
+        self.say(f"step {step}  saved {folder}")
+        if self.uploads:
+            self.uploads.checkpoint(folder)
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
@@ -59,8 +78,10 @@ class RunLog:
             sys.stdout.flush()
 
     def close(self) -> None:
-        """Ends the bar and the files."""
+        """Waits for the uploads, and closes the progress bar and the files."""
         if self.is_writer:
+            if self.uploads:
+                self.uploads.close()
             self.bar.close()
             self.board.close()
             self.metrics.close()
@@ -72,22 +93,20 @@ class RunLog:
 
 
 def peak_memory() -> float:
-    """Peak memory of this process in GB: the GPU's where there is one, else what the system lent it."""
+    """Peak memory of this process in GB: the GPU's if there is one, else main memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def _metrics_until(path: Path, step: int):
-    """Opens metrics.jsonl for appending, without the steps after the checkpoint that the run continues from."""
+    """Opens metrics.jsonl for appending, and removes the steps after `step` first: they will be taken again."""
     kept = []
     if path.exists():
         for line in path.read_text().splitlines(keepends=True):
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    write_text(path, "".join(kept))
     return path.open("a")
 
 

@@ -1,91 +1,143 @@
-"""Next-token loss, in total and by the kind of position that predicts: full or partial; with it the self-distillation.
+"""Next-token loss, in total and by the kind of position that predicts (full or partial), and the self-distillation.
 
-The model's output layer computes it (`attach_loss`), so that all its logits need never be held at once: those of 128K
-tokens and a vocabulary of 128K would be 67 GB in float32.
-
-Shapes: `B` rows, `T` positions, `N` positions whose losses count, `E` hidden size, `V` vocabulary.
+Shapes: `B` batch rows, `T` positions, `N` positions whose losses count, `M` of these that have a teacher, `E` hidden
+size, `V` vocabulary.
 """
 
-from types import MethodType
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from refreshkv.config import Simulation
+from refreshkv.config import Simulation, Trace
 from refreshkv.settings import SettingsError
-from refreshkv.train.distillation import DistillationConfig, divergence, divergence_and_gradient, without_dropout
+from refreshkv.train.chunked_loss import ChunkedLoss
+from refreshkv.train.distillation import DistillationConfig, divergence, without_dropout
 
-LossKind = Literal["chunked", "liger", "logits"]
-
-LOGITS_AT_ONCE = 1 << 27
-"""Logits that the chunked loss holds in float32 at the same time: 512 MiB."""
+LossKind = Literal["chunked", "logits"]
 
 POSTPROCESSED = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale")
-"""Fields of configurations whose models do more to logits than their output layer does."""
+"""Configuration fields of models that change the logits after the output layer."""
 
 
 class LossSums(NamedTuple):
-    """Sums over tokens, float32 scalars; averages are taken once all ranks' sums are known."""
+    """Sums over tokens, float32 scalars. Averages are taken once the sums of all ranks are known."""
 
     objective: Tensor
-    """What is minimised, the only differentiable one: the losses, and the weighted divergences of a distillation."""
+    """What is minimised, the only differentiable one: the losses plus the weighted divergences of a distillation."""
     total: Tensor
     """Next-token losses."""
     tokens: Tensor
     partial: Tensor
     partial_tokens: Tensor
     divergence: Tensor
-    """From the full-attention pass, of the tokens after the prompt."""
+    """Divergences from the full-attention pass, over the tokens after the prompt."""
     divergence_tokens: Tensor
 
 
-def attach_loss(model: PreTrainedModel, kind: LossKind, distillation: DistillationConfig | None = None) -> None:
-    """Lets `model(ids, targets=..., counted=..., partial=..., decoded=..., **other)` return `LossSums`.
+class CausalLossModel(nn.Module):
+    """A causal language model that returns `LossSums` when it is given targets; this is what the engine trains.
 
-    targets (B, T) int64: each position's next token. counted (N,) int64: places in the flattened (B, T) whose losses
-    count. partial, decoded (B, T) bool: which positions predict from the small cache, and which come after the prompt.
-    kind: how the sums are taken, see `TrainingConfig.loss`. Other calls stay the same.
+    Its children are the modules of `model` under their own names, so parameters, checkpoints and exports have the names
+    of the plain model. `model` itself is `causal_lm`: it computes logits with the same weights, in evaluations too.
+    Only its output layer is exchanged, for a `LossHead` with the same parameters.
 
-    Raises `SettingsError` if the output layer alone does not make the model's logits, or the kind's library is missing.
+    Args:
+        model: a transformers decoder after `refreshkv.enable`.
+        kind: how the sums are computed (`TrainingConfig.loss`).
+        distillation: adds the divergence from a full-attention pass; None for none.
+
+    Raises `SettingsError` if the logits of `model` are not the output of one linear layer.
     """
-    head = model.get_output_embeddings()
+
+    def __init__(self, model: PreTrainedModel, kind: LossKind, distillation: DistillationConfig | None = None):
+        super().__init__()
+        validate_output_layer(model)
+        self.distillation = distillation or DistillationConfig()
+        model.set_output_embeddings(LossHead(model.get_output_embeddings(), kind, self.distillation))
+        self._causal_lm = (model,)  # in a tuple, since as a child it would put its own name before all others
+        for name, child in model.named_children():
+            self.add_module(name, child)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model."""
+        return self._causal_lm[0]
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """Configuration of the transformers model, which an evaluation reads."""
+        return self.causal_lm.config
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the transformers model, which an evaluation reads."""
+        return self.causal_lm.device
+
+    def train(self, mode: bool = True) -> "CausalLossModel":
+        """Sets training mode here and in the transformers model, whose own flag no child shares."""
+        self.causal_lm.training = mode
+        return super().train(mode)
+
+    def forward(self, *args: Any, targets: Tensor | None = None, **inputs: Any) -> Any:
+        """The transformers model's own output without `targets`, else `LossSums` as a plain tuple.
+
+        targets: (B, T) int64, each position's next token. inputs: with targets, those of `Batch.model_arguments`.
+        """
+        return self.causal_lm(*args, **inputs) if targets is None else self._loss_sums(targets, **inputs)
+
+    def _loss_sums(
+        self,
+        targets: Tensor,
+        simulation: Simulation | None,
+        trace: Trace | None,
+        counted: Tensor,
+        partial: Tensor,
+        decoded: Tensor,
+        **inputs: Any,
+    ) -> tuple[Tensor, ...]:
+        teacher = None
+        if self.distillation.weight and simulation is not None:
+            with torch.no_grad(), without_dropout(self.causal_lm):
+                teacher = self._hidden_states(inputs, None, None)
+        hidden = self._hidden_states(inputs, simulation, trace)
+        head = self.causal_lm.get_output_embeddings()
+        return head(hidden, targets, counted=counted, partial=partial, decoded=decoded, teacher=teacher)
+
+    def _hidden_states(self, inputs: dict[str, Any], simulation: Simulation | None, trace: Trace | None) -> Tensor:
+        """Last hidden states (B, T, E), before the output layer."""
+        return self.causal_lm.base_model(**inputs, simulation=simulation, trace=trace).last_hidden_state
+
+
+def validate_output_layer(model: PreTrainedModel) -> None:
+    """Raises `SettingsError` unless the logits are what one linear layer makes of the last hidden states."""
     decoder = model.config.get_text_config(decoder=True)
     changed = [name for name in POSTPROCESSED if getattr(decoder, name, None) not in (None, 1, 1.0)]
-    if type(head) is not nn.Linear or changed:
-        reason = f"config.{changed[0]} changes its logits" if changed else "its output layer is not linear"
+    reason = None
+    if changed:
+        reason = f"config.{changed[0]} changes its logits"
+    elif type(model.get_output_embeddings()) is not nn.Linear:
+        reason = "its output layer is not linear"
+    elif [*model.parameters(recurse=False), *model.buffers(recurse=False)]:
+        reason = "it has weights of its own beside its decoder and its output layer"
+    if reason:
         raise SettingsError(f"training: losses of {type(model).__name__} cannot be computed here: {reason}")
-    if kind == "liger":
-        _liger()
-    head.__class__ = _LossHead  # the parameters, their names and what hangs on the module stay
-    head.loss_kind = kind
-    head.distillation = distillation or DistillationConfig()
-    ordinary = model.forward
-
-    def forward(self: PreTrainedModel, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
-        if targets is None:
-            return ordinary(*args, **kwargs)
-        masks = {name: kwargs.pop(name) for name in ("counted", "partial", "decoded")}
-        head, teacher = self.get_output_embeddings(), None
-        if head.distillation.weight and kwargs.get("refresh") is not None:
-            with torch.no_grad(), without_dropout(self.base_model):
-                teacher = self.base_model(*args, **{**kwargs, "refresh": None}).last_hidden_state
-        hidden = self.base_model(*args, **kwargs).last_hidden_state
-        return head(hidden, targets, **masks, teacher=teacher)
-
-    model.forward = MethodType(forward, model)
 
 
-class _LossHead(nn.Linear):
-    """An output layer that gives logits, or given targets the sums of their losses.
+class LossHead(nn.Linear):
+    """An output layer that returns logits, or, given targets, the sums of their losses.
 
-    Inside the module's own forward pass, where ZeRO-3 has its weight in one piece.
+    The loss is computed inside the layer's own forward pass because ZeRO 3 gathers its weight there and only there.
+
+    layer: the output layer whose weight and bias this one takes over.
     """
 
-    loss_kind: LossKind
-    distillation: DistillationConfig
+    def __init__(self, layer: nn.Linear, kind: LossKind, distillation: DistillationConfig):
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+        self.training, self.kind, self.distillation = layer.training, kind, distillation
 
     def forward(
         self,
@@ -96,153 +148,48 @@ class _LossHead(nn.Linear):
         decoded: Tensor | None = None,
         teacher: Tensor | None = None,
     ) -> Any:
+        """Logits (B, T, V) of `hidden` (B, T, E) without targets, else `LossSums` as a plain tuple.
+
+        Args:
+            targets: (B, T) int64.
+            counted: (N,) int64, the positions in the flattened (B, T) whose losses count. Their indices and not a mask:
+                the host would have to wait for the device to learn how many a mask has.
+            partial: (B, T) bool, which positions predict from the small cache.
+            decoded: (B, T) bool, which positions come after the prompt.
+            teacher: (B, T, E), the hidden states of the full-attention pass; None without distillation.
+        """
         if targets is None:
             return super().forward(hidden)
-        # places and not a mask, of which the host would have to wait to know how many they are
         hidden, targets, partial, decoded = (
             part.flatten(0, 1).index_select(0, counted) for part in (hidden, targets, partial, decoded)
         )
-        if self.loss_kind == "liger":
-            return tuple(_liger_sums(hidden, self.weight, self.bias, targets, partial))
-        taught = None
+        teacher_rows = None
         if teacher is not None:
-            taught = decoded.nonzero().squeeze(1)
-            teacher = teacher.flatten(0, 1).index_select(0, counted[taught])
-        if self.loss_kind == "logits":
-            logits = _at_least_float(super().forward(hidden))
-            losses, divergences = F.cross_entropy(logits, targets, reduction="none"), logits.new_zeros(0)
-            if teacher is not None:
-                wanted = _at_least_float(super().forward(teacher)).detach()
-                divergences = divergence(logits[taught], wanted, self.distillation.temperature)
-            objective = losses.sum() + self.distillation.weight * divergences.sum()
-        else:
-            objective, losses, divergences = _ChunkedLoss.apply(
-                hidden, self.weight, self.bias, targets, teacher, taught, self.distillation
-            )
+            teacher_rows = decoded.nonzero().squeeze(1)
+            teacher = teacher.flatten(0, 1).index_select(0, counted[teacher_rows])
+        objective, losses, divergences = self._losses(hidden, targets, teacher, teacher_rows)
         return tuple(_sums(objective, losses.detach(), partial, divergences.detach()))
+
+    def _losses(
+        self, hidden: Tensor, targets: Tensor, teacher: Tensor | None, teacher_rows: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The objective, each loss (N,) and each divergence (M,)."""
+        if self.kind == "chunked":
+            return ChunkedLoss.apply(hidden, self.weight, self.bias, targets, teacher, teacher_rows, self.distillation)
+        logits = _at_least_float(super().forward(hidden))
+        losses, divergences = F.cross_entropy(logits, targets, reduction="none"), logits.new_zeros(0)
+        if teacher is not None:
+            teacher_logits = _at_least_float(super().forward(teacher)).detach()
+            divergences = divergence(logits[teacher_rows], teacher_logits, self.distillation.temperature)
+        return losses.sum() + self.distillation.weight * divergences.sum(), losses, divergences
 
 
 def _sums(objective: Tensor, losses: Tensor, partial: Tensor, divergences: Tensor) -> LossSums:
     losses, divergences = losses.float(), divergences.float()
-    tokens, taught = (values.new_full((), len(values)) for values in (losses, divergences))
+    tokens, divergence_tokens = (values.new_full((), len(values)) for values in (losses, divergences))
     parts = losses.where(partial, 0.0).sum(), partial.sum().float()
-    return LossSums(objective, losses.sum(), tokens, *parts, divergences.sum(), taught)
+    return LossSums(objective, losses.sum(), tokens, *parts, divergences.sum(), divergence_tokens)
 
 
 def _at_least_float(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """The objective of targets (N,) under hidden (N, E) and an output layer; each loss (N,) and divergence (M,).
-
-    teacher (M, E), taught (M,) int64: the full-attention pass's hidden states of some of the N rows, in their order.
-
-    The gradients are taken on the way, a chunk of positions at a time, since the logits would be needed again for
-    them; backward scales them. Losses and divergences one by one, float32, are not differentiable.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, teacher, taught, distillation):
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        wanted = ctx.needs_input_grad[:3]
-        hidden_grad = torch.empty_like(hidden) if wanted[0] else None
-        # sums over many chunks: not in bfloat16
-        weight_grad = torch.zeros(weight.shape, dtype=wide, device=weight.device) if wanted[1] else None
-        bias_grad = torch.zeros(bias.shape, dtype=wide, device=bias.device) if wanted[2] else None
-        losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
-        divergences = losses.new_empty(0 if teacher is None else len(teacher))
-        chunk = max(1, LOGITS_AT_ONCE // weight.shape[0])
-        starts = range(0, len(targets), chunk)
-        bounds = [0] * (len(starts) + 1) if teacher is None else _bounds(taught, starts, len(targets))
-        for number, start in enumerate(starts):
-            rows, lessons = slice(start, start + chunk), slice(bounds[number], bounds[number + 1])
-            logits = F.linear(hidden[rows], weight, bias).to(wide)
-            target = targets[rows, None]
-            if lessons.stop > lessons.start:
-                own = taught[lessons] - start
-                wished = F.linear(teacher[lessons], weight, bias).to(wide)
-                divergences[lessons], pull = divergence_and_gradient(logits[own], wished, distillation.temperature)
-            largest = logits.logsumexp(dim=1, keepdim=True)
-            losses[rows] = (largest - logits.gather(1, target)).squeeze(1)
-            if not any(wanted):
-                continue
-            probabilities = logits.sub_(largest).exp_()
-            error = probabilities.scatter_add_(1, target, torch.full_like(largest, -1.0))
-            if lessons.stop > lessons.start:
-                error.index_add_(0, own, pull, alpha=distillation.weight)
-            if wanted[2]:
-                bias_grad += error.sum(dim=0)
-            error = error.to(hidden.dtype)
-            if wanted[0]:
-                hidden_grad[rows] = error @ weight
-            if wanted[1]:
-                weight_grad += error.T @ hidden[rows]
-        ctx.save_for_backward(*(grad for grad in (hidden_grad, weight_grad, bias_grad) if grad is not None))
-        ctx.wanted = wanted
-        ctx.mark_non_differentiable(losses, divergences)
-        return losses.sum() + distillation.weight * divergences.sum(), losses, divergences
-
-    @staticmethod
-    def backward(ctx, upstream, *_):
-        saved = iter(ctx.saved_tensors)
-        hidden, weight, bias = (next(saved) * upstream if wanted else None for wanted in ctx.wanted)
-        weight = None if weight is None else weight.to(ctx.dtypes[0])
-        bias = None if bias is None else bias.to(ctx.dtypes[1])
-        return hidden, weight, bias, None, None, None, None
-
-
-def _bounds(taught: Tensor, starts: range, end: int) -> list[int]:
-    """Where each chunk's rows begin among the rows `taught`, and where the last one's end."""
-    edges = torch.tensor([*starts, end], device=taught.device)
-    return torch.searchsorted(taught, edges).tolist()
-
-
-def _liger() -> Any:
-    try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-    except ImportError:
-        raise SettingsError(
-            "training.loss=liger needs the package liger-kernel: pip install 'refreshkv[gpu]', or set "
-            "training.loss=chunked"
-        ) from None
-    return LigerFusedLinearCrossEntropyLoss(reduction="sum")
-
-
-def _liger_sums(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, partial: Tensor) -> LossSums:
-    """The same by Liger's kernels, which give one sum a call: so a call for each kind of position."""
-    loss = _liger()
-    parts = []
-    for rows in (~partial, partial):
-        own = hidden[rows]
-        # no rows still need a gradient, of zeros: ZeRO waits for one of every parameter
-        parts.append(loss(weight, own, targets[rows], bias) if len(own) else 0.0 * (weight.sum() + own.sum()))
-    total, tokens = parts[0] + parts[1], torch.full((), float(len(targets)), device=hidden.device)
-    none = torch.zeros_like(tokens)
-    return LossSums(total, total.detach().float(), tokens, parts[1].detach().float(), partial.sum().float(), none, none)
-
-
-def partial_positions(simulation: Simulation | None, positions: Tensor) -> Tensor:
-    """Which of `positions` (any shape, int64) are decoded from the small cache in every layer: bool.
-
-    Under the similarity schedule layers differ at the checks, so a check does not count as partial.
-    """
-    if simulation is None:
-        return torch.zeros_like(positions, dtype=torch.bool)
-    step = positions - (simulation.prompt_length - 1)
-    return (step > 0) & (step % simulation.config.stride != 0)
-
-
-def decoded_positions(simulation: Simulation | None, positions: Tensor) -> Tensor:
-    """Which of `positions` (any shape, int64) come after the prompt: bool."""
-    if simulation is None:
-        return torch.zeros_like(positions, dtype=torch.bool)
-    return positions >= simulation.prompt_length
-
-
-def answer_targets(prompt_length: Tensor, answer_length: Tensor, length: int) -> Tensor:
-    """Which positions predict a token of the answers of rows of tasks: (B,) and (B,) int64 -> (B, length) bool."""
-    target = torch.arange(1, length + 1, device=prompt_length.device)
-    begin, end = prompt_length[:, None], (prompt_length + answer_length)[:, None]
-    return (target >= begin) & (target < end)

@@ -1,18 +1,19 @@
 """A checkpoint's manifest: the size and checksum of each of its files, written last and checked before loading."""
 
 import json
-import os
 from pathlib import Path
 
 import torch.distributed as dist
 import xxhash
+
+from refreshkv.files import flush_to_disk, write_json
 
 MANIFEST_FILE = "manifest.json"
 CHUNK = 1 << 22
 
 
 def checksum(file: Path) -> str:
-    """128 bits of xxh3, in hexadecimal: many times faster than a disk."""
+    """Checksum of a file: xxh3 of 128 bits, in hexadecimal. It is many times faster than a disk."""
     digest = xxhash.xxh3_128()
     with file.open("rb") as content:
         while chunk := content.read(CHUNK):
@@ -21,24 +22,24 @@ def checksum(file: Path) -> str:
 
 
 def write_manifest(folder: Path, rank: int = 0, world: int = 1) -> None:
-    """Forces the files below `folder` to the disk and writes their manifest; all ranks together, each its share."""
+    """Forces the files below `folder` to the disk and writes their manifest.
+
+    All ranks call it together, and each handles its share of the files.
+    """
     entries = {}
     for file in _files(folder)[rank::world]:
-        _to_disk(file)
+        flush_to_disk(file)
         entries[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "xxh3_128": checksum(file)}
     shares = _gather(entries, world)
     if rank == 0:
         whole = {name: entry for share in shares for name, entry in sorted(share.items())}
-        manifest = folder / MANIFEST_FILE
-        manifest.write_text(json.dumps({"files": whole}, indent=1))
-        _to_disk(manifest)
-        _to_disk(folder)
+        write_json(folder / MANIFEST_FILE, {"files": whole}, indent=1, durable=True)
 
 
 def find_damage(folder: Path, rank: int = 0, world: int = 1) -> str | None:
-    """What is wrong with a checkpoint, the same on all ranks; None if every file is as it was written.
+    """The first damage of a checkpoint, the same text on all ranks; None if every file is as it was written.
 
-    All ranks together, each reads its share of the files.
+    All ranks call it together, and each reads its share of the files.
     """
     try:
         entries = json.loads((folder / MANIFEST_FILE).read_text())["files"]
@@ -69,12 +70,3 @@ def _gather(share: object, world: int) -> list:
     shares: list = [None] * world
     dist.all_gather_object(shares, share)
     return shares
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, lies on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -1,4 +1,4 @@
-"""The mock step: forward and backward before step 1, so that what cannot work fails at once and changes nothing."""
+"""The mock step: forward and backward before step 1, so that a run which cannot work fails before anything changes."""
 
 import math
 
@@ -19,12 +19,12 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 def mock_step(engine, batch: Batch, config: RunConfig) -> float:
     """Runs one micro-batch forward and backward with the most demanding simulation; returns its mean loss.
 
-    The loss is scaled by zero: the gradients that it leaves are zeros, to which the first real ones are added. Weights,
-    optimizer and random state stay as they are. Raises `SettingsError` if the loss is not finite, or is not what the
-    model's own logits give.
+    The loss is multiplied by zero, so the gradients that remain are zeros, to which step 1 adds its own. Weights,
+    optimizer and random state stay as they are. Raises `SettingsError` if the loss is not finite, or differs from the
+    loss of the model's own logits.
     """
     states = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    _check_loss(engine, batch, config)
+    _validate_loss(engine, batch, config)
     engine.train()
     simulation = heaviest_simulation(config)
     sums = LossSums(*engine(**batch.model_arguments(simulation, config.parallel.sequence > 1)))
@@ -44,15 +44,15 @@ def mock_step(engine, batch: Batch, config: RunConfig) -> float:
 
 
 @torch.no_grad()
-def _check_loss(engine, batch: Batch, config: RunConfig) -> None:
-    """Compares the loss of the output layer with that of the logits which the whole model returns, on a few tokens.
+def _validate_loss(engine, batch: Batch, config: RunConfig) -> None:
+    """Compares the training loss with the cross entropy of the logits that the whole model returns, on a few tokens.
 
-    In evaluation mode, where each process works on its own.
+    The model is in evaluation mode meanwhile, in which each process works on rows of its own.
     """
     model = engine.module
     ids, targets = batch.ids[:1, :CHECKED_TOKENS], batch.targets[:1, :CHECKED_TOKENS]
     every = torch.ones_like(ids, dtype=torch.bool)
-    masks = {"counted": every.nonzero()[:, 1], "partial": ~every, "decoded": ~every}
+    masks = {"simulation": None, "trace": None, "counted": every.nonzero()[:, 1], "partial": ~every, "decoded": ~every}
     model.eval()
     logits = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
     sums = LossSums(*model(input_ids=ids, use_cache=False, targets=targets, **masks))

@@ -4,9 +4,9 @@ import numpy as np
 
 
 class RowOrder:
-    """An endless sequence of epochs, each all rows in an order of its own; step `s` takes the next `global_batch`.
+    """Endless epochs, each a permutation of all rows of its own; every step takes the next `global_batch` rows.
 
-    Nothing is remembered between steps, so a resumed run continues with the row it would have taken.
+    The rows of a step depend on the seed and the step alone, so a resumed run continues with the same rows.
     """
 
     def __init__(self, rows: int, global_batch: int, seed: int):

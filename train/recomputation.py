@@ -1,4 +1,4 @@
-"""Activation checkpointing: which layers compute their activations again, and where their inputs wait till then."""
+"""Activation checkpointing: which layers are recomputed in the backward pass, and where their inputs are kept."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,20 +12,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def recomputed_layers(layers: int, share: float) -> list[bool]:
-    """Of each layer, whether it recomputes: a share of them, spread evenly.
+    """Whether each layer is recomputed: a share of them, spread evenly.
 
-    The last one is kept, if any is: its activations are gone before the first layer recomputes.
+    If any layer is not, the last one is not: its activations are released before the first recomputation.
     """
     kept = layers - round(share * layers)
     return [number * kept % layers < layers - kept for number in range(layers)]
 
 
 def recompute_layers(model: PreTrainedModel, share: float, offload: bool = False) -> None:
-    """Lets a share of the layers recompute (`TrainingConfig.activation_checkpointing`).
+    """Turns recomputation on for a share of the layers (`TrainingConfig.activation_checkpointing`).
 
-    offload: their inputs wait in the CPU's memory, those of the other layers do not.
+    offload: the inputs of these layers are kept in the CPU's memory until the backward pass.
     """
-    # the reentrant form saves a layer's input as tensors are saved for a backward pass, where it can be moved
+    # the reentrant form saves a layer's input by the autograd hooks, through which the input can be moved
     model.gradient_checkpointing_enable({"use_reentrant": offload})
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer, recomputes in zip(layers, recomputed_layers(len(layers), share), strict=True):
@@ -45,9 +45,10 @@ def _inputs_on_cpu(checkpoint: Callable) -> Callable:
 
 @contextmanager
 def saved_on_cpu() -> Iterator[None]:
-    """Around reentrant checkpoints: what they save moves to pinned memory and comes back when it is needed.
+    """Moves what a reentrant checkpoint saves inside to pinned CPU memory, and back when the backward pass needs it.
 
-    Copies are in order with the computation, so nothing is overwritten too early and nothing waits on the host.
+    The copies run in order with the computation, so no tensor is overwritten before it is copied, and the host never
+    waits.
     """
 
     def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:

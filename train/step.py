@@ -6,28 +6,38 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from refreshkv.config import Simulation
+from refreshkv.config import Simulation, Trace
 from refreshkv.train.batch import Batch
 from refreshkv.train.loss import LossSums
 
 
 class NotFinite(ArithmeticError):
-    """A loss or a gradient is infinite or no number; `str()` says which."""
+    """A loss or a gradient is infinite or no number; `str()` is "loss" or "gradient"."""
 
 
 def train_step(
     engine,
     batches: list[Batch],
     simulation: Simulation | None,
-    sequence: int = 1,
+    sequence_parallel_size: int = 1,
     note: Callable[[str], None] = lambda doing: None,
+    trace: Trace | None = None,
 ) -> dict[str, float]:
-    """One optimizer step over this rank's micro-batches; returns its values, equal on all ranks.
+    """Takes one optimizer step; returns its values by readable name, which are equal on all ranks.
 
-    The loss is the mean over the counted tokens of all ranks, whatever their share of each. sequence: processes that
-    share a row. note: told about progress. Raises `NotFinite` on all ranks, for a loss before the step is taken.
+    The loss is the mean over the counted tokens of all ranks, however many each rank has.
+
+    Args:
+        engine: DeepSpeed's engine of a `CausalLossModel`.
+        batches: this rank's micro-batches.
+        sequence_parallel_size: ranks that share each row.
+        note: called with what is being done, as a sign of progress.
+        trace: receives the full steps of this rank's last micro-batch.
+
+    Raises `NotFinite` on all ranks; if it is the loss, the step has not been taken.
     """
-    total, count, partial, partial_count, divergence, taught = backward(engine, batches, simulation, sequence, note)
+    sums = backward(engine, batches, simulation, sequence_parallel_size, note, trace)
+    total, count, partial, partial_count, divergence, divergence_count = sums
     note("an optimizer step")
     if not math.isfinite(total + divergence):
         raise NotFinite("loss")
@@ -42,25 +52,31 @@ def train_step(
         "grad norm": norm,
         "tokens": count,
     }
-    return {**values, "divergence": divergence / taught} if taught else values
+    return {**values, "divergence": divergence / divergence_count} if divergence_count else values
 
 
 def backward(
-    engine, batches: list[Batch], simulation: Simulation | None, sequence: int, note: Callable[[str], None]
+    engine,
+    batches: list[Batch],
+    simulation: Simulation | None,
+    sequence_parallel_size: int,
+    note: Callable[[str], None],
+    trace: Trace | None = None,
 ) -> list[float]:
-    """Gradients of the mean objective over all ranks' counted tokens, not yet stepped; returns all ranks' `LossSums`.
+    """Computes the gradients of the mean objective over the counted tokens of all ranks; the step is not taken.
 
-    All but the objective, which the others make.
+    Returns the `LossSums` of all ranks together, without the objective.
     """
     engine.train()
     tokens = sum(batch.counted.sum() for batch in batches).float()
     dist.all_reduce(tokens)
     totals = torch.zeros(len(LossSums._fields) - 1, device=engine.device)
-    arguments = [batch.model_arguments(simulation, sequence > 1) for batch in batches]
+    arguments = [batch.model_arguments(simulation, sequence_parallel_size > 1, trace) for batch in batches]
     for index, micro_batch in enumerate(arguments):
         note(f"micro-batch {index + 1} of {len(batches)}")
-        sums = LossSums(*engine(**micro_batch))
-        engine.backward(sums.objective * (gradient_scale(engine, sequence) / tokens.clamp(min=1)), scale_wrt_gas=False)
+        sums = LossSums(*engine(**micro_batch, trace=trace))
+        scale = gradient_scale(engine, sequence_parallel_size) / tokens.clamp(min=1)
+        engine.backward(sums.objective * scale, scale_wrt_gas=False)
         totals += torch.stack([part.detach().float() for part in sums[1:]])
         if index < len(batches) - 1:
             engine.step()
@@ -68,15 +84,18 @@ def backward(
     return totals.tolist()
 
 
-def gradient_scale(engine, sequence: int) -> float:
-    """What undoes DeepSpeed's averaging: over ranks, but below stage 3 over the ranks of one column only."""
+def gradient_scale(engine, sequence_parallel_size: int) -> float:
+    """The number of ranks over which DeepSpeed averages gradients: all of them at ZeRO stage 3, below it one rank of
+    each row. Multiplied by it, the average is the sum that the mean over tokens needs."""
     world = dist.get_world_size()
-    return world if engine.zero_optimization_stage() == 3 else world / sequence
+    return world if engine.zero_optimization_stage() == 3 else world / sequence_parallel_size
 
 
 def step_and_norm(engine) -> float:
     """Takes the optimizer step; returns the norm of its gradients before clipping."""
-    if engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():  # no DeepSpeed optimizer to ask
+    if (
+        engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled()
+    ):  # there is no DeepSpeed optimizer that has the norm
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         engine.step()

@@ -1,1 +1,1 @@
-"""Sweeps: a threshold of the similarity schedule, recommended for a model."""
+"""Sweep over thresholds of the similarity schedule, and the one recommended for a model."""

@@ -1,13 +1,15 @@
-"""The figure of a threshold sweep: what each schedule costs against what it saves, and who decides it, by layer."""
+"""The figure of a threshold sweep: what each schedule costs and saves, and the effective stride of each layer.
 
-import io
+Importing this module needs matplotlib.
+"""
+
 import math
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, ScalarFormatter
 
-from refreshkv.evaluation.figure import NEVER_COLOUR, SIMILARITY_COLOURS, tidy
+from refreshkv.evaluation.plotting import NEVER_COLOUR, SIMILARITY_COLOURS, png, tidy
 from refreshkv.evaluation.sweep.recommendation import Point, Sweep
 
 FIXED_COLOUR = "#0072B2"
@@ -16,15 +18,16 @@ TICKS = [figure * 10**power for power in range(4) for figure in (1, 1.5, 2, 3, 4
 
 
 def draw_sweep(sweep: Sweep) -> bytes:
-    """As PNG. Left: perplexity over full attention's against the effective stride, for thresholds and for fixed
-    schedules. Right: the effective stride of each layer under the recommended threshold and its neighbours."""
+    """The sweep's figure as PNG.
+
+    Left: perplexity over full attention's against the effective stride, for thresholds and for fixed schedules. Right:
+    the effective stride of each layer under the recommended threshold and its neighbours.
+    """
     figure = Figure(figsize=(12, 5), layout="constrained")
     costs, layers = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_costs(costs, sweep)
     _draw_layers(layers, sweep)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _draw_costs(axes: Axes, sweep: Sweep) -> None:
@@ -67,14 +70,14 @@ def _curve(points: list[Point]) -> tuple[list[float], list[float]]:
 
 
 def _name_thresholds(axes: Axes, points: list[Point], colour: str) -> None:
-    """Writes thresholds beside their points; of several in the same place, the first."""
+    """Writes thresholds beside their points; where several would overlap, only the first."""
     named: list[tuple[float, float]] = []
     heights = [math.expm1(point.gap) for point in points]
     span = max(heights) - min(heights) or 1.0
     for point, height in zip(points, heights, strict=True):
-        place = (math.log(point.effective_stride), height / span)
-        if all(abs(place[0] - x) > 0.04 or abs(place[1] - y) > 0.04 for x, y in named):
-            named.append(place)
+        position = (math.log(point.effective_stride), height / span)
+        if all(abs(position[0] - x) > 0.04 or abs(position[1] - y) > 0.04 for x, y in named):
+            named.append(position)
             offset = {"xytext": (6, -11), "textcoords": "offset points", "fontsize": 8}
             axes.annotate(f"{point.threshold:g}", (point.effective_stride, height), color=colour, **offset)
 
@@ -84,8 +87,8 @@ def _draw_layers(axes: Axes, sweep: Sweep) -> None:
     results = [result for result in sweep.evaluation.results if result.config and result.config.threshold is not None]
     if chosen:
         results = [result for result in results if result.config.stride == chosen.stride]
-        place = [result.name for result in results].index(chosen.name)
-        results = results[max(0, place - 1) : place + 2]
+        index = [result.name for result in results].index(chosen.name)
+        results = results[max(0, index - 1) : index + 2]
     for i, result in enumerate(results):
         is_chosen = chosen is not None and result.name == chosen.name
         colour = CHOSEN_COLOUR if is_chosen else SIMILARITY_COLOURS[i % len(SIMILARITY_COLOURS)]

@@ -1,5 +1,7 @@
-"""The threshold of the similarity schedule, chosen for a model as in the paper's appendix A.4: what each threshold
-costs, and how many full steps it saves, beside fixed schedules that save as many."""
+"""Recommends a threshold of the similarity schedule for a model, as in the paper's appendix A.4.
+
+Each threshold's cost and saved full steps are compared with fixed schedules that save as many.
+"""
 
 import dataclasses
 import math
@@ -8,22 +10,24 @@ from statistics import fmean, stdev
 
 from refreshkv import RefreshConfig
 from refreshkv.config import NEVER
-from refreshkv.evaluation.perplexity import Evaluation, Result
-from refreshkv.evaluation.strategies import NEVER_REFRESHED, Decoding, full_attention, refreshing
+from refreshkv.evaluation.perplexity.results import Evaluation, Result
+from refreshkv.evaluation.strategies import Strategy, full_attention, never_refreshed, refreshing
 from refreshkv.settings import SettingsError
 
 THRESHOLDS = [0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98]
 """The paper found 0.85 and 0.95 for models of 8 and 7 billion parameters; with 0.8 one of 30 million still refreshed at
-nearly every check (docs/results.md)."""
+nearly every decision step (docs/results.md)."""
 MULTIPLES = (1, 2, 3, 5)
-"""Fixed schedules to compare with, in check strides."""
+"""Strides of the fixed schedules to compare with, in strides of the similarity schedule."""
 
 
-def sweep_strategies(config: RefreshConfig, strides: list[int], thresholds: list[float]) -> list[Decoding]:
-    """Full attention, every threshold at every check stride, fixed schedules, and a selection that is never refreshed;
-    all with the selection of `config`. Raises `SettingsError` for values that come twice or cannot be."""
+def sweep_strategies(config: RefreshConfig, strides: list[int], thresholds: list[float]) -> list[Strategy]:
+    """Full attention, every threshold at every stride, fixed schedules, and a selection that is never refreshed.
+
+    All select as `config` says. Raises `SettingsError` for values that come twice, and for a stride of never.
+    """
     if NEVER in strides:
-        raise SettingsError("--strides: this model's own schedule is never refreshed; name check strides, such as 10")
+        raise SettingsError("--strides: this model's own schedule is never refreshed; name strides, such as 10")
     for name, values in (("--strides", strides), ("--thresholds", thresholds)):
         if len(set(values)) != len(values):
             raise SettingsError(f"{name} has a value twice")
@@ -34,33 +38,33 @@ def sweep_strategies(config: RefreshConfig, strides: list[int], thresholds: list
         for threshold in sorted(thresholds):
             changed = dataclasses.replace(config, stride=stride, threshold=threshold)
             found.append(refreshing(f"S={stride} threshold {threshold:g}", changed))
-    return [*found, refreshing(NEVER_REFRESHED, dataclasses.replace(config, stride=NEVER, threshold=None))]
+    return [*found, never_refreshed(config)]
 
 
 @dataclass(frozen=True)
 class Point:
-    """What one schedule costs and saves."""
+    """Cost and saving of one schedule."""
 
     name: str
     stride: int | None
-    """Check stride; None for never."""
+    """Steps between two decision steps; None for never."""
     threshold: float | None
     """None for a fixed schedule."""
     effective_stride: float | None
     """Decoding steps per full step; None if none was full."""
     gap: float
-    """Mean loss less full attention's, in nats."""
+    """Mean loss minus full attention's, in nats."""
     kept: float | None
-    """Share of what the most frequent refresh gains over none that this schedule keeps; None if it gains nothing."""
+    """Share that this schedule keeps of the gain of the most frequent refresh; None if that gains nothing."""
     fixed_gap: float | None
-    """What a fixed schedule of the same effective stride would cost, between its measured neighbours; None outside."""
+    """Gap of a fixed schedule with the same effective stride, interpolated between measured ones; None outside."""
     score: float | None
     """Mean score of tasks, 0 to 1; None if none were evaluated."""
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The threshold to take, if any, and why."""
+    """The recommended schedule, if any, and the reason."""
 
     point: Point | None
     text: str
@@ -69,22 +73,22 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All schedules of one model, and what follows."""
+    """The measured schedules of one model, and what follows from them."""
 
     evaluation: Evaluation
     keep: float
-    """Share of the refresh's gain that a recommended threshold must keep."""
+    """Share of the gain of refreshing that a recommended threshold must keep."""
     scores: dict[str, float] = field(default_factory=dict)
-    """Schedule -> mean score of tasks, 0 to 1, if some were evaluated: for the reader, not for the recommendation."""
+    """Schedule -> mean score of tasks, 0 to 1, if any; the recommendation does not depend on it."""
 
     @property
     def points(self) -> list[Point]:
-        """Of all schedules but full attention."""
+        """One point for each schedule; full attention has none."""
         return [self._point(result) for result in self.evaluation.results if not result.is_full]
 
     @property
     def least_gap(self) -> float:
-        """That of the fixed schedule with the shortest stride: what refreshing can reach here."""
+        """Gap of the fixed schedule with the shortest stride: the best that refreshing reaches."""
         return self._shortest.loss - self.evaluation.full.loss
 
     @property
@@ -94,14 +98,17 @@ class Sweep:
 
     @property
     def largest_gap(self) -> float:
-        """That of a selection that is never refreshed."""
+        """Gap of the selection that is never refreshed."""
         (never,) = [r for r in self.evaluation.results if _kind(r) == "never"]
         return never.loss - self.evaluation.full.loss
 
     @property
     def gain(self) -> tuple[float, float]:
-        """What refreshing gains over never refreshing, in nats, and its standard error over rows, which all schedules
-        share; infinite for a single row."""
+        """Gain of the shortest fixed stride over never refreshing, in nats, and its standard error over sequences.
+
+        All schedules have the same sequences, so differences are taken sequence by sequence. The error is infinite for
+        a single one.
+        """
         (never,) = [r for r in self.evaluation.results if _kind(r) == "never"]
         pairs = zip(never.row_losses, self._shortest.row_losses, strict=True)
         gains = [without - refreshed for without, refreshed in pairs]
@@ -109,13 +116,13 @@ class Sweep:
 
     @property
     def allowed_gap(self) -> float:
-        """The gap at which a schedule still keeps the share `keep`."""
+        """The largest gap of a schedule that keeps the share `keep` of the gain."""
         return self.largest_gap - self.keep * (self.largest_gap - self.least_gap)
 
     def recommend(self) -> Recommendation:
-        """The threshold with the highest effective stride of those that keep enough.
+        """Recommends the threshold with the highest effective stride among those that keep enough of the gain.
 
-        A share of the gain, not a perplexity, because what refreshing can reach differs by model and budget.
+        The limit is a share of the gain, not a perplexity: what refreshing reaches differs by model and budget.
         """
         gain, error = self.gain
         if gain < 2 * error:
@@ -156,7 +163,7 @@ class Sweep:
         )
 
     def _fixed_gap(self, stride: float | None) -> float | None:
-        """Interpolated over the logarithm of the stride."""
+        """`Point.fixed_gap`, interpolated over the logarithm of the stride."""
         fixed = sorted(
             (result.effective_stride, result.loss - self.evaluation.full.loss)
             for result in self.evaluation.results

@@ -1,28 +1,28 @@
 """The report of a threshold sweep: a table for the terminal, and sweep.json, sweep.md, sweep.png in a folder."""
 
 import dataclasses
-import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
-from refreshkv.evaluation.report import ROWS_FILE, circumstances
-from refreshkv.evaluation.sweep.figure import draw_sweep
+from refreshkv.evaluation.reports import EXAMPLES_FILE, ROWS_FILE, drawn, provenance
 from refreshkv.evaluation.sweep.recommendation import Sweep
-from refreshkv.evaluation.task_report import EXAMPLES_FILE
+from refreshkv.files import write_bytes, write_json, write_text
+from refreshkv.tables import column_table, markdown_table
 
-FILES = ("sweep.json", "sweep.md", "sweep.png", ROWS_FILE, EXAMPLES_FILE)
+NAMES = ("sweep.json", "sweep.md", "sweep.png")
+FILES = (*NAMES, ROWS_FILE, EXAMPLES_FILE)
+"""All that a sweep writes into its folder."""
 
 
 def build_sweep_report(sweep: Sweep, model: str, settings: dict[str, Any], command: str) -> dict[str, Any]:
-    """Everything about a sweep as plain values: what sweep.json holds."""
+    """The content of sweep.json, as plain values."""
     recommendation = sweep.recommend()
     return {
         "layout": 1,
         "model": model,
         "settings": settings,
-        **circumstances(command),
+        **provenance(command),
         "recommendation": {
             "text": recommendation.text,
             "stride": recommendation.point and recommendation.point.stride,
@@ -34,26 +34,26 @@ def build_sweep_report(sweep: Sweep, model: str, settings: dict[str, Any], comma
     }
 
 
-def write_sweep_report(folder: Path, sweep: Sweep, report: dict[str, Any]) -> None:
-    """Writes sweep.json, sweep.md and sweep.png."""
-    contents = {
-        "sweep.json": (json.dumps(report, indent=2) + "\n").encode(),
-        "sweep.md": _markdown(sweep, report).encode(),
-        "sweep.png": draw_sweep(sweep),
-    }
-    for name, content in contents.items():
-        partial = folder / f"{name}.partial"
-        partial.write_bytes(content)
-        os.replace(partial, folder / name)
+def write_sweep_report(folder: Path, sweep: Sweep, report: dict[str, Any]) -> list[str]:
+    """Writes sweep.json, sweep.md and, if matplotlib is installed, sweep.png; returns the names of those written."""
+    figure = drawn("sweep.png", lambda: _draw(sweep))
+    write_json(folder / "sweep.json", report)
+    write_text(folder / "sweep.md", _markdown(sweep, report, has_figure=figure is not None))
+    if figure is None:
+        return list(NAMES[:2])
+    write_bytes(folder / "sweep.png", figure)
+    return list(NAMES)
+
+
+def _draw(sweep: Sweep) -> bytes:
+    from refreshkv.evaluation.sweep.figure import draw_sweep  # needs matplotlib
+
+    return draw_sweep(sweep)
 
 
 def sweep_table(sweep: Sweep) -> str:
-    """A line for each schedule, in aligned columns."""
-    lines = _cells(sweep)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
-    )
+    """The schedules in aligned columns, for a terminal."""
+    return column_table(_cells(sweep))
 
 
 def _cells(sweep: Sweep) -> list[list[str]]:
@@ -77,10 +77,8 @@ def _cells(sweep: Sweep) -> list[list[str]]:
     return lines
 
 
-def _markdown(sweep: Sweep, report: dict[str, Any]) -> str:
-    header, *lines = _cells(sweep)
-    rule = [":---", *("---:" for _ in header[1:])]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
+def _markdown(sweep: Sweep, report: dict[str, Any], has_figure: bool) -> str:
+    table = markdown_table(_cells(sweep))
     text = report["recommendation"]["text"]
     evaluation = sweep.evaluation
     prompt = evaluation.row_length - evaluation.last_tokens
@@ -91,7 +89,8 @@ def _markdown(sweep: Sweep, report: dict[str, Any]) -> str:
         "many full steps would cost, between its measured neighbours."
     )
     details = {**report["settings"], "hardware": report["hardware"], "date": report["date"]}
-    parts = [f"# Threshold of {report['model']}", f"{text[0].upper()}{text[1:]}.", "![The sweep](sweep.png)", table]
-    parts += [explained, *(f"**Warning:** {warning}." for warning in evaluation.warnings)]
+    parts = [f"# Threshold of {report['model']}", f"{text[0].upper()}{text[1:]}."]
+    parts += ["![The sweep](sweep.png)"] if has_figure else []
+    parts += [table, explained, *(f"**Warning:** {warning}." for warning in evaluation.warnings)]
     parts += ["\n".join(f"- {key}: {value}" for key, value in details.items()), f"```\n{report['command']}\n```"]
     return "\n\n".join(parts) + "\n"

@@ -4,7 +4,9 @@ Shapes: `B` batch rows, `T` query positions, `L` key positions, `H` query heads,
 """
 
 from copy import copy
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,56 +23,78 @@ FASTEST_FIRST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-"""torch's own order prefers its flash attention, which takes nearly twice cuDNN's time on Hopper GPUs. But with a
-mask over 64 keys more than a multiple of 128, cuDNN's gradient of a query whose scores all lie below -88 is nan."""
+"""torch's own order prefers its flash attention, which takes nearly twice cuDNN's time on Hopper GPUs."""
 
 
-def ordinary_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    left_padding: Tensor | None,
-    scaling: float,
-    dropout: float,
-    sliding_window: int | None,
-    implementation: str,
-    **kwargs,
-) -> Tensor:
-    """Causal attention by one of transformers' own implementations; the queries are the last T of L positions.
+@dataclass(frozen=True)
+class DenseAttention:
+    """Causal attention of one layer's call by one of transformers' own implementations, with all settings fixed."""
 
-    Returns (B, T, H, D).
-    """
-    is_flash = implementation.startswith("flash")
-    if is_flash:
-        # transformers reads the implementation's name from the module's config, where ours stands
-        config = copy(module.config)
-        config._attn_implementation = implementation
-        mask = _key_mask(left_padding, key.shape[2])
-        module = SimpleNamespace(config=config, is_causal=True, layer_idx=module.layer_idx, modules=module.modules)
-        kwargs.pop("position_ids", None)  # of the whole row, and packed sequences are refused anyway
-    else:
-        named = _has_a_name(left_padding, sliding_window, query)
-        if named and implementation == "sdpa" and not dropout and CHOICE.takes_prompt_block(query, key, value):
-            return ops.prompt_block(query, key, value, scaling).transpose(1, 2)
-        if named and query.shape[2] not in (1, key.shape[2]):
-            mask = causal_lower_right(query.shape[2], key.shape[2])
+    module: nn.Module
+    left_padding: Tensor | None
+    """(B,) int64: padded columns of each batch row; None: no padding."""
+    scaling: float
+    dropout: float
+    sliding_window: int | None
+    """Window of the layer in tokens; None: full attention."""
+    implementation: str
+    """Name of the implementation in transformers."""
+    keywords: dict[str, Any]
+    """The further keywords that transformers gave the attention function."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query (B, H, T, D): the last T of L positions; key and value (B, Hkv, L, D). Returns (B, T, H, D)."""
+        if self.implementation.startswith("flash"):
+            output = self._flash(query, key, value)
+        elif self._is_block(query, key, value):
+            return ops.prompt_block(query, key, value, self.scaling).transpose(1, 2)
         else:
-            mask = _causal_mask(left_padding, query.shape[2], key.shape[2], sliding_window, query.device)
-    first = 1 if isinstance(mask, Tensor) and key.shape[2] % 128 == 64 else 0
-    with sdpa_kernel(FASTEST_FIRST[first:], set_priority=True):
-        output, _ = ALL_ATTENTION_FUNCTIONS[implementation](
-            module, query, key, value, mask, scaling=scaling, dropout=dropout, sliding_window=sliding_window, **kwargs
-        )
-    return _UpstreamInLayout.apply(output) if output.requires_grad else output
+            output = self._masked(query, key, value)
+        return _UpstreamInLayout.apply(output) if output.requires_grad else output
+
+    def _is_block(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether the project's own kernel for a later block of a prompt is the fastest."""
+        is_plain = self.implementation == "sdpa" and not self.dropout and self._can_use_causal_flag(query)
+        return is_plain and CHOICE.takes_prompt_block(query, key, value)
+
+    def _flash(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        module, config = self.module, copy(self.module.config)
+        # transformers reads the implementation's name from the module's config, where "refreshkv" stands
+        config._attn_implementation = self.implementation
+        stand_in = SimpleNamespace(config=config, is_causal=True, layer_idx=module.layer_idx, modules=module.modules)
+        # position_ids only serve to find packed sequences, which are refused, and are those of the whole sequence
+        keywords = {name: value for name, value in self.keywords.items() if name != "position_ids"}
+        return self._call(stand_in, query, key, value, _key_mask(self.left_padding, key.shape[2]), keywords)
+
+    def _masked(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        queries, keys = query.shape[2], key.shape[2]
+        if self._can_use_causal_flag(query) and queries not in (1, keys):
+            mask = causal_lower_right(queries, keys)
+        else:
+            mask = _causal_mask(self.left_padding, queries, keys, self.sliding_window, query.device)
+        # With a mask over 64 keys more than a multiple of 128, cuDNN's gradient of a query whose scores all lie below
+        # -88 is nan.
+        first = 1 if isinstance(mask, Tensor) and keys % 128 == 64 else 0
+        with sdpa_kernel(FASTEST_FIRST[first:], set_priority=True):
+            return self._call(self.module, query, key, value, mask, self.keywords)
+
+    def _call(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, keywords: dict) -> Tensor:
+        settings = {"scaling": self.scaling, "dropout": self.dropout, "sliding_window": self.sliding_window}
+        return ALL_ATTENTION_FUNCTIONS[self.implementation](module, query, key, value, mask, **settings, **keywords)[0]
+
+    def _can_use_causal_flag(self, query: Tensor) -> bool:
+        """True if the mask is plain bottom-right causal and a GPU's kernels know it by name: they then skip hidden
+        keys, and no (T, L) mask is built and read."""
+        is_plain = self.left_padding is None and self.sliding_window is None and not torch.compiler.is_compiling()
+        return is_plain and query.is_cuda and query.dtype != torch.float64
 
 
 class _UpstreamInLayout(torch.autograd.Function):
-    """The same (B, T, H, D) tensor, whose gradient comes back laid out as itself.
+    """The identity on a (B, T, H, D) tensor; its gradient is made contiguous.
 
-    torch 2.11 keeps cuDNN's plan of a backward pass by the shapes and strides of query, key and value alone, but the
-    plan holds the upstream gradient's strides too: one that comes with others, as a part cut out of longer rows does,
-    would be read at the wrong places, or past its end.
+    torch 2.11 finds cuDNN's plan of a backward pass by the shapes and strides of query, key and value, but the plan
+    also holds the strides of the upstream gradient. A gradient with other strides, such as a slice of longer sequences,
+    would be read at the wrong addresses, or past its end.
     """
 
     @staticmethod
@@ -82,34 +106,24 @@ class _UpstreamInLayout(torch.autograd.Function):
         return upstream.contiguous()
 
 
-def _has_a_name(left_padding: Tensor | None, window: int | None, query: Tensor) -> bool:
-    """Whether a prompt or a later block of it can tell the GPU's kernels its pattern by name: they then skip what is
-    hidden, where a mask in full would be read, and grows with the product of the lengths."""
-    plain = left_padding is None and window is None and not torch.compiler.is_compiling()
-    return plain and query.is_cuda and query.dtype != torch.float64
-
-
 def _key_mask(left_padding: Tensor | None, columns: int) -> Tensor | None:
-    """(B, L) bool: the keys that exist; None if all do."""
+    """(B, L) bool: which keys are real tokens; None without padding."""
     if left_padding is None:
         return None
     return torch.arange(columns, device=left_padding.device) >= left_padding[:, None]
 
 
 def _causal_mask(
-    left_padding: Tensor | None, rows: int, columns: int, window: int | None, device: torch.device
+    left_padding: Tensor | None, queries: int, keys: int, window: int | None, device: torch.device
 ) -> Tensor | None:
-    """(B or 1, 1, T, L) bool, or None where the implementation's own causal flag says the same."""
-    if left_padding is None and (rows == 1 or rows == columns) and (window is None or columns <= window):
+    """The causal mask (B or 1, 1, T, L) bool, or None where the implementation's own causal flag means the same."""
+    if left_padding is None and queries in (1, keys) and (window is None or keys <= window):
         return None
-    column = torch.arange(columns, device=device)
-    row = torch.arange(columns - rows, columns, device=device).unsqueeze(-1)
+    column = torch.arange(keys, device=device)
+    row = torch.arange(keys - queries, keys, device=device).unsqueeze(-1)
     mask = column <= row
     if window is not None:
         mask = mask & (column > row - window)
-    if left_padding is not None:
-        mask = mask & _key_mask(left_padding, columns).unsqueeze(1)
-        mask = mask.unsqueeze(1)
-    else:
-        mask = mask[None, None]
-    return mask
+    if left_padding is None:
+        return mask[None, None]
+    return (mask & _key_mask(left_padding, keys).unsqueeze(1)).unsqueeze(1)

@@ -1,19 +1,19 @@
 """enable(): attaches the refresh attention to a transformers model, without patching or copying it."""
 
-from typing import Any
+import inspect
 
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from refreshkv.attention.function import refresh_attention
 from refreshkv.attention.masks import left_padding_mask
-from refreshkv.cache.buffers import BufferedCache
+from refreshkv.attention.model_call import NAME, ModelCalls, attach
 from refreshkv.cache.refresh import saved_config
 from refreshkv.config import RefreshConfig
+from refreshkv.generation.prompt_chunks import announce_chunks
 from refreshkv.layers import layer_windows
 from refreshkv.settings import SettingsError
 
-NAME = "refreshkv"
 PROMPT_ATTENTIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
 
 AttentionInterface.register(NAME, refresh_attention)
@@ -25,8 +25,10 @@ def enable(
 ) -> PreTrainedModel:
     """Gives `model` the refresh attention and returns it.
 
-    Afterwards `model(ids, refresh=Simulation(...))` simulates the pattern over known tokens,
-    `model.generate(..., past_key_values=RefreshCache(...))` decodes with it, and calls with neither use full attention.
+    Afterwards `model(ids, simulation=Simulation(...))` simulates the refresh pattern over known tokens (`refresh=` is
+    the older name of this keyword), `trace=Trace()` beside it records the full steps,
+    `model.generate(..., past_key_values=RefreshCache(...))` decodes with the pattern, and calls with neither use full
+    attention. Each such call checks that all full-attention layers took part in it.
 
     Args:
         model: a transformers decoder whose attention goes through `AttentionInterface`.
@@ -51,10 +53,14 @@ def enable(
         )
     if getattr(model.config.get_text_config(decoder=True), "attention_dropout", 0.0):
         raise SettingsError("attention dropout is not simulated: set attention_dropout=0 in the model's config")
+    for module in modules:
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in _parameters(module)):
+            raise SettingsError(f"{type(module).__name__} takes no further keywords, so no simulation can reach it")
     model.set_attn_implementation(NAME)
     model.config.refreshkv = config.to_dict()
-    for module in modules:
-        _attach(module, prompt_attention)
+    refreshable = frozenset(number for number, window in enumerate(windows) if window is None)
+    attach(model, model.base_model, modules, ModelCalls(refreshable, prompt_attention))
+    announce_chunks(model)
     return model
 
 
@@ -63,18 +69,5 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")]
 
 
-def _attach(module: nn.Module, prompt_attention: str) -> None:
-    """Passes the layer's cache on to the attention function, which transformers does not."""
-    if not hasattr(module, "refreshkv_prompt_attention"):
-        module.register_forward_pre_hook(_add_keywords, with_kwargs=True)
-    module.refreshkv_prompt_attention = prompt_attention
-
-
-def _add_keywords(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    cache = kwargs.get("past_key_values")
-    added = {"prompt_attention": module.refreshkv_prompt_attention}
-    if isinstance(cache, BufferedCache):
-        if kwargs.get("use_cache") is False:
-            raise ValueError(f"use_cache=False and a {type(cache).__name__} exclude each other: leave one out")
-        added["refresh_cache"] = cache
-    return args, {**kwargs, **added}
+def _parameters(module: nn.Module) -> list[inspect.Parameter]:
+    return list(inspect.signature(module.forward).parameters.values())

@@ -1,38 +1,30 @@
-"""The attention function registered with transformers: prompt, simulated rows, decoding steps.
+"""The attention function registered with transformers: a simulated pass, a prompt block, or a decoding step.
 
-Training and generation come through here: a `Simulation` computes all positions of known tokens at once, a
-`RefreshCache` one token at a time, and both equal `refreshkv.ops.naive`. Without either, attention is the ordinary one.
+Training and generation both come through here. A `Simulation` computes all positions of known tokens at once, a
+`RefreshCache` one token at a time; both equal `refreshkv.ops.naive`. Without either, attention is the ordinary one.
 
-Shapes: `B` batch rows, `T` query positions, `L` key positions, `H` query heads, `Hkv` key/value heads, `D` head size.
+Shapes: `B` batch rows, `T` query positions, `L` key positions, `H` query heads, `Hkv` key/value heads, `D` head size,
+`P` prompt length.
 """
 
-from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from refreshkv import ops
-from refreshkv.attention.dense import ordinary_attention
+from refreshkv.attention.dense import DenseAttention
 from refreshkv.attention.masks import padding_from_mask
-from refreshkv.cache.buffers import BufferedCache, BufferedLayer
-from refreshkv.config import Simulation
+from refreshkv.attention.split import SplitAtPrompt, computed_length
+from refreshkv.cache.preallocated import PreallocatedCache, PreallocatedLayer
+from refreshkv.config import Simulation, Trace
 from refreshkv.ops.choice import CHOICE
 from refreshkv.settings import SettingsError
 
-PROMPT_STEP = 128
-"""Prompts of simulated rows are computed up to a multiple of this on a GPU, the further rows for nothing: cuDNN makes a
-plan for each new length, some ten milliseconds long, and takes tiles of 128 rows anyway."""
-
-FAMILIAR = 8
-"""Simulations of one shape after which its full steps go to cuDNN, which plans for each new one for some hundred
-milliseconds in all. Where each step draws its prompt's length, few shapes come so often."""
-
-_simulated: Counter[tuple] = Counter()
-"""How many simulations each shape has had."""
-
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
-"""Changes of the softmax that some models ask for; ignoring one would give other numbers than the model's."""
+"""Changes of the softmax that some models ask for. Without them the numbers would not be the model's, so a simulation
+or a cache is refused for such models."""
 
 
 def refresh_attention(
@@ -44,154 +36,108 @@ def refresh_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    refresh: Simulation | None = None,
-    refresh_cache: BufferedCache | None = None,
+    simulation: Simulation | None = None,
+    trace: Trace | None = None,
+    refresh_cache: PreallocatedCache | None = None,
     prompt_attention: str = "sdpa",
     average_heads: Callable[[Tensor], Tensor] | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer, in transformers' interface: query (B, H, T, D), key and value (B, Hkv, L, D).
+    """Attention of one layer, in transformers' interface.
 
-    attention_mask: what `left_padding_mask` returned. average_heads: from the mean over these heads' queries to that
-    over all, where other processes have the rest (`refreshkv.attention.sequence_parallel`). Returns (B, T, H, D) and
-    None.
+    Args:
+        module: the layer's attention module.
+        query: (B, H, T, D), after the rotary embedding.
+        key, value: (B, Hkv, L, D).
+        attention_mask: what `left_padding_mask` returned.
+        scaling: factor of the scores; None: `D ** -0.5`.
+        dropout: refused for a simulation or a cache.
+        sliding_window: the layer's window in tokens; such a layer keeps its ordinary attention.
+        simulation: settings of a teacher-forced pass; the T positions are then whole sequences.
+        trace: receives the layer's full steps.
+        refresh_cache: the cache that this call appends to and decodes from.
+        prompt_attention: transformers' attention for the prompt and for ordinary attention.
+        average_heads: maps the mean query of this process's heads, (B, C, D), to the mean over all processes' heads
+            (`refreshkv.attention.sequence_parallel`).
+
+    Returns (B, T, H, D), and None in the place of attention weights.
     """
     scaling = module.head_dim**-0.5 if scaling is None else scaling
     left_padding = padding_from_mask(attention_mask)
+    dense = DenseAttention(module, left_padding, scaling, dropout, sliding_window, prompt_attention, kwargs)
+    if sliding_window is not None or (simulation is None and refresh_cache is None):
+        return dense(query, key, value), None
 
-    def ordinary(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return ordinary_attention(
-            module, query, key, value, left_padding, scaling, dropout, sliding_window, prompt_attention, **kwargs
-        )
-
-    if sliding_window is not None or (refresh is None and refresh_cache is None):
-        return ordinary(query, key, value), None
-
-    _check_supported(dropout, kwargs)
-    if torch.compiler.is_compiling() and query.shape[2] > 1 and kwargs.get("position_ids") is not None:
-        consecutive = (kwargs["position_ids"].diff(dim=-1) == 1).all()
-        torch._assert_async(consecutive, "packed sequences are not supported: give each row one sequence")
-    if refresh is not None and refresh_cache is not None:
-        raise ValueError("refresh=Simulation(...) and a RefreshCache exclude each other: pass one of them")
-    if refresh is not None and left_padding is not None and bool((left_padding >= refresh.prompt_length).any()):
-        raise SettingsError(f"prompt_length={refresh.prompt_length}: a row of the batch has only padding there")
-    if refresh_cache is None:
-        dense = prompt_attention == "sdpa"  # not one of the user's own choice
-        return _simulate(
-            module, query, key, value, left_padding, scaling, refresh, ordinary, dense, average_heads
-        ), None
+    _validate(query, dropout, kwargs)
+    if hasattr(module, "refreshkv_calls"):
+        module.refreshkv_calls.note(module.layer_idx)
+    if simulation is not None:
+        return _simulate(dense, query, key, value, simulation, trace, average_heads), None
     layer = refresh_cache.layers[module.layer_idx]
     if layer.is_decoding:
         return layer.step(query, key, value, scaling), None
-    return _prompt(layer, query, key, value, left_padding, scaling, ordinary), None
+    return _prompt_block(dense, query, key, value, layer), None
 
 
 def _simulate(
-    module: nn.Module,
+    dense: DenseAttention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    left_padding: Tensor | None,
-    scaling: float,
     simulation: Simulation,
-    ordinary,
-    dense: bool,
+    trace: Trace | None,
     average_heads: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
-    """All positions of known tokens in one pass (specification, section 8): returns (B, T, H, D).
-
-    dense: whether the prompt may be computed by whichever dense attention is the fastest.
-    """
-    length, prompt = query.shape[2], simulation.prompt_length
-    config = simulation.config
-    if key.shape[2] != length:
-        raise ValueError("refresh=Simulation(...) takes whole rows: pass use_cache=False and no past_key_values")
-    if prompt > length:
-        raise SettingsError(f"prompt_length={prompt} is outside the row of {length} tokens")
-    plan = config.plan(query, prompt, left_padding, average_heads=average_heads)
-    if simulation.record:
-        simulation.full_steps[module.layer_idx] = _as_flags(plan.full_positions, length)
+    """Attention of all positions of known tokens in one pass (specification, section 8): returns (B, T, H, D)."""
+    length, prompt, config = query.shape[2], simulation.prompt_length, simulation.config
+    _validate_prompt(simulation, length, key.shape[2], dense.left_padding)
+    plan = config.plan(query, prompt, dense.left_padding, recurring=simulation.recurring, average_heads=average_heads)
+    if trace is not None:
+        trace.full_steps[dense.module.layer_idx] = _as_flags(plan.full_positions, length)
     if prompt == length:
-        return ordinary(query, key, value)
+        return dense(query, key, value)
     options = config.selection_options()
-    if dense and CHOICE.takes_whole_sequence(query, key, value, plan):
-        return ops.whole_sequence(query, key, value, plan, options, scaling)
-    plan = plan._replace(recurring=_is_familiar(simulation, query, key))
-    computed = _computed_prompt(query, prompt) if dense else prompt
-    parts = _SplitAtPrompt.apply(query, key, value, prompt, computed, config.observation_window)
+    may_choose = dense.implementation == "sdpa"  # any other attention is the user's own choice
+    if may_choose and CHOICE.takes_whole_sequence(query, key, value, plan):
+        return ops.whole_sequence(query, key, value, plan, options, dense.scaling)
+    computed = computed_length(query, prompt) if may_choose else prompt
+    parts = SplitAtPrompt.apply(query, key, value, prompt, computed, config.observation_window)
     *early, late_query, key, value = parts
-    output = ordinary(*early)[:, :prompt]
-    decoded = ops.refresh_rows(late_query, key, value, plan, options, scaling)
+    output = dense(*early)[:, :prompt]
+    decoded = ops.refresh_rows(late_query, key, value, plan, options, dense.scaling)
     return torch.cat([output, decoded], dim=1)
 
 
-def _is_familiar(simulation: Simulation, query: Tensor, key: Tensor) -> bool:
-    """Whether plans for these shapes pay. Decided once for a simulation: layers that are computed again for the
-    backward pass go the same way, to the last bit."""
-    if torch.compiler.is_compiling():
-        return True
-    shape = (*query.shape, *key.shape, simulation.prompt_length, simulation.config.stride)
-    if shape not in simulation.familiar:
-        _simulated[shape] += 1
-        simulation.familiar[shape] = _simulated[shape] > FAMILIAR
-    return simulation.familiar[shape]
-
-
-def _computed_prompt(query: Tensor, prompt: int) -> int:
-    """How many rows of query (B, H, T, D) the prompt's attention is computed of: at least the prompt's."""
-    return min(-(-prompt // PROMPT_STEP) * PROMPT_STEP, query.shape[2]) if query.is_cuda else prompt
-
-
-class _SplitAtPrompt(torch.autograd.Function):
-    """Query, key and value of the first `computed` positions; then the queries from the prompt's last `observing`
-    positions on, and keys and values whole. Backward puts the gradients together in one pass, where autograd by itself
-    would pad each with zeros; those of queries beyond the prompt are zero, for nobody uses what they computed."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, prompt, computed, observing):
-        ctx.prompt, ctx.computed, ctx.first = prompt, computed, max(0, prompt - observing)
-        early = (tensor[:, :, :computed] for tensor in (query, key, value))
-        return *early, query[:, :, ctx.first :], key.view_as(key), value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, early_query, early_key, early_value, late_query, key, value):
-        query = _positions_first(late_query, ctx.first + late_query.shape[2])
-        query[:, :, : ctx.prompt] = early_query[:, :, : ctx.prompt]
-        query[:, :, ctx.prompt :] = late_query[:, :, ctx.prompt - ctx.first :]
-        query[:, :, ctx.first : ctx.prompt] += late_query[:, :, : ctx.prompt - ctx.first]
-        for whole, early in ((key, early_key), (value, early_value)):
-            whole[:, :, : ctx.computed] += early
-        return query, key, value, None, None, None
-
-
-def _positions_first(like: Tensor, length: int) -> Tensor:
-    """An empty (B, H, length, D) tensor laid out as the projections of a model are, positions before heads."""
-    batch, heads, _, head_dim = like.shape
-    return like.new_empty(batch, length, heads, head_dim).transpose(1, 2)
-
-
 @torch.compiler.disable
-def _prompt(
-    layer: BufferedLayer,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    left_padding: Tensor | None,
-    scaling: float,
-    ordinary,
-) -> Tensor:
-    """A prompt block, or another turn's: ordinary attention, then the first selection: returns (B, T, H, D)."""
-    output = ordinary(query, key, value)
-    layer.begin(query, _no_padding(query) if left_padding is None else left_padding, scaling)
+def _prompt_block(dense: DenseAttention, query: Tensor, key: Tensor, value: Tensor, layer: PreallocatedLayer) -> Tensor:
+    """Ordinary attention of a prompt block, then the layer's selection after its last token: returns (B, T, H, D)."""
+    output = dense(query, key, value)
+    left_padding = _no_padding(query) if dense.left_padding is None else dense.left_padding
+    layer.end_block(query, left_padding, dense.scaling)
     return output
 
 
-def _check_supported(dropout: float, kwargs: dict) -> None:
+def _validate(query: Tensor, dropout: float, kwargs: dict[str, Any]) -> None:
+    """Refuses what neither a simulation nor a cache can follow."""
     if dropout:
         raise ValueError(f"attention dropout ({dropout}) is not simulated: set model.config.attention_dropout to 0")
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"models whose attention uses {name} are not supported")
+    if torch.compiler.is_compiling() and query.shape[2] > 1 and kwargs.get("position_ids") is not None:
+        consecutive = (kwargs["position_ids"].diff(dim=-1) == 1).all()
+        torch._assert_async(consecutive, "packed sequences are not supported: give each row one sequence")
+
+
+def _validate_prompt(simulation: Simulation, length: int, keys: int, left_padding: Tensor | None) -> None:
+    """Refuses a simulation of tokens that follow others, and a prompt length outside the tokens or inside padding."""
+    prompt = simulation.prompt_length
+    if left_padding is not None and bool((left_padding >= prompt).any()):
+        raise SettingsError(f"prompt_length={prompt}: a row of the batch has only padding there")
+    if keys != length:
+        raise ValueError("simulation=Simulation(...) takes whole rows: pass use_cache=False and no past_key_values")
+    if prompt > length:
+        raise SettingsError(f"prompt_length={prompt} is outside the row of {length} tokens")
 
 
 def _no_padding(query: Tensor) -> Tensor:
@@ -199,6 +145,6 @@ def _no_padding(query: Tensor) -> Tensor:
 
 
 def _as_flags(full_positions: Tensor, length: int) -> Tensor:
-    """(B, C) positions, -1 where none -> (B, length) bool."""
+    """The positions (B, C), -1 where there is none, as flags (B, length) bool."""
     flags = torch.zeros(full_positions.shape[0], length + 1, dtype=torch.bool, device=full_positions.device)
     return flags.scatter(1, full_positions.masked_fill(full_positions < 0, length), True)[:, :length]

@@ -1,9 +1,9 @@
-"""The mask function registered with transformers: it returns the rows' left padding and refuses all other masks."""
+"""The mask function registered with transformers: it returns the batch rows' left padding and refuses other masks."""
 
 import torch
 from torch import Tensor
 
-from refreshkv.cache.buffers import check_room
+from refreshkv.cache.preallocated import validate_room
 
 
 def left_padding_mask(
@@ -18,27 +18,19 @@ def left_padding_mask(
 ) -> Tensor | None:
     """The mask function registered with transformers: the number of padded columns of each row, or None without any.
 
-    Takes transformers' mask arguments; attention_mask (B, columns) bool. Returns (B, 1, 1, 1) int64, counted from the
-    layer's first key; four dimensions because transformers hands those on untouched. Raises `ValueError` for padding
-    elsewhere than on the left, packed sequences and static caches, whose masks the attention could not see.
+    Takes transformers' mask arguments; attention_mask is (B, columns) bool. Returns (B, 1, 1, 1) int64, counted from
+    the layer's first key: transformers hands on a mask of four dimensions as it is. Raises `ValueError` for padding
+    elsewhere than on the left and for packed sequences, whose masks the attention could not see.
     """
-    if isinstance(q_offset, Tensor):
-        if torch.compiler.is_compiling() and q_length == 1:
-            return None  # a decoding step: its layers know their padding
-        max_cache_len = getattr(q_offset, "refreshkv_max_cache_len", None)
-        if max_cache_len is not None and q_length == 1:
-            check_room(0 if attention_mask is None else attention_mask.shape[1], max_cache_len)
+    if isinstance(q_offset, Tensor):  # the length is on the device, and kv_length is the cache's room
+        if q_length == 1:  # a decoding step: the cache's layers know their padding
+            if not torch.compiler.is_compiling():
+                validate_room(0 if attention_mask is None else attention_mask.shape[1], kv_length)
             return None
-        if max_cache_len is not None:
-            q_offset = int(q_offset)
-            kv_length = q_offset + q_length
-    if isinstance(q_offset, Tensor) or kv_length + kv_offset != q_offset + q_length:
-        raise ValueError(
-            "the refresh attention has no use for a static cache: pass past_key_values=RefreshCache(...), or for "
-            'ordinary attention model.set_attn_implementation("sdpa")'
-        )
+        q_offset = int(q_offset)
+        kv_length = q_offset + q_length
     if torch.compiler.is_compiling() and attention_mask is None:
-        return None  # transformers cannot tell packed sequences while it is traced: the attention looks at positions
+        return None  # while it is traced transformers cannot see packed sequences: the attention looks at positions
     if not allow_is_causal_skip and q_length > 1:
         raise ValueError("packed sequences and custom masks are not supported: give each row one sequence")
     if attention_mask is None:
@@ -63,7 +55,7 @@ def left_padding_mask(
 
 
 def padding_from_mask(attention_mask: Tensor | None) -> Tensor | None:
-    """(B,) int64 from what `left_padding_mask` returned; anything else was not made for this attention."""
+    """The left padding (B,) int64 from what `left_padding_mask` returned; raises `ValueError` for any other mask."""
     if attention_mask is None:
         return None
     if attention_mask.dtype != torch.int64 or attention_mask.shape[1:] != (1, 1, 1):

@@ -1,11 +1,12 @@
-"""Sequence parallelism: each row's tokens are spread over a group of processes (DeepSpeed Ulysses).
+"""Sequence parallelism: the tokens of each sequence are spread over a group of processes (DeepSpeed Ulysses).
 
-Outside the attention a process has `T / N` columns of a row. Around it Ulysses exchanges them for heads: the attention
-function sees all T positions and `H / N` query heads. Budgets, selection and partial rows are per key/value head and
-need nothing more. Two things do: the mean query of the similarity schedule is over all heads, and with more processes
-than key/value heads a group of query heads, whose maximum selects, is spread over several.
+Outside the attention a process has `T / N` columns of a sequence. Around it Ulysses exchanges columns for heads: the
+attention function sees all T positions and `H / N` query heads. Budgets, selection and partial steps are per key/value
+head and need no communication. Two things do: the mean query of the similarity schedule is over all heads; and with
+more processes than key/value heads the query heads of one key/value head, whose maximum selects, are on several
+processes.
 
-Shapes: `B` rows, `T` positions, `H` query heads, `Hkv` key/value heads, `D` head size, `N` processes per row.
+Shapes: `B` sequences, `T` positions, `H` query heads, `Hkv` key/value heads, `D` head size, `N` processes per sequence.
 """
 
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from refreshkv.settings import SettingsError
 
 
 def check_sequence(size: int, world: int, row_length: int, model_config: PretrainedConfig) -> None:
-    """Refuses a number of processes per row that ranks, rows or heads do not divide into, by a `SettingsError`."""
+    """Raises `SettingsError` unless `size` processes per sequence divide ranks, sequence length and heads."""
     decoder = model_config.get_text_config(decoder=True)
     heads, groups = decoder.num_attention_heads, decoder.num_key_value_heads
     problem = None
@@ -42,11 +43,12 @@ def check_sequence(size: int, world: int, row_length: int, model_config: Pretrai
 
 
 def start(model: PreTrainedModel, size: int, micro_batch: int) -> Any:
-    """Spreads the rows of `model` (after `refreshkv.enable`) over groups of `size` neighbouring ranks.
+    """Spreads the sequences of `model` (after `refreshkv.enable`) over groups of `size` neighbouring ranks.
 
-    From here on every training pass of an enabled model in this process takes `micro_batch` rows of T / N columns with
-    their `position_ids`, on all ranks of the group together. In evaluation mode each process works alone, on whole
-    rows. Returns what `deepspeed.initialize(mpu=...)` takes: None for `size=1`, which changes nothing. `stop` ends it.
+    From here on every training pass of an enabled model in this process takes `micro_batch` sequences of T / N columns
+    with their `position_ids`, on all ranks of the group together. In evaluation mode each process works alone, on whole
+    sequences. Returns the argument of `deepspeed.initialize(mpu=...)`: None for `size=1`, which changes nothing. `stop`
+    ends it.
     """
     if size == 1:
         return None
@@ -67,13 +69,13 @@ def start(model: PreTrainedModel, size: int, micro_batch: int) -> Any:
         disable_in_eval=True,
     )
     groups.sequence = mpu.get_sequence_parallel_group()
-    # asked for when a checkpoint of another layout is loaded: no layer is divided
+    # DeepSpeed calls this when it loads a checkpoint of another layout: no layer is divided
     divided = {"get_tensor_model_parallel_world_size": lambda: 1, "get_tensor_model_parallel_rank": lambda: 0}
     return SimpleNamespace(**{name: item for name, item in vars(mpu).items() if callable(item)}, **divided)
 
 
 def stop() -> None:
-    """Takes back what `start` registered, so that another layout can be started in this process."""
+    """Removes what `start` registered, so that another layout can be started in this process."""
     from deepspeed.runtime.sequence_parallel import parallel_state_sp
     from deepspeed.utils import groups
 
@@ -84,7 +86,7 @@ def stop() -> None:
 
 @contextmanager
 def started(model: PreTrainedModel, size: int, micro_batch: int) -> Iterator[Any]:
-    """`start`, and `stop` at the end."""
+    """Calls `start`, and `stop` at the end."""
     try:
         yield start(model, size, micro_batch)
     finally:
@@ -98,24 +100,24 @@ def columns(tensor: Tensor, rank: int, size: int) -> Tensor:
 
 
 class _Groups:
-    """Who shares what among the N processes of a row."""
+    """The N processes of a sequence, and which of them share a key/value head."""
 
     def __init__(self, heads: int, groups: int, size: int):
         self.heads, self.size = heads, size
         self.sharing = max(1, size // groups)
-        """Processes that have query heads of the same key/value head."""
+        """How many processes have query heads of the same key/value head."""
         self.sequence: dist.ProcessGroup | None = None
 
     def average_heads(self, mean_queries: Tensor) -> Tensor:
-        """Mean over the processes: each has as many heads as the others. (B, C, D) -> (B, C, D) float32."""
+        """Mean over the processes, which have equally many heads: (B, C, D) -> (B, C, D) float32."""
         total = mean_queries.contiguous().clone()
         dist.all_reduce(total, group=self.sequence)
         return total / self.size
 
     def whole_group(self, query: Tensor) -> tuple[Tensor, slice]:
-        """All query heads of this process's key/value head, and where its own are: (B, G, T, D).
+        """All query heads of this process's key/value head, (B, G, T, D), and which of them are its own.
 
-        Only its own carry gradients: the others are there for the selection, which is not differentiated.
+        Only its own carry gradients: the others serve the selection, which is not differentiated.
         """
         parts = [torch.empty_like(query) for _ in range(self.size)]
         dist.all_gather(parts, query.detach().contiguous(), group=self.sequence)
@@ -129,11 +131,11 @@ class _Groups:
 def _attend(groups: _Groups, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
     """`refresh_attention` on this process's share of the heads, or on all of them outside training."""
     own = slice(None)
-    if query.shape[1] < groups.heads and kwargs.get("refresh") is not None:
+    if query.shape[1] < groups.heads and kwargs.get("simulation") is not None:
         kwargs["average_heads"] = groups.average_heads
         if groups.sharing > 1:
             query, own = groups.whole_group(query)
-    # Ulysses may have set it for another number of heads
+    # Ulysses may have set this for another number of heads
     module.num_key_value_groups = query.shape[1] // key.shape[1]
     output, weights = refresh_attention(module, query, key, value, *args, **kwargs)
     return output[:, :, own], weights

@@ -1,35 +1,45 @@
-"""H2O (Zhang et al., 2023, arXiv 2306.14048): the tokens with the most accumulated attention, and the last ones.
+"""H2O: the tokens with the most accumulated attention, and the last ones.
+
+Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", NeurIPS 2023,
+https://arxiv.org/abs/2306.14048. As there, half of the budget is for heavy hitters and half for the last tokens. Here
+the attention that a position received is averaged over the query heads of its key/value head.
 
 Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `P` prompt length.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from refreshkv.baselines.compact import CompactLayer, best_first_last
-from refreshkv.cache.buffers import BufferedCache
+from refreshkv.cache.preallocated import PreallocatedCache
+from refreshkv.config import RefreshConfig
 from refreshkv.ops.naive.selection import MAX_SCORES
 
 
+@dataclass(frozen=True)
+class H2OConfig:
+    """Settings of H2O. Raises `SettingsError` for values outside their range."""
+
+    budget: int | float = 0.125
+    """Entries of the cache: a number of tokens, or a share of the prompt. One half is for the last tokens."""
+
+    def __post_init__(self) -> None:
+        RefreshConfig(budget=self.budget)  # has the same range
+
+
 class H2OLayer(CompactLayer):
-    """H2O (Zhang et al. 2023): half of the budget for the highest accumulated probability, half for the last tokens."""
+    """A layer that keeps half of its budget for the highest accumulated probability, half for the last tokens."""
 
     heavy = True
-    needs_queries = True
-    earlier_queries: Tensor | None = None
+    takes_prefix = False  # the accumulated probabilities need the queries of all tokens of the prompt
 
-    def fill(self, key_states: Tensor, value_states: Tensor, query_states: Tensor | None = None) -> None:
-        super().fill(key_states, value_states, query_states)
-        self.earlier_queries = query_states
-
-    def reset(self) -> None:
-        super().reset()
-        self.earlier_queries = None
+    def __init__(self, max_cache_len: int, settings: H2OConfig):
+        super().__init__(max_cache_len, settings.budget)
 
     def _prompt_entries(self, query, key, budgets, left_padding, capacity, scaling):
-        if self.earlier_queries is not None:
-            query, self.earlier_queries = torch.cat([self.earlier_queries, query], dim=2), None
         scores = accumulated_probabilities(query, key, left_padding, scaling)
         column = torch.arange(key.shape[2], device=key.device)
         recent = column >= (key.shape[2] - budgets // 2)[:, None, None]
@@ -37,7 +47,7 @@ class H2OLayer(CompactLayer):
 
 
 def accumulated_probabilities(query: Tensor, key: Tensor, left_padding: Tensor, scaling: float) -> Tensor:
-    """How much attention each position received from all later ones, mean over the group: (B, Hkv, P) float32.
+    """The attention that each position received from all later ones, mean over the group's heads: (B, Hkv, P) float32.
 
     query (B, H, P, D), key (B, Hkv, P, D). Costs one more pass over the prompt, in chunks of queries.
     """
@@ -50,7 +60,7 @@ def accumulated_probabilities(query: Tensor, key: Tensor, left_padding: Tensor, 
         queries = query[:, :, start : start + chunk].unflatten(1, (kv_heads, -1)).flatten(2, 3).to(wide)
         row = torch.arange(start, min(start + chunk, length), device=key.device)
         visible = (column <= row[:, None]) & (column >= left_padding[:, None, None])
-        visible |= (row < left_padding[:, None])[..., None]  # a padded row sees something, and counts for nothing
+        visible |= (row < left_padding[:, None])[..., None]  # a padded query needs one visible key; it is not counted
         logits = (queries @ key.to(wide).transpose(-1, -2) * scaling).unflatten(2, (-1, len(row)))
         probabilities = logits.masked_fill(~visible[:, None, None], -torch.inf).softmax(dim=-1)
         counted = (row >= left_padding[:, None])[:, None, None, :, None]
@@ -58,8 +68,9 @@ def accumulated_probabilities(query: Tensor, key: Tensor, left_padding: Tensor, 
     return total.float()
 
 
-class H2OCache(BufferedCache):
-    """H2O: half of `budget` (tokens, or a fraction of the prompt) for heavy hitters, half for the last tokens."""
+class H2OCache(PreallocatedCache):
+    """The cache of H2O; `budget` as in `H2OConfig`."""
 
-    def __init__(self, model_config: PretrainedConfig, max_cache_len: int, budget: int | float = 0.125):
-        super().__init__(model_config, max_cache_len, lambda: H2OLayer(max_cache_len, budget))
+    def __init__(self, config: PretrainedConfig, max_cache_len: int, budget: int | float = 0.125):
+        settings = H2OConfig(budget)
+        super().__init__(config, max_cache_len, lambda: H2OLayer(max_cache_len, settings))

@@ -1,7 +1,7 @@
-"""Layers of a cache that end their decoding steps together: one launch selects for all of them.
+"""The joint state of a cache's layers: one launch selects for all of them at the end of a decoding step.
 
-A selection is a search with few steps that can go at once; of one layer it leaves most of a GPU idle, and where no step
-was full its launch is for nothing. Nobody needs it before the next token.
+A selection is a search with a few steps that follow each other. For one layer alone it leaves most of a GPU idle, and a
+launch for a layer whose step was not full is wasted. No layer needs its selection before the next token.
 
 Shapes: `N` layers, `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size.
 """
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from refreshkv.cache.layer import RefreshLayer
 
 
-class LayerStack:
-    """N layers' `Decisions`, each field in one tensor for all of them, (N, ...); the layers' own become parts of it. It
-    knows nothing else of the layers."""
+class JointState:
+    """The `Decisions` of N layers, one tensor (N, ...) for each field.
 
-    @torch.inference_mode(False)  # it outlives the mode in which it was first wanted
+    The layers' own tensors become slices of these.
+    """
+
+    @torch.inference_mode(False)  # it outlives the mode in which it was first needed
     def __init__(self, layers: "list[RefreshLayer]"):
         for name in Decisions._fields:
             whole = torch.stack([getattr(layer, name) for layer in layers])
@@ -35,12 +37,12 @@ class LayerStack:
         batch, *shape = layers[0].keys.shape
         self.scratch = SelectionScratch.empty((len(layers), batch), *shape, layers[0].device)
         for number, layer in enumerate(layers):
-            layer.stack, layer.number = self, number
+            layer.joint, layer.number = self, number
         for tensor in (*(getattr(self, name) for name in Decisions._fields), *self.scratch):
             torch._dynamo.mark_static_address(tensor, guard=False)
 
     def holds(self, layers: "list[RefreshLayer]") -> bool:
-        """Whether it is these layers' stack, and their state is still part of it."""
+        """Whether the state of exactly these layers is still a slice of this one."""
         return len(layers) == len(self.row_state) and all(
             getattr(layer, name).data_ptr() == getattr(self, name)[number].data_ptr()
             and getattr(layer, name).shape == getattr(self, name).shape[1:]
@@ -49,7 +51,7 @@ class LayerStack:
         )
 
     def step(self, layer: "RefreshLayer", query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """`RefreshLayer.step`; the last layer's selects for all."""
+        """`RefreshLayer.step` of one layer; the last layer's step selects for all."""
         decisions = Decisions(*(getattr(self, name) for name in Decisions._fields))
         options, length = layer.config.step_options(), layer.cumulative_length
         buffers = {"keys": layer.keys, "values": layer.values, "length": length, "observers": layer.observers}
@@ -60,8 +62,8 @@ class LayerStack:
         return output
 
 
-def stack_layers(layers: "Iterable[RefreshLayer]") -> None:
-    """Makes a `LayerStack` of those among a cache's layers that have one device and shape, if they go by kernels."""
+def join_layers(layers: "Iterable[RefreshLayer]") -> None:
+    """Gives the layers on one device and of one shape a `JointState`, if they are computed by kernels."""
     groups = defaultdict(list)
     for layer in layers:
         if layer.is_initialized:
@@ -69,6 +71,6 @@ def stack_layers(layers: "Iterable[RefreshLayer]") -> None:
     for group in groups.values():
         if not CHOICE.uses_kernels(group[0].keys):
             for layer in group:
-                layer.stack = None
-        elif group[0].stack is None or not group[0].stack.holds(group):
-            LayerStack(group)
+                layer.joint = None
+        elif group[0].joint is None or not group[0].joint.holds(group):
+            JointState(group)

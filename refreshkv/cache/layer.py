@@ -4,27 +4,29 @@ Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `
 selection, `O` observation window.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from refreshkv import ops
-from refreshkv.cache.buffers import BufferedLayer
-from refreshkv.cache.joint_state import LayerStack, stack_layers
+from refreshkv.cache.joint_state import JointState, join_layers
+from refreshkv.cache.preallocated import Phase, PreallocatedLayer
 from refreshkv.config import RefreshConfig
 from refreshkv.ops.schedule import mean_query
 from refreshkv.ops.state import TAIL, Decisions, FullSteps, LayerState
 from refreshkv.ops.step.operators import decode_step
 
 
-class RefreshLayer(BufferedLayer):
-    """One full-attention layer: keys and values of all tokens, and what the layer decided.
+class RefreshLayer(PreallocatedLayer):
+    """One full-attention layer: the keys and values of all tokens, and what the layer decided.
 
     All state is tensors of fixed size: `keys`, `values` (B, Hkv, max_cache_len, D), `full_steps` (B, max_cache_len),
     `row_state` (B, 4), `selected`, `ranking` (B, Hkv, W), `observers` (B, H, O, D), `mean_query` (B, D),
     `cumulative_length` (); `refreshkv.ops.state.LayerState` says what they hold.
     """
 
-    per_row = tuple(name for name in LayerState._fields if name != "length")
+    batch_state = tuple(name for name in LayerState._fields if name != "length")
 
     def __init__(self, max_cache_len: int, config: RefreshConfig):
         super().__init__(max_cache_len)
@@ -34,17 +36,19 @@ class RefreshLayer(BufferedLayer):
         """Whether more ranks may drop before the next full step than the kernels put in order at a time."""
         self.width = min(config.largest_budget(max_cache_len), max_cache_len)
         self.prompt_length = 0
-        """Tokens before the first decoding step: those after it come from what a small cache gave."""
-        self.before: tuple[RefreshLayer, ...] = ()
-        """Of a cache's last layer: those before it, with which it may select. No layer knows those behind it, for in a
-        circle their buffers would stay in memory until Python looks for circles."""
-        self.stack: LayerStack | None = None
+        """Tokens before the first decoding step. Later tokens have other keys and values than under full attention."""
+        self.earlier_layers: tuple[RefreshLayer, ...] = ()
+        """In the last layer of a cache: the layers before it, with which it may select. The other layers do not know
+        those behind them: a circle of references would keep the buffers until Python's collector looks for circles."""
+        self.joint: JointState | None = None
+        self.number = 0
+        """Number of this layer in `joint`."""
 
     def __setstate__(self, state: dict) -> None:
-        """Of a copy: pickle makes new tensors of those that are part of the stack's."""
+        """Restores a copy: pickle makes new tensors where the original has slices of the joint state."""
         vars(self).update(state)
-        for name in Decisions._fields if self.stack is not None else ():
-            setattr(self, name, getattr(self.stack, name)[self.number])
+        for name in Decisions._fields if self.joint is not None else ():
+            setattr(self, name, getattr(self.joint, name)[self.number])
 
     @property
     def exact_length(self) -> int:
@@ -60,43 +64,42 @@ class RefreshLayer(BufferedLayer):
         self.mean_query = torch.zeros(batch, head_dim, dtype=torch.float32, device=self.device)
 
     @torch.compiler.disable
-    def begin(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
+    def end_block(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
         """Ends a prompt block: its last position is a full step, and steps count from there (specification, section 7).
 
         query (B, H, n, D): the block's queries; left_padding (B,) int64.
         """
         length, window = self.length, self.config.observation_window
-        self._check_padding(left_padding, query.shape[2])
+        self._validate_padding(left_padding, query.shape[2])
         query = query.detach()  # a selection has no gradient
-        if length - query.shape[2] in (self.prompt_length, self.filled_length):
+        if length - query.shape[2] in (self.prompt_length, self.prefix_length):  # no step came in between
             self.prompt_length = length
         last = torch.full_like(left_padding, length - 1)
-        self.row_state.copy_(
-            torch.stack([last, self.config.budgets(length - left_padding), left_padding, last + 1], dim=1)
-        )
+        budgets = self.config.budgets(length - left_padding)
+        self.row_state.copy_(torch.stack([last, budgets, left_padding, last + 1], dim=1))
         observers = self._latest_queries(query, length, window)
         self.mean_query.copy_(mean_query(query[:, :, -1:]).squeeze(1))
         self.selected.copy_(self._select(observers, last, scaling))
-        # the order in which they are sorted, as rankings: only their order counts
+        # The rankings count by their order only: descending numbers stand for the order of `selected`.
         self.ranking.copy_(torch.arange(self.width, 0, -1, device=self.device).expand_as(self.ranking))
         slots = torch.arange(length - window, length, device=query.device) % window
         self._keep("observers", torch.zeros_like(observers).index_copy(2, slots, observers))
         self.full_steps[:, length - 1] = True
-        self._end_prompt()
-        self._stack_layers()
+        self._start_decoding()
+        self._join_layers()
 
-    def _stack_layers(self) -> None:
-        """With the last layer, all of them are ready."""
-        if self.before:
-            stack_layers((*self.before, self))
+    def _join_layers(self) -> None:
+        """Joins the state of all layers, once the last one is ready."""
+        if self.earlier_layers:
+            join_layers((*self.earlier_layers, self))
 
     def _latest_queries(self, query: Tensor, length: int, window: int) -> Tensor:
-        """The last O queries in order, (B, H, O, D): the block's, and before them those that were kept."""
+        """The last O queries in order, (B, H, O, D): those of the block, after those that were kept before it."""
         latest = query[:, :, -window:]
         missing = window - latest.shape[2]
         if missing == 0:
             return latest
-        if self.filled_length > max(0, length - window):
+        if self.prefix_length > max(0, length - window):
             raise ValueError(
                 f"a block of {query.shape[2]} tokens follows what the cache was filled with, but "
                 f"observation_window={window}: leave that many tokens of the prompt to compute"
@@ -110,9 +113,9 @@ class RefreshLayer(BufferedLayer):
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """One decoding step: query (B, H, 1, D), key and value (B, Hkv, 1, D) -> (B, 1, H, D)."""
-        self.awaits_attention = False
-        if self.stack is not None:
-            return self.stack.step(self, query, key, value, scaling)
+        self.phase = Phase.DECODING
+        if self.joint is not None:
+            return self.joint.step(self, query, key, value, scaling)
         return self.operator(decode_step)(query, key, value, self.state(), self.config.step_options(), scaling)
 
     def state(self) -> LayerState:
@@ -120,17 +123,21 @@ class RefreshLayer(BufferedLayer):
         names = ("cumulative_length" if name == "length" else name for name in LayerState._fields)
         return LayerState(*(getattr(self, name) for name in names))
 
-    def changed_by_step(self, length: int) -> tuple[str, ...]:
-        # Only a check may select. Of the observers a step overwrites the oldest, which no later one looks at.
-        is_check = (length - (self.prompt_end - 1)) % self.config.stride == 0
-        return ("row_state", "selected", "ranking", "mean_query") if is_check else ()
+    def state_changed_by_step(self, length: int) -> tuple[str, ...]:
+        # Only a decision step may select. A step overwrites the oldest observer, which no later step looks at.
+        return ("row_state", "selected", "ranking", "mean_query") if self._is_decision_step(length) else ()
 
-    def take_back(self, length: int) -> None:
-        super().take_back(length)
+    def _is_decision_step(self, position: int) -> bool:
+        """Whether the schedule decides at the step that processes the token at `position`."""
+        return (position - (self.block_end - 1)) % self.config.stride == 0
+
+    def forget_step(self, length: int) -> None:
+        super().forget_step(length)
         self.full_steps[:, length:] = False
 
     def _select(self, observers: Tensor, last: Tensor, scaling: float) -> Tensor:
-        """The best positions at the last token, (B, Hkv, W), all in order: a similarity schedule may drop any."""
+        """The positions that the last token keeps, (B, Hkv, W), by rank, as far as ranks may drop before the next full
+        step."""
         keys = self._known_keys()
         _, budgets, left_padding, _ = (column.contiguous() for column in self.row_state.unbind(1))
         droppable = self.width if self.drops_many else self.config.stride
@@ -146,7 +153,7 @@ class RefreshLayer(BufferedLayer):
         if self.is_initialized:
             self.full_steps.zero_()
 
-    def _change_rows(self, change) -> None:
-        super()._change_rows(change)
-        if self.is_decoding:
-            self._stack_layers()
+    def _change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        super()._change_batch(change)
+        if self.phase in (Phase.DECODING, Phase.CONTINUING):
+            self._join_layers()

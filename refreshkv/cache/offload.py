@@ -1,17 +1,18 @@
 """Full keys and values in pinned host memory, the small cache on the GPU: for contexts that do not fit there.
 
-A check reads the host's buffers over the bus, by the very operator of `RefreshLayer`, in place; what it selected then
-moves to the GPU. The steps between read nothing but the GPU: a few more buffers hold the selected tokens in slots
-`0 .. W-1`, by rank, and behind them the tokens since the last full step. To the operator these buffers are a cache like
-any other, in which the selection happens to stand in front: token `t` is at `t - base`, and `n_sel`, the steps since
-the last full one, and so the queue of section 4 of the specification come out the same.
+A decision step reads the host's buffers over the bus, in place, with the same operator as `RefreshLayer`; what it
+selected then moves to the GPU. The steps between read GPU memory only. There, near buffers hold the selected tokens in
+slots `0 .. W-1`, by rank, and behind them the tokens since the last full step. To the operator the near buffers are a
+cache like any other, in which the selected tokens happen to be the first ones: token `t` is at `t - base`. The number
+of selected tokens and the steps since the last full one are unchanged, and so is the queue (specification, section 4).
 
-Which steps are checks the host knows; what they decide these layers never ask. Steps are not captured into a CUDA
-graph. An observation window makes a check read the keys twice more. Rows that change places, as in a beam search, are
-copied in host memory, whole. torch rounds each pinned buffer up to a power of two; PYTORCH_CUDA_ALLOC_CONF has settings
-for that.
+The host knows from the step counter which steps are decision steps; it never reads back what they decided. Steps are
+not captured into a CUDA graph. With an observation window a decision step reads the keys twice more. Batch rows that
+change places, as in a beam search, are copied in host memory, whole. torch rounds each pinned buffer up to a power of
+two; PYTORCH_CUDA_ALLOC_CONF has settings for that.
 
-Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `W` slots of a selection.
+Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `W` slots of a selection, `C` slots of
+the near buffers.
 """
 
 import copy
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from refreshkv import ops
 from refreshkv.cache.layer import RefreshLayer
+from refreshkv.cache.preallocated import Phase
 from refreshkv.config import NEVER, RefreshConfig
 from refreshkv.ops.choice import CHOICE
 from refreshkv.ops.state import LAST_FULL, LayerState, SelectionOptions, StepOptions
@@ -30,7 +32,7 @@ from refreshkv.ops.step.operators import decode_step
 from refreshkv.settings import SettingsError
 
 SLACK = 256
-"""Tokens beyond those that can still be seen that the GPU has room for, before it moves them to the front."""
+"""Slots of the near buffers beyond those of visible tokens: when they are used up, the visible tokens move forward."""
 
 
 class OffloadedLayer(RefreshLayer):
@@ -41,15 +43,15 @@ class OffloadedLayer(RefreshLayer):
     """
 
     near_state = ("near_keys", "near_values", "near_row_state", "near_selected")
-    per_row = (*RefreshLayer.per_row, *near_state)
-    can_take_back = False  # the host has moved tokens
+    batch_state = (*RefreshLayer.batch_state, *near_state)
+    is_croppable = False  # the host has moved tokens
 
     def __init__(self, max_cache_len: int, config: RefreshConfig):
         super().__init__(max_cache_len, config)
         self.is_compileable = False  # the host decides which buffers a step reads
         steps = max_cache_len if config.threshold is not None else min(config.stride, max_cache_len)
         self.visible = min(self.width, steps) + 1
-        """Most tokens since a full step that a queue holds, and the token itself."""
+        """Most tokens since a full step that a queue holds, plus one for the token itself."""
 
     def _new_buffer(self, like: Tensor) -> Tensor:
         if like.is_cuda and not CHOICE.uses_kernels(like):
@@ -73,32 +75,35 @@ class OffloadedLayer(RefreshLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
     def _store(self, key_states: Tensor, value_states: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
-        if self.is_decoding:  # a further turn
+        if self.phase in (Phase.DECODING, Phase.CONTINUING):  # a further block
             self._flush(start)
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             ops.copy_tokens(states, buffer, 0, start, end - start)
-        if start > 0:  # a block after others attends to all of them: this layer's, for as long as that takes
+        if start > 0:  # a later block attends to all tokens: they are on the device until its attention ends
             key_states, value_states = (self._to_device(buffer, end) for buffer in (self.keys, self.values))
         self.block = (key_states, value_states)
         return self.block
 
     def _to_device(self, buffer: Tensor, end: int) -> Tensor:
-        """The first tokens of a host buffer. By a kernel: it comes after those that still write to the buffer."""
+        """The first `end` tokens of a host buffer, on the device.
+
+        A kernel copies them, so that the copy comes after the kernels that still write to the buffer.
+        """
         whole = torch.empty(*buffer.shape[:2], end, buffer.shape[3], dtype=buffer.dtype, device=self.device)
         ops.copy_tokens(buffer, whole, 0, 0, end)
         return whole
 
-    def arrives(self, stream: torch.cuda.Stream) -> None:
+    def wait_for(self, stream: torch.cuda.Stream) -> None:
         for states in self.block:
             states.record_stream(stream)
-        self.arrival = stream.record_event()
+        self.copies = stream.record_event()
 
     def _known_keys(self) -> Tensor:
         return self.block[0]
 
     @torch.compiler.disable
-    def begin(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
-        super().begin(query, left_padding, scaling)
+    def end_block(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
+        super().end_block(query, left_padding, scaling)
         self.flushed = self.length
         every = torch.ones_like(left_padding, dtype=torch.bool)
         for source, target in zip(self.block, (self.near_keys, self.near_values), strict=True):
@@ -113,19 +118,20 @@ class OffloadedLayer(RefreshLayer):
         """As `RefreshLayer.step`: query (B, H, 1, D), key and value (B, Hkv, 1, D) -> (B, 1, H, D)."""
         position = self.length - 1  # `update` has counted the token
         self._make_room(position)
-        if (position - (self.prompt_end - 1)) % self.config.stride == 0:
-            return self._check(query, key, value, position, scaling)
-        self.awaits_attention = False
+        if self._is_decision_step(position):
+            return self._decision_step(query, key, value, position, scaling)
+        self.phase = Phase.DECODING
         self.cumulative_length += 1
         window = self.config.observation_window
         self.observers[:, :, position % window] = query[:, :, 0]
         state = (self.near_keys, self.near_values, self.near_length, self.near_row_state, self.near_selected)
-        # what full steps change, and here is none; a slot for the one observer
+        # the rest is changed by full steps only, and this is none; a slot for the one observer
         state = LayerState(*state, self.ranking, self.mean_query, query.clone(), self.full_steps)
         return decode_step(query, key, value, state, StepOptions(NEVER, None, SelectionOptions(1, 1, 0, 0)), scaling)
 
-    def _check(self, query: Tensor, key: Tensor, value: Tensor, position: int, scaling: float) -> Tensor:
-        """A step that may be full: by the host's buffers; then the rows that were full change their small caches."""
+    def _decision_step(self, query: Tensor, key: Tensor, value: Tensor, position: int, scaling: float) -> Tensor:
+        """A step that may be full, on the host's buffers. Batch rows for which it was full then change their small
+        caches."""
         self._flush(position)
         output = super().step(query, key, value, scaling)
         if self.drops_many and CHOICE.uses_kernels(query):
@@ -144,20 +150,20 @@ class OffloadedLayer(RefreshLayer):
         return output
 
     def _sort(self) -> None:
-        """Puts the selections in order of rank. The kernels sort no more of the lowest ranks than drop next, and others
-        when their turn comes; but the slots of the small cache are what they are until the next full step."""
+        """Sorts the selections by rank. The kernels sort the lowest ranks only, shortly before they drop out; but the
+        slots of the near buffers do not move before the next full step."""
         anchors, budgets, padding, _ = self.row_state.unbind(1)
         size = torch.minimum(anchors + 1 - padding, budgets)[:, None, None]
         slot = torch.arange(self.width, device=self.device)
-        rank = (self.ranking.long() << 32) + (0x7FFFFFFF - self.selected)  # of equal ones the lower position is kept
+        rank = (self.ranking.long() << 32) + (0x7FFFFFFF - self.selected)  # ties: the lower position ranks higher
         order = torch.where(slot < size, rank, -1 - slot).argsort(dim=-1, descending=True)
         for state in (self.selected, self.ranking):
             state.copy_(state.gather(2, order))
 
     def _describe(self) -> None:
-        """Tells the operator about the small cache in its own terms: last full position, budget, padding, prompt.
+        """Writes `near_row_state` and `near_selected`, which describe the near buffers to the operator.
 
-        The padding is what makes `min(budget, a + 1 - padding)` the number selected.
+        The padding is chosen so that `min(budget, a + 1 - padding)` is the number of selected tokens.
         """
         anchors, budgets, padding, _ = self.row_state.unbind(1)
         kept = torch.minimum(anchors + 1 - padding, budgets)
@@ -167,7 +173,7 @@ class OffloadedLayer(RefreshLayer):
         self.near_selected.copy_(torch.where(slot < kept[:, None, None], slot, -1).expand_as(self.near_selected))
 
     def _make_room(self, position: int) -> None:
-        """Before the token at `position`: if the GPU's buffers are full, those that can still be seen move forward."""
+        """Before the token at `position`: if the near buffers are full, moves the visible tokens forward."""
         if position - self.base < self.near_keys.shape[2]:
             return
         self._flush(position)
@@ -180,27 +186,27 @@ class OffloadedLayer(RefreshLayer):
         self._describe()
 
     def _flush(self, position: int) -> None:
-        """Tokens before `position` that only the GPU has go to the host."""
+        """Copies the tokens before `position` that only the near buffers have to the host."""
         for buffer, near in ((self.keys, self.near_keys), (self.values, self.near_values)):
             ops.copy_tokens(near, buffer, self.flushed - self.base, self.flushed, position - self.flushed)
         self.flushed = position
 
     def _length_on_device(self) -> bool:
-        return False  # the host counts, and may say so
+        return False  # steps are not captured, so the host always knows the length
 
-    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.known_length == 0:
+    def _change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.phase is Phase.EMPTY:
             return
-        if self.is_decoding:
+        if self.phase in (Phase.DECODING, Phase.CONTINUING):
             self._flush(self.length)
-        self.settle()
-        super()._change_rows(change)
+        self.synchronize()
+        super()._change_batch(change)
 
     def _keep(self, name: str, state: Tensor) -> None:
         super()._keep(name, state)
         self._pin()
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         if getattr(self, "is_initialized", False) and self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
@@ -211,7 +217,7 @@ class OffloadedLayer(RefreshLayer):
                 setattr(self, name, buffer.pin_memory())
 
     def __deepcopy__(self, memo: dict) -> "OffloadedLayer":
-        self.settle()
+        self.synchronize()
         other = self.__class__.__new__(self.__class__)
         memo[id(self)] = other
         vars(other).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
@@ -221,4 +227,4 @@ class OffloadedLayer(RefreshLayer):
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_finalizing():  # by then the module's own names are gone
-            self.settle()
+            self.synchronize()

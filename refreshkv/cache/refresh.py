@@ -1,17 +1,20 @@
 """RefreshCache: a transformers cache that holds the full keys and values, and each layer's current selection."""
 
+import warnings
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from refreshkv.cache.buffers import BufferedCache
 from refreshkv.cache.layer import RefreshLayer
 from refreshkv.cache.offload import OffloadedLayer
+from refreshkv.cache.preallocated import PreallocatedCache
 from refreshkv.config import RefreshConfig
 from refreshkv.settings import SettingsError
 
 
-class RefreshCache(BufferedCache):
+class RefreshCache(PreallocatedCache):
     """The cache of a model with the refresh attention: `model.generate(..., past_key_values=RefreshCache(...))`.
 
     The full keys and values stay in buffers allocated at the first token; each full-attention layer decodes from its
@@ -19,57 +22,74 @@ class RefreshCache(BufferedCache):
 
     On a GPU, `generate` compiles the decoding step and captures it into a CUDA graph by itself, unless a layer has a
     sliding window; nothing in it waits for the device. `reset()` and use the same cache again: another one, or another
-    number of rows, is captured anew. Cut off from generate() and its mask, a step beyond `max_cache_len` in a captured
-    graph gives outputs that are not numbers, and the next look at the length raises.
+    number of batch rows, is captured anew. A step beyond `max_cache_len` in a captured graph, called without generate()
+    and its mask, gives outputs that are not numbers, and the next look at the length raises.
 
-    Several tokens at once are a prompt, or a new turn; a single one is a decoding step. So a prompt that is given in
-    chunks (`prefill_chunk_size`) must not end in a chunk of one token: generate() refuses it.
+    Several tokens at once are a block of the prompt, or a new turn; a single token after them is a decoding step. All
+    chunks of a prompt that generate(prefill_chunk_size=...) cuts are blocks, even one of a single token.
 
     Args:
-        model_config: the model's configuration.
-        max_cache_len: most tokens per row, prompt and generated ones together.
-        config: schedule and selection; None takes the ones saved under "refreshkv" in `model_config`.
+        config: the model's configuration, `model.config`.
+        max_cache_len: most tokens per batch row, prompt and generated ones together.
+        refresh: schedule and selection; None takes the ones saved under "refreshkv" in `config`.
         offload: keep the full keys and values in pinned host memory, and only the small caches on the GPU. Steps are
             then not captured, and full steps take as long as the bus does.
+
+    The model's configuration may also come first, without its name. The older names, `model_config=` for the model's
+    configuration and `config=` for the `RefreshConfig`, work until the next release.
     """
 
     def __init__(
         self,
-        model_config: PretrainedConfig,
-        max_cache_len: int,
-        config: RefreshConfig | None = None,
+        first: PretrainedConfig | None = None,
+        /,
+        max_cache_len: Any = None,
+        refresh: RefreshConfig | None = None,
         *,
+        config: PretrainedConfig | RefreshConfig | None = None,
         offload: bool = False,
+        model_config: PretrainedConfig | None = None,
     ):
-        self.config = config or saved_config(model_config)
-        layer = OffloadedLayer if offload else RefreshLayer
-        super().__init__(model_config, max_cache_len, lambda: layer(max_cache_len, self.config))
-        layers = self._refresh_layers()
-        if layers and not offload:  # those decide on the host which buffers a step reads
-            layers[-1].before = tuple(layers[:-1])
+        if isinstance(config, RefreshConfig) or model_config is not None:
+            warnings.warn(
+                "RefreshCache(model_config=..., config=RefreshConfig(...)) is spelled "
+                "RefreshCache(config=model.config, refresh=RefreshConfig(...)) now",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            refresh, config = (config, None) if isinstance(config, RefreshConfig) else (refresh, config)
+        model_config = first or config or model_config
+        if model_config is None:
+            raise SettingsError("RefreshCache needs config=model.config")
+        self.config = refresh or saved_config(model_config, "refresh")
+        make_layer = OffloadedLayer if offload else RefreshLayer
+        super().__init__(model_config, max_cache_len, lambda: make_layer(max_cache_len, self.config))
+        layers = self.preallocated_layers()
+        if layers and not offload:  # offloaded layers decide on the host which buffers a step reads
+            layers[-1].earlier_layers = tuple(layers[:-1])
 
     @property
     def full_steps(self) -> Tensor:
-        """Which positions were full: (layers, B, L) bool; the last position of a prompt counts as one.
+        """Which positions were full steps: (layers, B, L) bool; the last position of a prompt counts as one.
 
         Sliding-window layers have no full steps. Raises `ValueError` before the first token.
         """
-        layers = self._refresh_layers()
+        layers = self.preallocated_layers()
         if not layers or layers[0].length == 0:
             raise ValueError("full_steps: the cache is empty; run the model with it first")
         none = torch.zeros_like(layers[0].full_steps[:, : layers[0].length])
-        rows = [
+        flags = [
             layer.full_steps[:, : layer.length] if isinstance(layer, RefreshLayer) else none for layer in self.layers
         ]
-        return torch.stack([row.to(none.device) for row in rows])
-
-    def _refresh_layers(self) -> list[RefreshLayer]:
-        return [layer for layer in self.layers if isinstance(layer, RefreshLayer)]
+        return torch.stack([own.to(none.device) for own in flags])
 
 
-def saved_config(model_config: PretrainedConfig) -> RefreshConfig:
-    """The `RefreshConfig` under "refreshkv" in a model's configuration; `SettingsError` if there is none."""
+def saved_config(model_config: PretrainedConfig, argument: str = "config") -> RefreshConfig:
+    """The `RefreshConfig` under "refreshkv" in a model's configuration.
+
+    Raises `SettingsError`, which names the argument to pass instead, if there is none.
+    """
     values = getattr(model_config, "refreshkv", None)
     if values is None:
-        raise SettingsError('the model has no "refreshkv" in its config.json: pass config=RefreshConfig(...)')
+        raise SettingsError(f'the model has no "refreshkv" in its config.json: pass {argument}=RefreshConfig(...)')
     return RefreshConfig.from_dict(values)

@@ -2,11 +2,11 @@
 
     model.generate(..., past_key_values=RefreshCache(...), custom_generate=decode_ahead)
 
-Whether all rows have ended is copied to the host while the next step is already queued, and read one step late. The one
-step that may then be too many is taken back: its token, its scores, its random numbers, and what it did to the cache.
+The answer to the question whether all sequences have ended is copied to the host while the next step is already queued,
+and read one step late. If that step was one too many, it is taken back: its token, its scores, its random numbers, and
+its changes of the cache.
 """
 
-import inspect
 import math
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import ModelOutput
 
-from refreshkv.cache.buffers import BufferedCache, check_room
+from refreshkv.cache.preallocated import PreallocatedCache, validate_room
 
 
 def decode_ahead(
@@ -35,26 +35,26 @@ def decode_ahead(
     run_ahead: bool | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
-    """Greedy search or sampling, given as `custom_generate` to `generate()`, which calls it: the tokens, scores and
-    cache of transformers' own loop, under a seed too. input_ids (B, P); returns (B, P + new) or the output that
-    `return_dict_in_generate` asks for.
+    """Greedy search or sampling, given as `custom_generate` to `generate()`, which calls it.
+
+    Returns what transformers' own loop returns, with the same tokens, scores and cache, under a seed too: (B, P + new),
+    or the output that `return_dict_in_generate` asks for. input_ids (B, P).
 
     Logits processors and stopping criteria are called as usual, and once more where the last step is taken back; one
     that reads the device makes the host wait again. A criterion by time sees the host's clock, a step early.
 
     Args:
-        stream_to: a streamer, given to `generate()` under this name: what it takes as `streamer` it hands to no loop
-            but its own. Tokens come one step late.
+        stream_to: a streamer; tokens come one step late. `generate()` must be given it under this name: `streamer=` and
+            `assistant_model=` are never handed to a `custom_generate`, which cannot know that they were given, so a
+            `streamer=` gets the prompt alone and an `assistant_model=` is not used.
         run_ahead: whether to queue a step before the one before is known not to be the last. None: on a GPU. Without
-            effect where `past_key_values` cannot take a step back: offloaded caches, sliding windows, caches of
+            effect where `past_key_values` is not croppable (offloaded caches, sliding windows) or a cache of
             transformers. There each step is waited for, unless only the number of tokens ends the text.
 
-    Raises `ValueError` for beams and assistants, encoder-decoder models and parameters that are spread over processes,
-    and `RuntimeError` if probabilities to sample from are not numbers.
+    Raises `ValueError` for beams, encoder-decoder models and parameters that are spread over processes, and
+    `RuntimeError` if probabilities to sample from are not numbers.
     """
-    _refuse_others(model, generation_config, synced_gpus)
-    if streamer is None:
-        _refuse_lost(inspect.currentframe().f_back)
+    _refuse_other_modes(model, generation_config, synced_gpus)
     if stream_to is not None:
         streamer = stream_to
         streamer.put(input_ids.cpu())
@@ -66,23 +66,24 @@ def decode_ahead(
     )
 
     sequences.add(forward.prompt(input_ids))
-    # the first token is waited for: it is wanted soon, and compiling the step may take minutes
+    # the host waits for the first token: it is wanted soon, and compiling the step may take minutes
     finished, awaited = is_watched and sequences.report().deliver(streamer), None
-    last_step = _LastStep(forward.cache, sequences) if _can_run_ahead(forward.cache, input_ids, run_ahead) else None
+    runs_ahead = is_watched and _can_run_ahead(forward.cache, input_ids, run_ahead)
+    undo = _Undo(forward.cache, sequences) if runs_ahead and not finished else None
     while not finished and sequences.ids.shape[1] < limit:
         if awaited is not None and not forward.has_room():
             finished, awaited = awaited.deliver(streamer), None
             continue
-        if is_watched and last_step is not None:
-            last_step.remember(forward.length)
+        if undo is not None:
+            undo.before_step()
         sequences.add(forward.step(sequences))
         if is_watched:
             report = sequences.report()
-            if last_step is not None:
+            if undo is not None:
                 report, awaited = awaited, report
             finished = report is not None and report.deliver(streamer)
     if awaited is not None and finished:
-        last_step.take_back()
+        undo.take_back_step()
     elif awaited is not None:
         awaited.deliver(streamer)
     if streamer is not None:
@@ -90,7 +91,7 @@ def decode_ahead(
     return sequences.output(forward.cache)
 
 
-def _refuse_others(model: PreTrainedModel, generation_config: GenerationConfig, synced_gpus: bool) -> None:
+def _refuse_other_modes(model: PreTrainedModel, generation_config: GenerationConfig, synced_gpus: bool) -> None:
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(f"decode_ahead is for greedy search and sampling, not {mode.value}: leave out custom_generate")
@@ -101,23 +102,14 @@ def _refuse_others(model: PreTrainedModel, generation_config: GenerationConfig, 
         raise ValueError("decode_ahead takes no steps in common with other processes: leave out custom_generate")
 
 
-def _refuse_lost(frame: Any) -> None:
-    """generate(), whose frame this is, drops some arguments on the way to a loop that is not its own; without a word,
-    so that nothing else can tell."""
-    given = frame.f_locals if frame.f_code.co_name == "generate" else {}
-    if given.get("streamer") is not None:
-        raise ValueError("generate() hands no streamer to decode_ahead: pass it as stream_to=, not streamer=")
-    if given.get("assistant_model") is not None:
-        raise ValueError("decode_ahead takes no assistant: leave out custom_generate")
-
-
 def _can_run_ahead(cache: Any, input_ids: Tensor, wanted: bool | None) -> bool:
+    """Whether to queue a step before the last one is known not to be the end."""
     wanted = input_ids.is_cuda if wanted is None else wanted
-    return wanted and isinstance(cache, BufferedCache) and cache.can_take_back
+    return wanted and isinstance(cache, PreallocatedCache) and cache.is_croppable
 
 
 class _Forward:
-    """The model's calls: the prompt, then one token at a time."""
+    """Calls the model: for the prompt, then for one token at a time."""
 
     def __init__(self, model: PreTrainedModel, generation_config: GenerationConfig, model_kwargs: dict[str, Any]):
         self.model, self.config, self.kwargs = model, generation_config, model_kwargs
@@ -125,7 +117,7 @@ class _Forward:
         self.call = model.get_compiled_call(generation_config.compile_config) if compiles else model.__call__
         self.inputs: dict[str, Any] | None = None
         self.length = 0
-        """Tokens in one of our caches, known to the host."""
+        """Tokens in a `PreallocatedCache`, counted by the host."""
 
     @property
     def cache(self) -> Any:
@@ -134,20 +126,20 @@ class _Forward:
     def prompt(self, input_ids: Tensor) -> ModelOutput:
         outputs = self.model._prefill(input_ids, self.config, self.kwargs)
         self._update(outputs)
-        if isinstance(self.cache, BufferedCache):
+        if isinstance(self.cache, PreallocatedCache):
             self.length = self.cache.length
         return outputs
 
     def has_room(self) -> bool:
-        """Whether one of our caches can take another token."""
-        return not isinstance(self.cache, BufferedCache) or self.length < self.cache.capacity
+        """Whether the cache can take another token."""
+        return not isinstance(self.cache, PreallocatedCache) or self.length < self.cache.capacity
 
     def step(self, sequences: "_Sequences") -> ModelOutput:
-        """The caller keeps no reference to what it returns: the next replay of a CUDA graph writes there."""
-        if isinstance(self.cache, BufferedCache):
-            check_room(self.length + 1, self.cache.capacity)
+        """One decoding step. The caller must not keep the outputs: the next replay of a CUDA graph overwrites them."""
+        if isinstance(self.cache, PreallocatedCache):
+            validate_room(self.length + 1, self.cache.capacity)
         if self.inputs is not None:
-            # what transformers would prepare anew, without slices of rows that grow
+            # what transformers would prepare anew, without slicing sequences that grow
             self.inputs["input_ids"] = sequences.tokens[:, None]
             self.inputs["position_ids"] = self.inputs["position_ids"] + 1
             outputs = self.call(**self.inputs, return_dict=True)
@@ -164,8 +156,8 @@ class _Forward:
         self.kwargs = self.model._update_model_kwargs_for_generation(outputs, self.kwargs)
 
     def _can_be_reused(self, inputs: dict[str, Any], ids: Tensor) -> bool:
-        """Whether the next step's inputs differ in the token and its position only."""
-        if not isinstance(self.cache, BufferedCache) or not self.cache.is_compileable:
+        """Whether the next step's inputs differ from these only in the token and its position."""
+        if not isinstance(self.cache, PreallocatedCache) or not self.cache.is_compileable:
             return False
         masks = inputs.get("attention_mask")
         masks = masks.values() if isinstance(masks, dict) else [masks]
@@ -175,7 +167,7 @@ class _Forward:
 
 
 class _Sequences:
-    """The rows so far and what is recorded of them; chooses the next tokens from the model's outputs.
+    """The sequences so far and their recorded outputs; chooses the next tokens from the model's outputs.
 
     Shapes: `ids` (B, T), `tokens` (B,) the last ones, `unfinished` (B,) bool.
     """
@@ -199,8 +191,8 @@ class _Sequences:
         self.records: dict[str, tuple] = dict.fromkeys(asked, ())
 
     def add(self, outputs: ModelOutput) -> None:
-        """Appends one token to each row: padding where it has ended."""
-        self.before = (self.ids, dict(self.records))
+        """Appends one token to each sequence, and padding to those that have ended."""
+        self.earlier = (self.ids, dict(self.records))
         # a copy: the outputs' own memory may hold a whole prompt's logits, or those of the next step soon
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=self.ids.device)
         scores = self.process(self.ids, logits)
@@ -214,8 +206,11 @@ class _Sequences:
         self.unfinished = self.unfinished & ~self.is_done(self.ids, self.records.get("scores"))
 
     def _choose(self, scores: Tensor) -> Tensor:
-        """The likeliest token of (B, V) scores, or one drawn as torch.multinomial draws, which would wait for the
-        device: the largest quotient of a probability and an exponentially distributed number."""
+        """Returns the likeliest token of (B, V) scores, or draws one: (B,).
+
+        The draw is that of torch.multinomial, which would wait for the device: the index of the largest quotient of a
+        probability and an exponentially distributed number.
+        """
         if not self.do_sample:
             return scores.argmax(dim=-1)
         probabilities = scores.softmax(dim=-1)
@@ -223,11 +218,12 @@ class _Sequences:
         return probabilities.div(torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
 
     def report(self) -> "_Report":
-        """What the host has to know of the last tokens."""
+        """The report on the last step, on its way to the host."""
         return _Report(self.unfinished.any(), self.tokens, self.invalid if self.do_sample else None)
 
     def take_back(self) -> None:
-        self.ids, self.records = self.before
+        """Removes the last tokens and their records."""
+        self.ids, self.records = self.earlier
 
     def output(self, cache: Any) -> Tensor | GenerateDecoderOnlyOutput:
         if not self.as_dict:
@@ -236,11 +232,11 @@ class _Sequences:
 
 
 class _Report:
-    """A step's tokens and whether any row goes on, on their way to the host; nothing waits until `deliver`."""
+    """A step's tokens and whether any sequence goes on, copied to the host; nothing waits until `deliver`."""
 
     def __init__(self, goes_on: Tensor, tokens: Tensor, invalid: Tensor | None):
         device = tokens.device
-        # from a GPU to pinned memory; elsewhere nothing says when such a copy is done
+        # Only copies from a GPU to pinned memory have an event that says when they are done.
         self.values = [
             None if value is None else value.to("cpu", non_blocking=device.type == "cuda")
             for value in (goes_on, tokens, invalid)
@@ -248,7 +244,7 @@ class _Report:
         self.arrival = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
     def deliver(self, streamer: BaseStreamer | None) -> bool:
-        """Waits for the step, streams its tokens; returns whether all rows have ended."""
+        """Waits for the step and streams its tokens; returns whether all sequences have ended."""
         if self.arrival is not None:
             self.arrival.synchronize()
         goes_on, tokens, invalid = self.values
@@ -261,41 +257,33 @@ class _Report:
         return not bool(goes_on)
 
 
-class _LastStep:
-    """Keeps what one decoding step is about to change, and takes that step back."""
+class _Undo:
+    """Takes back the last decoding step: its tokens, its records, its random numbers and its changes of the cache."""
 
-    def __init__(self, cache: BufferedCache, sequences: _Sequences):
+    def __init__(self, cache: PreallocatedCache, sequences: _Sequences):
         self.cache, self.sequences = cache, sequences
         self.generator = _generator(sequences.ids.device) if sequences.do_sample else None
-        self.kept: dict[str, list[Tensor]] = {}
+        cache.activate_past_recording()
+        self.is_first = True
 
-    def remember(self, length: int) -> None:
-        """Before the step that makes `length` tokens in the cache one more."""
-        self.length, self.changing = length, self.cache.layers[0].changed_by_step(length)
+    def before_step(self) -> None:
+        """Keeps what the next step changes."""
+        if not self.is_first:
+            self.cache.crop(0)
+        self.is_first = False
         if self.generator is not None:
             self.random = self.generator.get_state()
-        for name in self.changing:
-            states = self._states(name)
-            if name not in self.kept:
-                self.kept[name] = [torch.empty_like(state) for state in states]
-            torch._foreach_copy_(self.kept[name], states)  # all layers at once: these launches are not captured
 
-    def take_back(self) -> None:
-        """As if the step since `remember` had never been."""
+    def take_back_step(self) -> None:
+        """Restores the state at the last `before_step`."""
         self.sequences.take_back()
         if self.generator is not None:
             self.generator.set_state(self.random)
-        for name in self.changing:
-            torch._foreach_copy_(self._states(name), self.kept[name])
-        for layer in self.cache.layers:
-            layer.take_back(self.length)
-
-    def _states(self, name: str) -> list[Tensor]:
-        return [getattr(layer, name) for layer in self.cache.layers]
+        self.cache.crop(-1)
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    """The one that sampling on this device draws from."""
+    """The generator that sampling on this device draws from."""
     if device.type != "cuda":
         return torch.default_generator
     return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]

@@ -1,7 +1,5 @@
 """What enable() and the attention refuse, other attentions for the prompt, and gradients."""
 
-from collections import Counter
-
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -9,7 +7,7 @@ from transformers import DynamicCache, modeling_flash_attention_utils
 from transformers.integrations import flash_attention
 
 import refreshkv
-from refreshkv import RefreshCache, RefreshConfig, Simulation
+from refreshkv import RefreshCache, RefreshConfig, Simulation, Trace
 from refreshkv.attention import function as attention
 from refreshkv.attention.function import refresh_attention
 from refreshkv.ops import naive
@@ -72,7 +70,7 @@ def test_without_a_saved_config_one_must_be_given():
     model = tiny_model()
     with pytest.raises(SettingsError, match='no "refreshkv" in its config.json: pass config='):
         refreshkv.enable(model)
-    with pytest.raises(SettingsError, match="pass config="):
+    with pytest.raises(SettingsError, match="pass refresh="):
         RefreshCache(model.config, 30)
 
 
@@ -117,7 +115,7 @@ def test_masks_other_than_left_padding_are_refused(mask, message, way):
     model, ids = tiny_enabled(FIXED), random_ids(2, 20)
     extra = {
         "plain": {},
-        "simulation": {"refresh": Simulation(10, FIXED)},
+        "simulation": {"simulation": Simulation(10, FIXED)},
         "cache": {"past_key_values": RefreshCache(model.config, 30)},
     }[way]
     with pytest.raises(ValueError, match=message):
@@ -136,13 +134,13 @@ def test_masks_that_change_while_decoding_are_refused():
 def test_a_prompt_of_padding_only_is_refused():
     model, ids = tiny_enabled(FIXED), random_ids(2, 20)
     with pytest.raises(SettingsError, match="prompt_length=10: a row of the batch has only padding there"):
-        model(ids, attention_mask=mask_with(2, 20, (1, 0, 10)), refresh=Simulation(10, FIXED))
+        model(ids, attention_mask=mask_with(2, 20, (1, 0, 10)), simulation=Simulation(10, FIXED))
 
 
 def test_packed_rows_are_refused():
     model, ids = tiny_enabled(FIXED), random_ids(2, 20)
     packed = torch.arange(10).repeat(2).expand(2, -1)
-    for extra in ({}, {"refresh": Simulation(10, FIXED)}):
+    for extra in ({}, {"simulation": Simulation(10, FIXED)}):
         with pytest.raises(ValueError, match="packed sequences and custom masks are not supported"):
             model(ids, position_ids=packed, use_cache=False, **extra)
 
@@ -156,14 +154,14 @@ def test_a_simulation_takes_whole_rows():
     model, ids = tiny_enabled(FIXED), random_ids(2, 20)
     simulation = Simulation(10, FIXED)
     with pytest.raises(ValueError, match="exclude each other"):
-        model(ids, refresh=simulation, past_key_values=RefreshCache(model.config, 30))
+        model(ids, simulation=simulation, past_key_values=RefreshCache(model.config, 30))
     past = model(ids).past_key_values
     with pytest.raises(ValueError, match="takes whole rows: pass use_cache=False"):
-        model(ids, refresh=simulation, past_key_values=past)
+        model(ids, simulation=simulation, past_key_values=past)
     with pytest.raises(SettingsError, match="prompt_length=21 is outside the row of 20 tokens"):
-        model(ids, refresh=Simulation(21, FIXED))
+        model(ids, simulation=Simulation(21, FIXED))
     with torch.no_grad():
-        assert torch.equal(model(ids, refresh=Simulation(20, FIXED)).logits, model(ids).logits)
+        assert torch.equal(model(ids, simulation=Simulation(20, FIXED)).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +177,7 @@ def test_other_kinds_of_softmax_are_refused(settings, message):
     module = tiny_model().model.layers[0].self_attn
     query, key = torch.randn(1, 4, 20, 8), torch.randn(1, 2, 20, 8)
     with pytest.raises(ValueError, match=message):
-        refresh_attention(module, query, key, key, None, refresh=Simulation(10, FIXED), **settings)
+        refresh_attention(module, query, key, key, None, simulation=Simulation(10, FIXED), **settings)
 
 
 # ---- flash attention for the prompt, with SDPA in the place of its two functions
@@ -234,9 +232,9 @@ def test_flash_attention_for_the_prompt(flash_calls, settings, padding, dtype):
     tolerance = {"rtol": 0, "atol": 1e-10 if dtype == torch.float64 else 1e-4}
     with torch.no_grad():
         for refresh in (None, Simulation(15, FIXED)):
-            expected = expected_model(ids, refresh=refresh, **extra).logits
+            expected = expected_model(ids, simulation=refresh, **extra).logits
             assert not flash_calls
-            found = model(ids, refresh=refresh, **extra).logits
+            found = model(ids, simulation=refresh, **extra).logits
             torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], **tolerance)
             check_flash_calls(flash_calls, model, padding, prompt=30 if refresh is None else 15)
             flash_calls.clear()
@@ -301,7 +299,7 @@ def assert_same_gradients(found, expected, tolerance):
 def test_activation_checkpointing_gives_the_same_gradients(settings, config):
     model, ids = tiny_enabled(**settings).train(), random_ids(2, 40)
     mask = mask_with(2, 40, (1, 0, 6))
-    extra = {"attention_mask": mask, "position_ids": padded_positions(mask), "refresh": Simulation(15, config)}
+    extra = {"attention_mask": mask, "position_ids": padded_positions(mask), "simulation": Simulation(15, config)}
     expected = gradients(model, ids, **extra)
     for reentrant in (False, True):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -316,46 +314,43 @@ def test_gradients_are_those_of_the_paper_algorithm(config, padding):
     reference.set_attn_implementation(literal.NAME)
     mask = mask_with(2, 26, (1, 0, padding))
     extra = {"attention_mask": mask, "position_ids": padded_positions(mask)}
-    found = gradients(model, ids, refresh=Simulation(11, config), **extra)
+    found = gradients(model, ids, simulation=Simulation(11, config), **extra)
     expected = gradients(reference, ids, blocks=[(0, 11)], config=config, **extra)
     assert_same_gradients(found, expected, 1e-10)
 
 
-def test_shapes_that_come_again_are_known_as_such(monkeypatch):
-    """Decided once for all layers of a pass, those that are recomputed too; another shape starts anew."""
-    told = []
+@pytest.mark.parametrize("recurring", [False, True])
+def test_only_recurring_shapes_may_go_to_cudnn(monkeypatch, recurring):
+    """The simulation says so, alike for all layers of a pass and for those that are recomputed."""
+    seen = []
 
     def refresh_rows(query, key, value, plan, options, scaling):
-        told.append(plan.recurring)
+        seen.append(plan.recurring)
         return naive.refresh_rows(query, key, value, plan, options, scaling)
 
     monkeypatch.setattr(attention.ops, "refresh_rows", refresh_rows)
-    monkeypatch.setattr(attention, "FAMILIAR", 2)
-    monkeypatch.setattr(attention, "_simulated", Counter())
     model, ids = tiny_enabled().train(), random_ids(2, 40)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    for prompt, expected in [(21, False), (21, False), (22, False), (21, True), (22, False), (21, True)]:
-        told.clear()
-        model(ids, labels=ids, refresh=Simulation(prompt, FIXED), use_cache=False).loss.backward()
-        assert told == [expected] * 4
+    simulation = Simulation(21, FIXED, recurring=recurring)
+    model(ids, labels=ids, simulation=simulation, use_cache=False).loss.backward()
+    assert seen == [recurring] * 4
 
 
 @pytest.mark.parametrize("padding", [0, 7])
 def test_a_prompt_computed_beyond_its_end(monkeypatch, padding):
     """As on GPUs, up to a length that comes more often: the further rows leave no trace."""
     model, ids, mask = tiny_enabled(), random_ids(2, 40), mask_with(2, 40, (1, 0, padding))
-    extra = {"attention_mask": mask, "position_ids": padded_positions(mask), "refresh": Simulation(21, SIMILAR)}
+    extra = {"attention_mask": mask, "position_ids": padded_positions(mask), "simulation": Simulation(21, SIMILAR)}
     expected = gradients(model, ids, **extra)
-    monkeypatch.setattr(attention, "_computed_prompt", lambda query, prompt: 32)
+    monkeypatch.setattr(attention, "computed_length", lambda query, prompt: 32)
     assert_same_gradients(gradients(model, ids, **extra), expected, 1e-12)
 
 
-def test_a_recorded_simulation_is_the_same_when_recomputed():
-    model, ids = tiny_enabled().train(), random_ids(2, 40)
+def test_a_trace_is_the_same_after_recomputation():
+    model, ids, trace = tiny_enabled().train(), random_ids(2, 40), Trace()
     model.gradient_checkpointing_enable()
-    simulation = Simulation(15, SIMILAR, record=True)
-    loss = model(ids, labels=ids, refresh=simulation, use_cache=False).loss
-    before = {layer: flags.clone() for layer, flags in simulation.full_steps.items()}
+    loss = model(ids, labels=ids, simulation=Simulation(15, SIMILAR), trace=trace, use_cache=False).loss
+    before = {layer: flags.clone() for layer, flags in trace.full_steps.items()}
     loss.backward()
     assert before.keys() == {0, 1}
-    assert all(torch.equal(flags, simulation.full_steps[layer]) for layer, flags in before.items())
+    assert all(torch.equal(flags, trace.full_steps[layer]) for layer, flags in before.items())

@@ -83,7 +83,7 @@ def run_layer(cache, query, key, value, left_padding=None):
     layer, outputs = cache.layers[0], []
     layer.update(key[:, :, :PROMPT], value[:, :, :PROMPT])
     padding = torch.zeros(len(query), dtype=torch.int64) if left_padding is None else left_padding
-    layer.begin(query[:, :, :PROMPT], padding, SCALING)
+    layer.end_block(query[:, :, :PROMPT], padding, SCALING)
     for step in range(PROMPT, PROMPT + STEPS):
         token = [tensor[:, :, step : step + 1] for tensor in (query, key, value)]
         layer.update(*token[1:])

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,28 +16,23 @@ from datasets import Dataset, DatasetDict
 from refreshkv import NEVER, RefreshConfig, Simulation
 from refreshkv.data.folder import INFO_FILE
 from refreshkv.data.tokenizer import train_tokenizer
-from refreshkv.evaluation import sequence_losses as row_losses_module
-from refreshkv.evaluation.perplexity import (
-    Evaluation,
-    Result,
-    budget_warnings,
-    default_strategies,
-    evaluate,
-    gap_closed,
-)
-from refreshkv.evaluation.report import (
+from refreshkv.evaluation.perplexity import losses as losses_module
+from refreshkv.evaluation.perplexity.evaluation import budget_warnings, evaluate
+from refreshkv.evaluation.perplexity.losses import SequenceRecords, sequence_losses
+from refreshkv.evaluation.perplexity.report import (
     FILES,
+    NAMES,
     build_report,
     check_comparable,
-    check_output,
     load_report,
     markdown_table,
     protocol,
     text_table,
     write_report,
 )
-from refreshkv.evaluation.sequence_losses import RowRecords, row_losses
-from refreshkv.evaluation.strategies import build_decodings, full_attention, refreshing
+from refreshkv.evaluation.perplexity.results import Evaluation, Result, gap_closed
+from refreshkv.evaluation.reports import open_output
+from refreshkv.evaluation.strategies import build_strategies, default_strategies, full_attention, refreshing
 from refreshkv.settings import SettingsError
 from tests.helpers.models import VOCABULARY, decode_logits, random_ids, tiny_enabled, tiny_model
 from tests.helpers.scripts import load_script
@@ -63,7 +60,7 @@ def made_up(perplexities, names=("full", "refresh S=10", "never refreshed")):
 def test_full_attention_gives_the_loss_of_transformers():
     model, ids = tiny_model(dtype=torch.float32), random_ids(3, LENGTH)
     with torch.no_grad():
-        losses, expected = row_losses(model, ids), model(ids, labels=ids).loss
+        losses, expected = sequence_losses(model, ids), model(ids, labels=ids).loss
     assert losses.shape == (3, LENGTH - 1) and losses.dtype == torch.float32
     torch.testing.assert_close(losses.mean(), expected)
 
@@ -71,9 +68,9 @@ def test_full_attention_gives_the_loss_of_transformers():
 def test_last_losses_and_chunks_are_the_same_losses(monkeypatch):
     model, ids, simulation = tiny_enabled(CONFIG), random_ids(2, LENGTH), Simulation(20, CONFIG)
     with torch.no_grad():
-        losses = row_losses(model, ids, simulation)
-        monkeypatch.setattr(row_losses_module, "LOGITS_AT_ONCE", 7 * 2 * VOCABULARY)
-        torch.testing.assert_close(row_losses(model, ids, simulation, last=LAST), losses[:, -LAST:])
+        losses = sequence_losses(model, ids, simulation)
+        monkeypatch.setattr(losses_module, "LOGITS_AT_ONCE", 7 * 2 * VOCABULARY)
+        torch.testing.assert_close(sequence_losses(model, ids, simulation, last=LAST), losses[:, -LAST:])
 
 
 @pytest.mark.parametrize("threshold", [None, 0.3])
@@ -95,7 +92,7 @@ def test_perplexity_is_that_of_decoding_one_by_one(threshold):
 def test_one_pass_gives_what_decoding_through_the_cache_gives(name):
     """The slow and obvious way, and the way that is taken."""
     model, rows = tiny_enabled(CONFIG), as_rows(random_ids(3, LENGTH))
-    strategies = build_decodings([name], CONFIG)
+    strategies = build_strategies([name], CONFIG)
     (fast,) = evaluate(model, rows, strategies, LAST, batch_size=2, progress=False).results
     (slow,) = evaluate(model, rows, strategies, LAST, batch_size=2, progress=False, stepwise=True).results
     assert slow.losses == pytest.approx(fast.losses, rel=1e-5)
@@ -108,7 +105,7 @@ def test_one_pass_gives_what_decoding_through_the_cache_gives(name):
 def test_perplexity_of_snapkv_is_that_of_never_refreshing():
     model, rows = tiny_enabled(CONFIG), as_rows(random_ids(3, LENGTH))
     never, snapkv = evaluate(
-        model, rows, build_decodings(["never", "snapkv"], CONFIG), LAST, batch_size=2, progress=False
+        model, rows, build_strategies(["never", "snapkv"], CONFIG), LAST, batch_size=2, progress=False
     ).results
     assert snapkv.losses == pytest.approx(never.losses, rel=1e-5)
     assert (snapkv.budget, snapkv.config, snapkv.effective_strides) == (6, None, {})
@@ -127,7 +124,7 @@ def test_perplexity_of_streaming_is_that_of_a_mask():
     with torch.no_grad():
         logits = plain(ids, attention_mask=mask.expand(2, 1, -1, -1), use_cache=False).logits
     expected = F.cross_entropy(logits[:, -LAST - 1 : -1].transpose(1, 2), ids[:, -LAST:], reduction="none").mean(0)
-    strategies = build_decodings(["streaming"], dataclasses.replace(CONFIG, budget=budget))
+    strategies = build_strategies(["streaming"], dataclasses.replace(CONFIG, budget=budget))
     (found,) = evaluate(tiny_enabled(CONFIG), as_rows(ids), strategies, LAST, batch_size=2, progress=False).results
     assert found.losses == pytest.approx(expected.tolist(), rel=1e-5)
 
@@ -136,7 +133,7 @@ def test_perplexity_of_h2o():
     """With room for all tokens it is full attention; with less it is not, and holds less."""
     model, rows = tiny_enabled(CONFIG), as_rows(random_ids(2, LENGTH))
     full, roomy, tight = (
-        evaluate(model, rows, build_decodings([name], config), LAST, progress=False, stepwise=True).results[0]
+        evaluate(model, rows, build_strategies([name], config), LAST, progress=False, stepwise=True).results[0]
         for name, config in (("full", CONFIG), ("h2o", dataclasses.replace(CONFIG, budget=LENGTH)), ("h2o", CONFIG))
     )
     assert roomy.losses == pytest.approx(full.losses, rel=1e-5)
@@ -145,13 +142,13 @@ def test_perplexity_of_h2o():
 
 def test_finished_rows_are_not_computed_again(tmp_path, monkeypatch):
     model, path, config = tiny_enabled(CONFIG), tmp_path / "rows.jsonl", dataclasses.replace(CONFIG, threshold=0.3)
-    rows, strategies = as_rows(random_ids(5, LENGTH)), build_decodings(["full", "similarity:4", "snapkv"], config)
+    rows, strategies = as_rows(random_ids(5, LENGTH)), build_strategies(["full", "similarity:4", "snapkv"], config)
 
     def run(rows=rows, **options):
-        options = {"batch_size": 2, "progress": False, "records": RowRecords(path), **options}
+        options = {"batch_size": 2, "progress": False, "records": SequenceRecords(path), **options}
         return evaluate(model, rows, strategies, LAST, **options)
 
-    whole, passes, real = run(records=None), [], row_losses_module.RowMeasurement._batch
+    whole, passes, real = run(records=None), [], losses_module.Measurement._batch
 
     def counted(self, strategy, numbers):
         if len(passes) == 4:
@@ -159,13 +156,13 @@ def test_finished_rows_are_not_computed_again(tmp_path, monkeypatch):
         passes.append((strategy.name, numbers))
         return real(self, strategy, numbers)
 
-    monkeypatch.setattr(row_losses_module.RowMeasurement, "_batch", counted)
+    monkeypatch.setattr(losses_module.Measurement, "_batch", counted)
     with pytest.raises(KeyboardInterrupt):
         run()
     assert passes[-1] == ("refresh S=4 threshold 0.3", [0, 1])
     path.write_text(path.read_text() + '{"key": "cut sho')  # as a killed process leaves it
     passes.clear()
-    monkeypatch.setattr(row_losses_module.RowMeasurement, "_batch", lambda *a: passes.append(a[1:]) or real(*a))
+    monkeypatch.setattr(losses_module.Measurement, "_batch", lambda *a: passes.append(a[1:]) or real(*a))
     resumed = run()
     assert [numbers for _, numbers in passes] == [[2, 3], [4], [0, 1], [2, 3], [4]]
     for result, expected in zip(resumed.results, whole.results, strict=True):
@@ -273,18 +270,18 @@ def made_up_report(perplexities, before=None):
 
 def test_report_files_and_tables(tmp_path):
     before, (own, notes) = made_up_report([4, 6, 8]), (tmp_path / "own", tmp_path / "own" / "notes.txt")
-    check_output(own, overwrite=False)
+    open_output(own, FILES, overwrite=False)
     notes.write_text("mine")
     write_report(own, before)
-    assert sorted(path.name for path in own.iterdir()) == ["notes.txt", *FILES]
+    assert sorted(path.name for path in own.iterdir()) == ["notes.txt", *NAMES]
     assert (own / "report.png").read_bytes().startswith(b"\x89PNG")
     assert load_report(own) == json.loads(json.dumps(before))
     assert Evaluation.from_dict(load_report(own)["evaluation"]) == made_up([4, 6, 8])
     with pytest.raises(SettingsError, match="--overwrite"):
-        check_output(own, overwrite=False)
+        open_output(own, FILES, overwrite=False)
 
     after = made_up_report([3, 4, 6], load_report(own))
-    write_report(check_output(own, overwrite=True), after)
+    write_report(open_output(own, FILES, overwrite=True), after)
     assert notes.read_text() == "mine"
     table = markdown_table(load_report(own))
     assert table in (own / "report.md").read_text()
@@ -293,6 +290,31 @@ def test_report_files_and_tables(tmp_path):
     assert lines[1] == ["strategy", "K", "stride", *["before", "after"] * 3, "closed", "stride"]
     figures = ["6", "never", "8.000", "6.000", "2.000", "2.000", "4.000", "3.000", "25.0%", "20.0"]
     assert lines[4] == ["never", "refreshed", *figures]
+
+
+def test_without_matplotlib_the_report_has_no_figure(tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("refreshkv.evaluation.perplexity.figure")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("matplotlib", "matplotlib.axes"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert write_report(tmp_path, made_up_report([4, 6, 8])) == ["report.json", "report.md"]
+    assert "report.png" not in (tmp_path / "report.md").read_text() and not (tmp_path / "report.png").exists()
+    assert "report.png is left out" in capsys.readouterr().out
+
+
+def test_evaluation_imports_neither_training_nor_plotting():
+    """All of the package but its figures, with the libraries of training and plotting not installed."""
+    code = """
+import importlib, pkgutil, sys
+for name in ("deepspeed", "tensorboard", "torch.utils.tensorboard", "matplotlib"):
+    sys.modules[name] = None
+import refreshkv.evaluation
+for module in pkgutil.walk_packages(refreshkv.evaluation.__path__, "refreshkv.evaluation."):
+    if not module.name.endswith((".figure", ".plotting")):
+        importlib.import_module(module.name)
+assert not any(name.startswith("refreshkv.train") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_reports_of_something_else_are_not_compared(tmp_path):

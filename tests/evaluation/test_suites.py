@@ -14,11 +14,11 @@ from refreshkv.data.folder import INFO_FILE
 from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.data.tasks.words import coined_words
 from refreshkv.data.tokenizer import train_tokenizer
-from refreshkv.evaluation import sequence_losses as row_losses
-from refreshkv.evaluation.perplexity import evaluate
-from refreshkv.evaluation.strategies import build_decodings
-from refreshkv.evaluation.suite.changes import Changes, change
-from refreshkv.evaluation.suite.config import Suite, load_suite, named_models
+from refreshkv.evaluation.perplexity import losses
+from refreshkv.evaluation.perplexity.evaluation import evaluate
+from refreshkv.evaluation.strategies import build_strategies
+from refreshkv.evaluation.suites.changes import Changes, change
+from refreshkv.evaluation.suites.config import Suite, load_suite, named_models
 from refreshkv.settings import SettingsError, settings_from_dict
 from tests.helpers.models import tiny_model
 from tests.helpers.scripts import load_script
@@ -76,8 +76,8 @@ def test_suites_load_and_can_be_run(name):
     suite, path = load_suite(name, ROOT)
     assert path.read_text().startswith("# "), "a comment says what is certain"
     for of in [*suite.corpora, *suite.benchmarks]:
-        decodings = [item for model in suite.models or [""] for item in suite.decodings(of, model)]
-        assert {item.name for item in decodings} == {label for label, row in suite.rows.items() if row.strategy}
+        strategies = [item for model in suite.models or [""] for item in suite.strategies(of, model)]
+        assert {item.name for item in strategies} == {label for label, row in suite.rows.items() if row.strategy}
     for item in suite.benchmarks.values():
         files = {"gov_report", "qmsum", "novel_summary"} & set(item.tasks)
         settings = {task: {"data_files": "x", **item.settings.get(task, {})} for task in files} | item.settings
@@ -103,13 +103,13 @@ def test_numbers_of_the_paper():
         "RefreshKV QC=5": (2.27, 7.31),
         "RefreshKV QC=10": (2.32, 7.41),
     }
-    settings = {item.name: item.settings for item in suite.decodings("arxiv", "any")}
+    settings = {item.name: item.settings for item in suite.strategies("arxiv", "any")}
     assert settings["Vanilla"] == {} and settings["H2O"]["budget"] == 2048
     assert settings["StreamingLLM"] == {"cache": "StreamingCache", "budget": 2048, "sink_tokens": 4}
     assert settings["RefreshKV QC=5"] == RefreshConfig(budget=2048, stride=5, threshold=0.85).to_dict()
     corpus = suite.corpora["arxiv"]
     assert (corpus.rows, corpus.row_length, corpus.last_tokens) == (100, 16384, 256)
-    (novels,) = {item.settings["budget"] for item in load_suite("paper-table-2", ROOT)[0].decodings("novels", "")[1:]}
+    (novels,) = {item.settings["budget"] for item in load_suite("paper-table-2", ROOT)[0].strategies("novels", "")[1:]}
     assert novels == 4096
 
 
@@ -164,7 +164,7 @@ def test_changes_are_said():
     ]
     assert suite.benchmarks["chain"].settings["chain_of_key"] == {"keys": 3, "max_new_tokens": 30}
     for of in ("text", "chain"):
-        assert suite.decodings(of, "")[1].settings["budget"] == 5
+        assert suite.strategies(of, "")[1].settings["budget"] == 5
     assert change(small(), Changes())[1] == []
     suite, said = change(small(), Changes(without=["chain"]))
     assert said == ["chain is left out"] and list(suite.columns) == ["PPL", "stride"] and not suite.benchmarks
@@ -255,7 +255,7 @@ def test_a_table_beside_the_papers(launch, place, ids, tmp_path, monkeypatch, ca
     config = RefreshConfig(budget=8, threshold=0.3, stride=5)
     model = enable(tiny_model(dtype=torch.float32, vocab_size=400, seed=0), config)
     model.load_state_dict(type(model).from_pretrained(place / "one").state_dict())
-    strategies = build_decodings(["full", "snapkv", "similarity"], config)
+    strategies = build_strategies(["full", "snapkv", "similarity"], config)
     expected = evaluate(model, Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch"), strategies, LAST)
     for name, paper, result in zip(("Vanilla", "SnapKV", "QC=5"), ("2.5", "-", "n/a"), expected.results, strict=True):
         assert float(cells[name][0].replace(",", "")) == pytest.approx(result.perplexity, rel=1e-5)
@@ -284,8 +284,8 @@ def test_a_table_beside_the_papers(launch, place, ids, tmp_path, monkeypatch, ca
 
     with pytest.raises(SettingsError, match="already holds suite.json: continue that with --resume"):
         launch(["--model", str(place / "one"), *common])
-    monkeypatch.setattr(row_losses, "row_losses", None)  # neither rows nor examples are computed again
-    monkeypatch.setattr("refreshkv.evaluation.task_scores._generate", None)
+    monkeypatch.setattr(losses, "sequence_losses", None)  # neither rows nor examples are computed again
+    monkeypatch.setattr("refreshkv.evaluation.tasks.scores.AnswerGenerator.generate", None)
     launch(["--model", str(place / "one"), *common, "--resume"])
     assert json.loads(Path("out/suite.json").read_text())["tables"] == report["tables"]
 

@@ -15,7 +15,8 @@ from refreshkv.data.folder import INFO_FILE
 from refreshkv.data.tasks.chain_of_key import ChainOfKey
 from refreshkv.data.tasks.words import coined_words
 from refreshkv.data.tokenizer import train_tokenizer
-from refreshkv.evaluation.perplexity import Evaluation, Result, evaluate
+from refreshkv.evaluation.perplexity.evaluation import evaluate
+from refreshkv.evaluation.perplexity.results import Evaluation, Result
 from refreshkv.evaluation.sweep.recommendation import Sweep, sweep_strategies
 from refreshkv.settings import SettingsError
 from tests.helpers.models import VOCABULARY, random_ids, tiny_model

@@ -17,9 +17,14 @@ from refreshkv.data.tasks.registry import build_task
 from refreshkv.data.tasks.words import coined_words
 from refreshkv.data.tokenizer import train_tokenizer
 from refreshkv.evaluation import strategies as decoding
-from refreshkv.evaluation import task_scores as task_evaluation
-from refreshkv.evaluation.strategies import build_decodings
-from refreshkv.evaluation.task_scores import Records, evaluate_tasks, left_padded, make_examples
+from refreshkv.evaluation.strategies import build_strategies
+from refreshkv.evaluation.tasks.scores import (
+    AnswerGenerator,
+    ExampleRecords,
+    evaluate_tasks,
+    left_padded,
+    make_examples,
+)
 from refreshkv.identity import fingerprint
 from refreshkv.settings import SettingsError
 from tests.helpers.models import tiny_model
@@ -49,8 +54,8 @@ def tasks():
 
 def run(model, tokenizer, tasks, path, names=("full", "refresh", "snapkv"), count=3, batch_size=2):
     work = make_examples(model, tokenizer, tasks, count, progress=False)
-    decodings = build_decodings(list(names), CONFIG)
-    return evaluate_tasks(model, tokenizer, work, decodings, Records(path), batch_size, progress=False)
+    strategies = build_strategies(list(names), CONFIG)
+    return evaluate_tasks(model, tokenizer, work, strategies, ExampleRecords(path), batch_size, progress=False)
 
 
 def by_name(results):
@@ -116,7 +121,7 @@ def test_scores_are_means_over_examples(model, tokenizer, tasks, tmp_path, monke
 def test_finished_examples_are_not_computed_again(model, tokenizer, tasks, tmp_path, monkeypatch):
     path = tmp_path / "examples.jsonl"
     whole = run(model, tokenizer, tasks, tmp_path / "whole.jsonl")
-    generated, real = [], task_evaluation._generate
+    generated, real = [], AnswerGenerator.generate
 
     def interrupted(*arguments):
         if len(generated) == 5:
@@ -124,7 +129,7 @@ def test_finished_examples_are_not_computed_again(model, tokenizer, tasks, tmp_p
         generated.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(task_evaluation, "_generate", interrupted)
+    monkeypatch.setattr(AnswerGenerator, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(model, tokenizer, tasks, path)
     done = path.read_text()
@@ -145,8 +150,8 @@ def test_what_a_prediction_depends_on_is_computed_anew(model, tokenizer, tasks, 
     run(model, tokenizer, [build_task("chain_of_key", {**tasks[0].settings(), "seed": 1})], path, ("refresh",), count=2)
     assert len(lines(path)) == 4
     work = make_examples(model, tokenizer, tasks[:1], 2, progress=False)
-    changed = build_decodings(["refresh"], replace(CONFIG, budget=41))
-    evaluate_tasks(model, tokenizer, work, changed, Records(path), progress=False)
+    changed = build_strategies(["refresh"], replace(CONFIG, budget=41))
+    evaluate_tasks(model, tokenizer, work, changed, ExampleRecords(path), progress=False)
     assert len(lines(path)) == 6
     before = fingerprint(model)
     with torch.no_grad():
@@ -165,7 +170,7 @@ def test_a_file_of_something_else(tmp_path):
     for text in (b"a thesis\nwith an end", b"[1]\n", b'{"key": 1}\n', b"\xff\n"):
         file.write_bytes(text)
         with pytest.raises(SettingsError, match="is not from an evaluation of tasks"):
-            Records(file)
+            ExampleRecords(file)
         assert file.read_bytes() == text
 
 
@@ -176,7 +181,7 @@ def test_left_padding():
 
 def test_strategies_by_name(monkeypatch):
     config = RefreshConfig(budget=7, stride=4, threshold=0.5, sink_tokens=2)
-    made = build_decodings(["full", "never", "refresh", "refresh:9", "similarity", "similarity:5:0.9"], config)
+    made = build_strategies(["full", "never", "refresh", "refresh:9", "similarity", "similarity:5:0.9"], config)
     assert {item.name: (item.settings.get("stride"), item.settings.get("threshold")) for item in made} == {
         "full": (None, None),
         "never refreshed": (NEVER, None),
@@ -204,18 +209,18 @@ def test_strategies_by_name(monkeypatch):
         ("similarity", "no threshold is set"),
     ]:
         with pytest.raises(SettingsError, match=message):
-            build_decodings([name], RefreshConfig())
+            build_strategies([name], RefreshConfig())
     with pytest.raises(SettingsError, match="names refresh S=4 twice"):
-        build_decodings(["refresh", "refresh:4"], config)
+        build_strategies(["refresh", "refresh:4"], config)
     added = decoding.refreshing("another", config)
-    monkeypatch.setitem(decoding.DECODINGS, "another", lambda config, arguments: added)
-    assert build_decodings(["another"], config) == [added]
+    monkeypatch.setitem(decoding.STRATEGIES, "another", lambda config, arguments: added)
+    assert build_strategies(["another"], config) == [added]
 
 
 def test_caches_that_evict_by_name():
     """The papers' settings by default, others after colons; they hold K entries and no more."""
     config = RefreshConfig(budget=7, observation_window=16, recent_window=5)
-    made = build_decodings(["streaming", "streaming:1", "h2o", "snapkv", "snapkv:64:5:average"], config)
+    made = build_strategies(["streaming", "streaming:1", "h2o", "snapkv", "snapkv:64:5:average"], config)
     assert {item.name: {k: v for k, v in item.settings.items() if k != "cache"} for item in made} == {
         "StreamingLLM": {"budget": 7, "sink_tokens": 4},
         "StreamingLLM with 1 sinks": {"budget": 7, "sink_tokens": 1},
@@ -237,7 +242,7 @@ def test_caches_that_evict_by_name():
     kinds = [StreamingCache, StreamingCache, H2OCache, SnapKVCache, SnapKVCache]
     assert [type(item.build_cache(tiny_model().config, 50)) for item in made] == kinds
     with pytest.raises(SettingsError, match="budget=4 leaves no room beside 4 sink tokens"):
-        build_decodings(["streaming"], replace(config, budget=4))
+        build_strategies(["streaming"], replace(config, budget=4))
 
 
 def test_memory_of_each_cache(model, tokenizer, tasks, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def left_padded(ids, paddings):
 def simulated_logits(model, ids, prompt, config, mask=None):
     """Logits that chose the tokens after the prompt: (B, T-P, V) by the parallel form."""
     extra = {} if mask is None else {"attention_mask": mask, "position_ids": padded_positions(mask)}
-    return model(ids, refresh=Simulation(prompt, config), use_cache=False, **extra).logits[:, prompt - 1 : -1]
+    return model(ids, simulation=Simulation(prompt, config), use_cache=False, **extra).logits[:, prompt - 1 : -1]
 
 
 def grown(mask, columns):
@@ -252,19 +253,40 @@ def test_a_prompt_in_chunks_equals_a_prompt_at_once(settings, chunk):
 
 
 @pytest.mark.parametrize("loop", [None, decode_ahead])
-@pytest.mark.parametrize(("length", "chunk"), [(21, 4), (20, 19), (20, 1)])
-def test_a_chunk_of_one_token_is_refused(length, chunk, loop):
-    """It would be taken for a decoding step; another turn's may be, too."""
-    model, ids = tiny_enabled(), random_ids(2, length)
-    settings = {"prefill_chunk_size": chunk, "custom_generate": loop}
-    with pytest.raises(ValueError, match=f"prefill_chunk_size={chunk} cuts {length} tokens so that"):
-        generate(model, ids, FIXED, **settings)
-    cache = RefreshCache(model.config, 60, FIXED)
-    generate(model, ids, cache=cache, new=1)
-    expected = generate(model, random_ids(2, length + 1), FIXED, new=1)
-    assert expected.shape == generate(model, random_ids(2, length + 1), cache=cache, new=1, **settings).shape
-    with pytest.raises(ValueError, match=f"prefill_chunk_size={chunk} cuts {2 * chunk + 1} tokens so that"):
-        generate(model, random_ids(2, length + 2 * chunk + 2), cache=cache, **settings)
+@pytest.mark.parametrize(
+    ("length", "chunk", "padding", "settings", "offload"),
+    [
+        (21, 4, 0, {}, False),
+        (20, 19, 3, {}, False),
+        (6, 1, 0, {}, False),
+        (21, 4, 3, SLIDING, False),
+        (20, 19, 3, SLIDING, True),
+        (21, 4, 0, {}, True),
+    ],
+)
+def test_a_chunk_of_one_token_belongs_to_the_prompt(length, chunk, padding, settings, offload, loop):
+    """It looks like a decoding step; in another turn too."""
+    model, (ids, mask) = tiny_enabled(**settings), left_padded(random_ids(2, length), [0, padding])
+    caches = [RefreshCache(model.config, 100, FIXED, offload=offload) for _ in range(2)]
+    for turn in range(2):
+        found, expected = (
+            generate(model, ids, cache=cache, attention_mask=grown(mask, ids.shape[1]), custom_generate=loop, **chunks)
+            for cache, chunks in zip(caches, ({"prefill_chunk_size": chunk}, {}), strict=True)
+        )
+        assert torch.equal(found, expected)
+        steps = slice(ids.shape[1] - 1, None)  # each chunk before ends in a full step too
+        assert torch.equal(caches[0].full_steps[..., steps], caches[1].full_steps[..., steps])
+        if turn == 0:  # the last token is not in the cache yet
+            ids = torch.cat([expected, random_ids(2, 2 * chunk, seed=turn)], dim=1)
+
+
+def test_a_single_token_without_chunks_is_a_step():
+    """Going on with what was generated, a call of generate() for each token."""
+    model, ids = tiny_enabled(), random_ids(2, 20)
+    expected, cache = generate(model, ids, FIXED), RefreshCache(model.config, 60, FIXED)
+    for _ in range(12):
+        ids = generate(model, ids, cache=cache, new=1)
+    assert torch.equal(ids, expected)
 
 
 @pytest.mark.parametrize("given", [None, (0, 0), (0, 5)])
@@ -410,7 +432,7 @@ def test_another_shape_of_model_needs_a_reset(settings, message, tokens):
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_reset_forgets_the_types_of_autocast(offload):
     model, ids = tiny_enabled(dtype=torch.float32), random_ids(2, 20)
-    caches = [RefreshCache(model.config, 60, FIXED, offload=offload) for _ in range(2)]
+    caches = [RefreshCache(model.config, 100, FIXED, offload=offload) for _ in range(2)]
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         model(ids, past_key_values=caches[0])
     caches[0].reset()
@@ -470,6 +492,53 @@ def test_assisted_generation_is_refused(settings):
 def test_max_cache_len_must_be_a_number_of_tokens(length):
     with pytest.raises(SettingsError, match="max_cache_len must be a whole number >= 1"):
         RefreshCache(tiny_model().config, length, FIXED)
+
+
+def test_the_older_spelling_of_a_cache_still_works():
+    model_config = tiny_enabled(SIMILAR).config
+    for arguments, settings in (
+        ((model_config, 60), {"config": FIXED}),
+        ((), {"model_config": model_config, "max_cache_len": 60, "config": FIXED}),
+    ):
+        with pytest.warns(DeprecationWarning, match=r"config=model.config, refresh=RefreshConfig"):
+            assert RefreshCache(*arguments, **settings).config == FIXED
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert RefreshCache(model_config, 60, FIXED).config == FIXED
+        assert RefreshCache(config=model_config, refresh=FIXED, max_cache_len=60).config == FIXED
+        assert RefreshCache(config=model_config, max_cache_len=60).config == SIMILAR
+    with pytest.raises(SettingsError, match="RefreshCache needs config=model.config"):
+        RefreshCache(max_cache_len=60)
+
+
+@pytest.mark.parametrize("config", [FIXED, SIMILAR], ids=["fixed", "similarity"])
+@torch.no_grad()
+def test_the_last_step_can_be_taken_back(config):
+    """By transformers' own protocol: recording, crop(0) after each accepted step, crop(-1)."""
+    model, ids = tiny_enabled(), random_ids(2, 40)
+    expected, wanted = decode_logits(model, ids, 20, config)
+    cache = RefreshCache(model.config, 60, config)
+    assert cache.is_croppable
+    model(ids[:, :20], past_key_values=cache)
+    for position in range(20, 40):
+        cache.activate_past_recording()
+        model(random_ids(2, 1, seed=position), past_key_values=cache)
+        cache.crop(-1)
+        cache.activate_past_recording()
+        logits = model(ids[:, position : position + 1], past_key_values=cache).logits
+        cache.crop(0)
+        torch.testing.assert_close(logits, expected[:, position : position + 1], rtol=0, atol=1e-10)
+    assert torch.equal(cache.full_steps, wanted.full_steps)
+    for tokens in (-2, 1):
+        with pytest.raises(NotImplementedError, match="cannot take tokens back"):
+            cache.crop(tokens)
+    model(random_ids(2, 3), past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="cannot take tokens back"):
+        cache.crop(0)
+    offloaded = RefreshCache(model.config, 60, config, offload=True)
+    assert not offloaded.is_croppable
+    with pytest.raises(NotImplementedError, match="cannot take tokens back"):
+        offloaded.activate_past_recording()
 
 
 def test_rows_of_the_cache_can_be_repeated_and_selected():
@@ -620,7 +689,7 @@ def test_the_script_without_a_saved_schedule_uses_the_paper_one(script, folder, 
         (["--prompt-file", "nowhere.txt"], "--prompt-file: there is no file nowhere.txt"),
         (["--prompt-file", "."], "--prompt-file: . is not a readable text"),
         (["--prompt-file", "/dev/null"], "--prompt-file: /dev/null is empty"),
-        (["--model", "./nowhere"], "--model=./nowhere: no tokenizer could be loaded"),
+        (["--model", "./nowhere"], "--model: no tokenizer could be loaded from ./nowhere"),
         (["--max-new-tokens", "500"], "--max-new-tokens=500 and the prompt's 20 tokens .*max_position_embeddings=512"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["--budget", "0"], "budget must be"),

@@ -18,9 +18,9 @@ from refreshkv.baselines.snapkv import SnapKVCache
 from refreshkv.baselines.streaming import StreamingCache
 from refreshkv.cache.layer import RefreshLayer
 from refreshkv.evaluation.caches import Caches
-from refreshkv.evaluation.sequence_losses import row_losses
-from refreshkv.evaluation.stepwise import decode_known
-from refreshkv.evaluation.strategies import build_decodings
+from refreshkv.evaluation.perplexity.losses import sequence_losses
+from refreshkv.evaluation.perplexity.stepwise import decode_known
+from refreshkv.evaluation.strategies import build_strategies
 from refreshkv.ops import naive
 from refreshkv.ops.choice import CHOICE
 from tests.attention.test_parity import CASES
@@ -65,7 +65,7 @@ def test_steps_equal_the_naive_form(size, dtype):
     for _ in range(2):
         layers.append(RefreshLayer(prompt + 8, config))
         layers[-1].update(*block[1:])
-        layers[-1].begin(block[0], padding, head_dim**-0.5)
+        layers[-1].end_block(block[0], padding, head_dim**-0.5)
     ours, theirs = layers
     options = (config.step_options(), head_dim**-0.5)
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
@@ -211,7 +211,7 @@ def test_known_tokens_are_decoded_by_recorded_steps():
     model = tiny_enabled(dtype=torch.float32, head_dim=16).cuda()
     config, caches = RefreshConfig(budget=6, stride=4), Caches(model)
     for name in ("full", "refresh", "snapkv"):
-        (way,) = build_decodings([name], config)
+        (way,) = build_strategies([name], config)
         torch._dynamo.reset()
         counters.clear()
         for seed in (1, 2):
@@ -222,7 +222,7 @@ def test_known_tokens_are_decoded_by_recorded_steps():
                 if name == "full"
                 else Simulation(30, config if name == "refresh" else replace(config, stride=NEVER))
             )
-            expected = row_losses(model, ids, simulation, last=30)
+            expected = sequence_losses(model, ids, simulation, last=30)
             torch.testing.assert_close(decoded.losses, expected.cpu(), rtol=0, atol=1e-4)
             assert counters["stats"]["unique_graphs"] == 1 and counters["inductor"]["cudagraph_skips"] == 0
 

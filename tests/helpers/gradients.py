@@ -1,4 +1,4 @@
-"""What each rank of tests/train/test_gradients.py runs: it builds real engines in turn and writes down their gradients."""
+"""What each rank of tests/train/test_gradients.py runs: it builds real engines in turn and saves their gradients."""
 
 import json
 import os
@@ -19,7 +19,8 @@ from refreshkv.train.batch import Batch, make_batch
 from refreshkv.train.config import RunConfig
 from refreshkv.train.distillation import DistillationConfig
 from refreshkv.train.engine import build_engine, init_processes
-from refreshkv.train.loss import attach_loss
+from refreshkv.train.job import Job, resolve
+from refreshkv.train.loss import CausalLossModel
 from refreshkv.train.recomputation import recompute_layers
 from refreshkv.train.step import backward, step_and_norm
 from tests.helpers.jobs import ROOT
@@ -54,9 +55,12 @@ class Case:
         return DistillationConfig(weight=0.5 if self.distilled else 0.0, temperature=2.0)
 
 
+def shape_of(case: Case) -> dict[str, int]:
+    return {"num_attention_heads": case.heads, "num_key_value_heads": case.kv_heads, "hidden_size": 64}
+
+
 def model_of(case: Case):
-    settings = {"num_attention_heads": case.heads, "num_key_value_heads": case.kv_heads, "hidden_size": 64}
-    return tiny_enabled(dtype=torch.float32, initializer_range=0.12, **settings)
+    return tiny_enabled(dtype=torch.float32, initializer_range=0.12, **shape_of(case))
 
 
 def all_rows() -> dict[str, Tensor]:
@@ -80,9 +84,9 @@ def gradients_of(case: Case, rank: int, world: int, folder: Path) -> tuple[dict[
     model = model_of(case)
     if case.recompute:
         recompute_layers(model, case.recompute, case.offload)
-    attach_loss(model, case.loss, case.distillation)
     with redirect_stdout(StringIO()), sequence_parallel.started(model, case.sequence, MICRO_BATCH) as mpu:
-        engine = build_engine(model, run_config(case, folder), world, mpu)
+        loss_model = CausalLossModel(model, case.loss, case.distillation)
+        engine = build_engine(loss_model, job_of(case, folder, world), mpu)
         batches = batches_of(rank // case.sequence, world // case.sequence)
         batches = [batch.columns(rank, case.sequence) for batch in batches]
         backward(engine, batches, SIMULATIONS[case.simulation], case.sequence, lambda doing: None)
@@ -107,7 +111,7 @@ def batches_of(rank: int, world: int) -> list[Batch]:
     ]
 
 
-def run_config(case: Case, folder: Path) -> RunConfig:
+def job_of(case: Case, folder: Path, world: int) -> Job:
     path = folder / f"zero{case.stage}-{os.environ['RANK']}.json"
     zero = {"stage": case.stage}
     if case.stage == 3:
@@ -117,4 +121,6 @@ def run_config(case: Case, folder: Path) -> RunConfig:
         zero |= {"leaf_module": own["leaf_module"]}
     path.write_text(json.dumps({"zero_optimization": zero}))
     training = {"deepspeed": str(path), "dtype": "fp32", "global_batch": ROWS, "micro_batch": MICRO_BATCH}
-    return settings_from_dict(RunConfig, {"training": training, "parallel": {"sequence": case.sequence}})
+    model = {"scratch": {"model_type": "llama", **shape_of(case)}}
+    settings = {"model": model, "training": training, "parallel": {"sequence": case.sequence}}
+    return resolve(settings_from_dict(RunConfig, settings), world, dry=True)

@@ -14,10 +14,13 @@ import torch.distributed as dist
 from refreshkv import RefreshConfig, Simulation
 from refreshkv.data.config import DataConfig
 from refreshkv.data.tokenizer import train_tokenizer
-from refreshkv.train.checkpoint import State, save_checkpoint
+from refreshkv.train.checkpoint import save_checkpoint
 from refreshkv.train.config import ModelConfig, RunConfig, TrainingConfig
 from refreshkv.train.engine import build_engine, init_processes
-from refreshkv.train.model import build_model, model_configuration
+from refreshkv.train.job import resolve
+from refreshkv.train.loss import CausalLossModel
+from refreshkv.train.model import build_model
+from refreshkv.train.run_folder import State
 
 CASES = {
     "zero0-fp32": (0, "fp32", False),
@@ -60,7 +63,7 @@ def run_config(folder: Path, stage: int, dtype: str, tied: bool) -> RunConfig:
         steps=10,
         global_batch=2,
         learning_rate=1e-2,
-        schedule="constant",
+        lr_schedule="constant",
         warmup_steps=0,
     )
     data = DataConfig(folder=str(folder / "rows"), row_length=ROW_LENGTH)
@@ -69,12 +72,12 @@ def run_config(folder: Path, stage: int, dtype: str, tied: bool) -> RunConfig:
 
 def train_case(folder: Path, rank: int, world: int, stage: int, dtype: str, tied: bool, tokenizer) -> None:
     config = run_config(folder, stage, dtype, tied)
-    model = build_model(config, model_configuration(config))
-    engine = build_engine(model, config, world)
+    job = resolve(config, world, dry=True)
+    engine = build_engine(CausalLossModel(build_model(job), "chunked"), job)
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(100 * step + rank)
         rows = torch.randint(VOCABULARY, (1, ROW_LENGTH), generator=generator)
-        logits = engine(rows, refresh=Simulation(24, REFRESH), use_cache=False).logits
+        logits = engine(rows, simulation=Simulation(24, REFRESH), use_cache=False).logits
         engine.backward(torch.nn.functional.cross_entropy(logits[0, :-1].float(), rows[0, 1:]))
         engine.step()
     state = State(STEPS, tokens=STEPS * world * ROW_LENGTH, world_size=world, zero_stage=stage, rows="fingerprint")

@@ -1,26 +1,27 @@
 """Tiny random models of the supported families, and decoding one token at a time, for the tests."""
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+import transformers
 
 import refreshkv
 from refreshkv import RefreshCache, RefreshConfig
 
-FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
+CLASSES = {
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "mistral": "Mistral",
+    "stablelm": "StableLm",  # its layers drop keywords that they do not know
+    "nemotron": "Nemotron",  # likewise
+    "olmo3": "Olmo3",  # passes its layers no use_cache
+    "nanochat": "NanoChat",  # likewise
 }
+FAMILIES = {
+    family: (getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM"))
+    for family, name in CLASSES.items()
+    if hasattr(transformers, f"{name}Config")
+}
+OWN_SETTINGS = {"mistral": {"sliding_window": None}}
 VOCABULARY = 61
 
 
@@ -41,8 +42,9 @@ def tiny_model(family="llama", dtype=torch.float64, groups=2, layers=2, seed=0, 
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    if family == "mistral":
-        base["sliding_window"] = None
+    if family == "olmo3":
+        base["layer_types"] = ["full_attention"] * layers
+    base |= OWN_SETTINGS.get(family, {})
     torch.manual_seed(seed)
     return model_class(config_class(**{**base, **settings})).to(dtype).eval()
 

@@ -9,9 +9,9 @@ from refreshkv.config import RefreshConfig
 from refreshkv.data.tasks.rows import training_tasks
 from refreshkv.settings import load_settings
 from refreshkv.train.config import RunConfig
-from refreshkv.train.engine import read_deepspeed_json, zero_stage
-from refreshkv.train.loop import check_config, warnings
+from refreshkv.train.deepspeed_json import read_deepspeed_json, zero_stage
 from refreshkv.train.simulation import draw_simulation
+from refreshkv.train.validation import setting_warnings, validate_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -28,8 +28,8 @@ def test_there_are_some():
 def test_recipes_load_and_fit_together(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     run = load_settings(RunConfig, path)
-    check_config(run, {"data": {"row_length": run.data.row_length}})
-    assert warnings(run) == []
+    validate_settings(run)
+    assert setting_warnings(run) == []
     is_for_one_gpu = path.stem == "base"
     assert is_for_one_gpu or zero_stage(read_deepspeed_json(run.training.deepspeed)) in (2, 3)
     for step in range(50):
@@ -63,7 +63,7 @@ def test_recipes_of_the_paper(name):
     assert run.refresh == RefreshConfig(budget=2048, stride=10, threshold=threshold)
     assert run.data.row_length == 8192 and run.data.max_train_rows == training.steps * training.global_batch == 120_000
     assert (training.global_batch, training.learning_rate, training.warmup_steps) == (64, 5e-6, 20)
-    assert (training.schedule, training.weight_decay, training.loss_on) == ("linear", 0.0, "all")
+    assert (training.lr_schedule, training.weight_decay, training.loss_on) == ("linear", 0.0, "all")
     simulation = draw_simulation(run.simulation, run.refresh, 8192, 0, 1)
     assert (simulation.prompt_length, simulation.config.stride) == (8192 - 50, 2**31 - 1)
 

@@ -4,6 +4,7 @@ import gc
 import pickle
 import weakref
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from refreshkv.baselines.full import FullLayer
 from refreshkv.baselines.h2o import H2OLayer
 from refreshkv.baselines.snapkv import SnapKVLayer
 from refreshkv.baselines.streaming import StreamingLayer
-from refreshkv.cache import joint_state as layer_stack
+from refreshkv.cache import joint_state
 from refreshkv.cache.layer import RefreshLayer
 from refreshkv.cache.refresh import RefreshCache
 from refreshkv.ops import naive
@@ -28,6 +29,7 @@ from refreshkv.ops.selection import step as decode_selection
 from refreshkv.ops.step import attention as decode_attention
 from refreshkv.ops.step import launches as decode_kernels
 
+KERNELS = SimpleNamespace(uses_kernels=lambda tensor: True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # prompt, steps, query heads per group, key/value heads, head size, padding of the second row, configuration
@@ -61,7 +63,7 @@ def drawn(generator, heads, length, head_dim, dtype=torch.float32, rows=2):
 def prompted_layer(query, key, value, padding, config, capacity):
     layer = RefreshLayer(capacity, config)
     layer.update(key, value)
-    layer.begin(query, padding, query.shape[-1] ** -0.5)
+    layer.end_block(query, padding, query.shape[-1] ** -0.5)
     return layer
 
 
@@ -112,7 +114,7 @@ TOGETHER = ("fixed", "similarity", "long intervals", "observers and windows")
 @pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_layers_that_select_together(monkeypatch, name, parts):
     """Steps of three layers whose selections are one launch, and of each by itself; rows change places in between."""
-    monkeypatch.setattr(Choice, "uses_kernels", lambda choice, tensor: True)
+    monkeypatch.setattr(joint_state, "CHOICE", KERNELS)
     monkeypatch.setattr(decode_selection, "parts_of", lambda pairs, capacity: parts)
     prompt, _, groups, kv_heads, head_dim, padding, config = CASES[name]
     steps = 8
@@ -120,15 +122,15 @@ def test_layers_that_select_together(monkeypatch, name, parts):
     heads = (groups * kv_heads, kv_heads, kv_heads)
     blocks = [[drawn(generator, count, prompt, head_dim) for count in heads] for _ in range(3)]
     together, alone = ([prompted_layer(*block, padding, config, prompt + steps) for block in blocks] for _ in range(2))
-    layer_stack.stack_layers(together)
-    together[-1].before = tuple(together[:-1])
+    joint_state.join_layers(together)
+    together[-1].earlier_layers = tuple(together[:-1])
     options = (config.step_options(), head_dim**-0.5)
     for step in range(steps):
         if step == 4:
-            before = together[0].stack
+            before = together[0].joint
             for layer in (*together, *alone):
                 layer.batch_select_indices(torch.tensor([1, 0, 1], device=DEVICE))
-            assert together[0].stack is together[2].stack is not before
+            assert together[0].joint is together[2].joint is not before
         rows = 2 if step < 4 else 3
         for ours, theirs in zip(together, alone, strict=True):
             token = [drawn(generator, count, 1, head_dim, rows=rows) for count in heads]
@@ -139,18 +141,18 @@ def test_layers_that_select_together(monkeypatch, name, parts):
             for ours_state, theirs_state, state in zip(ours.state(), theirs.state(), LayerState._fields, strict=True):
                 if state != "observers" or config.observation_window > 1:
                     assert torch.equal(ours_state, theirs_state), (step, state)
-            assert ours.row_state.data_ptr() == ours.stack.row_state[ours.number].data_ptr()
+            assert ours.row_state.data_ptr() == ours.joint.row_state[ours.number].data_ptr()
 
 
 def test_the_memory_of_a_cache_is_free_at_once(monkeypatch):
     """No layer is part of a circle, which Python would find some time later."""
-    monkeypatch.setattr(Choice, "uses_kernels", lambda choice, tensor: True)
+    monkeypatch.setattr(joint_state, "CHOICE", KERNELS)
     model, gone = tiny_enabled(CASES["fixed"][-1]).to(DEVICE), []
     cache = RefreshCache(model.config, 20)
     with torch.no_grad():
         model(random_ids(2, 12).to(DEVICE), past_key_values=cache)
     for layer in cache.layers:
-        assert layer.stack is not None
+        assert layer.joint is not None
         weakref.finalize(layer, gone.append, layer.number)
     gc.disable()
     try:
@@ -207,7 +209,7 @@ def test_the_baselines_equal_their_naive_form(monkeypatch, name, groups):
     layers = [make(), make()]
     for layer in layers:
         layer.update(*block[1:])
-        layer.begin(block[0], padding, 0.25)
+        layer.end_block(block[0], padding, 0.25)
     for step in range(steps):
         token = [drawn(generator, count, 1, head_dim) for count in (groups * 2, 2, 2)]
         outputs = []
@@ -215,7 +217,7 @@ def test_the_baselines_equal_their_naive_form(monkeypatch, name, groups):
             monkeypatch.setattr(Choice, "uses_kernels", lambda choice, tensor, kernels=kernels: kernels)
             outputs.append(layer.step(*token, 0.25))
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5, msg=lambda m, s=step: f"{s}: {m}")
-        for state in layers[0].per_row:
+        for state in layers[0].batch_state:
             ours, theirs = (getattr(layer, state) for layer in layers)
             torch.testing.assert_close(ours, theirs, msg=lambda m, s=(step, state): f"{s}: {m}")
 
@@ -279,7 +281,7 @@ def test_programs_that_share_a_row():
 
 def test_a_pickled_cache_goes_on(monkeypatch):
     """What pickle takes apart, the layers' state and that of all of them, is one again."""
-    monkeypatch.setattr(Choice, "uses_kernels", lambda choice, tensor: True)
+    monkeypatch.setattr(joint_state, "CHOICE", KERNELS)
     model, ids = tiny_enabled(dtype=torch.float32, head_dim=16).to(DEVICE), random_ids(2, 24).to(DEVICE)
     results = []
     with torch.no_grad():

@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from refreshkv import RefreshConfig, enable
-from refreshkv.baselines.h2o import H2OCache
-from refreshkv.evaluation import strategies as decoding
-from refreshkv.evaluation.strategies import Decoding, build_decodings
-from refreshkv.evaluation.task_scores import Records, evaluate_tasks, make_examples
+from refreshkv.evaluation.strategies import build_strategies
+from refreshkv.evaluation.tasks.scores import ExampleRecords, evaluate_tasks, make_examples
 from refreshkv.prefix.store import PrefixStore
 from refreshkv.settings import SettingsError
 from tests.evaluation.test_task_scores import CONFIG, lines, model, tasks, tokenizer  # noqa: F401  fixtures
@@ -75,12 +73,10 @@ def test_generate_refuses(folder, capsys):
 # ---- launch/evaluate.py
 
 
-def test_tasks_compute_each_prompt_once(model, tokenizer, tasks, tmp_path, monkeypatch):  # noqa: F811
+def test_tasks_compute_each_prompt_once(model, tokenizer, tasks, tmp_path):  # noqa: F811
     """Six ways to decode, in batches: the same answers as without a store, and each prompt once."""
-    h2o = Decoding("h2o", {}, lambda config, tokens: H2OCache(config, tokens, 40))
-    monkeypatch.setitem(decoding.DECODINGS, "h2o", lambda config, arguments: h2o)
-    names = ["full", "refresh", "refresh:9", "similarity:3:0.5", "snapkv", "h2o"]
-    decodings, work = build_decodings(names, CONFIG), make_examples(model, tokenizer, tasks[1:], 3, progress=False)
+    names = ["full", "refresh", "refresh:9", "similarity:3:0.5", "snapkv", "streaming"]
+    decodings, work = build_strategies(names, CONFIG), make_examples(model, tokenizer, tasks[1:], 3, progress=False)
     computed = []
 
     def count(module, args, given):
@@ -94,7 +90,7 @@ def test_tasks_compute_each_prompt_once(model, tokenizer, tasks, tmp_path, monke
         path = tmp_path / f"{store is None}.jsonl"
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            evaluate_tasks(model, tokenizer, work, decodings, Records(path), 2, progress=False, store=store)
+            evaluate_tasks(model, tokenizer, work, decodings, ExampleRecords(path), 2, progress=False, store=store)
         found[store is None] = {line["key"]: line for line in lines(path)}
         assert sum(computed) == (6 * 3 if store is None else 3)
     handle.remove()
@@ -136,13 +132,22 @@ def test_evaluate(tokenizer, tmp_path, monkeypatch):  # noqa: F811
         main(["--model", "model", "--data", "rows", "--prefix-store", "store"])
 
 
+def test_h2o_with_a_store_is_refused(model, tokenizer, tasks, tmp_path):  # noqa: F811
+    """Before anything is computed; without a store it computes its prompts."""
+    work, decodings = make_examples(model, tokenizer, tasks[1:], 1, progress=False), build_strategies(["h2o"], CONFIG)
+    records, store = ExampleRecords(tmp_path / "examples.jsonl"), PrefixStore(None, 10**9, model)
+    with pytest.raises(SettingsError, match=r"H2OCache depends .*: leave out the prefix store \(--prefix-store\), or"):
+        evaluate_tasks(model, tokenizer, work, decodings, records, progress=False, store=store)
+    assert not (tmp_path / "examples.jsonl").exists() and not store.entries
+
+
 def test_old_records_are_still_read(tmp_path, tokenizer, tasks):  # noqa: F811
     settings = {"vocab_size": len(tokenizer), "eos_token_id": 0, "max_position_embeddings": 1024}
     again = enable(tiny_model(dtype=torch.float64, **settings), CONFIG)
     work = make_examples(again, tokenizer, tasks[:1], 1, progress=False)
     path = tmp_path / "examples.jsonl"
-    evaluate_tasks(again, tokenizer, work, build_decodings(["full"], CONFIG), Records(path), progress=False)
+    evaluate_tasks(again, tokenizer, work, build_strategies(["full"], CONFIG), ExampleRecords(path), progress=False)
     (line,) = lines(path)
     del line["reuse"]
     path.write_text(json.dumps(line) + "\n")
-    assert Records(path).get(line["key"]).reuse is None
+    assert ExampleRecords(path).get(line["key"]).reuse is None

@@ -13,15 +13,16 @@ import pytest
 import yaml
 
 from refreshkv import RefreshConfig
-from refreshkv.evaluation.inputs import changed_config
-from refreshkv.evaluation.perplexity import default_strategies
+from refreshkv.evaluation.strategies import default_strategies
+from refreshkv.options import changed_config
 from refreshkv.settings import SettingsError, load_settings, settings_from_dict
 from refreshkv.train.config import RunConfig
+from refreshkv.train.experiment.comparison import gaps_closed
 from refreshkv.train.experiment.config import ExperimentConfig, merge
-from refreshkv.train.experiment.jobs import Job, Outcome, _start_ready, run_pieces
-from refreshkv.train.experiment.pieces import Command, Piece, plan
-from refreshkv.train.experiment.report import gaps_closed, perplexity_table, task_table, write_tables
+from refreshkv.train.experiment.jobs import Command, Job, plan
+from refreshkv.train.experiment.report import perplexity_table, task_table, write_tables
 from refreshkv.train.experiment.results import Results
+from refreshkv.train.experiment.running import Outcome, RunningJob, _start_ready, run_jobs
 from tests.helpers.jobs import ROOT, make_rows
 from tests.helpers.scripts import load_script
 
@@ -99,7 +100,7 @@ else:
                 "effective_stride": 5.0} for n, p in (("full", 10.0), ("refresh S=5", 12.0))]
     made.write_text(json.dumps({"date": "d", "hardware": "h", "versions": {}, "protocol": {"fingerprint": "f"},
                                 "evaluation": {"results": results}}))
-time.sleep(0.2)
+time.sleep(0.05)
 made.parent.mkdir(parents=True, exist_ok=True)
 made.touch()
 """
@@ -107,6 +108,7 @@ made.touch()
 
 def stand_ins(folder, monkeypatch):
     """Stand-ins for the scripts, which write down how they were called."""
+    monkeypatch.setattr("refreshkv.train.experiment.running.POLL", 0.02)
     launch = folder / "launch"
     launch.mkdir(exist_ok=True)
     for name in ("prepare", "train", "export", "evaluate"):
@@ -122,7 +124,7 @@ def launch(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """The folder of an experiment that has run to its end, and what became of its pieces; not to be changed."""
+    """The folder of an experiment that has run to its end, and what became of its jobs; not to be changed."""
     folder = tmp_path_factory.mktemp("everything")
     with pytest.MonkeyPatch.context() as monkeypatch:
         outcome, _ = go(experiment(folder), stand_ins(folder, monkeypatch), folder)
@@ -142,25 +144,25 @@ def calls(tmp_path):
 
 def go(config, launch, tmp_path, devices=("0", "1"), seconds=60.0):
     results = Results(config)
-    pieces = plan(config, set(results.entries))
-    outcome = run_pieces(
-        pieces, list(devices), launch, tmp_path / "logs", seconds, lambda p: results.add(p) if p.reports else None
+    jobs = plan(config, set(results.entries))
+    outcome = run_jobs(
+        jobs, list(devices), launch, tmp_path / "logs", seconds, lambda p: results.add(p) if p.reports else None
     )
     return outcome, results
 
 
 def test_the_plan_has_what_is_needed_first(tmp_path):
     config = experiment(tmp_path)
-    names = [piece.name for piece in plan(config, set())]
+    names = [job.name for job in plan(config, set())]
     rows = f"rows {tmp_path}/rows"
     arms = ["small/none", "small/plain-0", "small/plain-1", "small/whole-0", "small/whole-1"]
     assert names == [rows, "small/base", *arms]
-    by_name = {piece.name: piece for piece in plan(config, set())}
+    by_name = {job.name: job for job in plan(config, set())}
     assert by_name["small/base"].needs == [rows] and by_name["small/whole-1"].needs == ["small/base", rows]
     assert [command.script for command in by_name["small/whole-1"].commands] == ["train.py", "export.py", "evaluate.py"]
-    known = {name for piece in by_name.values() for name in piece.names}
+    known = {name for job in by_name.values() for name in job.names}
     left = known - by_name["small/whole-1"].names
-    assert [piece.name for piece in plan(config, left)] == [rows, "small/base", "small/whole-1"]
+    assert [job.name for job in plan(config, left)] == [rows, "small/base", "small/whole-1"]
     assert plan(config, known) == []
 
 
@@ -170,10 +172,10 @@ def test_a_study_that_starts_from_anothers_base(tmp_path):
     second |= {"base": {"training": {"steps": 3}}, "start": "small", "arms": ["none"]}
     values["studies"] = {"second": second, "small": values["studies"]["small"]}
     config = settings_from_dict(ExperimentConfig, values)
-    pieces = {piece.name: piece for piece in plan(config, set())}
-    assert list(pieces).index("small/base") < list(pieces).index("second/base")
-    assert "small/base" in pieces["second/base"].needs
-    assert pieces["second/base"].commands[0].config[1]["model"] == {"path": f"{tmp_path}/runs/small/base/model"}
+    jobs = {job.name: job for job in plan(config, set())}
+    assert list(jobs).index("small/base") < list(jobs).index("second/base")
+    assert "small/base" in jobs["second/base"].needs
+    assert jobs["second/base"].commands[0].config[1]["model"] == {"path": f"{tmp_path}/runs/small/base/model"}
 
 
 def test_a_run_of_everything(everything):
@@ -205,10 +207,10 @@ def test_finished_figures_are_enough_to_go_on_elsewhere(finished, tmp_path, laun
     (tmp_path / "results/results.json").write_text(json.dumps(results.entries))
     elsewhere = experiment(tmp_path, output=str(tmp_path / "elsewhere"))
     results = Results(elsewhere)
-    pieces = plan(elsewhere, set(results.entries))
-    assert [piece.name for piece in pieces] == ["small/base", "small/plain-1"]
+    jobs = plan(elsewhere, set(results.entries))
+    assert [job.name for job in jobs] == ["small/base", "small/plain-1"]
     with pytest.raises(SettingsError, match="whose base model is not here: copy it"):
-        results.check_bases(pieces)
+        results.check_bases(jobs)
     shutil.copytree(tmp_path / "runs/small/base/model", tmp_path / "elsewhere/small/base/model")
     outcome, results = go(elsewhere, launch, tmp_path)
     assert outcome.done == ["small/plain-1"] and len(results.entries) == 6
@@ -220,13 +222,13 @@ def test_finished_figures_are_enough_to_go_on_elsewhere(finished, tmp_path, laun
 def test_what_others_add_meanwhile_is_kept(finished, tmp_path):
     results, late = Results(finished), Results(finished)
     late.entries.clear()
-    piece = next(p for p in plan(finished, set()) if p.name == "small/plain-0")
-    late.add(piece)
+    job = next(p for p in plan(finished, set()) if p.name == "small/plain-0")
+    late.add(job)
     assert set(Results(finished).entries) == set(results.entries) and len(results.entries) == 6
     results.entries["small/plain/1/paper/perplexity"]["rows"] = "others"
     (tmp_path / "results/results.json").write_text(json.dumps(results.entries))
     with pytest.raises(SettingsError, match="on other rows"):
-        late.add(piece)
+        late.add(job)
 
 
 def test_settings_that_change_no_figure_may_change(finished, tmp_path):
@@ -248,23 +250,23 @@ def test_rows_are_prepared_with_the_studys_settings_alone(tmp_path):
     config = load_settings(
         ExperimentConfig, ROOT / "configs/experiments/recipes.yaml", [f"output={tmp_path}", f"results={tmp_path}"]
     )
-    pieces = {piece.name: piece for piece in plan(config, set()) if piece.name.startswith("rows ")}
-    assert len(pieces) == 3
+    jobs = {job.name: job for job in plan(config, set()) if job.name.startswith("rows ")}
+    assert len(jobs) == 3
     first = "rows rows/python-packages"
-    for name, piece in pieces.items():
-        line = piece.commands[0].line(Path("launch"))
+    for name, job in jobs.items():
+        line = job.commands[0].line(Path("launch"))
         assert line[1:3] == ["launch/prepare.py", "--config"]
         data = load_settings(RunConfig, line[3]).data
         assert (data.train_vocabulary is None) == (name != first)
-        assert piece.needs == ([] if name == first else [first])
+        assert job.needs == ([] if name == first else [first])
 
 
 def test_the_similarity_schedule_is_evaluated_by_name(tmp_path):
     """With the threshold of the evaluation, whatever the selection or the run has."""
     values = settings(tmp_path)
     values["studies"]["small"]["perplexity"]["threshold"] = 0.7
-    pieces = plan(settings_from_dict(ExperimentConfig, values), set())
-    commands = [c for piece in pieces for c in piece.commands if c.script == "evaluate.py"]
+    jobs = plan(settings_from_dict(ExperimentConfig, values), set())
+    commands = [c for job in jobs for c in job.commands if c.script == "evaluate.py"]
     assert len(commands) == 6
     for command in commands:
         overrides = [argument for argument in command.arguments if argument.startswith("refresh.")]
@@ -294,35 +296,35 @@ def test_sigterm_ends_the_runs_too(tmp_path, launch, monkeypatch):
 
 
 def test_rows_are_prepared_beside_what_needs_devices(tmp_path):
-    """But not where there are none, and every job wants the same cores."""
-    pieces = [Piece("base", [], devices="all"), Piece("arm", []), Piece("rows", [], devices="none"), Piece("more", [])]
+    """But not where there are none, and every process wants the same cores."""
+    jobs = [Job("base", [], devices="all"), Job("arm", []), Job("rows", [], devices="none"), Job("more", [])]
     for devices, busy, started in [
         (["0", "1"], 0, ["base", "rows"]),
         (["0", "1"], 1, ["rows"]),  # the base waits for all, and the arms behind it
         ([""], 0, ["base"]),
         (["", ""], 1, []),
     ]:
-        running = [Job(Piece("before", []), [slot], [devices[slot]], tmp_path, tmp_path) for slot in range(busy)]
-        left = _start_ready(pieces, running, Outcome(), devices, tmp_path, tmp_path)
-        names = [job.piece.name for job in running[busy:]]
-        assert names == started and [piece.name for piece in left] == [p.name for p in pieces if p.name not in names]
+        running = [RunningJob(Job("before", []), [slot], [devices[slot]], tmp_path, tmp_path) for slot in range(busy)]
+        left = _start_ready(jobs, running, Outcome(), devices, tmp_path, tmp_path)
+        names = [active.job.name for active in running[busy:]]
+        assert names == started and [job.name for job in left] == [p.name for p in jobs if p.name not in names]
 
 
 def test_only_takes_patterns_that_match(tmp_path):
-    chosen, pieces = load_script("experiment").chosen, plan(experiment(tmp_path), set())
-    everything = [piece.name for piece in pieces]
-    assert [piece.name for piece in chosen(pieces, None)] == everything
-    assert [piece.name for piece in chosen(pieces, ["small/plain-*"])] == [
+    chosen, jobs = load_script("experiment").chosen, plan(experiment(tmp_path), set())
+    everything = [job.name for job in jobs]
+    assert [job.name for job in chosen(jobs, None)] == everything
+    assert [job.name for job in chosen(jobs, ["small/plain-*"])] == [
         name for name in everything if name.startswith(("rows", "small/base", "small/plain"))
     ]
-    ordered = [piece.name for piece in chosen(pieces, ["small/plain-1", "small/none", "*"])]
+    ordered = [job.name for job in chosen(jobs, ["small/plain-1", "small/none", "*"])]
     needed = [name for name in everything if name.startswith("rows") or name == "small/base"]
     assert ordered[: len(needed) + 2] == [*needed, "small/plain-1", "small/none"]
     assert sorted(ordered) == sorted(everything)
     with pytest.raises(SettingsError, match="--only other/[*]: nothing that is left to do is called so"):
-        chosen(pieces, ["small/*", "other/*"])
+        chosen(jobs, ["small/*", "other/*"])
     with pytest.raises(SettingsError, match="--only results=elsewhere: .*; key=value goes before --only"):
-        chosen(pieces, ["small/*", "results=elsewhere"])
+        chosen(jobs, ["small/*", "results=elsewhere"])
 
 
 def test_time_is_up_and_the_rest_is_continued(tmp_path, launch, monkeypatch):
@@ -339,7 +341,7 @@ def test_time_is_up_and_the_rest_is_continued(tmp_path, launch, monkeypatch):
     assert "--resume" not in trained[0] and "--resume" in trained[2]
 
 
-def test_a_failed_piece_costs_only_what_needs_it(tmp_path, launch, monkeypatch):
+def test_a_failed_job_costs_only_what_needs_it(tmp_path, launch, monkeypatch):
     monkeypatch.setenv("broken", "1")
     config = experiment(tmp_path)
     outcome, results = go(config, launch, tmp_path, devices=("", ""))
@@ -428,6 +430,19 @@ def test_what_cannot_work_is_refused_before_anything_runs(tmp_path, place, value
         settings_from_dict(ExperimentConfig, values)
 
 
+def draw_one_of_each_kind():
+    """In place of `drawn`: draws the first figure of each kind, for each takes a second."""
+    kinds = set()
+
+    def drawn(name, draw):
+        kind = name.rpartition("-")[2]
+        is_first = kind not in kinds
+        kinds.add(kind)
+        return draw() if is_first else b""
+
+    return drawn
+
+
 @pytest.mark.parametrize(
     ("name", "planned", "known", "left"),
     [
@@ -443,16 +458,17 @@ def test_what_cannot_work_is_refused_before_anything_runs(tmp_path, place, value
 def test_the_figures_of_the_repository(tmp_path, monkeypatch, name, planned, known, left):
     """They are of the settings that stand there, and whole but for what docs/results.md says is missing."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("refreshkv.train.experiment.report.drawn", draw_one_of_each_kind())
     published = ROOT / "docs/results" / name
     shutil.copy(published / "results.json", tmp_path)
     # an output of its own: whoever has run the experiment here has other base models
     overrides = [f"results={tmp_path}", f"output={tmp_path}"]
     config = load_settings(ExperimentConfig, ROOT / f"configs/experiments/{name}.yaml", overrides)
-    assert planned <= {piece.name for piece in plan(config, set())}
+    assert planned <= {job.name for job in plan(config, set())}
     entries = Results(config).entries
     assert known in entries
-    remaining = [piece.name for piece in plan(config, set(entries))]
-    assert [piece for piece in remaining if not piece.startswith("rows")] == left
+    remaining = [job.name for job in plan(config, set(entries))]
+    assert [job for job in remaining if not job.startswith("rows")] == left
     assert remaining == [] or left  # rows are made for what is left alone
     assert write_tables(config, entries) == (published / "tables.md").read_text()
 

@@ -20,16 +20,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import refreshkv
 from refreshkv import RefreshCache, RefreshConfig
 from refreshkv.data.config import DataConfig
-from refreshkv.evaluation.perplexity import Evaluation, Result
-from refreshkv.evaluation.report import build_report, protocol, write_report
+from refreshkv.evaluation.perplexity.report import build_report, protocol, write_report
+from refreshkv.evaluation.perplexity.results import Evaluation, Result
 from refreshkv.settings import SettingsError, load_settings
 from refreshkv.train import export as export_module
-from refreshkv.train import hub
+from refreshkv.train import export_check, hub
 from refreshkv.train.card import model_card
-from refreshkv.train.checkpoint import State
 from refreshkv.train.config import ModelConfig, RunConfig, SimulationConfig
-from refreshkv.train.export import ExportError, export, is_export
-from refreshkv.train.model import build_model, model_configuration
+from refreshkv.train.export import export
+from refreshkv.train.export_error import ExportError
+from refreshkv.train.export_folder import is_export
+from refreshkv.train.job import resolve
+from refreshkv.train.model import build_model
+from refreshkv.train.run_folder import State
 from tests.helpers import make_checkpoints
 from tests.helpers.hub_server import HubServer
 from tests.helpers.make_checkpoints import CASES, REFRESH, STEPS, VOCABULARY
@@ -105,7 +108,7 @@ def test_export_is_the_trained_model(runs, tmp_path, case):
 
 def test_training_had_moved_the_weights(runs):
     config = load_settings(RunConfig, checkpoint_of(runs / "zero3-bf16") / "run.yaml")
-    before = build_model(config, model_configuration(config))
+    before = build_model(resolve(config, world=1, dry=True))
     after = torch.load(runs / "zero3-bf16" / "expected.pt")
     assert not any(torch.equal(value.bfloat16(), after[name]) for name, value in before.named_parameters())
 
@@ -269,10 +272,11 @@ def write_other_weights(monkeypatch):
 
 
 def decode_with_another_selection(monkeypatch):
-    def other(model_config, length, config):
-        return RefreshCache(model_config, length, RefreshConfig(budget=config.budget, stride=config.stride))
+    def other(config, refresh, max_cache_len):
+        changed = RefreshConfig(budget=refresh.budget, stride=refresh.stride)
+        return RefreshCache(config=config, refresh=changed, max_cache_len=max_cache_len)
 
-    monkeypatch.setattr(export_module, "RefreshCache", other)
+    monkeypatch.setattr(export_check, "RefreshCache", other)
 
 
 @pytest.mark.parametrize(
@@ -479,7 +483,7 @@ def test_token_in_an_error_is_hidden(exported, server, monkeypatch):
 
 def test_push_that_must_fail_is_refused_before_any_work(server, monkeypatch):
     with pytest.raises(hub.HubError, match="--push-to-hub: .*not a/valid/name"):
-        hub.check_push("not a/valid/name")
+        hub.validate_push("not a/valid/name")
     monkeypatch.setattr(hub, "get_token", lambda: None)
     with pytest.raises(hub.HubError, match="there is no token"):
-        hub.check_push(REPOSITORY)
+        hub.validate_push(REPOSITORY)

@@ -5,7 +5,7 @@ import pytest
 
 from refreshkv.settings import SettingsError
 from refreshkv.train.config import HubConfig
-from refreshkv.train.hub import BackgroundPush, check_push
+from refreshkv.train.hub import BackgroundPush, validate_push
 from tests.helpers.hub_server import HubServer
 from tests.helpers.jobs import make_rows, read_metrics, run_settings, write_config
 from tests.helpers.ranks import run_ranks, run_script
@@ -94,4 +94,4 @@ def as_user(url, arguments):
 
 def test_a_push_that_cannot_work_is_refused_first(monkeypatch):
     with pytest.raises(SettingsError, match="hub.repo: .*not a/valid/name"):
-        check_push("not a/valid/name", "hub.repo")
+        validate_push("not a/valid/name", "hub.repo")

@@ -9,7 +9,7 @@ import torch
 from refreshkv import RefreshConfig, Simulation
 from refreshkv.settings import SettingsError
 from refreshkv.train.config import TrainingConfig
-from refreshkv.train.kernels import check_kernels, use_liger
+from refreshkv.train.kernels import use_liger, validate_kernels
 from tests.helpers.models import random_ids, tiny_enabled, tiny_model
 
 LIGER = TrainingConfig(kernels="liger")
@@ -33,7 +33,7 @@ def asked(monkeypatch):
 
 def test_the_loss_and_the_attention_are_left_alone(asked):
     model = tiny_enabled()
-    check_kernels(LIGER, model.config)
+    validate_kernels(LIGER, model.config)
     use_liger(model)
     [(patched, flags)] = asked
     assert patched is model
@@ -60,9 +60,9 @@ def test_where_they_cannot_run(asked, monkeypatch, change, reason):
     change(monkeypatch)
     config = tiny_model().config
     with pytest.raises(SettingsError, match=f"training.kernels=liger.*{reason}.*set training.kernels=torch") as error:
-        check_kernels(LIGER, config)
+        validate_kernels(LIGER, config)
     assert "\n" not in str(error.value)
-    check_kernels(TrainingConfig(), config)
+    validate_kernels(TrainingConfig(), config)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_where_they_cannot_run(asked, monkeypatch, change, reason):
 )
 def test_models_that_they_are_not_for(asked, family, settings, reason):
     with pytest.raises(SettingsError, match=f"{reason}; set training.kernels=torch"):
-        check_kernels(LIGER, tiny_model(family, **settings).config)
+        validate_kernels(LIGER, tiny_model(family, **settings).config)
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_model_with_them_equals_one_without(modelling):
         model = enabled(modelling).cuda().train()
         change(model)
         ids = random_ids(2, 24).cuda()
-        loss = model(ids, labels=ids, refresh=Simulation(9, RefreshConfig(budget=6, stride=4)), use_cache=False).loss
+        loss = model(ids, labels=ids, simulation=Simulation(9, RefreshConfig(budget=6, stride=4)), use_cache=False).loss
         loss.backward()
         results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
     for found, expected in zip(results[1], results[0], strict=True):

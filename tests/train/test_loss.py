@@ -5,10 +5,10 @@ import torch
 
 from refreshkv import RefreshConfig, Simulation
 from refreshkv.settings import SettingsError
-from refreshkv.train import loss
-from refreshkv.train.batch import make_batch
+from refreshkv.train import chunked_loss
+from refreshkv.train.batch import answer_targets, make_batch, partial_positions
 from refreshkv.train.distillation import DistillationConfig, divergence, divergence_and_gradient
-from refreshkv.train.loss import LossSums, answer_targets, attach_loss, partial_positions
+from refreshkv.train.loss import CausalLossModel, LossSums
 from tests.helpers.models import random_ids, tiny_enabled, tiny_model
 
 SIMULATION = Simulation(7, RefreshConfig(budget=4, stride=5))
@@ -21,8 +21,7 @@ def rows(answers=(3, 6)):
 
 def sums_and_gradients(kind, batch, model=None, scale=3.0, distillation=None):
     model = model or tiny_enabled(dtype=torch.float32)
-    attach_loss(model, kind, distillation=distillation)
-    sums = LossSums(*model(**batch.model_arguments(SIMULATION, split=False)))
+    sums = LossSums(*CausalLossModel(model, kind, distillation)(**batch.model_arguments(SIMULATION, split=False)))
     (sums.objective * scale).backward()
     return sums, {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -32,7 +31,7 @@ def sums_and_gradients(kind, batch, model=None, scale=3.0, distillation=None):
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_chunked_loss_equals_the_plain_one(monkeypatch, chunk, loss_on, tied):
     model = tiny_enabled(dtype=torch.float32, tie_word_embeddings=tied)
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", chunk * model.config.vocab_size)
+    monkeypatch.setattr(chunked_loss, "LOGITS_AT_ONCE", chunk * model.config.vocab_size)
     batch = make_batch(rows(), loss_on, torch.device("cpu"))
     plain, gradients = sums_and_gradients("logits", batch, tiny_enabled(dtype=torch.float32, tie_word_embeddings=tied))
     found, own = sums_and_gradients("chunked", batch, model)
@@ -51,19 +50,6 @@ def test_an_output_layer_with_a_bias():
     torch.testing.assert_close(results[1]["lm_head.bias"], results[0]["lm_head.bias"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("loss_on", ["all", "answers"])
-@pytest.mark.parametrize("answers", [(3, 6), (0, 0)])
-def test_ligers_loss_equals_the_plain_one(loss_on, answers):
-    """By Triton's interpreter where there is no GPU."""
-    pytest.importorskip("liger_kernel")
-    batch = make_batch(rows(answers), loss_on, torch.device("cpu"))
-    (plain, gradients), (found, own) = (sums_and_gradients(kind, batch) for kind in ("logits", "liger"))
-    for name, one, other in zip(LossSums._fields, plain, found, strict=True):
-        assert float(other.detach()) == pytest.approx(float(one.detach()), rel=1e-6), name
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(own[name], gradient, rtol=1e-4, atol=1e-4)
-
-
 def test_no_counted_token_leaves_gradients_of_zeros():
     for kind in ("chunked", "logits"):
         sums, gradients = sums_and_gradients(kind, make_batch(rows((0, 0)), "answers", torch.device("cpu")))
@@ -74,7 +60,7 @@ def test_no_counted_token_leaves_gradients_of_zeros():
 def test_bfloat16_sums_its_chunks_in_float32(monkeypatch):
     batch = make_batch(rows(), "all", torch.device("cpu"))
     _, plain = sums_and_gradients("logits", batch)
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 61)
+    monkeypatch.setattr(chunked_loss, "LOGITS_AT_ONCE", 61)
     sums, found = sums_and_gradients("chunked", batch, tiny_enabled(dtype=torch.float32).bfloat16())
     assert sums.objective.dtype == torch.float32 and found["lm_head.weight"].dtype == torch.bfloat16
     error = (found["lm_head.weight"].float() - plain["lm_head.weight"]).norm() / plain["lm_head.weight"].norm()
@@ -85,15 +71,17 @@ def test_calls_without_targets_give_logits_as_before():
     ids, model = random_ids(2, 20), tiny_enabled(dtype=torch.float32)
     before = model(ids).logits
     names = [name for name, _ in model.named_parameters()]
-    attach_loss(model, "chunked")
-    assert torch.equal(model(ids).logits, before) and [name for name, _ in model.named_parameters()] == names
+    loss_model = CausalLossModel(model, "chunked")
+    for changed in (model, loss_model):
+        assert torch.equal(changed(ids).logits, before)
+        assert [name for name, _ in changed.named_parameters()] == names
 
 
 def test_models_and_packages_that_cannot_do_it_are_refused():
     model = tiny_model()
     model.config.logits_scaling = 8.0
     with pytest.raises(SettingsError, match="logits_scaling"):
-        attach_loss(model, "chunked")
+        CausalLossModel(model, "chunked")
 
 
 def test_losses_by_kind_of_position():
@@ -101,7 +89,7 @@ def test_losses_by_kind_of_position():
     partial = partial_positions(SIMULATION, torch.arange(20))
     assert partial.nonzero().flatten().tolist() == [7, 8, 9, 10, 12, 13, 14, 15, 17, 18, 19]
     with torch.no_grad():
-        outputs = model(ids, labels=ids, refresh=SIMULATION)
+        outputs = model(ids, labels=ids, simulation=SIMULATION)
     sums, _ = sums_and_gradients("chunked", make_batch(rows(), "all", ids.device), model)
     assert float(sums.total / sums.tokens) == pytest.approx(float(outputs.loss), rel=1e-5)
     assert (int(sums.tokens), int(sums.partial_tokens)) == (38, 20)
@@ -115,7 +103,7 @@ def test_losses_of_answers_alone():
     answers = answer_targets(torch.tensor([7, 7]), torch.tensor([3, 6]), 20)
     assert [row.nonzero().flatten().tolist() for row in answers] == [[6, 7, 8], [6, 7, 8, 9, 10, 11]]
     with torch.no_grad():
-        logits = model(ids, refresh=SIMULATION).logits
+        logits = model(ids, simulation=SIMULATION).logits
     losses = -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     sums, _ = sums_and_gradients("chunked", make_batch(rows(), "answers", ids.device), model)
     assert float(sums.total) == pytest.approx(float(losses[0, 6:9].sum() + losses[1, 6:12].sum()), rel=1e-5)
@@ -141,11 +129,11 @@ def test_the_gradient_of_the_divergence():
 @pytest.mark.parametrize("loss_on", ["all", "answers"])
 def test_the_objective_of_a_distillation(monkeypatch, kind, loss_on):
     """Against plain autograd over two whole passes, the full-attention one without gradient."""
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 7 * 61)
+    monkeypatch.setattr(chunked_loss, "LOGITS_AT_ONCE", 7 * 61)
     distillation = DistillationConfig(weight=0.7, temperature=2.0)
     batch = make_batch(rows(), loss_on, torch.device("cpu"))
     truth = tiny_enabled(dtype=torch.float32)
-    logits = truth(batch.ids, refresh=SIMULATION, use_cache=False).logits
+    logits = truth(batch.ids, simulation=SIMULATION, use_cache=False).logits
     with torch.no_grad():
         teacher = truth(batch.ids, use_cache=False).logits
     after = batch.counted & (batch.positions >= SIMULATION.prompt_length)
@@ -173,6 +161,6 @@ def test_the_teacher_has_no_dropout():
             lambda module, *_: seen.append((torch.is_grad_enabled(), module.training)) and None
         )
     frozen = model.model.layers[0].self_attn.eval()
-    attach_loss(model, "chunked", distillation=DistillationConfig(weight=1.0))
-    model(**make_batch(rows(), "all", torch.device("cpu")).model_arguments(SIMULATION, split=False))
+    loss_model = CausalLossModel(model, "chunked", DistillationConfig(weight=1.0))
+    loss_model(**make_batch(rows(), "all", torch.device("cpu")).model_arguments(SIMULATION, split=False))
     assert seen == [(False, False)] * 2 + [(True, True)] * 2 and model.training and not frozen.training

@@ -7,25 +7,38 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig
 
-from refreshkv import NEVER, RefreshConfig, Simulation
+from refreshkv import NEVER, RefreshConfig, Simulation, Trace
 from refreshkv.settings import settings_from_dict
 from refreshkv.train.config import RunConfig
 from refreshkv.train.flops import Work, model_work, step_flops, visible_keys
-from refreshkv.train.preflight import advice, allocated, changes, memory_needed, model_shape, report, step_seconds
+from refreshkv.train.job import resolve
+from refreshkv.train.memory import allocated, memory_needed
+from refreshkv.train.preflight import advice, changes, report
+from refreshkv.train.step_time import step_seconds
 from tests.helpers.jobs import ROOT
 from tests.helpers.models import random_ids, tiny_enabled
 
-LLAMA = LlamaConfig(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    vocab_size=128256,
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}
+DEEPSPEED = ROOT / "configs" / "deepspeed"
+JOB = resolve(
+    settings_from_dict(
+        RunConfig, {"model": {"scratch": LLAMA}, "training": {"deepspeed": str(DEEPSPEED / "zero2.json")}}
+    ),
+    world=1,
+    dry=True,
 )
-SHAPE = model_shape(LLAMA)
+"""Any run of Llama-3.1-8B's shape: the cases change its settings and its ranks."""
+SHAPE = JOB.shape
 
 
 def run_config(tmp_path, stage=3, sequence=1, **training):
@@ -47,7 +60,7 @@ def run_config(tmp_path, stage=3, sequence=1, **training):
 )
 def test_states_by_hand(tmp_path, stage, weights, gradients, optimizer):
     """Bytes per parameter in bfloat16 on two GPUs: float32 master weights and two moments."""
-    needs = memory_needed(run_config(tmp_path, stage), SHAPE, 2)
+    needs = memory_needed(JOB.with_settings(run_config(tmp_path, stage), 2))
     assert SHAPE.parameters == 8_030_261_248
     found = [needs[name] / SHAPE.parameters for name in ("weights", "gradients", "optimizer")]
     assert found == [weights, gradients, optimizer]
@@ -66,7 +79,7 @@ def test_states_by_hand(tmp_path, stage, weights, gradients, optimizer):
 )
 def test_states_of_other_kinds_by_hand(tmp_path, stage, dtype, optimizer, expected):
     """Two moments of a byte each; in float32 ZeRO keeps a second copy of its part of the weights."""
-    needs = memory_needed(run_config(tmp_path, stage, dtype=dtype, optimizer=optimizer), SHAPE, 2)
+    needs = memory_needed(JOB.with_settings(run_config(tmp_path, stage, dtype=dtype, optimizer=optimizer), 2))
     assert tuple(needs[name] / SHAPE.parameters for name in ("weights", "gradients", "optimizer")) == expected
 
 
@@ -86,9 +99,9 @@ def test_what_was_measured_is_predicted(length, simulation, sequence, seconds, g
     training = {"deepspeed": str(ROOT / "configs" / "deepspeed" / "zero3.json"), "activation_checkpointing": True}
     values = {"data": {"row_length": length}, "refresh": {"budget": 2048}, "simulation": simulation}
     values |= {"training": {**training, "global_batch": 2 // sequence}, "parallel": {"sequence": sequence}}
-    config = settings_from_dict(RunConfig, values)
-    assert allocated(memory_needed(config, SHAPE, 2)) / 1e9 == pytest.approx(gigabytes, rel=0.02)
-    assert step_seconds(config, SHAPE, 2, 800e12) == pytest.approx(seconds, rel=0.1)
+    job = JOB.with_settings(settings_from_dict(RunConfig, values), 2)
+    assert allocated(memory_needed(job)) / 1e9 == pytest.approx(gigabytes, rel=0.02)
+    assert step_seconds(job, 800e12) == pytest.approx(seconds, rel=0.1)
 
 
 FASTER = [
@@ -106,16 +119,16 @@ def test_what_was_measured_with_faster_settings_is_predicted(length, simulation,
     training = {"deepspeed": str(ROOT / "configs" / "deepspeed" / "zero3-layers.json"), "kernels": "liger"}
     training |= {"activation_checkpointing": share, "micro_batch": rows, "global_batch": 2 * rows}
     values = {"data": {"row_length": length}, "refresh": {"budget": 2048}, "simulation": simulation}
-    config = settings_from_dict(RunConfig, {**values, "training": training})
-    assert allocated(memory_needed(config, SHAPE, 2)) / 1e9 == pytest.approx(gigabytes, rel=0.03)
-    assert seconds < step_seconds(config, SHAPE, 2, 800e12) < 1.2 * seconds
+    job = JOB.with_settings(settings_from_dict(RunConfig, {**values, "training": training}), 2)
+    assert allocated(memory_needed(job)) / 1e9 == pytest.approx(gigabytes, rel=0.03)
+    assert seconds < step_seconds(job, 800e12) < 1.2 * seconds
 
 
 def test_less_is_needed_where_it_should_be(tmp_path):
     def total(name=None, length=None, **settings):
         config = run_config(tmp_path, **settings)
         config.data = replace(config.data, row_length=length or config.data.row_length)
-        needs = memory_needed(config, SHAPE, 4)
+        needs = memory_needed(JOB.with_settings(config, 4))
         return needs[name] if name else sum(needs.values())
 
     checkpointed = {"activation_checkpointing": True}
@@ -134,7 +147,7 @@ def test_less_is_needed_where_it_should_be(tmp_path):
 
 def test_what_is_not_recomputed_costs_no_time(tmp_path):
     def seconds(**training):
-        return step_seconds(run_config(tmp_path, **training), SHAPE, 2, 800e12)
+        return step_seconds(JOB.with_settings(run_config(tmp_path, **training), 2), 800e12)
 
     none, half, every = (seconds(activation_checkpointing=share) for share in (False, 0.5, True))
     assert every - half == pytest.approx(half - none)
@@ -147,25 +160,27 @@ def test_the_advice_fits(tmp_path, monkeypatch):
     config = run_config(tmp_path, loss="logits")
     before = deepcopy(config)
     for gigabytes in (60, 80, 100):
-        needed = sum(memory_needed(config, SHAPE, 4).values())
-        found = advice(config, SHAPE, 4, gigabytes * 1e9)
+        needed = sum(memory_needed(JOB.with_settings(config, 4)).values())
+        found = advice(JOB.with_settings(config, 4), gigabytes * 1e9)
         assert needed > gigabytes * 1e9 and found is not None and config == before
         changed = deepcopy(config)
         for setting in found.split(" (")[0].split():
             name, value = setting.split("=")
             section, key = name.split(".")
             setattr(getattr(changed, section), key, yaml.safe_load(value))
-        assert sum(memory_needed(changed, SHAPE, 4).values()) <= gigabytes * 1e9
-    assert advice(config, SHAPE, 4, 1e9) is None
-    text = report(config, LLAMA, 4, 60e9, 700e12)
+        assert sum(memory_needed(JOB.with_settings(changed, 4)).values()) <= gigabytes * 1e9
+    job = JOB.with_settings(config, 4)
+    assert advice(job, 1e9) is None
+    text = report(job, 60e9, 700e12)
     assert "fits        no: 60.0 GB a GPU; set training.loss=chunked" in text
-    assert "fits        yes" in report(config, LLAMA, 4, 900e9, 700e12)
-    names = [text.split("=")[0] for text, _ in changes(config, SHAPE, 4)]
+    assert "fits        yes" in report(job, 900e9, 700e12)
+    names = [text.split("=")[0] for text, _ in changes(job)]
     assert names.index("training.activation_checkpointing") < names.index("parallel.sequence")
     config.training.activation_checkpointing = True
-    assert "faster: training.activation_checkpointing=false" in report(config, LLAMA, 4, 900e9, 700e12)
-    assert "faster: training.activation_checkpointing=0.5" in report(config, LLAMA, 4, 85e9, 700e12)
-    assert "--gpu-memory" in report(config, LLAMA, 4, None, 700e12)
+    job = JOB.with_settings(config, 4)
+    assert "faster: training.activation_checkpointing=false" in report(job, 900e9, 700e12)
+    assert "faster: training.activation_checkpointing=0.5" in report(job, 85e9, 700e12)
+    assert "--gpu-memory" in report(job, None, 700e12)
 
 
 @pytest.mark.parametrize(
@@ -191,12 +206,13 @@ def test_visible_keys_are_those_of_the_queue(config):
 
 def test_recorded_full_steps_count(tmp_path):
     model = tiny_enabled(dtype=torch.float32)
-    simulation = Simulation(9, RefreshConfig(budget=6, stride=3, threshold=0.1), record=True)
-    model(random_ids(2, 40), refresh=simulation, use_cache=False)
+    simulation = Simulation(9, RefreshConfig(budget=6, stride=3, threshold=0.1))
+    trace = Trace()
+    model(random_ids(2, 40), simulation=simulation, trace=trace, use_cache=False)
     work = model_work(model)
     assert work == Work(2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48) + 32 * 61, 4 * 4 * 8, [None, None])
     full = step_flops(work, 1, 40, None)
     assert full == 3 * (2 * work.weights * 40 + work.pair * 2 * 40 * 41 / 2)
     every = step_flops(work, 1, 40, Simulation(9, RefreshConfig(budget=6, stride=3)))
     never = step_flops(work, 1, 40, Simulation(9, RefreshConfig(budget=6, stride=NEVER)))
-    assert never < step_flops(work, 1, 40, simulation) < every < full
+    assert never < step_flops(work, 1, 40, simulation, trace.full_steps) < every < full

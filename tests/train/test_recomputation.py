@@ -40,7 +40,7 @@ def gradients_and_runs(share, offload=False):
         recompute_layers(model, share, offload)
     ids = random_ids(2, 40)
     simulation = Simulation(15, RefreshConfig(budget=6, stride=4))
-    model(ids, labels=ids, refresh=simulation, use_cache=False).loss.backward()
+    model(ids, labels=ids, simulation=simulation, use_cache=False).loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}, runs
 
 

@@ -1,4 +1,4 @@
-"""What an experiment compares: one YAML file, its sections the fields of `ExperimentConfig`."""
+"""The settings of an experiment: one YAML file, whose sections are the fields of `ExperimentConfig`."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -6,51 +6,51 @@ from typing import Any, Literal
 from refreshkv.config import RefreshConfig
 from refreshkv.data.config import DataConfig
 from refreshkv.data.tasks.registry import build_tasks
-from refreshkv.evaluation.perplexity import check_last_tokens
-from refreshkv.evaluation.strategies import build_decodings
+from refreshkv.evaluation.perplexity.evaluation import check_last_tokens
+from refreshkv.evaluation.strategies import build_strategies
 from refreshkv.settings import SettingsError, settings_from_dict
 from refreshkv.train.config import RunConfig
 
 UNTRAINED = "none"
-"""The arm that is the base model itself; every study has it."""
+"""The arm that is the untrained base model; every study has it."""
 Fragment = dict[str, Any]
-"""Some sections of a run's settings, as in its YAML file."""
+"""Sections of a training run's settings, as in its YAML file."""
 
 
 @dataclass
 class Arm:
-    """One way to continue a base model's training, and how its models are evaluated."""
+    """One way to continue a base model's training, and the selections to evaluate under."""
 
     selections: list[str]
-    """Names of `ExperimentConfig.selections` to evaluate under. The first one is also what the arm trains with."""
+    """Names of `ExperimentConfig.selections` to evaluate under. The arm trains with the first."""
     settings: Fragment | None = None
-    """Settings of its runs, beside the study's. None: not trained."""
+    """Settings of the arm's runs, on top of the study's. None: the arm is not trained."""
 
 
 @dataclass
 class Perplexity:
-    """Evaluation on the rows of a study: launch/evaluate.py --data."""
+    """Evaluation on a study's prepared sequences: launch/evaluate.py --data."""
 
     last_tokens: int = 512
-    """Tokens scored per row; all before them is the prompt."""
+    """Tokens scored in each sequence; the tokens before are the prompt."""
     rows: int = 128
     split: Literal["train", "validation", "test"] = "test"
     strides: list[int] = field(default_factory=lambda: [10, 50])
     threshold: float | None = None
-    """Also the similarity schedule, with this threshold and `refresh.stride` of the study's settings."""
+    """Adds the similarity schedule with this threshold and the study's `refresh.stride`; None adds nothing."""
     batch_size: int = 4
 
 
 @dataclass
 class Tasks:
-    """Evaluation by generated answers: launch/evaluate.py --tasks."""
+    """Evaluation of generated answers: launch/evaluate.py --tasks."""
 
     names: list[str]
     length: int
     """Tokens of prompt and answer."""
     strategies: list[str]
     values: dict[str, Fragment] = field(default_factory=dict)
-    """Settings of single tasks, as tasks.NAME.key of launch/evaluate.py."""
+    """Task -> settings, as tasks.NAME.key=value of launch/evaluate.py."""
     examples: int = 100
     batch_size: int = 20
 
@@ -60,28 +60,28 @@ class Study:
     """One base model, and the arms that continue its training on the same tokens."""
 
     base: Fragment
-    """How the base model is trained (launch/train.py), beside `settings`. Only model.path: it is taken as it is."""
+    """How launch/train.py trains the base model, on top of `settings`. With model.path only, that model is the base."""
     continued: Fragment
-    """How all arms are trained, beside `settings` and their own."""
+    """Settings of all arms' runs, on top of `settings`; an arm's own come last."""
     arms: list[str]
     settings: Fragment = field(default_factory=dict)
-    """Settings of all runs: rows, budget, ..."""
+    """Settings of all runs: data, budget, ..."""
     start: str | None = None
-    """Another study whose base model is where this one's starts."""
+    """Another study, whose base model the training of this one's starts from."""
     seeds: list[int] = field(default_factory=lambda: [0])
-    """Each arm is trained once with each: training.seed, so the same rows and draws in all arms."""
+    """Values of training.seed; each arm is trained once with each, so that all arms see the same data and draws."""
     perplexity: Perplexity | None = None
     tasks: Tasks | None = None
 
 
 @dataclass
 class ExperimentConfig:
-    """Everything an experiment depends on. Raises `SettingsError` for what cannot work, before anything is run."""
+    """All settings of an experiment. Raises `SettingsError` for those that cannot work, before anything runs."""
 
     output: str
-    """Folder of runs, models and logs."""
+    """Folder for runs, models and logs."""
     results: str
-    """Folder of the finished figures, their table and plot; small, and all that is needed to go on elsewhere."""
+    """Folder for finished figures, tables and plots; small, and enough to continue on another machine."""
     selections: dict[str, Any]
     """Name -> fields of `RefreshConfig`."""
     arms: dict[str, Any]
@@ -144,15 +144,15 @@ class ExperimentConfig:
             check_last_tokens(study.perplexity.last_tokens, length)
         if study.tasks is not None:
             build_tasks(study.tasks.names, study.tasks.values, length=study.tasks.length)
-            build_decodings(study.tasks.strategies, self.refresh(name, self.arms[study.arms[0]].selections[0]))
+            build_strategies(study.tasks.strategies, self.refresh(name, self.arms[study.arms[0]].selections[0]))
 
     def refresh(self, study: str, selection: str) -> RefreshConfig:
-        """The study's budget and stride with the selection named."""
+        """The study's budget and stride with the named selection."""
         merged = merge(self.settings, self.studies[study].settings, {"refresh": self.selections[selection]})
         return settings_from_dict(RefreshConfig, merged["refresh"], f"selections.{selection}.")
 
     def base_settings(self, study: str, start: str | None, output: str) -> Fragment:
-        """The complete settings of the base model's run. start: folder of the model that it goes on from, if any."""
+        """The complete settings of the base model's run. start: folder of the model that it continues, if any."""
         settings = merge(self.settings, self.studies[study].settings, self.studies[study].base)
         path = {} if start is None else {"model": {"path": start}}
         return _checked(merge(settings, path, {"training": {"output": output}, "simulation": {"pattern": "off"}}))
@@ -166,7 +166,7 @@ class ExperimentConfig:
 
 
 def merge(*fragments: Fragment | None) -> Fragment:
-    """One set of settings; later ones win, section by section."""
+    """Merges settings section by section; later fragments override earlier ones."""
     merged: Fragment = {}
     for fragment in fragments:
         for key, value in (fragment or {}).items():

@@ -1,192 +1,230 @@
-"""Runs the pieces of an experiment, several at a time, each on devices of its own, until all are done or time is up."""
+"""The jobs of an experiment: the scripts of launch/ that each one runs, and the jobs that it waits for."""
 
-import os
-import signal
-import socket
-import subprocess
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import json
+import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
+from typing import Literal
 
-from tqdm import tqdm
+import yaml
 
-from refreshkv.train.experiment.pieces import Piece
-
-PATIENCE = 60.0
-"""Seconds that a training run has to save and leave when time is up."""
-
-
-@dataclass
-class Outcome:
-    """What became of the pieces."""
-
-    done: list[str] = field(default_factory=list)
-    failed: dict[str, Path] = field(default_factory=dict)
-    """Name -> log."""
-    left: list[str] = field(default_factory=list)
-    """Interrupted, or not begun."""
+from refreshkv.data.folder import INFO_FILE
+from refreshkv.files import write_text
+from refreshkv.settings import settings_from_dict
+from refreshkv.train.config import RunConfig
+from refreshkv.train.experiment.config import ExperimentConfig, Fragment, merge
+from refreshkv.train.run_folder import RUN_FILE
 
 
+@dataclass(frozen=True)
+class Command:
+    """One script to run, unless its result exists."""
+
+    script: str
+    """Name of a file in launch/."""
+    arguments: list[str]
+    made: Path
+    """The result: exists if and only if the command has finished."""
+    config: tuple[Path, Fragment] | None = None
+    """The script's --config: the YAML file to write, and its content."""
+    begun: Path | None = None
+    """Exists if and only if the command was started before: it is then continued with --resume."""
+    micro_batches: int = 1
+    """Micro-batches of a step, which the job's devices can share, each the same number."""
+    serves: Path | None = None
+    """Result of a later command; once it exists, this command is not needed."""
+
+    @property
+    def finished(self) -> bool:
+        return self.made.exists() or (self.serves is not None and self.serves.exists())
+
+    def devices(self, available: list[str]) -> list[str]:
+        """The devices to run on: as many of the available ones as divide the micro-batches evenly."""
+        return available[: max((n for n in range(1, len(available) + 1) if self.micro_batches % n == 0), default=0)]
+
+    def line(self, launch: Path) -> list[str]:
+        """The command line, with the scripts in the folder `launch`. Writes the config file."""
+        arguments = list(self.arguments)
+        if self.config is not None:
+            path, settings = self.config
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, yaml.safe_dump(settings, sort_keys=False))
+            arguments += ["--config", str(path)]
+        if self.begun is not None and self.begun.exists():
+            arguments.append("--resume")
+        return [sys.executable, str(launch / self.script), *arguments]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The file of one evaluation, and the model and selection that it evaluates."""
+
+    path: Path
+    study: str
+    arm: str
+    seed: int | None
+    selection: str
+    kind: str
+    """perplexity or tasks."""
+
+    @property
+    def name(self) -> str:
+        return report_name(self.study, self.arm, self.seed, self.selection, self.kind)
+
+
+def report_name(study: str, arm: str, seed: int | None, selection: str, kind: str) -> str:
+    return "/".join(str(part) for part in (study, arm, seed, selection, kind) if part is not None)
+
+
+@dataclass(frozen=True)
 class Job:
-    """A piece under way."""
+    """Commands that run one after another, on devices of their own."""
 
-    def __init__(self, piece: Piece, slots: list[int], devices: list[str], launch: Path, log: Path):
-        self.piece, self.slots, self.log = piece, slots, log
-        self._devices, self._launch = devices, launch
-        self._todo = [command for command in piece.commands if not command.finished]
-        self._processes: list[subprocess.Popen] = []
-        self.failed = False
+    name: str
+    commands: list[Command]
+    needs: list[str] = field(default_factory=list)
+    """Names of the jobs that must be done first."""
+    reports: list[Report] = field(default_factory=list)
+    devices: Literal["none", "one", "all"] = "one"
+    """How many devices the job takes."""
 
-    def advance(self) -> bool:
-        """Starts the next command if none is running; whether the piece is over, done or failed."""
-        codes = [process.poll() for process in self._processes]
-        if any(codes):  # one that failed takes the others with it
-            self.stop()
-            self.failed = True
-            return True
-        if any(code is None for code in codes):
-            return False
-        if self._processes and not self._todo[0].finished:
-            self.failed = True
-            return True
-        self._todo = self._todo[1:] if self._processes else self._todo
-        self._processes = self._start() if self._todo else []
-        return not self._todo
+    @property
+    def finished(self) -> bool:
+        return all(command.finished for command in self.commands)
 
-    def _start(self) -> list[subprocess.Popen]:
-        command = self._todo[0]
-        line = command.line(self._launch)
-        devices = command.devices(self._devices)
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a") as log:
-            log.write(f"$ {' '.join(line)}\n")
-            log.flush()
-            return [
-                subprocess.Popen(line, stdout=log, stderr=log, env=environment, start_new_session=True)
-                for environment in _environments(devices)
-            ]
-
-    def ask_to_stop(self) -> None:
-        """Training runs save and leave; the rest ends."""
-        for process in self._processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-
-    def stop(self, end: float = 0.0) -> None:
-        """Waits for what is running until the time `end`, and ends it."""
-        for process in self._processes:
-            try:
-                process.wait(max(0.0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                pass
-            try:
-                os.killpg(process.pid, signal.SIGKILL)  # and whatever it started
-            except ProcessLookupError:
-                pass
-            process.wait()
+    @property
+    def names(self) -> set[str]:
+        """Names of the job's reports."""
+        return {report.name for report in self.reports}
 
 
-def run_pieces(
-    pieces: list[Piece], devices: list[str], launch: Path, logs: Path, seconds: float, on_done: Callable[[Piece], None]
-) -> Outcome:
-    """Runs pieces as devices are free and what they need is done; those of all devices when all are, and those of none
-    beside them.
+def plan(config: ExperimentConfig, known: set[str]) -> list[Job]:
+    """The jobs that are left: those with reports whose names are not in `known`, after the jobs that they need.
 
-    Args:
-        devices: CUDA device numbers, "" for none: as many pieces run at a time. One may stand there several times.
-        launch: folder of the scripts.
-        logs: folder of each piece's log.
-        seconds: after which runs are asked to save and leave.
-        on_done: called with each piece that has finished.
+    A base model is trained only if one of these jobs, or another base model, needs it.
     """
-    outcome, waiting, running = Outcome(), list(pieces), []
-    end = time.monotonic() + seconds
-    with tqdm(total=len(pieces), unit=" pieces") as bar:
-        try:
-            while (waiting or running) and time.monotonic() < end:
-                waiting = _start_ready(waiting, running, outcome, devices, launch, logs)
-                for job in [job for job in running if job.advance()]:
-                    running.remove(job)
-                    if job.failed:
-                        outcome.failed[job.piece.name] = job.log
-                    else:
-                        outcome.done.append(job.piece.name)
-                        on_done(job.piece)
-                    bar.update()
-                bar.set_description(", ".join(job.piece.name for job in running), refresh=False)
-                if not running and not _ready(waiting, outcome):
-                    break
-                time.sleep(0.2)
-        finally:
-            with undisturbed():
-                for job in running:
-                    job.ask_to_stop()
-                patience = time.monotonic() + PATIENCE
-                for job in running:
-                    job.stop(patience)
-    outcome.left = [piece.name for piece in waiting] + [job.piece.name for job in running]
-    return outcome
+    evaluated = {study: [p for p in _study(config, study) if not known >= p.names] for study in config.studies}
+    needed = {need for jobs in evaluated.values() for job in jobs for need in job.needs}
+    bases = {}
+    for study in reversed(_in_order(config)):
+        base = bases[study] = _base(config, study)
+        if base.name in needed and not base.finished:
+            needed |= set(base.needs)
+    rows = {study: _rows(config, study) for study in config.studies}
+    needed |= {need for job in rows.values() if job.name in needed and not job.finished for need in job.needs}
+    jobs: dict[str, Job] = {}
+    for study in _in_order(config):
+        first = [job for job in (rows[study], bases[study]) if job.name in needed and not job.finished]
+        jobs |= {job.name: job for job in [*first, *evaluated[study]]}
+    return [replace(job, needs=[need for need in job.needs if need in jobs]) for job in jobs.values()]
 
 
-@contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM as if it were Ctrl-C: what runs is asked to save and leave, and does not go on alone."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _in_order(config: ExperimentConfig) -> list[str]:
+    """The studies, each after the study that it starts from."""
+    ordered: list[str] = []
+    while len(ordered) < len(config.studies):
+        ready = [n for n, s in config.studies.items() if n not in ordered and s.start in (None, *ordered)]
+        ordered.append(ready[0])
+    return ordered
 
 
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Neither SIGTERM nor Ctrl-C until it is over."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _study(config: ExperimentConfig, study: str) -> list[Job]:
+    jobs = []
+    for arm in config.studies[study].arms:
+        trained = config.arms[arm].settings is not None
+        for seed in config.studies[study].seeds if trained else [None]:
+            jobs.append(_arm(config, study, arm, seed))
+    return jobs
 
 
-def _ready(waiting: list[Piece], outcome: Outcome) -> list[Piece]:
-    return [piece for piece in waiting if all(need in outcome.done for need in piece.needs)]
+def _arm(config: ExperimentConfig, study: str, arm: str, seed: int | None) -> Job:
+    base = base_model(config, study)
+    folder = Path(config.output, study, arm if seed is None else f"{arm}-{seed}")
+    commands, model = [], base
+    if seed is not None:
+        model = folder / "model"
+        settings = config.run_settings(study, arm, seed, str(base), str(folder / "run"))
+        commands += _train_and_export(settings, model, divided=False)
+    reports = []
+    for selection in config.arms[arm].selections:
+        for kind in ("perplexity", "tasks"):
+            if getattr(config.studies[study], kind) is not None:
+                commands.append(_evaluate(config, study, selection, kind, model, folder / f"{kind}-{selection}"))
+                reports.append(Report(commands[-1].made, study, arm, seed, selection, kind))
+    needs = [base_name(study), rows_name(config.data(study)["folder"])]
+    return Job("/".join(folder.parts[-2:]), commands, needs, reports)
 
 
-def _start_ready(
-    waiting: list[Piece], running: list[Job], outcome: Outcome, devices: list[str], launch: Path, logs: Path
-) -> list[Piece]:
-    """Starts what can be started, in order; returns what still waits. Changes `running`."""
-    wanted = {"none": 0 if any(devices) else 1, "one": 1, "all": len(devices)}  # without GPUs the slots are the cores'
-    is_held_up = False
-    for piece in _ready(waiting, outcome):
-        free = [slot for slot in range(len(devices)) if not any(slot in job.slots for job in running)]
-        count = wanted[piece.devices]
-        # nothing that wants a device overtakes another, or a piece for all of them would wait for ever
-        is_held_up = is_held_up or len(free) < count
-        if is_held_up and count > 0:
-            continue
-        own = free[:count]
-        log = logs / f"{piece.name.replace('/', '-').replace(' ', '-')}.log"
-        running.append(Job(piece, own, list(dict.fromkeys(devices[slot] for slot in own)), launch, log))
-        waiting = [other for other in waiting if other is not piece]
-    return waiting
+def _base(config: ExperimentConfig, study: str) -> Job:
+    """Trains and exports a study's base model; has no commands for a model given by its path."""
+    name, needs = base_name(study), [rows_name(config.data(study)["folder"])]
+    if base_is_given(config, study):
+        return Job(name, [])
+    start = config.studies[study].start
+    if start is not None:
+        needs.append(base_name(start))
+    run = Path(config.output, study, "base", "run")
+    path = None if start is None else str(base_model(config, start))
+    commands = _train_and_export(config.base_settings(study, path, str(run)), base_model(config, study), True)
+    return Job(name, commands, needs, devices="all")
 
 
-def _environments(devices: list[str]) -> list[dict[str, str]]:
-    """One for each process of a command: which devices it sees, and its place among the others."""
-    common = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(devices)}
-    if len(devices) <= 1:
-        return [common]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": str(len(devices)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [{**common, **group, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(len(devices))]
+def base_name(study: str) -> str:
+    """Name of the job that trains the study's base model."""
+    return f"{study}/base"
+
+
+def base_is_given(config: ExperimentConfig, study: str) -> bool:
+    return set(config.studies[study].base) == {"model"} and "path" in config.studies[study].base["model"]
+
+
+def base_model(config: ExperimentConfig, study: str) -> Path:
+    """Folder of a study's base model."""
+    if base_is_given(config, study):
+        return Path(config.studies[study].base["model"]["path"])
+    return Path(config.output, study, "base", "model")
+
+
+def _rows(config: ExperimentConfig, study: str) -> Job:
+    """Prepares a study's sequences, after those whose tokenizer they use."""
+    data = config.data(study)
+    folder, refresh = Path(data["folder"]), merge(config.settings, config.studies[study].settings).get("refresh", {})
+    path = Path(config.output, f"rows-{folder.name}.yaml")
+    command = Command("prepare.py", [], folder / INFO_FILE, (path, {"data": data, "refresh": refresh}))
+    tokenizer = Path(data.get("tokenizer") or "")
+    others = {config.data(other)["folder"] for other in config.studies} - {data["folder"]}
+    needs = [rows_name(other) for other in sorted(others) if Path(other) in tokenizer.parents]
+    return Job(rows_name(data["folder"]), [command], needs, devices="none")
+
+
+def rows_name(folder: str) -> str:
+    return f"rows {folder}"
+
+
+def _train_and_export(settings: Fragment, model: Path, divided: bool) -> list[Command]:
+    run, training = Path(settings["training"]["output"]), settings_from_dict(RunConfig, settings).training
+    last = run / "checkpoints" / f"step-{training.steps:07d}"
+    parts = training.global_batch // training.micro_batch if divided else 1
+    path = run.with_name(f"{run.name}.yaml")
+    return [
+        Command("train.py", [], last, (path, settings), run / RUN_FILE, parts, serves=model),
+        Command("export.py", [str(last), str(model)], model),
+    ]
+
+
+def _evaluate(config: ExperimentConfig, study: str, selection: str, kind: str, model: Path, folder: Path) -> Command:
+    settings, values = getattr(config.studies[study], kind), config.refresh(study, selection).to_dict()
+    if kind == "perplexity":
+        values["threshold"] = settings.threshold  # of the schedule to evaluate; the arm may train with another
+    refresh = [f"refresh.{key}={json.dumps(value)}" for key, value in values.items()]
+    arguments = ["--model", str(model), "--output", str(folder)]
+    arguments += ["--batch-size", str(settings.batch_size)]
+    if kind == "perplexity":
+        arguments += ["--data", config.data(study)["folder"], "--rows", str(settings.rows)]
+        arguments += ["--split", settings.split]
+        arguments += ["--last-tokens", str(settings.last_tokens), "--strides", ",".join(map(str, settings.strides))]
+        return Command("evaluate.py", [*arguments, *refresh], folder / "report.json", begun=folder)
+    arguments += ["--tasks", ",".join(settings.names), "--task-length", str(settings.length)]
+    arguments += ["--examples", str(settings.examples), "--strategies", ",".join(settings.strategies)]
+    own = [f"tasks.{n}.{k}={json.dumps(v)}" for n, task in settings.values.items() for k, v in task.items()]
+    return Command("evaluate.py", [*arguments, *refresh, *own], folder / "tasks.json", begun=folder)

@@ -1,32 +1,32 @@
-"""The finished figures of an experiment: one small JSON file that grows; it is enough to go on elsewhere."""
+"""The finished figures of an experiment, in one small JSON file; another machine can continue from it."""
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from refreshkv.config import RefreshConfig
+from refreshkv.files import write_json
 from refreshkv.settings import SettingsError, settings_from_dict, settings_to_dict
-from refreshkv.train.checkpoint import FREE_TO_CHANGE, flat_settings
-from refreshkv.train.config import RunConfig
+from refreshkv.train.config import RunConfig, current_names
 from refreshkv.train.experiment.config import ExperimentConfig, Perplexity, Tasks
-from refreshkv.train.experiment.pieces import Piece, Report, base_is_given, base_model, base_name
+from refreshkv.train.experiment.jobs import Job, Report, base_is_given, base_model, base_name
+from refreshkv.train.run_folder import FREE_TO_CHANGE, flat_settings
 
 RESULTS_FILE, LOCK_FILE = "results.json", ".results.lock"
 PARTS = 16
-"""The scored tokens' losses are kept as means over so many equal parts."""
+"""The file keeps losses as means over this many equal parts of the scored tokens."""
 IMMATERIAL = {*FREE_TO_CHANGE, "batch_size"}
-"""Settings that change how the work is done, not what comes out."""
+"""Settings that change how the work is done but not its results."""
 
 
 class Results:
-    """Figures by the names of their reports."""
+    """Figures by the names of their reports, in results.json."""
 
     def __init__(self, config: ExperimentConfig):
-        """Raises `SettingsError` for figures of other settings, or of another base model than is here."""
+        """Raises `SettingsError` for figures of other settings, or of another base model than the experiment's."""
         self._config, self._path = config, Path(config.results, RESULTS_FILE)
         self.entries = self._read()
         for name, entry in self.entries.items():
@@ -38,34 +38,32 @@ class Results:
         for study in config.studies:
             self._check_base(study, digest(base_model(config, study)))
 
-    def check_bases(self, pieces: list[Piece]) -> None:
-        """Raises `SettingsError` if one of the pieces would make a base model anew that finished figures are about."""
+    def check_bases(self, jobs: list[Job]) -> None:
+        """Raises `SettingsError` if a job would train a base model again that finished figures come from."""
         for study in self._config.studies:
-            if any(piece.name == base_name(study) for piece in pieces) and self._bases(study):
+            if any(job.name == base_name(study) for job in jobs) and self._bases(study):
                 raise SettingsError(
                     f"{self._path} has figures of {study}, whose base model is not here: copy it to "
                     f"{base_model(self._config, study)}, or choose another folder for results"
                 )
 
-    def add(self, piece: Piece) -> None:
-        """Takes in the reports of a finished piece, beside what others have added; they are then on disk."""
+    def add(self, job: Job) -> None:
+        """Adds the reports of a finished job to the file, beside those that other processes have added."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self._path.with_name(LOCK_FILE)):
             self.entries |= self._read()
-            for report in piece.reports:
+            for report in job.reports:
                 entry = self._entry(report)
                 self._check_base(report.study, entry["base model"])
                 self._check_rows(entry)
                 self.entries[report.name] = entry
-            temporary = self._path.with_suffix(".new")
-            temporary.write_text(json.dumps(self.entries, indent=1) + "\n")
-            os.replace(temporary, self._path)
+            write_json(self._path, self.entries, indent=1)
 
     def _read(self) -> dict[str, dict[str, Any]]:
         return json.loads(self._path.read_text()) if self._path.exists() else {}
 
     def _is_about(self, entry: dict[str, Any]) -> bool:
-        """Whether the experiment still has what the entry is about."""
+        """Whether the experiment still has the entry's study, arm, selection and kind of evaluation."""
         config, study = self._config, self._config.studies.get(entry["study"])
         if study is None or entry["arm"] not in config.arms or entry["selection"] not in config.selections:
             return False
@@ -103,7 +101,7 @@ class Results:
         return entry
 
     def _settings(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """All that a result depends on: the base's run, its own, and the evaluation; without the names of folders."""
+        """All settings that a result depends on: the base's run, its own run and the evaluation, without folders."""
         config, study, arm, seed = self._config, entry["study"], entry["arm"], entry["seed"]
         settings: dict[str, Any] = {"base": _base_settings(config, study)}
         if seed is not None:
@@ -114,7 +112,7 @@ class Results:
 
 
 def _base_settings(config: ExperimentConfig, study: str) -> Any:
-    """The base's run, after that of the model it starts from; or the path of a model that is given."""
+    """The settings of the base's run and of the run before it; or the path of a given model."""
     if base_is_given(config, study):
         return str(base_model(config, study))
     start = config.studies[study].start
@@ -123,13 +121,14 @@ def _base_settings(config: ExperimentConfig, study: str) -> Any:
 
 
 def _normal(settings: Any) -> Any:
-    """Settings with their defaults, without those that change nothing but how the work is done."""
+    """Settings with defaults filled in, without those in `IMMATERIAL`."""
     if not isinstance(settings, dict):
         return settings
     kinds = {"run": RunConfig, "refresh": RefreshConfig, "perplexity": Perplexity, "tasks": Tasks}
     normal = {}
     for name, values in settings.items():
         if name in kinds:
+            values = current_names(values) if name == "run" else values
             values = flat_settings(settings_to_dict(settings_from_dict(kinds[name], values)))
             values = {key: value for key, value in values.items() if key not in IMMATERIAL}
         normal[name] = _normal(values) if name in ("base", "start") else values
@@ -137,7 +136,7 @@ def _normal(settings: Any) -> Any:
 
 
 def digest(model: Path) -> str | None:
-    """A hash of a model's weights; None if they are not in that folder."""
+    """A hash of a model's weights; None if the folder has none."""
     files = sorted(model.glob("*.safetensors"))
     found = hashlib.sha256()
     for file in files:

@@ -1,5 +1,7 @@
-"""Runs a suite: every corpus and benchmark on every model under every line's way to decode. Finished rows and examples
-are kept in files, so that an interrupted run goes on."""
+"""Runs a suite: every corpus and benchmark with every model, under the strategy of every table line.
+
+Files keep finished sequences and examples, so that an interrupted run can continue.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,20 +15,21 @@ from refreshkv import enable
 from refreshkv.data.rows import Rows
 from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.data.tasks.task import Task
+from refreshkv.evaluation.costs import effective_stride
 from refreshkv.evaluation.inputs import check_tokens, open_split
-from refreshkv.evaluation.perplexity import Evaluation, Result, check_last_tokens, evaluate
-from refreshkv.evaluation.report import ROWS_FILE
-from refreshkv.evaluation.sequence_losses import RowRecords
-from refreshkv.evaluation.suite.config import Corpus, Suite
-from refreshkv.evaluation.task_report import EXAMPLES_FILE
-from refreshkv.evaluation.task_scores import Records, TaskResult, evaluate_tasks, make_examples
+from refreshkv.evaluation.perplexity.evaluation import check_last_tokens, evaluate
+from refreshkv.evaluation.perplexity.losses import SequenceRecords
+from refreshkv.evaluation.perplexity.results import Evaluation, Result
+from refreshkv.evaluation.reports import EXAMPLES_FILE, ROWS_FILE
+from refreshkv.evaluation.suites.config import Corpus, Suite
+from refreshkv.evaluation.tasks.scores import ExampleRecords, TaskResult, evaluate_tasks, make_examples
 from refreshkv.loading import load_tokenizer
 from refreshkv.settings import SettingsError
 
 
 @dataclass
 class Measured:
-    """What one model gave."""
+    """All that was measured with one model."""
 
     path: str
     figures: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
@@ -34,25 +37,25 @@ class Measured:
     strides: dict[str, dict[str, dict[int, float | None]]] = field(default_factory=dict)
     """Line -> corpus or benchmark -> refreshed layer -> decoding steps per full step."""
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
-    """Corpus -> all about its rows."""
+    """Corpus -> perplexities."""
     tasks: dict[str, list[TaskResult]] = field(default_factory=dict)
-    """Benchmark -> all about its tasks."""
+    """Benchmark -> scores."""
 
     @property
     def warnings(self) -> list[str]:
-        """What makes the figures mean less than they seem to."""
+        """Settings under which the figures mean less than they seem to."""
         return [f"{name}: {text}" for name, item in self.evaluations.items() for text in item.warnings]
 
 
 @dataclass(frozen=True)
 class Opened:
-    """The corpora and tasks of a suite, looked at before any model is."""
+    """The corpora and tasks of a suite, opened and checked before any model is loaded."""
 
     rows: dict[str, tuple[Rows, Dataset]]
     tasks: dict[str, list[Task]]
 
     def notes(self, suite: Suite) -> list[str]:
-        """One phrase for each thing that is not the paper's."""
+        """The differences from the paper, one phrase each."""
         notes = []
         for name, (_, split) in self.rows.items():
             length, expected = len(split[0]["input_ids"]), suite.corpora[name].row_length
@@ -66,7 +69,7 @@ class Opened:
 
 
 def open_suite(suite: Suite) -> Opened:
-    """Finds everything that the suite needs.
+    """Opens the corpora and builds the tasks.
 
     Raises `SettingsError` that says how to make, or leave out, what is missing.
     """
@@ -101,52 +104,53 @@ def run_suite(
     stepwise: bool | None = None,
     progress: bool = True,
 ) -> dict[str, Measured]:
-    """Measures all that the suite's table needs, by model.
+    """Measures all that the suite's table shows; returns it by model.
 
     Args:
-        models: name -> folder or hub id; they are loaded one after the other.
-        load: gives a transformers decoder on its device, in evaluation mode.
-        folder: finished rows and examples are kept here; what is there already is not computed again.
-        stepwise: decode the corpora token by token under every strategy, so that all have times and memory. None: those
-            of which the table shows these.
+        models: name -> folder or Hub id; one is loaded at a time.
+        load: returns a transformers decoder on its device, in evaluation mode.
+        folder: keeps finished sequences and examples, which are not computed again.
+        stepwise: decode the corpora token by token under every strategy, so that all have times and memory. None: only
+            the corpora whose times or memory the table shows.
 
-    Raises `SettingsError` for a model that the rows or tasks do not fit.
+    Raises `SettingsError` for a model that the corpora or tasks do not fit.
     """
-    row_records, example_records = RowRecords(folder / ROWS_FILE), Records(folder / EXAMPLES_FILE)
+    sequence_records, example_records = SequenceRecords(folder / ROWS_FILE), ExampleRecords(folder / EXAMPLES_FILE)
     results = {}
     for name, path in models.items():
         model = enable(load(path), suite.config())
         measured = results[name] = Measured(path)
-        decodings = {of: suite.decodings(of, name) for of in [*opened.rows, *opened.tasks]}
-        corpora = {of: own for of, own in opened.rows.items() if decodings[of]}
+        strategies = {of: suite.strategies(of, name) for of in [*opened.rows, *opened.tasks]}
+        corpora = {of: own for of, own in opened.rows.items() if strategies[of]}
         for rows, _ in corpora.values():
             check_tokens(model, path, rows)
-        tasks = {of: own for of, own in opened.tasks.items() if decodings[of]}
+        tasks = {of: own for of, own in opened.tasks.items() if strategies[of]}
         tokenizer = load_tokenizer(path, "--model") if tasks else None
-        work = {  # all of it before the long part: some may not fit the model
+        work = {  # before the long part: some tasks may not fit the model
             of: make_examples(model, tokenizer, own, suite.benchmarks[of].examples, progress)
             for of, own in tasks.items()
         }
         for of, (_, split) in corpora.items():
             decodes = suite.shows_costs(of) if stepwise is None else stepwise
-            options = {"batch_size": batch_size, "stepwise": decodes, "records": row_records, "progress": progress}
-            _add_rows(measured, of, evaluate(model, split, decodings[of], suite.corpora[of].last_tokens, **options))
+            options = {"batch_size": batch_size, "stepwise": decodes, "records": sequence_records, "progress": progress}
+            last_tokens = suite.corpora[of].last_tokens
+            _add_perplexities(measured, of, evaluate(model, split, strategies[of], last_tokens, **options))
         for of, examples in work.items():
             options = {"batch_size": batch_size, "progress": progress}
-            found = evaluate_tasks(model, tokenizer, examples, decodings[of], example_records, **options)
-            _add_tasks(measured, of, found)
+            scores = evaluate_tasks(model, tokenizer, examples, strategies[of], example_records, **options)
+            _add_scores(measured, of, scores)
     return results
 
 
-def _add_rows(measured: Measured, corpus: str, evaluation: Evaluation) -> None:
+def _add_perplexities(measured: Measured, corpus: str, evaluation: Evaluation) -> None:
     measured.evaluations[corpus] = evaluation
     for result in evaluation.results:
-        measured.figures.setdefault(result.name, {})[corpus] = {"perplexity": result.perplexity, **_row_costs(result)}
+        measured.figures.setdefault(result.name, {})[corpus] = {"perplexity": result.perplexity, **_costs(result)}
         if result.effective_strides:
             measured.strides.setdefault(result.name, {})[corpus] = result.effective_strides
 
 
-def _row_costs(result: Result) -> dict[str, float | None]:
+def _costs(result: Result) -> dict[str, float | None]:
     held = result.cache_bytes
     return {
         "effective stride": result.effective_stride,
@@ -156,26 +160,22 @@ def _row_costs(result: Result) -> dict[str, float | None]:
     }
 
 
-def _add_tasks(measured: Measured, benchmark: str, results: list[TaskResult]) -> None:
+def _add_scores(measured: Measured, benchmark: str, results: list[TaskResult]) -> None:
     measured.tasks[benchmark] = results
     for line in dict.fromkeys(result.decoding for result in results):
         own = [result for result in results if result.decoding == line]
         held = [result.cache_bytes for result in own if result.cache_bytes is not None]
         peaks = [result.peak_memory for result in own if result.peak_memory is not None]
         layers = {layer for result in own for layer in result.effective_strides or {}}
-        strides = {layer: _mean_stride([result.effective_strides[layer] for result in own]) for layer in sorted(layers)}
+        strides = {
+            layer: effective_stride([result.effective_strides[layer] for result in own]) for layer in sorted(layers)
+        }
         measured.figures.setdefault(line, {})[benchmark] = {
             "score": 100 * fmean(result.scores["score"] for result in own),
-            "effective stride": _mean_stride(list(strides.values())),
+            "effective stride": effective_stride(list(strides.values())),
             "seconds": sum(result.seconds for result in own) / sum(result.examples for result in own),
             "peak GiB": max(peaks) / 2**30 if peaks else None,
             "cache MiB": max(held) / 2**20 if held else None,
         }
         if strides:
             measured.strides.setdefault(line, {})[benchmark] = strides
-
-
-def _mean_stride(strides: list[float | None]) -> float | None:
-    """Steps per full step where each of the strides had as many steps; None if no step was full."""
-    rates = [1 / stride if stride else 0.0 for stride in strides]
-    return len(rates) / sum(rates) if any(rates) else None

@@ -1,4 +1,4 @@
-"""What a command line makes smaller in a suite, or replaces, and what is then no longer the paper's."""
+"""Applies a command line's changes to a suite, and describes how it then differs from the paper."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -6,32 +6,32 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from refreshkv.data.tasks.registry import settings_by_task, spelled_out
-from refreshkv.evaluation.suite.config import Benchmark, Corpus, Suite
+from refreshkv.evaluation.suites.config import Benchmark, Corpus, Suite
 from refreshkv.settings import SettingsError
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What a command line makes smaller, or replaces, in a suite; None leaves it as it is."""
+    """Values that replace a suite's; None keeps the suite's value."""
 
     rows: int | None = None
     last_tokens: int | None = None
     examples: int | None = None
     task_length: int | None = None
     corpora: dict[str, str] = field(default_factory=dict)
-    """Name -> folder of rows."""
+    """Corpus -> folder of prepared sequences."""
     without: list[str] = field(default_factory=list)
-    """Corpora and benchmarks that are left out, with their columns."""
+    """Corpora and benchmarks to leave out, with their columns."""
     refresh: dict[str, Any] = field(default_factory=dict)
-    """Settings of `RefreshConfig` for all lines."""
+    """Settings of `RefreshConfig` for all table lines."""
     tasks: dict[str, Any] = field(default_factory=dict)
-    """Settings by task."""
+    """Task -> settings."""
 
 
 def change(suite: Suite, changes: Changes) -> tuple[Suite, list[str]]:
-    """The suite with the changes in it, and one phrase for each thing that is no longer the paper's.
+    """Returns the changed suite, and one phrase for each difference from the paper.
 
-    Raises `SettingsError` for names that the suite does not have.
+    Raises `SettingsError` for corpora, benchmarks and tasks that the suite does not have.
     """
     _check_known("--without", changes.without, [*suite.corpora, *suite.benchmarks])
     said = [f"{name} is left out" for name in changes.without]
@@ -73,7 +73,10 @@ def _check_known(option: str, names: Iterable[str], known: Iterable[str]) -> Non
 def _replaced(
     item: Corpus | Benchmark, values: dict[str, Any], refresh: dict[str, Any]
 ) -> tuple[Corpus | Benchmark, list[str]]:
-    """The item with other values, and what is different in it. Its own settings of `RefreshConfig` give way."""
+    """Returns the item with these values, and one phrase for each that differs.
+
+    `refresh` replaces the item's own settings of `RefreshConfig`.
+    """
     own = {key: refresh[key] for key in item.refresh if key in refresh}
     pairs = [(key, value, getattr(item, key)) for key, value in values.items()]
     pairs += [(key, value, item.refresh[key]) for key, value in own.items()]
@@ -82,13 +85,13 @@ def _replaced(
 
 
 def _change_tasks(benchmarks: dict[str, Benchmark], tasks: dict[str, Any]) -> list[str]:
-    """Puts the settings of tasks into the benchmarks that have them."""
+    """Sets task settings in the benchmarks that have these tasks; returns one phrase for each setting."""
     said = []
     known = {name: spelled_out(benchmark.tasks) for name, benchmark in benchmarks.items()}
     given = settings_by_task(tasks, [task for names in known.values() for task in names], "the suite's tasks")
     for name, benchmark in benchmarks.items():
         for task in known[name]:
-            values = given.pop(task, {})  # of the first benchmark that has it
+            values = given.pop(task, {})  # the first benchmark that has the task takes them
             if values:
                 own = benchmark.settings.get(task, {})
                 benchmark.settings = {**benchmark.settings, task: {**own, **values}}
@@ -97,7 +100,7 @@ def _change_tasks(benchmarks: dict[str, Benchmark], tasks: dict[str, Any]) -> li
 
 
 def _rebuilt(suite: Suite, **parts: Any) -> Suite:
-    """A suite with other parts, its numbers reduced to the columns that are left."""
+    """A suite with these parts, and the paper's numbers for the columns that are left."""
     values = {item.name: getattr(suite, item.name) for item in dataclasses.fields(Suite)} | parts
     for name in ("corpora", "benchmarks", "rows", "columns"):
         values[name] = {label: dataclasses.asdict(item) for label, item in values[name].items()}

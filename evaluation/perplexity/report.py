@@ -1,35 +1,30 @@
-"""A report of an evaluation: a table for the terminal, and report.json, report.md, report.png in a folder."""
+"""The report of a perplexity: a table for the terminal, and report.json, report.md, report.png in a folder."""
 
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from refreshkv import tables
 from refreshkv.config import NEVER
-from refreshkv.evaluation.figure import draw
-from refreshkv.evaluation.perplexity import Evaluation, Result, gap_closed
-from refreshkv.evaluation.strategies import Decoding
+from refreshkv.evaluation.perplexity.results import Evaluation, Result, gap_closed
+from refreshkv.evaluation.reports import ROWS_FILE, drawn, provenance
+from refreshkv.evaluation.strategies import Strategy
+from refreshkv.files import write_bytes, write_json, write_text
 from refreshkv.settings import SettingsError
 
-ROWS_FILE = "rows.jsonl"
-FILES = ("report.json", "report.md", "report.png")
-"""The report; ROWS_FILE, beside it, has the finished rows."""
-LIBRARIES = ("refreshkv", "torch", "transformers", "datasets")
+NAMES = ("report.json", "report.md", "report.png")
+FILES = (*NAMES, ROWS_FILE)
+"""All that an evaluation on sequences writes into its folder."""
 LAYOUT = 1
-"""Version of report.json, for readers that come later."""
+"""Version of report.json's layout."""
 
 
 def protocol(
-    fingerprint: str, split: str, rows: int, row_length: int, last_tokens: int, strategies: list[Decoding]
+    fingerprint: str, split: str, rows: int, row_length: int, last_tokens: int, strategies: list[Strategy]
 ) -> dict[str, Any]:
-    """All that two evaluations must share for their figures to be comparable, as plain values.
+    """What two evaluations must share so that their figures compare, as plain values.
 
-    fingerprint: of the prepared rows; rows: their number, from which it follows which they are.
+    fingerprint: the prepared sequences' hash. rows: how many of them were taken, which also says which ones.
     """
     return {
         "fingerprint": fingerprint,
@@ -42,7 +37,7 @@ def protocol(
 
 
 def check_comparable(before: dict[str, Any], measured: dict[str, Any], folder: str | Path) -> None:
-    """Raises `SettingsError` saying what differs between the report `before`, from `folder`, and a `protocol`."""
+    """Raises `SettingsError` that names the first difference of a protocol from that of the report in `folder`."""
     earlier = before["protocol"]
     for key, value in measured.items():
         if earlier.get(key) != value:
@@ -58,10 +53,10 @@ def build_report(
     command: str,
     before: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything about an evaluation as plain values: what report.json holds.
+    """The content of report.json, as plain values.
 
     Args:
-        measured: its `protocol`.
+        measured: the evaluation's `protocol`.
         model: folder or hub id.
         settings: further settings by name, such as dtype and batch size.
         command: the command line.
@@ -72,7 +67,7 @@ def build_report(
         "model": model,
         "protocol": measured,
         "settings": settings,
-        **circumstances(command),
+        **provenance(command),
         "evaluation": evaluation.to_dict(),
     }
     if before is not None:
@@ -81,75 +76,36 @@ def build_report(
     return report
 
 
-def circumstances(command: str) -> dict[str, Any]:
-    """How and where a report was made: the command, the date, the libraries' versions and the hardware."""
-    return {
-        "command": command,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in LIBRARIES},
-        },
-        "hardware": hardware(),
-    }
-
-
 def text_table(report: dict[str, Any]) -> str:
     """The strategies as aligned columns for a terminal, with the report's warnings below."""
     header, *lines = _cells(report)
     heads = [[cell.rpartition(" ")[0] for cell in header], [cell.rpartition(" ")[2] for cell in header]]
     lines = heads + lines
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    texts = ["  ".join(_aligned(line, widths)).rstrip() for line in lines]
-    return "\n".join([*texts, *_notes(report), *(f"warning: {text}" for text in report["evaluation"]["warnings"])])
+    table = tables.column_table(lines)
+    return "\n".join([table, *_notes(report), *(f"warning: {text}" for text in report["evaluation"]["warnings"])])
 
 
 def markdown_table(report: dict[str, Any]) -> str:
     """The strategies as a markdown table, for report.md and model cards."""
-    header, *lines = _cells(report)
-    rule = [":---", *("---:" for _ in header[1:])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
+    return tables.markdown_table(_cells(report))
 
 
-def check_output(
-    folder: str | Path, overwrite: bool, resume: bool = False, names: tuple[str, ...] = (*FILES, ROWS_FILE)
-) -> Path:
-    """Makes sure that an evaluation can be written to `folder`, before the work is done, and creates it.
-
-    names: the files that it writes; with `overwrite`, those that are there are removed.
-    Raises `SettingsError` if it already holds one, unless that is to be continued or replaced, or if it cannot be
-    written to.
-    """
+def write_report(folder: str | Path, report: dict[str, Any]) -> list[str]:
+    """Writes report.json, report.md and, if matplotlib is installed, report.png; returns the names of those written."""
     folder = Path(folder)
-    existing = [name for name in names if (folder / name).exists()]
-    if existing and not overwrite and not resume:
-        raise SettingsError(
-            f"--output {folder} already holds {existing[0]}: continue that with --resume, replace it with --overwrite, "
-            "or choose another folder"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            for name in existing:
-                (folder / name).unlink()
-    except OSError as error:
-        raise SettingsError(f"--output {folder} cannot be written to: {error.strerror or error}") from error
-    if not os.access(folder, os.W_OK):
-        raise SettingsError(f"--output {folder} is not writable: choose another folder")
-    return folder
+    figure = drawn("report.png", lambda: _draw(report))
+    write_json(folder / "report.json", report)
+    write_text(folder / "report.md", _markdown(report, has_figure=figure is not None))
+    if figure is None:
+        return list(NAMES[:2])
+    write_bytes(folder / "report.png", figure)
+    return list(NAMES)
 
 
-def write_report(folder: str | Path, report: dict[str, Any]) -> None:
-    """Writes report.json, report.md and report.png, replacing earlier ones and touching nothing else in the folder."""
-    contents = {
-        "report.json": (json.dumps(report, indent=2) + "\n").encode(),
-        "report.md": _markdown(report).encode(),
-        "report.png": draw(*_evaluations(report)),
-    }
-    for name, content in contents.items():
-        partial = Path(folder, f"{name}.partial")
-        partial.write_bytes(content)
-        os.replace(partial, Path(folder, name))
+def _draw(report: dict[str, Any]) -> bytes:
+    from refreshkv.evaluation.perplexity.figure import draw  # needs matplotlib
+
+    return draw(*_evaluations(report))
 
 
 def load_report(folder: str | Path) -> dict[str, Any]:
@@ -168,13 +124,13 @@ def load_report(folder: str | Path) -> dict[str, Any]:
 
 
 def _evaluations(report: dict[str, Any]) -> tuple[Evaluation, Evaluation | None]:
-    """The report's evaluation, and the one that it is compared with."""
+    """The report's evaluation, and the earlier one that it is compared with, if any."""
     before = report.get("before")
     return Evaluation.from_dict(report["evaluation"]), before and Evaluation.from_dict(before["evaluation"])
 
 
 def _cells(report: dict[str, Any]) -> list[list[str]]:
-    """The table: a header and a line per strategy."""
+    """The table's cells: a header, and a line for each strategy."""
     after, before = _evaluations(report)
     if before is None:
         header = ["strategy", "K", "stride", "perplexity", "ratio to full", "gap to full", "effective stride"]
@@ -218,12 +174,8 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def _aligned(line: list[str], widths: list[int]) -> list[str]:
-    return [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-
-
 def _notes(report: dict[str, Any]) -> list[str]:
-    """What the table is about, in one or two lines."""
+    """What the table shows, in up to three lines."""
     evaluation, _ = _evaluations(report)
     prompt = evaluation.row_length - evaluation.last_tokens
     notes = [
@@ -241,16 +193,17 @@ def _notes(report: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _markdown(report: dict[str, Any]) -> str:
+def _markdown(report: dict[str, Any], has_figure: bool) -> str:
     after, before = _evaluations(report)
     title = f"# {report['model']}" + (f", compared with {report['before']['model']}" if before else "")
     notes = [f"{note[0].upper()}{note[1:]}." for note in _notes(report)]
     parts = [title, markdown_table(report), *notes, *(f"**Warning:** {text}." for text in after.warnings)]
     parts.append(
-        "K: tokens in the small cache. Stride: steps between two checks. Effective stride: steps per full step. Gap: "
-        "perplexity less full attention's of the same model."
+        "K: tokens in the small cache. Stride: steps between two decision steps. Effective stride: steps per full "
+        "step. Gap: perplexity less full attention's of the same model."
     )
-    parts += ["![Ratio to full attention, and effective stride per layer](report.png)", "## Settings", _list(report)]
+    parts += ["![Ratio to full attention, and effective stride per layer](report.png)"] if has_figure else []
+    parts += ["## Settings", _list(report)]
     return "\n\n".join([*parts, f"```\n{report['command']}\n```"]) + "\n"
 
 
@@ -277,10 +230,3 @@ def _difference(key: str, there: Any, here: Any) -> str:
             options = [option for option in config if config[option] != there[name].get(option)]
             return f"{name} with " + " and ".join(f"{o} {there[name].get(o)} there, {config[o]} here" for o in options)
     raise AssertionError("called for protocols that do not differ")
-
-
-def hardware() -> str:
-    """The GPUs, or the CPU, that torch uses."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,7 +1,7 @@
-"""Scores of tasks when a model generates the answers, under several ways to decode.
+"""Scores of tasks when a model generates the answers, under several strategies.
 
-Greedy decoding through `model.generate`, in batches with left padding. Each finished example is a line of a file, so an
-interrupted evaluation goes on where it stopped.
+Greedy decoding through `model.generate`, in batches with left padding. Each finished example is a line of a file, so
+that an interrupted evaluation can continue.
 """
 
 import hashlib
@@ -17,31 +17,32 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from refreshkv import RefreshCache, decode_ahead
+from refreshkv import decode_ahead
 from refreshkv.data.tasks.task import Example, Task
 from refreshkv.evaluation.caches import GREEDY, Caches
+from refreshkv.evaluation.costs import Meter, count_full_steps, held_bytes
 from refreshkv.evaluation.records import RecordFile, numbered_layers
-from refreshkv.evaluation.stepwise import Meter, held_bytes
-from refreshkv.evaluation.strategies import Decoding
+from refreshkv.evaluation.strategies import Strategy
 from refreshkv.identity import fingerprint
-from refreshkv.prefix.prompt_cache import needs_queries
+from refreshkv.prefix.fill import validate_takes_prefix
 from refreshkv.prefix.recycling import Reuse, recycle, store_prompts
 from refreshkv.prefix.store import PrefixStore
 from refreshkv.settings import SettingsError
 
-ROOM_STEP = 128
-"""A cache has room for a multiple of so many tokens: each other size would be compiled anew."""
+CAPACITY_STEP = 128
+"""Caches are made for a multiple of this many tokens: each other size would be compiled anew."""
 
 
 @dataclass(frozen=True)
-class Record:
-    """What came of one example: a line of the file."""
+class ExampleRecord:
+    """The answer to one example, with its scores and costs: a line of the file."""
 
     key: str
-    """Hash of everything that the prediction depends on."""
+    """Hash of everything that the answer depends on."""
     task: str
     """The task's label."""
     decoding: str
+    """The strategy's name."""
     index: int
     prediction: str
     scores: dict[str, float]
@@ -50,30 +51,32 @@ class Record:
     new_tokens: int
     """Generated tokens, up to the end of text."""
     seconds: float
-    """The batch's time, prompt and generation, over its examples."""
+    """The batch's time for prompts and generation, divided by its examples."""
     peak_memory: int | None
     """Most bytes that the GPU held during the batch, weights included; None on a CPU."""
     full_steps: dict[int, int] | None
     """Refreshed layer -> full steps among the `new_tokens - 1` decoding steps; None if nothing is refreshed."""
     cache_bytes: float | None = None
-    """What the batch's cache held at the end, over its examples; None in files of earlier versions."""
+    """Bytes of the batch's cache at the end, divided by its examples; None in files of earlier versions."""
     reuse: dict[str, Any] | None = None
-    """What was taken from the prefix store: tokens of the prompt, bytes, and about the seconds it saved (None if not
-    known), the last two as shares of the batch's; None without a store."""
+    """What the prefix store gave: tokens of the prompt, bytes, and about the seconds saved (None if not known).
+
+    Bytes and seconds are the batch's divided by its examples. None without a store.
+    """
 
 
-class Records(RecordFile[Record]):
-    """The finished examples."""
+class ExampleRecords(RecordFile[ExampleRecord]):
+    """The finished examples of an evaluation, in a file."""
 
     kind = "an evaluation of tasks"
 
-    def parse(self, values: dict[str, Any]) -> Record:
-        return Record(**{**values, "full_steps": numbered_layers(values["full_steps"])})
+    def parse(self, values: dict[str, Any]) -> ExampleRecord:
+        return ExampleRecord(**{**values, "full_steps": numbered_layers(values["full_steps"])})
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task under one way to decode."""
+    """Scores and costs of one task under one strategy."""
 
     task: str
     substitutes: tuple[str, ...]
@@ -82,16 +85,16 @@ class TaskResult:
     scores: dict[str, float]
     """Means over the examples; "score" is the task's own."""
     standard_error: float | None
-    """Of the mean score, over examples; None for a single one."""
+    """Standard error of the mean score over examples; None for a single one."""
     seconds: float
     peak_memory: int | None
     prompt_tokens: float
-    """Mean over the examples, and so the next."""
+    """Mean over the examples, as `new_tokens`."""
     new_tokens: float
     effective_strides: dict[int, float | None] | None
     """Refreshed layer -> decoding steps per full step; None for a layer without one, or if nothing is refreshed."""
     cache_bytes: float | None = None
-    """Of one example's cache at the end, mean over the examples that tell."""
+    """Bytes of one example's cache at the end; mean over the examples whose records have it."""
 
 
 Work = list[tuple[Task, list[Example]]]
@@ -101,7 +104,7 @@ Work = list[tuple[Task, list[Example]]]
 def make_examples(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[Task], count: int, progress: bool = True
 ) -> Work:
-    """The first `count` examples of each task.
+    """Draws the first `count` examples of each task.
 
     Raises `SettingsError` for prompts that do not fit the model, and for tasks that cannot make so many examples.
     """
@@ -119,54 +122,51 @@ def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     work: Work,
-    decodings: list[Decoding],
-    records: Records,
+    strategies: list[Strategy],
+    records: ExampleRecords,
     batch_size: int = 1,
     progress: bool = True,
     store: PrefixStore | None = None,
 ) -> list[TaskResult]:
-    """All examples of each task under each way to decode; those in `records` are not computed again.
+    """Scores all examples of each task under each strategy; examples in `records` are not computed again.
 
     Args:
         model: a transformers decoder after `refreshkv.enable`, in evaluation mode.
-        work: of `make_examples`.
+        work: what `make_examples` returned.
         batch_size: examples of one call of `generate`.
-        store: with one, each prompt is computed once for all ways to decode, and not within their seconds.
+        store: keeps each prompt's keys and values for all strategies; `seconds` are then without the prompts'.
     """
     if batch_size < 1:
         raise SettingsError(f"--batch-size must be at least 1, got {batch_size}")
+    generator = AnswerGenerator(model, tokenizer, strategies, store)
     weights, results = fingerprint(model), []
-    caches = Caches(model, record=store is None)  # with a store each batch has another way to decode than the last
-    queries = store is not None and any(needs_queries(way.build_cache(model.config, 1)) for way in decodings)
-    total = len(decodings) * sum(len(examples) for _, examples in work)
+    total = len(strategies) * sum(len(examples) for _, examples in work)
     with tqdm(total=total, unit=" examples", disable=not progress) as bar:
         for task, examples in work:
-            keys = {way.name: [_key(weights, task, way, example) for example in examples] for way in decodings}
-            jobs = []
-            for decoding in decodings:
-                missing = [i for i, key in enumerate(keys[decoding.name]) if records.get(key) is None]
+            keys = {way.name: [_key(weights, task, way, example) for example in examples] for way in strategies}
+            batches = []
+            for strategy in strategies:
+                missing = [i for i, key in enumerate(keys[strategy.name]) if records.get(key) is None]
                 bar.update(len(examples) - len(missing))
-                jobs += [
-                    (decoding, missing[start : start + batch_size]) for start in range(0, len(missing), batch_size)
-                ]
-            if store is not None:  # all ways to decode a prompt follow each other, while the store has it
-                jobs.sort(key=lambda job: job[1])
-            for decoding, batch in jobs:
-                bar.set_description(f"{task.label}, {decoding.name}")
-                chosen = [examples[i] for i in batch]
-                outputs = _generate(model, tokenizer, task, decoding, chosen, caches, store, queries)
-                records.add([Record(keys[decoding.name][i], **out) for i, out in zip(batch, outputs, strict=True)])
-                bar.update(len(batch))
-            results += [_result(task, way, [records.get(key) for key in keys[way.name]]) for way in decodings]
+                batches += [(strategy, missing[i : i + batch_size]) for i in range(0, len(missing), batch_size)]
+            if store is not None:  # all strategies of a prompt follow each other, while the store has it
+                batches.sort(key=lambda batch: batch[1])
+            for strategy, numbers in batches:
+                bar.set_description(f"{task.label}, {strategy.name}")
+                outputs = generator.generate(task, strategy, [examples[i] for i in numbers])
+                own_keys = [keys[strategy.name][i] for i in numbers]
+                records.add([ExampleRecord(key, **out) for key, out in zip(own_keys, outputs, strict=True)])
+                bar.update(len(numbers))
+            results += [_result(task, way, [records.get(key) for key in keys[way.name]]) for way in strategies]
     return results
 
 
-def _key(weights: str, task: Task, decoding: Decoding, example: Example) -> str:
+def _key(weights: str, task: Task, strategy: Strategy, example: Example) -> str:
     parts = [
         weights,
         task.label,
-        decoding.name,
-        decoding.settings,
+        strategy.name,
+        strategy.settings,
         task.family.max_new_tokens,
         example.prompt_ids,
         example.references,
@@ -187,60 +187,67 @@ def _check_fits(model: PreTrainedModel, task: Task, examples: list[Example]) -> 
         raise SettingsError(f"--model: its tokenizer gives token {largest}, but the model has only {size}")
 
 
-def _generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    decoding: Decoding,
-    examples: list[Example],
-    caches: Caches,
-    store: PrefixStore | None,
-    queries: bool,
-) -> Iterator[dict[str, Any]]:
-    """Generates one batch; gives each example's fields of a `Record`, all but the key."""
-    stop = _stop_tokens(model, tokenizer)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0]
-    ids, mask = left_padded([example.prompt_ids for example in examples], padding)
-    rows, columns = ids.shape
-    if store is not None:
-        store_prompts(store, ids, mask, queries)
-    room = math.ceil((columns + task.family.max_new_tokens) / ROOM_STEP) * ROOM_STEP
-    cache = caches.take(decoding, rows, columns, room)
-    meter = Meter(model.device)
-    reuse = None if store is None else recycle(store, cache, ids, mask)
-    known = 0 if reuse is None else int(cache.get_seq_length())
-    output = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        past_key_values=cache,
-        custom_generate=decode_ahead,
-        max_new_tokens=task.family.max_new_tokens,
-        eos_token_id=stop,
-        pad_token_id=padding,
-        **GREEDY,
-    )[:, columns:].tolist()  # waits for the GPU
-    seconds, peak = meter.read()
-    for row, (example, generated) in enumerate(zip(examples, output, strict=True)):
-        tokens = _until(generated, stop)
-        prediction = tokenizer.decode(tokens, skip_special_tokens=True)
-        yield {
-            "task": task.label,
-            "decoding": decoding.name,
-            "index": example.index,
-            "prediction": prediction,
-            "scores": task.score(prediction, example.references),
-            "prompt_tokens": len(example.prompt_ids),
-            "new_tokens": len(tokens),
-            "seconds": seconds / len(examples),
-            "peak_memory": peak,
-            "full_steps": _full_steps(cache, row, columns, len(tokens) - 1),
-            "cache_bytes": held_bytes(cache) / len(examples),
-            "reuse": _share(reuse, max(0, known - columns + len(example.prompt_ids)), len(examples)),
-        }
+class AnswerGenerator:
+    """Generates batches of answers with one model."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        strategies: list[Strategy],
+        store: PrefixStore | None,
+    ) -> None:
+        self._model, self._tokenizer, self._store = model, tokenizer, store
+        self._caches = Caches(model, record=store is None)  # with a store each batch has another strategy than the last
+        for strategy in strategies if store is not None else ():
+            validate_takes_prefix(strategy.build_cache(model.config, 1))
+        self._stop = _stop_tokens(model, tokenizer)
+        self._padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._stop[0]
+
+    def generate(self, task: Task, strategy: Strategy, examples: list[Example]) -> Iterator[dict[str, Any]]:
+        """Generates the answers of one batch; yields the fields of each `ExampleRecord`, all but the key."""
+        model, limit = self._model, task.family.max_new_tokens
+        ids, mask = left_padded([example.prompt_ids for example in examples], self._padding)
+        sequences, columns = ids.shape
+        if self._store is not None:
+            store_prompts(self._store, ids, mask)
+        capacity = math.ceil((columns + limit) / CAPACITY_STEP) * CAPACITY_STEP
+        cache = self._caches.take(strategy, sequences, columns, capacity)
+        meter = Meter(model.device)
+        reuse = None if self._store is None else recycle(self._store, cache, ids, mask)
+        known = 0 if reuse is None else int(cache.get_seq_length())
+        output = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            past_key_values=cache,
+            custom_generate=decode_ahead,
+            max_new_tokens=limit,
+            eos_token_id=self._stop,
+            pad_token_id=self._padding,
+            **GREEDY,
+        )[:, columns:].tolist()  # waits for the GPU
+        seconds, peak = meter.read()
+        for row, (example, generated) in enumerate(zip(examples, output, strict=True)):
+            tokens = _until(generated, self._stop)
+            prediction = self._tokenizer.decode(tokens, skip_special_tokens=True)
+            yield {
+                "task": task.label,
+                "decoding": strategy.name,
+                "index": example.index,
+                "prediction": prediction,
+                "scores": task.score(prediction, example.references),
+                "prompt_tokens": len(example.prompt_ids),
+                "new_tokens": len(tokens),
+                "seconds": seconds / sequences,
+                "peak_memory": peak,
+                "full_steps": count_full_steps(cache, row, columns, len(tokens) - 1),
+                "cache_bytes": held_bytes(cache) / sequences,
+                "reuse": _share(reuse, max(0, known - columns + len(example.prompt_ids)), sequences),
+            }
 
 
 def _share(reuse: Reuse | None, tokens: int, examples: int) -> dict[str, Any] | None:
-    """What one of the examples of a batch took from the store."""
+    """The `reuse` of one example's record."""
     if reuse is None:
         return None
     saved = None if reuse.seconds_saved is None else reuse.seconds_saved / examples
@@ -248,7 +255,7 @@ def _share(reuse: Reuse | None, tokens: int, examples: int) -> dict[str, Any] | 
 
 
 def left_padded(prompts: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
-    """Prompts of unequal length as ids and mask, (B, P) int64 each, padded in front."""
+    """Pads prompts of unequal length on the left; returns ids and mask, (B, P) int64 each."""
     columns = max(map(len, prompts))
     ids = torch.tensor([[padding] * (columns - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (columns - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -266,26 +273,19 @@ def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 def _until(tokens: list[int], stop: list[int]) -> list[int]:
     """The tokens up to the first of `stop`, that one included."""
-    for place, token in enumerate(tokens):
+    for i, token in enumerate(tokens):
         if token in stop:
-            return tokens[: place + 1]
+            return tokens[: i + 1]
     return tokens
 
 
-def _full_steps(cache: Any, row: int, columns: int, steps: int) -> dict[int, int] | None:
-    if not isinstance(cache, RefreshCache):
-        return None
-    counts = cache.full_steps[:, row, columns : columns + steps].sum(-1).tolist()
-    return {layer: count for layer, count in enumerate(counts) if not cache.is_sliding[layer]}
-
-
-def _result(task: Task, decoding: Decoding, records: list[Record]) -> TaskResult:
+def _result(task: Task, strategy: Strategy, records: list[ExampleRecord]) -> TaskResult:
     scores = [record.scores["score"] for record in records]
     held = [record.cache_bytes for record in records if record.cache_bytes is not None]
     return TaskResult(
         task=task.label,
         substitutes=task.family.substitutes,
-        decoding=decoding.name,
+        decoding=strategy.name,
         examples=len(records),
         scores={name: fmean(record.scores[name] for record in records) for name in records[0].scores},
         standard_error=stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None,
@@ -298,7 +298,7 @@ def _result(task: Task, decoding: Decoding, records: list[Record]) -> TaskResult
     )
 
 
-def effective_strides(records: list[Record]) -> dict[int, float | None] | None:
+def effective_strides(records: list[ExampleRecord]) -> dict[int, float | None] | None:
     """Refreshed layer -> decoding steps per full step over all records; None if nothing is refreshed."""
     if records[0].full_steps is None:
         return None

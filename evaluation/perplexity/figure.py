@@ -1,6 +1,7 @@
-"""The figure of a report: perplexity ratio to full attention against generated position, and effective strides."""
+"""Figures of perplexities: the ratio to full attention against the generated position, and effective strides.
 
-import io
+Importing this module needs matplotlib.
+"""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,25 +10,29 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
 from refreshkv.config import NEVER
-from refreshkv.evaluation.perplexity import Evaluation, Result
+from refreshkv.evaluation.perplexity.results import Evaluation, Result
+from refreshkv.evaluation.plotting import (
+    BASELINE_COLOURS,
+    NEVER_COLOUR,
+    SIMILARITY_COLOURS,
+    STRIDE_COLOURS,
+    png,
+    tidy,
+)
 
-STRIDE_COLOURS = ("#56B4E9", "#0072B2", "#009E73", "#E69F00")
-"""For fixed strides, from short to long. They and the two below are of the palette of Okabe and Ito, which colour-blind
-readers can tell apart. More strides repeat them with other markers."""
-SIMILARITY_COLOURS = ("#CC79A7", "#7B3294", "#C51B7D")
-NEVER_COLOUR = "#D55E00"
-BASELINE_COLOURS = ("#999999", "#000000", "#8C6D1F", "#66A61E", "#A6761D")
-"""For caches that evict."""
 MARKERS = "os^vP"
 BEFORE = {"linestyle": (0, (4, 2)), "linewidth": 1.3, "alpha": 0.75}
 AFTER = {"linestyle": "solid", "linewidth": 1.8}
-"""How the two evaluations' lines look; a single evaluation looks like the later one."""
+"""Line styles of the two evaluations; a single evaluation has the later one's."""
 SMOOTHING = 16
-"""The moving average spans this fraction of the generated positions: 1/16."""
+"""The moving average spans 1/16 of the generated positions."""
 
 
 def draw(after: Evaluation, before: Evaluation | None = None) -> bytes:
-    """The figure as PNG. Left as the paper's figure 3, right as its figure 4; `before` is dashed, `after` solid."""
+    """A report's figure as PNG: on the left as the paper's figure 3, on the right as its figure 4.
+
+    `before` is drawn with dashed lines, `after` with solid ones.
+    """
     figure = Figure(figsize=(11, 5), layout="constrained")
     ratios, strides = figure.subplots(1, 2, width_ratios=(3, 2))
     styles = _styles(after)
@@ -38,14 +43,14 @@ def draw(after: Evaluation, before: Evaluation | None = None) -> bytes:
     _label_ratios(ratios, after)
     _label_strides(strides, after)
     _draw_legend(figure, styles, compared=before is not None)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def draw_ratios(panels: dict[str, Evaluation]) -> bytes:
-    """Perplexity, as a ratio to full attention, against the generated position, as PNG: the paper's figure 3. One panel
-    for each evaluation; all must be of the same strategies, full attention among them."""
+    """The paper's figure 3 as PNG: perplexity, as a ratio to full attention, against the generated position.
+
+    Each evaluation gets a panel; all must have the same strategies, full attention among them.
+    """
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(1.5 + 5.5 * columns, 0.8 + 3.8 * lines), layout="constrained")
@@ -56,20 +61,22 @@ def draw_ratios(panels: dict[str, Evaluation]) -> bytes:
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_ylabel("perplexity / full attention's")
     _draw_legend(figure, _styles(first), compared=False, columns=3 * columns)
-    return _png(figure)
+    return _used_panels(figure)
 
 
 def draw_strides(panels: dict[str, dict[str, dict[int, float | None]]]) -> bytes:
-    """Effective stride against layer, as PNG: the paper's figure 4. panels: title -> line -> layer -> decoding steps
-    per full step; None leaves a gap. All panels have the same lines."""
+    """The paper's figure 4 as PNG: effective stride against layer.
+
+    panels: title -> line -> layer -> decoding steps per full step; None leaves a gap. All panels have the same lines.
+    """
     columns = min(len(panels), 3)
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(1.5 + 5.5 * columns, 1 + 3.8 * rows), layout="constrained")
+    lines_of_panels = -(-len(panels) // columns)
+    figure = Figure(figsize=(1.5 + 5.5 * columns, 1 + 3.8 * lines_of_panels), layout="constrained")
     names = list(dict.fromkeys(line for lines in panels.values() for line in lines))
     colours = (*STRIDE_COLOURS, *SIMILARITY_COLOURS, NEVER_COLOUR, *BASELINE_COLOURS)
     rounds = [divmod(i, len(colours)) for i in range(len(names))]
     styles = {name: (colours[i], MARKERS[turn % len(MARKERS)]) for name, (turn, i) in zip(names, rounds, strict=True)}
-    for axes, (title, lines) in zip(_axes(figure, rows, columns), panels.items(), strict=False):
+    for axes, (title, lines) in zip(_axes(figure, lines_of_panels, columns), panels.items(), strict=False):
         for name, strides in lines.items():
             heights = [np.nan if stride is None else stride for stride in strides.values()]
             axes.plot(list(strides), heights, color=styles[name][0], marker=styles[name][1], markersize=4, **AFTER)
@@ -81,12 +88,12 @@ def draw_strides(panels: dict[str, dict[str, dict[int, float | None]]]) -> bytes
     ]
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 2 * columns), frameon=False)
-    return _png(figure)
+    return _used_panels(figure)
 
 
-def _axes(figure: Figure, rows: int, columns: int) -> list[Axes]:
-    """The panels, from left to right and from top to bottom; those beyond the last one used stay empty."""
-    return list(figure.subplots(rows, columns, squeeze=False).flat)
+def _axes(figure: Figure, lines_of_panels: int, columns: int) -> list[Axes]:
+    """The panels, line by line."""
+    return list(figure.subplots(lines_of_panels, columns, squeeze=False).flat)
 
 
 def _label_layers(axes: Axes, title: str) -> None:
@@ -97,12 +104,11 @@ def _label_layers(axes: Axes, title: str) -> None:
     tidy(axes)
 
 
-def _png(figure: Figure) -> bytes:
+def _used_panels(figure: Figure) -> bytes:
+    """The figure as PNG, without the panels that nothing was drawn into."""
     for axes in figure.axes:
         axes.set_visible(axes.has_data())
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def smoothing_window(last_tokens: int) -> int:
@@ -111,7 +117,7 @@ def smoothing_window(last_tokens: int) -> int:
 
 
 def _styles(evaluation: Evaluation) -> dict[str, tuple[str, str]]:
-    """Name of each strategy but full attention -> colour and marker."""
+    """Strategy -> colour and marker; full attention has none."""
     styles = {}
     fixed = [result for result in evaluation.results if _is_fixed(result)]
     for i, result in enumerate(sorted(fixed, key=lambda result: result.config.stride)):
@@ -123,8 +129,8 @@ def _styles(evaluation: Evaluation) -> dict[str, tuple[str, str]]:
             styles[result.name] = (NEVER_COLOUR, "")
         else:
             colours = BASELINE_COLOURS if result.config is None else SIMILARITY_COLOURS
-            place = sum(colour in colours for colour, _ in styles.values()) % len(colours)
-            styles[result.name] = (colours[place], "" if result.config is None else "D")
+            index = sum(colour in colours for colour, _ in styles.values()) % len(colours)
+            styles[result.name] = (colours[index], "" if result.config is None else "D")
     return styles
 
 
@@ -174,19 +180,13 @@ def _label_strides(axes: Axes, evaluation: Evaluation) -> None:
 
 
 def _stride_ticks(evaluation: Evaluation) -> list[float]:
-    """The fixed strides, or else a few powers of two around what there is."""
+    """The fixed strides; without any, powers of two around the strides drawn."""
     fixed = {result.config.stride for result in evaluation.results if _is_fixed(result)}
     strides = [stride for result in evaluation.results for stride in result.effective_strides.values() if stride]
     if fixed or not strides:
         return sorted(fixed)
     least, most = int(np.floor(np.log2(min(strides)))), int(np.ceil(np.log2(max(strides))))
     return [2.0**power for power in range(least, most + 1)]
-
-
-def tidy(axes: Axes) -> None:
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_legend(figure: Figure, styles: dict[str, tuple[str, str]], compared: bool, columns: int = 5) -> None:

@@ -1,22 +1,22 @@
 """The report of a suite: the paper's table, its numbers beside ours; suite.json, suite.md, for figures suite.png."""
 
 import dataclasses
-import json
-import os
 from pathlib import Path
 from typing import Any
 
-from refreshkv.evaluation.figure import draw_ratios, draw_strides
-from refreshkv.evaluation.report import ROWS_FILE, circumstances
-from refreshkv.evaluation.suite.config import Suite
-from refreshkv.evaluation.suite.run import Measured
-from refreshkv.evaluation.task_report import EXAMPLES_FILE
+from refreshkv.evaluation.reports import EXAMPLES_FILE, ROWS_FILE, drawn, provenance
+from refreshkv.evaluation.suites.config import Suite
+from refreshkv.evaluation.suites.run import Measured
+from refreshkv.files import write_bytes, write_json, write_text
+from refreshkv.tables import column_table, markdown_table
 
-FILES = ("suite.json", "suite.md", "suite.png", ROWS_FILE, EXAMPLES_FILE)
+NAMES = ("suite.json", "suite.md", "suite.png")
+FILES = (*NAMES, ROWS_FILE, EXAMPLES_FILE)
+"""All that a suite writes into its folder."""
 LAYOUT = 1
-"""Version of suite.json, for readers that come later."""
+"""Version of suite.json's layout."""
 UNKNOWN = "n/a"
-"""For numbers of the paper that are not known offline."""
+"""Stands for numbers of the paper that are not known offline."""
 NOT_MEASURED = "-"
 DIGITS = {"perplexity": 3, "score": 1, "effective stride": 1, "seconds": 2, "peak GiB": 2, "cache MiB": 2}
 COSTS = ("seconds", "peak GiB", "cache MiB")
@@ -31,11 +31,11 @@ def build_suite_report(
     settings: dict[str, Any],
     command: str,
 ) -> dict[str, Any]:
-    """Everything about a run as plain values: what suite.json holds.
+    """The content of suite.json, as plain values.
 
     Args:
-        file: where the suite is written, for whoever wants to fill in numbers.
-        notes: what is not as in the paper, one phrase each.
+        file: path of the suite's YAML file, where missing numbers can be filled in.
+        notes: differences from the paper, one phrase each.
     """
     return {
         "layout": LAYOUT,
@@ -46,7 +46,7 @@ def build_suite_report(
         "not the paper's": notes,
         "warnings": [warning for measured in results.values() for warning in measured.warnings],
         "settings": settings,
-        **circumstances(command),
+        **provenance(command),
         "tables": _tables(suite, results),
         "costs": {model: _costs(measured) for model, measured in results.items()},
         "results": {
@@ -62,66 +62,68 @@ def build_suite_report(
 
 
 def write_suite_report(folder: Path, report: dict[str, Any], suite: Suite, results: dict[str, Measured]) -> list[str]:
-    """Writes suite.json, suite.md and, for a figure, suite.png; returns their names."""
-    contents = {"suite.json": (json.dumps(report, indent=2) + "\n").encode(), "suite.md": _markdown(report).encode()}
-    if suite.layout == "ratios":
-        panels = {
-            f"{model}, {corpus}": item for model, own in results.items() for corpus, item in own.evaluations.items()
-        }
-        contents["suite.png"] = draw_ratios(panels)
+    """Writes suite.json, suite.md and, for a figure if matplotlib is installed, suite.png; returns the names."""
+    figure = None if suite.layout == "table" else drawn("suite.png", lambda: _draw(suite, results))
+    write_json(folder / "suite.json", report)
+    write_text(folder / "suite.md", _markdown(report, has_figure=figure is not None))
+    if figure is None:
+        return list(NAMES[:2])
+    write_bytes(folder / "suite.png", figure)
+    return list(NAMES)
+
+
+def _draw(suite: Suite, results: dict[str, Measured]) -> bytes:
+    from refreshkv.evaluation.perplexity.figure import draw_ratios, draw_strides  # needs matplotlib
+
     if suite.layout == "strides":
-        contents["suite.png"] = draw_strides({model: _lines(own.strides) for model, own in results.items()})
-    for name, content in contents.items():
-        partial = folder / f"{name}.partial"
-        partial.write_bytes(content)
-        os.replace(partial, folder / name)
-    return list(contents)
+        return draw_strides({model: _figure_lines(own.strides) for model, own in results.items()})
+    return draw_ratios(
+        {f"{model}, {corpus}": item for model, own in results.items() for corpus, item in own.evaluations.items()}
+    )
 
 
 def suite_table(report: dict[str, Any]) -> str:
-    """The tables in aligned columns, with what is not as in the paper below."""
+    """The tables in aligned columns for a terminal, and the differences from the paper below."""
     texts = []
     for title, lines in [*report["tables"].items(), *_cost_tables(report)]:
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        rows = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
-        texts.append("\n".join([title, *rows]))
+        texts.append(f"{title}\n{column_table(lines)}")
     return "\n\n".join([*texts, "\n".join(_notes(report))])
 
 
 def _tables(suite: Suite, results: dict[str, Measured]) -> dict[str, list[list[str]]]:
-    """Title -> header and lines. One table for each model, or one in which the models are compared."""
+    """Title -> header and lines: one table for each model, or one table that compares the models."""
     if suite.models:
         return {", ".join(results): _table(suite, results, None)}
     return {model: _table(suite, results, model) for model in results}
 
 
 def _table(suite: Suite, results: dict[str, Measured], model: str | None) -> list[list[str]]:
-    """Each of the paper's columns as ours, and beside it those of the paper's models."""
+    """Each column as measured, and beside it the numbers of the paper's models."""
     papers = [name for name in suite.paper.numbers if _any_number(suite, name)]
     papers = papers or list(suite.paper.numbers)[:1]
     beside = [f"paper, {name}" if len(papers) > 1 else "paper" for name in papers]
     titles = [_title(title, column.of, results) for title, column in suite.columns.items()]
     table = [["", *(head for title in titles for head in (title, *beside))]]
-    for label, row in suite.rows.items():
-        line = [label]
+    for label, own_line in suite.rows.items():
+        cells = [label]
         for title, column in suite.columns.items():
-            measured = results[row.model or column.model or model]
+            measured = results[own_line.model or column.model or model]
             own = measured.figures.get(label, {}).get(column.of, {}).get(column.value)
             digits = DIGITS[column.value]
-            line.append(NOT_MEASURED if own is None else f"{own:,.{digits}f}")
-            line += [_printed(suite, name, label, title) for name in papers]
-        table.append(line)
+            cells.append(NOT_MEASURED if own is None else f"{own:,.{digits}f}")
+            cells += [_printed(suite, name, label, title) for name in papers]
+        table.append(cells)
     return table
 
 
 def _title(title: str, of: str, results: dict[str, Measured]) -> str:
-    """The column's, which says when its tasks run on substitutes."""
+    """The column's title, which says when its tasks run on substitutes."""
     on_substitutes = any(task.substitutes for measured in results.values() for task in measured.tasks.get(of, []))
     return f"{title}-substitute" if on_substitutes else title
 
 
 def _costs(measured: Measured) -> list[list[str]]:
-    """A header; then, for each way to decode and what it was measured on, seconds of one row or example, and memory."""
+    """A header; then seconds of one sequence or example, and memory, for each table line and corpus or benchmark."""
     table = [["", "on", *COSTS]]
     for line, own in measured.figures.items():
         for of, figures in own.items():
@@ -131,14 +133,14 @@ def _costs(measured: Measured) -> list[list[str]]:
 
 
 def _cost_tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
-    """Of models of which anything was measured."""
+    """The cost tables of the models for which any cost was measured."""
     tables = [(f"time of one row or example, and memory: {model}", table) for model, table in report["costs"].items()]
     return [(title, table) for title, table in tables if any(set(line[2:]) != {NOT_MEASURED} for line in table[1:])]
 
 
 def _stride_tables(report: dict[str, Any], model: str) -> list[tuple[str, list[list[str]]]]:
-    """Decoding steps per full step, a line for each layer; none where no way to decode refreshes."""
-    columns = _lines(report["results"][model]["effective strides"])
+    """A table of decoding steps per full step, a line for each layer; no table if no strategy refreshes."""
+    columns = _figure_lines(report["results"][model]["effective strides"])
     layers = sorted({layer for own in columns.values() for layer in own}, key=int)
     table = [["layer", *columns]]
     for layer in layers:
@@ -148,7 +150,7 @@ def _stride_tables(report: dict[str, Any], model: str) -> list[tuple[str, list[l
 
 
 def _printed(suite: Suite, model: str, line: str, column: str) -> str:
-    """The paper's number."""
+    """The paper's number, as text."""
     numbers = suite.paper.numbers[model].get(line, {})
     if column not in numbers:
         return NOT_MEASURED
@@ -159,8 +161,8 @@ def _any_number(suite: Suite, model: str) -> bool:
     return any(number is not None for line in suite.paper.numbers[model].values() for number in line.values())
 
 
-def _lines(strides: dict[str, dict[str, dict[int, float | None]]]) -> dict[str, dict[int, float | None]]:
-    """One line of a figure for each way to decode and what it was measured on."""
+def _figure_lines(strides: dict[str, dict[str, dict[int, float | None]]]) -> dict[str, dict[int, float | None]]:
+    """One line of the figure for each table line and each corpus or benchmark."""
     return {f"{line}, {of}": layers for line, own in strides.items() for of, layers in own.items()}
 
 
@@ -180,16 +182,14 @@ def _notes(report: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _markdown(report: dict[str, Any]) -> str:
+def _markdown(report: dict[str, Any], has_figure: bool) -> str:
     suite = report["suite"]
     parts = [f"# {suite['title']}", suite["about"].strip(), f"**What is certain.** {suite['reading'].strip()}"]
     strides = [table for model in report["models"] for table in _stride_tables(report, model)]
-    for title, (header, *lines) in [*report["tables"].items(), *_cost_tables(report), *strides]:
-        rule = [":---", *("---:" for _ in header[1:])]
-        rows = "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
-        parts += [f"## {title}", rows]
+    for title, lines in [*report["tables"].items(), *_cost_tables(report), *strides]:
+        parts += [f"## {title}", markdown_table(lines)]
     parts.append("\n".join(f"- {note}" for note in _notes(report)))
-    if suite["layout"] != "table":
+    if has_figure:
         parts.append("![The figure](suite.png)")
     parts.append(f"The paper's numbers: {suite['paper']['source'].strip()}")
     models = ", ".join(f"{name} is {path}" for name, path in report["models"].items())

@@ -1,75 +1,70 @@
 """The report of an evaluation on tasks: a table for the terminal, tasks.json and tasks.md in a folder."""
 
 import dataclasses
-import json
-import os
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from refreshkv.data.tasks.task import Task
-from refreshkv.evaluation.report import circumstances
-from refreshkv.evaluation.strategies import Decoding
-from refreshkv.evaluation.task_scores import TaskResult
+from refreshkv.evaluation.costs import effective_stride
+from refreshkv.evaluation.reports import EXAMPLES_FILE, provenance
+from refreshkv.evaluation.strategies import Strategy
+from refreshkv.evaluation.tasks.scores import TaskResult
+from refreshkv.files import write_json, write_text
+from refreshkv.tables import column_table, markdown_table
 
-EXAMPLES_FILE = "examples.jsonl"
 FILES = ("tasks.json", "tasks.md", EXAMPLES_FILE)
 LAYOUT = 1
-"""Version of tasks.json, for readers that come later."""
+"""Version of tasks.json's layout."""
 
 
 def build_task_report(
     results: list[TaskResult],
     tasks: list[Task],
-    decodings: list[Decoding],
+    strategies: list[Strategy],
     model: str,
     settings: dict[str, Any],
     command: str,
 ) -> dict[str, Any]:
-    """Everything about an evaluation as plain values: what tasks.json holds."""
+    """The content of tasks.json, as plain values."""
     return {
         "layout": LAYOUT,
         "model": model,
         "tasks": {
             task.label: {"settings": task.settings(), "substitutes": list(task.family.substitutes)} for task in tasks
         },
-        "strategies": {decoding.name: decoding.settings for decoding in decodings},
+        "strategies": {strategy.name: strategy.settings for strategy in strategies},
         "settings": settings,
-        **circumstances(command),
+        **provenance(command),
         "results": [dataclasses.asdict(result) for result in results],
     }
 
 
 def write_task_report(folder: Path, report: dict[str, Any]) -> None:
     """Writes tasks.json and tasks.md, replacing earlier ones and touching nothing else in the folder."""
-    for name, content in (("tasks.json", json.dumps(report, indent=2) + "\n"), ("tasks.md", _markdown(report))):
-        partial = folder / f"{name}.partial"
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, folder / name)
+    write_json(folder / "tasks.json", report)
+    write_text(folder / "tasks.md", _markdown(report))
 
 
 def task_table(report: dict[str, Any]) -> str:
-    """A line for each way to decode, in aligned columns, and what the tasks' substitutes are."""
-    lines = _cells(report)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    texts = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
-    return "\n".join([*texts, *_notes(report)])
+    """The strategies in aligned columns for a terminal, and the tasks' substitutes below."""
+    return "\n".join([column_table(_cells(report)), *_notes(report)])
 
 
 def _cells(report: dict[str, Any]) -> list[list[str]]:
-    """The table: a header, and for each way to decode its scores in percent and what they took."""
+    """The table's cells: a header, then scores in percent and costs of each strategy."""
     names = list(report["tasks"])
     header = ["strategy", *names, *(["mean"] if len(names) > 1 else [])]
     lines = [[*header, "seconds", "peak GiB", "cache MiB", "effective stride"]]
-    for decoding in report["strategies"]:
-        own = {result["task"]: result for result in report["results"] if result["decoding"] == decoding}
+    for strategy in report["strategies"]:
+        own = {result["task"]: result for result in report["results"] if result["decoding"] == strategy}
         scores = [own[name]["scores"]["score"] for name in names]
         scores += [fmean(scores)] if len(names) > 1 else []
         held = [result["cache_bytes"] for result in own.values() if result["cache_bytes"] is not None]
         peaks = [result["peak_memory"] for result in own.values() if result["peak_memory"] is not None]
         lines.append(
             [
-                decoding,
+                strategy,
                 *(f"{100 * score:.1f}" for score in scores),
                 f"{sum(result['seconds'] for result in own.values()):,.1f}",
                 f"{max(peaks) / 2**30:.2f}" if peaks else "-",
@@ -82,10 +77,8 @@ def _cells(report: dict[str, Any]) -> list[list[str]]:
 
 def _stride(results: list[dict[str, Any]]) -> str:
     """Decoding steps per full step over all layers and tasks."""
-    rates = [
-        1 / stride if stride else 0.0 for result in results for stride in (result["effective_strides"] or {}).values()
-    ]
-    return f"{len(rates) / sum(rates):.1f}" if any(rates) else "-"
+    stride = effective_stride([s for result in results for s in (result["effective_strides"] or {}).values()])
+    return "-" if stride is None else f"{stride:.1f}"
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
@@ -100,9 +93,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
 
 
 def _markdown(report: dict[str, Any]) -> str:
-    header, *lines = _cells(report)
-    rule = [":---", *("---:" for _ in header[1:])]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
+    table = markdown_table(_cells(report))
     notes = "\n".join(f"- {note}" for note in _notes(report))
     command = f"```\n{report['command']}\n```"
     details = "\n".join(
@@ -112,14 +103,14 @@ def _markdown(report: dict[str, Any]) -> str:
 
 
 def _layers(report: dict[str, Any]) -> str:
-    """The effective stride of each layer, for each task and way to decode that refreshes."""
+    """A markdown table of each layer's effective stride, for each task and strategy that refreshes."""
     results = [result for result in report["results"] if result["effective_strides"]]
     if not results:
         return "No strategy refreshes anything."
     layers = list(results[0]["effective_strides"])
-    lines = [["effective stride", *(f"layer {layer}" for layer in layers)], [":---", *("---:" for _ in layers)]]
+    lines = [["effective stride", *(f"layer {layer}" for layer in layers)]]
     for result in results:
         strides = [result["effective_strides"][layer] for layer in layers]
         cells = [f"{stride:.1f}" if stride else "-" for stride in strides]
         lines.append([f"{result['task']}, {result['decoding']}", *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(lines)

@@ -1,5 +1,7 @@
-"""A suite: a table or figure of a paper as data. What is measured under which strategies, how the table is laid out,
-and the paper's own numbers. The files are configs/suites/*.yaml."""
+"""A suite: one table or figure of a paper as data (configs/suites/*.yaml).
+
+It says what is measured under which strategies, how the table is laid out, and which numbers the paper has.
+"""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -9,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from refreshkv import RefreshConfig
-from refreshkv.evaluation.strategies import Decoding, build_decoding
+from refreshkv.evaluation.strategies import Strategy, build_strategy
 from refreshkv.settings import SettingsError, settings_from_dict
 
 SUITES = Path("configs", "suites")
@@ -17,47 +19,47 @@ SUITES = Path("configs", "suites")
 
 @dataclass
 class Corpus:
-    """Prepared rows whose last tokens are scored."""
+    """Prepared sequences whose last tokens are scored."""
 
     data: str
-    """Folder of rows, as launch/prepare.py writes it."""
+    """Folder that launch/prepare.py wrote."""
     prepare: str
-    """The command that makes them, for whoever has none."""
+    """The command that makes the folder; shown if it is missing."""
     row_length: int
-    """Tokens of a row in the paper. Other rows are taken too, and the report says so."""
+    """Tokens of a sequence in the paper. Other lengths are accepted, and the report says so."""
     rows: int = 100
     last_tokens: int = 256
     split: Literal["train", "validation", "test"] = "test"
     refresh: dict[str, Any] = field(default_factory=dict)
-    """Settings of `RefreshConfig` that differ on this one."""
+    """Settings of `RefreshConfig` for this one only."""
 
 
 @dataclass
 class Benchmark:
-    """Tasks that are generated; their scores are averaged."""
+    """Tasks whose answers are generated; the score is the mean over them."""
 
     tasks: list[str]
     """Names, or groups such as ruler."""
     length: int
     """Tokens of prompt and answer together."""
     examples: int = 100
-    """Of each task."""
+    """Examples of each task."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Further settings by task."""
+    """Task -> further settings."""
     refresh: dict[str, Any] = field(default_factory=dict)
-    """Settings of `RefreshConfig` that differ on this one."""
+    """Settings of `RefreshConfig` for this one only."""
 
 
 @dataclass
-class Row:
-    """A line of the table: one way to decode."""
+class Line:
+    """A line of the table: one strategy."""
 
     strategy: str | None
-    """As in --strategies, such as similarity:10. None for what this project cannot run: only the paper's numbers."""
+    """As in --strategies, such as similarity:10. None if this project cannot run it: the paper's numbers only."""
     refresh: dict[str, Any] = field(default_factory=dict)
-    """Settings of `RefreshConfig` that make this line."""
+    """Settings of `RefreshConfig` for this line."""
     model: str | None = None
-    """Which of the suite's models, if the lines differ in that."""
+    """One of the suite's models, if lines are of different models."""
     why: str | None = None
     """Why there is no strategy."""
 
@@ -70,15 +72,15 @@ class Column:
     """Name of a corpus or benchmark."""
     value: Literal["perplexity", "score", "effective stride", "seconds", "cache MiB"]
     model: str | None = None
-    """Which of the suite's models, if the columns differ in that."""
+    """One of the suite's models, if columns are of different models."""
 
 
 @dataclass
 class Paper:
-    """What the paper has in the same places."""
+    """The paper's numbers for the same lines and columns."""
 
     source: str
-    """Where the numbers are from."""
+    """Where the numbers come from."""
     numbers: dict[str, Any]
     """The paper's model -> line -> column -> number; null where it is not known offline, left out where the paper has
     none."""
@@ -86,16 +88,16 @@ class Paper:
 
 @dataclass
 class Suite:
-    """Everything about one table or figure."""
+    """One table or figure."""
 
     title: str
     about: str
-    """What it shows, and how it is measured."""
+    """What the table shows, and how it is measured."""
     reading: str
-    """What of it is certain, and what is this project's reading of the paper."""
+    """What is certain about it, and what is this project's reading of the paper."""
     paper: Paper
     rows: dict[str, Any]
-    """Label -> `Row`."""
+    """Label -> `Line`: the table's lines, from top to bottom."""
     columns: dict[str, Any]
     """Label -> `Column`."""
     corpora: dict[str, Any] = field(default_factory=dict)
@@ -103,14 +105,14 @@ class Suite:
     benchmarks: dict[str, Any] = field(default_factory=dict)
     """Name -> `Benchmark`."""
     refresh: dict[str, Any] = field(default_factory=dict)
-    """Settings of `RefreshConfig` for all lines; the rest are the paper's defaults, whatever the model has saved."""
+    """Settings of `RefreshConfig` for all lines; other settings are the paper's, not those saved with the model."""
     models: dict[str, str] = field(default_factory=dict)
-    """Name -> what it is, for a table that compares models. Empty: one table for each model that is given."""
+    """Name -> description of each model that the table compares. Empty: one table for each --model."""
     layout: Literal["table", "ratios", "strides"] = "table"
-    """ratios and strides draw a figure too: perplexity against position, and effective stride against layer."""
+    """ratios adds a figure of perplexity against position, strides one of effective stride against layer."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("corpora", Corpus), ("benchmarks", Benchmark), ("rows", Row), ("columns", Column)):
+        for name, kind in (("corpora", Corpus), ("benchmarks", Benchmark), ("rows", Line), ("columns", Column)):
             values = getattr(self, name)
             converted = {key: settings_from_dict(kind, value, f"{name}.{key}.") for key, value in values.items()}
             setattr(self, name, converted)
@@ -154,32 +156,32 @@ class Suite:
                         raise SettingsError(f"paper.numbers.{model}.{line}.{column} must be a number or null")
 
     def config(self, *changes: dict[str, Any]) -> RefreshConfig:
-        """The paper's defaults with the suite's settings and further `changes` in them."""
+        """The paper's defaults, overridden by the suite's settings and then by `changes`."""
         values = {**RefreshConfig().to_dict(), **self.refresh}
         for change in changes:
             values |= change
         return settings_from_dict(RefreshConfig, values, "refresh.")
 
     def shows_costs(self, of: str) -> bool:
-        """Whether a column of this corpus or benchmark shows what only decoding tells."""
+        """Whether a column of this corpus or benchmark shows times or memory, which only decoding gives."""
         return any(column.of == of and column.value in ("seconds", "cache MiB") for column in self.columns.values())
 
-    def decodings(self, of: str, model: str) -> list[Decoding]:
-        """The ways to decode of one corpus or benchmark on one model, named after their lines."""
+    def strategies(self, of: str, model: str) -> list[Strategy]:
+        """The strategies for one corpus or benchmark with one model, named after their table lines."""
         own = {**self.corpora, **self.benchmarks}[of].refresh
         if not any(column.of == of and column.model in (None, model) for column in self.columns.values()):
             return []
         return [
-            dataclasses.replace(build_decoding(row.strategy, self.config(own, row.refresh)), name=label)
-            for label, row in self.rows.items()
-            if row.strategy is not None and row.model in (None, model)
+            dataclasses.replace(build_strategy(line.strategy, self.config(own, line.refresh)), name=label)
+            for label, line in self.rows.items()
+            if line.strategy is not None and line.model in (None, model)
         ]
 
 
 def load_suite(name: str, root: Path) -> tuple[Suite, Path]:
-    """The suite `name` of configs/suites under `root`, or of any YAML file, and where it is.
+    """Loads the suite `name` of configs/suites under `root`, or any YAML file; returns it and the file's path.
 
-    Raises `SettingsError` for a name that there is not, and for what is wrong in the file.
+    Raises `SettingsError` for an unknown name, and for a file that is not a suite.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else root / SUITES / f"{name}.yaml"
     if not path.is_file():
@@ -192,9 +194,9 @@ def load_suite(name: str, root: Path) -> tuple[Suite, Path]:
 
 
 def named_models(suite: Suite, given: list[str]) -> dict[str, str]:
-    """Name -> folder or hub id, from --model MODEL or --model NAME=MODEL, as the suite wants them.
+    """Name -> folder or Hub id, from --model MODEL or --model NAME=MODEL.
 
-    Raises `SettingsError` if a comparison lacks one of its models, or if a name comes twice.
+    Raises `SettingsError` if a compared model is missing, or if a name comes twice.
     """
     models: dict[str, str] = {}
     for text in given:

@@ -1,0 +1,248 @@
+"""What `evaluate` and `sweep` do once their options are parsed: open, load, measure, write the report, say where it is.
+
+Each function takes the parsed options and the command line that the report repeats, and returns the text to print.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from refreshkv import RefreshConfig, enable
+from refreshkv.evaluation.inputs import check_tokens, open_split, open_tasks
+from refreshkv.evaluation.perplexity.evaluation import budget_warnings, check_last_tokens, evaluate
+from refreshkv.evaluation.perplexity.losses import SequenceRecords
+from refreshkv.evaluation.perplexity.report import FILES as PERPLEXITY_FILES
+from refreshkv.evaluation.perplexity.report import (
+    build_report,
+    check_comparable,
+    load_report,
+    protocol,
+    text_table,
+    write_report,
+)
+from refreshkv.evaluation.reports import EXAMPLES_FILE, ROWS_FILE, open_output
+from refreshkv.evaluation.strategies import Strategy, build_strategies, default_strategies
+from refreshkv.evaluation.suites.changes import Changes, change
+from refreshkv.evaluation.suites.config import load_suite, named_models
+from refreshkv.evaluation.suites.report import FILES as SUITE_FILES
+from refreshkv.evaluation.suites.report import build_suite_report, suite_table, write_suite_report
+from refreshkv.evaluation.suites.run import open_suite, run_suite
+from refreshkv.evaluation.sweep.recommendation import Sweep, sweep_strategies
+from refreshkv.evaluation.sweep.report import FILES as SWEEP_FILES
+from refreshkv.evaluation.sweep.report import build_sweep_report, sweep_table, write_sweep_report
+from refreshkv.evaluation.tasks.report import FILES as TASK_FILES
+from refreshkv.evaluation.tasks.report import build_task_report, task_table, write_task_report
+from refreshkv.evaluation.tasks.scores import ExampleRecords, TaskResult, evaluate_tasks, make_examples
+from refreshkv.loading import load_model, load_tokenizer, model_folder, own_config
+from refreshkv.options import changed_config, chosen_device, task_values
+from refreshkv.prefix.store import PrefixStore
+from refreshkv.settings import SettingsError
+
+DEFAULT_STRIDES = [5, 10, 25, 50]
+
+
+def measure_perplexity(options: argparse.Namespace, command: str) -> str:
+    """`evaluate --data`: perplexity of the last tokens of prepared sequences."""
+    (name,) = options.model
+    output = options.output or Path("reports", Path(name).resolve().name)
+    before = _earlier_report(options.compare, output) if options.compare else None
+    rows, split = open_split(options.data, options.split, options.rows)
+    row_length = len(split[0]["input_ids"])
+    check_last_tokens(options.last_tokens, row_length)
+
+    path = model_folder(name)
+    model = load_model(path, "--model", dtype=options.dtype)
+    check_tokens(model, path, rows)
+    config = _chosen_config(model, options)
+    strategies = _perplexity_strategies(config, options)
+    measured = protocol(
+        rows.info["fingerprint"], options.split, len(split), row_length, options.last_tokens, strategies
+    )
+    if before:
+        check_comparable(before, measured, options.compare)
+    enable(model, config).to(chosen_device(options.device)).eval()
+    folder = open_output(output, PERPLEXITY_FILES, options.overwrite, options.resume)
+    for warning in budget_warnings(strategies, row_length, options.last_tokens):
+        print(f"warning: {warning}", file=sys.stderr)
+
+    how = {"batch_size": options.batch_size, "stepwise": options.decode, "records": SequenceRecords(folder / ROWS_FILE)}
+    evaluation = evaluate(model, split, strategies, options.last_tokens, **how)
+
+    settings = {"data": options.data, "refresh": config.to_dict(), **_execution(model, options)}
+    report = build_report(evaluation, measured, name, settings, command, before)
+    written = write_report(output, report)
+    return f"{text_table(report)}\n{output}: {', '.join(written)}"
+
+
+def score_tasks(options: argparse.Namespace, command: str) -> str:
+    """`evaluate --tasks`: scores of generated answers."""
+    (name,) = options.model
+    output = options.output or Path("reports", Path(name).resolve().name)
+    tasks = open_tasks(options.tasks, options.overrides, options.task_length)
+    path = model_folder(name)
+    tokenizer = load_tokenizer(path, "--model")
+    model = load_model(path, "--model", dtype=options.dtype)
+    config = _chosen_config(model, options)
+    default = ["full", "refresh", *(["similarity"] if config.threshold else []), "snapkv"]
+    strategies = build_strategies(options.strategies or default, config)
+    enable(model, config).to(chosen_device(options.device)).eval()
+    work = make_examples(model, tokenizer, tasks, options.examples)
+    store = _open_store(model, options)
+    folder = open_output(output, TASK_FILES, options.overwrite, options.resume)
+    records = ExampleRecords(folder / EXAMPLES_FILE)
+
+    results = evaluate_tasks(model, tokenizer, work, strategies, records, options.batch_size, store=store)
+
+    settings = {**_execution(model, options), "examples": options.examples}
+    if store is not None:
+        settings["prefix store"] = f"{options.prefix_store}; seconds are without the prompts'"
+    report = build_task_report(results, tasks, strategies, name, settings, command)
+    write_task_report(output, report)
+    return f"{task_table(report)}\n{output}: {', '.join(TASK_FILES)}"
+
+
+def measure_suite(options: argparse.Namespace, command: str, root: Path) -> str:
+    """`evaluate --suite`: a table or figure of the paper. root: folder that has configs/suites."""
+    suite, file = load_suite(options.suite, root)
+    output = options.output or Path("reports", file.stem)
+    models = named_models(suite, options.model)
+    suite, differences = change(suite, _suite_changes(options))
+    opened = open_suite(suite)
+    device = chosen_device(options.device)
+
+    def load(path: str) -> PreTrainedModel:
+        return load_model(path, "--model", dtype=options.dtype).to(device).eval()
+
+    folder = open_output(output, SUITE_FILES, options.overwrite, options.resume)
+    results = run_suite(suite, opened, models, load, folder, options.batch_size, options.decode)
+
+    settings = {
+        "dtype": options.dtype,
+        "device": device,
+        "batch size": options.batch_size,
+        "decode": "where the table shows times or memory" if options.decode is None else options.decode,
+    }
+    notes = differences + opened.notes(suite)
+    shown = file.relative_to(root) if file.is_relative_to(root) else file
+    report = build_suite_report(suite, file.stem, str(shown), results, notes, settings, command)
+    written = write_suite_report(folder, report, suite, results)
+    return f"{suite_table(report)}\n{output}: {', '.join(written)}"
+
+
+def sweep_thresholds(options: argparse.Namespace, command: str) -> str:
+    """`sweep`: recommends a threshold of the similarity schedule."""
+    output = options.output or Path("reports", f"{Path(options.model).resolve().name}-sweep")
+    rows, split = open_split(options.data, options.split, options.rows)
+    check_last_tokens(options.last_tokens, len(split[0]["input_ids"]))
+    path = model_folder(options.model)
+    model = load_model(path, "--model", dtype=options.dtype)
+    check_tokens(model, path, rows)
+    config = changed_config(own_config(model.config), options.overrides, budget=options.budget)
+    strategies = sweep_strategies(config, options.strides or [config.stride], options.thresholds)
+    enable(model, config).to(chosen_device(options.device)).eval()
+    tokenizer, work = None, []
+    if options.tasks:
+        tasks = open_tasks(options.tasks, options.overrides, options.task_length)
+        tokenizer = load_tokenizer(path, "--model")
+        work = make_examples(model, tokenizer, tasks, options.examples)
+    folder = open_output(output, SWEEP_FILES, options.overwrite, options.resume)
+
+    how = {"batch_size": options.batch_size, "records": SequenceRecords(folder / ROWS_FILE)}
+    evaluation = evaluate(model, split, strategies, options.last_tokens, **how)
+    how["records"] = ExampleRecords(folder / EXAMPLES_FILE)
+    results = evaluate_tasks(model, tokenizer, work, strategies, **how) if work else []
+
+    sweep = Sweep(evaluation, options.keep, _mean_scores(results))
+    settings = {
+        "data": options.data,
+        "split": options.split,
+        "refresh": config.to_dict(),
+        "tasks": ", ".join(task.label for task, _ in work) or "none",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+    }
+    report = build_sweep_report(sweep, options.model, settings, command)
+    written = write_sweep_report(output, sweep, report)
+    warnings = [f"warning: {text}" for text in evaluation.warnings]
+    where = f"{output}: {', '.join(written)}"
+    return "\n".join([sweep_table(sweep), *warnings, report["recommendation"]["text"], where])
+
+
+def _perplexity_strategies(config: RefreshConfig, options: argparse.Namespace) -> list[Strategy]:
+    if not options.strategies:
+        return default_strategies(config, options.strides or DEFAULT_STRIDES)
+    strategies = build_strategies(options.strategies, config)
+    if not any(strategy.is_full for strategy in strategies):
+        raise SettingsError("--strategies: with --data full must be among them: all others are compared with it")
+    return strategies
+
+
+def _flags(options: argparse.Namespace) -> dict[str, str | None]:
+    return {"budget": options.budget, "threshold": options.threshold}
+
+
+def _chosen_config(model: PreTrainedModel, options: argparse.Namespace) -> RefreshConfig:
+    """The model's own schedule and selection, overridden by the command line's."""
+    return changed_config(own_config(model.config), options.overrides, **_flags(options))
+
+
+def _suite_changes(options: argparse.Namespace) -> Changes:
+    return Changes(
+        rows=options.rows,
+        last_tokens=options.last_tokens,
+        examples=options.examples,
+        task_length=options.task_length,
+        corpora=_corpus_folders(options.corpus),
+        without=options.without,
+        refresh=_changed_values(options),
+        tasks=task_values(options.overrides),
+    )
+
+
+def _changed_values(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `RefreshConfig` that the command line sets."""
+    flags = _flags(options)
+    overrides = [text for text in options.overrides if not text.startswith("tasks.")]
+    changed = changed_config(RefreshConfig(), overrides, **flags).to_dict()
+    given = [key for key, value in flags.items() if value is not None]
+    given += [text.removeprefix("refresh.").partition("=")[0] for text in overrides]
+    return {key: changed[key] for key in given}
+
+
+def _corpus_folders(values: list[str]) -> dict[str, str]:
+    """Corpus -> folder, from --corpus NAME=FOLDER."""
+    for value in values:
+        if not all(value.partition("=")):
+            raise SettingsError(f"--corpus is written NAME=FOLDER, got {value}")
+    return dict(value.split("=", 1) for value in values)
+
+
+def _execution(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "batch size": options.batch_size,
+    }
+
+
+def _earlier_report(folder: Path, output: Path) -> dict[str, Any]:
+    if folder.resolve() == output.resolve():
+        raise SettingsError(f"--compare and --output are the same folder, {folder}: choose another --output")
+    return load_report(folder)
+
+
+def _open_store(model: PreTrainedModel, options: argparse.Namespace) -> PrefixStore | None:
+    if options.prefix_store is None:
+        return None
+    capacity = int(options.prefix_store_gb * 10**9)
+    return PrefixStore(options.prefix_store, capacity, model, setting="--prefix-store")
+
+
+def _mean_scores(results: list[TaskResult]) -> dict[str, float]:
+    """Strategy -> mean score over all tasks."""
+    names = dict.fromkeys(result.decoding for result in results)
+    return {name: fmean(r.scores["score"] for r in results if r.decoding == name) for name in names}

@@ -1,0 +1,164 @@
+"""Losses of sequences under one strategy: from one parallel pass where that is possible, else token by token.
+
+Shapes: `B` sequences of a batch, `T` tokens of each, `N` last tokens that are scored, `P = T - N` prompt length.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from refreshkv.config import Simulation, Trace
+from refreshkv.evaluation.caches import Caches
+from refreshkv.evaluation.perplexity.stepwise import Decoded, decode_known
+from refreshkv.evaluation.records import RecordFile, numbered_layers
+from refreshkv.evaluation.strategies import Strategy
+from refreshkv.identity import fingerprint
+
+LOGITS_AT_ONCE = 1 << 26
+"""Most logits held in float32 at the same time: 256 MiB."""
+
+
+@dataclass(frozen=True)
+class SequenceRecord:
+    """Losses and costs of one sequence under one strategy."""
+
+    key: str
+    """Hash of everything that the record depends on; empty if no file keeps it."""
+    strategy: str
+    losses: list[float]
+    """(N,): next-token losses of the scored tokens, in nats."""
+    full_steps: dict[int, int] | None
+    """Refreshed layer -> full steps among the N decoding steps; None if nothing is refreshed."""
+    prompt_seconds: float | None = None
+    """The batch's prompt time divided by its sequences. This and the next three are None without decoding."""
+    seconds: float | None = None
+    """The batch's time for the N decoding steps, divided by its sequences."""
+    cache_bytes: float | None = None
+    """Bytes of the batch's cache at the end, divided by its sequences."""
+    peak_memory: int | None = None
+    """Most bytes that the GPU held during the batch, weights included; None on a CPU."""
+
+
+class SequenceRecords(RecordFile[SequenceRecord]):
+    """The finished sequences of an evaluation, in a file."""
+
+    kind = "an evaluation of rows"
+
+    def parse(self, values: dict[str, Any]) -> SequenceRecord:
+        return SequenceRecord(**{**values, "full_steps": numbered_layers(values["full_steps"])})
+
+
+def sequence_losses(
+    model: nn.Module,
+    ids: Tensor,
+    simulation: Simulation | None = None,
+    last: int | None = None,
+    trace: Trace | None = None,
+) -> Tensor:
+    """Next-token losses in nats, (B, n) float32, of the last n = `last` tokens of ids (B, T); of T - 1 tokens if None.
+
+    simulation: None is full attention. trace: receives the full steps of the pass. The model computes the logits of the
+    last n positions only, in its own dtype; at most `LOGITS_AT_ONCE` of them are converted to float32 at a time.
+    """
+    count = ids.shape[1] - 1 if last is None else last
+    extra = {} if simulation is None else {"simulation": simulation, "trace": trace}
+    logits = model(ids, use_cache=False, logits_to_keep=count + 1, **extra).logits[:, :-1]
+    chunk = max(1, LOGITS_AT_ONCE // (logits.shape[0] * logits.shape[2]))
+    parts = zip(logits.split(chunk, dim=1), ids[:, -count:].split(chunk, dim=1), strict=True)
+    return torch.cat(
+        [F.cross_entropy(part.float().transpose(1, 2), targets, reduction="none") for part, targets in parts], dim=1
+    )
+
+
+class Measurement:
+    """Measures the same sequences with one model, under one strategy after the other."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Dataset,
+        prompt_length: int,
+        batch_size: int,
+        stepwise: bool,
+        records: SequenceRecords | None,
+    ) -> None:
+        """Arguments: as those of `refreshkv.evaluation.perplexity.evaluate`."""
+        self.model, self.rows, self.prompt_length, self.batch_size = model, rows, prompt_length, batch_size
+        self.stepwise, self.records = stepwise, records
+        self.weights = "" if records is None else fingerprint(model)
+        self.caches = Caches(model)
+
+    def records_of(self, strategy: Strategy, numbers: list[int], bar: tqdm) -> list[SequenceRecord]:
+        """The records of the sequences with these numbers, in this order; computes those that no file has."""
+        bar.set_description(strategy.name)
+        found, missing = {}, []
+        for number in numbers:
+            known = self.records and self.records.get(self._key(strategy, number))
+            if known:
+                found[number] = known
+            else:
+                missing.append(number)
+        bar.update(len(found))
+        for start in range(0, len(missing), self.batch_size):
+            batch = missing[start : start + self.batch_size]
+            found |= dict(zip(batch, self._batch(strategy, batch), strict=True))
+            bar.update(len(batch))
+        return [found[number] for number in numbers]
+
+    def _batch(self, strategy: Strategy, numbers: list[int]) -> list[SequenceRecord]:
+        ids = self.rows[numbers]["input_ids"].to(self.model.device)
+        parallel = strategy.is_parallel and not self.stepwise
+        if parallel:
+            values = _in_one_pass(self.model, ids, self.prompt_length, strategy)
+        else:
+            values = _token_by_token(decode_known(self.model, ids, self.prompt_length, strategy, self.caches))
+        keys = [self._key(strategy, number) if self.records else "" for number in numbers]
+        made = [SequenceRecord(key, strategy.name, **own) for key, own in zip(keys, values, strict=True)]
+        if self.records:
+            self.records.add(made)
+        return made
+
+    def _key(self, strategy: Strategy, number: int) -> str:
+        ids = self.rows[number]["input_ids"].tolist()
+        decoded = self.stepwise or not strategy.is_parallel  # such a record has costs too
+        parts = [self.weights, strategy.settings, self.prompt_length, decoded, ids]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _in_one_pass(model: nn.Module, ids: Tensor, prompt_length: int, strategy: Strategy) -> list[dict[str, Any]]:
+    """Each sequence's losses and full steps, from a parallel pass."""
+    simulation = None if strategy.is_full else Simulation(prompt_length, strategy.config)
+    trace = Trace()
+    losses = sequence_losses(model, ids, simulation, last=ids.shape[1] - prompt_length, trace=trace).tolist()
+    if simulation is None:
+        return [{"losses": own, "full_steps": None} for own in losses]
+    if not trace.full_steps:
+        raise ValueError("the model took no notice of the simulation: call refreshkv.enable(model) before evaluate()")
+    counts = {layer: flags[:, prompt_length:].sum(1).tolist() for layer, flags in trace.full_steps.items()}
+    return [
+        {"losses": own, "full_steps": {layer: steps[i] for layer, steps in counts.items()}}
+        for i, own in enumerate(losses)
+    ]
+
+
+def _token_by_token(decoded: Decoded) -> list[dict[str, Any]]:
+    """Each sequence's losses, full steps and costs, from decoding."""
+    count = len(decoded.losses)
+    return [
+        {
+            "losses": own,
+            "full_steps": decoded.full_steps[i],
+            "prompt_seconds": decoded.prompt_seconds / count,
+            "seconds": decoded.seconds / count,
+            "cache_bytes": decoded.cache_bytes / count,
+            "peak_memory": decoded.peak_memory,
+        }
+        for i, own in enumerate(decoded.losses.tolist())
+    ]

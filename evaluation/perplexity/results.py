@@ -1,0 +1,124 @@
+"""Perplexities of several strategies on the same sequences."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from refreshkv.config import RefreshConfig
+from refreshkv.evaluation.costs import effective_stride
+
+
+@dataclass(frozen=True)
+class Result:
+    """Losses and costs of one strategy."""
+
+    name: str
+    config: RefreshConfig | None
+    """RefreshKV's schedule and selection; None for other strategies."""
+    budget: int | None
+    """Size K of the small cache in tokens; None for full attention."""
+    losses: list[float]
+    """(N,): next-token loss, in nats, of each scored position; mean over the sequences."""
+    standard_error: float | None
+    """Standard error of the mean loss over sequences; None for a single one."""
+    effective_strides: dict[int, float | None]
+    """Refreshed layer -> decoding steps per full step, over all sequences; None for a layer without a full step."""
+    prompt_seconds: float | None = None
+    """Time for one sequence's prompt. This and the next three are None if nothing was decoded token by token."""
+    seconds: float | None = None
+    """Time for one sequence's N decoding steps."""
+    cache_bytes: float | None = None
+    """Bytes of one sequence's cache at the end."""
+    peak_memory: int | None = None
+    """Most bytes that the GPU held during a batch, weights included; None also on a CPU."""
+    row_losses: list[float] = field(default_factory=list)
+    """Each sequence's mean loss over its scored tokens, in nats; empty if several processes shared the sequences."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the strategy is full attention."""
+        return self.budget is None
+
+    @property
+    def loss(self) -> float:
+        """Mean next-token loss of the last N tokens, in nats."""
+        return fmean(self.losses)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss of the last N tokens."""
+        return float(torch.tensor(self.loss, dtype=torch.float64).exp())
+
+    @property
+    def effective_stride(self) -> float | None:
+        """Decoding steps per full step over all layers; None for full attention, or if no step was full."""
+        return effective_stride(list(self.effective_strides.values()))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of several strategies on the same sequences."""
+
+    results: list[Result]
+    rows: int
+    """How many sequences."""
+    row_length: int
+    """T, tokens of each sequence."""
+    last_tokens: int
+    """N, scored tokens of each sequence."""
+    warnings: list[str] = field(default_factory=list)
+    """Settings under which the figures mean less than they seem to."""
+
+    @property
+    def full(self) -> Result:
+        """Full attention's result; `ValueError` if it was not among the strategies."""
+        for result in self.results:
+            if result.is_full:
+                return result
+        raise ValueError("full attention was not evaluated: there is nothing to compare with")
+
+    def ratio(self, result: Result) -> float:
+        """The strategy's perplexity divided by full attention's."""
+        return result.perplexity / self.full.perplexity
+
+    def gap(self, result: Result) -> float:
+        """The strategy's perplexity minus full attention's."""
+        return result.perplexity - self.full.perplexity
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with the properties that readers look for (perplexity, ...)."""
+        values = dataclasses.asdict(self)
+        for result, entry in zip(self.results, values["results"], strict=True):
+            for name in ("loss", "perplexity", "effective_stride"):
+                entry[name] = getattr(result, name)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Evaluation":
+        """Reads what `to_dict` wrote, also from JSON, where layer numbers are text."""
+        names = [item.name for item in dataclasses.fields(Result)]
+        results = []
+        for entry in values["results"]:
+            kept = {name: entry[name] for name in names if name in entry}
+            if kept["config"] is not None:
+                kept["config"] = RefreshConfig.from_dict(kept["config"])
+            kept["effective_strides"] = {int(layer): stride for layer, stride in kept["effective_strides"].items()}
+            results.append(Result(**kept))
+        return cls(results, *(values[name] for name in ("rows", "row_length", "last_tokens", "warnings")))
+
+
+def gap_closed(before: Evaluation, after: Evaluation) -> dict[str, float | None]:
+    """Share of each strategy's gap that training closed: `1 - gap(after) / gap(before)`; negative if the gap grew.
+
+    The gap is the strategy's perplexity minus full attention's with the same model. None where `before` had no gap.
+    Strategies that only one of the two evaluations has are left out.
+    """
+    earlier = {result.name: before.gap(result) for result in before.results if not result.is_full}
+    return {
+        result.name: 1 - after.gap(result) / earlier[result.name] if earlier[result.name] > 0 else None
+        for result in after.results
+        if result.name in earlier
+    }

@@ -1,0 +1,89 @@
+"""What all reports share: how and where they were made, the folder they go to, and figures that may be left out."""
+
+import datetime
+import functools
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from refreshkv.settings import SettingsError
+
+ROWS_FILE = "rows.jsonl"
+"""In a report's folder: the finished sequences of a perplexity."""
+EXAMPLES_FILE = "examples.jsonl"
+"""In a report's folder: the finished examples of tasks, with every answer."""
+LIBRARIES = ("refreshkv", "torch", "transformers", "datasets")
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """How and where a report was made: the command, the date, the libraries' versions and the hardware."""
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in LIBRARIES},
+        },
+        "hardware": hardware(),
+    }
+
+
+def hardware() -> str:
+    """The GPUs, or the CPU, that torch uses."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def open_output(folder: str | Path, names: tuple[str, ...], overwrite: bool, resume: bool = False) -> Path:
+    """Creates a report's folder before the work begins, and checks that it can be written to.
+
+    Args:
+        names: the files that the evaluation writes.
+        overwrite: remove those that are there.
+        resume: keep them; the evaluation continues.
+
+    Raises `SettingsError` if the folder has one of the files and neither is wanted, or if it is not writable.
+    """
+    folder = Path(folder)
+    existing = [name for name in names if (folder / name).exists()]
+    if existing and not overwrite and not resume:
+        raise SettingsError(
+            f"--output {folder} already holds {existing[0]}: continue that with --resume, replace it with --overwrite, "
+            "or choose another folder"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            for name in existing:
+                (folder / name).unlink()
+    except OSError as error:
+        raise SettingsError(f"--output {folder} cannot be written to: {error.strerror or error}") from error
+    if not os.access(folder, os.W_OK):
+        raise SettingsError(f"--output {folder} is not writable: choose another folder")
+    return folder
+
+
+def drawn(name: str, draw: Callable[[], bytes]) -> bytes | None:
+    """Calls `draw`, which imports matplotlib and returns the figure as PNG.
+
+    Without matplotlib it prints one line that says how to get the figure `name`, and returns None.
+    """
+    try:
+        return draw()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        _say_left_out(name)
+        return None
+
+
+@functools.cache
+def _say_left_out(name: str) -> None:
+    """Prints the line once for each figure, however often its report is written."""
+    print(f"{name} is left out, for matplotlib is not installed: pip install 'refreshkv[eval]'")

@@ -1,1 +1,0 @@
-"""Suites: tables and figures of a paper, measured for other models."""

@@ -1,0 +1,1 @@
+"""Suites: tables and figures of a paper, measured with other models."""

@@ -1,0 +1,1 @@
+"""Scores of tasks whose answers the model generates."""

@@ -1,0 +1,201 @@
+"""What one call of a model tells its attention modules: the simulation, the trace and the cache.
+
+Decoders differ in what they hand down to their layers: StableLM and Nemotron drop keywords that they do not know, and
+OLMo 3 and NanoChat replace `use_cache`. So nothing travels through the layers here. A hook on the model takes
+`simulation=` and `trace=` out of the call and keeps them in the model's `ModelCalls`. A hook on each attention module
+reads them there and adds them to the keywords that transformers passes on to the attention function.
+
+Under activation checkpointing a backward pass computes layers again, after the call has ended and perhaps after another
+one. Each forward pass makes position embeddings of its own, and the repeated layer gets the same ones: they identify
+the call that the layer belonged to. A layer that cannot be identified is refused, never computed with other settings.
+"""
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.cache_utils import StaticLayer
+
+from refreshkv.cache.preallocated import PreallocatedCache
+from refreshkv.config import Simulation, Trace
+
+NAME = "refreshkv"
+"""The name under which the attention is registered with transformers."""
+
+KEYWORDS = ("simulation", "refresh", "trace")
+"""What a model's call may be given; `refresh` is the older name of `simulation`."""
+
+
+@dataclass
+class ModelCall:
+    """One running call of a model."""
+
+    owner: nn.Module
+    """The module that was called: the whole model, or its decoder without the output layer."""
+    simulation: Simulation | None
+    trace: Trace | None
+    uses_cache: bool
+    """Whether the call decodes from a `PreallocatedCache`."""
+    has_gradients: bool
+    thread: int
+    layers: set[int] = field(default_factory=set)
+    """Numbers of the layers whose attention followed the simulation or the cache so far."""
+
+
+class ModelCalls:
+    """The running calls of one model, shared by the model, its decoder and its attention modules.
+
+    refreshable: the numbers of the full-attention layers. prompt_attention: transformers' attention for prompts.
+    """
+
+    def __init__(self, refreshable: frozenset[int], prompt_attention: str):
+        self.refreshable, self.prompt_attention = refreshable, prompt_attention
+        self.running: list[ModelCall] = []
+        self.ended = WeakTensorKeyDictionary()
+        """From a pass's position embeddings to its simulation and trace, for as long as a backward pass may come."""
+        self.had_gradients = False
+        """Whether any simulated call had gradients."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"refreshable": self.refreshable, "prompt_attention": self.prompt_attention}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def innermost(self) -> ModelCall | None:
+        """The innermost call that runs in this thread."""
+        if not self.running:  # also what a compiled decoding step finds
+            return None
+        thread = _thread()
+        return next((call for call in reversed(self.running) if call.thread == thread), None)
+
+    def begin(self, call: ModelCall) -> None:
+        """Opens a call, unless the call around it has the same simulation and trace."""
+        around = self.innermost()
+        if around is None or around.simulation is not call.simulation or around.trace is not call.trace:
+            self.running.append(call)
+        if call.simulation is not None and call.has_gradients:
+            self.had_gradients = True
+
+    def settings_for(self, module: nn.Module, keywords: dict[str, Any]) -> tuple[Simulation | None, Trace | None]:
+        """The simulation and trace for an attention module that is called with these keywords.
+
+        Raises `RuntimeError` in a backward pass that does not tell which call the layer belonged to.
+        """
+        call = self.innermost()
+        embeddings = _position_embeddings(keywords)
+        if call is not None:
+            if call.has_gradients and embeddings is not None and not torch.compiler.is_compiling():
+                self.ended[embeddings] = call.simulation, call.trace
+            return call.simulation, call.trace
+        if not self.had_gradients or torch.compiler.is_compiling():
+            return None, None
+        if embeddings is not None and embeddings in self.ended:
+            return self.ended[embeddings]
+        if torch._C._current_graph_task_id() == -1:  # not in a backward pass: the layer was called by itself
+            return None, None
+        raise RuntimeError(
+            f"activation checkpointing: layer {module.layer_idx} is computed again without the position embeddings of "
+            "its forward pass, so its simulation is unknown: turn checkpointing off for this model"
+        )
+
+    def note(self, layer: int) -> None:
+        """Counts a layer whose attention follows the running call's simulation or cache."""
+        if not torch.compiler.is_compiling() and (call := self.innermost()) is not None:
+            call.layers.add(layer)
+
+    def end(self, owner: nn.Module, is_complete: bool) -> None:
+        """Closes the call of `owner`, if it opened one; raises `RuntimeError` if it is complete and layers lacked."""
+        if not self.running or self.running[-1].owner is not owner:
+            return
+        call = self.running.pop()
+        if not is_complete or torch.compiler.is_compiling():
+            return
+        missing = sorted(self.refreshable - call.layers)
+        if missing and (call.simulation is not None or call.uses_cache):
+            what = "the simulation" if call.simulation is not None else "decoding from the cache"
+            raise RuntimeError(
+                f"layers {missing} of {type(owner).__name__} took no part in {what}: their attention does not go "
+                "through the attention interface in this pass; with activation checkpointing and a cache, call "
+                "model.eval() first"
+            )
+
+
+def attach(model: nn.Module, decoder: nn.Module, modules: list[nn.Module], calls: ModelCalls) -> None:
+    """Registers the hooks on the model, its decoder (which may be the model itself) and its attention modules."""
+    for module, begin in {model: _begin_call, decoder: _begin_decoder_call}.items():
+        if not hasattr(module, "refreshkv_calls"):
+            module.register_forward_pre_hook(begin, with_kwargs=True)
+            module.register_forward_hook(_end_call, always_call=True)
+        module.refreshkv_calls = calls
+    for module in modules:
+        if not hasattr(module, "refreshkv_calls"):
+            module.register_forward_pre_hook(_add_keywords, with_kwargs=True)
+        module.refreshkv_calls = calls
+
+
+def _begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Before the model: opens a call. The keywords stay, for the decoder's hook."""
+    cache = kwargs.get("past_key_values")
+    _refuse_other_uses(module, cache, kwargs)
+    given = [name for name in KEYWORDS if name in kwargs]
+    if torch.compiler.is_compiling() and not given:
+        return  # a decoding step changes no state on the host; attention modules find the cache in their own keywords
+    if kwargs.get("simulation") is not None and kwargs.get("refresh") is not None:
+        raise ValueError("refresh= is the older name of simulation=: pass one of them")
+    simulation = kwargs.get("simulation") or kwargs.get("refresh")
+    calls, is_ours = module.refreshkv_calls, isinstance(cache, PreallocatedCache)
+    if simulation is not None and is_ours:
+        raise ValueError("simulation=Simulation(...) and a RefreshCache exclude each other: pass one of them")
+    if given or calls.innermost() is None:
+        trace = kwargs.get("trace")
+        calls.begin(ModelCall(module, simulation, trace, is_ours, torch.is_grad_enabled(), _thread()))
+
+
+def _begin_decoder_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Before the decoder: opens a call, and takes the keywords out of it, which no layer knows."""
+    _begin_call(module, args, kwargs)
+    return args, {name: value for name, value in kwargs.items() if name not in KEYWORDS}
+
+
+def _end_call(module: nn.Module, args: tuple, output: Any) -> None:
+    """After the model or its decoder, also where an error broke it off: then there is no output."""
+    module.refreshkv_calls.end(module, is_complete=output is not None)
+
+
+def _add_keywords(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Before an attention module: adds what `refresh_attention` needs to the keywords."""
+    calls, cache = module.refreshkv_calls, kwargs.get("past_key_values")
+    simulation, trace = calls.settings_for(module, kwargs)
+    added = {"prompt_attention": calls.prompt_attention}
+    if simulation is not None:
+        added.update(simulation=simulation, trace=trace)
+    if isinstance(cache, PreallocatedCache):
+        added["refresh_cache"] = cache
+    return args, {**kwargs, **added}
+
+
+def _refuse_other_uses(module: nn.Module, cache: Any, kwargs: dict[str, Any]) -> None:
+    if isinstance(cache, PreallocatedCache):
+        if kwargs.get("use_cache") is False:
+            raise ValueError(f"use_cache=False and a {type(cache).__name__} exclude each other: leave one out")
+    elif module.config._attn_implementation == NAME and any(
+        isinstance(layer, StaticLayer) for layer in getattr(cache, "layers", ())
+    ):
+        raise ValueError(
+            "the refresh attention has no use for a static cache: pass past_key_values=RefreshCache(...), or for "
+            'ordinary attention model.set_attn_implementation("sdpa")'
+        )
+
+
+def _position_embeddings(keywords: dict[str, Any]) -> Tensor | None:
+    """The first tensor of a layer's position embeddings; None if the layer is given none."""
+    embeddings = keywords.get("position_embeddings")
+    return embeddings[0] if isinstance(embeddings, tuple) else embeddings
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()

@@ -1,0 +1,112 @@
+"""The plain transformers model of a training checkpoint, put together from the files of all ranks."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from refreshkv.cache.refresh import saved_config
+from refreshkv.train.config import RunConfig
+from refreshkv.train.export_error import ExportError, one_line
+from refreshkv.train.run_folder import STATE_FILE, State, finished_checkpoints, read_run, read_state
+
+MODULE_STATES = "mp_rank_00_model_states.pt"
+"""DeepSpeed's file with the whole model, which it writes at ZeRO stage 0."""
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """`folder` if it is a finished checkpoint, else the newest one of the run in it; `ExportError` if there is none."""
+    if not folder.is_dir():
+        raise ExportError(f"CHECKPOINT: there is no folder {folder}")
+    if (folder / STATE_FILE).is_file() and folder.suffix != ".partial":
+        return folder
+    finished = finished_checkpoints(folder)
+    if finished:
+        return finished[-1]
+    if folder.name.startswith("step-"):
+        raise ExportError(
+            f"CHECKPOINT: {folder} was not finished; give the run's folder to take its newest finished one"
+        )
+    raise ExportError(f"CHECKPOINT: {folder} is neither a finished checkpoint nor a run that has one")
+
+
+def read_checkpoint(checkpoint: Path) -> tuple[RunConfig, State]:
+    """The settings and the state of a checkpoint; `ExportError` if they cannot be read."""
+    try:
+        return read_run(checkpoint), read_state(checkpoint)
+    except (ValueError, TypeError, OSError) as error:
+        raise ExportError(f"CHECKPOINT: {checkpoint} is damaged: {one_line(error)}") from error
+
+
+def consolidated_weights(checkpoint: Path, zero_stage: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The model's weights by name, put together from the ranks' files and rounded to `dtype`."""
+    try:
+        weights = _module_weights(checkpoint) if zero_stage == 0 else _master_weights(checkpoint)
+        return {name: _rounded(weight, dtype) for name, weight in weights.items()}
+    except Exception as error:  # what a damaged file raises depends on where the damage is
+        raise ExportError(f"CHECKPOINT: {checkpoint} is damaged or incomplete: {one_line(error)}") from error
+
+
+def _module_weights(checkpoint: Path) -> dict[str, Tensor]:
+    return torch.load(checkpoint / MODULE_STATES, map_location="cpu", mmap=True, weights_only=False)["module"]
+
+
+def _master_weights(checkpoint: Path) -> dict[str, Any]:
+    """The float32 weights of ZeRO 1 to 3. At stage 3 each is put together when its `contiguous()` is called."""
+    with redirect_stdout(io.StringIO()):  # DeepSpeed prints its progress
+        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
+
+
+def _rounded(weight: Any, dtype: torch.dtype) -> Tensor:
+    tensor = weight.contiguous()
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def checkpoint_model(checkpoint: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a checkpoint's configuration with these weights; `ExportError` unless each has its place."""
+    try:
+        config = AutoConfig.from_pretrained(checkpoint / "model")
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(f"CHECKPOINT: {checkpoint / 'model'} holds no known model: {one_line(error)}") from error
+    saved_config(config)
+    with quiet_transformers():
+        model, loading = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # reported below, with the others
+            output_loading_info=True,
+        )
+    validate_loading(checkpoint, loading)
+    return model
+
+
+def validate_loading(checkpoint: Path | str, loading: dict[str, Any]) -> None:
+    """Raises `ExportError` if weights are missing, left over or of another shape. loading: of `from_pretrained`."""
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading[problem]:
+            names = sorted(str(key) for key in loading[problem])
+            raise ExportError(
+                f"{checkpoint} does not fit its model's config.json: {problem.replace('_', ' ')} {', '.join(names[:3])}"
+                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silences transformers' report of keys that do not fit; `validate_loading` reports them."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)

@@ -1,0 +1,86 @@
+"""The two checks of an export: it computes what the checkpoint does, and decoding equals the parallel form."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import refreshkv
+from refreshkv import RefreshCache, RefreshConfig, Simulation
+from refreshkv.cache.refresh import saved_config
+from refreshkv.train.checkpoint_model import quiet_transformers, validate_loading
+from refreshkv.train.export_error import ExportError
+
+CHECKED_ROWS, CHECKED_LENGTH = 3, 64
+"""Number of random rows in the two checks, and of tokens in a row (fewer if the model cannot take as many)."""
+
+DECODING_TOLERANCE = 1e-3
+"""Largest difference between decoding and the parallel form in float32, as a share of the largest logit."""
+
+
+def check_export(folder: Path, rows: Tensor, logits: Tensor) -> tuple[float, float]:
+    """Loads the model in `folder` and compares it with the checkpoint's; returns the largest logit difference of each.
+
+    The model must compute `logits` (B, T, V) from `rows` (B, T), and decoding must equal its parallel form. Raises
+    `ExportError` if one of the differences is too large.
+    """
+    model = _reload(folder)
+    reload_difference = (logits_of(model, rows) - logits).abs().max().item()
+    tolerance = torch.finfo(model.dtype).eps * logits.abs().max().item()  # the same weights: at most another rounding
+    if not reload_difference <= tolerance:
+        raise ExportError(
+            f"the reloaded model is not the checkpoint's: logits differ by {reload_difference:.1e}, more than "
+            f"{tolerance:.1e}; nothing was exported"
+        )
+    decode_difference, scale = decoding_difference(refreshkv.enable(model.float()), rows)
+    if not decode_difference <= DECODING_TOLERANCE * scale:
+        raise ExportError(
+            f"decoding does not equal the parallel form: logits differ by {decode_difference:.1e}, more than "
+            f"{DECODING_TOLERANCE:g} of the largest one ({scale:.1e}); nothing was exported"
+        )
+    return reload_difference, decode_difference
+
+
+def _reload(folder: Path) -> PreTrainedModel:
+    with quiet_transformers():
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    validate_loading("what was written", loading)
+    return model
+
+
+@torch.no_grad()
+def decoding_difference(model: PreTrainedModel, rows: Tensor) -> tuple[float, float]:
+    """The difference between decoding `rows` (B, T) token by token and the parallel form, and the largest logit.
+
+    The schedule and the selection are the model's own, except for a budget and a stride that are small enough to matter
+    in rows this short. The difference is the median over the rows of each row's largest: where two scores are equal up
+    to rounding, the two forms may select different tokens, and one row then differs without a fault.
+    """
+    prompt_length = max(1, 3 * rows.shape[1] // 4)
+    config = _constraining(saved_config(model.config), prompt_length)
+    parallel = model(rows, simulation=Simulation(prompt_length, config), use_cache=False).logits
+    cache = RefreshCache(config=model.config, refresh=config, max_cache_len=rows.shape[1])
+    blocks = [rows[:, :prompt_length], *rows[:, prompt_length:].split(1, dim=1)]
+    decoded = [model(block, past_key_values=cache, use_cache=True).logits for block in blocks]
+    differences = (torch.cat(decoded, dim=1) - parallel).abs().flatten(1).amax(dim=1)
+    return differences.median().item(), parallel.abs().max().item()
+
+
+def _constraining(config: RefreshConfig, prompt_length: int) -> RefreshConfig:
+    """`config` with a budget and a stride that leave tokens out and refresh within a short row."""
+    return replace(config, budget=max(1, prompt_length // 3), stride=min(config.stride, 5))
+
+
+def random_rows(model: PreTrainedModel) -> Tensor:
+    """Token ids (B, T), the same for every model with this vocabulary and maximal length."""
+    config = model.config.get_text_config(decoder=True)
+    length = min(CHECKED_LENGTH, getattr(config, "max_position_embeddings", None) or CHECKED_LENGTH)
+    return torch.randint(config.vocab_size, (CHECKED_ROWS, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, rows: Tensor) -> Tensor:
+    """Logits (B, T, V) of full attention in float32."""
+    return model(rows, use_cache=False).logits.float()
