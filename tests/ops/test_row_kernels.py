@@ -192,8 +192,12 @@ SHORT_TAILS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("heads_first", [False, True])
-@pytest.mark.parametrize("name", SHORT_TAILS)
+@pytest.mark.parametrize(
+    ("name", "heads_first"),
+    [(name, False) for name in SHORT_TAILS]
+    + [("full steps in the tail", True)]
+    + [pytest.param(name, True, marks=pytest.mark.slow) for name in SHORT_TAILS if name != "full steps in the tail"],
+)
 def test_whole_sequences_with_a_short_tail(monkeypatch, name, heads_first):
     """By the stand-in for cuDNN; the upstream gradient in the output's layout, and in another."""
     monkeypatch.setattr(cudnn, "attend", dense_attend)
@@ -263,7 +267,7 @@ def assert_naive_selection(query, key, plan, options, scaling):
     assert_same_selection(found, wanted, plan.full_positions, plan.droppable)
 
 
-@pytest.mark.parametrize("name", slow_unless(QUICK, CASES))
+@pytest.mark.parametrize("name", slow_unless(("a fraction of padded rows", "observers and windows"), CASES))
 def test_selection(name):
     """Exactly the naive form's positions, rank by rank as far as the ranks are told apart."""
     rows, length, prompt, groups, kv_heads, head_dim, config, padding = CASES[name]
@@ -324,8 +328,8 @@ def test_ties_go_to_the_lower_position(monkeypatch, sizes):
 
 
 @pytest.mark.parametrize("candidates", [1, 32, 256])
-def test_a_cut_guessed_from_a_sample_or_searched_everywhere(monkeypatch, candidates):
-    """Few positions sampled: with few places for those in doubt the slow search has to finish, with many it has not."""
+def test_a_threshold_among_candidates_or_searched_everywhere(monkeypatch, candidates):
+    """Few positions are sampled: with room for few candidates the whole row is searched, with much room it is not."""
     monkeypatch.setattr(ranking, "SAMPLE", 32)
     monkeypatch.setattr(ranking, "CANDIDATES", candidates)
     query, key, _ = inputs(2, 300, 2, 1, 16)

@@ -1,7 +1,10 @@
-"""Triton kernels for the selection: scores of all full steps in bounded chunks, and the best positions of each.
+"""The selections of all full steps of a pass, by Triton: their scores in bounded chunks, then `top_k` of each.
 
-Shapes: `B` batch rows, `C` checks, `O` observing queries, `H` query heads, `Hkv` key/value heads, `G = H / Hkv`, `D`
-head size, `L` keys, `W` slots of a selection.
+Scores are float32 probabilities; `top_k` pools them on the fly. A row is the scores of one full step of one batch row
+and key/value head.
+
+Shapes: `B` batch rows, `C` decision steps, `O` observing queries, `H` query heads, `Hkv` key/value heads,
+`G = H / Hkv`, `D` head size, `L` keys, `W` slots of a selection.
 """
 
 import torch
@@ -27,9 +30,10 @@ from refreshkv.ops.tiles import LOG2E, MANY_PROGRAMS, block_sizes, on_its_device
 MAX_SCORES = 2**27
 """Scores held at once, 4 bytes each: 512 MiB."""
 
-COLLECT_WARPS = 4
 BLOCK = 1024
 """Scores of a row taken at once."""
+
+COLLECT_WARPS = 4
 
 SAMPLE = 1024
 """Positions that a row's threshold is bracketed from, at least."""
@@ -50,23 +54,24 @@ LARGEST_SORT = 4096
 """Selections up to this wide are sorted in one program, wider ones by torch."""
 
 
-@triton.jit(do_not_specialize=["shift", "checks", "splits"])
+@triton.jit(do_not_specialize=["shift", "decisions", "splits"])
 def _log_sum_exp(
     query_ptr, key_ptr, position_ptr, padding_ptr, lse_ptr,
-    query_b, query_h, query_t, key_b, key_h, key_t, checks, splits, shift, scale,
+    query_b, query_h, query_t, key_b, key_h, key_t, decisions, splits, shift, scale,
     G: tl.constexpr, OBSERVERS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of every observing query of every full step, over each of its keys' splits: (splits, B, H, C, O), in units of
-    log 2."""
+    """Writes the log-sum-exp of every observing query of every full step over each split of its keys:
+    (splits, B, H, C, O), in units of log 2. A row is a triple (decision step, observer, head of the group)."""
     tile, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     head = kv_head * G + row % G
     observer = (row // G) % OBSERVERS
-    check = row // (G * OBSERVERS)
+    decision = row // (G * OBSERVERS)
     padding = tl.load(padding_ptr + batch).to(tl.int32)
-    anchor = tl.load(position_ptr + batch * checks + check, mask=check < checks, other=-1).to(tl.int32)
+    # [BLOCK_M]
+    anchor = tl.load(position_ptr + batch * decisions + decision, mask=decision < decisions, other=-1).to(tl.int32)
     position = anchor - (OBSERVERS - 1) + observer
     exists = (anchor >= 0) & (position >= padding)
     last = tl.max(tl.where(exists, position, -1), 0)
@@ -75,6 +80,7 @@ def _log_sum_exp(
     column = tl.arange(0, DP)
     in_head = column < D
     query_row = query_ptr + batch * query_b + head.to(tl.int64) * query_h + (position.to(tl.int64) - shift) * query_t
+    # [BLOCK_M, DP]
     query = tl.load(query_row[:, None] + column[None, :], mask=exists[:, None] & in_head[None, :], other=0.0)
     keys = key_ptr + batch * key_b + kv_head.to(tl.int64) * key_h
     highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -84,6 +90,7 @@ def _log_sum_exp(
     for start in range(begin, tl.minimum(begin + share, last + 1), BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
         here = (token <= last)[:, None] & in_head[None, :]
+        # [BLOCK_N, DP]
         key = tl.load(keys + token.to(tl.int64)[:, None] * key_t + column[None, :], mask=here, other=0.0)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         visible = token[None, :] <= position[:, None]
@@ -93,18 +100,19 @@ def _log_sum_exp(
         total = total * tl.exp2(highest - safe) + tl.sum(tl.exp2(logits - safe[:, None]), 1)
         highest = higher
     heads = tl.num_programs(1) * G
-    row = ((split * tl.num_programs(2) + batch) * heads + head) * checks + check
+    row = ((split * tl.num_programs(2) + batch) * heads + head) * decisions + decision
     place = row * OBSERVERS + observer
     tl.store(lse_ptr + place, highest + tl.log2(tl.where(total > 0, total, 1.0)), mask=exists)
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def _merge_splits(split_ptr, lse_ptr, rows, splits, BLOCK: tl.constexpr):
-    """The log-sum-exp over all keys from those over the splits, (splits, rows) -> (rows), in units of log 2."""
+    """Merges the log-sum-exps over splits of the keys into one: (splits, rows) -> (rows), in units of log 2."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     highest = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
+        # [BLOCK]
         lse = tl.load(split_ptr + split * rows + row, mask=row < rows, other=-float("inf"))
         higher = tl.maximum(highest, lse)
         safe = tl.where(higher == -float("inf"), 0.0, higher)
@@ -113,20 +121,22 @@ def _merge_splits(split_ptr, lse_ptr, rows, splits, BLOCK: tl.constexpr):
     tl.store(lse_ptr + row, highest + tl.log2(tl.where(total > 0, total, 1.0)), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["shift", "checks", "first", "steps"])
+@triton.jit(do_not_specialize=["shift", "decisions", "first", "steps"])
 def _scores(
     query_ptr, key_ptr, position_ptr, padding_ptr, lse_ptr, score_ptr,
-    query_b, query_h, query_t, key_b, key_h, key_t, checks, first, steps, length, kv_heads, shift, scale,
+    query_b, query_h, query_t, key_b, key_h, key_t, decisions, first, steps, length, kv_heads, shift, scale,
     G: tl.constexpr, OBSERVERS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of a chunk of checks: probabilities, maximum over the group, mean over the observers: (B, Hkv, steps, L)."""
+    """Writes the scores of a chunk of decision steps: probabilities, their maximum over the group, its mean over the
+    observers: (B, Hkv, steps, L)."""
     block, tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_head, batch = pair % kv_heads, (pair // kv_heads).to(tl.int64)
     step = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    check = first + step
+    decision = first + step
     padding = tl.load(padding_ptr + batch).to(tl.int32)
-    anchor = tl.load(position_ptr + batch * checks + check, mask=step < steps, other=-1).to(tl.int32)
+    # [BLOCK_M]
+    anchor = tl.load(position_ptr + batch * decisions + decision, mask=step < steps, other=-1).to(tl.int32)
     start = block * BLOCK_N
     if (start > tl.max(anchor, 0)) | (start + BLOCK_N <= padding):
         return
@@ -135,6 +145,7 @@ def _scores(
     in_head = column < D
     keys = key_ptr + batch * key_b + kv_head.to(tl.int64) * key_h
     here = (token < length)[:, None] & in_head[None, :]
+    # [BLOCK_N, DP]
     key = tl.load(keys + token.to(tl.int64)[:, None] * key_t + column[None, :], mask=here, other=0.0)
     score = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for observer in range(OBSERVERS):
@@ -144,8 +155,9 @@ def _scores(
         for member in range(G):
             head = (kv_head * G + member).to(tl.int64)
             query_row = query_ptr + batch * query_b + head * query_h + (position.to(tl.int64) - shift) * query_t
+            # [BLOCK_M, DP], then [BLOCK_M]
             query = tl.load(query_row[:, None] + column[None, :], mask=exists[:, None] & in_head[None, :], other=0.0)
-            place = ((batch * kv_heads * G + head) * checks + check) * OBSERVERS + observer
+            place = ((batch * kv_heads * G + head) * decisions + decision) * OBSERVERS + observer
             lse = tl.load(lse_ptr + place, mask=exists, other=0.0)
             logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
             best = tl.maximum(best, logits - lse[:, None])
@@ -159,24 +171,25 @@ def _scores(
 
 
 @triton.jit
-def _full_step(position_ptr, padding_ptr, budget_ptr, checks, first_check, kv_heads):
+def _full_step(position_ptr, padding_ptr, budget_ptr, decisions, first_decision, kv_heads):
     """The program's full step: the first position of its row, the last, how many to keep, and the row among those of
     the chunk."""
     step, pair = tl.program_id(0), tl.program_id(1)
     batch = (pair // kv_heads).to(tl.int64)
-    last = tl.load(position_ptr + batch * checks + first_check + step).to(tl.int32)
+    last = tl.load(position_ptr + batch * decisions + first_decision + step).to(tl.int32)
     first = tl.load(padding_ptr + batch).to(tl.int32)
     keep = tl.minimum(tl.load(budget_ptr + batch).to(tl.int32), last + 1 - first)
     return first, last, keep, pair.to(tl.int64) * tl.num_programs(0) + step
 
 
-@triton.jit(do_not_specialize=["checks", "first_check"])
+@triton.jit(do_not_specialize=["decisions", "first_decision"])
 def _bracket(
-    score_ptr, position_ptr, padding_ptr, budget_ptr, bracket_ptr, checks, first_check, length, kv_heads, recent, sinks,
+    score_ptr, position_ptr, padding_ptr, budget_ptr, bracket_ptr,
+    decisions, first_decision, length, kv_heads, recent, sinks,
     POOL: tl.constexpr, SAMPLE: tl.constexpr, MARGIN: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """The brackets of each full step's threshold: (B, Hkv, steps, 2)."""
-    first, last, keep, row = _full_step(position_ptr, padding_ptr, budget_ptr, checks, first_check, kv_heads)
+    first, last, keep, row = _full_step(position_ptr, padding_ptr, budget_ptr, decisions, first_decision, kv_heads)
     if last < 0:
         return
     scores = score_ptr + row * length
@@ -185,15 +198,15 @@ def _bracket(
     tl.store(bracket_ptr + 2 * row + 1, high)
 
 
-@triton.jit(do_not_specialize=["checks", "first_check"])
+@triton.jit(do_not_specialize=["decisions", "first_decision"])
 def _collect(
     score_ptr, position_ptr, padding_ptr, budget_ptr, bracket_ptr, candidate_ptr, count_ptr, chosen_ptr,
-    checks, first_check, length, width, kv_heads, recent, sinks,
+    decisions, first_decision, length, width, kv_heads, recent, sinks,
     POOL: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """What is above goes into the lists of chosen entries (B, Hkv, steps, 2, W), the candidates into theirs
     (B, Hkv, steps, 2, CANDIDATES). Counts of both: (B, Hkv, steps, 2)."""
-    first, last, keep, row = _full_step(position_ptr, padding_ptr, budget_ptr, checks, first_check, kv_heads)
+    first, last, keep, row = _full_step(position_ptr, padding_ptr, budget_ptr, decisions, first_decision, kv_heads)
     if last < 0:
         return
     scores, chosen = score_ptr + row * length, chosen_ptr + row * 2 * width
@@ -207,14 +220,14 @@ def _collect(
     tl.store(count_ptr + 2 * row + 1, between)
 
 
-@triton.jit(do_not_specialize=["checks", "first_check"])
+@triton.jit(do_not_specialize=["decisions", "first_decision"])
 def _resolve(
     score_ptr, position_ptr, padding_ptr, budget_ptr, bracket_ptr, candidate_ptr, count_ptr, chosen_ptr,
-    checks, first_check, length, width, kv_heads, recent, sinks,
+    decisions, first_decision, length, width, kv_heads, recent, sinks,
     POOL: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Completes the chosen entries from the candidates; where the sample misled, searches the whole row."""
-    first, last, keep, row = _full_step(position_ptr, padding_ptr, budget_ptr, checks, first_check, kv_heads)
+    first, last, keep, row = _full_step(position_ptr, padding_ptr, budget_ptr, decisions, first_decision, kv_heads)
     if last < 0:
         return
     chosen, candidates = chosen_ptr + row * 2 * width, candidate_ptr + row * 2 * CANDIDATES
@@ -246,9 +259,9 @@ def _resolve_listed(
     resolve(token, ranking, exists, between, above, keep, low, high, chosen, chosen + width, None)
 
 
-@triton.jit(do_not_specialize=["checks", "first_check", "steps"])
+@triton.jit(do_not_specialize=["decisions", "first_decision", "steps"])
 def _order(
-    chosen_ptr, selected_ptr, checks, first_check, steps, width, kv_heads,
+    chosen_ptr, selected_ptr, decisions, first_decision, steps, width, kv_heads,
     WIDTH: tl.constexpr, DROPPABLE: tl.constexpr,
 ):  # fmt: skip
     """Positions by rank, best first, -1 past the end: (B, Hkv, C, W) int32. Only the last DROPPABLE ranks are put in
@@ -260,7 +273,7 @@ def _order(
     token = tl.load(chosen + slot, mask=slot < width, other=-1)
     ranking = tl.load(chosen + width + slot, mask=slot < width, other=0)
     exists = token >= 0
-    selected = selected_ptr + (pair * checks + first_check + step) * width
+    selected = selected_ptr + (pair * decisions + first_decision + step) * width
     if DROPPABLE >= WIDTH:
         entry = tl.sort(tl.where(exists, entry_of(ranking, token), -1), descending=True)
         tl.store(selected + slot, tl.where(entry >= 0, token_of(entry), -1), mask=slot < width)
@@ -281,16 +294,16 @@ def log_sum_exp(
     query (B, H, Q, D): the last Q positions; key (B, Hkv, L, D); positions (B, C); left_padding (B,).
     """
     batch, heads, queries, head_dim = query.shape
-    kv_heads, checks = key.shape[1], positions.shape[1]
+    kv_heads, decisions = key.shape[1], positions.shape[1]
     group = heads // kv_heads
     sizes = block_sizes("lse", query)
-    tiles = triton.cdiv(checks * observation_window * group, sizes["BLOCK_M"])
+    tiles = triton.cdiv(decisions * observation_window * group, sizes["BLOCK_M"])
     # few rows are spread over the GPU by splitting their keys
     splits = max(1, min(MANY_PROGRAMS // (tiles * kv_heads * batch), triton.cdiv(key.shape[2], sizes["BLOCK_N"])))
-    lse = query.new_empty(splits, batch, heads, checks, observation_window, dtype=torch.float32)
+    lse = query.new_empty(splits, batch, heads, decisions, observation_window, dtype=torch.float32)
     _log_sum_exp[tiles * splits, kv_heads, batch](
         query, key, positions, left_padding, lse,
-        *query.stride()[:3], *key.stride()[:3], checks, splits, key.shape[2] - queries, scaling * LOG2E,
+        *query.stride()[:3], *key.stride()[:3], decisions, splits, key.shape[2] - queries, scaling * LOG2E,
         G=group, OBSERVERS=observation_window, D=head_dim, DP=padded_head(head_dim), PRECISION=precision(query),
         **sizes,
     )  # fmt: skip
@@ -314,12 +327,12 @@ def select(
     positions, budgets, left_padding, width, droppable = steps
     pool_kernel, observation_window, recent_window, sink_tokens = options
     batch, heads, queries, head_dim = query.shape
-    kv_heads, length, checks = key.shape[1], key.shape[2], positions.shape[1]
+    kv_heads, length, decisions = key.shape[1], key.shape[2], positions.shape[1]
     if lse is None:
         lse = log_sum_exp(query, key, positions, left_padding, observation_window, scaling)
-    selected = torch.empty(batch, kv_heads, checks, width, dtype=torch.int32, device=query.device)
+    selected = torch.empty(batch, kv_heads, decisions, width, dtype=torch.int32, device=query.device)
     pairs = batch * kv_heads
-    chunk = min(checks, max(1, MAX_SCORES // (pairs * length)))
+    chunk = min(decisions, max(1, MAX_SCORES // (pairs * length)))
     score = torch.empty(pairs * chunk * length, dtype=torch.float32, device=query.device)
     candidates = torch.empty(pairs * chunk * 2 * CANDIDATES, dtype=torch.int32, device=query.device)
     brackets, counts = (torch.empty(pairs * chunk * 2, dtype=torch.int32, device=query.device) for _ in range(2))
@@ -327,29 +340,29 @@ def select(
     sizes = block_sizes("scores", query)
     sample = sample_size(length, width, SAMPLE, CANDIDATES, MARGIN)
     options = (kv_heads, recent_window, sink_tokens)
-    for first in range(0, checks, chunk):
-        count = min(chunk, checks - first)
+    for first in range(0, decisions, chunk):
+        count = min(chunk, decisions - first)
         chosen = torch.full((batch, kv_heads, count, 2, width), -1, dtype=torch.int32, device=query.device)
         grid = (triton.cdiv(length, sizes["BLOCK_N"]), triton.cdiv(count, sizes["BLOCK_M"]), pairs)
         _scores[grid](
             query, key, positions, left_padding, lse, score, *query.stride()[:3], *key.stride()[:3],
-            checks, first, count, length, kv_heads, length - queries, scaling * LOG2E,
+            decisions, first, count, length, kv_heads, length - queries, scaling * LOG2E,
             G=heads // kv_heads, OBSERVERS=observation_window, D=head_dim, DP=padded_head(head_dim),
             PRECISION=precision(query), **sizes,
         )  # fmt: skip
         rows = (score, positions, left_padding, budgets, brackets)
         _bracket[count, pairs](
-            *rows, checks, first, length, *options,
+            *rows, decisions, first, length, *options,
             POOL=pool_kernel, SAMPLE=sample, MARGIN=MARGIN, BITS=BITS, num_warps=8,
         )  # fmt: skip
-        lists = (candidates, counts, chosen, checks, first, length, width, *options)
+        lists = (candidates, counts, chosen, decisions, first, length, width, *options)
         shared = {"POOL": pool_kernel, "BLOCK": block, "CANDIDATES": CANDIDATES}
         _collect[count, pairs](*rows, *lists, **shared, num_warps=COLLECT_WARPS)
         _resolve[count, pairs](*rows, *lists, **shared, num_warps=4)
         if width <= LARGEST_SORT:
             padded = triton.next_power_of_2(width)
             _order[count, pairs](
-                chosen, selected, checks, first, count, width, kv_heads,
+                chosen, selected, decisions, first, count, width, kv_heads,
                 WIDTH=padded, DROPPABLE=droppable if droppable <= LARGEST_ORDER else padded,
                 num_warps=8 if width >= 1024 else 4,
             )  # fmt: skip
