@@ -74,7 +74,7 @@ def _exists(columns: int, positions: Tensor, left_padding: Tensor) -> Tensor:
 
 
 def pool(scores: Tensor, positions: Tensor, left_padding: Tensor, kernel: int) -> Tensor:
-    """Max-pools scores (B, Hkv, N, L) over neighbouring positions, centred; positions that do not exist take no part."""
+    """Max-pools scores (B, Hkv, N, L) over neighbouring positions, centred, among the positions that exist."""
     exists = _exists(scores.shape[-1], positions, left_padding)
     scores = scores.masked_fill(~exists, -torch.inf)
     pooled = F.max_pool1d(scores.flatten(0, 1), kernel, stride=1, padding=kernel // 2)
