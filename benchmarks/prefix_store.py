@@ -33,7 +33,6 @@ from measuring import SHAPE, add_shape, free_memory, random_llama
 from output import pyplot, save
 from refreshkv import RefreshCache, RefreshConfig, enable
 from refreshkv.baselines.full import FullCache
-from refreshkv.baselines.h2o import H2OCache
 from refreshkv.baselines.snapkv import SnapKVCache
 from refreshkv.baselines.streaming import StreamingCache
 from refreshkv.prefix.index import NearestSentence
@@ -42,7 +41,7 @@ from refreshkv.prefix.recycling import Reuse, recycle, store_prompts
 from refreshkv.prefix.store import PrefixStore
 from refreshkv.tables import column_table
 
-STRATEGIES = ("full", "dynamic", "refresh", "similarity", "streaming", "h2o", "snapkv")
+STRATEGIES = ("full", "dynamic", "refresh", "similarity", "streaming", "snapkv")
 SMALL = {"layers": 4, "hidden": 512, "intermediate": 1536, "heads": 8, "kv_heads": 2, "vocabulary": 4096}
 """The model's shape on a CPU."""
 NEW_TOKENS = 8
@@ -127,7 +126,6 @@ def make_cache(model, strategy: str, room: int):
         "refresh": lambda: RefreshCache(config, room, RefreshConfig()),
         "similarity": lambda: RefreshCache(config, room, RefreshConfig(stride=5, threshold=0.85)),
         "streaming": lambda: StreamingCache(config, room),
-        "h2o": lambda: H2OCache(config, room),
         "snapkv": lambda: SnapKVCache(config, room),
     }
     return makers[strategy]()
@@ -192,7 +190,7 @@ def time_overlap(model, strategy: str, length: int, overlap: float, args: argpar
 def compare(model, store: PrefixStore, strategy: str, length: int, overlap: float, repeat: int) -> dict[str, object]:
     first, second = pair(model, length, round(overlap * length))
     began = time.perf_counter()
-    store_prompts(store, first, torch.ones_like(first), with_queries=strategy == "h2o")
+    store_prompts(store, first, torch.ones_like(first))
     storing = time.perf_counter() - began
     answer(model, strategy, second, None)  # kernels are compiled, memory is taken
     initial = answer(model, strategy, second, store)[0]
@@ -268,7 +266,7 @@ def compare_pairs(model, args: argparse.Namespace) -> dict[str, object]:
         shared = [0, length, draw.randint(0, length)][min(2, number % 20)]
         first, second = pair(model, length, shared, seed=number + 1)
         with new_store(model, args) as store:
-            store_prompts(store, first, torch.ones_like(first), with_queries=strategy == "h2o")
+            store_prompts(store, first, torch.ones_like(first))
             runs = [answer(model, strategy, second, place) for place in (None, store)]
         tokens, logits = zip(*(decoded(model, *run[2:]) for run in runs), strict=True)
         same += tokens[0] == tokens[1]

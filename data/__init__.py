@@ -1,1 +1,1 @@
-"""From text to rows of tokens: `config` says what, `rows` prepares them once and loads them for training."""
+"""From text to sequences of tokens: `config` holds the settings, `rows` prepares a folder once and loads it."""

@@ -1,4 +1,4 @@
-"""The `data` section of a run: where the text comes from and how it becomes rows of tokens."""
+"""The `data` section of a run: where the text comes from and how it becomes sequences of tokens."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,38 +6,38 @@ from typing import Any
 from refreshkv.settings import SettingsError
 
 PYTHON_STDLIB = "python-stdlib"
-"""The `path` that needs no download: the library sources of the running Python."""
+"""The `path` of the running Python's library sources, which need no download."""
 
 PYTHON_PACKAGES = "python-packages"
-"""The `path` of the library sources of the running Python and of all packages installed for it."""
+"""The `path` of the running Python's library sources and those of all packages installed for it."""
 
 NUMPY_TESTS = "numpy-tests"
-"""The `path` of the test sources of the installed NumPy, which python-packages leaves out."""
+"""The `path` of the installed NumPy's tests, which python-packages leaves out."""
 
 GENERATED_TASKS = "tasks"
-"""The `path` of rows made from generated tasks."""
+"""The `path` of sequences made from generated tasks."""
 
 BUILT_IN = (PYTHON_STDLIB, PYTHON_PACKAGES, NUMPY_TESTS, GENERATED_TASKS)
 
 FILE_BUILDERS = ("arrow", "csv", "json", "parquet", "text", "xml")
-"""Builders of `datasets` that read the user's own files and nothing else."""
+"""Builders of `datasets` that need `data_files`."""
 
 SMALLEST_VOCABULARY = 257
-"""A byte-level vocabulary holds the 256 bytes and the end-of-text token."""
+"""Tokens of a byte-level vocabulary without merges: the 256 bytes and the end of text."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is prepared, and where. Raises `SettingsError` for values that cannot work together.
+    """Which text is prepared, how, and where. Raises `SettingsError` for values that cannot work together.
 
-    `tokenizer` or `train_vocabulary` is needed to prepare rows, and only then.
+    Preparation needs exactly one of `tokenizer` and `train_vocabulary`; training and evaluation need neither.
     """
 
     folder: str = "rows/python-stdlib"
-    """Folder of the prepared rows: written by launch/prepare.py, read by training and evaluation."""
+    """Folder of the prepared rows: launch/prepare.py writes it, training and evaluation read it."""
     path: str = PYTHON_STDLIB
-    """What `datasets.load_dataset` takes first: a builder (json, text, parquet, ...), a folder, or a dataset's id on
-    the hub. Or one of four that need no download: python-stdlib, the library sources of the running Python;
+    """The first argument of `datasets.load_dataset`: a builder (json, text, parquet, ...), a folder, or a Hub id. Or
+    one of four that need no download: python-stdlib, the library sources of the running Python;
     python-packages, those and the sources of all installed packages, without tests; numpy-tests, the tests of the
     installed NumPy; tasks, prompts and answers of `tasks`."""
     name: str | None = None
@@ -45,46 +45,46 @@ class DataConfig:
     data_files: str | list[str] | dict[str, Any] | None = None
     """Files for a builder: a path or glob, a list of them, or a section split -> files."""
     split: str = "train"
-    """The source's split that is read; the rows are then split 80/10/10 by each document's own hash."""
+    """The source's split that is read. Its documents are then split 80/10/10 by the hash of their text."""
     streaming: bool = False
-    """Read the source as it arrives, without a copy on disk. The rows are the same."""
+    """Read the source without a copy on disk. The rows are the same."""
     text_column: str = "text"
-    """The column that holds a document's text."""
+    """The column of a document's text."""
     tokenizer: str | None = None
-    """Folder or hub id of the tokenizer: the model's own."""
+    """Folder or Hub id of the model's tokenizer."""
     train_vocabulary: int | None = None
-    """Without a tokenizer: train a byte-level BPE of this many tokens on the documents of the train split (>= 257)."""
+    """Without `tokenizer`: tokens of a byte-level BPE to train on the documents of the train split (>= 257)."""
     row_length: int = 1024
     """Tokens in a row (>= 2). Documents shorter than this give no row."""
     max_documents: int | None = None
-    """Read at most this many documents from the front of the source (>= 1)."""
+    """Read at most this many documents, the first of the source (>= 1)."""
     max_train_rows: int | None = None
     """Stop reading after the document with which the train split has this many rows (>= 1)."""
     tasks: dict[str, Any] | None = None
-    """For path=tasks: each task's name (docs/tasks.md) with a section of its settings, {} for the defaults. Rows hold
-    one example each, of the tasks in turn."""
+    """For path=tasks: by the name of each task (docs/tasks.md) a section of its settings, {} for the defaults. A row
+    holds one example; the tasks take turns."""
     task_examples: int = 10_000
-    """For path=tasks: examples, and so rows, in all splits together (>= 1)."""
+    """For path=tasks: examples in all splits together, one in each row (>= 1)."""
 
     def __post_init__(self) -> None:
         for key in ("folder", "path", "split", "text_column"):
             if not getattr(self, key):
                 raise SettingsError(f"data.{key} must not be empty")
-        _check_least("row_length", self.row_length, 2)
-        _check_least("max_documents", self.max_documents, 1)
-        _check_least("train_vocabulary", self.train_vocabulary, SMALLEST_VOCABULARY)
-        _check_least("max_train_rows", self.max_train_rows, 1)
-        _check_least("task_examples", self.task_examples, 1)
+        _validate_least("row_length", self.row_length, 2)
+        _validate_least("max_documents", self.max_documents, 1)
+        _validate_least("train_vocabulary", self.train_vocabulary, SMALLEST_VOCABULARY)
+        _validate_least("max_train_rows", self.max_train_rows, 1)
+        _validate_least("task_examples", self.task_examples, 1)
         if self.tasks is not None and self.path != GENERATED_TASKS:
             raise SettingsError(
                 f"data.tasks means nothing for data.path={self.path}: leave it out or set data.path=tasks"
             )
         if self.path in BUILT_IN:
-            self._check_nothing_ignored()
+            self._validate_nothing_ignored()
         elif self.path in FILE_BUILDERS and not self.data_files:
             raise SettingsError(f"data.path={self.path} reads files of yours: name them in data.data_files")
 
-    def _check_nothing_ignored(self) -> None:
+    def _validate_nothing_ignored(self) -> None:
         unused = [("name", None), ("data_files", None), ("split", "train")]
         if self.path == GENERATED_TASKS:
             unused += [("train_vocabulary", None), ("max_documents", None), ("max_train_rows", None)]
@@ -97,6 +97,6 @@ class DataConfig:
                 )
 
 
-def _check_least(key: str, value: int | None, least: int) -> None:
+def _validate_least(key: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
         raise SettingsError(f"data.{key} must be a whole number >= {least}, got {value!r}")

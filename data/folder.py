@@ -10,6 +10,9 @@ from refreshkv.settings import SettingsError
 INFO_FILE = "rows.json"
 """Marks a folder as prepared rows, and describes them."""
 
+SPLITS = ("train", "validation", "test")
+TOKENIZER_FOLDER = "tokenizer"
+
 PREPARED = FolderKind(
     setting="data.folder",
     writer="preparation",
@@ -26,12 +29,12 @@ def rows_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     An existing `target` is replaced only with `overwrite`, and only if it holds prepared rows. Raises `SettingsError`
     otherwise.
     """
-    _check_target(target, overwrite)
+    _validate_target(target, overwrite)
     with complete_folder(target, PREPARED) as folder:
         yield folder
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def _validate_target(target: Path, overwrite: bool) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not (target / INFO_FILE).is_file():

@@ -1,20 +1,22 @@
-"""What a preparation prints when it is done."""
+"""The report of a preparation: counts of each split, and warnings."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refreshkv.config import RefreshConfig
 from refreshkv.tables import column_table
 
 
 @dataclass(frozen=True)
 class PreparationReport:
-    """The prepared folder, its rows.json, and how much of a row the small cache constrains. `str()` is the table."""
+    """What a preparation wrote, and how much of it a small cache constrains. `str()` gives a table and warnings."""
 
     folder: Path
     info: dict[str, Any]
+    """The content of the folder's rows.json."""
     budget: int
-    """The small cache's size K for a prompt as long as a row."""
+    """The small cache's size K, in tokens, for a prompt as long as a row."""
     share_beyond: float
     """Share of a row's positions whose context is longer than K (0 to 1)."""
 
@@ -55,6 +57,15 @@ class PreparationReport:
                 "constrains anything; lower refresh.budget or raise data.row_length"
             )
         return warnings
+
+
+def share_beyond(budget: int | float, row_length: int) -> float:
+    """Share (0 to 1) of a row's positions whose context, `t + 1` tokens at position t, is longer than the budget K.
+
+    A fraction is taken of the whole row: K is the largest that any prompt in the row can give.
+    """
+    capacity = RefreshConfig(budget=budget).largest_budget(row_length)
+    return max(0, row_length - capacity) / row_length
 
 
 def _table(splits: dict[str, dict[str, int]]) -> str:

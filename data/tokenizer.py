@@ -1,4 +1,4 @@
-"""The tokenizer of the rows: a model's own, or a small byte-level BPE trained on the documents."""
+"""The tokenizer of a preparation: a model's own, or a byte-level BPE trained on the documents."""
 
 from collections.abc import Iterable
 
@@ -9,11 +9,11 @@ from refreshkv.loading import load_tokenizer
 from refreshkv.settings import SettingsError
 
 END_OF_TEXT = "<|endoftext|>"
-"""The only special token of a trained tokenizer: end of a document, start of a text, and padding."""
+"""The only special token of a trained tokenizer: end of text, beginning of text, and padding."""
 
 
 def model_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or of a hub id. Raises `SettingsError` if there is none, or if it cannot end a text."""
+    """The tokenizer of a folder or Hub id. Raises `SettingsError` if there is none or it has no end-of-text token."""
     tokenizer = load_tokenizer(name, "data.tokenizer")
     if tokenizer.eos_token_id is None:
         raise SettingsError(
@@ -23,10 +23,10 @@ def model_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocabulary_size` tokens; fewer if the texts do not repeat themselves that much.
+    """Trains a byte-level BPE of at most `vocabulary_size` tokens, fewer if the texts have too few repeated pairs.
 
-    Every text can be written in it, so it has no unknown token. The same texts give the same tokenizer. The pieces
-    between spaces are counted in memory: meant for a small model's own corpus.
+    Every text can be encoded, so there is no unknown token. The same texts give the same tokenizer. All different words
+    are counted in memory, so the texts should be a small model's corpus, not a large one's.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

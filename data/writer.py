@@ -1,4 +1,4 @@
-"""The rows of one split on their way to disk: never more than a few batches of them are in memory."""
+"""Writes the sequences of one split to disk, with a few batches of them in memory at most."""
 
 import hashlib
 from dataclasses import dataclass
@@ -9,27 +9,31 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
 BUFFERED_TOKENS = 1 << 20
+"""Tokens kept in memory before they are written."""
 
 
 @dataclass
 class SplitCounts:
-    """What became of a split's documents. `tokens + leftover_tokens` is all that its documents hold."""
+    """Counts of a split. `tokens + leftover_tokens` are all tokens of its documents."""
 
     documents: int = 0
-    """All documents that fell into the split."""
+    """All documents of the split."""
     dropped_documents: int = 0
-    """Of these, the ones shorter than a row."""
+    """Documents shorter than a row."""
     rows: int = 0
+    """Sequences of `row_length` tokens."""
     tokens: int = 0
-    """Tokens in rows."""
+    """Tokens in those sequences."""
     leftover_tokens: int = 0
-    """Tokens in no row: documents shorter than a row, and the ends that did not fill another one."""
+    """Tokens in none: documents shorter than a row, and ends of documents that do not fill one."""
 
 
 class SplitWriter:
-    """Cuts documents into rows of `row_length` tokens and appends them to the Arrow stream `path`.
+    """Cuts documents into sequences of `row_length` tokens and appends them to an Arrow stream.
 
-    `columns` names further whole numbers that each row has, for `add_row`.
+    Args:
+        path: the stream's file.
+        columns: names of further whole numbers of each sequence, see `add_sequence`.
     """
 
     def __init__(self, path: Path, row_length: int, columns: tuple[str, ...] = ()) -> None:
@@ -47,7 +51,10 @@ class SplitWriter:
         self._buffered_tokens = 0
 
     def add(self, token_ids: list[int], document: str) -> None:
-        """Cuts one document, its tokens in order, into consecutive rows; what does not fill a row is left over."""
+        """Cuts one document, its tokens in order, into consecutive sequences; an end that does not fill one is dropped.
+
+        document: its short hash.
+        """
         count = len(token_ids) // self._row_length
         kept = count * self._row_length
         self.longest_document = max(self.longest_document, len(token_ids))
@@ -59,22 +66,22 @@ class SplitWriter:
         if count:
             self._buffer(np.array(token_ids[:kept], dtype=np.int32), [document] * count)
 
-    def add_row(self, token_ids: list[int], document: str, **values: int) -> None:
-        """Adds one document that is exactly a row; `values` are those of the further columns."""
+    def add_sequence(self, token_ids: list[int], document: str, **values: int) -> None:
+        """Adds a document of exactly `row_length` tokens, with a value for each of the further columns."""
         for name, value in values.items():
             self._columns[name].append(value)
         self.add(token_ids, document)
 
     def close(self) -> Dataset:
-        """Ends the stream and returns its rows, memory mapped: input_ids (row_length,) int32, document a short hash,
-        and the further columns, int32."""
+        """Ends the stream; returns its sequences, memory-mapped: "input_ids" (row_length,) int32, "document", and the
+        further columns, int32."""
         self._flush()
         self._stream.close()
         return Dataset.from_file(str(self._path))
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all tokens written so far, in order."""
+        """SHA-256, in hex, of all tokens added so far, in order."""
         return self._digest.hexdigest()
 
     def _buffer(self, token_ids: np.ndarray, documents: list[str]) -> None:

@@ -3,7 +3,7 @@
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from refreshkv.data.rows import Rows, check_same_tokens, check_tokenizer, load_rows
+from refreshkv.data.rows import Rows, load_rows, validate_same_tokens, validate_token_ids
 from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.data.tasks.task import Task
 from refreshkv.options import task_values
@@ -41,5 +41,5 @@ def open_split(folder: str, split: str, count: int | None) -> tuple[Rows, Datase
 
 def check_tokens(model: PreTrainedModel, path: str, rows: Rows) -> None:
     """Raises `SettingsError` if the sequences have other tokens than the model."""
-    check_tokenizer(rows.info, model.get_input_embeddings().num_embeddings)
-    check_same_tokens(path, rows)
+    validate_token_ids(rows.info, model.get_input_embeddings().num_embeddings)
+    validate_same_tokens(path, rows)

@@ -1,4 +1,4 @@
-"""Which model computed something: what has to be equal for its keys and values to be another run's too."""
+"""Identifies the model that computed keys and values, so that they are reused with the same model only."""
 
 import hashlib
 import json
@@ -10,14 +10,14 @@ from refreshkv.layers import layer_windows
 from refreshkv.settings import SettingsError
 
 SAMPLED_VALUES = 64
-"""Values of each weight that a model's fingerprint looks at."""
+"""At least this many values of each weight, evenly spaced, enter a model's fingerprint (all, if it has fewer)."""
 
 LENGTH_DEPENDENT_ROTARY = ("dynamic", "longrope")
-"""Rotary embeddings whose frequencies follow the length of the whole input, so that a prefix has no keys of its own."""
+"""Rotary embeddings whose frequencies depend on the length of the whole input: a prefix has other keys in each."""
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A hash of the model's type, data type and a sample of each of its weights: it changes when they are trained."""
+    """SHA-256, in hex, of the model's class, dtype, and a sample of each weight: training changes it."""
     digest = hashlib.sha256(f"{type(model).__name__} {model.dtype}".encode())
     for name, weight in model.named_parameters():
         values = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED_VALUES)]
@@ -26,7 +26,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def identity(model: PreTrainedModel) -> dict[str, Any]:
-    """All that the keys and values of a prompt depend on, beside its tokens, as plain values by name.
+    """Everything that a prompt's keys and values depend on besides its tokens, as JSON values by name.
 
     Raises `SettingsError` for rotary embeddings that depend on the length of the whole input.
     """
@@ -48,5 +48,5 @@ def identity(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def first_difference(here: dict[str, Any], there: dict[str, Any]) -> str | None:
-    """The name of the first entry of `here` that `there` has otherwise or lacks; None if all are equal."""
+    """The first name in `here` whose value `there` lacks or has differently; None if there is none."""
     return next((name for name, value in here.items() if there.get(name) != value), None)

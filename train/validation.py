@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from refreshkv.data.rows import Rows, check_same_tokens, check_tokenizer
+from refreshkv.data.rows import Rows, validate_same_tokens, validate_token_ids
 from refreshkv.settings import SettingsError
 from refreshkv.train.config import RunConfig
 
@@ -53,8 +53,8 @@ def validate_preparation(config: RunConfig, info: dict[str, Any]) -> None:
 def validate_tokens(config: RunConfig, model_config: PretrainedConfig, sequences: Rows) -> None:
     """Refuses rows made with another tokenizer than the model's."""
     if config.model.path is not None:
-        check_same_tokens(config.model.path, sequences)
-    check_tokenizer(sequences.info, model_config.get_text_config(decoder=True).vocab_size)
+        validate_same_tokens(config.model.path, sequences)
+    validate_token_ids(sequences.info, model_config.get_text_config(decoder=True).vocab_size)
 
 
 def validate_length(config: RunConfig, model_config: PretrainedConfig) -> None:

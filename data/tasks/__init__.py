@@ -1,4 +1,4 @@
-"""Long-context tasks: `registry` names them, `task` builds prompts of a given length, `rows` makes training rows.
+"""Long-context tasks: `registry` names them, `task` builds prompts of a given length, `rows` makes training sequences.
 
-One file per family; each says which benchmark it follows, and where it departs.
+Each family has a file that names the benchmark it follows and the differences.
 """

@@ -1,7 +1,7 @@
-"""Chain-of-key: follow keys through a long list, one after the other (Xu et al., appendix A.6).
+"""Chain-of-key: follow keys through a long list (Xu et al., arXiv 2411.05787, appendix A.6).
 
-Each key is a few words, and the last word of a key is the first word of exactly one other: its successor. The answer
-names the next T keys of the chain, so every one of them has to be found somewhere else in the prompt.
+A key is a few words. Its last word is the first word of exactly one other key, its successor. The answer names the
+next T keys of the chain, so each of them has to be found somewhere else in the prompt.
 """
 
 import re
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, ClassVar
 
+from refreshkv.data.tasks.family import Family, Problem
 from refreshkv.data.tasks.scoring import leading_matches
-from refreshkv.data.tasks.task import Family, Problem
 from refreshkv.data.tasks.template import Template
 from refreshkv.data.tasks.words import coined_words
 from refreshkv.settings import SettingsError
@@ -20,16 +20,16 @@ KEY = re.compile(r"[a-z]+(?:-[a-z]+)+")
 
 @dataclass(frozen=True)
 class ChainOfKey(Family):
-    """Size: the number of keys in the prompt. They form one ring, in an order that the prompt does not show."""
+    """Size: keys in the prompt. They form one ring and are listed in random order."""
 
     max_new_tokens: int = 256
     """Tokens that may be generated."""
     keys: int = 10
-    """Keys to generate: T."""
+    """T, the number of keys to generate."""
     words_per_key: int = 2
     """Words of a key, its first and last included."""
     syllables: int = 3
-    """Of a word: the longer the words, the longer a model knows which key comes next before it has to write it."""
+    """Syllables of a word. Longer words are easier: the first tokens of a key's last word tell which key comes next."""
 
     template: ClassVar[Template] = {
         "prompt": (
@@ -51,7 +51,7 @@ class ChainOfKey(Family):
 
     @property
     def least_size(self) -> int:
-        """A ring that is long enough to name T keys after the first without coming around to it."""
+        """T + 1: the answer never comes around to the start."""
         return self.keys + 1
 
     def draw(self, random: Random, size: int, index: int, template: Template) -> Problem:
@@ -70,7 +70,7 @@ class ChainOfKey(Family):
         )
 
     def score(self, prediction: str, references: Any) -> dict[str, float]:
-        """Leading keys that each succeed the one before, over T. The start itself may be repeated first."""
+        """The number of leading right keys over T. The prediction may begin with the start itself."""
         found, chain = KEY.findall(prediction), references["chain"]
         if found[:1] == [references["start"]]:
             found = found[1:]

@@ -1,4 +1,4 @@
-"""Countdown: search how four numbers make a fifth, and write the search down (LongProc, arXiv 2501.05414)."""
+"""Countdown: search how four numbers make a fifth, and write the search (LongProc, Ye et al., arXiv 2501.05414)."""
 
 import re
 from collections.abc import Iterator
@@ -8,19 +8,19 @@ from functools import lru_cache
 from random import Random
 from typing import Any, ClassVar
 
+from refreshkv.data.tasks.family import Family, Problem
 from refreshkv.data.tasks.scoring import between_tags, leading_matches
-from refreshkv.data.tasks.task import Family, Problem
 from refreshkv.data.tasks.template import Template
 from refreshkv.settings import SettingsError
 
 LARGEST = 2000
-"""Results from here on are dropped."""
+"""The search drops results of at least this."""
 HEADING = "# Search"
 FOUND = "Target reached."
 EQUATION = re.compile(r"\s*(\d{1,9})\s*([-+*/])\s*(\d{1,9})\s*=\s*(\d{1,9})\s*")
 SMALLEST_TARGET = 10
 EXAMPLE_LINES = 60
-"""Most lines of search in a solved example."""
+"""Most lines of the search in a solved example."""
 OPERATIONS = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
@@ -31,8 +31,8 @@ OPERATIONS = {
 
 @dataclass(frozen=True)
 class Countdown(Family):
-    """Prompts cannot be made longer: the answer is what is long. A problem is drawn until the search, written down, has
-    between a quarter of max_new_tokens and all of it."""
+    """The answer is long, not the prompt: there is one size. Problems are drawn until the written search has between a
+    quarter of max_new_tokens and all of it."""
 
     max_new_tokens: int = 1024
     """Tokens that may be generated."""
@@ -72,7 +72,7 @@ class Countdown(Family):
         return Problem(problem.fields, problem.answer, problem.references, examples)
 
     def score(self, prediction: str, references: Any) -> dict[str, float]:
-        """LongProc's accuracy: 1 for three equations that use the numbers up and end in the target, whatever the
+        """score: LongProc's accuracy, 1 for three equations that use all numbers and end in the target, whatever the
         search. partial: 1 for those, else the share of leading right lines of the search."""
         solution = between_tags(prediction, "Solution")
         if solution is not None and is_solution(solution, references["numbers"], references["target"]):
@@ -84,10 +84,11 @@ class Countdown(Family):
 
 
 def search(numbers: list[int], target: int) -> tuple[list[str], list[str]]:
-    """The depth-first search of LongProc up to the first solution: its lines, and the equations of the solution.
+    """LongProc's depth-first search up to the first solution: its lines, and the equations of the solution.
 
-    Pairs come from left to right, the larger number first, then + - * /. A result that is no whole number, is 2000 or
-    more, or divides by zero is dropped; others join the numbers in front. Raises `ValueError` if there is no solution.
+    Pairs are tried from left to right, the larger number first, with + - * / in this order. A result that is no whole
+    number or at least 2000, and a division by zero, are dropped; any other result is put before the remaining numbers.
+    Raises `ValueError` if there is no solution.
     """
     lines: list[str] = []
     equations = _search(numbers, target, 0, lines)
@@ -97,8 +98,8 @@ def search(numbers: list[int], target: int) -> tuple[list[str], list[str]]:
 
 
 def is_solution(text: str, numbers: list[int], target: int) -> bool:
-    """Whether the lines of `text` are three right equations that use up `numbers` and their own results, ending in
-    target."""
+    """Whether the lines of `text` are right equations, one fewer than `numbers`, that use each number and each result
+    once and end in the target."""
     left, lines = list(numbers), text.split("\n")
     if len(lines) != len(numbers) - 1:
         return False
@@ -119,7 +120,7 @@ def is_solution(text: str, numbers: list[int], target: int) -> bool:
 
 @lru_cache(maxsize=8)
 def _examples(count: int, largest_number: int, largest_target: int) -> tuple[Problem, ...]:
-    """Problems with a short search: the same in all prompts, as in LongProc."""
+    """`count` problems with a short search; all prompts have the same ones, as in LongProc."""
     random, found = Random("examples"), []
     while len(found) < count:
         problem = _problem(random, largest_number, largest_target)
@@ -129,7 +130,7 @@ def _examples(count: int, largest_number: int, largest_target: int) -> tuple[Pro
 
 
 def _problem(random: Random, largest_number: int, largest_target: int) -> Problem:
-    """Numbers, and a target that some way of combining them reaches."""
+    """Four numbers and a target that can be reached from them."""
     while True:
         numbers = [random.randint(1, largest_number) for _ in range(4)]
         target = _reachable(random, numbers)
@@ -144,7 +145,7 @@ def _problem(random: Random, largest_number: int, largest_target: int) -> Proble
 
 
 def _search(numbers: list[int], target: int, depth: int, lines: list[str]) -> list[str] | None:
-    """Equations that lead from the numbers to the target, None if there are none; the search is added to `lines`."""
+    """Equations from the numbers to the target, None if there are none; appends the search's lines to `lines`."""
     for a, b, rest in _pairs(numbers):
         for operation, compute in OPERATIONS.items():
             result = compute(a, b)
@@ -167,6 +168,7 @@ def _search(numbers: list[int], target: int, depth: int, lines: list[str]) -> li
 
 
 def _pairs(numbers: list[int]) -> Iterator[tuple[int, int, list[int]]]:
+    """Yields (larger, smaller, remaining numbers) of each pair, from left to right."""
     for i in range(len(numbers)):
         for j in range(i + 1, len(numbers)):
             rest = [number for k, number in enumerate(numbers) if k not in (i, j)]
@@ -174,6 +176,7 @@ def _pairs(numbers: list[int]) -> Iterator[tuple[int, int, list[int]]]:
 
 
 def _fault(result: int | Fraction | None) -> str | None:
+    """Why the search drops a result; None if it does not."""
     if result is None:
         return "division by zero"
     if isinstance(result, Fraction) and result.denominator != 1:
@@ -182,7 +185,7 @@ def _fault(result: int | Fraction | None) -> str | None:
 
 
 def _reachable(random: Random, numbers: list[int]) -> int | None:
-    """Combines the numbers at random; None if a step is not allowed."""
+    """A number reached by combining the numbers at random; None if a step is not allowed or gives 0."""
     left = list(numbers)
     while len(left) > 1:
         a, b, rest = random.choice(list(_pairs(left)))

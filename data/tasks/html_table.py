@@ -1,7 +1,6 @@
-"""HTML to TSV: copy the items of a web page into a table (as LongProc's task, arXiv 2501.05414, on generated pages).
+"""HTML to TSV: copy the items of a web page into a table (after LongProc, Ye et al., arXiv 2501.05414).
 
-LongProc's pages are real web sites, which cannot be generated: this task is a substitute for its, built from catalogues
-that do not exist, and named so.
+LongProc uses real web sites. This task generates catalogues instead, and its label says that it is a substitute.
 """
 
 import csv
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, ClassVar
 
-from refreshkv.data.tasks.task import Family, Problem
+from refreshkv.data.tasks.family import Family, Problem
 from refreshkv.data.tasks.template import Template
 from refreshkv.data.tasks.words import ADJECTIVES, NOUNS, coined_words
 from refreshkv.settings import SettingsError
@@ -20,17 +19,17 @@ COLUMNS = ("Name", "Maker", "Price", "Rating", "Stock")
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 FENCE = re.compile(r"```tsv(.*)```", re.DOTALL)
 INVALID = "na"
-"""Every cell of a row that has the wrong number of cells, after normalisation."""
+"""Replaces every cell of a table line with the wrong number of cells."""
 
 
 @dataclass(frozen=True)
 class HtmlTable(Family):
-    """Size: items on the page. Only those of one category belong into the table."""
+    """Size: items on the page. The table holds those of one category."""
 
     max_new_tokens: int = 1024
     """Tokens that may be generated."""
     rows: int = 10
-    """Items that belong into the table, of all on the page."""
+    """Items of the page that belong into the table."""
 
     template: ClassVar[Template] = {
         "prompt": (
@@ -71,8 +70,8 @@ class HtmlTable(Family):
         )
 
     def score(self, prediction: str, references: Any) -> dict[str, float]:
-        """LongProc's F1 of the rows, with their precision and recall. Cells are compared without case, punctuation,
-        articles and spaces, rows without regard to their order."""
+        """LongProc's F1 over table lines, with precision and recall. Case, punctuation, articles and spaces of cells do
+        not matter, nor does the order of lines."""
         found = read_table(_fenced(prediction))
         precision, recall = row_overlap(found, read_table(references))
         both = precision + recall
@@ -80,30 +79,33 @@ class HtmlTable(Family):
 
 
 def read_table(text: str) -> list[tuple[str, ...]]:
-    """The normalised rows below the first line, which sets the number of cells. A last row with another number is left
-    out; any other such row counts, as one that matches nothing. Empty if there is no row, or no table can be read."""
+    """The normalised table lines below the header, which sets the number of cells.
+
+    A last line with another number of cells is left out, any other such line matches nothing. Returns [] if there is no
+    line or the table cannot be read.
+    """
     try:
         lines = list(csv.reader(text.strip().split("\n"), delimiter="\t"))
-    except csv.Error:  # a carriage return in a cell, say
+    except csv.Error:  # such as a carriage return in a cell
         return []
     if len(lines) < 2:
         return []
-    width, rows = len(lines[0]), lines[1:]
-    if len(rows[-1]) != width:
-        rows = rows[:-1]
-    return [tuple(map(_normalised, row)) if len(row) == width else (INVALID,) * width for row in rows]
+    width, body = len(lines[0]), lines[1:]
+    if len(body[-1]) != width:
+        body = body[:-1]
+    return [tuple(map(_normalised, line)) if len(line) == width else (INVALID,) * width for line in body]
 
 
 def row_overlap(found: list[tuple[str, ...]], expected: list[tuple[str, ...]]) -> tuple[float, float]:
-    """Precision and recall: shares of the found rows that are expected, and of the expected ones that were found."""
+    """Precision and recall: the shares of found lines that are expected, and of expected lines that are found."""
     if not found:
         return 0.0, 0.0
-    precision = sum(row in expected for row in found) / len(found)
-    return precision, sum(row in found for row in expected) / len(expected)
+    precision = sum(line in expected for line in found) / len(found)
+    return precision, sum(line in found for line in expected) / len(expected)
 
 
 def _fenced(prediction: str) -> str:
-    """The table in the prediction: between the fences, after the first if the second is missing, or all."""
+    """The text between the fences; all after the first if the second is missing; everything if there is none."""
     match = FENCE.search(prediction)
     return match.group(1) if match else prediction.partition("```tsv")[2] or prediction
 

@@ -1,7 +1,7 @@
 """Needles in a haystack: eight of RULER's thirteen tasks (Hsieh et al., COLM 2024, arXiv 2404.06654).
 
-A needle says which value belongs to which key; the question asks for the values of some keys. RULER takes its keys from
-the library wonderwords, its haystacks from essays by Paul Graham.
+A needle states the value of a key; the question asks for the values of some keys. RULER takes its keys from the
+library wonderwords and its haystacks from essays by Paul Graham.
 """
 
 from dataclasses import dataclass
@@ -10,33 +10,33 @@ from typing import Any, ClassVar, Literal
 from uuid import UUID
 
 from refreshkv.data.tasks.essays import essay_sentences, generated_sentences
+from refreshkv.data.tasks.family import Family, Problem
 from refreshkv.data.tasks.scoring import match_all
-from refreshkv.data.tasks.task import Family, Problem
 from refreshkv.data.tasks.template import Template
 from refreshkv.data.tasks.words import word_pairs
 from refreshkv.settings import SettingsError
 
 Kind = Literal["words", "numbers", "uuids"]
 DEPTHS = 40
-"""Places from the first to the last sentence of an essay at which a needle can be."""
+"""Evenly spaced positions in an essay, from the first to the last sentence, at which a needle can be."""
 
 
 @dataclass(frozen=True)
 class Needles(Family):
-    """Size: lines of the noise, sentences of the essay, or needles that nobody asks for."""
+    """Size: lines of noise, sentences of the essay, or needles that are not asked for."""
 
     haystack: Literal["noise", "essay", "needles"] = "noise"
-    """What surrounds the needles: one line again and again, running text, or other needles."""
+    """What surrounds the needles: one repeated line, running text, or other needles."""
     key_kind: Kind = "words"
     value_kind: Kind = "numbers"
     keys: int = 1
-    """Keys that have needles of their own, asked for or not."""
+    """Keys that have needles, asked for or not."""
     values: int = 1
-    """Values of each key, a needle each."""
+    """Values of each key, with a needle for each."""
     queries: int = 1
     """Keys that are asked for."""
     words: Literal["own", "wonderwords"] = "own"
-    """Where the words of keys come from: this package, or the library that RULER uses."""
+    """The vocabulary of keys: this package's, or the library that RULER uses."""
     data_files: str | list[str] | None = None
     """Essays for the haystack (text, JSON or parquet files), such as RULER's PaulGrahamEssays.json."""
     text_column: str = "text"
@@ -68,7 +68,7 @@ class Needles(Family):
 
     @property
     def least_size(self) -> int:
-        """RULER draws the needles' places without repetition, so there must be as many lines."""
+        """One line for each needle, because RULER draws their positions without repetition."""
         return max(self.keys, self.queries) * self.values
 
     def draw(self, random: Random, size: int, index: int, template: Template) -> Problem:
@@ -93,7 +93,7 @@ class Needles(Family):
         )
 
     def score(self, prediction: str, references: Any) -> dict[str, float]:
-        """Share of the values that the prediction contains: RULER's string match."""
+        """Share of the values in the prediction: RULER's string match."""
         return {"score": match_all(prediction, references)}
 
     def _needle(self, template: Template, key: str, value: str) -> str:
@@ -109,15 +109,15 @@ class Needles(Family):
         return essay_sentences(random, self.data_files, self.text_column, size)
 
     def _hide(self, random: Random, needles: list[str], lines: list[str]) -> str:
-        """Essays: each needle at one of 40 depths. Other haystacks: before a line drawn for each."""
+        """The haystack with the needles: in essays each at one of 40 depths, else before random lines."""
         if self.haystack == "essay":
             depths = random.sample(range(DEPTHS), len(needles))
-            places = [depth * len(lines) // (DEPTHS - 1) for depth in depths]
+            positions = [depth * len(lines) // (DEPTHS - 1) for depth in depths]
         else:
-            places = random.sample(range(len(lines)), len(needles))
+            positions = random.sample(range(len(lines)), len(needles))
         lines = list(lines)
-        for place, needle in sorted(zip(places, needles, strict=True), reverse=True):
-            lines.insert(place, needle)
+        for position, needle in sorted(zip(positions, needles, strict=True), reverse=True):
+            lines.insert(position, needle)
         return (" " if self.haystack == "essay" else "\n").join(lines)
 
     def _distinct(self, random: Random, kind: Kind, count: int) -> list[str]:

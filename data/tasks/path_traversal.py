@@ -1,11 +1,11 @@
-"""Path traversal: write down the only route between two cities (LongProc, Ye et al., COLM 2025, arXiv 2501.05414)."""
+"""Path traversal: write the only route between two cities (LongProc, Ye et al., COLM 2025, arXiv 2501.05414)."""
 
 from dataclasses import dataclass
 from random import Random
 from typing import Any, ClassVar
 
+from refreshkv.data.tasks.family import Family, Problem
 from refreshkv.data.tasks.scoring import between_tags, leading_matches
-from refreshkv.data.tasks.task import Family, Problem
 from refreshkv.data.tasks.template import Template
 from refreshkv.data.tasks.words import coined_words
 from refreshkv.settings import SettingsError
@@ -15,7 +15,7 @@ TRANSITS = ("bus", "train", "plane", "ferry")
 
 @dataclass(frozen=True)
 class PathTraversal(Family):
-    """Size: cities. Each has one connection to one other city; several may lead to the same."""
+    """Size: cities. Each has one connection to another city; several may lead to the same one."""
 
     max_new_tokens: int = 1024
     """Tokens that may be generated."""
@@ -64,7 +64,7 @@ class PathTraversal(Family):
         )
 
     def score(self, prediction: str, references: Any) -> dict[str, float]:
-        """LongProc's accuracy (1 for the whole route, else 0), and the share of leading right lines."""
+        """score: LongProc's accuracy, 1 for the whole route, else 0. partial: the share of leading right lines."""
         route = between_tags(prediction, "Route")
         lines = [] if route is None else route.split("\n")
         leading = leading_matches(lines, references)
@@ -72,10 +72,10 @@ class PathTraversal(Family):
 
 
 def _other(random: Random, cities: list[str], city: str) -> str:
-    place = random.randrange(len(cities) - 1)
-    return cities[place] if cities[place] != city else cities[-1]
+    index = random.randrange(len(cities) - 1)
+    return cities[index] if cities[index] != city else cities[-1]
 
 
-def _line(piece: str, city: str, connections: dict[str, tuple[str, str]]) -> str:
+def _line(template_part: str, city: str, connections: dict[str, tuple[str, str]]) -> str:
     transit, other = connections[city]
-    return piece.format(city=city, transit=transit, other=other)
+    return template_part.format(city=city, transit=transit, other=other)

@@ -1,4 +1,4 @@
-"""Questions whose documents stand among many others: qa_1 (SQuAD) and qa_2 (HotpotQA) of RULER (arXiv 2404.06654)."""
+"""Questions about one of many documents: qa_1 (SQuAD) and qa_2 (HotpotQA) of RULER (arXiv 2404.06654)."""
 
 import json
 from collections.abc import Iterable
@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 
 import fsspec
 
+from refreshkv.data.tasks.family import Family, Problem
 from refreshkv.data.tasks.scoring import match_any
-from refreshkv.data.tasks.task import Family, Problem
 from refreshkv.data.tasks.template import Template
 from refreshkv.data.tasks.words import ADJECTIVES, NOUNS, coined_words
 from refreshkv.settings import SettingsError
@@ -18,7 +18,7 @@ from refreshkv.settings import SettingsError
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its answers, and by number the documents that it needs and those close to them."""
+    """A question, its answers, and the numbers of the documents that it needs and of related ones."""
 
     text: str
     answers: list[str]
@@ -28,15 +28,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions(Family):
-    """Size: documents in the prompt, those that the question needs first, then related ones, then any."""
+    """Size: documents in the prompt: the needed ones, then related ones, then any others, in random order."""
 
     max_new_tokens: int = 32
     """Tokens that may be generated."""
     source: Literal["squad", "hotpot"] = "squad"
-    """Layout of `data_files`, and how many documents a made-up question needs: one, or two."""
+    """Layout of `data_files`, and the documents that a made-up question needs: one (squad) or two (hotpot)."""
     data_files: str | None = None
-    """SQuAD 2.0's dev-v2.0.json, or HotpotQA's hotpot_dev_distractor_v1.json. None: documents about people and towns
-    that do not exist."""
+    """SQuAD 2.0's dev-v2.0.json, or HotpotQA's hotpot_dev_distractor_v1.json. None: documents about made-up
+    people and towns."""
 
     template: ClassVar[Template] = {
         "document": "Document {number}:\n{text}",
@@ -49,7 +49,7 @@ class Questions(Family):
 
     @property
     def answer_fits(self) -> bool:
-        """Some real answers are longer than what may be generated; RULER asks for them all the same."""
+        """False for files: RULER asks questions whose answers are longer than max_new_tokens too."""
         return self.data_files is None
 
     @property
@@ -83,7 +83,7 @@ class Questions(Family):
         )
 
     def score(self, prediction: str, references: Any) -> dict[str, float]:
-        """1 if the prediction contains one of the answers: RULER's partial string match."""
+        """1 if the prediction contains any of the answers, else 0: RULER's partial match."""
         return {"score": match_any(prediction, references)}
 
 
@@ -94,7 +94,7 @@ def _nth(questions: list[Question], index: int, seed: int, file: str) -> Questio
 
 
 def _choose(random: Random, question: Question, available: int, size: int) -> list[int]:
-    """All that the question needs, then related documents, then any, up to `size`."""
+    """Numbers of all needed documents, then of related ones, then of any others, up to `size` in all."""
     room = max(0, size - len(question.needed))
     related = random.sample(question.related, min(room, len(question.related)))
     taken = {*question.needed, *question.related}
@@ -109,7 +109,7 @@ def _read(file: str, source: str) -> tuple[list[Question], list[str]]:
             text = opened.read()
     except FileNotFoundError:
         raise SettingsError(f"data_files: there is no file {file}") from None
-    except (OSError, ValueError, ImportError) as error:  # an address of a kind that nothing here can open
+    except (OSError, ValueError, ImportError) as error:  # such as an address of a kind without an installed reader
         raise SettingsError(f"data_files={file} cannot be read: {' '.join(str(error).split())}") from error
     try:
         return (_squad if source == "squad" else _hotpot)(json.loads(text))
@@ -120,7 +120,7 @@ def _read(file: str, source: str) -> tuple[list[Question], list[str]]:
 
 
 def _squad(content: Any) -> tuple[list[Question], list[str]]:
-    """Questions that have an answer; related are the other paragraphs of the same article."""
+    """Questions with an answer, and all documents. Related are the other paragraphs of the same article."""
     documents, numbers = _unique(
         paragraph["context"] for article in content["data"] for paragraph in article["paragraphs"]
     )
@@ -138,7 +138,7 @@ def _squad(content: Any) -> tuple[list[Question], list[str]]:
 
 
 def _hotpot(content: Any) -> tuple[list[Question], list[str]]:
-    """Each question's own ten paragraphs are needed, as in RULER."""
+    """Questions and all documents. Each question needs its own ten paragraphs, as in RULER."""
     texts = [[f"{title}\n{''.join(sentences)}" for title, sentences in item["context"]] for item in content]
     documents, numbers = _unique(text for own in texts for text in own)
     return [
@@ -148,12 +148,13 @@ def _hotpot(content: Any) -> tuple[list[Question], list[str]]:
 
 
 def _unique(texts: Iterable[str]) -> tuple[list[str], dict[str, int]]:
+    """The different texts in order, and the number of each."""
     documents = sorted(set(texts))
     return documents, {text: number for number, text in enumerate(documents)}
 
 
 def _made_up(random: Random, size: int, source: str) -> tuple[Question, list[str]]:
-    """People who live in towns (one document answers), or towns that lie in countries as well (two documents do)."""
+    """A question about made-up people in towns (one document answers it), or towns in countries (two answer it)."""
     hops = 1 if source == "squad" else 2
     pairs = (size + hops - 1) // hops
     words = [word.capitalize() for word in coined_words(random, 4 * pairs)]

@@ -1,4 +1,4 @@
-"""All tasks by name."""
+"""All tasks and groups of tasks, by name."""
 
 import dataclasses
 import difflib
@@ -6,12 +6,13 @@ from typing import Any
 
 from refreshkv.data.tasks.chain_of_key import ChainOfKey
 from refreshkv.data.tasks.countdown import Countdown
+from refreshkv.data.tasks.family import Family
 from refreshkv.data.tasks.html_table import HtmlTable
 from refreshkv.data.tasks.needles import Needles
 from refreshkv.data.tasks.path_traversal import PathTraversal
 from refreshkv.data.tasks.questions import Questions
 from refreshkv.data.tasks.summaries import Meetings, Novels, Reports
-from refreshkv.data.tasks.task import Family, Task
+from refreshkv.data.tasks.task import Task
 from refreshkv.data.tasks.variables import VariableTracking
 from refreshkv.data.tasks.word_counts import CommonWords, FrequentWords
 from refreshkv.settings import SettingsError, settings_from_dict
@@ -41,8 +42,7 @@ TASKS: dict[str, tuple[type[Family], dict[str, Any]]] = {
     "qmsum": (Meetings, {}),
     "novel_summary": (Novels, {}),
 }
-"""Name -> its family, and the settings that make it this task. Those can be changed too, but not in silence: they are
-part of every report."""
+"""By name: a family, and the settings that make it this task. A user may change these too; every report states them."""
 
 RULER = [
     *("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
@@ -50,7 +50,7 @@ RULER = [
 ]
 GROUPS = {
     "ruler": RULER,
-    "ruler_essays": [name for name in RULER if TASKS[name][1].get("haystack") == "essay"],  # they read the same files
+    "ruler_essays": [name for name in RULER if TASKS[name][1].get("haystack") == "essay"],  # all of them read essays
 }
 """Names that stand for several tasks."""
 
@@ -71,10 +71,13 @@ def build_task(name: str, values: dict[str, Any] | None = None) -> Task:
 
 
 def build_tasks(names: list[str], values: dict[str, dict[str, Any]] | None = None, **common: Any) -> list[Task]:
-    """The named tasks, groups such as `ruler` spelled out, each once; `values` by task or group go before `common`
-    ones.
+    """The named tasks, each once; a group's name such as `ruler` stands for its tasks.
 
-    Raises `SettingsError` also for values of a task that is not among the names.
+    Args:
+        values: settings by task or group, see `settings_by_task`.
+        common: settings of all tasks, which `values` override.
+
+    Raises `SettingsError` as `build_task` does, and for values of a task that is not among the names.
     """
     names = spelled_out(names)
     given = settings_by_task(values or {}, names)
@@ -82,15 +85,15 @@ def build_tasks(names: list[str], values: dict[str, dict[str, Any]] | None = Non
 
 
 def spelled_out(names: list[str]) -> list[str]:
-    """The names, groups replaced by their tasks, each once."""
+    """The names with each group replaced by its tasks, each task once."""
     return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, [name])))
 
 
 def settings_by_task(values: dict[str, Any], names: list[str], whose: str = "the tasks") -> dict[str, dict[str, Any]]:
-    """`values` by task or group as those of single tasks among `names`: a group's go to its tasks that have such
-    settings, and a task's own before them.
+    """Settings by task or group, turned into settings by task among `names`.
 
-    Raises `SettingsError` for values of what is not among the names, and for a setting that nothing takes.
+    A group's settings go to those of its tasks that have them; a task's own override them. `whose` describes `names` in
+    errors. Raises `SettingsError` for a task or group that is not among the names, and for a setting that no task has.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, settings in sorted(values.items(), key=lambda item: item[0] not in GROUPS):  # groups first

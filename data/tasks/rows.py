@@ -1,4 +1,4 @@
-"""The training form of tasks: rows of tokens in which every answer begins at the same column."""
+"""Training sequences of tasks: every answer begins at the same column."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,24 +13,25 @@ from refreshkv.data.tasks.task import Example, Task
 from refreshkv.settings import SettingsError
 
 PURPOSE = "training"
-"""Part of the seed: no evaluation draws these problems."""
+"""Part of the seed, so that no evaluation draws these problems."""
 
 
 @dataclass(frozen=True)
-class TaskRow:
-    """One row: the end of another example, a prompt, its answer, end of text, and the beginning of another example."""
+class TaskSequence:
+    """One example in a sequence of `row_length` tokens; the example before fills what is left on both sides."""
 
     token_ids: list[int]
+    """The end of the example before, a prompt, its answer, end of text, and the beginning of the example before."""
     text: str
     """The prompt and the answer."""
     answer_length: int
-    """Tokens from the end of the prompt on that are the answer's, the end of text included."""
+    """Tokens of the answer, its end of text included."""
 
 
 def training_tasks(values: dict[str, Any], row_length: int) -> list[Task]:
-    """The tasks that `data.tasks` names, for rows of `row_length` tokens.
+    """The tasks that `data.tasks` names, with `length = row_length`.
 
-    Raises `SettingsError` for tasks and settings that do not exist, and for a `length` other than the rows'.
+    Raises `SettingsError` for tasks and settings that do not exist, and for a `length` other than `row_length`.
     """
     for name, settings in values.items():
         if isinstance(settings, dict) and settings.get("length", row_length) != row_length:
@@ -41,7 +42,7 @@ def training_tasks(values: dict[str, Any], row_length: int) -> list[Task]:
 
 @contextmanager
 def _named_as_data(row_length: int) -> Iterator[None]:
-    """Errors about tasks name their settings as data's; `length` is what the rows have."""
+    """Puts `data.` before the settings that errors about tasks name; `length` is `data.row_length`."""
     try:
         yield
     except SettingsError as error:
@@ -53,18 +54,23 @@ def _named_as_data(row_length: int) -> Iterator[None]:
 
 
 def prompt_length(tasks: list[Task], row_length: int) -> int:
-    """The column at which the answers begin: room for the longest answer and an end of text is left after it."""
+    """The column at which all answers begin; behind it fit the longest answer and an end of text.
+
+    Raises `SettingsError` if no prompt of at least one token is left.
+    """
     answer = max(task.family.max_new_tokens for task in tasks)
     if answer + 2 > row_length:
         raise SettingsError(f"data.row_length={row_length} leaves no prompt before max_new_tokens={answer}: raise it")
     return row_length - answer - 1
 
 
-def task_rows(tasks: list[Task], tokenizer: PreTrainedTokenizerBase, row_length: int, count: int) -> Iterator[TaskRow]:
-    """`count` rows of `row_length` tokens, one example each, of the tasks in turn.
+def task_sequences(
+    tasks: list[Task], tokenizer: PreTrainedTokenizerBase, row_length: int, count: int
+) -> Iterator[TaskSequence]:
+    """Yields `count` sequences of `row_length` tokens, one example each; the tasks take turns.
 
-    A prompt ends at `prompt_length`. What it and its answer leave of the row is filled from the example before: its end
-    in front, its beginning behind. An answer that the row cannot hold, a long summary, is cut off at its end.
+    Each prompt ends before column `prompt_length`. The end of the example before fills the columns in front of the
+    prompt, its beginning those behind the answer. An answer that does not fit, such as a long summary, loses its end.
     """
     prompt = prompt_length(tasks, row_length)
     each = -(-(count + 1) // len(tasks))
@@ -75,12 +81,14 @@ def task_rows(tasks: list[Task], tokenizer: PreTrainedTokenizerBase, row_length:
     examples = islice((next(stream) for stream in cycle(streams)), count + 1)
     room = row_length - prompt
     with _named_as_data(row_length):
-        before = _complete(next(examples), tokenizer, room)  # only fills
+        before = _complete(
+            next(examples), tokenizer, room
+        )  # the first example is only used to fill the second one's sequence
     while (example := _next(examples, row_length)) is not None:
         complete = _complete(example, tokenizer, room)
         front = prompt - len(example.prompt_ids)
         back = row_length - front - len(complete)
-        yield TaskRow(
+        yield TaskSequence(
             token_ids=[*_end(before, front), *complete, *_beginning(before, back)],
             text=example.prompt + example.answer,
             answer_length=len(complete) - len(example.prompt_ids),

@@ -1,4 +1,4 @@
-"""Scores that several tasks share; all lie between 0 and 1."""
+"""Scores, between 0 and 1, that several tasks use."""
 
 from typing import Any
 
@@ -6,17 +6,17 @@ from refreshkv.settings import SettingsError
 
 
 def match_all(prediction: str, references: list[str]) -> float:
-    """Share of the references that occur somewhere in the prediction, upper and lower case alike (RULER)."""
+    """Share of the references that occur in the prediction, ignoring case: RULER's string match (arXiv 2404.06654)."""
     return sum(reference.lower() in prediction.lower() for reference in references) / len(references)
 
 
 def match_any(prediction: str, references: list[str]) -> float:
-    """1 if one of the references occurs somewhere in the prediction, upper and lower case alike (RULER's QA)."""
+    """1 if any reference occurs in the prediction, ignoring case, else 0: RULER's partial match, for questions."""
     return float(any(reference.lower() in prediction.lower() for reference in references))
 
 
 def leading_matches(found: list[str], expected: list[str]) -> int:
-    """How many items, from the first on, are the expected ones."""
+    """Number of items of `found` that equal those of `expected`, up to the first difference."""
     count = 0
     for item, wanted in zip(found, expected, strict=False):
         if item != wanted:
@@ -26,7 +26,7 @@ def leading_matches(found: list[str], expected: list[str]) -> int:
 
 
 def between_tags(text: str, tag: str) -> str | None:
-    """What stands between the first <tag> and the first </tag>, stripped; None if either is missing (LongProc)."""
+    """The text between the first <tag> and the first </tag>, stripped; None if either is missing (LongProc)."""
     start, end = text.find(f"<{tag}>"), text.find(f"</{tag}>")
     if start == -1 or end == -1:
         return None
@@ -34,7 +34,10 @@ def between_tags(text: str, tag: str) -> str | None:
 
 
 def rouge_l(prediction: str, references: list[str]) -> float:
-    """F-measure of ROUGE-L with stemming against the best-matching reference, from the library rouge-score."""
+    """F-measure of ROUGE-L with stemming, the best over the references, by the library rouge-score.
+
+    Raises `SettingsError` if the library is not installed.
+    """
     scorer = _rouge_scorer()
     return max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in references)
 

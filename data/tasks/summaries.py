@@ -1,4 +1,4 @@
-"""Summaries of long documents from the user's files: QMSum, GovReport and novels, scored with ROUGE-L."""
+"""Summaries of long documents from files: QMSum, GovReport and novels, scored with ROUGE-L."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -6,25 +6,24 @@ from random import Random
 from typing import Any, ClassVar
 
 from refreshkv.data.tasks.essays import load_columns
+from refreshkv.data.tasks.family import Family, Problem
 from refreshkv.data.tasks.scoring import rouge_l
-from refreshkv.data.tasks.task import Family, Problem
 from refreshkv.data.tasks.template import Template
 from refreshkv.settings import SettingsError
 
 
 @dataclass(frozen=True)
 class Summaries(Family):
-    """Size: words of the document, from its beginning; the end of what does not fit is cut off."""
+    """Size: words of the document from its beginning; the rest is cut off."""
 
     max_new_tokens: int = 512
     """Tokens that may be generated."""
     data_files: str | list[str] | None = None
-    """JSON (lines) or parquet files with a document and its summaries in each row; the defaults below are the columns
-    of LongBench's files."""
+    """JSON (lines) or parquet files, a document and its summaries in each line; the columns below are LongBench's."""
     document_column: str = "context"
     """The column of the document."""
     question_column: str | None = None
-    """The column of the question that the summary answers; only with a prompt that has one (qmsum)."""
+    """The column of the question that the summary answers, for prompts with a question (qmsum)."""
     summary_column: str = "answers"
     """The column of the summary, or of a list of them."""
 
@@ -48,7 +47,7 @@ class Summaries(Family):
         return Problem(fields=fields, answer=f" {summaries[0].strip()}", references=summaries)
 
     def score(self, prediction: str, references: Any) -> dict[str, float]:
-        """F-measure of ROUGE-L, against the best of several summaries."""
+        """F-measure of ROUGE-L, the best over several summaries."""
         return {"score": rouge_l(prediction, references)}
 
     def _row(self, index: int) -> dict[str, Any]:
@@ -68,7 +67,7 @@ class Summaries(Family):
 
 @dataclass(frozen=True)
 class Reports(Summaries):
-    """GovReport (Huang et al., 2021)."""
+    """GovReport (Huang et al., NAACL 2021, arXiv 2104.02112): summaries of government reports."""
 
     template: ClassVar[Template] = {
         "prompt": "This is a government report:\n\n{context}\n\nSummarise the report in one page.\n",
@@ -78,7 +77,7 @@ class Reports(Summaries):
 
 @dataclass(frozen=True)
 class Meetings(Summaries):
-    """QMSum (Zhong et al., 2021): a question about a meeting."""
+    """QMSum (Zhong et al., NAACL 2021, arXiv 2104.05938): summaries that answer a question about a meeting."""
 
     max_new_tokens: int = 256
     """Tokens that may be generated."""
@@ -98,12 +97,12 @@ class Meetings(Summaries):
 
 @dataclass(frozen=True)
 class Novels(Summaries):
-    """Summaries of whole novels, such as longbook_sum_eng of InfiniteBench (Zhang et al., 2024)."""
+    """Summaries of novels, such as longbook_sum_eng of InfiniteBench (Zhang et al., ACL 2024, arXiv 2402.13718)."""
 
     max_new_tokens: int = 1024
     """Tokens that may be generated."""
     summary_column: str = "answer"
-    """The column of the summary, or of a list of them: InfiniteBench's."""
+    """The column of the summary, or of a list of them; the default is InfiniteBench's."""
 
     template: ClassVar[Template] = {
         "prompt": "This is a novel:\n\n{context}\n\nTell what happens in it, from the beginning to the end.\n",

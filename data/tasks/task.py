@@ -1,48 +1,34 @@
-"""A task: draws problems from a seed, words them, and fits each prompt to a number of tokens."""
+"""A task: words a family's problems, and fits each prompt to a number of tokens."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from random import Random
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from refreshkv.data.tasks.family import Family, Problem
 from refreshkv.data.tasks.template import Template, load_template
 from refreshkv.settings import SettingsError, settings_to_dict
 
 FULL_ENOUGH = 0.98
-"""Share of the room for a prompt at which the search for a longer one ends."""
+"""The search for a longer prompt ends at this share of the tokens available for it."""
 
 FEW_REDRAWS = 5
-"""Problems drawn for one example before giving up on an answer that fits."""
+"""Most problems drawn for one example until its answer fits."""
 MOST_REDRAWS = 300
-"""The same for families whose answers differ much in length."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One problem, not yet worded."""
-
-    fields: dict[str, str]
-    """The values of the template's placeholders."""
-    answer: str
-    """The right continuation of the prompt, with the space or line break it begins with."""
-    references: Any
-    """What the family's scorer compares with: plain values."""
-    examples: tuple["Problem", ...] = ()
-    """Solved problems that stand before this one in the prompt."""
+"""The same for families with `redraws`."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One problem, worded and tokenized."""
+    """One problem as text and tokens."""
 
     index: int
     prompt: str
     prompt_ids: list[int]
-    """The prompt's tokens, with whatever the tokenizer puts at the beginning of a text."""
+    """The prompt's tokens, with the special tokens that the tokenizer adds to a text."""
     answer: str
     answer_ids: list[int]
     """The answer's tokens, without an end-of-text token."""
@@ -50,78 +36,28 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Family(ABC):
-    """The settings that all tasks share, and what a family of tasks has to bring. Sizes are in its own units: keys,
-    sentences, rows, whatever makes its prompts longer."""
-
-    length: int = 4096
-    """Tokens of a prompt and its answer together: the prompt gets `length - max_new_tokens`."""
-    max_new_tokens: int = 128
-    """Tokens that may be generated."""
-    seed: int = 42
-    """Seed of the problems."""
-    template_file: str | None = None
-    """YAML file with another wording: the pieces it names replace the task's own."""
-    chat: bool = False
-    """Wrap the prompt in the tokenizer's chat template, as one user message."""
-
-    template: ClassVar[Template]
-    """The wording: `prompt`, `answer_prefix`, and pieces of the family's own."""
-    least_size: ClassVar[int] = 1
-    answer_fits: ClassVar[bool] = True
-    """Whether an answer that max_new_tokens cannot hold is an error: it could not be generated."""
-    redraws: ClassVar[bool] = False
-    """Whether problems differ so much in the length of their answers that they are drawn until one fits."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("length", 2), ("max_new_tokens", 1)):
-            if getattr(self, name) < least:
-                raise SettingsError(f"{name} must be a whole number >= {least}, got {getattr(self, name)}")
-        if self.max_new_tokens >= self.length:
-            raise SettingsError(
-                f"length={self.length} is prompt and answer together, and max_new_tokens={self.max_new_tokens} leaves "
-                "no prompt: raise length"
-            )
-
-    @abstractmethod
-    def draw(self, random: Random, size: int, index: int, template: Template) -> Problem:
-        """A problem of `size` units. `index` numbers the problems, for families that read them from a file."""
-
-    @abstractmethod
-    def score(self, prediction: str, references: Any) -> dict[str, float]:
-        """Figures between 0 and 1 by name; the first is called score and is the task's own."""
-
-    def largest_size(self, index: int) -> int | None:
-        """The most units there are; None for no end."""
-        return None
-
-    @property
-    def substitutes(self) -> tuple[str, ...]:
-        """What stands in for something that the benchmark reads from files, one phrase each."""
-        return ()
-
-
-@dataclass(frozen=True)
 class Task:
-    """A named task. The same name, settings, tokenizer, purpose and index always give the same example."""
+    """A named task. Name, settings, tokenizer, purpose and index determine an example."""
 
     name: str
     family: Family
 
     @property
     def label(self) -> str:
-        """The name for tables and files: it says when the task runs on a substitute."""
+        """The name in tables and files, with "-substitute" if generated text replaces the benchmark's files."""
         return f"{self.name}-substitute" if self.family.substitutes else self.name
 
     @cached_property
     def template(self) -> Template:
+        """The wording, with the parts of `template_file` in place of the family's."""
         return load_template(self.family.template, self.family.template_file, f"tasks.{self.name}.template_file")
 
     def settings(self) -> dict[str, Any]:
-        """The family's settings as plain values."""
+        """The family's settings as JSON values."""
         return settings_to_dict(self.family)
 
     def score(self, prediction: str, references: Any) -> dict[str, float]:
+        """Scores between 0 and 1 by name, see `Family.score`."""
         return self.family.score(prediction, references)
 
     def examples(
@@ -132,11 +68,11 @@ class Task:
         prompt_tokens: int | None = None,
         answer_tokens: int | None = None,
     ) -> Iterator[Example]:
-        """The first `count` examples. Each prompt is as long as it can be in whole units of the task.
+        """Yields the first `count` examples. Each prompt has the most units whose tokens fit.
 
         Args:
-            purpose: part of the seed, so that training never sees an evaluation's generated problems.
-            prompt_tokens, answer_tokens: most tokens of a prompt and of an answer; None for those of the settings.
+            purpose: part of the seed, so that training and evaluation have different generated problems.
+            prompt_tokens, answer_tokens: most tokens of a prompt and of an answer; None to use the settings.
 
         Raises `SettingsError` if the prompt or the answer cannot fit.
         """
@@ -149,13 +85,13 @@ class Task:
             except SettingsError as error:
                 own = str(error).startswith("tasks.")
                 raise SettingsError(str(error) if own else f"tasks.{self.name}.{error}") from None
-            start = size if index == 0 else start  # the first one's size is a good guess for all
+            start = size if index == 0 else start  # the others have about the first one's size
             yield example
 
     def _fitting(
         self, tokenizer: PreTrainedTokenizerBase, purpose: str, index: int, start: int, prompt: int, answer: int
     ) -> tuple[int, Example]:
-        """The size and the example. A problem whose answer has too many tokens is drawn again, a few times."""
+        """The size and the longest example; a problem with too long an answer is drawn again, `FEW_REDRAWS` times."""
         for attempt in range(FEW_REDRAWS):
             seed = f"{self.name}:{self.family.seed}:{purpose}:{index}" + (f":{attempt}" if attempt else "")
             if self.family.redraws:
@@ -169,7 +105,7 @@ class Task:
         )
 
     def _redrawn(self, tokenizer: PreTrainedTokenizerBase, seed: str, index: int, room: int) -> str:
-        """A seed whose answer fills between a quarter and all of the room."""
+        """A seed whose answer has more than a quarter of `room` tokens and at most `room`."""
         for attempt in range(MOST_REDRAWS):
             problem = self.family.draw(Random(f"{seed}:{attempt}"), self.family.least_size, index, self.template)
             if room // 4 < len(_tokens(tokenizer, problem.answer, special=False)) <= room:
@@ -182,7 +118,10 @@ class Task:
     def _longest(
         self, tokenizer: PreTrainedTokenizerBase, seed: str, index: int, start: int, room: int
     ) -> tuple[int, Example]:
-        """Searches the size whose prompt fills the room: by proportion, between the sizes known to fit and not to."""
+        """The largest size whose prompt has at most `room` tokens, or fills `FULL_ENOUGH` of them, and its example.
+
+        The next size to try is proportional to the tokens of the last, within the sizes known to fit and not to fit.
+        """
         least, most = self.family.least_size, self.family.largest_size(index)
         fitting, too_large, best = least - 1, (most + 1) if most is not None else None, None
         size = max(least, start if most is None else min(start, most))
@@ -197,8 +136,8 @@ class Task:
                 too_large = size
             if too_large is not None and too_large - fitting <= 1:
                 break
-            guess = max(size * room // tokens, fitting + 1)
-            size = guess if too_large is None else min(guess, too_large - 1)
+            proportional = max(size * room // tokens, fitting + 1)
+            size = proportional if too_large is None else min(proportional, too_large - 1)
         if best is None:
             raise SettingsError(
                 f"tasks.{self.name}.length={self.family.length} is too short: the shortest prompt has {tokens} tokens, "
@@ -233,7 +172,7 @@ class Task:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
-    # `verbose` would warn of texts longer than the model's context: the search for the longest prompt meets some
+    # verbose=True warns of texts longer than the model's context, and the search for the longest prompt tries some
     return tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
 
 

@@ -1,4 +1,4 @@
-"""The wording of a task: a few named pieces of text, which a YAML file of the user's can replace."""
+"""The wording of a task: named parts of text, which a YAML file can replace."""
 
 import string
 from pathlib import Path
@@ -11,42 +11,43 @@ Template = dict[str, str]
 
 
 def load_template(default: Template, path: str | None, setting: str) -> Template:
-    """`default` with the pieces that the YAML file `path` names, such as `prompt` and `answer_prefix`, replaced.
+    """Replaces the parts of `default` that the YAML file `path` names, such as `prompt` and `answer_prefix`.
 
-    A piece must have the placeholders ({context}, ...) of the default piece. `prompt` and `answer_prefix` may also have
-    each other's, and `answer_prefix` may leave some out. Raises `SettingsError` naming `setting` for a file that cannot
-    be read or does not fit the task.
+    A part must have the placeholders ({context}, ...) of the default part. `prompt` and `answer_prefix` may also have
+    each other's, and `answer_prefix` may leave some out.
+
+    Raises `SettingsError`, naming `setting`, for a file that cannot be read or does not fit the task.
     """
     if path is None:
         return default
-    pieces = _read(path, setting)
+    parts = _read(path, setting)
     question = placeholders(default["prompt"]) | placeholders(default["answer_prefix"])
-    for name, text in pieces.items():
+    for name, text in parts.items():
         if name not in default:
-            raise SettingsError(f"{setting}={path}: unknown piece {name!r}; this task has {', '.join(default)}")
+            raise SettingsError(f"{setting}={path}: unknown part {name!r}; this task has {', '.join(default)}")
         known = question if name in ("prompt", "answer_prefix") else placeholders(default[name])
-        _check_piece(name, text, default[name], known, f"{setting}={path}")
-    return {**default, **pieces}
+        _validate_part(name, text, default[name], known, f"{setting}={path}")
+    return {**default, **parts}
 
 
 def placeholders(text: str) -> set[str]:
-    """The names in braces in `text`. Raises `ValueError` for braces that do not match."""
+    """The names in braces in `text`. Raises `ValueError` for unbalanced braces."""
     return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
 
 
 def _read(path: str, setting: str) -> dict:
     try:
-        pieces = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        parts = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SettingsError(f"{setting}: there is no file {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{setting}: {path} is not readable YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(pieces, dict):
-        raise SettingsError(f"{setting}: {path} must hold pieces of text by name, such as prompt and answer_prefix")
-    return pieces
+    if not isinstance(parts, dict):
+        raise SettingsError(f"{setting}: {path} must hold parts of text by name, such as prompt and answer_prefix")
+    return parts
 
 
-def _check_piece(name: str, text: object, default: str, known: set[str], source: str) -> None:
+def _validate_part(name: str, text: object, default: str, known: set[str], source: str) -> None:
     if not isinstance(text, str):
         raise SettingsError(f"{source}: {name} must be text, got {text!r}")
     try:

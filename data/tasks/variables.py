@@ -1,7 +1,7 @@
 """Variable tracking: one of RULER's thirteen tasks (arXiv 2404.06654).
 
-A variable is given a number, a second one the first variable's value, and so on, each assignment hidden in noise; the
-question asks for all variables that have the number.
+A variable is given a number, a second one the first variable's value, and so on. The assignments are hidden in noise,
+and the question asks for all variables that have the number.
 """
 
 import string
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, ClassVar
 
+from refreshkv.data.tasks.family import Family, Problem
 from refreshkv.data.tasks.scoring import match_all
-from refreshkv.data.tasks.task import Family, Problem
 from refreshkv.data.tasks.template import Template
 from refreshkv.settings import SettingsError
 
 EXAMPLE_NOISE = 10
-"""Lines of noise in the solved example: what RULER's search for 500 tokens comes to."""
+"""Lines of noise in a solved example: the number that RULER's search for 500 tokens finds."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class VariableTracking(Family):
     max_new_tokens: int = 30
     """Tokens that may be generated."""
     chains: int = 1
-    """Chains of assignments; the question asks for the first one's variables."""
+    """Chains of assignments. The question asks for the variables of the first."""
     hops: int = 4
-    """Assignments of one variable to another in a chain, which so has one variable more."""
+    """Assignments of one variable to another in a chain of `hops + 1` variables."""
     examples: int = 1
     """Solved examples in the prompt: RULER has one."""
 
@@ -48,7 +48,7 @@ class VariableTracking(Family):
 
     @property
     def least_size(self) -> int:
-        """As many lines as a chain has assignments: RULER draws their places without repetition."""
+        """One line for each assignment of a chain, because RULER draws their positions without repetition."""
         return self.hops + 1
 
     def draw(self, random: Random, size: int, index: int, template: Template) -> Problem:
@@ -59,7 +59,7 @@ class VariableTracking(Family):
         return Problem(problem.fields, problem.answer, problem.references, examples)
 
     def score(self, prediction: str, references: Any) -> dict[str, float]:
-        """Share of the chain's variables that the prediction contains: RULER's string match."""
+        """Share of the chain's variables in the prediction: RULER's string match."""
         return {"score": match_all(prediction, references)}
 
     def _problem(self, random: Random, size: int, letters: int, template: Template) -> Problem:
@@ -69,9 +69,9 @@ class VariableTracking(Family):
         for chain, number in enumerate(numbers):
             variables = names[chain * (self.hops + 1) : (chain + 1) * (self.hops + 1)]
             values = [number, *(f"VAR {name}" for name in variables)]
-            places = sorted(random.sample(range(len(lines)), len(variables)))
-            for shift, (place, name, value) in enumerate(zip(places, variables, values[:-1], strict=True)):
-                lines.insert(place + shift, f"VAR {name} = {value}")
+            positions = sorted(random.sample(range(len(lines)), len(variables)))
+            for shift, (position, name, value) in enumerate(zip(positions, variables, values[:-1], strict=True)):
+                lines.insert(position + shift, f"VAR {name} = {value}")
         answers = names[: self.hops + 1]
         return Problem(
             fields={"context": "\n".join(lines), "query": numbers[0], "count": str(len(answers))},
@@ -81,6 +81,6 @@ class VariableTracking(Family):
 
 
 def _names(random: Random, count: int, letters: int) -> list[str]:
-    """`count` different names of capital letters."""
+    """`count` different names of `letters` capital letters."""
     numbers = random.sample(range(26**letters), count)
     return ["".join(string.ascii_uppercase[n // 26**i % 26] for i in range(letters)) for n in numbers]

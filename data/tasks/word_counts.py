@@ -1,4 +1,4 @@
-"""Which words come most often: common and frequent words extraction, two of RULER's thirteen (arXiv 2404.06654)."""
+"""The most frequent words: common and frequent words extraction, two of RULER's thirteen (arXiv 2404.06654)."""
 
 import string
 from dataclasses import dataclass
@@ -6,32 +6,32 @@ from functools import lru_cache
 from random import Random
 from typing import Any, ClassVar, Literal
 
+from refreshkv.data.tasks.family import Family, Problem
 from refreshkv.data.tasks.scoring import match_all
-from refreshkv.data.tasks.task import Family, Problem
 from refreshkv.data.tasks.template import Template
 from refreshkv.data.tasks.words import coined_words, wonderwords_vocabulary
 from refreshkv.settings import SettingsError
 
 SHORT = 4096
-"""Below this many tokens RULER repeats words less often."""
+"""RULER repeats words less often in prompts shorter than this many tokens."""
 
 
 @dataclass(frozen=True)
 class CommonWords(Family):
-    """A numbered list in which a few words come often and all others seldom. Size: different words in it."""
+    """A numbered list in which a few words are frequent and all others rare. Size: different words in it."""
 
     max_new_tokens: int = 120
     """Tokens that may be generated."""
     common: int = 10
-    """Words that come often: the answer."""
+    """Frequent words: the answer."""
     common_repeats: int | None = None
-    """How often; None as RULER: 30, and 6 for prompts shorter than 4096 tokens."""
+    """Repetitions of each; None for RULER's: 30, and 6 if `length` is below 4096."""
     uncommon_repeats: int | None = None
-    """How often the others; None as RULER: 3, and 1 for prompts shorter than 4096 tokens."""
+    """Repetitions of the others; None for RULER's: 3, and 1 if `length` is below 4096."""
     examples: int = 1
     """Solved examples in the prompt: RULER has one."""
     words: Literal["own", "wonderwords"] = "own"
-    """The vocabulary: coined words of this package, or the library that RULER uses."""
+    """The vocabulary: words that this package coins, or the library that RULER uses."""
 
     template: ClassVar[Template] = {
         "prompt": (
@@ -52,7 +52,7 @@ class CommonWords(Family):
 
     @property
     def repeats(self) -> tuple[int, int]:
-        """How often common and uncommon words come."""
+        """Repetitions of each common word and of each other word."""
         often, seldom = (30, 3) if self.length >= SHORT else (6, 1)
         return self.common_repeats or often, self.uncommon_repeats or seldom
 
@@ -71,7 +71,7 @@ class CommonWords(Family):
         return Problem(problem.fields, problem.answer, problem.references, examples)
 
     def score(self, prediction: str, references: Any) -> dict[str, float]:
-        """Share of the common words that the prediction contains: RULER's string match."""
+        """Share of the common words in the prediction: RULER's string match."""
         return {"score": match_all(prediction, references)}
 
     def _problem(self, random: Random, size: int, often: int, seldom: int) -> Problem:
@@ -88,14 +88,14 @@ class CommonWords(Family):
 
 @dataclass(frozen=True)
 class FrequentWords(Family):
-    """Made-up words whose numbers follow a Zeta distribution. Size: words before rounding, the dots included."""
+    """Made-up words whose frequencies follow a Zeta distribution. Size: words before rounding, the dots included."""
 
     max_new_tokens: int = 50
     """Tokens that may be generated."""
     alpha: float = 2.0
-    """Exponent: the word of rank r comes r^-alpha as often as the first."""
+    """Exponent: the word of rank r is r^-alpha times as frequent as the first."""
     vocabulary: int | None = None
-    """Different words; None as RULER: a fiftieth of `length`."""
+    """Different words, the dots among them; None for RULER's: a fiftieth of `length`."""
     letters: int = 6
     """Letters of a word."""
 
@@ -125,20 +125,20 @@ class FrequentWords(Family):
         return self.vocabulary or max(5, self.length // 50)
 
     def counts(self, size: int) -> list[int]:
-        """How often the word of each rank comes, rounded down."""
+        """Repetitions of the word of each rank, rounded down."""
         total = _zeta(self.alpha)
         return [int(size * rank**-self.alpha / total) for rank in range(1, self.different + 1)]
 
     def draw(self, random: Random, size: int, index: int, template: Template) -> Problem:
         numbers = random.sample(range(26**self.letters), self.different)
         words = ["".join(string.ascii_lowercase[n // 26**i % 26] for i in range(self.letters)) for n in numbers]
-        words[0] = "..."  # the first rank is noise
+        words[0] = "..."  # RULER replaces the first rank by noise
         text = [word for word, count in zip(words, self.counts(size), strict=True) for _ in range(count)]
         random.shuffle(text)
         return Problem(fields={"context": " ".join(text)}, answer=" " + ", ".join(words[1:4]), references=words[1:4])
 
     def score(self, prediction: str, references: Any) -> dict[str, float]:
-        """Share of the three words that the prediction contains: RULER's string match."""
+        """Share of the three words in the prediction: RULER's string match."""
         return {"score": match_all(prediction, references)}
 
 
@@ -153,6 +153,6 @@ def _vocabulary() -> list[str]:
 
 @lru_cache(maxsize=8)
 def _zeta(alpha: float) -> float:
-    """Riemann's zeta function: a sum, and the integral of what comes after it."""
+    """Riemann's zeta function: a sum of the first terms, and the integral of the rest."""
     terms = 10_000
     return sum(rank**-alpha for rank in range(1, terms)) + (terms - 0.5) ** (1 - alpha) / (alpha - 1)

@@ -1,4 +1,4 @@
-"""Words and sentences for generated problems, the same on every machine."""
+"""Words and sentences of generated problems; they are the same on every machine."""
 
 from importlib import resources
 from itertools import product
@@ -56,29 +56,32 @@ SYLLABLES = ["".join(pair) for pair in product("bdfghjklmnprstvwz", "aeiou")]
 
 
 def coined_words(random: Random, count: int, syllables: int = 3) -> list[str]:
-    """`count` different words that mean nothing, such as "balori"; at most 85 to the power of `syllables` exist."""
+    """`count` different words without a meaning, such as "balori"; there are 85^`syllables` of them."""
     base = len(SYLLABLES)
     numbers = random.sample(range(base**syllables), count)
-    places = [base**place for place in reversed(range(syllables))]
-    return ["".join(SYLLABLES[n // place % base] for place in places) for n in numbers]
+    powers = [base**exponent for exponent in reversed(range(syllables))]
+    return ["".join(SYLLABLES[n // power % base] for power in powers) for n in numbers]
 
 
 def sentence(random: Random) -> str:
-    """A plain English sentence without numbers, one of about ten billion."""
+    """A plain English sentence without numbers, one of about ten billion possible ones."""
     choose = random.choice
     subject, thing = (f"{choose(ADJECTIVES)} {choose(NOUNS)}" for _ in range(2))
     return f"The {subject} {choose(VERBS)} the {thing} {choose(TIMES)}."
 
 
 def word_pairs(source: str) -> tuple[list[str], list[str]]:
-    """Adjectives and nouns for keys such as "calm-river": "own" are this file's, "wonderwords" that library's."""
+    """Adjectives and nouns for keys such as "calm-river", of this file ("own") or of the library "wonderwords".
+
+    Raises `SettingsError` if the library is not installed.
+    """
     if source == "own":
         return ADJECTIVES, NOUNS
     return _wonderwords("adjectivelist"), _wonderwords("nounlist")
 
 
 def wonderwords_vocabulary() -> list[str]:
-    """Nouns, adjectives and verbs of the library, sorted, each once."""
+    """All nouns, adjectives and verbs of the library wonderwords, sorted. Raises `SettingsError` if it is missing."""
     return sorted({word for kind in ("nounlist", "adjectivelist", "verblist") for word in _wonderwords(kind)})
 
 

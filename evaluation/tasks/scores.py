@@ -24,7 +24,7 @@ from refreshkv.evaluation.costs import Meter, count_full_steps, held_bytes
 from refreshkv.evaluation.records import RecordFile, numbered_layers
 from refreshkv.evaluation.strategies import Strategy
 from refreshkv.identity import fingerprint
-from refreshkv.prefix.prompt_cache import needs_queries
+from refreshkv.prefix.fill import validate_takes_prefix
 from refreshkv.prefix.recycling import Reuse, recycle, store_prompts
 from refreshkv.prefix.store import PrefixStore
 from refreshkv.settings import SettingsError
@@ -199,7 +199,8 @@ class AnswerGenerator:
     ) -> None:
         self._model, self._tokenizer, self._store = model, tokenizer, store
         self._caches = Caches(model, record=store is None)  # with a store each batch has another strategy than the last
-        self._queries = store is not None and any(needs_queries(way.build_cache(model.config, 1)) for way in strategies)
+        for strategy in strategies if store is not None else ():
+            validate_takes_prefix(strategy.build_cache(model.config, 1))
         self._stop = _stop_tokens(model, tokenizer)
         self._padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._stop[0]
 
@@ -209,7 +210,7 @@ class AnswerGenerator:
         ids, mask = left_padded([example.prompt_ids for example in examples], self._padding)
         sequences, columns = ids.shape
         if self._store is not None:
-            store_prompts(self._store, ids, mask, self._queries)
+            store_prompts(self._store, ids, mask)
         capacity = math.ceil((columns + limit) / CAPACITY_STEP) * CAPACITY_STEP
         cache = self._caches.take(strategy, sequences, columns, capacity)
         meter = Meter(model.device)

@@ -34,24 +34,12 @@ class H2OLayer(CompactLayer):
     """A layer that keeps half of its budget for the highest accumulated probability, half for the last tokens."""
 
     heavy = True
-    needs_queries = True
-    earlier_queries: Tensor | None = None
-    """The queries of the prefix that was loaded, until the prompt ends."""
+    takes_prefix = False  # the accumulated probabilities need the queries of all tokens of the prompt
 
     def __init__(self, max_cache_len: int, settings: H2OConfig):
         super().__init__(max_cache_len, settings.budget)
 
-    def load_prefix(self, key_states: Tensor, value_states: Tensor, query_states: Tensor | None = None) -> None:
-        super().load_prefix(key_states, value_states, query_states)
-        self.earlier_queries = query_states
-
-    def reset(self) -> None:
-        super().reset()
-        self.earlier_queries = None
-
     def _prompt_entries(self, query, key, budgets, left_padding, capacity, scaling):
-        if self.earlier_queries is not None:
-            query, self.earlier_queries = torch.cat([self.earlier_queries, query], dim=2), None
         scores = accumulated_probabilities(query, key, left_padding, scaling)
         column = torch.arange(key.shape[2], device=key.device)
         recent = column >= (key.shape[2] - budgets // 2)[:, None, None]

@@ -49,8 +49,8 @@ class PreallocatedLayer(CacheLayerMixin):
     is_sliding = False
     batch_state: tuple[str, ...] = ("keys", "values")
     """Names of the tensors whose first dimension is the batch."""
-    needs_queries = False
-    """Whether `load_prefix` needs the tokens' queries too, because all of them decide what is kept of a prompt."""
+    takes_prefix = True
+    """Whether `load_prefix` may put in the first tokens: False if the choice of entries needs all queries."""
     last_queries = 1
     """How many tokens of a prompt have to follow a prefix that `load_prefix` put in: their queries are needed."""
 
@@ -151,17 +151,17 @@ class PreallocatedLayer(CacheLayerMixin):
 
     # ---- a prompt that is known in part, or comes in parts
 
-    def load_prefix(self, key_states: Tensor, value_states: Tensor, query_states: Tensor | None = None) -> None:
+    def load_prefix(self, key_states: Tensor, value_states: Tensor) -> None:
         """Puts in the first d columns of a prompt, known from an earlier run. The rest has to follow, and attends to
         them.
 
-        Keys and values (B, Hkv, d, D), and if the layer `needs_queries` the queries (B, H, d, D). Raises `ValueError`
-        unless the layer is empty and has room for the tokens.
+        Keys and values (B, Hkv, d, D). Raises `ValueError` unless the layer is empty, takes a prefix, and has room for
+        the tokens.
         """
         if self.length > 0:
             raise ValueError(f"a cache that holds {self.length} tokens cannot be filled: call reset() first")
-        if self.needs_queries and query_states is None:
-            raise ValueError(f"{type(self).__name__} depends on all queries of a prompt: fill it with them too")
+        if not self.takes_prefix:
+            raise ValueError(f"{type(self).__name__} depends on all queries of a prompt: compute the whole prompt")
         self._append(key_states, value_states)
         self.prefix_length, self.phase = key_states.shape[2], Phase.FILLED
 

@@ -1,52 +1,56 @@
-"""Which stored prompt a new one begins with: by the longest common prefix of tokens, or by sentence embeddings."""
+"""Finds the stored prompt that a new one begins like: by common tokens, or by sentence embeddings."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import xxhash
 
-from refreshkv.prefix.backends import Entry
+from refreshkv.prefix.entry import Entry
 from refreshkv.settings import SettingsError
 
 BLOCK = 64
-"""Tokens of a block, whose hash stands for it and all before it."""
+"""Tokens of a block. A block's hash covers the block and all tokens before it."""
 
 
-class Finder(Protocol):
-    """A way to find an entry."""
+class Index(Protocol):
+    """Finds entries by their tokens."""
 
     def add(self, entry: Entry) -> None:
-        """From now on the entry may be found."""
+        """Makes an entry findable."""
 
     def remove(self, entry: Entry) -> None:
-        """From now on it may not."""
+        """Undoes `add`."""
 
-    def find(self, ids: np.ndarray, usable: Callable[[Entry], bool]) -> tuple[int, Entry | None]:
-        """How many tokens of ids (P,) int64 an entry has in common with them, and the entry; 0 and None without one."""
+    def find(self, ids: np.ndarray) -> tuple[int, Entry | None]:
+        """The entry to reuse for a prompt (P,) int64, and how many of its first tokens are the prompt's; (0, None) if
+        there is none."""
 
 
 def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
-    """Number of equal tokens in front."""
+    """Number of equal tokens at the beginning of two sequences."""
     length = min(len(first), len(second))
     different = first[:length] != second[:length]
     return int(different.argmax()) if different.any() else length
 
 
 def longest(entries: list[Entry], ids: np.ndarray) -> tuple[int, Entry | None]:
-    """The plain form: the entry with the longest common prefix, of equal ones the first; 0 and None without any."""
+    """The entry with the longest common prefix, by comparing all of them; the first of several, (0, None) of none.
+
+    The definition of `LongestPrefix.find`.
+    """
     depths = [common_prefix(entry.ids, ids) for entry in entries]
     best = max(depths, default=0)
     return (best, entries[depths.index(best)]) if best else (0, None)
 
 
 class LongestPrefix:
-    """The longest common prefix of tokens with any entry, whatever follows it.
+    """Finds the entry with the longest common prefix of tokens; what follows in the entry does not matter.
 
-    A hash for each block of 64 tokens and all before it, as serving engines have them, leads to the entries with the
-    longest common prefix in whole blocks; their tokens themselves tell the depth. Looking up a prompt without any
-    overlap costs one hash and the first block of each entry.
+    Entries are listed under a hash of each block of 64 tokens and all tokens before it, as serving engines do it. The
+    prompt's hashes lead to the entries that share the most whole blocks; comparing their tokens gives the depth, so no
+    hash is trusted. A prompt without any overlap costs one hash, and comparing the first block of each entry.
     """
 
     def __init__(self) -> None:
@@ -65,22 +69,22 @@ class LongestPrefix:
             if not self._chains.get(digest):
                 self._chains.pop(digest, None)
 
-    def find(self, ids: np.ndarray, usable: Callable[[Entry], bool]) -> tuple[int, Entry | None]:
+    def find(self, ids: np.ndarray) -> tuple[int, Entry | None]:
         levels = [self._entries]
         for digest in block_hashes(ids):
             if digest not in self._chains:
                 break
             levels.append(self._chains[digest])
         for blocks in reversed(range(len(levels))):
-            # none of these has the next block too, so the common prefix ends in it; what is equal the tokens tell
-            depth, entry = longest([entry for entry in levels[blocks] if usable(entry)], ids[: (blocks + 1) * BLOCK])
+            # no entry of this level shares the next block, so the common prefix ends within that block
+            depth, entry = longest(list(levels[blocks]), ids[: (blocks + 1) * BLOCK])
             if entry is not None:
                 return depth, entry
         return 0, None
 
 
 def block_hashes(ids: np.ndarray) -> Iterator[bytes]:
-    """For each whole block of ids (P,) int64 a hash of all tokens up to its end."""
+    """A hash for each whole block of ids (P,) int64, over all tokens up to the block's end."""
     digest = b""
     for start in range(0, len(ids) - BLOCK + 1, BLOCK):
         digest = xxhash.xxh3_128_digest(digest + ids[start : start + BLOCK].tobytes())
@@ -88,14 +92,14 @@ def block_hashes(ids: np.ndarray) -> Iterator[bytes]:
 
 
 class NearestSentence:
-    """The entry whose text has the nearest sentence embedding, if all of it is in front of the new prompt: the way of
-    *KV Cache Recycling to Expand Usable Context Capacity in Low Parameter LLMs* (arXiv 2512.11851).
+    """Finds the entry whose text has the nearest sentence embedding, if the new prompt begins with all of it.
 
-    It finds nothing that `LongestPrefix` does not find: that one's depth is at least as large, always.
+    Source: *KV Cache Recycling to Expand Usable Context Capacity in Low Parameter LLMs* (arXiv 2512.11851). The depth
+    is never larger than that of `LongestPrefix` over the same entries.
 
     Args:
-        encoder: a folder or Hub id of a `sentence-transformers` model, or one that is loaded.
-        tokenizer: makes text of tokens again.
+        encoder: a folder or Hub id of a `sentence-transformers` model, or a loaded one.
+        tokenizer: decodes tokens to the text that is embedded.
 
     Raises `SettingsError` if the encoder cannot be loaded.
     """
@@ -111,8 +115,8 @@ class NearestSentence:
     def remove(self, entry: Entry) -> None:
         self._embeddings.pop(entry, None)
 
-    def find(self, ids: np.ndarray, usable: Callable[[Entry], bool]) -> tuple[int, Entry | None]:
-        entries = [entry for entry in self._embeddings if usable(entry)]
+    def find(self, ids: np.ndarray) -> tuple[int, Entry | None]:
+        entries = list(self._embeddings)
         if not entries:
             return 0, None
         self._embed([entry for entry in entries if self._embeddings[entry] is None])
@@ -127,7 +131,7 @@ class NearestSentence:
             self._embeddings |= dict(zip(entries, embeddings, strict=True))
 
     def _encode(self, prompts: list[np.ndarray]) -> np.ndarray:
-        """(N, size) float32, each of length 1."""
+        """Embeddings of N prompts, (N, size) float32, each of norm 1."""
         texts = [self._tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in prompts]
         return self._encoder.encode(texts, normalize_embeddings=True, show_progress_bar=False)
 
@@ -139,6 +143,6 @@ def _load_encoder(name: str | Path) -> Any:
         raise SettingsError('sentence embeddings need an extra: pip install "refreshkv[embeddings]"') from None
     try:
         return SentenceTransformer(str(name))
-    except Exception as error:  # what is raised differs by what is missing
+    except Exception as error:  # the library raises many types
         reason = " ".join(str(error).split())
         raise SettingsError(f"the encoder {name} could not be loaded: {reason}") from error

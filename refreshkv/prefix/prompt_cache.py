@@ -1,52 +1,31 @@
-"""Caches that hold all that a prefix store keeps of a prompt, and how it is taken from them.
+"""Caches that keep all tokens of a prompt, and how a store reads a prompt from a cache.
 
-Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `P` tokens of a prompt.
+Shapes: `B` batch rows, `Hkv` key/value heads, `D` head size, `P` tokens of a prompt, `L` tokens so far.
 """
 
 import torch
 from torch import Tensor
 from transformers import Cache, PretrainedConfig
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from refreshkv.baselines.compact import CompactLayer
-from refreshkv.baselines.full import FullLayer
-from refreshkv.cache.preallocated import PreallocatedCache, PreallocatedLayer
+from refreshkv.baselines.full import FullCache
+from refreshkv.cache.preallocated import PreallocatedLayer
 
 
-class PromptLayer(FullLayer):
-    """Full attention that also keeps the queries, if asked to: `queries` (B, H, L, D)."""
+class PromptCache(FullCache):
+    """Computes prompts for a `PrefixStore`: keeps keys and values of all tokens, in sliding-window layers too."""
 
-    def __init__(self, max_cache_len: int, keep_queries: bool):
-        super().__init__(max_cache_len)
-        self.needs_queries = keep_queries
-        self.queries: Tensor | None = None
-
-    def load_prefix(self, key_states: Tensor, value_states: Tensor, query_states: Tensor | None = None) -> None:
-        super().load_prefix(key_states, value_states, query_states)
-        self.queries = query_states if self.needs_queries else None
-
-    @torch.compiler.disable
-    def end_block(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
-        if self.needs_queries:
-            self.queries = query if self.queries is None else torch.cat([self.queries, query], dim=2)
-        super().end_block(query, left_padding, scaling)
-
-    def reset(self) -> None:
-        super().reset()
-        self.queries = None
-
-
-class PromptCache(PreallocatedCache):
-    """Computes prompts for a `PrefixStore`: keys and values of all tokens, in sliding-window layers too, and with
-    `keep_queries` the full-attention layers' queries, on which H2O depends."""
-
-    def __init__(self, model_config: PretrainedConfig, max_cache_len: int, keep_queries: bool = False):
-        super().__init__(model_config, max_cache_len, lambda: PromptLayer(max_cache_len, keep_queries))
+    def __init__(self, model_config: PretrainedConfig, max_cache_len: int):
+        super().__init__(model_config, max_cache_len)
         keep_all_tokens(self)
 
 
 class WholeSlidingLayer(DynamicSlidingWindowLayer):
-    """A sliding-window layer that attends to its window and keeps all tokens, until rows are repeated or selected."""
+    """A sliding-window layer that attends to its window and keeps all tokens.
+
+    Reordering, selecting or repeating batch rows drops the tokens beyond the window.
+    """
 
     def __init__(self, sliding_window: int, **kwargs):
         super().__init__(sliding_window, **kwargs)
@@ -56,9 +35,11 @@ class WholeSlidingLayer(DynamicSlidingWindowLayer):
         self._blocks.append((key_states, value_states))
         return super().update(key_states, value_states, *args, **kwargs)
 
-    def all_tokens(self) -> tuple[Tensor, Tensor] | None:
-        """Keys and values of all tokens so far, (B, Hkv, L, D) each; None without any."""
-        return tuple(torch.cat(parts, dim=2) for parts in zip(*self._blocks, strict=True)) if self._blocks else None
+    def all_tokens(self) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and values of all tokens so far, (B, Hkv, L, D) each; (None, None) if there are none."""
+        if not self._blocks:
+            return None, None
+        return tuple(torch.cat(blocks, dim=2) for blocks in zip(*self._blocks, strict=True))
 
     def reset(self) -> None:
         super().reset()
@@ -78,53 +59,45 @@ class WholeSlidingLayer(DynamicSlidingWindowLayer):
 
 
 def keep_all_tokens(cache: Cache) -> Cache:
-    """Lets the sliding-window layers of an empty cache keep all tokens, as a store needs them; returns the cache."""
+    """Replaces the sliding-window layers of an empty cache by ones that keep all tokens, so that a store can take the
+    prompt from it; returns the cache."""
     for number, layer in enumerate(cache.layers):
         if isinstance(layer, DynamicSlidingWindowLayer):
             cache.layers[number] = WholeSlidingLayer(sliding_window=layer.sliding_window)
     return cache
 
 
-def needs_queries(cache: Cache | None) -> bool:
-    """Whether the strategy goes on from a prefix only with all of its queries, as H2O does; None: full attention."""
-    return cache is not None and any(getattr(layer, "needs_queries", False) for layer in cache.layers)
-
-
-def fill_layer(cache: Cache, number: int, key: Tensor, value: Tensor, query: Tensor | None) -> None:
-    """Puts the first tokens of prompts into one layer of an empty cache: (B, Hkv, d, D), queries (B, H, d, D)."""
-    if number < len(cache.layers) and isinstance(cache.layers[number], PreallocatedLayer):
-        cache.layers[number].load_prefix(key, value, query)
-    else:  # transformers' own layers take a prompt in any number of blocks
-        cache.update(key, value, number)
-
-
 def prompt_states(cache: Cache, row: int, start: int, end: int) -> dict[str, Tensor]:
-    """What the cache holds of the prompt in columns `start .. end-1` of a batch row.
+    """Keys and values of the prompt in columns `start .. end-1` of a batch row.
 
-    Returns "key.0", "value.0", "key.1" and so on, by layer, (P, Hkv, D) each, and "query.0" (P, H, D) of the layers
-    that keep queries; views as far as possible. Raises `ValueError` if a layer does not hold all of these tokens.
+    Returns "key.N" and "value.N" of each layer N, (P, Hkv, D) each: views, except in sliding-window layers. Raises
+    `ValueError` if a layer does not hold all of these tokens as full attention computes them.
     """
-    states = {}
     if not cache.layers:
         raise ValueError(f"this {type(cache).__name__} is empty: compute the prompt with it first")
+    states = {}
     for number, layer in enumerate(cache.layers):
-        kept = [("key", layer.keys), ("value", layer.values), ("query", getattr(layer, "queries", None))]
-        if isinstance(layer, WholeSlidingLayer):
-            kept = list(zip(("key", "value"), layer.all_tokens() or (None, None), strict=True))
-        elif isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window:
-            raise ValueError(
-                f"layer {number} keeps only its window of {layer.sliding_window} tokens: call "
-                "refreshkv.prefix.prompt_cache.keep_all_tokens(cache) before the prompt"
-            )
-        held = layer.exact_length if isinstance(layer, PreallocatedLayer) else layer.get_seq_length()
-        if kept[0][1] is None or isinstance(layer, CompactLayer) or held < end:
-            raise ValueError(
-                f"layer {number} of this {type(cache).__name__} does not hold the prompt's {end} tokens as full "
-                "attention leaves them: store a prompt before anything else follows it"
-            )
-        if isinstance(layer, PreallocatedLayer):
-            layer.synchronize()
-        for name, tensor in kept:
-            if tensor is not None:
-                states[f"{name}.{number}"] = tensor[row, :, start:end].detach().transpose(0, 1)
+        _validate_holds(cache, number, layer, end)
+        keys, values = layer.all_tokens() if isinstance(layer, WholeSlidingLayer) else (layer.keys, layer.values)
+        for name, tensor in (("key", keys), ("value", values)):
+            states[f"{name}.{number}"] = tensor[row, :, start:end].detach().transpose(0, 1)
     return states
+
+
+def _validate_holds(cache: Cache, number: int, layer: CacheLayerMixin, end: int) -> None:
+    """Raises `ValueError` unless the layer holds the first `end` tokens; waits until they are written."""
+    slides = isinstance(layer, DynamicSlidingWindowLayer) and not isinstance(layer, WholeSlidingLayer)
+    if slides and layer.get_seq_length() >= layer.sliding_window:
+        raise ValueError(
+            f"layer {number} keeps only its window of {layer.sliding_window} tokens: call "
+            "refreshkv.prefix.prompt_cache.keep_all_tokens(cache) before the prompt"
+        )
+    keys = layer.all_tokens()[0] if isinstance(layer, WholeSlidingLayer) else layer.keys
+    held = layer.exact_length if isinstance(layer, PreallocatedLayer) else layer.get_seq_length()
+    if keys is None or isinstance(layer, CompactLayer) or held < end:
+        raise ValueError(
+            f"layer {number} of this {type(cache).__name__} does not hold the prompt's {end} tokens as full "
+            "attention leaves them: store a prompt before anything else follows it"
+        )
+    if isinstance(layer, PreallocatedLayer):
+        layer.synchronize()

@@ -1,4 +1,4 @@
-"""What a request does with a prefix store: fills its cache with what is known of the prompts, and stores new ones.
+"""What a request does with a prefix store: fills its cache with the known tokens of its prompts, and stores new ones.
 
 Shapes: `B` batch rows, `P` columns of a batch of prompts, padded on the left.
 """
@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from refreshkv.prefix.backends import DamagedEntry, Entry
+from refreshkv.prefix.entry import DamagedEntry, Entry, device_name
+from refreshkv.prefix.fill import validate_takes_prefix
 from refreshkv.prefix.index import BLOCK
-from refreshkv.prefix.prompt_cache import PromptCache, needs_queries
-from refreshkv.prefix.store import PrefixStore, device_name
+from refreshkv.prefix.prompt_cache import PromptCache
+from refreshkv.prefix.store import PrefixStore
 
 STORE_BELOW = 0.9
-"""`put_new` stores a prompt if less than this share of it was reused: another question about the same book is not worth
-the book's bytes again, and at least so much of each prompt that comes back is always there."""
+"""`put_new` stores a prompt if a smaller share than this of it was reused: another question about the same book is not
+worth the book's bytes again."""
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,20 @@ class Reuse:
     """What one request took from the store."""
 
     prompt_tokens: int
-    """Of all rows, without padding; and so the next."""
+    """Tokens of all prompts of the batch, without padding."""
     tokens: int
-    """Tokens that were not computed again: the depth of the reuse."""
+    """Tokens of all prompts that were copied instead of computed."""
     bytes: int
-    """Keys, values and queries that were copied."""
+    """Bytes of keys and values that were copied."""
     seconds: float
-    """Of the host, for finding and copying. On a GPU copies may still be under way, beside the computation."""
+    """Host time of finding and copying. On a GPU copies may still run afterwards, beside the computation."""
     prompt_seconds: float | None
-    """About what computing the prompts whole takes, by what the reused ones took on this device; None if unknown."""
+    """Estimated time to compute all prompts whole, from what the reused entries took on this kind of device; None if
+    unknown."""
 
     @property
     def seconds_saved(self) -> float | None:
-        """About what was saved: the reused tokens' share of the whole prompt's time, less finding and copying them."""
+        """Estimated time saved: the reused tokens' share of `prompt_seconds`, less finding and copying them."""
         if self.prompt_seconds is None:
             return None
         return self.prompt_seconds * self.tokens / self.prompt_tokens - self.seconds
@@ -53,48 +55,53 @@ class Reuse:
 def recycle(
     store: PrefixStore, cache: Cache, ids: Tensor, attention_mask: Tensor | None = None, least: int = BLOCK
 ) -> Reuse:
-    """Fills an empty cache with what the store has of the prompts; `generate` then computes the rest.
+    """Fills an empty cache with the first tokens of the prompts that the store has; `generate` computes the rest.
 
-    ids, attention_mask (B, P). A cache has one length for all rows, so a batch is filled up to the first column in
-    which any row has a token that the store lacks. The last tokens are always left, since a selection needs their
-    queries: two, or the observation window. A reuse of fewer than `least` tokens a row is not worth its copies and
-    leaves the cache empty.
+    A cache has one length for all batch rows, so a batch is filled up to the first column in which any row has a token
+    that the store lacks. The last two tokens, or the whole observation window, are left to compute: the selection needs
+    their queries.
+
+    Args:
+        ids, attention_mask: (B, P).
+        least: fewer reused tokens than this per prompt are not worth their copies, and the cache stays empty.
+
+    Raises `SettingsError` if the cache's strategy cannot go on from a prefix (H2O), `ValueError` if the cache holds
+    tokens.
     """
     began = time.perf_counter()
+    validate_takes_prefix(cache)
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     paddings = (mask.shape[1] - mask.sum(dim=-1)).tolist()
-    rows = [row[padding:] for row, padding in zip(ids.cpu(), paddings, strict=True)]
-    real = sum(len(row) for row in rows)
-    queries = needs_queries(cache)
-    left = max([2, *(getattr(layer, "last_queries", 1) for layer in cache.layers)])
+    prompts = [row[padding:] for row, padding in zip(ids.cpu(), paddings, strict=True)]
+    prompt_tokens = sum(len(prompt) for prompt in prompts)
+    most = ids.shape[1] - max([2, *(getattr(layer, "last_queries", 1) for layer in cache.layers)])
     while True:
-        found = [store.match(row, queries) for row in rows]
-        ends = [padding + depth for padding, (depth, _) in zip(paddings, found, strict=True)]
-        columns = min(*ends, ids.shape[1] - left)
+        found = [store.match(prompt) for prompt in prompts]
+        columns = min(most, *(padding + depth for padding, (depth, _) in zip(paddings, found, strict=True)))
         tokens = sum(max(0, columns - padding) for padding in paddings)
-        if tokens < max(1, least) * len(rows):
-            return Reuse(real, 0, 0, time.perf_counter() - began, None)
+        if tokens < max(1, least) * len(prompts):
+            return Reuse(prompt_tokens, 0, 0, time.perf_counter() - began, None)
         entries = [entry for _, entry in found]
         try:
-            size = store.load_rows(entries, cache, paddings, columns)
+            copied = store.load_batch(entries, cache, paddings, columns)
         except DamagedEntry:
             continue  # the store will not find it again
-        break
-    seconds = time.perf_counter() - began
-    return Reuse(real, tokens, size, seconds, _prompt_seconds(entries, rows, store.model.device))
+        seconds = time.perf_counter() - began
+        return Reuse(prompt_tokens, tokens, copied, seconds, _prompt_seconds(entries, prompts, store.model.device))
 
 
-def _prompt_seconds(entries: list[Entry | None], rows: list[Tensor], device: torch.device) -> float | None:
+def _prompt_seconds(entries: list[Entry | None], prompts: list[Tensor], device: torch.device) -> float | None:
+    """Time to compute the prompts whole, at each entry's seconds a token; None if one is unknown."""
     here = device_name(device)
     if any(entry is None or entry.seconds is None or entry.device != here for entry in entries):
         return None
-    return sum(entry.seconds / len(entry.ids) * len(row) for entry, row in zip(entries, rows, strict=True))
+    return sum(entry.seconds / len(entry.ids) * len(prompt) for entry, prompt in zip(entries, prompts, strict=True))
 
 
 def put_new(store: PrefixStore, ids: Tensor, cache: Cache, reuse: Reuse, seconds: float) -> Entry | None:
-    """Stores the prompt (1, P) of a request that `recycle` began, unless most of it was there; None if it was not.
+    """Stores the prompt (1, P) of a request, unless nine tenths of it were reused; returns None if it was not stored.
 
-    seconds: what computing the rest of the prompt took.
+    reuse: returned by `recycle` for this request. seconds: time to compute the rest of the prompt.
     """
     if reuse.tokens >= STORE_BELOW * reuse.prompt_tokens:
         return None
@@ -102,24 +109,36 @@ def put_new(store: PrefixStore, ids: Tensor, cache: Cache, reuse: Reuse, seconds
 
 
 @torch.no_grad()
-def store_prompts(store: PrefixStore, ids: Tensor, attention_mask: Tensor, with_queries: bool = False) -> float:
-    """Computes and stores those prompts of a batch that the store does not hold whole; returns the seconds it took.
+def store_prompts(store: PrefixStore, ids: Tensor, attention_mask: Tensor) -> float:
+    """Computes and stores those prompts of a batch that the store does not have whole; returns the seconds it took.
 
-    ids, attention_mask (B, P), padded on the left. The model must be one that `refreshkv.enable` has seen. Afterwards
-    any strategy finds all but the last tokens of each prompt, H2O only `with_queries`.
+    Afterwards every strategy but H2O finds all but the last tokens of each prompt.
+
+    Args:
+        store: its model must be one that `refreshkv.enable` has seen.
+        ids, attention_mask: (B, P), padded on the left.
     """
     began = time.perf_counter()
     lengths = attention_mask.sum(dim=-1).tolist()
-    rows = [row[len(row) - length :] for row, length in zip(ids, lengths, strict=True)]
-    missing = [number for number, row in enumerate(rows) if store.match(row, with_queries)[0] < len(row)]
+    prompts = [row[len(row) - length :] for row, length in zip(ids, lengths, strict=True)]
+    missing = [number for number, prompt in enumerate(prompts) if store.match(prompt)[0] < len(prompt)]
     if not missing:
         return time.perf_counter() - began
     model, columns = store.model, max(lengths[number] for number in missing)
     ids, mask = ids[missing, -columns:].to(model.device), attention_mask[missing, -columns:].to(model.device)
-    cache = PromptCache(model.config, columns, keep_queries=with_queries)
+    cache = PromptCache(model.config, columns)
     reuse = recycle(store, cache, ids, mask)
-    known = int(cache.get_seq_length())
-    computing = time.perf_counter()
+    computed = _compute_rest(store, cache, ids, mask)
+    whole = computed if reuse.tokens == 0 else reuse.prompt_seconds
+    for row, number in enumerate(missing):
+        share = None if whole is None else whole * lengths[number] / reuse.prompt_tokens
+        store.put(prompts[number], cache, row, columns - lengths[number], share)
+    return time.perf_counter() - began
+
+
+def _compute_rest(store: PrefixStore, cache: PromptCache, ids: Tensor, mask: Tensor) -> float:
+    """Runs the model on the columns of the prompts (B, P) that the cache lacks; returns the seconds it took."""
+    began, model, known = time.perf_counter(), store.model, int(cache.get_seq_length())
     model(
         input_ids=ids[:, known:],
         attention_mask=mask,
@@ -130,8 +149,4 @@ def store_prompts(store: PrefixStore, ids: Tensor, attention_mask: Tensor, with_
     )
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
-    whole = time.perf_counter() - computing if reuse.tokens == 0 else reuse.prompt_seconds
-    for place, number in enumerate(missing):
-        share = None if whole is None else whole * lengths[number] / reuse.prompt_tokens
-        store.put(rows[number], cache, place, columns - lengths[number], share)
     return time.perf_counter() - began

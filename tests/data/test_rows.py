@@ -1,9 +1,10 @@
-"""Preparation of rows: what is in them, what is counted, and what is refused."""
+"""Preparation of rows: their content, the counts, and refused settings."""
 
 import json
+import multiprocessing
+import os
 import random
 import signal
-import subprocess
 import sys
 import sysconfig
 from collections import defaultdict
@@ -17,9 +18,12 @@ import torch
 from transformers import AutoTokenizer
 
 from refreshkv import cli
+from refreshkv.data import preparation
 from refreshkv.data.config import DataConfig
 from refreshkv.data.folder import rows_folder
-from refreshkv.data.rows import assign_document, check_tokenizer, load_rows, prepare_rows, share_beyond
+from refreshkv.data.preparation import assign_document
+from refreshkv.data.report import share_beyond
+from refreshkv.data.rows import load_rows, prepare_rows, validate_token_ids
 from refreshkv.data.sources import (
     is_worth_reading,
     load_documents,
@@ -46,7 +50,7 @@ def write_jsonl(path: Path, texts: list[str | None]) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory):
-    """Keeps the sources' copies out of the user's cache, and the hub out of reach."""
+    """Copies of sources go to a folder of the test, and the Hub is not reached."""
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
@@ -63,7 +67,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, texts) -> DataConfig:
-    """Rows of `texts` with a tokenizer trained on them; the tests below use it as `data.tokenizer`."""
+    """Rows of `texts` with a tokenizer trained on them, which `config` uses as `data.tokenizer`."""
     folder = tmp_path_factory.mktemp("prepared")
     source = write_jsonl(folder / "source.jsonl", texts)
     config = DataConfig(
@@ -90,19 +94,19 @@ def splits_by_document(folder: str) -> dict[str, str]:
     return {hash_: split for split in ("train", "validation", "test") for hash_ in getattr(rows, split)["document"]}
 
 
-def test_rows_are_consecutive_pieces_of_single_documents(prepared, texts):
+def test_rows_are_consecutive_parts_of_single_documents(prepared, texts):
     rows = load_rows(prepared.folder)
     tokenizer = AutoTokenizer.from_pretrained(rows.tokenizer_folder)
-    pieces = defaultdict(list)
+    parts = defaultdict(list)
     for split in (rows.train, rows.validation, rows.test):
         for row in split:
             assert row["input_ids"].shape == (ROW_LENGTH,) and row["input_ids"].dtype == torch.int64
-            pieces[row["document"]] += row["input_ids"].tolist()
+            parts[row["document"]] += row["input_ids"].tolist()
     for text in texts:
         token_ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         kept = len(token_ids) // ROW_LENGTH * ROW_LENGTH
-        assert pieces.pop(assign_document(text)[0], []) == token_ids[:kept]
-    assert not pieces
+        assert parts.pop(assign_document(text)[0], []) == token_ids[:kept]
+    assert not parts
 
 
 def test_everything_dropped_is_counted(prepared, texts):
@@ -131,7 +135,7 @@ def test_a_document_stays_in_its_split_when_others_join(prepared, config, texts,
 
 
 def test_splits_are_the_same_everywhere_and_have_their_shares():
-    # From sha256 alone: rows prepared anew, on any machine, must never move a test document into training.
+    # these values follow from sha256 alone: a test document stays a test document on every machine
     assert assign_document("document 0") == ("19e6bd2cd5bf6096", "train")
     assert assign_document("document 4") == ("ebbb26765e8c2254", "test")
     assert assign_document("document 10") == ("e52216b48eed296d", "validation")
@@ -305,16 +309,16 @@ def test_a_folder_of_something_else_is_never_replaced(config):
     assert precious.exists() and Path(f"{beside.folder}.partial", "thesis.tex").exists()
 
 
+def killed_preparation(config):
+    preparation._validate_train_has_rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    prepare_rows(config, 4)
+
+
 def test_a_killed_preparation_is_not_prepared_and_does_not_block(config):
-    script = (
-        "import os, signal, sys\n"
-        "from refreshkv.data import rows\n"
-        "from refreshkv.data.config import DataConfig\n"
-        "rows._check_train_has_rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"rows.prepare_rows({config!r}, 4)\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    process = multiprocessing.get_context("fork").Process(target=killed_preparation, args=(config,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     assert Path(f"{config.folder}.partial", "streams", "train.arrow").stat().st_size > 0
     with pytest.raises(SettingsError, match=r"data\.folder=.*launch/prepare\.py"):
         load_rows(config.folder)
@@ -337,12 +341,12 @@ def test_damaged_rows_are_refused(config):
         load_rows(config.folder)
 
 
-def test_check_tokenizer(prepared):
+def test_validate_token_ids(prepared):
     info = load_rows(prepared.folder).info
-    check_tokenizer(info, info["vocabulary_size"])
-    check_tokenizer(info, info["largest_token_id"] + 1)
+    validate_token_ids(info, info["vocabulary_size"])
+    validate_token_ids(info, info["largest_token_id"] + 1)
     with pytest.raises(SettingsError, match=r"tokenizer of \d+ tokens but the model has 100; .*data\.tokenizer=MODEL"):
-        check_tokenizer(info, 100)
+        validate_token_ids(info, 100)
 
 
 def test_stdlib_documents():

@@ -1,4 +1,4 @@
-"""Tasks: what they draw, how they score (cases worked by hand), how prompts fit their room, and the training form."""
+"""Tasks: problems, scores (cases worked by hand), prompts that fit their length, and training sequences."""
 
 import builtins
 import json
@@ -20,7 +20,7 @@ from refreshkv.data.tasks.chain_of_key import ChainOfKey
 from refreshkv.data.tasks.countdown import is_solution, search
 from refreshkv.data.tasks.html_table import read_table, row_overlap
 from refreshkv.data.tasks.registry import RULER, TASKS, build_task, build_tasks
-from refreshkv.data.tasks.rows import prompt_length, task_rows, training_tasks
+from refreshkv.data.tasks.rows import prompt_length, task_sequences, training_tasks
 from refreshkv.data.tasks.task import FULL_ENOUGH
 from refreshkv.data.tasks.template import load_template
 from refreshkv.data.tasks.words import ADJECTIVES, NOUNS, coined_words, wonderwords_vocabulary
@@ -37,14 +37,14 @@ SETTINGS = {
     "countdown": {"max_new_tokens": 800, "length": 4000},
     "html_to_tsv": {"rows": 3, "max_new_tokens": 200},
 }
-"""What the tasks need to fit a small tokenizer."""
+"""Settings with which the tasks fit a small tokenizer."""
 
 GENERATED = [name for name in TASKS if name not in ("gov_report", "qmsum", "novel_summary")]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Trained on the tasks' own words, so that they are not spelled letter by letter."""
+    """Trained on the tasks' words, so that a word takes few tokens."""
     generator = random.Random(0)
     texts = [" ".join([*coined_words(generator, 100), *ADJECTIVES, *NOUNS, *map(str, range(500))]) for _ in range(30)]
     return train_tokenizer(texts, 1200)
@@ -514,7 +514,7 @@ def test_rouge_without_its_library(monkeypatch):
 # ---- wording and room
 
 
-def test_a_template_file_replaces_pieces(tmp_path, tokenizer):
+def test_a_template_file_replaces_parts(tmp_path, tokenizer):
     file = tmp_path / "ruler.yaml"
     file.write_text('prompt: "{context}\\nWhat is the {kind} of {query}?"\nneedle: "{key} has {kind} {value}!"\n')
     example = next(task("niah_single_1", template_file=str(file)).examples(tokenizer, 1))
@@ -525,13 +525,13 @@ def test_a_template_file_replaces_pieces(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('prompts: "{context}"', "unknown piece 'prompts'; this task has needle, noise, prompt, answer_prefix"),
+        ('prompts: "{context}"', "unknown part 'prompts'; this task has needle, noise, prompt, answer_prefix"),
         ('prompt: "{context} {query}"', r"prompt lacks \{kind\}"),
         ('prompt: "{context} {query} {kind} {value}"', r"prompt has an unknown \{value\}"),
         ('needle: "{key} {kind} {value} {context}"', r"needle has an unknown \{context\}"),
         ('prompt: "{context"', "prompt: .*write {{ and }} for braces"),
         ("prompt: 5", "prompt must be text, got 5"),
-        ("just text", "must hold pieces of text"),
+        ("just text", "must hold parts of text"),
         ("{", "is not readable YAML"),
     ],
 )
@@ -595,7 +595,7 @@ def test_room_that_is_too_small(tokenizer, monkeypatch):
 
 
 def test_settings_of_a_group():
-    """They go to its tasks that have them; a task's own go before, wherever they stand."""
+    """They apply to its tasks that have them; a task's own override them in any order."""
     values = {"vt": {"hops": 2, "chat": False}, "ruler": {"chat": True, "hops": 3}}
     values["ruler_essays"] = {"data_files": "essays.txt"}
     made = {
@@ -624,7 +624,7 @@ def test_training_rows(tmp_path, tokenizer):
     tasks = training_tasks(values, 400)
     begin = prompt_length(tasks, 400)
     assert begin == 400 - 60 - 1
-    rows = list(task_rows(tasks, tokenizer, 400, 5))
+    rows = list(task_sequences(tasks, tokenizer, 400, 5))
     examples = [list(made.examples(tokenizer, 3, "training", begin, made.family.max_new_tokens)) for made in tasks]
     in_turn = [examples[i % 2][i // 2] for i in range(6)]
     assert len(rows) == 5
@@ -644,7 +644,7 @@ def test_summaries_longer_than_their_room_are_cut(tmp_path, tokenizer):
     rows = [{"context": f"Text {i}. " * 50, "answers": [f"{i}: {summary}"]} for i in range(4)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tasks = training_tasks({"gov_report": {"data_files": str(file), "max_new_tokens": 40}}, 400)
-    (first, second) = task_rows(tasks, tokenizer, 400, 2)
+    (first, second) = task_sequences(tasks, tokenizer, 400, 2)
     assert len(first.token_ids) == len(second.token_ids) == 400 and first.answer_length == 41
     whole = tokenizer(first.text[first.text.rindex(" 1: point0") :], add_special_tokens=False).input_ids
     assert first.token_ids[400 - 41 :] == whole[:41] and tokenizer.eos_token_id not in whole[:41]
@@ -707,7 +707,7 @@ def test_training_tasks_that_cannot_work():
 def test_training_rows_that_are_too_short(tokenizer):
     tasks = training_tasks({"chain_of_key": {"max_new_tokens": 60}}, 300)
     with pytest.raises(SettingsError, match="data.tasks.chain_of_key.length=300 is too .*is data.row_length=300 here"):
-        next(task_rows(tasks, tokenizer, 300, 5))
+        next(task_sequences(tasks, tokenizer, 300, 5))
 
 
 def test_documented():

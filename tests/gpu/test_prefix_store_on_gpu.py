@@ -1,9 +1,9 @@
-"""On a GPU: copies on a stream of their own, from page-locked memory, arrive before they are needed."""
+"""On a GPU: copies run on a stream of their own, from page-locked memory, and are complete before they are used."""
 
 import pytest
 import torch
 
-from refreshkv.attention.dense import ordinary_attention
+from refreshkv.attention.dense import DenseAttention
 from refreshkv.baselines.full import FullCache
 from refreshkv.prefix.recycling import recycle, store_prompts
 from refreshkv.prefix.store import PrefixStore
@@ -32,7 +32,7 @@ def test_recycled_prompts_equal_fresh_ones(name, folder, tmp_path):
     ids = random_ids(2, 390).cuda()
     mask = torch.ones_like(ids)
     mask[1, :30] = 0
-    store_prompts(store, ids, mask, with_queries=True)
+    store_prompts(store, ids, mask)
     for rows in (slice(0, 1), slice(0, 2)):
         new = ids[rows].clone()
         new[:, 300:] = random_ids(2, 90, seed=1).cuda()[rows]
@@ -46,7 +46,7 @@ def test_recycled_prompts_equal_fresh_ones(name, folder, tmp_path):
 
 
 def test_a_compiled_step_goes_on_from_a_recycled_prompt():
-    """CUDA graphs hold on to buffers: those of a cache that is emptied and filled again stay where they are."""
+    """A CUDA graph keeps the addresses of buffers, so a cache that is emptied and filled again keeps its buffers."""
     model = big_model(torch.float32)
     store, ids = PrefixStore(None, 10**9, model), random_ids(1, 300).cuda()
     store_prompts(store, ids, torch.ones_like(ids))
@@ -68,7 +68,7 @@ def test_memory_of_gpu_tensors_is_page_locked():
 
 @torch.no_grad()
 def test_copies_arrive_in_time():
-    """Many reuses right after each other, of caches that are new or emptied, beside much other work."""
+    """Thirty reuses one after the other, in new and in emptied caches, while the GPU is busy with other work."""
     model = big_model(torch.float32)
     store, ids = PrefixStore(None, 10**9, model), random_ids(1, 20000).cuda()
     store_prompts(store, ids, torch.ones_like(ids))
@@ -85,7 +85,7 @@ def test_copies_arrive_in_time():
 
 
 @torch.no_grad()
-def test_copies_that_nobody_waited_for_do_not_meet_the_next_ones():
+def test_unused_copies_do_not_overwrite_the_next_ones():
     model = big_model(torch.float32)
     store = PrefixStore(None, 10**9, model)
     prompts = [random_ids(1, 20000, seed=seed).cuda() for seed in range(2)]
@@ -112,7 +112,7 @@ def test_a_later_block_equals_the_mask_in_full(rows, dtype):
     module.num_key_value_groups = 4
 
     def attend(left_padding):
-        return ordinary_attention(module, query, key, value, left_padding, 0.125, 0.0, None, "sdpa")
+        return DenseAttention(module, left_padding, 0.125, 0.0, None, "sdpa", {})(query, key, value)
 
     masked = attend(torch.zeros(2, dtype=torch.int64, device="cuda"))  # no padding, but a mask
     torch.testing.assert_close(attend(None), masked, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-2)

@@ -5,7 +5,6 @@ from transformers import DynamicCache
 
 from refreshkv import RefreshCache, RefreshConfig
 from refreshkv.baselines.full import FullCache
-from refreshkv.baselines.h2o import H2OCache
 from refreshkv.baselines.snapkv import SnapKVCache
 from refreshkv.baselines.streaming import StreamingCache
 from refreshkv.prefix.prompt_cache import PromptCache
@@ -22,7 +21,6 @@ STRATEGIES = {
     "fixed": lambda config: RefreshCache(config, ROOM, FIXED),
     "similarity": lambda config: RefreshCache(config, ROOM, SIMILAR),
     "streaming": lambda config: StreamingCache(config, ROOM, 0.3),
-    "h2o": lambda config: H2OCache(config, ROOM, 0.3),
     "snapkv": lambda config: SnapKVCache(config, ROOM, 0.3),
     "snapkv, the authors'": lambda config: SnapKVCache(config, ROOM, 0.3, 8, 5, "average"),
 }
@@ -42,9 +40,9 @@ def overlapping(generator, length, overlap, other):
 
 
 @torch.no_grad()
-def remember(model, store, ids, queries=False):
+def remember(model, store, ids):
     """Computes a prompt (1, P) and stores it, with a cache that has nothing to do with the store's other entries."""
-    cache = PromptCache(model.config, ids.shape[1], keep_queries=queries)
+    cache = PromptCache(model.config, ids.shape[1])
     model(ids, past_key_values=cache)
     return store.put(ids, cache)
 

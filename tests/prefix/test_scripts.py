@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from refreshkv import RefreshConfig, enable
-from refreshkv.baselines.h2o import H2OCache
-from refreshkv.evaluation import strategies as decoding
-from refreshkv.evaluation.strategies import Strategy, build_strategies
+from refreshkv.evaluation.strategies import build_strategies
 from refreshkv.evaluation.tasks.scores import ExampleRecords, evaluate_tasks, make_examples
 from refreshkv.prefix.store import PrefixStore
 from refreshkv.settings import SettingsError
@@ -75,11 +73,9 @@ def test_generate_refuses(folder, capsys):
 # ---- launch/evaluate.py
 
 
-def test_tasks_compute_each_prompt_once(model, tokenizer, tasks, tmp_path, monkeypatch):  # noqa: F811
+def test_tasks_compute_each_prompt_once(model, tokenizer, tasks, tmp_path):  # noqa: F811
     """Six ways to decode, in batches: the same answers as without a store, and each prompt once."""
-    h2o = Strategy("h2o", {}, lambda config, tokens: H2OCache(config, tokens, 40))
-    monkeypatch.setitem(decoding.STRATEGIES, "h2o", lambda config, arguments: h2o)
-    names = ["full", "refresh", "refresh:9", "similarity:3:0.5", "snapkv", "h2o"]
+    names = ["full", "refresh", "refresh:9", "similarity:3:0.5", "snapkv", "streaming"]
     decodings, work = build_strategies(names, CONFIG), make_examples(model, tokenizer, tasks[1:], 3, progress=False)
     computed = []
 
@@ -134,6 +130,15 @@ def test_evaluate(tokenizer, tmp_path, monkeypatch):  # noqa: F811
     assert not Path("refused").exists()
     with pytest.raises(SettingsError, match="--prefix-store means nothing with --data"):
         main(["--model", "model", "--data", "rows", "--prefix-store", "store"])
+
+
+def test_h2o_with_a_store_is_refused(model, tokenizer, tasks, tmp_path):  # noqa: F811
+    """Before anything is computed; without a store it computes its prompts."""
+    work, decodings = make_examples(model, tokenizer, tasks[1:], 1, progress=False), build_strategies(["h2o"], CONFIG)
+    records, store = ExampleRecords(tmp_path / "examples.jsonl"), PrefixStore(None, 10**9, model)
+    with pytest.raises(SettingsError, match=r"H2OCache depends .*: leave out the prefix store \(--prefix-store\), or"):
+        evaluate_tasks(model, tokenizer, work, decodings, records, progress=False, store=store)
+    assert not (tmp_path / "examples.jsonl").exists() and not store.entries
 
 
 def test_old_records_are_still_read(tmp_path, tokenizer, tasks):  # noqa: F811
