@@ -140,7 +140,7 @@ def test_prompts_of_any_length_by_cudnn(monkeypatch):
     # 128 and 256 are computed as they are: what comes back to them is cut out of the gradient of whole rows
     prompts = (100, 128, 129, 256, 140, 270, 128)
     found = [gradients(prompt) for prompt in prompts]
-    monkeypatch.setattr(attention, "_computed_prompt", lambda query, prompt: prompt)
+    monkeypatch.setattr(attention, "computed_length", lambda query, prompt: prompt)
     for ours, wanted in zip(found, [gradients(prompt) for prompt in prompts], strict=True):
         assert (ours - wanted).norm() / wanted.norm() < 1e-2
     monkeypatch.setattr(dense, "FASTEST_FIRST", [SDPBackend.MATH])  # other kernels, which round otherwise
