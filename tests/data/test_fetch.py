@@ -19,8 +19,8 @@ from tests.helpers.scripts import LAUNCH, load_script
 
 pytest.importorskip("gguf")
 pytest.importorskip("inscriptis")
-from refreshkv.data import prose  # noqa: E402
-from tests.helpers.gguf_models import TOKENS, tiny_llama, write_gguf, write_wheel  # noqa: E402
+from refreshkv.data import prose
+from tests.helpers.gguf_models import TOKENS, tiny_llama, write_gguf, write_wheel
 
 SENTENCE = "This is the text of the page, and it is about the way in which all of it can be read."
 
@@ -194,7 +194,7 @@ def test_fetching_texts(tmp_path, monkeypatch):
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "apt-get").write_text(
-        f'#!/bin/sh\n[ "$3" = book=1.0 ] && cp {tmp_path}/book_1.0_all.deb . || {{ echo "E: no version" >&2; exit 1; }}\n'
+        f'#!/bin/sh\n[ "$3" = book=1.0 ] && cp {tmp_path}/book_1.0_all.deb . && exit\necho "E: no version" >&2; exit 1\n'
     )
     (programs / "apt-get").chmod(0o755)
     monkeypatch.setenv("PATH", str(programs), prepend=":")
