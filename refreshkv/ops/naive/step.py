@@ -57,7 +57,7 @@ def full_step(
     row_state: Tensor,
     scaling: float,
 ) -> Tensor:
-    """Appends one token and attends to all tokens; arguments and result as in `refreshkv.ops.step.operators.full_step`."""
+    """Appends one token and attends to all tokens; arguments as in `refreshkv.ops.step.operators.full_step`."""
     position = int(length)
     keys[:, :, position], values[:, :, position] = key[:, :, 0], value[:, :, 0]
     length += 1
