@@ -1,6 +1,6 @@
 """Compares ways to train: every arm continues the same base model on the same tokens, with several seeds.
 
-    python launch/experiment.py --config configs/experiments/recipes.yaml [--minutes 9] [--only STUDY/ARM ...]
+    python launch/experiment.py --config recipes [--minutes 9] [--only STUDY/ARM ...]
 
 Every job runs commands of this folder (prepare, train, export, evaluate), which OUTPUT/logs shows; as many jobs run at
 a time as there are GPUs. RESULTS/results.json has the finished figures, which are not computed again. With --minutes,
@@ -29,7 +29,7 @@ from refreshkv.train.experiment.running import Outcome, run_jobs, stopped_by_sig
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    config = load_settings(ExperimentConfig, args.config, args.overrides)
+    config = load_settings(ExperimentConfig, args.config, args.overrides, folders=("experiments",))
     results = Results(config)
     jobs = chosen(plan(config, set(results.entries)), args.only)
     results.check_bases(jobs)
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="the experiment's YAML file")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, or a name in configs/experiments")
     parser.add_argument("--minutes", type=float, help="time after which runs are saved and the command ends")
     parser.add_argument("--only", nargs="+", metavar="STUDY/ARM", help="patterns such as 30m-4k/*, taken in this order")
     parser.add_argument("--jobs", type=int, help="jobs at a time (default: the GPUs, or 1 without)")

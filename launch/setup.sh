@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes the virtual environment .venv with everything the project needs:   bash launch/setup.sh [EXTRAS]
+# Makes the virtual environment .venv for training and evaluation:   bash launch/setup.sh [EXTRAS]
 #
-#   EXTRAS   extras of pyproject.toml, separated by commas: test, gpu, flash-attn
+#   EXTRAS   further extras of pyproject.toml than train and eval, separated by commas: test, tasks, gpu, flash-attn, ...
 #   PYTHON   the interpreter to build from (default: python3)
 #   VENV     where the environment goes (default: .venv in the repository)
 #
@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-extras="${1:-}"
+extras="train,eval,${1:-}"
 PYTHON="${PYTHON:-python3}"
 VENV="${VENV:-.venv}"
 python="$VENV/bin/python"
@@ -23,7 +23,7 @@ install() { "$python" -m pip install -qq --disable-pip-version-check --constrain
 # What an environment depends on. The folder is part of it: an editable install points there.
 fingerprint() { { pwd; cat pyproject.toml constraints.txt; } | cksum; }
 
-known="$(sed -n '/^\[project.optional-dependencies\]/,/^$/s/^\([a-z-]*\) = .*/\1/p' pyproject.toml | paste -sd ' ' -)"
+known="$(sed -n '/^\[project.optional-dependencies\]/,/^$/s/^\([a-z0-9-]*\) = .*/\1/p' pyproject.toml | paste -sd ' ' -)"
 for extra in ${extras//,/ }; do
     [[ " $known " == *" $extra "* ]] || fail "unknown extra '$extra'; pyproject.toml has: $known"
 done
@@ -61,8 +61,8 @@ say "2/3 DeepSpeed"
 DS_BUILD_OPS=0 install --build-constraint constraints.txt deepspeed
 
 # Without isolation, because flash-attn builds against the installed torch (and imports wheel).
-say "3/3 refreshkv${extras:+ with $extras} and its other dependencies"
-install --no-build-isolation --editable ".${extras:+[$extras]}"
+say "3/3 refreshkv with $extras"
+install --no-build-isolation --editable ".[$extras]"
 
 printf '%s\n%s\n' "$(fingerprint)" "$extras" > "$stamp"
 say "done in $((SECONDS - started)) s; to use it: source $VENV/bin/activate"

@@ -1,10 +1,10 @@
 """Trains a model with the refresh pattern simulated.
 
-    deepspeed launch/train.py --config configs/NAME.yaml [--resume | --overwrite] [section.key=value ...]
-    python launch/train.py --config configs/NAME.yaml --dry-run [--ranks N] [--gpu-memory GB] [section.key=value ...]
+    deepspeed launch/train.py --config NAME_OR_FILE [--resume | --overwrite] [section.key=value ...]
+    python launch/train.py --config NAME_OR_FILE --dry-run [--ranks N] [--gpu-memory GB] [section.key=value ...]
 
 With --dry-run it prints what each GPU will need, how long a step should take, and what to change if it does not fit;
-nothing is written. Without --config it trains configs/quickstart.yaml and prepares its rows if they are missing.
+nothing is written. Without --config it trains the config `quickstart` and prepares its rows if they are missing.
 """
 
 import argparse
@@ -15,12 +15,10 @@ from refreshkv.cli import run
 from refreshkv.settings import load_settings
 from refreshkv.train.config import RunConfig
 
-QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
-
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="the run's YAML file")
+    parser.add_argument("--config", help="YAML file of the run, or a name in configs/")
     parser.add_argument("--resume", action="store_true", help="continue the run in training.output")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in training.output")
     parser.add_argument("--dry-run", action="store_true", help="print what the run needs, and end")
@@ -34,7 +32,7 @@ def main(arguments: list[str]) -> None:
     if (args.ranks or args.gpu_memory) and not args.dry_run:
         parser.error("--ranks and --gpu-memory are about --dry-run: add it")
 
-    config = load_settings(RunConfig, args.config or QUICKSTART, args.overrides)
+    config = load_settings(RunConfig, args.config or "quickstart", args.overrides)
     if args.dry_run:
         print(dry_run(config, args.ranks, args.gpu_memory))
         return

@@ -1,13 +1,19 @@
-"""RefreshKV: decode from a small KV cache that a full attention step refreshes now and then, and train for it."""
+"""RefreshKV: decode from a small KV cache that a full attention step refreshes now and then, and train for it.
 
+A public name is imported when it is first used, so that `refreshkv --help` does not wait for torch and transformers.
+"""
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from refreshkv.attention.enable import enable
-from refreshkv.cache.refresh import RefreshCache
-from refreshkv.config import NEVER, RefreshConfig, Simulation, Trace
-from refreshkv.generation.compilation import tuned_compilation
-from refreshkv.generation.decode_ahead import decode_ahead
-from refreshkv.settings import SettingsError
+if TYPE_CHECKING:
+    from refreshkv.attention.enable import enable
+    from refreshkv.cache.refresh import RefreshCache
+    from refreshkv.config import NEVER, RefreshConfig, Simulation, Trace
+    from refreshkv.generation.compilation import tuned_compilation
+    from refreshkv.generation.decode_ahead import decode_ahead
+    from refreshkv.settings import SettingsError
 
 try:
     __version__ = version("refreshkv")
@@ -26,3 +32,23 @@ __all__ = [
     "enable",
     "tuned_compilation",
 ]
+
+_MODULES = {
+    "NEVER": "refreshkv.config",
+    "RefreshCache": "refreshkv.cache.refresh",
+    "RefreshConfig": "refreshkv.config",
+    "SettingsError": "refreshkv.settings",
+    "Simulation": "refreshkv.config",
+    "Trace": "refreshkv.config",
+    "decode_ahead": "refreshkv.generation.decode_ahead",
+    "enable": "refreshkv.attention.enable",
+    "tuned_compilation": "refreshkv.generation.compilation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name from its module."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'refreshkv' has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(_MODULES[name]), name)
+    return value

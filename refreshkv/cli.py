@@ -1,4 +1,4 @@
-"""What every script of `launch/` does around its own work: one-line errors and exit codes."""
+"""What every command does around its own work: one-line errors, exit codes, and the name of a missing extra."""
 
 import os
 import sys
@@ -7,18 +7,43 @@ from typing import NoReturn
 
 from refreshkv.settings import SettingsError
 
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "train": ("deepspeed", "accelerate", "tensorboard"),
+    "eval": ("datasets", "matplotlib"),
+    "tasks": ("rouge_score", "wonderwords", "zstandard"),
+    "embeddings": ("sentence_transformers",),
+    "gpu": ("triton", "liger_kernel", "pynvml"),
+    "8bit": ("bitsandbytes",),
+    "flash-attn": ("flash_attn",),
+}
+"""Extra of pyproject.toml -> the modules that it adds. `train` also brings what `eval` does."""
 
-def run(main: Callable[[list[str]], None]) -> NoReturn:
+
+def run(main: Callable[[list[str]], None], extra: str | None = None) -> NoReturn:
     """Calls `main` with the command line's arguments and exits: 0, 2 after a `SettingsError`, 130 after Ctrl-C.
 
-    A `SettingsError` is printed as one line on stderr, without a traceback; of a multi-process job only rank 0 prints.
+    A `SettingsError` is printed as one line on stderr, without a traceback; in a job of several processes only rank 0
+    prints. A missing module of `EXTRAS` is such an error too, with the extra to install: `extra` if given.
     """
     try:
         main(sys.argv[1:])
     except SettingsError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        _print_error(str(error))
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        brought = next((name for name, modules in EXTRAS.items() if missing in modules), None)
+        if brought is None:
+            raise
+        if brought in ("train", "eval"):
+            brought = extra or brought
+        _print_error(f"{missing} is not installed: pip install 'refreshkv[{brought}]'")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+def _print_error(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)

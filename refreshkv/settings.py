@@ -1,15 +1,16 @@
-"""Dataclasses from YAML files and `section.key=value` overrides, strictly.
+"""Dataclasses from YAML files and `section.key=value` overrides, read strictly, and the files that ship in `configs/`.
 
-A setting that does not exist, or has the wrong type, would train something other than what was asked for, so it is
-refused with one line that names it.
+An unknown setting or a value of the wrong type raises `SettingsError`, one line that names it: ignoring it would train
+or measure something other than what the user asked for.
 """
 
 import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 
@@ -17,19 +18,56 @@ from refreshkv.files import write_text
 
 Settings = TypeVar("Settings")
 
+CONFIGS = Path(__file__).resolve().with_name("configs").resolve()
+"""The folder of the files that ship with the package: `configs/` of a checkout, `refreshkv/configs/` of a wheel."""
+BASE_MODELS = "base/"
+"""Prefix of the models that only a checkout has. Our own files name them relative to the checkout."""
+
 
 class SettingsError(ValueError):
-    """Something the user can mend: the message is one line that names the setting and the way out."""
+    """An error that the user can mend. The message is one line that names the setting and the way out."""
 
 
-def load_settings(cls: type[Settings], path: str | Path | None = None, overrides: list[str] | None = None) -> Settings:
+def find_config(name: str | Path, folders: Sequence[str] = ("",), setting: str = "--config") -> Path:
+    """The file that a user means by `name`: a path, or the name of a file in `configs/`, from any working folder.
+
+    Args:
+        name: path of a file; else a name without its ending such as `llama31-8b-8k`; else a path that begins with
+            `configs/`, which is looked up in `CONFIGS` if the working folder has no such file.
+        folders: subfolders of `CONFIGS` in which names are looked up, `""` for `CONFIGS` itself.
+        setting: option or setting that holds the name, for the error.
+
+    Raises `SettingsError` that lists the known names if there is no such file.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = [file for folder in folders for file in sorted((CONFIGS / folder).glob("*.*")) if file.is_file()]
+    named = [
+        file for file in shipped if str(name) in (file.stem, file.name, str(file.relative_to(CONFIGS).with_suffix("")))
+    ]
+    if path.parts[:1] == ("configs",):
+        named += [file for file in shipped if file == CONFIGS.joinpath(*path.parts[1:])]
+    if named:
+        return named[0]
+    if path.exists():
+        return path  # a folder: reading it raises an error that says so
+    known = ", ".join(file.stem for file in shipped)
+    raise SettingsError(f"{setting}: there is no file {name}, and no config of that name; known are {known}")
+
+
+def load_settings(
+    cls: type[Settings],
+    path: str | Path | None = None,
+    overrides: list[str] | None = None,
+    folders: Sequence[str] = ("",),
+) -> Settings:
     """Builds `cls` from a YAML file (optional) and overrides such as `["training.steps=100", "seed=1"]`.
 
-    Raises `SettingsError` for unknown keys, wrong types and unreadable files.
+    `path` and `folders` are as in `find_config`. Raises `SettingsError` for unknown keys, wrong types and unreadable
+    files.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        values = _read_yaml(Path(path))
+    values = {} if path is None else read_yaml(find_config(path, folders))
     for override in overrides or []:
         _apply_override(values, override)
     return settings_from_dict(cls, values)
@@ -40,8 +78,8 @@ def settings_from_dict(cls: type[Settings], values: dict[str, Any], prefix: str 
     if not isinstance(values, dict):
         raise SettingsError(f"{prefix.rstrip('.') or 'the file'} must be a section with keys, got {values!r}")
     if hasattr(cls, "plain_values"):  # a class may accept other spellings of its values
-        values = cls.plain_values(values)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+        values = cast(Any, cls).plain_values(values)
+    fields = {field.name: field for field in dataclasses.fields(cast(Any, cls))}
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
@@ -62,18 +100,32 @@ def save_settings(settings: Any, path: str | Path) -> None:
     write_text(path, yaml.safe_dump(settings_to_dict(settings), sort_keys=False, allow_unicode=True))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, setting: str = "--config") -> dict[str, Any]:
+    """The nested values of a YAML file; `SettingsError` that names `setting` if it cannot be read.
+
+    In a file of `CONFIGS`, paths of base models become absolute if the working folder does not have them.
+    """
     try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise SettingsError(f"--config: there is no file {path}") from None
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--config: {path} is not readable YAML: {' '.join(str(error).split())}") from None
+        raise SettingsError(f"{setting}: {path} is not readable YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise SettingsError(f"--config: {path} must hold sections with keys, got {type(values).__name__}")
-    return values
+        raise SettingsError(f"{setting}: {path} must hold sections with keys, got {type(values).__name__}")
+    return _find_base_models(values) if path.resolve().is_relative_to(CONFIGS) else values
+
+
+def _find_base_models(value: Any) -> Any:
+    """`value` with each text such as `base/python-4m` made absolute if the checkout has that folder and the working
+    folder does not."""
+    if isinstance(value, dict):
+        return {key: _find_base_models(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_find_base_models(item) for item in value]
+    if isinstance(value, str) and value.startswith(BASE_MODELS) and not Path(value).exists():
+        return str(CONFIGS.parent / value) if (CONFIGS.parent / value).exists() else value
+    return value
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -81,62 +133,59 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not name:
         raise SettingsError(f"cannot read {override!r}: overrides are written section.key=value")
     *sections, key = name.split(".")
-    place = values
+    target = values
     for section in sections:
-        place = place.setdefault(section, {})
-        if not isinstance(place, dict):
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
             raise SettingsError(f"cannot set {name}: {section} is a value, not a section")
     try:
-        place[key] = yaml.safe_load(text)
+        target[key] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise SettingsError(f"cannot read the value of {override!r} as YAML; quote it") from None
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    """Checks `value` against the annotation `hint`; numbers written as 5e-6 (a string to YAML) become floats."""
+    """`value` checked against the annotation `hint`. YAML reads 5e-6 as text; it becomes a float here."""
+    origin = typing.get_origin(hint) or hint
     if hint is Any:
         return value
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        for option in arguments:
-            try:
-                return _convert(value, option, name)
-            except SettingsError as error:
-                if dataclasses.is_dataclass(option) and isinstance(value, dict):
-                    raise error
-        raise _wrong_type(name, hint, value)
+        return _convert_union(value, hint, name)
     if origin is typing.Literal:
-        if value in arguments:
-            return value
-        if value is False and "off" in arguments:  # what YAML takes a bare off for
-            return "off"
-        raise SettingsError(f"{name} must be one of {', '.join(map(str, arguments))}, got {value!r}")
-    if origin is list:
-        if isinstance(value, list):
-            return [_convert(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(value)]
-        raise _wrong_type(name, hint, value)
-    if origin is dict or hint is dict:
-        if isinstance(value, dict):
-            return value
-        raise _wrong_type(name, hint, value)
+        return _convert_literal(value, typing.get_args(hint), name)
     if dataclasses.is_dataclass(hint):
-        return settings_from_dict(hint, value, prefix=f"{name}.")
-    if hint is type(None):
-        if value is None:
-            return None
-        raise _wrong_type(name, hint, value)
-    return _convert_scalar(value, hint, name)
-
-
-def _convert_scalar(value: Any, hint: type, name: str) -> Any:
+        return settings_from_dict(cast(type, hint), value, prefix=f"{name}.")
+    if origin is list and isinstance(value, list):
+        (element,) = typing.get_args(hint)
+        return [_convert(item, element, f"{name}[{i}]") for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return value
     if hint is float and not isinstance(value, bool):
         try:
             return float(value)
         except (TypeError, ValueError):
             raise _wrong_type(name, hint, value) from None
-    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
+    if origin in (list, dict) or not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise _wrong_type(name, hint, value)
+    return value
+
+
+def _convert_union(value: Any, hint: Any, name: str) -> Any:
+    for option in typing.get_args(hint):
+        try:
+            return _convert(value, option, name)
+        except SettingsError:
+            if dataclasses.is_dataclass(option) and isinstance(value, dict):
+                raise  # it names the key inside
     raise _wrong_type(name, hint, value)
+
+
+def _convert_literal(value: Any, options: tuple[Any, ...], name: str) -> Any:
+    if value is False and "off" in options:  # YAML reads a bare off as false
+        return "off"
+    if value not in options:
+        raise SettingsError(f"{name} must be one of {', '.join(map(str, options))}, got {value!r}")
+    return value
 
 
 def _wrong_type(name: str, hint: Any, value: Any) -> SettingsError:

@@ -94,8 +94,9 @@ class TrainingConfig:
 
     output: str = "runs/quickstart"
     """Folder of the run: checkpoints, tensorboard curves, the resolved config."""
-    deepspeed: str = "configs/deepspeed/zero2.json"
-    """DeepSpeed JSON: ZeRO stage, offload and the like. Settings of this section must not be repeated in it."""
+    deepspeed: str = "zero2"
+    """DeepSpeed JSON, a file or a name in configs/deepspeed: ZeRO stage, offload and the like. Settings of this section
+    must not be repeated in it."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the model's computation; the optimizer keeps float32 master weights."""
     steps: int = 100

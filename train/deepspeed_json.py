@@ -1,10 +1,9 @@
 """The user's part of DeepSpeed's configuration: the JSON file that `training.deepspeed` names."""
 
 import json
-from pathlib import Path
 from typing import Any
 
-from refreshkv.settings import SettingsError
+from refreshkv.settings import SettingsError, find_config
 
 OURS = {
     "train_batch_size": "training.global_batch",
@@ -21,10 +20,9 @@ OURS = {
 
 def read_deepspeed_json(path: str) -> dict[str, Any]:
     """Reads the file; raises `SettingsError` for what would be silently wrong."""
+    file = find_config(path, ("deepspeed",), "training.deepspeed")
     try:
-        settings = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise SettingsError(f"training.deepspeed: there is no file {path}") from None
+        settings = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise SettingsError(f"training.deepspeed: {path} is not readable JSON: {error}") from None
     if not isinstance(settings, dict):

