@@ -1,0 +1,686 @@
+"""Triton kernels of a selecting step of decoding (docs/specification.md, section 10): score, choose, attend, merge.
+
+Four launches of fixed size, whatever is decided. `_score` stores the token and computes logits of all positions from
+the score keys; `_choose` ranks the positions and finds the cut; `_attend` attends to the chosen positions, in shares;
+`_merge` adds the shares up. What a row's step is, is decided in device memory; programs of rows whose step is not a
+selecting one end at once. The definition is `refreshkv.ops.naive.selecting`.
+
+The choice is a pair of numbers for each batch row and key/value head: a position is chosen if it ranks above `cut`, or
+at `cut` and lies at `limit` or before. No list of the chosen is needed before they are attended to.
+
+Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `G = H / Hkv`, `D` head size, `L` tokens the cache has
+room for, `N` splits, `O` observing queries, `R = O * G` rows of logits of a key/value head: row `o * G + g` is query
+head `g` of the group observing from position `c - (O - 1) + o`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refreshkv.ops.selection.score_keys import (
+    ScoreKeys,
+    load_score_halves,
+    padded_half,
+    quantize_halves,
+    store_codes,
+)
+from refreshkv.ops.tiles import LOG2E, padded_head, precision
+
+PROGRAMS_PER_PROCESSOR = 2
+"""Programs of `_score` and of `_attend` on each multiprocessor, so that all run at once."""
+
+LARGEST_SPLIT = 128
+"""Most splits of a row; the merge holds that many partial results at once."""
+
+SCORE_TILE = {"BLOCK_N": 128, "num_warps": 4, "num_stages": 4}
+"""Score keys that `_score` takes at once."""
+
+ATTEND_TILE = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+"""Chosen keys that `_attend` takes at once, for 16-bit caches and heads up to 128."""
+
+RANKED = 1024
+"""Positions that a program of `_choose` takes at once."""
+
+MOST_PARTS = 64
+"""Most programs of `_choose` that share a row."""
+
+CHOOSE_PROGRAMS = 528
+"""Programs of `_choose` that a GPU runs at once."""
+
+CHOOSE_WARPS = 8
+
+SCANNED = 8192
+"""Positions that the last program of a row in `_choose` takes at once when it looks for those near the cut."""
+
+BINS = 512
+"""Bins of the histogram of rankings: a quarter of a power of two each, over all float32 from 0 to 1 and beyond."""
+
+BIN_BITS = 21
+"""Bits of a ranking within a bin."""
+
+CANDIDATES = 4096
+"""Most positions in the bin of the cut that are sorted out at once; with more, the row is searched."""
+
+RUN = 64
+"""Neighbouring positions that `_attend` gives to the same program. Runs go to the programs in turn, so that dense
+places of a row are shared by all."""
+
+SAME_IN_ALL_THREADS = {"enable_fp_fusion": False}
+"""Of kernels that rank: the same operations give the same bits in all threads, and equal scores tie."""
+
+PREFERRED = tl.constexpr(1 << 30)
+"""Added to the ranking of recent and sink positions: a probability's bits are less."""
+
+ITSELF = tl.constexpr(0x7FFFFFFE)
+"""The ranking of the step's own token: above all others."""
+
+
+@triton.jit
+def _is_selecting(position, prompt, stride, select_stride):
+    """Whether the step at `position` is a selecting one under the fixed schedule (specification, section 10.1)."""
+    step = position - (prompt - 1)
+    return (step % select_stride == 0) & (step % stride != 0)
+
+
+@triton.jit
+def _score(
+    query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, code_ptr, token_scale_ptr, observer_ptr, length_ptr, row_ptr,
+    selecting_ptr, histogram_ptr, arrived_ptr, logit_ptr, highest_ptr, total_ptr,
+    query_b, query_h, key_b, key_h, value_b, value_h, kv_heads, capacity, stride, select_stride, scale,
+    G: tl.constexpr, D: tl.constexpr, DH: tl.constexpr, MP: tl.constexpr, OBSERVERS: tl.constexpr,
+    BITS: tl.constexpr, BINS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
+    SWAP: tl.constexpr,
+):  # fmt: skip
+    """One share of the positions of one row and key/value head: logits (B, Hkv, R, L), in units of log 2, and their
+    maximum and sum (B, Hkv, R, N). The first share stores the token and its score key."""
+    split, pair = tl.program_id(0), tl.program_id(1)
+    splits = tl.num_programs(0)
+    batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
+    position = tl.load(length_ptr).to(tl.int32)
+    padding = tl.load(row_ptr + batch * 4 + 2).to(tl.int32)
+    prompt = tl.load(row_ptr + batch * 4 + 3).to(tl.int32)
+    selecting = _is_selecting(position, prompt, stride, select_stride)
+    if (split == 0) & (kv_head == 0):
+        tl.store(selecting_ptr + batch, tl.where(selecting, position, -1))
+    if selecting:
+        row, column = tl.arange(0, MP), tl.arange(0, DH)
+        head = kv_head * G + row % G
+        sees = position - (OBSERVERS - 1) + row // G
+        is_row = (row < G * OBSERVERS) & (sees >= padding)
+        in_half = column < D // 2
+        newest = (row // G == OBSERVERS - 1)[:, None] & (row < G * OBSERVERS)[:, None] & in_half[None, :]
+        # two [MP, DH]: the halves of all rows' queries
+        own_query = query_ptr + batch * query_b + head[:, None] * query_h + column[None, :]
+        low_query = tl.load(own_query, mask=newest, other=0.0)
+        high_query = tl.load(own_query + D // 2, mask=newest, other=0.0)
+        pair_row = pair.to(tl.int64) * (G * OBSERVERS)
+        if OBSERVERS > 1:
+            slots = observer_ptr + (batch * kv_heads * G + head)[:, None] * (OBSERVERS * D) + column[None, :]
+            if split == 0:
+                last_slot = slots + (position % OBSERVERS) * D
+                tl.store(last_slot, low_query, mask=newest)
+                tl.store(last_slot + D // 2, high_query, mask=newest)
+            older = is_row[:, None] & (row // G < OBSERVERS - 1)[:, None] & in_half[None, :]
+            slots += (tl.maximum(sees, 0) % OBSERVERS)[:, None] * D
+            low_query += tl.load(slots, mask=older, other=0.0)
+            high_query += tl.load(slots + D // 2, mask=older, other=0.0)
+
+        codes = code_ptr + pair.to(tl.int64) * capacity * (D // 2 if BITS == 4 else D)
+        token_scales = token_scale_ptr + pair.to(tl.int64) * capacity
+        logits_row = logit_ptr + pair_row * capacity + row.to(tl.int64)[:, None] * capacity
+        highest = tl.full([MP], -float("inf"), tl.float32)
+        total = tl.zeros([MP], tl.float32)
+        if split == 0:
+            logit = _store_token(
+                low_query, high_query, key_ptr + batch * key_b + kv_head * key_h,
+                value_ptr + batch * value_b + kv_head * value_h, keys_ptr + pair.to(tl.int64) * capacity * D,
+                values_ptr + pair.to(tl.int64) * capacity * D, codes, token_scales, position, D, DH, BITS,
+            )  # fmt: skip
+            logit = tl.where(sees >= position, logit * scale, -float("inf"))
+            tl.store(logits_row + position, logit[:, None], mask=(row < G * OBSERVERS)[:, None])
+            highest = logit
+            total = tl.where(logit > -float("inf"), 1.0, 0.0)
+            tl.store(histogram_ptr + pair * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+            tl.store(arrived_ptr + pair, 0)
+
+        base = padding // 16 * 16
+        share = tl.cdiv(tl.cdiv(position - base, splits), 16) * 16
+        first = base + split * share
+        last = tl.minimum(first + share, position)
+        for start in range(first, last, BLOCK_N):
+            token = start + tl.arange(0, BLOCK_N)
+            exists = (token >= padding) & (token < last)
+            # two [BLOCK_N, DH]
+            low, high = load_score_halves(codes, token, exists, D, DH, BITS, low_query.dtype, ASM)
+            if SWAP:
+                logits = tl.dot(low, tl.trans(low_query), input_precision=PRECISION)
+                logits = tl.trans(tl.dot(high, tl.trans(high_query), logits, input_precision=PRECISION))
+            else:
+                logits = tl.dot(low_query, tl.trans(low), input_precision=PRECISION)
+                logits = tl.dot(high_query, tl.trans(high), logits, input_precision=PRECISION)
+            if BITS == 16:
+                logits = logits * scale
+            else:
+                logits = logits * (tl.load(token_scales + token, mask=exists, other=0.0) * scale)[None, :]
+            visible = exists[None, :]
+            if OBSERVERS > 1:
+                visible = visible & (token[None, :] <= sees[:, None])
+            logits = tl.where(visible, logits, -float("inf"))
+            tl.store(logits_row + token[None, :], logits, mask=(row < G * OBSERVERS)[:, None] & exists[None, :])
+            higher = tl.maximum(highest, tl.max(logits, 1))
+            safe = tl.where(higher == -float("inf"), 0.0, higher)
+            total = total * tl.exp2(highest - safe) + tl.sum(tl.exp2(logits - safe[:, None]), 1)
+            highest = higher
+        place = (pair_row + row) * splits + split
+        tl.store(highest_ptr + place, highest, mask=row < G * OBSERVERS)
+        tl.store(total_ptr + place, total, mask=row < G * OBSERVERS)
+
+
+@triton.jit
+def _store_token(
+    low_query, high_query, key_ptr, value_ptr, keys, values, codes, token_scales, position,
+    D: tl.constexpr, DH: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Stores the token's key, value and score key at `position`; returns its dot products with the queries (MP,)."""
+    one, column = tl.arange(0, 1), tl.arange(0, DH)
+    mask = (one < 1)[:, None] & (column < D // 2)[None, :]
+    token = position + one
+    place = token.to(tl.int64)[:, None] * D + column[None, :]
+    half: tl.constexpr = D // 2
+    # [1, DH] each
+    low = tl.load(key_ptr + column[None, :], mask=mask, other=0.0)
+    high = tl.load(key_ptr + half + column[None, :], mask=mask, other=0.0)
+    tl.store(keys + place, low, mask=mask)
+    tl.store(keys + place + half, high, mask=mask)
+    tl.store(values + place, tl.load(value_ptr + column[None, :], mask=mask, other=0.0), mask=mask)
+    tl.store(values + place + half, tl.load(value_ptr + half + column[None, :], mask=mask, other=0.0), mask=mask)
+    low, high = low.to(tl.float32), high.to(tl.float32)
+    if BITS < 16:
+        low, high, token_scale = quantize_halves(low, high, BITS)
+        store_codes(codes, token, column, mask, low, high, D, BITS)
+        tl.store(token_scales + token, token_scale)
+    dot = tl.sum(low_query.to(tl.float32) * low, 1) + tl.sum(high_query.to(tl.float32) * high, 1)
+    if BITS < 16:
+        dot = dot * tl.sum(token_scale, 0)
+    return dot
+
+
+@triton.jit
+def _choose(
+    logit_ptr, highest_ptr, total_ptr, row_ptr, selecting_ptr, score_ptr, ranking_ptr, histogram_ptr, arrived_ptr,
+    candidate_ptr, cut_ptr, kv_heads, capacity, splits, recent, sinks,
+    G: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, OBSERVERS: tl.constexpr, POOL: tl.constexpr,
+    BEFORE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, BIN_BITS: tl.constexpr, CANDIDATES: tl.constexpr,
+    SCANNED: tl.constexpr,
+):  # fmt: skip
+    """Ranks the positions of one row and key/value head, shared by several programs; the one that comes last finds the
+    cut and its limit: (B, Hkv, 2) int32. Scores (B, Hkv, L) float32 and rankings (B, Hkv, L) int32 are left behind."""
+    part, pair = tl.program_id(0), tl.program_id(1)
+    parts = tl.num_programs(0)
+    batch = (pair // kv_heads).to(tl.int64)
+    position = tl.load(selecting_ptr + batch)
+    if position >= 0:
+        budget = tl.load(row_ptr + batch * 4 + 1).to(tl.int32)
+        padding = tl.load(row_ptr + batch * 4 + 2).to(tl.int32)
+        row, number = tl.arange(0, MP), tl.arange(0, NP)
+        pair_row = pair.to(tl.int64) * (G * OBSERVERS)
+        # [MP, NP]: each row's log-sum-exp from its shares
+        inside = (row < G * OBSERVERS)[:, None] & (number < splits)[None, :]
+        place = (pair_row + row)[:, None] * splits + number[None, :]
+        highest = tl.load(highest_ptr + place, mask=inside, other=-float("inf"))
+        total = tl.load(total_ptr + place, mask=inside, other=0.0)
+        top = tl.max(highest, 1)
+        top = tl.where(top > -float("inf"), top, 0.0)  # a row that sees nothing
+        total = tl.sum(total * tl.exp2(highest - top[:, None]), 1)
+        lse = top + tl.log2(tl.where(total > 0.0, total, 1.0))
+
+        logits_row = logit_ptr + pair_row * capacity
+        scores = score_ptr + pair.to(tl.int64) * capacity
+        rankings = ranking_ptr + pair.to(tl.int64) * capacity
+        histogram = histogram_ptr + pair * BINS
+        present = tl.minimum(position + 1 - padding, OBSERVERS).to(tl.float32)
+        base = padding // 16 * 16
+        share = tl.cdiv(tl.cdiv(position + 1 - base, parts), 16) * 16
+        begin = base + part * share
+        end = tl.minimum(begin + share, position + 1)
+        # windows reach beyond the share; the neighbouring program computes the same scores there
+        AHEAD: tl.constexpr = POOL - 1 - BEFORE
+        MARGIN: tl.constexpr = (BEFORE + 15) // 16 * 16
+        scored_end = tl.minimum(end + AHEAD, position + 1)
+        for start in range(begin - MARGIN, tl.where(begin < end, scored_end, begin - MARGIN), BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            exists = (token >= padding) & (token < scored_end)
+            score = tl.zeros([BLOCK], tl.float32)
+            for observer in tl.static_range(OBSERVERS):
+                best = tl.full([BLOCK], -float("inf"), tl.float32)
+                for member in tl.static_range(G):
+                    shift = tl.sum(tl.where(row == observer * G + member, lse, 0.0), 0)
+                    logits = logits_row + (observer * G + member) * capacity
+                    best = tl.maximum(best, tl.load(logits + token, mask=exists, other=-float("inf")) - shift)
+                score += tl.exp2(best)
+            if OBSERVERS > 1:
+                score = tl.div_rn(score, tl.zeros([BLOCK], tl.float32) + present)
+            tl.store(scores + token, score, mask=exists)
+        tl.debug_barrier()  # windows read what other threads wrote
+        counts = tl.zeros([BINS], tl.int32)
+        for start in range(begin, end, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            exists = (token >= padding) & (token < end)
+            best = tl.zeros([BLOCK], tl.float32)
+            for away in tl.static_range(-BEFORE, POOL - BEFORE):
+                near = token + away
+                near_exists = (near >= padding) & (near <= position) & exists
+                best = tl.maximum(best, tl.load(scores + near, mask=near_exists, other=0.0))
+            preferred = (token > position - recent) | (token - padding < sinks)
+            ranking = best.to(tl.int32, bitcast=True) + tl.where(preferred, PREFERRED, 0)
+            ranking = tl.where(token == position, ITSELF, ranking)
+            tl.store(rankings + token, ranking, mask=exists)
+            counts += tl.histogram(tl.minimum(ranking >> BIN_BITS, BINS - 1), BINS, mask=exists)
+        tl.atomic_add(histogram + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
+        tl.debug_barrier()  # what all threads have written is there before the program counts as arrived
+        if tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel") == parts - 1:
+            cut, limit = _find_cut(
+                rankings, histogram, candidate_ptr + pair.to(tl.int64) * CANDIDATES, padding, position, budget,
+                BINS, BIN_BITS, CANDIDATES, SCANNED,
+            )  # fmt: skip
+            tl.store(cut_ptr + 2 * pair, cut)
+            tl.store(cut_ptr + 2 * pair + 1, limit)
+
+
+@triton.jit
+def _find_cut(
+    rankings, histogram, candidates, first, last, budget,
+    BINS: tl.constexpr, BIN_BITS: tl.constexpr, CANDIDATES: tl.constexpr, SCANNED: tl.constexpr,
+):  # fmt: skip
+    """The cut and its limit for the `budget` best of positions `first .. last`. Other programs wrote the rankings and
+    the histogram: they are read past the L1 cache."""
+    cut, limit = budget * 0 - 1, budget * 0 + 0x7FFFFFFF
+    if budget < last + 1 - first:
+        number = tl.arange(0, BINS)
+        # [BINS], the highest bin first: how many positions are in it or above
+        reached = tl.cumsum(tl.load(histogram + BINS - 1 - number, cache_modifier=".cg"), 0)
+        bins_above = tl.sum((reached < budget).to(tl.int32), 0)
+        above = tl.max(tl.where(reached < budget, reached, 0), 0)
+        within = tl.sum(tl.where(number == bins_above, reached, 0), 0) - above
+        remaining = budget - above
+        bin_of_cut = BINS - 1 - bins_above
+        low = bin_of_cut << BIN_BITS
+        high = tl.where(bins_above == 0, 0x7FFFFFFF, low + (1 << BIN_BITS))
+        if within <= CANDIDATES:
+            found = budget * 0
+            for start in range(first // 16 * 16, last + 1, SCANNED):
+                token = start + tl.arange(0, SCANNED)
+                exists = (token >= first) & (token <= last)
+                ranking = tl.load(rankings + token, mask=exists, other=-1, cache_modifier=".cg")
+                is_near = (ranking >= low) & (ranking < high)
+                order = tl.cumsum(is_near.to(tl.int32), 0)
+                tl.store(candidates + found + order - 1, token, mask=is_near)
+                found += tl.sum(is_near.to(tl.int32), 0)
+            tl.debug_barrier()
+            number = tl.arange(0, CANDIDATES)
+            token = tl.load(candidates + number, mask=number < within, other=0)
+            ranking = tl.load(rankings + token, mask=number < within, other=-1, cache_modifier=".cg")
+            count = within
+            while (high - low > 1) & (count != remaining):
+                middle = low + (high - low) // 2
+                reach = tl.sum((ranking >= middle).to(tl.int32), 0)
+                low = tl.where(reach >= remaining, middle, low)
+                count = tl.where(reach >= remaining, reach, count)
+                high = tl.where(reach >= remaining, high, middle)
+            cut = low
+            if count != remaining:
+                ties = remaining - tl.sum((ranking > cut).to(tl.int32), 0)
+                tied = ranking == cut
+                nth = tl.cumsum(tied.to(tl.int32), 0)
+                limit = tl.max(tl.where(tied & (nth == ties), token, -1), 0)
+        else:
+            cut, limit = _search_cut(rankings, first, last, budget, low, high, SCANNED)
+    return cut, limit
+
+
+@triton.jit
+def _search_cut(rankings, first, last, budget, low, high, SCANNED: tl.constexpr):
+    """As `_find_cut`, by reading the row once for each bit; the cut is in `low .. high-1`."""
+    count = budget * 0 - 1
+    while (high - low > 1) & (count != budget):
+        middle = low + (high - low) // 2
+        reach, _ = _count(rankings, first, last, middle, last, SCANNED)
+        low = tl.where(reach >= budget, middle, low)
+        count = tl.where(reach >= budget, reach, count)
+        high = tl.where(reach >= budget, high, middle)
+    limit = last
+    if count != budget:
+        # the lowest position up to which enough tied positions lie
+        above, _ = _count(rankings, first, last, low + 1, last, SCANNED)
+        before = first - 1
+        while limit - before > 1:
+            middle = before + (limit - before) // 2
+            _, tied = _count(rankings, first, last, low, middle, SCANNED)
+            before = tl.where(above + tied >= budget, before, middle)
+            limit = tl.where(above + tied >= budget, middle, limit)
+    return low, limit
+
+
+@triton.jit
+def _count(rankings, first, last, cut, limit, SCANNED: tl.constexpr):
+    """How many of positions `first .. last` rank at `cut` or above, and how many of those up to `limit` at `cut`."""
+    reach, tied = first * 0, first * 0
+    for start in range(first // 16 * 16, last + 1, SCANNED):
+        token = start + tl.arange(0, SCANNED)
+        ranking = tl.load(rankings + token, mask=(token >= first) & (token <= last), other=-1, cache_modifier=".cg")
+        reach += tl.sum((ranking >= cut).to(tl.int32), 0)
+        tied += tl.sum(((ranking == cut) & (token <= limit)).to(tl.int32), 0)
+    return reach, tied
+
+
+@triton.jit
+def _attend(
+    query_ptr, keys_ptr, values_ptr, row_ptr, selecting_ptr, ranking_ptr, cut_ptr, list_ptr,
+    partial_ptr, highest_ptr, total_ptr, query_b, query_h, kv_heads, capacity, room, scale,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, RUN: tl.constexpr, LISTED: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention of one row and key/value head to the chosen positions in every N-th run of RUN positions: maximum and
+    sum (B, H, N), output (B, H, N, D). The positions are listed in memory of the program's own first."""
+    split, pair = tl.program_id(0), tl.program_id(1)
+    splits = tl.num_programs(0)
+    batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
+    position = tl.load(selecting_ptr + batch)
+    if position >= 0:
+        padding = tl.load(row_ptr + batch * 4 + 2).to(tl.int32)
+        cut, limit = tl.load(cut_ptr + 2 * pair), tl.load(cut_ptr + 2 * pair + 1)
+        row, column = tl.arange(0, MP), tl.arange(0, DP)
+        in_head = column < D
+        mask = (row < G)[:, None] & in_head[None, :]
+        queries = query_ptr + batch * query_b + (kv_head * G + row)[:, None] * query_h + column[None, :]
+        query = tl.load(queries, mask=mask, other=0.0)
+        rankings = ranking_ptr + pair.to(tl.int64) * capacity
+        listed = list_ptr + (pair.to(tl.int64) * splits + split) * room
+        base = padding // RUN * RUN
+        runs = tl.cdiv(position + 1 - base, RUN)
+        own = tl.cdiv(tl.maximum(runs - split, 0), splits) * RUN
+        count = position * 0
+        for start in range(0, own, LISTED):
+            number = start + tl.arange(0, LISTED)
+            token = base + (number // RUN * splits + split) * RUN + number % RUN
+            exists = (number < own) & (token >= padding) & (token <= position)
+            ranking = tl.load(rankings + token, mask=exists, other=-1)
+            is_chosen = exists & ((ranking > cut) | ((ranking == cut) & (token <= limit)))
+            order = tl.cumsum(is_chosen.to(tl.int32), 0)
+            tl.store(listed + count + order - 1, token, mask=is_chosen)
+            count += tl.sum(is_chosen.to(tl.int32), 0)
+        tl.debug_barrier()
+        keys = keys_ptr + pair.to(tl.int64) * capacity * D
+        values = values_ptr + pair.to(tl.int64) * capacity * D
+        highest = tl.full([MP], -float("inf"), tl.float32)
+        total = tl.zeros([MP], tl.float32)
+        result = tl.zeros([MP, DP], tl.float32)
+        for start in range(0, count, BLOCK_N):
+            entry = start + tl.arange(0, BLOCK_N)
+            exists = entry < count
+            token = tl.load(listed + entry, mask=exists, other=0)
+            place = token.to(tl.int64)[:, None] * D + column[None, :]
+            here = exists[:, None] & in_head[None, :]
+            # two [BLOCK_N, DP]
+            key = tl.load(keys + place, mask=here, other=0.0)
+            value = tl.load(values + place, mask=here, other=0.0)
+            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+            logits = tl.where(exists[None, :], logits, -float("inf"))
+            higher = tl.maximum(highest, tl.max(logits, 1))
+            weight = tl.exp2(logits - higher[:, None])
+            shrink = tl.exp2(highest - higher)
+            total = total * shrink + tl.sum(weight, 1)
+            result = result * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
+            highest = higher
+        place = (batch * kv_heads * G + kv_head * G + row) * splits + split
+        tl.store(highest_ptr + place, highest, mask=row < G)
+        tl.store(total_ptr + place, total, mask=row < G)
+        if count > 0:
+            tl.store(partial_ptr + place[:, None] * D + column[None, :], result, mask=mask)
+
+
+@triton.jit
+def _merge(
+    partial_ptr, highest_ptr, total_ptr, output_ptr, length_ptr, selecting_ptr, kv_heads, splits,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr,
+):  # fmt: skip
+    """Merges the shares of one query head, in fixed order, into the output (B, 1, H, D); counts the token."""
+    member, pair = tl.program_id(0), tl.program_id(1)
+    batch = (pair // kv_heads).to(tl.int64)
+    head = pair.to(tl.int64) * G + member
+    if tl.load(selecting_ptr + batch) >= 0:
+        number, column = tl.arange(0, NP), tl.arange(0, DP)
+        highest = tl.load(highest_ptr + head * splits + number, mask=number < splits, other=-float("inf"))
+        total = tl.load(total_ptr + head * splits + number, mask=number < splits, other=0.0)
+        weight = tl.exp2(highest - tl.max(highest, 0))
+        there = (highest > -float("inf"))[:, None] & (column < D)[None, :]
+        # [NP, DP]
+        result = tl.load(partial_ptr + (head * splits + number)[:, None] * D + column[None, :], mask=there, other=0.0)
+        result = tl.sum(result * weight[:, None], 0) / tl.sum(total * weight, 0)
+        tl.store(output_ptr + head * D + column, result.to(output_ptr.dtype.element_ty), mask=column < D)
+    if (member == 0) & (pair == 0):
+        tl.store(length_ptr, tl.load(length_ptr) + 1)
+
+
+@dataclass
+class SelectingScratch:
+    """What the launches of a selecting step hand on to each other; layers that follow one another may share it."""
+
+    selecting: Tensor
+    """(B,) int32: the position if the row's step is a selecting one, or -1."""
+    logits: Tensor
+    """(B, Hkv, R, L) float32, in units of log 2."""
+    highest: Tensor
+    """(B, Hkv, R, N) float32, as `total`: maximum and sum of each share of the logits."""
+    total: Tensor
+    scores: Tensor
+    """(B, Hkv, L) float32: probabilities, before they are pooled."""
+    rankings: Tensor
+    """(B, Hkv, L) int32: the higher the better."""
+    histogram: Tensor
+    """(B, Hkv, BINS) int32: of the rankings' upper bits."""
+    arrived: Tensor
+    """(B, Hkv) int32: programs of `_choose` that have ranked their positions."""
+    candidates: Tensor
+    """(B, Hkv, CANDIDATES) int32: positions in the bin of the cut."""
+    cuts: Tensor
+    """(B, Hkv, 2) int32: the cut and its limit."""
+    listed: Tensor
+    """(B, Hkv, N, room) int32: positions that a program of `_attend` attends to."""
+
+    @classmethod
+    def empty(cls, heads: int, keys: Tensor, observation_window: int) -> "SelectingScratch":
+        """Scratch for caches like keys (B, Hkv, L, D)."""
+        batch, kv_heads, capacity, _ = keys.shape
+        device, splits = keys.device, splits_of(batch * kv_heads, keys.device)
+        rows = heads // kv_heads * observation_window
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(batch, kv_heads, *shape, dtype=dtype, device=device)
+
+        return cls(
+            selecting=torch.empty(batch, dtype=torch.int32, device=device),
+            logits=buffer(rows, capacity, dtype=torch.float32),
+            highest=buffer(rows, splits, dtype=torch.float32),
+            total=buffer(rows, splits, dtype=torch.float32),
+            scores=buffer(capacity, dtype=torch.float32),
+            rankings=buffer(capacity),
+            histogram=buffer(BINS),
+            arrived=buffer(),
+            candidates=buffer(CANDIDATES),
+            cuts=buffer(2),
+            listed=buffer(splits, list_room(capacity, splits)),
+        )
+
+
+def splits_of(pairs: int, device: torch.device) -> int:
+    """Shares of a row for so many pairs of batch rows and key/value heads: as many programs as run at once."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return max(1, min(LARGEST_SPLIT, PROGRAMS_PER_PROCESSOR * processors // pairs))
+
+
+def list_room(capacity: int, splits: int) -> int:
+    """Positions that one of so many programs of `_attend` goes through at most."""
+    return triton.cdiv(triton.cdiv(capacity, RUN) + 1, splits) * RUN
+
+
+def parts_of(pairs: int, capacity: int, pool_kernel: int) -> int:
+    """Programs of `_choose` for each row: each takes its positions, and what their windows reach, at once."""
+    reach = 16 * triton.cdiv(pool_kernel, 16) + 16
+    wanted = triton.cdiv(capacity, max(RANKED - reach, 16))
+    return max(1, min(wanted, MOST_PARTS, CHOOSE_PROGRAMS // pairs))
+
+
+def score(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    score_keys: ScoreKeys,
+    length: Tensor,
+    row_state: Tensor,
+    observers: Tensor,
+    scratch: SelectingScratch,
+    *,
+    stride: int,
+    select_stride: int,
+    scaling: float,
+    swap: bool = False,
+    asm: bool | None = None,
+    **tile: int,
+) -> None:
+    """The first launch; arguments as in `selecting_step`."""
+    batch, heads, _, head_dim = query.shape
+    kv_heads, capacity = keys.shape[1:3]
+    group, window = heads // kv_heads, observers.shape[2]
+    half = padded_half(head_dim)
+    if asm is None:
+        asm = (
+            query.is_cuda and query.dtype == torch.bfloat16 and torch.cuda.get_device_capability(query.device) >= (9, 0)
+        )
+    tile = (SCORE_TILE if query.element_size() == 2 else SCORE_TILE | {"BLOCK_N": 64, "num_stages": 2}) | tile
+    _score[scratch.highest.shape[3], batch * kv_heads](
+        query, key, value, keys, values, score_keys.codes, score_keys.scales, observers, length, row_state,
+        scratch.selecting, scratch.histogram, scratch.arrived, scratch.logits, scratch.highest, scratch.total,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], kv_heads, capacity, stride, select_stride,
+        scaling * LOG2E, G=group, D=head_dim, DH=half, MP=max(16, triton.next_power_of_2(group * window)),
+        OBSERVERS=window, BITS=score_keys.bits, BINS=BINS, PRECISION=precision(query), ASM=asm, SWAP=swap, **tile,
+    )  # fmt: skip
+
+
+def choose(
+    row_state: Tensor,
+    scratch: SelectingScratch,
+    group: int,
+    *,
+    pool_kernel: int,
+    pool_ahead: bool,
+    recent_window: int,
+    sink_tokens: int,
+    warps: int = CHOOSE_WARPS,
+) -> None:
+    """The second launch; arguments as in `selecting_step`."""
+    batch, kv_heads, rows, capacity = scratch.logits.shape
+    splits = scratch.highest.shape[3]
+    _choose[parts_of(batch * kv_heads, capacity, pool_kernel), batch * kv_heads](
+        scratch.logits, scratch.highest, scratch.total, row_state, scratch.selecting, scratch.scores, scratch.rankings,
+        scratch.histogram, scratch.arrived, scratch.candidates, scratch.cuts,
+        kv_heads, capacity, splits, recent_window, sink_tokens,
+        G=group, MP=triton.next_power_of_2(rows), NP=max(2, triton.next_power_of_2(splits)), OBSERVERS=rows // group,
+        POOL=pool_kernel, BEFORE=pool_kernel - 1 if pool_ahead else pool_kernel // 2, BLOCK=RANKED, BINS=BINS,
+        BIN_BITS=BIN_BITS, CANDIDATES=CANDIDATES, SCANNED=SCANNED, num_warps=warps, **SAME_IN_ALL_THREADS,
+    )  # fmt: skip
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    row_state: Tensor,
+    scratch: SelectingScratch,
+    scaling: float,
+    **tile: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The third launch: what each program attended to, (B, H, N, D), and its maximum and sum, (B, H, N)."""
+    batch, heads, _, head_dim = query.shape
+    kv_heads, capacity = keys.shape[1:3]
+    group = heads // kv_heads
+    splits, room = scratch.listed.shape[2:]
+    partial = torch.empty(batch, heads, splits, head_dim, dtype=torch.float32, device=query.device)
+    highest, total = (torch.empty(batch, heads, splits, dtype=torch.float32, device=query.device) for _ in range(2))
+    if query.element_size() * padded_head(head_dim) > 256:
+        tile = {"BLOCK_N": 32, "num_warps": 8 if query.element_size() == 4 else 4, "num_stages": 2} | tile
+    _attend[splits, batch * kv_heads](
+        query, keys, values, row_state, scratch.selecting, scratch.rankings, scratch.cuts, scratch.listed,
+        partial, highest, total, *query.stride()[:2], kv_heads, capacity, room, scaling * LOG2E,
+        G=group, D=head_dim, DP=padded_head(head_dim), MP=max(16, triton.next_power_of_2(group)), RUN=RUN,
+        LISTED=min(4096, triton.next_power_of_2(room)), PRECISION=precision(query), **(ATTEND_TILE | tile),
+    )  # fmt: skip
+    return partial, highest, total
+
+
+def merge(
+    partial: Tensor, highest: Tensor, total: Tensor, output: Tensor, length: Tensor, scratch: SelectingScratch
+) -> None:
+    """The last launch: the output (B, 1, H, D) of rows whose step is a selecting one; length counts the token."""
+    batch, heads, splits, head_dim = partial.shape
+    kv_heads = scratch.rankings.shape[1]
+    _merge[heads // kv_heads, batch * kv_heads](
+        partial, highest, total, output, length, scratch.selecting, kv_heads, splits,
+        G=heads // kv_heads, D=head_dim, DP=padded_head(head_dim), NP=max(2, triton.next_power_of_2(splits)),
+        num_warps=4,
+    )  # fmt: skip
+
+
+def selecting_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    score_keys: ScoreKeys,
+    length: Tensor,
+    row_state: Tensor,
+    observers: Tensor,
+    scratch: SelectingScratch,
+    *,
+    stride: int,
+    select_stride: int,
+    pool_kernel: int,
+    pool_ahead: bool,
+    recent_window: int,
+    sink_tokens: int,
+    scaling: float,
+) -> Tensor:
+    """A decoding step of the rows for which it is a selecting one: (B, 1, H, D), and 0 in other rows.
+
+    query (B, H, 1, D), key, value (B, Hkv, 1, D): the token's. Changed in place: keys, values (B, Hkv, L, D) and
+    score_keys get the token, observers (B, H, O, D) its query in slot `position % O`, length () int64 counts it.
+    row_state (B, 4) int64: last full position, budget, padded columns, length of the last prompt block. stride: steps
+    between full steps, which are not selecting ones. `scratch.cuts` and `scratch.rankings` then say what was chosen.
+    The caller sees to it that the cache has room.
+    """
+    query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
+    score(
+        query, key, value, keys, values, score_keys, length, row_state, observers, scratch,
+        stride=stride, select_stride=select_stride, scaling=scaling,
+    )  # fmt: skip
+    group = query.shape[1] // keys.shape[1]
+    options = {"pool_kernel": pool_kernel, "recent_window": recent_window, "sink_tokens": sink_tokens}
+    choose(row_state, scratch, group, pool_ahead=pool_ahead, **options)
+    shares = attend(query, keys, values, row_state, scratch, scaling)
+    output = query.new_zeros(query.shape[0], 1, *query.shape[1::2])
+    merge(*shares, output, length, scratch)
+    return output
+
+
+def chosen_positions(scratch: SelectingScratch, left_padding: Tensor) -> Tensor:
+    """Which positions the rows of the last selecting step kept: (B, Hkv, L) bool, False in other rows."""
+    token = torch.arange(scratch.rankings.shape[2], device=scratch.rankings.device)
+    cut, limit = scratch.cuts.unsqueeze(-1).unbind(2)
+    exists = (token >= left_padding[:, None, None]) & (token <= scratch.selecting[:, None, None])
+    return exists & ((scratch.rankings > cut) | ((scratch.rankings == cut) & (token <= limit)))
