@@ -18,7 +18,7 @@ from torch import Tensor
 from measuring import free_memory, milliseconds
 from output import in_columns
 from refreshkv.ops.selection.score_keys import ScoreKeys, write_score_keys
-from refreshkv.ops.step import attention, launches, selecting
+from refreshkv.ops.step import launches, selecting
 from refreshkv.ops.step.operators import Check
 
 NEVER = 2**31 - 1

@@ -52,7 +52,8 @@ def write_score_keys(key: Tensor, score_keys: ScoreKeys, first: int) -> None:
     key = key if key.stride(-1) == 1 else key.contiguous()
     batch, kv_heads, tokens, head_dim = key.shape
     _write_score_keys[triton.cdiv(tokens, BLOCK), batch * kv_heads](
-        key, score_keys.codes, score_keys.scales, *key.stride()[:3], kv_heads, tokens, first, score_keys.scales.shape[2],
+        key, score_keys.codes, score_keys.scales, *key.stride()[:3], kv_heads, tokens, first,
+        score_keys.scales.shape[2],
         D=head_dim, DH=padded_half(head_dim), BITS=score_keys.bits, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
 
