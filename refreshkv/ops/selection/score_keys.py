@@ -115,24 +115,26 @@ def _write_score_keys(
 
 @triton.jit
 def load_score_halves(
-    codes, token, exists, D: tl.constexpr, DH: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr
+    codes, token, D: tl.constexpr, DH: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr
 ):
-    """The codes of tokens (N,) as numbers of the type `dtype`, or with 16 bits the keys: two (N, DH) halves.
+    """The codes of tokens (N,), all of the row, as numbers of the type `dtype`, or with 16 bits the keys: two (N, DH)
+    halves, padded by anything finite.
 
     ASM: bfloat16 codes of 4 bits are unpacked by PTX, four at a time.
     """
     column = tl.arange(0, DH)
-    mask = exists[:, None] & (column < D // 2)[None, :]
+    if DH > D // 2:
+        # a mask would be applied byte by byte: the padding repeats a column instead, and the query is 0 there
+        column = tl.minimum(column, D // 2 - 1)
     if BITS == 4:
-        byte = tl.load(codes + token.to(tl.int64)[:, None] * (D // 2) + column[None, :], mask=mask, other=0x88)
+        byte = tl.load(codes + token[:, None] * (D // 2) + column[None, :])
         if ASM:
             low, high = _unpack_by_ptx(byte)
         else:
             low, high = _number(byte & 15, dtype), _number(byte >> 4, dtype)
     else:
-        place = token.to(tl.int64)[:, None] * D + column[None, :]
-        low = tl.load(codes + place, mask=mask, other=0).to(dtype)
-        high = tl.load(codes + place + D // 2, mask=mask, other=0).to(dtype)
+        place = codes + token[:, None] * D + column[None, :]
+        low, high = tl.load(place).to(dtype), tl.load(place + D // 2).to(dtype)
     return low, high
 
 

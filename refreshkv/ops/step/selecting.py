@@ -35,7 +35,7 @@ PROGRAMS_PER_PROCESSOR = 2
 LARGEST_SPLIT = 128
 """Most splits of a row; the merge holds that many partial results at once."""
 
-SCORE_TILE = {"BLOCK_N": 128, "num_warps": 4, "num_stages": 4}
+SCORE_TILE = {"BLOCK_N": 128, "STAGES": 5, "num_warps": 4}
 """Score keys that `_score` takes at once."""
 
 ATTEND_TILE = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
@@ -92,7 +92,7 @@ def _score(
     query_b, query_h, key_b, key_h, value_b, value_h, kv_heads, capacity, stride, select_stride, scale,
     G: tl.constexpr, D: tl.constexpr, DH: tl.constexpr, MP: tl.constexpr, OBSERVERS: tl.constexpr,
     BITS: tl.constexpr, BINS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
-    SWAP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One share of the positions of one row and key/value head: logits (B, Hkv, R, L), in units of log 2, and their
     maximum and sum (B, Hkv, R, N). The first share stores the token and its score key."""
@@ -131,8 +131,7 @@ def _score(
         codes = code_ptr + pair.to(tl.int64) * capacity * (D // 2 if BITS == 4 else D)
         token_scales = token_scale_ptr + pair.to(tl.int64) * capacity
         logits_row = logit_ptr + pair_row * capacity + row.to(tl.int64)[:, None] * capacity
-        highest = tl.full([MP], -float("inf"), tl.float32)
-        total = tl.zeros([MP], tl.float32)
+        own_logit = tl.full([MP], -float("inf"), tl.float32)
         if split == 0:
             logit = _store_token(
                 low_query, high_query, key_ptr + batch * key_b + kv_head * key_h,
@@ -141,8 +140,7 @@ def _score(
             )  # fmt: skip
             logit = tl.where(sees >= position, logit * scale, -float("inf"))
             tl.store(logits_row + position, logit[:, None], mask=(row < G * OBSERVERS)[:, None])
-            highest = logit
-            total = tl.where(logit > -float("inf"), 1.0, 0.0)
+            own_logit = logit
             tl.store(histogram_ptr + pair * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
             tl.store(arrived_ptr + pair, 0)
 
@@ -150,30 +148,34 @@ def _score(
         share = tl.cdiv(tl.cdiv(position - base, splits), 16) * 16
         first = base + split * share
         last = tl.minimum(first + share, position)
-        for start in range(first, last, BLOCK_N):
+        # [MP, BLOCK_N]: a softmax for each column of the tiles; reduced once, at the end
+        highest = tl.full([MP, BLOCK_N], -float("inf"), tl.float32)
+        total = tl.zeros([MP, BLOCK_N], tl.float32)
+        for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
             token = start + tl.arange(0, BLOCK_N)
             exists = (token >= padding) & (token < last)
+            known = tl.minimum(token, position)
             # two [BLOCK_N, DH]
-            low, high = load_score_halves(codes, token, exists, D, DH, BITS, low_query.dtype, ASM)
-            if SWAP:
-                logits = tl.dot(low, tl.trans(low_query), input_precision=PRECISION)
-                logits = tl.trans(tl.dot(high, tl.trans(high_query), logits, input_precision=PRECISION))
-            else:
-                logits = tl.dot(low_query, tl.trans(low), input_precision=PRECISION)
-                logits = tl.dot(high_query, tl.trans(high), logits, input_precision=PRECISION)
+            low, high = load_score_halves(codes, known, D, DH, BITS, low_query.dtype, ASM)
+            logits = tl.dot(low_query, tl.trans(low), input_precision=PRECISION)
+            logits = tl.dot(high_query, tl.trans(high), logits, input_precision=PRECISION)
             if BITS == 16:
                 logits = logits * scale
             else:
-                logits = logits * (tl.load(token_scales + token, mask=exists, other=0.0) * scale)[None, :]
+                logits = logits * (tl.load(token_scales + known) * scale)[None, :]
             visible = exists[None, :]
             if OBSERVERS > 1:
                 visible = visible & (token[None, :] <= sees[:, None])
             logits = tl.where(visible, logits, -float("inf"))
             tl.store(logits_row + token[None, :], logits, mask=(row < G * OBSERVERS)[:, None] & exists[None, :])
-            higher = tl.maximum(highest, tl.max(logits, 1))
+            higher = tl.maximum(highest, logits)
             safe = tl.where(higher == -float("inf"), 0.0, higher)
-            total = total * tl.exp2(highest - safe) + tl.sum(tl.exp2(logits - safe[:, None]), 1)
+            total = total * tl.exp2(highest - safe) + tl.exp2(logits - safe)
             highest = higher
+        top = tl.maximum(tl.max(highest, 1), own_logit)
+        safe = tl.where(top == -float("inf"), 0.0, top)
+        total = tl.sum(total * tl.exp2(highest - safe[:, None]), 1) + tl.exp2(own_logit - safe)
+        highest = top
         place = (pair_row + row) * splits + split
         tl.store(highest_ptr + place, highest, mask=row < G * OBSERVERS)
         tl.store(total_ptr + place, total, mask=row < G * OBSERVERS)
@@ -320,22 +322,22 @@ def _find_cut(
                 tl.store(candidates + found + order - 1, token, mask=is_near)
                 found += tl.sum(is_near.to(tl.int32), 0)
             tl.debug_barrier()
-            number = tl.arange(0, CANDIDATES)
-            token = tl.load(candidates + number, mask=number < within, other=0)
-            ranking = tl.load(rankings + token, mask=number < within, other=-1, cache_modifier=".cg")
+            entry = tl.arange(0, CANDIDATES)
+            near = tl.load(candidates + entry, mask=entry < within, other=0)
+            near_ranking = tl.load(rankings + near, mask=entry < within, other=-1, cache_modifier=".cg")
             count = within
             while (high - low > 1) & (count != remaining):
                 middle = low + (high - low) // 2
-                reach = tl.sum((ranking >= middle).to(tl.int32), 0)
+                reach = tl.sum((near_ranking >= middle).to(tl.int32), 0)
                 low = tl.where(reach >= remaining, middle, low)
                 count = tl.where(reach >= remaining, reach, count)
                 high = tl.where(reach >= remaining, high, middle)
             cut = low
             if count != remaining:
-                ties = remaining - tl.sum((ranking > cut).to(tl.int32), 0)
-                tied = ranking == cut
+                ties = remaining - tl.sum((near_ranking > cut).to(tl.int32), 0)
+                tied = near_ranking == cut
                 nth = tl.cumsum(tied.to(tl.int32), 0)
-                limit = tl.max(tl.where(tied & (nth == ties), token, -1), 0)
+                limit = tl.max(tl.where(tied & (nth == ties), near, -1), 0)
         else:
             cut, limit = _search_cut(rankings, first, last, budget, low, high, SCANNED)
     return cut, limit
@@ -549,7 +551,6 @@ def score(
     stride: int,
     select_stride: int,
     scaling: float,
-    swap: bool = False,
     asm: bool | None = None,
     **tile: int,
 ) -> None:
@@ -562,13 +563,13 @@ def score(
         asm = (
             query.is_cuda and query.dtype == torch.bfloat16 and torch.cuda.get_device_capability(query.device) >= (9, 0)
         )
-    tile = (SCORE_TILE if query.element_size() == 2 else SCORE_TILE | {"BLOCK_N": 64, "num_stages": 2}) | tile
+    tile = (SCORE_TILE if query.element_size() == 2 else SCORE_TILE | {"BLOCK_N": 64, "STAGES": 2}) | tile
     _score[scratch.highest.shape[3], batch * kv_heads](
         query, key, value, keys, values, score_keys.codes, score_keys.scales, observers, length, row_state,
         scratch.selecting, scratch.histogram, scratch.arrived, scratch.logits, scratch.highest, scratch.total,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], kv_heads, capacity, stride, select_stride,
         scaling * LOG2E, G=group, D=head_dim, DH=half, MP=max(16, triton.next_power_of_2(group * window)),
-        OBSERVERS=window, BITS=score_keys.bits, BINS=BINS, PRECISION=precision(query), ASM=asm, SWAP=swap, **tile,
+        OBSERVERS=window, BITS=score_keys.bits, BINS=BINS, PRECISION=precision(query), ASM=asm, **tile,
     )  # fmt: skip
 
 
