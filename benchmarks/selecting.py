@@ -86,17 +86,20 @@ def score(case: Case, layer: Layer, select_stride: int = 1, **tile) -> None:
     selecting.score(*layer.token, *state, stride=NEVER, select_stride=select_stride, scaling=case.scaling, **tile)
 
 
-def choose(case: Case, layer: Layer, **tile) -> None:
-    group = layer.token[0].shape[1] // layer.keys.shape[1]
-    # every layer reads the logits of the last one scored: they are in the L2 cache in a step as well
-    case.scratch.histogram.zero_()
-    case.scratch.arrived.zero_()
-    rank(case, group, **tile)
-
-
-def rank(case: Case, group: int, **tile) -> None:
+def rank(case: Case, layer: Layer, **tile) -> None:
     options = {"pool_kernel": 7, "pool_ahead": False, "recent_window": 0, "sink_tokens": 0}
-    selecting.choose(case.row_state, case.scratch, group, **options, **tile)
+    selecting.rank(case.row_state, case.scratch, layer.token[0].shape[1] // layer.keys.shape[1], **options, **tile)
+
+
+def rank_alone(case: Case, layer: Layer, **tile) -> None:
+    """Ranks the last layer's logits once more."""
+    case.scratch.histogram.zero_()
+    rank(case, layer, **tile)
+
+
+def cut_alone(case: Case, layer: Layer, **tile) -> None:
+    case.scratch.counters.zero_()
+    selecting.cut(case.row_state, case.scratch, **tile)
 
 
 def attend(case: Case, layer: Layer, **tile) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +109,8 @@ def attend(case: Case, layer: Layer, **tile) -> tuple[Tensor, Tensor, Tensor]:
 
 def whole_step(case: Case, layer: Layer, select_stride: int = 1) -> None:
     score(case, layer, select_stride)
-    rank(case, layer.token[0].shape[1] // layer.keys.shape[1])
+    rank(case, layer)
+    selecting.cut(case.row_state, case.scratch)
     selecting.merge(*attend(case, layer), case.output, case.counter, case.scratch)
 
 
@@ -133,10 +137,9 @@ def per_layer(case: Case, work: Callable[[Case, Layer], object], repeat: int = 9
 
 def time_case(context: int, batch: int, args: argparse.Namespace) -> dict[str, object]:
     case = make_case(context, batch, args)
-    zeros = per_layer(case, lambda case, layer: (case.scratch.histogram.zero_(), case.scratch.arrived.zero_()))
+    zeros = per_layer(case, lambda case, layer: case.scratch.counters.zero_())
     copy = per_layer(case, lambda case, layer: case.length.copy_(case.counter))
     bandwidth = args.bandwidth
-    group = args.heads // args.kv_heads
     tokens = batch * args.kv_heads * context
     score_bytes = tokens * (args.head_dim * args.bits / 8 + 4)
     result = {
@@ -147,7 +150,8 @@ def time_case(context: int, batch: int, args: argparse.Namespace) -> dict[str, o
     }
     case.counter.fill_(context)
     score(case, case.layers[0])
-    result["choose"] = round(per_layer(case, choose) - zeros, 2)
+    result["rank"] = round(per_layer(case, rank_alone) - zeros, 2)
+    result["cut"] = round(per_layer(case, cut_alone) - zeros, 2)
     result["attend"] = per_layer(case, attend)
     result["bound "] = round(tokens / 8 * args.head_dim * 4 / bandwidth * 1e6, 1)
     shares = attend(case, case.layers[0])
@@ -160,7 +164,6 @@ def time_case(context: int, batch: int, args: argparse.Namespace) -> dict[str, o
     case.length.fill_(context)
     result["partial step"] = round(per_layer(case, lambda case, layer: today(case, layer, NEVER)) - copy, 2)
     result["full step"] = round(per_layer(case, lambda case, layer: today(case, layer, 1)) - copy, 2)
-    assert group * args.kv_heads == args.heads
     return result
 
 

@@ -139,10 +139,10 @@ def test_full_steps_are_not_selecting_ones():
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
-@pytest.mark.parametrize(("candidates", "budget"), [(4096, 5), (16, 5), (16, 37)])
+@pytest.mark.parametrize(("candidates", "budget"), [(1024, 5), (16, 5), (16, 37)])
 def test_ties_go_to_the_lower_position(value, candidates, budget, monkeypatch):
     """Equal keys all tie; whether the tied positions are sorted out at once or searched for."""
-    monkeypatch.setattr(selecting, "CANDIDATES", candidates)
+    monkeypatch.setattr(selecting, "FEWEST_CANDIDATES", candidates)
     key = torch.full((2, 1, 60, 16), value, device=DEVICE)
     layer = Layer(key, key, [0, 9], budget, 2, 4, 1, 70)
     scratch = selecting.SelectingScratch.empty(2, layer.keys, 1)
@@ -159,10 +159,11 @@ def test_ties_go_to_the_lower_position(value, candidates, budget, monkeypatch):
 
 def test_search_equals_sorting(monkeypatch):
     """With few candidates allowed at once, the row is searched."""
-    monkeypatch.setattr(selecting, "CANDIDATES", 16)
-    compare((300, 3, 2, 2, 16, 33, 60, 1, 4, 1, {}))
-    monkeypatch.setattr(selecting, "SCANNED", 64)
-    compare((300, 3, 2, 2, 16, 33, 60, 1, 4, 1, {"sink_tokens": 70}))
+    monkeypatch.setattr(selecting, "FEWEST_CANDIDATES", 16)
+    monkeypatch.setattr(selecting, "MOST_CANDIDATES", 16)
+    monkeypatch.setattr(selecting, "RANKED", 64)
+    compare((300, 2, 2, 2, 16, 33, 60, 1, 4, 1, {}))
+    compare((300, 1, 2, 2, 16, 33, 60, 1, 4, 1, {"sink_tokens": 70}))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

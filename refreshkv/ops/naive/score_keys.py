@@ -19,7 +19,8 @@ def quantize(key: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     top = 2 ** (bits - 1) - 1
     key = key.float()
-    scale = key.abs().amax(dim=-1) / top
+    largest = key.abs().amax(dim=-1)
+    scale = largest / torch.full_like(largest, top)  # by a number, torch multiplies by its reciprocal on a GPU
     codes = (key / scale.unsqueeze(-1)).round().clamp(-top, top)
     codes = codes.masked_fill(scale.unsqueeze(-1) == 0, 0.0).to(torch.int8)
     return (codes if bits == 8 else pack(codes)), scale

@@ -1,9 +1,9 @@
-"""Triton kernels of a selecting step of decoding (docs/specification.md, section 10): score, choose, attend, merge.
+"""Triton kernels of a selecting step of decoding (docs/specification.md, section 10): score, rank, cut, attend, merge.
 
-Four launches of fixed size, whatever is decided. `_score` stores the token and computes logits of all positions from
-the score keys; `_choose` ranks the positions and finds the cut; `_attend` attends to the chosen positions, in shares;
-`_merge` adds the shares up. What a row's step is, is decided in device memory; programs of rows whose step is not a
-selecting one end at once. The definition is `refreshkv.ops.naive.selecting`.
+Five launches of fixed size, whatever is decided. `_score` stores the token and computes logits of all positions from
+the score keys; `_rank` ranks the positions; `_cut` finds where the chosen ones end; `_attend` attends to the chosen
+positions, in shares; `_merge` adds the shares up. What a row's step is, is decided in device memory; programs of rows
+whose step is not a selecting one end at once. The definition is `refreshkv.ops.naive.selecting`.
 
 The choice is a pair of numbers for each batch row and key/value head: a position is chosen if it ranks above `cut`, or
 at `cut` and lies at `limit` or before. No list of the chosen is needed before they are attended to.
@@ -42,27 +42,23 @@ ATTEND_TILE = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
 """Chosen keys that `_attend` takes at once, for 16-bit caches and heads up to 128."""
 
 RANKED = 1024
-"""Positions that a program of `_choose` takes at once."""
+"""Positions that a program of `_rank` or `_cut` takes at once."""
 
 MOST_PARTS = 64
-"""Most programs of `_choose` that share a row."""
+"""Most programs of `_rank`, and of `_cut`, that share a row."""
 
 CHOOSE_PROGRAMS = 528
-"""Programs of `_choose` that a GPU runs at once."""
+"""Programs of `_rank`, and of `_cut`, that a GPU runs at once."""
 
-CHOOSE_WARPS = 8
-
-SCANNED = 8192
-"""Positions that the last program of a row in `_choose` takes at once when it looks for those near the cut."""
-
-BINS = 512
-"""Bins of the histogram of rankings: a quarter of a power of two each, over all float32 from 0 to 1 and beyond."""
+BINS = 256
+"""Bins of the histogram of rankings: a quarter of a power of two each, for probabilities from 2^-63 to 1. A cut below
+that is found by searching the row."""
 
 BIN_BITS = 21
 """Bits of a ranking within a bin."""
 
-CANDIDATES = 4096
-"""Most positions in the bin of the cut that are sorted out at once; with more, the row is searched."""
+FEWEST_CANDIDATES, MOST_CANDIDATES = 1024, 8192
+"""Positions in the bin of the cut that are sorted out at once; with more, the row is searched."""
 
 RUN = 64
 """Neighbouring positions that `_attend` gives to the same program. Runs go to the programs in turn, so that dense
@@ -70,6 +66,9 @@ places of a row are shared by all."""
 
 SAME_IN_ALL_THREADS = {"enable_fp_fusion": False}
 """Of kernels that rank: the same operations give the same bits in all threads, and equal scores tie."""
+
+LEAST = tl.constexpr(-1e30)
+"""Where a maximum of logits begins."""
 
 PREFERRED = tl.constexpr(1 << 30)
 """Added to the ranking of recent and sink positions: a probability's bits are less."""
@@ -88,8 +87,8 @@ def _is_selecting(position, prompt, stride, select_stride):
 @triton.jit
 def _score(
     query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, code_ptr, token_scale_ptr, observer_ptr, length_ptr, row_ptr,
-    selecting_ptr, histogram_ptr, arrived_ptr, logit_ptr, highest_ptr, total_ptr,
-    query_b, query_h, key_b, key_h, value_b, value_h, kv_heads, capacity, stride, select_stride, scale,
+    selecting_ptr, histogram_ptr, counter_ptr, logit_ptr, highest_ptr, total_ptr,
+    query_b, query_h, key_b, key_h, value_b, value_h, kv_heads, capacity, room, stride, select_stride, scale,
     G: tl.constexpr, D: tl.constexpr, DH: tl.constexpr, MP: tl.constexpr, OBSERVERS: tl.constexpr,
     BITS: tl.constexpr, BINS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
     STAGES: tl.constexpr,
@@ -130,7 +129,7 @@ def _score(
 
         codes = code_ptr + pair.to(tl.int64) * capacity * (D // 2 if BITS == 4 else D)
         token_scales = token_scale_ptr + pair.to(tl.int64) * capacity
-        logits_row = logit_ptr + pair_row * capacity + row.to(tl.int64)[:, None] * capacity
+        logits_row = logit_ptr + pair_row * room
         own_logit = tl.full([MP], -float("inf"), tl.float32)
         if split == 0:
             logit = _store_token(
@@ -139,42 +138,42 @@ def _score(
                 values_ptr + pair.to(tl.int64) * capacity * D, codes, token_scales, position, D, DH, BITS,
             )  # fmt: skip
             logit = tl.where(sees >= position, logit * scale, -float("inf"))
-            tl.store(logits_row + position, logit[:, None], mask=(row < G * OBSERVERS)[:, None])
+            tl.store(logits_row + row.to(tl.int64) * room + position, logit, mask=row < G * OBSERVERS)
             own_logit = logit
             tl.store(histogram_ptr + pair * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
-            tl.store(arrived_ptr + pair, 0)
+            tl.store(counter_ptr + 2 * pair + tl.arange(0, 2), tl.zeros([2], tl.int32))
 
         base = padding // 16 * 16
         share = tl.cdiv(tl.cdiv(position - base, splits), 16) * 16
         first = base + split * share
         last = tl.minimum(first + share, position)
-        # [MP, BLOCK_N]: a softmax for each column of the tiles; reduced once, at the end
-        highest = tl.full([MP, BLOCK_N], -float("inf"), tl.float32)
-        total = tl.zeros([MP, BLOCK_N], tl.float32)
+        # [BLOCK_N, MP]: a softmax for each place of the tile, reduced once, at the end; LEAST instead of -inf, for the
+        # difference of two is a number
+        highest = tl.full([BLOCK_N, MP], LEAST, tl.float32)
+        total = tl.zeros([BLOCK_N, MP], tl.float32)
+        low_query, high_query = tl.trans(low_query), tl.trans(high_query)
+        logits_row += row.to(tl.int64)[None, :] * room
         for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
             token = start + tl.arange(0, BLOCK_N)
-            exists = (token >= padding) & (token < last)
             known = tl.minimum(token, position)
             # two [BLOCK_N, DH]
             low, high = load_score_halves(codes, known, D, DH, BITS, low_query.dtype, ASM)
-            logits = tl.dot(low_query, tl.trans(low), input_precision=PRECISION)
-            logits = tl.dot(high_query, tl.trans(high), logits, input_precision=PRECISION)
+            logits = tl.dot(low, low_query, input_precision=PRECISION)
+            logits = tl.dot(high, high_query, logits, input_precision=PRECISION)
             if BITS == 16:
                 logits = logits * scale
             else:
-                logits = logits * (tl.load(token_scales + known) * scale)[None, :]
-            visible = exists[None, :]
+                logits = logits * (tl.load(token_scales + known) * scale)[:, None]
+            visible = (token >= padding)[:, None] & (token < last)[:, None]
             if OBSERVERS > 1:
-                visible = visible & (token[None, :] <= sees[:, None])
+                visible = visible & (token[:, None] <= sees[None, :])
             logits = tl.where(visible, logits, -float("inf"))
-            tl.store(logits_row + token[None, :], logits, mask=(row < G * OBSERVERS)[:, None] & exists[None, :])
+            tl.store(logits_row + token[:, None], logits, mask=(row < G * OBSERVERS)[None, :] & (token < last)[:, None])
             higher = tl.maximum(highest, logits)
-            safe = tl.where(higher == -float("inf"), 0.0, higher)
-            total = total * tl.exp2(highest - safe) + tl.exp2(logits - safe)
+            total = total * tl.exp2(highest - higher) + tl.exp2(logits - higher)
             highest = higher
-        top = tl.maximum(tl.max(highest, 1), own_logit)
-        safe = tl.where(top == -float("inf"), 0.0, top)
-        total = tl.sum(total * tl.exp2(highest - safe[:, None]), 1) + tl.exp2(own_logit - safe)
+        top = tl.maximum(tl.max(highest, 0), own_logit)
+        total = tl.sum(total * tl.exp2(highest - top[None, :]), 0) + tl.exp2(own_logit - top)
         highest = top
         place = (pair_row + row) * splits + split
         tl.store(highest_ptr + place, highest, mask=row < G * OBSERVERS)
@@ -211,21 +210,18 @@ def _store_token(
 
 
 @triton.jit
-def _choose(
-    logit_ptr, highest_ptr, total_ptr, row_ptr, selecting_ptr, score_ptr, ranking_ptr, histogram_ptr, arrived_ptr,
-    candidate_ptr, cut_ptr, kv_heads, capacity, splits, recent, sinks,
+def _rank(
+    logit_ptr, highest_ptr, total_ptr, row_ptr, selecting_ptr, score_ptr, ranking_ptr, histogram_ptr,
+    kv_heads, room, splits, recent, sinks,
     G: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, OBSERVERS: tl.constexpr, POOL: tl.constexpr,
-    BEFORE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, BIN_BITS: tl.constexpr, CANDIDATES: tl.constexpr,
-    SCANNED: tl.constexpr,
+    BEFORE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, BIN_BITS: tl.constexpr,
 ):  # fmt: skip
-    """Ranks the positions of one row and key/value head, shared by several programs; the one that comes last finds the
-    cut and its limit: (B, Hkv, 2) int32. Scores (B, Hkv, L) float32 and rankings (B, Hkv, L) int32 are left behind."""
+    """Ranks one share of the positions of one row and key/value head: (B, Hkv, L) int32, and counts the rankings'
+    upper bits, (B, Hkv, BINS) int32. Scores (B, Hkv, L) float32 are left behind."""
     part, pair = tl.program_id(0), tl.program_id(1)
-    parts = tl.num_programs(0)
     batch = (pair // kv_heads).to(tl.int64)
     position = tl.load(selecting_ptr + batch)
     if position >= 0:
-        budget = tl.load(row_ptr + batch * 4 + 1).to(tl.int32)
         padding = tl.load(row_ptr + batch * 4 + 2).to(tl.int32)
         row, number = tl.arange(0, MP), tl.arange(0, NP)
         pair_row = pair.to(tl.int64) * (G * OBSERVERS)
@@ -234,37 +230,33 @@ def _choose(
         place = (pair_row + row)[:, None] * splits + number[None, :]
         highest = tl.load(highest_ptr + place, mask=inside, other=-float("inf"))
         total = tl.load(total_ptr + place, mask=inside, other=0.0)
-        top = tl.max(highest, 1)
-        top = tl.where(top > -float("inf"), top, 0.0)  # a row that sees nothing
+        top = tl.maximum(tl.max(highest, 1), LEAST)
         total = tl.sum(total * tl.exp2(highest - top[:, None]), 1)
-        lse = top + tl.log2(tl.where(total > 0.0, total, 1.0))
+        lse = top + tl.log2(tl.where(total > 0.0, total, 1.0))  # LEAST for a row that sees nothing
 
-        logits_row = logit_ptr + pair_row * capacity
-        scores = score_ptr + pair.to(tl.int64) * capacity
-        rankings = ranking_ptr + pair.to(tl.int64) * capacity
-        histogram = histogram_ptr + pair * BINS
+        logits_row = logit_ptr + pair_row * room
+        scores = score_ptr + pair.to(tl.int64) * room
+        rankings = ranking_ptr + pair.to(tl.int64) * room
         present = tl.minimum(position + 1 - padding, OBSERVERS).to(tl.float32)
-        base = padding // 16 * 16
-        share = tl.cdiv(tl.cdiv(position + 1 - base, parts), 16) * 16
-        begin = base + part * share
-        end = tl.minimum(begin + share, position + 1)
+        begin, end = _share(padding, position + 1, part, tl.num_programs(0))
         # windows reach beyond the share; the neighbouring program computes the same scores there
         AHEAD: tl.constexpr = POOL - 1 - BEFORE
         MARGIN: tl.constexpr = (BEFORE + 15) // 16 * 16
-        scored_end = tl.minimum(end + AHEAD, position + 1)
-        for start in range(begin - MARGIN, tl.where(begin < end, scored_end, begin - MARGIN), BLOCK):
+        scored = tl.maximum(begin - MARGIN, 0)
+        scored_end = tl.where(begin < end, tl.minimum(end + AHEAD, position + 1), scored)
+        for start in range(scored, scored_end, BLOCK):
             token = start + tl.arange(0, BLOCK)
-            exists = (token >= padding) & (token < scored_end)
             score = tl.zeros([BLOCK], tl.float32)
             for observer in tl.static_range(OBSERVERS):
                 best = tl.full([BLOCK], -float("inf"), tl.float32)
                 for member in tl.static_range(G):
                     shift = tl.sum(tl.where(row == observer * G + member, lse, 0.0), 0)
-                    logits = logits_row + (observer * G + member) * capacity
-                    best = tl.maximum(best, tl.load(logits + token, mask=exists, other=-float("inf")) - shift)
+                    logits = logits_row + (observer * G + member) * room
+                    best = tl.maximum(best, tl.load(logits + token) - shift)
                 score += tl.exp2(best)
             if OBSERVERS > 1:
                 score = tl.div_rn(score, tl.zeros([BLOCK], tl.float32) + present)
+            exists = (token >= padding) & (token < scored_end)
             tl.store(scores + token, score, mask=exists)
         tl.debug_barrier()  # windows read what other threads wrote
         counts = tl.zeros([BINS], tl.int32)
@@ -274,104 +266,156 @@ def _choose(
             best = tl.zeros([BLOCK], tl.float32)
             for away in tl.static_range(-BEFORE, POOL - BEFORE):
                 near = token + away
-                near_exists = (near >= padding) & (near <= position) & exists
+                near_exists = (near >= padding) & (near < scored_end)
                 best = tl.maximum(best, tl.load(scores + near, mask=near_exists, other=0.0))
             preferred = (token > position - recent) | (token - padding < sinks)
             ranking = best.to(tl.int32, bitcast=True) + tl.where(preferred, PREFERRED, 0)
             ranking = tl.where(token == position, ITSELF, ranking)
             tl.store(rankings + token, ranking, mask=exists)
-            counts += tl.histogram(tl.minimum(ranking >> BIN_BITS, BINS - 1), BINS, mask=exists)
-        tl.atomic_add(histogram + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
-        tl.debug_barrier()  # what all threads have written is there before the program counts as arrived
-        if tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel") == parts - 1:
-            cut, limit = _find_cut(
-                rankings, histogram, candidate_ptr + pair.to(tl.int64) * CANDIDATES, padding, position, budget,
-                BINS, BIN_BITS, CANDIDATES, SCANNED,
-            )  # fmt: skip
-            tl.store(cut_ptr + 2 * pair, cut)
-            tl.store(cut_ptr + 2 * pair + 1, limit)
+            counts += tl.histogram(_bin_of(ranking, BINS, BIN_BITS), BINS, mask=exists)
+        tl.atomic_add(histogram_ptr + pair * BINS + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
 
 
 @triton.jit
-def _find_cut(
-    rankings, histogram, candidates, first, last, budget,
-    BINS: tl.constexpr, BIN_BITS: tl.constexpr, CANDIDATES: tl.constexpr, SCANNED: tl.constexpr,
+def _bin_of(ranking, BINS: tl.constexpr, BIN_BITS: tl.constexpr):
+    """The bin of a ranking: a probability of 1 falls into the last but one, what is preferred into the last."""
+    LOWEST: tl.constexpr = (0x3F800000 >> BIN_BITS) - (BINS - 2)
+    return tl.minimum(tl.maximum((ranking >> BIN_BITS) - LOWEST, 0), BINS - 1)
+
+
+@triton.jit
+def _bounds_of_bin(number, BINS: tl.constexpr, BIN_BITS: tl.constexpr):
+    """Rankings `low .. high-1` are in the bin."""
+    LOWEST: tl.constexpr = (0x3F800000 >> BIN_BITS) - (BINS - 2)
+    low = tl.where(number == 0, 0, (number + LOWEST) << BIN_BITS)
+    return low, tl.where(number == BINS - 1, 0x7FFFFFFF, (number + LOWEST + 1) << BIN_BITS)
+
+
+@triton.jit
+def _share(first, end, part, parts):
+    """Positions `begin .. end-1`, of which `first .. end-1` exist, that one of so many programs takes."""
+    base = first // 16 * 16
+    share = tl.cdiv(tl.cdiv(end - base, parts), 16) * 16
+    begin = base + part * share
+    return begin, tl.minimum(begin + share, end)
+
+
+@triton.jit
+def _place_in_list(taken):
+    """Where the entries taken (N, 4) go in a list that keeps their order, and how many there are."""
+    taken = taken.to(tl.int32)
+    of_line = tl.sum(taken, 1)
+    before = tl.cumsum(of_line, 0) - of_line
+    return before[:, None] + tl.cumsum(taken, 1) - taken, tl.sum(of_line, 0)
+
+
+@triton.jit
+def _cut(
+    row_ptr, selecting_ptr, ranking_ptr, histogram_ptr, counter_ptr, candidate_ptr, cut_ptr, kv_heads, room,
+    BINS: tl.constexpr, BIN_BITS: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The cut and its limit for the `budget` best of positions `first .. last`. Other programs wrote the rankings and
-    the histogram: they are read past the L1 cache."""
-    cut, limit = budget * 0 - 1, budget * 0 + 0x7FFFFFFF
-    if budget < last + 1 - first:
-        number = tl.arange(0, BINS)
-        # [BINS], the highest bin first: how many positions are in it or above
-        reached = tl.cumsum(tl.load(histogram + BINS - 1 - number, cache_modifier=".cg"), 0)
-        bins_above = tl.sum((reached < budget).to(tl.int32), 0)
-        above = tl.max(tl.where(reached < budget, reached, 0), 0)
-        within = tl.sum(tl.where(number == bins_above, reached, 0), 0) - above
-        remaining = budget - above
-        bin_of_cut = BINS - 1 - bins_above
-        low = bin_of_cut << BIN_BITS
-        high = tl.where(bins_above == 0, 0x7FFFFFFF, low + (1 << BIN_BITS))
-        if within <= CANDIDATES:
-            found = budget * 0
-            for start in range(first // 16 * 16, last + 1, SCANNED):
-                token = start + tl.arange(0, SCANNED)
-                exists = (token >= first) & (token <= last)
-                ranking = tl.load(rankings + token, mask=exists, other=-1, cache_modifier=".cg")
-                is_near = (ranking >= low) & (ranking < high)
-                order = tl.cumsum(is_near.to(tl.int32), 0)
-                tl.store(candidates + found + order - 1, token, mask=is_near)
-                found += tl.sum(is_near.to(tl.int32), 0)
-            tl.debug_barrier()
-            entry = tl.arange(0, CANDIDATES)
-            near = tl.load(candidates + entry, mask=entry < within, other=0)
-            near_ranking = tl.load(rankings + near, mask=entry < within, other=-1, cache_modifier=".cg")
-            count = within
-            while (high - low > 1) & (count != remaining):
-                middle = low + (high - low) // 2
-                reach = tl.sum((near_ranking >= middle).to(tl.int32), 0)
-                low = tl.where(reach >= remaining, middle, low)
-                count = tl.where(reach >= remaining, reach, count)
-                high = tl.where(reach >= remaining, high, middle)
-            cut = low
-            if count != remaining:
-                ties = remaining - tl.sum((near_ranking > cut).to(tl.int32), 0)
-                tied = near_ranking == cut
-                nth = tl.cumsum(tied.to(tl.int32), 0)
-                limit = tl.max(tl.where(tied & (nth == ties), near, -1), 0)
+    """Finds the cut of one row and key/value head and its limit: (B, Hkv, 2) int32.
+
+    The histogram says in which bin the cut lies. The programs that share the row list the bin's positions, the one
+    that comes last sorts them out; it reads what the others wrote past the L1 cache.
+    """
+    part, pair = tl.program_id(0), tl.program_id(1)
+    parts = tl.num_programs(0)
+    batch = (pair // kv_heads).to(tl.int64)
+    position = tl.load(selecting_ptr + batch)
+    if position >= 0:
+        budget = tl.load(row_ptr + batch * 4 + 1).to(tl.int32)
+        padding = tl.load(row_ptr + batch * 4 + 2).to(tl.int32)
+        if budget >= position + 1 - padding:
+            tl.store(cut_ptr + 2 * pair, -1)
+            tl.store(cut_ptr + 2 * pair + 1, position)
         else:
-            cut, limit = _search_cut(rankings, first, last, budget, low, high, SCANNED)
-    return cut, limit
+            rankings = ranking_ptr + pair.to(tl.int64) * room
+            candidates = candidate_ptr + pair.to(tl.int64) * (2 * CANDIDATES)
+            number = tl.arange(0, BINS)
+            # [BINS], the highest bin first: how many positions are in it or above
+            reached = tl.cumsum(tl.load(histogram_ptr + pair * BINS + BINS - 1 - number), 0)
+            bins_above = tl.sum((reached < budget).to(tl.int32), 0)
+            above = tl.max(tl.where(reached < budget, reached, 0), 0)
+            within = tl.sum(tl.where(number == bins_above, reached, 0), 0) - above
+            low, high = _bounds_of_bin(BINS - 1 - bins_above, BINS, BIN_BITS)
+            begin, end = _share(padding, position + 1, part, parts)
+            line = tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+            for start in range(begin, end, BLOCK):
+                # [BLOCK / 4, 4]
+                token = start + line
+                ranking = tl.load(rankings + token)
+                is_near = (ranking >= low) & (ranking < high) & (token >= padding) & (token < end)
+                slot, count = _place_in_list(is_near)
+                slot += tl.atomic_add(counter_ptr + 2 * pair, count, sem="relaxed")
+                is_near = is_near & (slot < CANDIDATES)
+                tl.store(candidates + slot, token, mask=is_near)
+                tl.store(candidates + CANDIDATES + slot, ranking, mask=is_near)
+            tl.debug_barrier()  # what all threads have written is there before the program counts as arrived
+            if tl.atomic_add(counter_ptr + 2 * pair + 1, 1, sem="acq_rel") == parts - 1:
+                cut, limit = low, position
+                if within <= CANDIDATES:
+                    cut, limit = _sort_out(candidates, within, budget - above, low, high, position, CANDIDATES)
+                else:
+                    cut, limit = _search_cut(rankings, padding, position, budget, low, high, BLOCK)
+                tl.store(cut_ptr + 2 * pair, cut)
+                tl.store(cut_ptr + 2 * pair + 1, limit)
 
 
 @triton.jit
-def _search_cut(rankings, first, last, budget, low, high, SCANNED: tl.constexpr):
-    """As `_find_cut`, by reading the row once for each bit; the cut is in `low .. high-1`."""
+def _sort_out(candidates, count, keep, low, high, limit, CANDIDATES: tl.constexpr):
+    """The cut, in `low .. high-1`, and its limit, up to `limit`, for `keep` of `count` candidates in any order."""
+    entry = tl.arange(0, CANDIDATES)
+    token = tl.load(candidates + entry, mask=entry < count, other=0, cache_modifier=".cg")
+    ranking = tl.load(candidates + CANDIDATES + entry, mask=entry < count, other=-1, cache_modifier=".cg")
+    reached = count
+    while (high - low > 1) & (reached != keep):
+        middle = low + (high - low) // 2
+        reach = tl.sum((ranking >= middle).to(tl.int32), 0)
+        low = tl.where(reach >= keep, middle, low)
+        reached = tl.where(reach >= keep, reach, reached)
+        high = tl.where(reach >= keep, high, middle)
+    if reached != keep:
+        ties = keep - tl.sum((ranking > low).to(tl.int32), 0)
+        token = tl.where(ranking == low, token, 0x7FFFFFFF)
+        before = low * 0 - 1
+        while limit - before > 1:
+            middle = before + (limit - before) // 2
+            enough = tl.sum((token <= middle).to(tl.int32), 0) >= ties
+            before = tl.where(enough, before, middle)
+            limit = tl.where(enough, middle, limit)
+    return low, limit
+
+
+@triton.jit
+def _search_cut(rankings, first, last, budget, low, high, BLOCK: tl.constexpr):
+    """As `_sort_out`, of a whole row, which is read once for each bit."""
     count = budget * 0 - 1
     while (high - low > 1) & (count != budget):
         middle = low + (high - low) // 2
-        reach, _ = _count(rankings, first, last, middle, last, SCANNED)
+        reach, _ = _count(rankings, first, last, middle, last, BLOCK)
         low = tl.where(reach >= budget, middle, low)
         count = tl.where(reach >= budget, reach, count)
         high = tl.where(reach >= budget, high, middle)
     limit = last
     if count != budget:
         # the lowest position up to which enough tied positions lie
-        above, _ = _count(rankings, first, last, low + 1, last, SCANNED)
+        above, _ = _count(rankings, first, last, low + 1, last, BLOCK)
         before = first - 1
         while limit - before > 1:
             middle = before + (limit - before) // 2
-            _, tied = _count(rankings, first, last, low, middle, SCANNED)
+            _, tied = _count(rankings, first, last, low, middle, BLOCK)
             before = tl.where(above + tied >= budget, before, middle)
             limit = tl.where(above + tied >= budget, middle, limit)
     return low, limit
 
 
 @triton.jit
-def _count(rankings, first, last, cut, limit, SCANNED: tl.constexpr):
+def _count(rankings, first, last, cut, limit, BLOCK: tl.constexpr):
     """How many of positions `first .. last` rank at `cut` or above, and how many of those up to `limit` at `cut`."""
     reach, tied = first * 0, first * 0
-    for start in range(first // 16 * 16, last + 1, SCANNED):
-        token = start + tl.arange(0, SCANNED)
+    for start in range(first // 16 * 16, last + 1, BLOCK):
+        token = start + tl.arange(0, BLOCK)
         ranking = tl.load(rankings + token, mask=(token >= first) & (token <= last), other=-1, cache_modifier=".cg")
         reach += tl.sum((ranking >= cut).to(tl.int32), 0)
         tied += tl.sum(((ranking == cut) & (token <= limit)).to(tl.int32), 0)
@@ -381,7 +425,7 @@ def _count(rankings, first, last, cut, limit, SCANNED: tl.constexpr):
 @triton.jit
 def _attend(
     query_ptr, keys_ptr, values_ptr, row_ptr, selecting_ptr, ranking_ptr, cut_ptr, list_ptr,
-    partial_ptr, highest_ptr, total_ptr, query_b, query_h, kv_heads, capacity, room, scale,
+    partial_ptr, highest_ptr, total_ptr, query_b, query_h, kv_heads, capacity, ranking_room, list_room, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, RUN: tl.constexpr, LISTED: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -399,21 +443,23 @@ def _attend(
         mask = (row < G)[:, None] & in_head[None, :]
         queries = query_ptr + batch * query_b + (kv_head * G + row)[:, None] * query_h + column[None, :]
         query = tl.load(queries, mask=mask, other=0.0)
-        rankings = ranking_ptr + pair.to(tl.int64) * capacity
-        listed = list_ptr + (pair.to(tl.int64) * splits + split) * room
+        rankings = ranking_ptr + pair.to(tl.int64) * ranking_room
+        listed = list_ptr + (pair.to(tl.int64) * splits + split) * list_room
         base = padding // RUN * RUN
         runs = tl.cdiv(position + 1 - base, RUN)
         own = tl.cdiv(tl.maximum(runs - split, 0), splits) * RUN
         count = position * 0
+        line = tl.arange(0, LISTED // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
         for start in range(0, own, LISTED):
-            number = start + tl.arange(0, LISTED)
+            # [LISTED / 4, 4]
+            number = start + line
             token = base + (number // RUN * splits + split) * RUN + number % RUN
             exists = (number < own) & (token >= padding) & (token <= position)
             ranking = tl.load(rankings + token, mask=exists, other=-1)
             is_chosen = exists & ((ranking > cut) | ((ranking == cut) & (token <= limit)))
-            order = tl.cumsum(is_chosen.to(tl.int32), 0)
-            tl.store(listed + count + order - 1, token, mask=is_chosen)
-            count += tl.sum(is_chosen.to(tl.int32), 0)
+            slot, chosen = _place_in_list(is_chosen)
+            tl.store(listed + count + slot, token, mask=is_chosen)
+            count += chosen
         tl.debug_barrier()
         keys = keys_ptr + pair.to(tl.int64) * capacity * D
         values = values_ptr + pair.to(tl.int64) * capacity * D
@@ -469,29 +515,32 @@ def _merge(
 
 @dataclass
 class SelectingScratch:
-    """What the launches of a selecting step hand on to each other; layers that follow one another may share it."""
+    """What the launches of a selecting step hand on to each other; layers that follow one another may share it.
+
+    Rows of positions have `L'` places, more than L, so that tiles may be read whole.
+    """
 
     selecting: Tensor
     """(B,) int32: the position if the row's step is a selecting one, or -1."""
     logits: Tensor
-    """(B, Hkv, R, L) float32, in units of log 2."""
+    """(B, Hkv, R, L') float32, in units of log 2."""
     highest: Tensor
     """(B, Hkv, R, N) float32, as `total`: maximum and sum of each share of the logits."""
     total: Tensor
     scores: Tensor
-    """(B, Hkv, L) float32: probabilities, before they are pooled."""
+    """(B, Hkv, L') float32: probabilities, before they are pooled."""
     rankings: Tensor
-    """(B, Hkv, L) int32: the higher the better."""
+    """(B, Hkv, L') int32: the higher the better."""
     histogram: Tensor
     """(B, Hkv, BINS) int32: of the rankings' upper bits."""
-    arrived: Tensor
-    """(B, Hkv) int32: programs of `_choose` that have ranked their positions."""
+    counters: Tensor
+    """(B, Hkv, 2) int32: candidates listed, and programs of `_cut` that have listed theirs."""
     candidates: Tensor
-    """(B, Hkv, CANDIDATES) int32: positions in the bin of the cut."""
+    """(B, Hkv, 2, C) int32: positions in the bin of the cut, and their rankings."""
     cuts: Tensor
     """(B, Hkv, 2) int32: the cut and its limit."""
     listed: Tensor
-    """(B, Hkv, N, room) int32: positions that a program of `_attend` attends to."""
+    """(B, Hkv, N, .) int32: positions that a program of `_attend` attends to."""
 
     @classmethod
     def empty(cls, heads: int, keys: Tensor, observation_window: int) -> "SelectingScratch":
@@ -499,23 +548,30 @@ class SelectingScratch:
         batch, kv_heads, capacity, _ = keys.shape
         device, splits = keys.device, splits_of(batch * kv_heads, keys.device)
         rows = heads // kv_heads * observation_window
+        room = triton.cdiv(capacity, 16) * 16 + RANKED
 
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(batch, kv_heads, *shape, dtype=dtype, device=device)
 
         return cls(
             selecting=torch.empty(batch, dtype=torch.int32, device=device),
-            logits=buffer(rows, capacity, dtype=torch.float32),
+            logits=buffer(rows, room, dtype=torch.float32),
             highest=buffer(rows, splits, dtype=torch.float32),
             total=buffer(rows, splits, dtype=torch.float32),
-            scores=buffer(capacity, dtype=torch.float32),
-            rankings=buffer(capacity),
+            scores=buffer(room, dtype=torch.float32),
+            rankings=buffer(room),
             histogram=buffer(BINS),
-            arrived=buffer(),
-            candidates=buffer(CANDIDATES),
+            counters=buffer(2),
+            candidates=buffer(2, candidates_of(capacity)),
             cuts=buffer(2),
             listed=buffer(splits, list_room(capacity, splits)),
         )
+
+
+def candidates_of(capacity: int) -> int:
+    """Room for the positions in the bin of the cut: about twice as many as there are if logits are distributed
+    normally."""
+    return max(FEWEST_CANDIDATES, min(MOST_CANDIDATES, triton.next_power_of_2(capacity // 16)))
 
 
 def splits_of(pairs: int, device: torch.device) -> int:
@@ -530,7 +586,7 @@ def list_room(capacity: int, splits: int) -> int:
 
 
 def parts_of(pairs: int, capacity: int, pool_kernel: int) -> int:
-    """Programs of `_choose` for each row: each takes its positions, and what their windows reach, at once."""
+    """Programs of `_rank` or `_cut` for each row: each takes its positions, and what their windows reach, at once."""
     reach = 16 * triton.cdiv(pool_kernel, 16) + 16
     wanted = triton.cdiv(capacity, max(RANKED - reach, 16))
     return max(1, min(wanted, MOST_PARTS, CHOOSE_PROGRAMS // pairs))
@@ -566,14 +622,15 @@ def score(
     tile = (SCORE_TILE if query.element_size() == 2 else SCORE_TILE | {"BLOCK_N": 64, "STAGES": 2}) | tile
     _score[scratch.highest.shape[3], batch * kv_heads](
         query, key, value, keys, values, score_keys.codes, score_keys.scales, observers, length, row_state,
-        scratch.selecting, scratch.histogram, scratch.arrived, scratch.logits, scratch.highest, scratch.total,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], kv_heads, capacity, stride, select_stride,
-        scaling * LOG2E, G=group, D=head_dim, DH=half, MP=max(16, triton.next_power_of_2(group * window)),
+        scratch.selecting, scratch.histogram, scratch.counters, scratch.logits, scratch.highest, scratch.total,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], kv_heads, capacity,
+        scratch.logits.shape[3], stride, select_stride,
+        scaling * LOG2E, G=group, D=head_dim, DH=half, MP=max(8, triton.next_power_of_2(group * window)),
         OBSERVERS=window, BITS=score_keys.bits, BINS=BINS, PRECISION=precision(query), ASM=asm, **tile,
     )  # fmt: skip
 
 
-def choose(
+def rank(
     row_state: Tensor,
     scratch: SelectingScratch,
     group: int,
@@ -582,18 +639,28 @@ def choose(
     pool_ahead: bool,
     recent_window: int,
     sink_tokens: int,
-    warps: int = CHOOSE_WARPS,
+    warps: int = 4,
 ) -> None:
     """The second launch; arguments as in `selecting_step`."""
-    batch, kv_heads, rows, capacity = scratch.logits.shape
+    batch, kv_heads, rows, room = scratch.logits.shape
     splits = scratch.highest.shape[3]
-    _choose[parts_of(batch * kv_heads, capacity, pool_kernel), batch * kv_heads](
+    _rank[parts_of(batch * kv_heads, room - RANKED, pool_kernel), batch * kv_heads](
         scratch.logits, scratch.highest, scratch.total, row_state, scratch.selecting, scratch.scores, scratch.rankings,
-        scratch.histogram, scratch.arrived, scratch.candidates, scratch.cuts,
-        kv_heads, capacity, splits, recent_window, sink_tokens,
+        scratch.histogram, kv_heads, room, splits, recent_window, sink_tokens,
         G=group, MP=triton.next_power_of_2(rows), NP=max(2, triton.next_power_of_2(splits)), OBSERVERS=rows // group,
         POOL=pool_kernel, BEFORE=pool_kernel - 1 if pool_ahead else pool_kernel // 2, BLOCK=RANKED, BINS=BINS,
-        BIN_BITS=BIN_BITS, CANDIDATES=CANDIDATES, SCANNED=SCANNED, num_warps=warps, **SAME_IN_ALL_THREADS,
+        BIN_BITS=BIN_BITS, num_warps=warps, **SAME_IN_ALL_THREADS,
+    )  # fmt: skip
+
+
+def cut(row_state: Tensor, scratch: SelectingScratch, warps: int | None = None) -> None:
+    """The third launch: what `scratch.cuts` says."""
+    batch, kv_heads, room = scratch.rankings.shape
+    candidates = scratch.candidates.shape[3]
+    _cut[parts_of(batch * kv_heads, room - RANKED, 1), batch * kv_heads](
+        row_state, scratch.selecting, scratch.rankings, scratch.histogram, scratch.counters, scratch.candidates,
+        scratch.cuts, kv_heads, room, BINS=BINS, BIN_BITS=BIN_BITS, CANDIDATES=candidates, BLOCK=RANKED,
+        num_warps=warps or (4 if candidates <= 2048 else 8),
     )  # fmt: skip
 
 
@@ -606,7 +673,7 @@ def attend(
     scaling: float,
     **tile: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The third launch: what each program attended to, (B, H, N, D), and its maximum and sum, (B, H, N)."""
+    """The fourth launch: what each program attended to, (B, H, N, D), and its maximum and sum, (B, H, N)."""
     batch, heads, _, head_dim = query.shape
     kv_heads, capacity = keys.shape[1:3]
     group = heads // kv_heads
@@ -617,7 +684,8 @@ def attend(
         tile = {"BLOCK_N": 32, "num_warps": 8 if query.element_size() == 4 else 4, "num_stages": 2} | tile
     _attend[splits, batch * kv_heads](
         query, keys, values, row_state, scratch.selecting, scratch.rankings, scratch.cuts, scratch.listed,
-        partial, highest, total, *query.stride()[:2], kv_heads, capacity, room, scaling * LOG2E,
+        partial, highest, total, *query.stride()[:2], kv_heads, capacity, scratch.rankings.shape[2], room,
+        scaling * LOG2E,
         G=group, D=head_dim, DP=padded_head(head_dim), MP=max(16, triton.next_power_of_2(group)), RUN=RUN,
         LISTED=min(4096, triton.next_power_of_2(room)), PRECISION=precision(query), **(ATTEND_TILE | tile),
     )  # fmt: skip
@@ -672,7 +740,8 @@ def selecting_step(
     )  # fmt: skip
     group = query.shape[1] // keys.shape[1]
     options = {"pool_kernel": pool_kernel, "recent_window": recent_window, "sink_tokens": sink_tokens}
-    choose(row_state, scratch, group, pool_ahead=pool_ahead, **options)
+    rank(row_state, scratch, group, pool_ahead=pool_ahead, **options)
+    cut(row_state, scratch)
     shares = attend(query, keys, values, row_state, scratch, scaling)
     output = query.new_zeros(query.shape[0], 1, *query.shape[1::2])
     merge(*shares, output, length, scratch)
