@@ -91,6 +91,10 @@ def rank(case: Case, layer: Layer, **tile) -> None:
     selecting.rank(case.row_state, case.scratch, layer.token[0].shape[1] // layer.keys.shape[1], **options, **tile)
 
 
+def cut(case: Case, layer: Layer, **tile) -> None:
+    selecting.cut(case.row_state, case.scratch, layer.token[0].shape[1] // layer.keys.shape[1], 7, **tile)
+
+
 def rank_alone(case: Case, layer: Layer, **tile) -> None:
     """Ranks the last layer's logits once more."""
     case.scratch.histogram.zero_()
@@ -99,7 +103,7 @@ def rank_alone(case: Case, layer: Layer, **tile) -> None:
 
 def cut_alone(case: Case, layer: Layer, **tile) -> None:
     case.scratch.counters.zero_()
-    selecting.cut(case.row_state, case.scratch, **tile)
+    cut(case, layer, **tile)
 
 
 def attend(case: Case, layer: Layer, **tile) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +114,7 @@ def attend(case: Case, layer: Layer, **tile) -> tuple[Tensor, Tensor, Tensor]:
 def whole_step(case: Case, layer: Layer, select_stride: int = 1) -> None:
     score(case, layer, select_stride)
     rank(case, layer)
-    selecting.cut(case.row_state, case.scratch)
+    cut(case, layer)
     selecting.merge(*attend(case, layer), case.output, case.counter, case.scratch)
 
 

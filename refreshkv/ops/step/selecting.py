@@ -29,8 +29,8 @@ from refreshkv.ops.selection.score_keys import (
 )
 from refreshkv.ops.tiles import LOG2E, padded_head, precision
 
-PROGRAMS_PER_PROCESSOR = 2
-"""Programs of `_score` and of `_attend` on each multiprocessor, so that all run at once."""
+SCORE_PROGRAMS, ATTEND_PROGRAMS = 2, 2
+"""Programs of `_score` and of `_attend` on each multiprocessor, all at once."""
 
 LARGEST_SPLIT = 128
 """Most splits of a row; the merge holds that many partial results at once."""
@@ -47,22 +47,30 @@ RANKED = 1024
 MOST_PARTS = 64
 """Most programs of `_rank`, and of `_cut`, that share a row."""
 
-CHOOSE_PROGRAMS = 528
+CHOOSE_PROGRAMS = 2112
 """Programs of `_rank`, and of `_cut`, that a GPU runs at once."""
 
 BINS = 256
-"""Bins of the histogram of rankings: a quarter of a power of two each, for probabilities from 2^-63 to 1. A cut below
-that is found by searching the row."""
+"""Bins of the histogram of rankings. The last is for rankings above the highest possible cut."""
 
-BIN_BITS = 21
-"""Bits of a ranking within a bin."""
+FINE = 160
+"""Bins below that of an eighth of a power of two each; then come those of half a power of two."""
+
+BIN_BITS = 20
+"""Bits of a ranking within a fine bin."""
 
 FEWEST_CANDIDATES, MOST_CANDIDATES = 1024, 8192
 """Positions in the bin of the cut that are sorted out at once; with more, the row is searched."""
 
+SEARCHED = 4096
+"""Positions taken at once where a row is searched."""
+
 RUN = 64
 """Neighbouring positions that `_attend` gives to the same program. Runs go to the programs in turn, so that dense
 places of a row are shared by all."""
+
+EARLY_LAUNCH = False
+"""Whether launches overlap with the end of the one before them, on GPUs that can."""
 
 SAME_IN_ALL_THREADS = {"enable_fp_fusion": False}
 """Of kernels that rank: the same operations give the same bits in all threads, and equal scores tie."""
@@ -91,13 +99,17 @@ def _score(
     query_b, query_h, key_b, key_h, value_b, value_h, kv_heads, capacity, room, stride, select_stride, scale,
     G: tl.constexpr, D: tl.constexpr, DH: tl.constexpr, MP: tl.constexpr, OBSERVERS: tl.constexpr,
     BITS: tl.constexpr, BINS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One share of the positions of one row and key/value head: logits (B, Hkv, R, L), in units of log 2, and their
-    maximum and sum (B, Hkv, R, N). The first share stores the token and its score key."""
+    maximum and sum (B, Hkv, R, N). The first program takes the token itself, which it
+    stores with its score key, the others share the positions before it."""
     split, pair = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     position = tl.load(length_ptr).to(tl.int32)
     padding = tl.load(row_ptr + batch * 4 + 2).to(tl.int32)
     prompt = tl.load(row_ptr + batch * 4 + 3).to(tl.int32)
@@ -143,10 +155,9 @@ def _score(
             tl.store(histogram_ptr + pair * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
             tl.store(counter_ptr + 2 * pair + tl.arange(0, 2), tl.zeros([2], tl.int32))
 
-        base = padding // 16 * 16
-        share = tl.cdiv(tl.cdiv(position - base, splits), 16) * 16
-        first = base + split * share
-        last = tl.minimum(first + share, position)
+        first, last = _share(padding, position, split - 1, splits - 1)
+        if split == 0:
+            last = first
         # [BLOCK_N, MP]: a softmax for each place of the tile, reduced once, at the end; LEAST instead of -inf, for the
         # difference of two is a number
         highest = tl.full([BLOCK_N, MP], LEAST, tl.float32)
@@ -212,14 +223,18 @@ def _store_token(
 @triton.jit
 def _rank(
     logit_ptr, highest_ptr, total_ptr, row_ptr, selecting_ptr, score_ptr, ranking_ptr, histogram_ptr,
-    kv_heads, room, splits, recent, sinks,
+    kv_heads, room, splits, recent, sinks, reach,
     G: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, OBSERVERS: tl.constexpr, POOL: tl.constexpr,
-    BEFORE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, BIN_BITS: tl.constexpr,
+    BEFORE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Ranks one share of the positions of one row and key/value head: (B, Hkv, L) int32, and counts the rankings'
     upper bits, (B, Hkv, BINS) int32. Scores (B, Hkv, L) float32 are left behind."""
     part, pair = tl.program_id(0), tl.program_id(1)
     batch = (pair // kv_heads).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     position = tl.load(selecting_ptr + batch)
     if position >= 0:
         padding = tl.load(row_ptr + batch * 4 + 2).to(tl.int32)
@@ -259,6 +274,7 @@ def _rank(
             exists = (token >= padding) & (token < scored_end)
             tl.store(scores + token, score, mask=exists)
         tl.debug_barrier()  # windows read what other threads wrote
+        top = _top_bin(reach, tl.load(row_ptr + batch * 4 + 1).to(tl.int32), BIN_BITS)
         counts = tl.zeros([BINS], tl.int32)
         for start in range(begin, end, BLOCK):
             token = start + tl.arange(0, BLOCK)
@@ -272,23 +288,34 @@ def _rank(
             ranking = best.to(tl.int32, bitcast=True) + tl.where(preferred, PREFERRED, 0)
             ranking = tl.where(token == position, ITSELF, ranking)
             tl.store(rankings + token, ranking, mask=exists)
-            counts += tl.histogram(_bin_of(ranking, BINS, BIN_BITS), BINS, mask=exists)
+            counts += tl.histogram(_bin_of(ranking, top, BINS, FINE, BIN_BITS), BINS, mask=exists)
         tl.atomic_add(histogram_ptr + pair * BINS + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
 
 
 @triton.jit
-def _bin_of(ranking, BINS: tl.constexpr, BIN_BITS: tl.constexpr):
-    """The bin of a ranking: a probability of 1 falls into the last but one, what is preferred into the last."""
-    LOWEST: tl.constexpr = (0x3F800000 >> BIN_BITS) - (BINS - 2)
-    return tl.minimum(tl.maximum((ranking >> BIN_BITS) - LOWEST, 0), BINS - 1)
+def _top_bin(reach, budget, BIN_BITS: tl.constexpr):
+    """The upper bits of a ranking that the cut does not pass: the scores of a row sum to `reach` at most."""
+    bound = tl.minimum(reach.to(tl.float32) / tl.maximum(budget, 1).to(tl.float32), 1.0)
+    return bound.to(tl.int32, bitcast=True) >> BIN_BITS
 
 
 @triton.jit
-def _bounds_of_bin(number, BINS: tl.constexpr, BIN_BITS: tl.constexpr):
+def _bin_of(ranking, top, BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr):
+    """The bin of a ranking: the last one is above `top`; FINE bins and coarse ones, 4 times as wide, lie below."""
+    below = top - (ranking >> BIN_BITS)
+    below = tl.where(below < FINE, below, FINE + ((below - FINE) >> 2))
+    return tl.minimum(tl.maximum(BINS - 2 - below, 0), BINS - 1)
+
+
+@triton.jit
+def _bounds_of_bin(number, top, BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr):
     """Rankings `low .. high-1` are in the bin."""
-    LOWEST: tl.constexpr = (0x3F800000 >> BIN_BITS) - (BINS - 2)
-    low = tl.where(number == 0, 0, (number + LOWEST) << BIN_BITS)
-    return low, tl.where(number == BINS - 1, 0x7FFFFFFF, (number + LOWEST + 1) << BIN_BITS)
+    below = BINS - 2 - number
+    coarse = below >= FINE
+    below = tl.where(coarse, FINE + (below - FINE) * 4, below)
+    low = tl.maximum(top - below - tl.where(coarse, 3, 0), 0) << BIN_BITS
+    high = tl.where(number == BINS - 1, 0x7FFFFFFF, (top - below + 1) << BIN_BITS)
+    return tl.where(number == 0, 0, low), high
 
 
 @triton.jit
@@ -311,8 +338,9 @@ def _place_in_list(taken):
 
 @triton.jit
 def _cut(
-    row_ptr, selecting_ptr, ranking_ptr, histogram_ptr, counter_ptr, candidate_ptr, cut_ptr, kv_heads, room,
-    BINS: tl.constexpr, BIN_BITS: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
+    row_ptr, selecting_ptr, ranking_ptr, histogram_ptr, counter_ptr, candidate_ptr, cut_ptr, kv_heads, room, reach,
+    BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
+    SEARCHED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Finds the cut of one row and key/value head and its limit: (B, Hkv, 2) int32.
 
@@ -322,6 +350,9 @@ def _cut(
     part, pair = tl.program_id(0), tl.program_id(1)
     parts = tl.num_programs(0)
     batch = (pair // kv_heads).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     position = tl.load(selecting_ptr + batch)
     if position >= 0:
         budget = tl.load(row_ptr + batch * 4 + 1).to(tl.int32)
@@ -338,7 +369,8 @@ def _cut(
             bins_above = tl.sum((reached < budget).to(tl.int32), 0)
             above = tl.max(tl.where(reached < budget, reached, 0), 0)
             within = tl.sum(tl.where(number == bins_above, reached, 0), 0) - above
-            low, high = _bounds_of_bin(BINS - 1 - bins_above, BINS, BIN_BITS)
+            top = _top_bin(reach, budget, BIN_BITS)
+            low, high = _bounds_of_bin(BINS - 1 - bins_above, top, BINS, FINE, BIN_BITS)
             begin, end = _share(padding, position + 1, part, parts)
             line = tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
             for start in range(begin, end, BLOCK):
@@ -357,18 +389,18 @@ def _cut(
                 if within <= CANDIDATES:
                     cut, limit = _sort_out(candidates, within, budget - above, low, high, position, CANDIDATES)
                 else:
-                    cut, limit = _search_cut(rankings, padding, position, budget, low, high, BLOCK)
+                    cut, limit = _search_cut(rankings, padding, position, budget, low, high, SEARCHED)
                 tl.store(cut_ptr + 2 * pair, cut)
                 tl.store(cut_ptr + 2 * pair + 1, limit)
 
 
 @triton.jit
-def _sort_out(candidates, count, keep, low, high, limit, CANDIDATES: tl.constexpr):
-    """The cut, in `low .. high-1`, and its limit, up to `limit`, for `keep` of `count` candidates in any order."""
+def _sort_out(candidates, count, keep, low, high, last, CANDIDATES: tl.constexpr):
+    """The cut, in `low .. high-1`, and its limit, at most `last`, for `keep` of `count` candidates in any order."""
     entry = tl.arange(0, CANDIDATES)
     token = tl.load(candidates + entry, mask=entry < count, other=0, cache_modifier=".cg")
     ranking = tl.load(candidates + CANDIDATES + entry, mask=entry < count, other=-1, cache_modifier=".cg")
-    reached = count
+    reached, limit = count, last
     while (high - low > 1) & (reached != keep):
         middle = low + (high - low) // 2
         reach = tl.sum((ranking >= middle).to(tl.int32), 0)
@@ -377,8 +409,9 @@ def _sort_out(candidates, count, keep, low, high, limit, CANDIDATES: tl.constexp
         high = tl.where(reach >= keep, high, middle)
     if reached != keep:
         ties = keep - tl.sum((ranking > low).to(tl.int32), 0)
+        limit = tl.max(tl.where(ranking == low, token, -1), 0)
         token = tl.where(ranking == low, token, 0x7FFFFFFF)
-        before = low * 0 - 1
+        before = tl.min(token, 0) - 1  # tied positions are mostly neighbours
         while limit - before > 1:
             middle = before + (limit - before) // 2
             enough = tl.sum((token <= middle).to(tl.int32), 0) >= ties
@@ -427,13 +460,16 @@ def _attend(
     query_ptr, keys_ptr, values_ptr, row_ptr, selecting_ptr, ranking_ptr, cut_ptr, list_ptr,
     partial_ptr, highest_ptr, total_ptr, query_b, query_h, kv_heads, capacity, ranking_room, list_room, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, RUN: tl.constexpr, LISTED: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attention of one row and key/value head to the chosen positions in every N-th run of RUN positions: maximum and
     sum (B, H, N), output (B, H, N, D). The positions are listed in memory of the program's own first."""
     split, pair = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     position = tl.load(selecting_ptr + batch)
     if position >= 0:
         padding = tl.load(row_ptr + batch * 4 + 2).to(tl.int32)
@@ -493,11 +529,14 @@ def _attend(
 @triton.jit
 def _merge(
     partial_ptr, highest_ptr, total_ptr, output_ptr, length_ptr, selecting_ptr, kv_heads, splits,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Merges the shares of one query head, in fixed order, into the output (B, 1, H, D); counts the token."""
     member, pair = tl.program_id(0), tl.program_id(1)
     batch = (pair // kv_heads).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     head = pair.to(tl.int64) * G + member
     if tl.load(selecting_ptr + batch) >= 0:
         number, column = tl.arange(0, NP), tl.arange(0, DP)
@@ -546,7 +585,8 @@ class SelectingScratch:
     def empty(cls, heads: int, keys: Tensor, observation_window: int) -> "SelectingScratch":
         """Scratch for caches like keys (B, Hkv, L, D)."""
         batch, kv_heads, capacity, _ = keys.shape
-        device, splits = keys.device, splits_of(batch * kv_heads, keys.device)
+        pairs, device = batch * kv_heads, keys.device
+        splits, score_splits = splits_of(pairs, device, ATTEND_PROGRAMS), splits_of(pairs, device, SCORE_PROGRAMS) + 1
         rows = heads // kv_heads * observation_window
         room = triton.cdiv(capacity, 16) * 16 + RANKED
 
@@ -556,8 +596,8 @@ class SelectingScratch:
         return cls(
             selecting=torch.empty(batch, dtype=torch.int32, device=device),
             logits=buffer(rows, room, dtype=torch.float32),
-            highest=buffer(rows, splits, dtype=torch.float32),
-            total=buffer(rows, splits, dtype=torch.float32),
+            highest=buffer(rows, score_splits, dtype=torch.float32),
+            total=buffer(rows, score_splits, dtype=torch.float32),
             scores=buffer(room, dtype=torch.float32),
             rankings=buffer(room),
             histogram=buffer(BINS),
@@ -574,10 +614,16 @@ def candidates_of(capacity: int) -> int:
     return max(FEWEST_CANDIDATES, min(MOST_CANDIDATES, triton.next_power_of_2(capacity // 16)))
 
 
-def splits_of(pairs: int, device: torch.device) -> int:
+def early() -> dict[str, bool]:
+    """Options of a launch that may be made ready while the one before it ends (Hopper's programmatic dependent launch);
+    the kernel waits for that one's results itself."""
+    return {"PDL": True, "launch_pdl": True} if EARLY_LAUNCH else {"PDL": False}
+
+
+def splits_of(pairs: int, device: torch.device, per_processor: int) -> int:
     """Shares of a row for so many pairs of batch rows and key/value heads: as many programs as run at once."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return max(1, min(LARGEST_SPLIT, PROGRAMS_PER_PROCESSOR * processors // pairs))
+    return max(1, min(LARGEST_SPLIT, per_processor * processors // pairs))
 
 
 def list_room(capacity: int, splits: int) -> int:
@@ -626,7 +672,7 @@ def score(
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], kv_heads, capacity,
         scratch.logits.shape[3], stride, select_stride,
         scaling * LOG2E, G=group, D=head_dim, DH=half, MP=max(8, triton.next_power_of_2(group * window)),
-        OBSERVERS=window, BITS=score_keys.bits, BINS=BINS, PRECISION=precision(query), ASM=asm, **tile,
+        OBSERVERS=window, BITS=score_keys.bits, BINS=BINS, PRECISION=precision(query), ASM=asm, **tile, **early(),
     )  # fmt: skip
 
 
@@ -646,21 +692,24 @@ def rank(
     splits = scratch.highest.shape[3]
     _rank[parts_of(batch * kv_heads, room - RANKED, pool_kernel), batch * kv_heads](
         scratch.logits, scratch.highest, scratch.total, row_state, scratch.selecting, scratch.scores, scratch.rankings,
-        scratch.histogram, kv_heads, room, splits, recent_window, sink_tokens,
+        scratch.histogram, kv_heads, room, splits, recent_window, sink_tokens, group * pool_kernel,
         G=group, MP=triton.next_power_of_2(rows), NP=max(2, triton.next_power_of_2(splits)), OBSERVERS=rows // group,
         POOL=pool_kernel, BEFORE=pool_kernel - 1 if pool_ahead else pool_kernel // 2, BLOCK=RANKED, BINS=BINS,
-        BIN_BITS=BIN_BITS, num_warps=warps, **SAME_IN_ALL_THREADS,
+        FINE=FINE, BIN_BITS=BIN_BITS, num_warps=warps, **SAME_IN_ALL_THREADS,
+        **early(),
     )  # fmt: skip
 
 
-def cut(row_state: Tensor, scratch: SelectingScratch, warps: int | None = None) -> None:
+def cut(row_state: Tensor, scratch: SelectingScratch, group: int, pool_kernel: int, warps: int | None = None) -> None:
     """The third launch: what `scratch.cuts` says."""
     batch, kv_heads, room = scratch.rankings.shape
     candidates = scratch.candidates.shape[3]
     _cut[parts_of(batch * kv_heads, room - RANKED, 1), batch * kv_heads](
         row_state, scratch.selecting, scratch.rankings, scratch.histogram, scratch.counters, scratch.candidates,
-        scratch.cuts, kv_heads, room, BINS=BINS, BIN_BITS=BIN_BITS, CANDIDATES=candidates, BLOCK=RANKED,
-        num_warps=warps or (4 if candidates <= 2048 else 8),
+        scratch.cuts, kv_heads, room, group * pool_kernel, BINS=BINS, FINE=FINE, BIN_BITS=BIN_BITS,
+        CANDIDATES=candidates,
+        BLOCK=RANKED, SEARCHED=SEARCHED,
+        num_warps=warps or (4 if candidates <= 2048 else 8), **early(),
     )  # fmt: skip
 
 
@@ -687,7 +736,7 @@ def attend(
         partial, highest, total, *query.stride()[:2], kv_heads, capacity, scratch.rankings.shape[2], room,
         scaling * LOG2E,
         G=group, D=head_dim, DP=padded_head(head_dim), MP=max(16, triton.next_power_of_2(group)), RUN=RUN,
-        LISTED=min(4096, triton.next_power_of_2(room)), PRECISION=precision(query), **(ATTEND_TILE | tile),
+        LISTED=min(4096, triton.next_power_of_2(room)), PRECISION=precision(query), **(ATTEND_TILE | tile), **early(),
     )  # fmt: skip
     return partial, highest, total
 
@@ -701,7 +750,7 @@ def merge(
     _merge[heads // kv_heads, batch * kv_heads](
         partial, highest, total, output, length, scratch.selecting, kv_heads, splits,
         G=heads // kv_heads, D=head_dim, DP=padded_head(head_dim), NP=max(2, triton.next_power_of_2(splits)),
-        num_warps=4,
+        num_warps=4, **early(),
     )  # fmt: skip
 
 
@@ -741,7 +790,7 @@ def selecting_step(
     group = query.shape[1] // keys.shape[1]
     options = {"pool_kernel": pool_kernel, "recent_window": recent_window, "sink_tokens": sink_tokens}
     rank(row_state, scratch, group, pool_ahead=pool_ahead, **options)
-    cut(row_state, scratch)
+    cut(row_state, scratch, group, pool_kernel)
     shares = attend(query, keys, values, row_state, scratch, scaling)
     output = query.new_zeros(query.shape[0], 1, *query.shape[1::2])
     merge(*shares, output, length, scratch)
