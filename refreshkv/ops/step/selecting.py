@@ -29,7 +29,7 @@ from refreshkv.ops.selection.score_keys import (
 )
 from refreshkv.ops.tiles import LOG2E, padded_head, precision
 
-SCORE_PROGRAMS, ATTEND_PROGRAMS = 2, 2
+SCORE_PROGRAMS, ATTEND_PROGRAMS = 2, 4
 """Programs of `_score` and of `_attend` on each multiprocessor, all at once."""
 
 LARGEST_SPLIT = 128
@@ -47,7 +47,7 @@ RANKED = 1024
 MOST_PARTS = 64
 """Most programs of `_rank`, and of `_cut`, that share a row."""
 
-CHOOSE_PROGRAMS = 2112
+CHOOSE_PROGRAMS = 528
 """Programs of `_rank`, and of `_cut`, that a GPU runs at once."""
 
 BINS = 256
@@ -155,9 +155,7 @@ def _score(
             tl.store(histogram_ptr + pair * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
             tl.store(counter_ptr + 2 * pair + tl.arange(0, 2), tl.zeros([2], tl.int32))
 
-        first, last = _share(padding, position, split - 1, splits - 1)
-        if split == 0:
-            last = first
+        first, last = _share(padding, position, split, splits)
         # [BLOCK_N, MP]: a softmax for each place of the tile, reduced once, at the end; LEAST instead of -inf, for the
         # difference of two is a number
         highest = tl.full([BLOCK_N, MP], LEAST, tl.float32)
@@ -295,7 +293,7 @@ def _rank(
 @triton.jit
 def _top_bin(reach, budget, BIN_BITS: tl.constexpr):
     """The upper bits of a ranking that the cut does not pass: the scores of a row sum to `reach` at most."""
-    bound = tl.minimum(reach.to(tl.float32) / tl.maximum(budget, 1).to(tl.float32), 1.0)
+    bound = tl.minimum(tl.div_rn(reach, tl.maximum(budget, 1).to(tl.float32)), 1.0)
     return bound.to(tl.int32, bitcast=True) >> BIN_BITS
 
 
@@ -586,7 +584,7 @@ class SelectingScratch:
         """Scratch for caches like keys (B, Hkv, L, D)."""
         batch, kv_heads, capacity, _ = keys.shape
         pairs, device = batch * kv_heads, keys.device
-        splits, score_splits = splits_of(pairs, device, ATTEND_PROGRAMS), splits_of(pairs, device, SCORE_PROGRAMS) + 1
+        splits, score_splits = splits_of(pairs, device, ATTEND_PROGRAMS), splits_of(pairs, device, SCORE_PROGRAMS)
         rows = heads // kv_heads * observation_window
         room = triton.cdiv(capacity, 16) * 16 + RANKED
 
@@ -692,7 +690,7 @@ def rank(
     splits = scratch.highest.shape[3]
     _rank[parts_of(batch * kv_heads, room - RANKED, pool_kernel), batch * kv_heads](
         scratch.logits, scratch.highest, scratch.total, row_state, scratch.selecting, scratch.scores, scratch.rankings,
-        scratch.histogram, kv_heads, room, splits, recent_window, sink_tokens, group * pool_kernel,
+        scratch.histogram, kv_heads, room, splits, recent_window, sink_tokens, float(group * pool_kernel),
         G=group, MP=triton.next_power_of_2(rows), NP=max(2, triton.next_power_of_2(splits)), OBSERVERS=rows // group,
         POOL=pool_kernel, BEFORE=pool_kernel - 1 if pool_ahead else pool_kernel // 2, BLOCK=RANKED, BINS=BINS,
         FINE=FINE, BIN_BITS=BIN_BITS, num_warps=warps, **SAME_IN_ALL_THREADS,
@@ -706,7 +704,7 @@ def cut(row_state: Tensor, scratch: SelectingScratch, group: int, pool_kernel: i
     candidates = scratch.candidates.shape[3]
     _cut[parts_of(batch * kv_heads, room - RANKED, 1), batch * kv_heads](
         row_state, scratch.selecting, scratch.rankings, scratch.histogram, scratch.counters, scratch.candidates,
-        scratch.cuts, kv_heads, room, group * pool_kernel, BINS=BINS, FINE=FINE, BIN_BITS=BIN_BITS,
+        scratch.cuts, kv_heads, room, float(group * pool_kernel), BINS=BINS, FINE=FINE, BIN_BITS=BIN_BITS,
         CANDIDATES=candidates,
         BLOCK=RANKED, SEARCHED=SEARCHED,
         num_warps=warps or (4 if candidates <= 2048 else 8), **early(),
