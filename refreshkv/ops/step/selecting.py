@@ -69,9 +69,6 @@ RUN = 64
 """Neighbouring positions that `_attend` gives to the same program. Runs go to the programs in turn, so that dense
 places of a row are shared by all."""
 
-EARLY_LAUNCH = False
-"""Whether launches overlap with the end of the one before them, on GPUs that can."""
-
 SAME_IN_ALL_THREADS = {"enable_fp_fusion": False}
 """Of kernels that rank: the same operations give the same bits in all threads, and equal scores tie."""
 
@@ -99,17 +96,14 @@ def _score(
     query_b, query_h, key_b, key_h, value_b, value_h, kv_heads, capacity, room, stride, select_stride, scale,
     G: tl.constexpr, D: tl.constexpr, DH: tl.constexpr, MP: tl.constexpr, OBSERVERS: tl.constexpr,
     BITS: tl.constexpr, BINS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One share of the positions of one row and key/value head: logits (B, Hkv, R, L), in units of log 2, and their
-    maximum and sum (B, Hkv, R, N). The first program takes the token itself, which it
-    stores with its score key, the others share the positions before it."""
+    maximum and sum (B, Hkv, R, N). The first program takes the token itself too, and stores
+    it with its score key."""
     split, pair = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     position = tl.load(length_ptr).to(tl.int32)
     padding = tl.load(row_ptr + batch * 4 + 2).to(tl.int32)
     prompt = tl.load(row_ptr + batch * 4 + 3).to(tl.int32)
@@ -224,15 +218,11 @@ def _rank(
     kv_heads, room, splits, recent, sinks, reach,
     G: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, OBSERVERS: tl.constexpr, POOL: tl.constexpr,
     BEFORE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """Ranks one share of the positions of one row and key/value head: (B, Hkv, L) int32, and counts the rankings'
     upper bits, (B, Hkv, BINS) int32. Scores (B, Hkv, L) float32 are left behind."""
     part, pair = tl.program_id(0), tl.program_id(1)
     batch = (pair // kv_heads).to(tl.int64)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     position = tl.load(selecting_ptr + batch)
     if position >= 0:
         padding = tl.load(row_ptr + batch * 4 + 2).to(tl.int32)
@@ -338,7 +328,7 @@ def _place_in_list(taken):
 def _cut(
     row_ptr, selecting_ptr, ranking_ptr, histogram_ptr, counter_ptr, candidate_ptr, cut_ptr, kv_heads, room, reach,
     BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
-    SEARCHED: tl.constexpr, PDL: tl.constexpr,
+    SEARCHED: tl.constexpr,
 ):  # fmt: skip
     """Finds the cut of one row and key/value head and its limit: (B, Hkv, 2) int32.
 
@@ -348,9 +338,6 @@ def _cut(
     part, pair = tl.program_id(0), tl.program_id(1)
     parts = tl.num_programs(0)
     batch = (pair // kv_heads).to(tl.int64)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     position = tl.load(selecting_ptr + batch)
     if position >= 0:
         budget = tl.load(row_ptr + batch * 4 + 1).to(tl.int32)
@@ -458,16 +445,13 @@ def _attend(
     query_ptr, keys_ptr, values_ptr, row_ptr, selecting_ptr, ranking_ptr, cut_ptr, list_ptr,
     partial_ptr, highest_ptr, total_ptr, query_b, query_h, kv_heads, capacity, ranking_room, list_room, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, RUN: tl.constexpr, LISTED: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of one row and key/value head to the chosen positions in every N-th run of RUN positions: maximum and
     sum (B, H, N), output (B, H, N, D). The positions are listed in memory of the program's own first."""
     split, pair = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     position = tl.load(selecting_ptr + batch)
     if position >= 0:
         padding = tl.load(row_ptr + batch * 4 + 2).to(tl.int32)
@@ -527,14 +511,11 @@ def _attend(
 @triton.jit
 def _merge(
     partial_ptr, highest_ptr, total_ptr, output_ptr, length_ptr, selecting_ptr, kv_heads, splits,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr, PDL: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
     """Merges the shares of one query head, in fixed order, into the output (B, 1, H, D); counts the token."""
     member, pair = tl.program_id(0), tl.program_id(1)
     batch = (pair // kv_heads).to(tl.int64)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     head = pair.to(tl.int64) * G + member
     if tl.load(selecting_ptr + batch) >= 0:
         number, column = tl.arange(0, NP), tl.arange(0, DP)
@@ -612,12 +593,6 @@ def candidates_of(capacity: int) -> int:
     return max(FEWEST_CANDIDATES, min(MOST_CANDIDATES, triton.next_power_of_2(capacity // 16)))
 
 
-def early() -> dict[str, bool]:
-    """Options of a launch that may be made ready while the one before it ends (Hopper's programmatic dependent launch);
-    the kernel waits for that one's results itself."""
-    return {"PDL": True, "launch_pdl": True} if EARLY_LAUNCH else {"PDL": False}
-
-
 def splits_of(pairs: int, device: torch.device, per_processor: int) -> int:
     """Shares of a row for so many pairs of batch rows and key/value heads: as many programs as run at once."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -670,7 +645,7 @@ def score(
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], kv_heads, capacity,
         scratch.logits.shape[3], stride, select_stride,
         scaling * LOG2E, G=group, D=head_dim, DH=half, MP=max(8, triton.next_power_of_2(group * window)),
-        OBSERVERS=window, BITS=score_keys.bits, BINS=BINS, PRECISION=precision(query), ASM=asm, **tile, **early(),
+        OBSERVERS=window, BITS=score_keys.bits, BINS=BINS, PRECISION=precision(query), ASM=asm, **tile,
     )  # fmt: skip
 
 
@@ -694,7 +669,6 @@ def rank(
         G=group, MP=triton.next_power_of_2(rows), NP=max(2, triton.next_power_of_2(splits)), OBSERVERS=rows // group,
         POOL=pool_kernel, BEFORE=pool_kernel - 1 if pool_ahead else pool_kernel // 2, BLOCK=RANKED, BINS=BINS,
         FINE=FINE, BIN_BITS=BIN_BITS, num_warps=warps, **SAME_IN_ALL_THREADS,
-        **early(),
     )  # fmt: skip
 
 
@@ -707,7 +681,7 @@ def cut(row_state: Tensor, scratch: SelectingScratch, group: int, pool_kernel: i
         scratch.cuts, kv_heads, room, float(group * pool_kernel), BINS=BINS, FINE=FINE, BIN_BITS=BIN_BITS,
         CANDIDATES=candidates,
         BLOCK=RANKED, SEARCHED=SEARCHED,
-        num_warps=warps or (4 if candidates <= 2048 else 8), **early(),
+        num_warps=warps or (4 if candidates <= 2048 else 8),
     )  # fmt: skip
 
 
@@ -734,7 +708,7 @@ def attend(
         partial, highest, total, *query.stride()[:2], kv_heads, capacity, scratch.rankings.shape[2], room,
         scaling * LOG2E,
         G=group, D=head_dim, DP=padded_head(head_dim), MP=max(16, triton.next_power_of_2(group)), RUN=RUN,
-        LISTED=min(4096, triton.next_power_of_2(room)), PRECISION=precision(query), **(ATTEND_TILE | tile), **early(),
+        LISTED=min(4096, triton.next_power_of_2(room)), PRECISION=precision(query), **(ATTEND_TILE | tile),
     )  # fmt: skip
     return partial, highest, total
 
@@ -748,7 +722,7 @@ def merge(
     _merge[heads // kv_heads, batch * kv_heads](
         partial, highest, total, output, length, scratch.selecting, kv_heads, splits,
         G=heads // kv_heads, D=head_dim, DP=padded_head(head_dim), NP=max(2, triton.next_power_of_2(splits)),
-        num_warps=4, **early(),
+        num_warps=4,
     )  # fmt: skip
 
 
