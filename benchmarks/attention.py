@@ -13,7 +13,6 @@ selection that the one before had as well.
 
 import argparse
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,11 +25,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 import measuring
 from output import pyplot, save
-from refreshkv import RefreshConfig, Simulation
-from refreshkv.attention import function as attention
+from refreshkv import NEVER, RefreshConfig, Simulation
 from refreshkv.attention.function import refresh_attention
-from refreshkv.ops.rows import after_prompt as fused
-from refreshkv.ops.rows import dense_rows, full_rows, partial_rows
+from refreshkv.ops.rows import after_prompt, full_steps, full_steps_cudnn, partial_steps
 from refreshkv.ops.selection import ranking
 from refreshkv.ops.state import AttentionInputs
 from refreshkv.tables import column_table
@@ -62,8 +59,6 @@ def main() -> None:
     args = parser.parse_args()
     if (args.model is None) != (args.data is None):
         parser.error("--model and --data belong together")
-    # cuDNN gets full steps of shapes that come again, as a fixed length does and a drawn one does not
-    attention.FAMILIAR = math.inf if args.drawn else 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {ceiling(args.repeat):.0f} TFLOP/s in a product")
     results, dense = [], {}
     for case in args.cases.split(","):
@@ -72,8 +67,11 @@ def main() -> None:
         for kind, inputs in kinds.items():
             if (length, kind) not in dense:
                 dense[length, kind] = time_dense(inputs, args.repeat, not args.no_flash)
-            result = time_case(inputs, prompt, stride, budget, dense[length, kind], args.repeat, args.flex)
-            results.append({"inputs": kind, **result})
+            # P = T - S is the paper's recipe: one segment, never refreshed
+            config = RefreshConfig(budget=budget, stride=NEVER if prompt == length - stride else stride)
+            simulation = Simulation(prompt, config, recurring=not args.drawn)
+            result = time_case(inputs, simulation, dense[length, kind], args.repeat, args.flex)
+            results.append({"inputs": kind, "case": case, **result})
             print(json.dumps(results[-1]), flush=True)
     print(table(results))
     if args.output:
@@ -152,24 +150,21 @@ def time_dense(inputs: Inputs, repeat: int, flash: bool) -> dict[str, float]:
     return times
 
 
-def layer_attention(query: Tensor, key: Tensor, value: Tensor, prompt: int, config: RefreshConfig) -> Tensor:
+def layer_attention(query: Tensor, key: Tensor, value: Tensor, simulation: Simulation) -> Tensor:
     """A layer's whole attention, as a model calls it: (1, T, H, D)."""
     module = SimpleNamespace(head_dim=query.shape[-1], layer_idx=0, is_causal=True, training=True)
     module.num_key_value_groups = query.shape[1] // key.shape[1]
-    return refresh_attention(module, query, key, value, None, simulation=Simulation(prompt, config, recurring=True))[0]
+    return refresh_attention(module, query, key, value, None, simulation=simulation)[0]
 
 
 def time_case(
-    inputs: Inputs, prompt: int, stride: int, budget: int, dense: dict[str, float], repeat: int, flex: bool
+    inputs: Inputs, simulation: Simulation, dense: dict[str, float], repeat: int, flex: bool
 ) -> dict[str, object]:
     query, key, value = inputs
-    length = query.shape[2]
     upstream = torch.randn_like(query.transpose(1, 2))
-    # P = T - S is the paper's recipe: one segment, never refreshed
-    config = RefreshConfig(budget=budget, stride=2**31 - 1 if prompt == length - stride else stride)
 
     def both() -> object:
-        return torch.autograd.grad(layer_attention(query, key, value, prompt, config), (query, key, value), upstream)
+        return torch.autograd.grad(layer_attention(query, key, value, simulation), (query, key, value), upstream)
 
     both()
     torch.cuda.synchronize()
@@ -180,33 +175,33 @@ def time_case(
     wanted = (2 * query.numel() + 2 * key.numel()) * 2  # output, gradients of query, key, value
     memory = torch.cuda.max_memory_allocated() - before - wanted
     with torch.no_grad():
-        forward = milliseconds(lambda: layer_attention(query, key, value, prompt, config), repeat)
+        forward = milliseconds(lambda: layer_attention(query, key, value, simulation), repeat)
     total = milliseconds(both, repeat)
     result = {
-        "case": f"{length}:{prompt}:{stride}:{budget}",
         **{name: round(ms, 2) for name, ms in dense.items()},
         "forward": round(forward, 2),
         "refresh": round(total, 2),
         "ratio": round(total / dense["cudnn"], 3),
         "memory GB": round(memory / 1e9, 2),
-        "TFLOP": round(executed := operations(query, prompt, stride, budget) / 1e12, 2),
+        "TFLOP": round(executed := operations(query, simulation) / 1e12, 2),
         "TFLOP/s": round(executed / total * 1e3),
-        "shared": shared(query, key, prompt, config),
-        **{name: round(ms, 2) for name, ms in parts(query, key, value, prompt, config, upstream, repeat).items()},
+        "shared": shared(query, key, simulation),
+        **{name: round(ms, 2) for name, ms in parts(inputs, simulation, upstream, repeat).items()},
     }
-    if flex and length <= 16384:
+    if flex and query.shape[2] <= 16384:
         for name, compiled in (("flex", False), ("flex, mask compiled", True)):
             try:
-                flex_total = time_flex(query, key, value, prompt, config, repeat, compiled)
+                flex_total = time_flex(inputs, simulation, repeat, compiled)
             except torch.OutOfMemoryError:
                 continue
             result |= {name: round(flex_total, 2), f"{name} / refresh": round(flex_total / total, 2)}
     return result
 
 
-def shared(query: Tensor, key: Tensor, prompt: int, config: RefreshConfig) -> float | None:
+def shared(query: Tensor, key: Tensor, simulation: Simulation) -> float | None:
     """Mean part of a selection that the selection before it had; None for a single one."""
-    plan = config.plan(query, prompt)
+    config = simulation.config
+    plan = config.plan(query, simulation.prompt_length)
     if plan.full_positions.shape[1] == 1:
         return None
     scaling = query.shape[-1] ** -0.5
@@ -219,11 +214,13 @@ def shared(query: Tensor, key: Tensor, prompt: int, config: RefreshConfig) -> fl
     return round(float(torch.stack(parts).mean()), 3)
 
 
-def operations(query: Tensor, prompt: int, stride: int, budget: int) -> float:
-    """Executed for one forward and backward: two products a visible key forward, five backward, one more of the full
-    steps for the selection."""
+def operations(query: Tensor, simulation: Simulation) -> float:
+    """Operations executed for one forward and backward pass: two products a visible key forward, five backward, and one
+    more at full steps for the selection."""
     _, heads, length, head_dim = query.shape
-    steps = range(prompt - 1, length, length if prompt == length - stride else stride)
+    prompt, config = simulation.prompt_length, simulation.config
+    stride, budget = config.stride, config.largest_budget(prompt)
+    steps = range(prompt - 1, length, min(stride, length))
     full = sum(step + 1 for step in steps)
     partial = sum(
         min(budget, step + 1) + min(row + 1, budget + 1)  # those selected and the recent ones
@@ -240,10 +237,10 @@ def ceiling(repeat: int) -> float:
     return 2 * 8192**3 / milliseconds(lambda: left @ right, repeat) / 1e9
 
 
-def parts(
-    query: Tensor, key: Tensor, value: Tensor, prompt: int, config: RefreshConfig, upstream: Tensor, repeat: int
-) -> dict[str, float]:
-    """Where the time goes."""
+def parts(inputs: Inputs, simulation: Simulation, upstream: Tensor, repeat: int) -> dict[str, float]:
+    """Milliseconds of each part: where the time goes."""
+    query, key, value = inputs
+    prompt, config = simulation.prompt_length, simulation.config
     plan, options, scaling = config.plan(query, prompt), config.selection_options(), query.shape[-1] ** -0.5
     early = [tensor[:, :, :prompt].detach().requires_grad_() for tensor in (query, key, value)]
     early_upstream = torch.randn_like(early[0])
@@ -256,14 +253,14 @@ def parts(
     output = torch.empty_like(upstream).contiguous()
     grad = torch.zeros_like(query[:, :, prompt:])
     query = query[:, :, prompt - config.observation_window :]
-    inputs = AttentionInputs(query, key, value, scaling)
-    sums = [torch.zeros_like(key, dtype=torch.float32) for _ in range(2)]
+    rows = AttentionInputs(query, key, value, scaling)
+    gradients = (grad, *(torch.zeros_like(key, dtype=torch.float32) for _ in range(2)))
     work = {"prompt": prompt_both}
-    known, dense = None, attention.FAMILIAR == 0
+    known, dense = None, simulation.recurring
     if plan.full_positions.shape[1] > 1:
 
         def full_forward() -> Tensor:
-            return (dense_rows if dense else full_rows).forward(inputs, plan, output)
+            return (full_steps_cudnn if dense else full_steps).forward(rows, plan, output)
 
         lse = full_forward()
         known = lse.unsqueeze(-1)
@@ -273,30 +270,30 @@ def parts(
         return ranking.select(query, key, plan.steps, options, scaling, lse=known)
 
     selected = select()
-    rows_lse = partial_rows.forward(inputs, plan, selected, output)
-    delta = fused.dot_rows(output, upstream)
+    rows_lse = partial_steps.forward(rows, plan, selected, output)
+    delta = after_prompt.dot_rows(output, upstream)
     if plan.full_positions.shape[1] > 1:
 
         def full_backward() -> object:
             if dense:
-                return dense_rows.backward(inputs, plan, lse, output, upstream, grad)
-            return full_rows.backward(inputs, plan, lse, delta, upstream, grad)
+                return full_steps_cudnn.backward(rows, plan, lse, output, upstream, grad)
+            return full_steps.backward(rows, plan, lse, delta, upstream, grad)
 
         work["full back"] = full_backward
     work |= {
         "select": select,
-        "partial": lambda: partial_rows.forward(inputs, plan, selected, output),
-        "partial back": lambda: partial_rows.backward(inputs, plan, selected, rows_lse, delta, upstream, (grad, *sums)),
+        "partial": lambda: partial_steps.forward(rows, plan, selected, output),
+        "partial back": lambda: partial_steps.backward(rows, plan, selected, rows_lse, delta, upstream, gradients),
     }
     return {name: milliseconds(call, repeat) for name, call in work.items()}
 
 
-def time_flex(
-    query: Tensor, key: Tensor, value: Tensor, prompt: int, config: RefreshConfig, repeat: int, compiled_mask: bool
-) -> float:
+def time_flex(inputs: Inputs, simulation: Simulation, repeat: int, compiled_mask: bool) -> float:
     """flex_attention with the same visibility as a mask, mask building included, as it comes or compiled."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    query, key, value = inputs
+    prompt, config = simulation.prompt_length, simulation.config
     plan, scaling = config.plan(query, prompt), query.shape[-1] ** -0.5
     selected = ranking.select(query.detach(), key.detach(), plan.steps, config.selection_options(), scaling).long()
     length, stride, checks = query.shape[2], plan.stride, plan.full_positions.shape[1]

@@ -1,6 +1,6 @@
 """The `data` section of a run: where the text comes from and how it becomes sequences of tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from refreshkv.settings import SettingsError
@@ -27,6 +27,18 @@ SMALLEST_VOCABULARY = 257
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """The groups of documents that are kept for validation and for testing; all others are for training."""
+
+    validation: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if twice := sorted(set(self.validation) & set(self.test)):
+            raise SettingsError(f"data.held_out names {twice[0]} both for validation and for test")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Which text is prepared, how, and where. Raises `SettingsError` for values that cannot work together.
 
@@ -49,7 +61,13 @@ class DataConfig:
     streaming: bool = False
     """Read the source without a copy on disk. The rows are the same."""
     text_column: str = "text"
-    """The column of a document's text."""
+    """The column that holds a document's text."""
+    group_column: str | None = None
+    """The column that names a document's group, such as its package or its author; python-packages has `package`. All
+    documents of a group fall into one split, chosen by the hash of the group's name. Without it each document's own
+    hash decides."""
+    held_out: HeldOut | None = None
+    """With group_column: which groups are for validation and which for testing, in place of the hash."""
     tokenizer: str | None = None
     """Folder or Hub id of the model's tokenizer."""
     train_vocabulary: int | None = None
@@ -79,6 +97,8 @@ class DataConfig:
             raise SettingsError(
                 f"data.tasks means nothing for data.path={self.path}: leave it out or set data.path=tasks"
             )
+        if self.held_out is not None and self.group_column is None:
+            raise SettingsError("data.held_out names groups of documents: set data.group_column too")
         if self.path in BUILT_IN:
             self._validate_nothing_ignored()
         elif self.path in FILE_BUILDERS and not self.data_files:
@@ -88,6 +108,7 @@ class DataConfig:
         unused = [("name", None), ("data_files", None), ("split", "train")]
         if self.path == GENERATED_TASKS:
             unused += [("train_vocabulary", None), ("max_documents", None), ("max_train_rows", None)]
+            unused += [("group_column", None)]
             if not self.tasks:
                 raise SettingsError("data.path=tasks: name the tasks in data.tasks, such as data.tasks.chain_of_key={}")
         for key, unset in unused:

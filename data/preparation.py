@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from refreshkv.data.config import GENERATED_TASKS, DataConfig
 from refreshkv.data.folder import SPLITS, TOKENIZER_FOLDER
-from refreshkv.data.sources import document_texts, load_documents
+from refreshkv.data.sources import Document, load_documents, read_documents
 from refreshkv.data.tasks.rows import prompt_length, task_sequences, training_tasks
 from refreshkv.data.tasks.task import Task
 from refreshkv.data.tokenizer import model_tokenizer, train_tokenizer
@@ -49,6 +49,16 @@ def assign_document(text: str) -> tuple[str, str]:
     return digest[:16], "train" if share < 0.8 else "validation" if share < 0.9 else "test"
 
 
+def assign_split(document: Document, config: DataConfig) -> str:
+    """The split of a document: from its text's hash, or from its group with `config.group_column` (`DataConfig`)."""
+    if document.group is None:
+        return assign_document(document.text)[1]
+    if config.held_out is None:
+        return assign_document(document.group)[1]
+    splits = {"validation": config.held_out.validation, "test": config.held_out.test}
+    return next((split for split, groups in splits.items() if document.group in groups), "train")
+
+
 def _prepare_documents(config: DataConfig, folder: Path) -> dict[str, Any]:
     documents = load_documents(config)
     tokenizer = _tokenizer(config, documents)
@@ -71,8 +81,9 @@ def _prepare_tasks(config: DataConfig, folder: Path) -> dict[str, Any]:
 def _tokenizer(config: DataConfig, documents: Dataset | IterableDataset) -> PreTrainedTokenizerBase:
     if config.tokenizer is not None:
         return model_tokenizer(config.tokenizer)
-    texts = _with_progress(document_texts(documents, config), documents, "training the tokenizer")
-    return train_tokenizer((text for text in texts if assign_document(text)[1] == "train"), config.train_vocabulary)
+    read = _with_progress(read_documents(documents, config), documents, "training the tokenizer")
+    texts = (document.text for document in read if assign_split(document, config) == "train")
+    return train_tokenizer(texts, config.train_vocabulary)
 
 
 def _write_sequences(
@@ -101,11 +112,13 @@ def _add_documents(
     tokenizer: PreTrainedTokenizerBase,
     writers: dict[str, SplitWriter],
 ) -> None:
-    for text, token_ids in _tokenized(config, documents, tokenizer):
-        document, split = assign_document(text)
-        writers[split].add(token_ids, document)
+    groups = set()
+    for document, token_ids in _tokenized(config, documents, tokenizer):
+        groups.add(document.group)
+        writers[assign_split(document, config)].add(token_ids, assign_document(document.text)[0])
         if config.max_train_rows is not None and writers["train"].counts.rows >= config.max_train_rows:
             break
+    _validate_held_out(config, groups)
 
 
 def _add_examples(
@@ -121,22 +134,22 @@ def _add_examples(
 
 def _tokenized(
     config: DataConfig, documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[str, list[int]]]:
-    """Each document's text, and its tokens with the end-of-text token."""
-    texts = _with_progress(document_texts(documents, config), documents, "tokenizing")
-    for batch in _batches(texts):
+) -> Iterator[tuple[Document, list[int]]]:
+    """Each document, and its tokens with the end-of-text token."""
+    for batch in _batches(_with_progress(read_documents(documents, config), documents, "tokenizing")):
+        texts = [document.text for document in batch]
         # verbose=True warns of documents longer than the model's context, but they are cut into rows
-        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        for text, token_ids in zip(batch, encoded, strict=True):
-            yield text, [*token_ids, tokenizer.eos_token_id]
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        for document, token_ids in zip(batch, encoded, strict=True):
+            yield document, [*token_ids, tokenizer.eos_token_id]
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of consecutive texts of about `BATCH_CHARACTERS` characters."""
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Lists of consecutive documents of about `BATCH_CHARACTERS` characters."""
     batch, characters = [], 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -144,9 +157,23 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _with_progress(texts: Iterator[str], documents: Dataset | IterableDataset, description: str) -> Iterable[str]:
+def _with_progress(
+    read: Iterator[Document], documents: Dataset | IterableDataset, description: str
+) -> Iterable[Document]:
     total = len(documents) if isinstance(documents, Dataset) else None
-    return tqdm(texts, description, total, unit=" documents")
+    return tqdm(read, description, total, unit=" documents")
+
+
+def _validate_held_out(config: DataConfig, groups: set[str | None]) -> None:
+    """Raises `SettingsError` if a group of `config.held_out` was not among those read: its name may be misspelt."""
+    if config.held_out is None:
+        return
+    missing = sorted({*config.held_out.validation, *config.held_out.test} - groups)
+    if missing:
+        raise SettingsError(
+            f"data.held_out names {missing[0]}, but no document that was read has it in data.group_column="
+            f"{config.group_column}"
+        )
 
 
 def _validate_train_has_rows(config: DataConfig, writers: dict[str, SplitWriter]) -> None:

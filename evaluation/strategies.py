@@ -16,7 +16,7 @@ from refreshkv.baselines.h2o import H2OCache
 from refreshkv.baselines.snapkv import SnapKVCache
 from refreshkv.baselines.streaming import StreamingCache
 from refreshkv.config import NEVER
-from refreshkv.settings import SettingsError
+from refreshkv.settings import SettingsError, settings_to_dict
 
 FULL = "full"
 NEVER_REFRESHED = "never refreshed"
@@ -100,7 +100,9 @@ def full_attention() -> Strategy:
 
 def refreshing(name: str, config: RefreshConfig) -> Strategy:
     """RefreshKV with the schedule and the selection of `config`."""
-    return Strategy(name, config.to_dict(), lambda model, tokens: RefreshCache(model, tokens, config), config)
+    # a stride of NEVER stays a number here: reports and records of earlier versions have it so, and are compared
+    settings = settings_to_dict(config)
+    return Strategy(name, settings, lambda model, tokens: RefreshCache(model, tokens, config), config)
 
 
 def never_refreshed(config: RefreshConfig) -> Strategy:

@@ -106,18 +106,14 @@ class RefreshConfig:
             query.detach(), prompt_length, self.stride, self.threshold, average_heads
         )
         padding = full_positions.new_zeros(len(query)) if left_padding is None else left_padding
-        return Plan(
-            full_positions,
-            latest,
-            self.budgets(prompt_length - padding),
-            padding,
-            prompt_length,
-            stride=min(self.stride, length),
-            width=min(self.largest_budget(prompt_length), length),
-            droppable=min(self.stride if self.threshold is None else length, length - prompt_length),
-            uniform=self.threshold is None and left_padding is None,
-            recurring=recurring,
-        )
+        shape = {
+            "stride": min(self.stride, length),
+            "width": min(self.largest_budget(prompt_length), length),
+            "droppable": min(self.stride if self.threshold is None else length, length - prompt_length),
+            "uniform": self.threshold is None and left_padding is None,
+            "recurring": recurring,
+        }
+        return Plan(full_positions, latest, self.budgets(prompt_length - padding), padding, prompt_length, **shape)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json; a stride of `NEVER` is written "never"."""

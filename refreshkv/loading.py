@@ -14,6 +14,7 @@ from transformers import (
 
 from refreshkv.cache.refresh import saved_config
 from refreshkv.config import RefreshConfig
+from refreshkv.gguf import dequantize_options, forget_quantization, is_gguf, pretrained_location
 from refreshkv.settings import SettingsError
 
 
@@ -25,33 +26,41 @@ def model_folder(name: str) -> str:
 
 
 def load_configuration(name: str, setting: str) -> PretrainedConfig:
-    """Loads a model's configuration from a folder or Hub id; `SettingsError` naming `setting` if there is none."""
+    """Loads a model's configuration from a folder, Hub id or GGUF file.
+
+    Raises `SettingsError` naming `setting` if there is none.
+    """
+    location = pretrained_location(name, setting)
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(**location)
     except Exception as error:  # the type depends on what is missing, and on where the model comes from
         raise SettingsError(f"{setting}: no model could be loaded from {_source(name)}: {_reason(error)}") from error
 
 
 def load_model(name: str, setting: str, **options: Any) -> PreTrainedModel:
-    """Loads a decoder with all its weights from a folder or Hub id; `options` go to `from_pretrained`.
+    """Loads a decoder with all its weights from a folder, Hub id or GGUF file; `options` go to `from_pretrained`.
 
-    Raises `SettingsError` naming `setting` if none loads, or if weights are missing: transformers would draw them at
-    random.
+    A GGUF file's weights are dequantized. Raises `SettingsError` naming `setting` if none loads, or if weights are
+    missing: transformers would draw them at random.
     """
+    options |= pretrained_location(name, setting) | dequantize_options(name)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        model, loading = AutoModelForCausalLM.from_pretrained(output_loading_info=True, **options)
     except Exception as error:  # as above
         raise SettingsError(f"{setting}: no model could be loaded from {_source(name)}: {_reason(error)}") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise SettingsError(f"{setting}: {name} lacks {len(missing)} weights, the first being {missing[0]}")
+    if is_gguf(name):
+        forget_quantization(model)
     return model
 
 
 def load_tokenizer(name: str | Path, setting: str) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer from a folder or Hub id; `SettingsError` naming `setting` if there is none."""
+    """Loads a tokenizer from a folder, Hub id or GGUF file; `SettingsError` naming `setting` if there is none."""
+    location = pretrained_location(name, setting)
     try:
-        return AutoTokenizer.from_pretrained(str(name))
+        return AutoTokenizer.from_pretrained(**location)
     except Exception as error:  # as above, and on the tokenizer's own library
         raise SettingsError(
             f"{setting}: no tokenizer could be loaded from {_source(name)}: {_reason(error)}"

@@ -74,7 +74,7 @@ def backward(
     arguments = [batch.model_arguments(simulation, sequence_parallel_size > 1, trace) for batch in batches]
     for index, micro_batch in enumerate(arguments):
         note(f"micro-batch {index + 1} of {len(batches)}")
-        sums = LossSums(*engine(**micro_batch, trace=trace))
+        sums = LossSums(*engine(**micro_batch))
         scale = gradient_scale(engine, sequence_parallel_size) / tokens.clamp(min=1)
         engine.backward(sums.objective * scale, scale_wrt_gas=False)
         totals += torch.stack([part.detach().float() for part in sums[1:]])

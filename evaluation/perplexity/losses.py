@@ -64,8 +64,8 @@ def sequence_losses(
 ) -> Tensor:
     """Next-token losses in nats, (B, n) float32, of the last n = `last` tokens of ids (B, T); of T - 1 tokens if None.
 
-    simulation: None is full attention. trace: receives the full steps of the pass. The model computes the logits of the
-    last n positions only, in its own dtype; at most `LOGITS_AT_ONCE` of them are converted to float32 at a time.
+    simulation: None is full attention. trace: receives the simulation's full steps. The model computes the logits of
+    the last n positions only, in its own dtype; at most `LOGITS_AT_ONCE` of them are converted to float32 at a time.
     """
     count = ids.shape[1] - 1 if last is None else last
     extra = {} if simulation is None else {"simulation": simulation, "trace": trace}

@@ -27,7 +27,7 @@ def sweep_strategies(config: RefreshConfig, strides: list[int], thresholds: list
     All select as `config` says. Raises `SettingsError` for values that come twice, and for a stride of never.
     """
     if NEVER in strides:
-        raise SettingsError("--strides: this model's own schedule is never refreshed; name strides, such as 10")
+        raise SettingsError("--strides: this model's own schedule is never refreshed; name check strides, such as 10")
     for name, values in (("--strides", strides), ("--thresholds", thresholds)):
         if len(set(values)) != len(values):
             raise SettingsError(f"{name} has a value twice")

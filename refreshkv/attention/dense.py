@@ -15,6 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from refreshkv import ops
+from refreshkv.ops.choice import CHOICE
 
 FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -46,7 +47,7 @@ class DenseAttention:
         if self.implementation.startswith("flash"):
             output = self._flash(query, key, value)
         elif self._is_block(query, key, value):
-            return ops.block(query, key, value, self.scaling).transpose(1, 2)
+            return ops.prompt_block(query, key, value, self.scaling).transpose(1, 2)
         else:
             output = self._masked(query, key, value)
         return _UpstreamInLayout.apply(output) if output.requires_grad else output
@@ -54,7 +55,7 @@ class DenseAttention:
     def _is_block(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether the project's own kernel for a later block of a prompt is the fastest."""
         is_plain = self.implementation == "sdpa" and not self.dropout and self._can_use_causal_flag(query)
-        return is_plain and ops.takes_block(query, key, value)
+        return is_plain and CHOICE.takes_prompt_block(query, key, value)
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         module, config = self.module, copy(self.module.config)

@@ -1,4 +1,4 @@
-"""enable(): attaches the refresh attention to a transformers model, without patching or copying it."""
+"""enable(): attaches the refresh attention to a model, through transformers' registries and torch's hooks."""
 
 import inspect
 
@@ -54,7 +54,8 @@ def enable(
     if getattr(model.config.get_text_config(decoder=True), "attention_dropout", 0.0):
         raise SettingsError("attention dropout is not simulated: set attention_dropout=0 in the model's config")
     for module in modules:
-        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in _parameters(module)):
+        kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
             raise SettingsError(f"{type(module).__name__} takes no further keywords, so no simulation can reach it")
     model.set_attn_implementation(NAME)
     model.config.refreshkv = config.to_dict()
@@ -67,7 +68,3 @@ def enable(
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The attention modules of a transformers decoder, one per layer."""
     return [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")]
-
-
-def _parameters(module: nn.Module) -> list[inspect.Parameter]:
-    return list(inspect.signature(module.forward).parameters.values())

@@ -19,6 +19,7 @@ from refreshkv.attention.masks import padding_from_mask
 from refreshkv.attention.split import SplitAtPrompt, computed_length
 from refreshkv.cache.preallocated import PreallocatedCache, PreallocatedLayer
 from refreshkv.config import Simulation, Trace
+from refreshkv.ops.choice import CHOICE
 from refreshkv.settings import SettingsError
 
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
@@ -97,8 +98,8 @@ def _simulate(
         return dense(query, key, value)
     options = config.selection_options()
     may_choose = dense.implementation == "sdpa"  # any other attention is the user's own choice
-    if may_choose and ops.takes_whole_rows(query, key, value, plan):
-        return ops.whole_rows(query, key, value, plan, options, dense.scaling)
+    if may_choose and CHOICE.takes_whole_sequence(query, key, value, plan):
+        return ops.whole_sequence(query, key, value, plan, options, dense.scaling)
     computed = computed_length(query, prompt) if may_choose else prompt
     parts = SplitAtPrompt.apply(query, key, value, prompt, computed, config.observation_window)
     *early, late_query, key, value = parts

@@ -91,7 +91,7 @@ class ModelCalls:
             if call.has_gradients and embeddings is not None and not torch.compiler.is_compiling():
                 self.ended[embeddings] = call.simulation, call.trace
             return call.simulation, call.trace
-        if not self.had_gradients or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.had_gradients:
             return None, None
         if embeddings is not None and embeddings in self.ended:
             return self.ended[embeddings]

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from refreshkv.ops.choice import CHOICE
 from refreshkv.ops.state import Decisions, LayerState, SelectionScratch
-from refreshkv.ops.step.operators import attend_step, select_step, uses_kernels
+from refreshkv.ops.step.operators import attend_step, select_step
 
 if TYPE_CHECKING:
     from refreshkv.cache.layer import RefreshLayer
@@ -68,7 +69,7 @@ def join_layers(layers: "Iterable[RefreshLayer]") -> None:
         if layer.is_initialized:
             groups[layer.device, layer.keys.shape].append(layer)
     for group in groups.values():
-        if not uses_kernels(group[0].keys):
+        if not CHOICE.uses_kernels(group[0].keys):
             for layer in group:
                 layer.joint = None
         elif group[0].joint is None or not group[0].joint.holds(group):

@@ -26,8 +26,8 @@ from refreshkv import ops
 from refreshkv.cache.layer import RefreshLayer
 from refreshkv.cache.preallocated import Phase
 from refreshkv.config import NEVER, RefreshConfig
+from refreshkv.ops.choice import CHOICE
 from refreshkv.ops.state import LAST_FULL, LayerState, SelectionOptions, StepOptions
-from refreshkv.ops.step import operators as decode
 from refreshkv.ops.step.operators import decode_step
 from refreshkv.settings import SettingsError
 
@@ -54,7 +54,7 @@ class OffloadedLayer(RefreshLayer):
         """Most tokens since a full step that a queue holds, plus one for the token itself."""
 
     def _new_buffer(self, like: Tensor) -> Tensor:
-        if like.is_cuda and not decode.uses_kernels(like):
+        if like.is_cuda and not CHOICE.uses_kernels(like):
             raise SettingsError(
                 f"offload=True works through the kernels, which {like.dtype} and REFRESHKV_OPS=naive exclude on a GPU"
             )
@@ -78,7 +78,7 @@ class OffloadedLayer(RefreshLayer):
         if self.phase in (Phase.DECODING, Phase.CONTINUING):  # a further block
             self._flush(start)
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            ops.copy_rows(states, buffer, 0, start, end - start)
+            ops.copy_tokens(states, buffer, 0, start, end - start)
         if start > 0:  # a later block attends to all tokens: they are on the device until its attention ends
             key_states, value_states = (self._to_device(buffer, end) for buffer in (self.keys, self.values))
         self.block = (key_states, value_states)
@@ -90,7 +90,7 @@ class OffloadedLayer(RefreshLayer):
         A kernel copies them, so that the copy comes after the kernels that still write to the buffer.
         """
         whole = torch.empty(*buffer.shape[:2], end, buffer.shape[3], dtype=buffer.dtype, device=self.device)
-        ops.copy_rows(buffer, whole, 0, 0, end)
+        ops.copy_tokens(buffer, whole, 0, 0, end)
         return whole
 
     def wait_for(self, stream: torch.cuda.Stream) -> None:
@@ -107,7 +107,7 @@ class OffloadedLayer(RefreshLayer):
         self.flushed = self.length
         every = torch.ones_like(left_padding, dtype=torch.bool)
         for source, target in zip(self.block, (self.near_keys, self.near_values), strict=True):
-            ops.gather_rows(source, self.selected, every, target)
+            ops.gather_tokens(source, self.selected, every, target)
         del self.block
         self.base = self.length - self.width
         self.near_length.fill_(self.width)
@@ -134,7 +134,7 @@ class OffloadedLayer(RefreshLayer):
         caches."""
         self._flush(position)
         output = super().step(query, key, value, scaling)
-        if self.drops_many and decode.uses_kernels(query):
+        if self.drops_many and CHOICE.uses_kernels(query):
             self._sort()
         self.flushed = position + 1
         full = self.row_state[:, LAST_FULL] == position
@@ -143,8 +143,8 @@ class OffloadedLayer(RefreshLayer):
             (self.keys, key, self.near_keys),
             (self.values, value, self.near_values),
         ):
-            ops.copy_rows(token, target, 0, slot, 1)
-            ops.gather_rows(source, self.selected, full, target)
+            ops.copy_tokens(token, target, 0, slot, 1)
+            ops.gather_tokens(source, self.selected, full, target)
         self.near_length += 1
         self._describe()
         return output
@@ -188,7 +188,7 @@ class OffloadedLayer(RefreshLayer):
     def _flush(self, position: int) -> None:
         """Copies the tokens before `position` that only the near buffers have to the host."""
         for buffer, near in ((self.keys, self.near_keys), (self.values, self.near_values)):
-            ops.copy_rows(near, buffer, self.flushed - self.base, self.flushed, position - self.flushed)
+            ops.copy_tokens(near, buffer, self.flushed - self.base, self.flushed, position - self.flushed)
         self.flushed = position
 
     def _length_on_device(self) -> bool:

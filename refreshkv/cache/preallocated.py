@@ -5,7 +5,6 @@ A decoding step can therefore be captured into a CUDA graph. Nothing in it is re
 Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `L` tokens so far.
 """
 
-import os
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -16,8 +15,8 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from refreshkv.layers import layer_windows
+from refreshkv.ops.choice import CHOICE
 from refreshkv.ops.state import PADDING
-from refreshkv.ops.step.operators import uses_kernels
 from refreshkv.settings import SettingsError
 
 
@@ -67,7 +66,7 @@ class PreallocatedLayer(CacheLayerMixin):
         self.copies: torch.cuda.Event | None = None
         """Recorded behind copies on another stream that the next attention has to wait for."""
         # Whether generate() may compile a decoding step: on a GPU the naive form reads decisions back to the host.
-        self.is_compileable = os.environ.get("REFRESHKV_OPS") != "naive"
+        self.is_compileable = not CHOICE.naive_only
 
     # ---- for the attention
 
@@ -138,7 +137,7 @@ class PreallocatedLayer(CacheLayerMixin):
         """
         self.phase = Phase.DECODING
         self.prefix_length, self.block_end = 0, self.length
-        self.is_captured = uses_kernels(self.keys) or self.device.type != "cuda"
+        self.is_captured = CHOICE.uses_kernels(self.keys) or self.device.type != "cuda"
         self._mark_static((*self.batch_state, "cumulative_length"))
 
     def operator(self, step: Callable) -> Callable:

@@ -1,9 +1,9 @@
-"""How generate() may compile a decoding step of one sequence, so that its products read the weights at full speed.
+"""A compilation of the decoding step of one sequence in which matrix products read the weights at full speed.
 
     model.generate(..., compile_config=tuned_compilation())
 
-One sequence at a time, most of a step is products of the weights with one vector. What the libraries have for them is
-made for more rows; torch's compiler writes them as sums instead, each with a tile found by measuring.
+With one sequence at a time, most of a step is products of weight matrices with one vector. The libraries' kernels for
+products are made for several vectors; torch's compiler writes these products as sums, with tiles found by measuring.
 """
 
 from transformers import CompileConfig
@@ -13,20 +13,20 @@ OPTIONS = {
     "coordinate_descent_tuning": True,  # products with one row as sums; tiles by measuring
     "max_autotune_pointwise": True,  # from several starting points
     "combo_kernels": True,  # independent products, such as those for query, key and value, in one launch
-    # All rows of a matrix need the same activation, norm and residual sum: once the compiler counts more operations
-    # than this it computes them on their own, and not for each row again. The product itself, two operations more
-    # than its inputs, must stay below the number, or it would be written to memory before it is summed up.
+    # All rows of a weight matrix need the same activation, norm and residual sum. Above this number of operations the
+    # compiler computes them once, and not again for each row. The product, two operations more than its inputs, must
+    # stay below the number, or it would be written to memory before it is summed up.
     "realize_opcount_threshold": 9,
     "realize_reads_threshold": 1,
 }
 
 
 def tuned_compilation() -> CompileConfig:
-    """A `compile_config` for `generate()` with a `RefreshCache` or a cache of `refreshkv.baselines.caches`, with
-    `decode_ahead` or without: the same step, compiled for a single sequence.
+    """A `compile_config` for `generate()` with a `RefreshCache` or one of `refreshkv.baselines`, with `decode_ahead`
+    or without: the same step, compiled for a single sequence.
 
-    The first token waits some ten seconds longer, once for each model and, with the same versions and GPU, until
-    torch's compilation cache is emptied. Rounding differs from the default's, in the last bit. Several sequences at a
-    time (a batch, beams) gain nothing and lose nothing.
+    The first token takes some ten seconds longer, once for each model, GPU and version, as long as torch's compilation
+    cache is kept. Numbers differ from the default's by rounding in the last bit. Several sequences at a time (a batch,
+    beams) are neither faster nor slower.
     """
     return CompileConfig(dynamic=False, mode=None, options=dict(OPTIONS))

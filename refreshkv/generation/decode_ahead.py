@@ -67,9 +67,30 @@ def decode_ahead(
 
     sequences.add(forward.prompt(input_ids))
     # the host waits for the first token: it is wanted soon, and compiling the step may take minutes
-    finished, awaited = is_watched and sequences.report().deliver(streamer), None
-    runs_ahead = is_watched and _can_run_ahead(forward.cache, input_ids, run_ahead)
-    undo = _Undo(forward.cache, sequences) if runs_ahead and not finished else None
+    finished = is_watched and sequences.report().deliver(streamer)
+    if not finished:
+        runs_ahead = is_watched and _can_run_ahead(forward.cache, input_ids, run_ahead)
+        undo = _Undo(forward.cache, sequences) if runs_ahead else None
+        _decode(forward, sequences, limit, is_watched, undo, streamer)
+    if streamer is not None:
+        streamer.end()
+    return sequences.output(forward.cache)
+
+
+def _decode(
+    forward: "_Forward",
+    sequences: "_Sequences",
+    limit: float,
+    is_watched: bool,
+    undo: "_Undo | None",
+    streamer: BaseStreamer | None,
+) -> None:
+    """Takes steps until the sequences have `limit` tokens, or have ended.
+
+    is_watched: whether the host reads each step's report. undo: takes back the step after the end, which is queued
+    before the report on the last step is read; None: each report is read before the next step.
+    """
+    finished, awaited = False, None
     while not finished and sequences.ids.shape[1] < limit:
         if awaited is not None and not forward.has_room():
             finished, awaited = awaited.deliver(streamer), None
@@ -86,9 +107,6 @@ def decode_ahead(
         undo.take_back_step()
     elif awaited is not None:
         awaited.deliver(streamer)
-    if streamer is not None:
-        streamer.end()
-    return sequences.output(forward.cache)
 
 
 def _refuse_other_modes(model: PreTrainedModel, generation_config: GenerationConfig, synced_gpus: bool) -> None:

@@ -23,8 +23,9 @@ def announce_chunks(model: PreTrainedModel) -> None:
 def _prepare_inputs(model: PreTrainedModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The model's own `prepare_inputs_for_generation`, after the cache was told if the tokens are a chunk."""
     cache = kwargs.get("past_key_values")
-    # only in a chunk of a prompt does transformers not say how many of the tokens the cache lacks
-    is_chunk = kwargs.get("is_first_iteration", False) and "next_sequence_length" not in kwargs
+    # Only for a chunk of a prompt does transformers (5.17 to 5.23) not say how many of the tokens the cache lacks.
+    # Releases that say whether the prompt is being processed say so for a chunk.
+    is_chunk = "next_sequence_length" not in kwargs and kwargs.get("is_first_iteration", True)
     if is_chunk and isinstance(cache, PreallocatedCache):
         cache.continue_prompt()
     return type(model).prepare_inputs_for_generation(model, *args, **kwargs)

@@ -1,83 +1,127 @@
 """The operations of the refresh pattern: tensors and numbers in, tensors out.
 
-`naive` is the readable truth on any device. On CUDA, 16- and 32-bit tensors go to the Triton kernels of `fused`;
-REFRESHKV_OPS=naive in the environment keeps them on the naive form, to compare.
+`naive` is the readable truth, in plain PyTorch on any device; every other form is tested against it. Which form
+computes what is decided in `choice`, once, by this table (16 bits: float16 and bfloat16; Triton: also float32):
+
+| operation | form | when |
+|---|---|---|
+| all | `naive` | on CPUs, in float64, with REFRESHKV_OPS=naive in the environment |
+| `prompt_block`: a prompt, no gradient | `rows/cudnn.py` | 256 queries or more, 16 bits, no padding, eager |
+| `whole_sequence`: all positions | `rows/whole_sequence.py` | at most 1/64 of it decoded, uniform, 16 bits, eager |
+| `refresh_rows`: decoded positions | `rows/after_prompt.py`, of the following three: | otherwise |
+| full steps | `rows/full_steps_cudnn.py` | uniform, 16 bits, shapes that recur |
+| full steps | `rows/full_steps.py`: Triton | otherwise |
+| partial steps | `rows/partial_steps.py`: Triton | always |
+| `select`: full steps of a pass | `selection/ranking.py`: Triton | always |
+| `step.operators.*`: decoding steps | `step/launches.py`, `selection/step.py`: Triton | always |
+| `copy_tokens`, `gather_tokens`: host memory | `step/transfer.py`: Triton | always |
+
+*Uniform* means the fixed schedule without padding. Both selections are `selection/top_k.py`. Structs that operations
+take are in `state`; the schedule is in `schedule`.
 """
 
 from torch import Tensor
 
 from refreshkv.ops import naive
+from refreshkv.ops.choice import CHOICE
 from refreshkv.ops.state import FullSteps, Plan, SelectionOptions
-from refreshkv.ops.step.operators import uses_kernels
 
 
 def refresh_rows(
     query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: SelectionOptions, scaling: float
 ) -> Tensor:
-    """Attention of all positions after the prompt; arguments and result as in `naive.refresh_rows`."""
-    if uses_kernels(query):
-        from refreshkv.ops.rows import after_prompt as fused  # imports Triton, which machines without a GPU may lack
+    """Attention of all positions after the prompt, full and partial steps (specification, section 8).
 
-        return fused.refresh_rows(query, key, value, plan, options, scaling)
+    Args:
+        query: (B, H, Q, D): the last Q positions, those after the prompt and the ones that observe at its end.
+        key, value: (B, Hkv, T, D): the whole sequence.
+        plan: the refresh pattern of this layer.
+        options: how full steps rank positions.
+        scaling: factor of the logits.
+
+    Returns (B, R, H, D), differentiable in query, key and value; the selection is not differentiated.
+    """
+    if CHOICE.uses_kernels(query):
+        from refreshkv.ops.rows import after_prompt  # imports Triton, which machines without a GPU may lack
+
+        return after_prompt.refresh_rows(query, key, value, plan, options, scaling)
     return naive.refresh_rows(query, key, value, plan, options, scaling)
 
 
-def takes_whole_rows(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> bool:
-    """Whether `whole_rows` is the faster way for query (B, H, T, D), key and value (B, Hkv, T, D)."""
-    if not uses_kernels(query):
-        return False
-    from refreshkv.ops.rows import short_tail
-
-    return short_tail.usable(query, key, value, plan)
-
-
-def whole_rows(
+def whole_sequence(
     query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: SelectionOptions, scaling: float
 ) -> Tensor:
-    """Attention of whole rows that `takes_whole_rows` is for; arguments and result as in `naive.whole_rows`."""
-    from refreshkv.ops.rows import short_tail
+    """Attention of a whole sequence, prompt included, where `CHOICE.takes_whole_sequence` is true.
 
-    return short_tail.whole_rows(query, key, value, plan, options, scaling)
+    Args as in `refresh_rows`, but for query (B, H, T, D). Returns (B, T, H, D).
+    """
+    from refreshkv.ops.rows import whole_sequence as form
 
-
-def takes_block(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `block` is the faster way for query (B, H, n, D), key and value (B, Hkv, L, D), n <= L."""
-    if not uses_kernels(query):
-        return False
-    from refreshkv.ops.rows import dense_rows
-
-    return dense_rows.takes_block(query, key, value)
+    return form.whole_sequence(query, key, value, plan, options, scaling)
 
 
-def block(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention of the last n positions, without gradient, that `takes_block` is for: (B, H, n, D)."""
-    from refreshkv.ops.rows import dense_rows
+def prompt_block(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Causal attention of a prompt or a block of it, where `CHOICE.takes_prompt_block` is true.
 
-    return dense_rows.block(query, key, value, scaling)
+    Args:
+        query: (B, H, n, D): the last n positions.
+        key, value: (B, Hkv, L, D), L >= n.
+        scaling: factor of the logits.
+
+    Returns (B, H, n, D), without gradient.
+    """
+    from refreshkv.ops.rows import cudnn
+
+    return cudnn.prompt_block(query, key, value, scaling)
 
 
 def select(query: Tensor, key: Tensor, steps: FullSteps, options: SelectionOptions, scaling: float) -> Tensor:
-    """The positions that full steps keep; arguments and result as in `naive.select`."""
-    if uses_kernels(query):
+    """The positions that full steps keep (specification, sections 3 and 5).
+
+    Args:
+        query: (B, H, Q, D): the last Q of L positions.
+        key: (B, Hkv, L, D).
+        steps: the full steps, and how many positions each keeps.
+        options: how they rank positions.
+        scaling: factor of the logits.
+
+    Returns (B, Hkv, C, W) integers by rank, best first, -1 past the end; ranks other than the `steps.droppable` lowest
+    may come in any order.
+    """
+    if CHOICE.uses_kernels(query):
         from refreshkv.ops.selection import ranking
 
         return ranking.select(query, key, steps, options, scaling)
     return naive.select(query, key, steps, options, scaling)
 
 
-def copy_rows(source: Tensor, target: Tensor, source_first: int, target_first: int, count: int) -> None:
-    """Tokens from one buffer to another, either of them in host memory; arguments as in `naive.copy_rows`."""
-    if uses_kernels(source) or uses_kernels(target):
+def copy_tokens(source: Tensor, target: Tensor, source_first: int, target_first: int, count: int) -> None:
+    """Copies tokens from one buffer to another, either of them on the device or in pinned host memory.
+
+    Args:
+        source: (B, Hkv, L, D).
+        target: (B, Hkv, M, D), changed in place.
+        source_first, target_first: the first token in each.
+        count: how many tokens.
+    """
+    if CHOICE.uses_kernels(source) or CHOICE.uses_kernels(target):
         from refreshkv.ops.step import transfer as form
     else:
         form = naive
-    form.copy_rows(source, target, source_first, target_first, count)
+    form.copy_tokens(source, target, source_first, target_first, count)
 
 
-def gather_rows(source: Tensor, index: Tensor, wanted: Tensor, target: Tensor) -> None:
-    """Chosen tokens to the front of a buffer on the device; arguments as in `naive.gather_rows`."""
-    if uses_kernels(target):
+def gather_tokens(source: Tensor, index: Tensor, wanted: Tensor, target: Tensor) -> None:
+    """Copies chosen tokens to the front of a buffer on the device.
+
+    Args:
+        source: (B, Hkv, L, D), on the device or in pinned host memory.
+        index: (B, Hkv, W) int32: the tokens; where it is negative nothing is copied.
+        wanted: (B,) bool: the batch rows to copy.
+        target: (B, Hkv, M, D), changed in place.
+    """
+    if CHOICE.uses_kernels(target):
         from refreshkv.ops.step import transfer as form
     else:
         form = naive
-    form.gather_rows(source, index, wanted, target)
+    form.gather_tokens(source, index, wanted, target)

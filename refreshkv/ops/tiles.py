@@ -1,4 +1,8 @@
-"""What the kernels share: block sizes, precision, and the step of a softmax over blocks of keys."""
+"""What the kernels share: tile sizes, precision, constants, and one tile's part of a softmax and of its gradients.
+
+Shapes: M rows (pairs of position and query head of a group) by N keys; `D` head size, DP the head size padded to a
+power of two; a head is PARTS tiles of WIDTH columns where a whole one would not fit the registers.
+"""
 
 import math
 from collections.abc import Callable
@@ -9,7 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refreshkv.ops import state
+
 LOG2E = math.log2(math.e)
+
+LAST_FULL = tl.constexpr(state.LAST_FULL)
+BUDGET = tl.constexpr(state.BUDGET)
+PADDING = tl.constexpr(state.PADDING)
+PROMPT_LENGTH = tl.constexpr(state.PROMPT_LENGTH)
+ROW_COLUMNS = tl.constexpr(4)
+"""Columns of a `row_state` (B, 4), and how many there are."""
+
+SAME_IN_ALL_THREADS = {"enable_fp_fusion": False}
+"""Compiler options of the decoding kernels that rank. Where threads add up shares of a sum, each would fuse its own
+product into the addition and get another last bit; then positions with the same score, as pooling makes them, would no
+longer tie."""
 
 TILES = {
     "full_forward": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
@@ -27,18 +45,17 @@ TILES = {
 BLOCK_M rows by BLOCK_N keys; WIDTH columns of a head at once.
 """
 
-
 MANY_PROGRAMS = 512
-"""Programs that fill a GPU."""
+"""About as many programs as fill a GPU."""
 
 SHARED_MEMORY = {"partial_backward_128": 147456, "partial_backward_256": 229376}
-"""Bytes that the largest tiles need, more than some GPUs have."""
+"""Bytes of shared memory that the largest tiles need, more than some GPUs have."""
 
 
 def on_its_device(operation: Callable) -> Callable:
-    """Lets an operation launch its kernels on the GPU of its first tensor.
+    """Makes an operation launch its kernels on the GPU of its first tensor.
 
-    Triton takes the current one, which nobody sets for models that are spread over several GPUs.
+    Triton launches on the current GPU, which transformers does not set for models that are spread over several.
     """
 
     @wraps(operation)
@@ -50,14 +67,14 @@ def on_its_device(operation: Callable) -> Callable:
 
 
 def fits(kernel: str, device: torch.device) -> bool:
-    """Whether the tiles of one of the kernels in `SHARED_MEMORY` fit the GPU."""
+    """True if the tiles of a kernel in `SHARED_MEMORY` fit the device."""
     if device.type != "cuda":
         return True
     return SHARED_MEMORY[kernel] <= torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def block_sizes(kernel: str, query: Tensor) -> dict[str, int]:
-    """The tiles of a kernel: smaller ones for float32 and for wide heads, whose tiles fill the shared memory."""
+    """The tiles of a kernel, smaller for float32 and for wide heads, which would not fit the shared memory."""
     sizes = dict(TILES[kernel])
     if query.element_size() * padded_head(query.shape[-1]) > 256:
         sizes |= {"BLOCK_M": min(sizes["BLOCK_M"], 32), "BLOCK_N": min(sizes["BLOCK_N"], 32), "num_stages": 1}
@@ -67,44 +84,31 @@ def block_sizes(kernel: str, query: Tensor) -> dict[str, int]:
     return sizes
 
 
-LONG = 2**15
-"""Rows up to this long need no more than the least sample to guess a selection's cut from."""
-
-
-def sample_size(length: int, width: int, least: int, doubts: int, margin: float) -> int:
-    """Positions of a row from which the cut of a selection is guessed: so many that those in doubt, `margin` standard
-    deviations to either side, mostly are fewer than `doubts`. At most 2^14: the kernels pack two counts into one.
-
-    length: of the row; width: how many are selected.
-    """
-    if length <= LONG:
-        return least
-    share = min(width / length, 0.5)
-    wanted = share * (1 - share) * (2 * margin * length / (0.6 * doubts)) ** 2
-    return min(max(least, triton.next_power_of_2(math.ceil(wanted))), 2**14)
-
-
 def padded_head(head_dim: int) -> int:
-    """The head size as the kernels' tiles have it: a power of two, at least 16."""
+    """The head size rounded up to a power of two, at least 16: the width of a tile."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
 def precision(query: Tensor) -> str:
-    """How float32 tiles are multiplied: exactly, never in tf32."""
+    """The precision of `tl.dot`: float32 tiles are multiplied exactly, never in tf32."""
     return "ieee" if query.dtype == torch.float32 else "tf32"
 
 
 def index_type(*tensors: Tensor) -> tl.dtype:
-    """The integers that address a token within one head of (B, Hkv, T, D) tensors: 32 bits cost less, where they do."""
+    """The integers that address a token within one head of (B, Hkv, T, D) tensors: 32 bits, which cost less, if they
+    suffice."""
     farthest = max(tensor.shape[2] * tensor.stride(2) for tensor in tensors)
     return tl.int32 if farthest < 2**31 else tl.int64
 
 
 @triton.jit
 def load_rows(row, column, exists, D: tl.constexpr, END: tl.constexpr, MASKED: tl.constexpr):
-    """A tile from pointers to the rows: (rows, columns), the columns below END; zeros from D on, and if MASKED where
-    no row exists."""
+    """Loads a tile [M, columns] from pointers to M rows.
+
+    column: the columns, all below END; those from D on are zero, and if MASKED the rows that do not exist too.
+    """
     place = row[:, None] + column[None, :]
+    # [M, columns]
     if MASKED:
         tile = tl.load(place, mask=exists[:, None] & (column < D)[None, :], other=0.0)
     elif END > D:
@@ -118,7 +122,7 @@ def load_rows(row, column, exists, D: tl.constexpr, END: tl.constexpr, MASKED: t
 def load_parts(
     row, column, exists, D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """As `load_rows`, in PARTS tiles of WIDTH columns."""
+    """As `load_rows`: the whole head in PARTS tiles [M, WIDTH]."""
     parts = ()
     for part in tl.static_range(PARTS):
         parts = parts + (load_rows(row, part * WIDTH + column, exists, D, (part + 1) * WIDTH, MASKED),)
@@ -127,7 +131,7 @@ def load_parts(
 
 @triton.jit
 def zero_parts(ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
-    """Sums to begin with: PARTS tiles (ROWS, WIDTH)."""
+    """PARTS tiles [ROWS, WIDTH] of float32 zeros."""
     parts = ()
     for _ in tl.static_range(PARTS):
         parts = parts + (tl.zeros([ROWS, WIDTH], tl.float32),)
@@ -136,7 +140,7 @@ def zero_parts(ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def dot_parts(left, right, PARTS: tl.constexpr, PRECISION: tl.constexpr):
-    """The product of a tile with another transposed, both in parts."""
+    """The product [M, N] of a tile in parts, [M, WIDTH] each, with another one, [N, WIDTH] each, transposed."""
     result = tl.dot(left[0], tl.trans(right[0]), input_precision=PRECISION)
     for part in tl.static_range(1, PARTS):
         result = tl.dot(left[part], tl.trans(right[part]), result, input_precision=PRECISION)
@@ -148,7 +152,7 @@ def add_parts(
     row, column, exists, weight, tile, D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds weight (rows, n) times a tile (n, columns) in parts to the float32 rows in memory."""
+    """Adds weight [M, N] times a tile in parts, [N, WIDTH] each, to M float32 rows in memory."""
     for part in tl.static_range(PARTS):
         product = tl.dot(weight, tile[part], input_precision=PRECISION)
         columns = part * WIDTH + column
@@ -163,17 +167,19 @@ def add_parts(
 
 @triton.jit
 def attend(query, key, value, visible, highest, total, result, scale, PRECISION: tl.constexpr):
-    """Takes one block of keys and values into a running softmax of base 2: its maximum, its sum, and the output's.
+    """Takes one tile of keys and values into a running softmax of base 2: returns its maximum [M], its sum [M] and the
+    output's sum [M, DP].
 
-    `visible` None: all rows see all keys.
+    query [M, DP]; key, value [N, DP]; visible [M, N], or None if all rows see all keys.
     """
+    # [M, N]
     logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
     if visible is not None:
         logits = tl.where(visible, logits, -float("inf"))
     higher = tl.maximum(highest, tl.max(logits, 1))
     safe = higher
     if visible is not None:
-        safe = tl.where(higher == -float("inf"), 0.0, higher)  # a row that has seen nothing yet
+        safe = tl.where(higher == -float("inf"), 0.0, higher)  # for a row that has seen nothing yet
     weight = tl.exp2(logits - safe[:, None])
     shrink = tl.exp2(highest - safe)
     total = total * shrink + tl.sum(weight, 1)
@@ -185,7 +191,11 @@ def attend(query, key, value, visible, highest, total, result, scale, PRECISION:
 def attend_backward(
     query, key, value, visible, lse, delta, upstream, query_grad, scale, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Adds what one block of keys and values gives to the query gradient, before the softmax scaling."""
+    """Adds one tile's part to the query gradient [M, DP], before the softmax scaling.
+
+    query, upstream [M, DP]; key, value [N, DP]; lse, delta [M]; visible [M, N], or None.
+    """
+    # [M, N]
     logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
     weight = tl.exp2(logits - lse[:, None])
     if visible is not None:
@@ -199,10 +209,12 @@ def attend_backward(
 def attend_backward_keys(
     query, key, value, visible, lse, delta, upstream, key_grad, value_grad, scale, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Adds what one block of rows gives to the gradients of keys (before the softmax scaling) and values.
+    """Adds one tile's part to the gradients [N, DP] of keys, before the softmax scaling, and of values.
 
-    Products are keys by rows, visible (keys, rows), so that none needs a transposition.
+    query, upstream [M, DP]; key, value [N, DP]; lse, delta [M]; visible [N, M], or None. Products are keys by rows, so
+    that none needs a transposition.
     """
+    # [N, M]
     logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale
     weight = tl.exp2(logits - lse[None, :])
     if visible is not None:

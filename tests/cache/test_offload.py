@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 
-from refreshkv import RefreshCache, RefreshConfig, ops
+from refreshkv import RefreshCache, RefreshConfig
 from refreshkv.cache import offload
 from refreshkv.cache.layer import RefreshLayer
 from refreshkv.cache.offload import OffloadedLayer
 from refreshkv.ops import naive
-from refreshkv.ops.step import operators as decode
+from refreshkv.ops.choice import Choice
 from tests.attention.test_parity import CASES as PARITY_CASES
 from tests.attention.test_parity import assert_parity
 from tests.generation.test_generate import FIXED, SIMILAR, generate, left_padded
@@ -71,8 +71,7 @@ def test_every_step_equals_the_device_layers(name):
 def test_by_kernels(monkeypatch, name):
     """On a GPU, or under Triton's interpreter."""
     pytest.importorskip("triton")
-    for module in (ops, decode):
-        monkeypatch.setattr(module, "uses_kernels", lambda tensor: True)
+    monkeypatch.setattr(Choice, "uses_kernels", lambda choice, tensor: True)
     outputs, layers = both_layers(CASES[name], steps=6)
     check(outputs, layers, tolerance=1e-4)
 
@@ -82,8 +81,7 @@ def test_by_kernels(monkeypatch, name):
 def test_by_kernels_until_most_have_dropped(monkeypatch, name):
     """More ranks drop out than the kernels sort at a time, while tokens move to the front."""
     pytest.importorskip("triton")
-    for module in (ops, decode):
-        monkeypatch.setattr(module, "uses_kernels", lambda tensor: True)
+    monkeypatch.setattr(Choice, "uses_kernels", lambda choice, tensor: True)
     outputs, layers = both_layers(CASES[name], steps=CASES[name][1] + 8)
     check(outputs, layers, tolerance=1e-4)
 
@@ -98,9 +96,9 @@ def test_moving_tokens(monkeypatch):
     results = []
     for form in (naive, transfer):
         target = torch.zeros(2, 3, 60, 24, device=DEVICE)
-        form.copy_rows(source, target, 7, 21, 33)
-        form.copy_rows(source.transpose(2, 3).contiguous().transpose(2, 3), target, 0, 58, 2)
-        form.gather_rows(source, index, wanted, target)
+        form.copy_tokens(source, target, 7, 21, 33)
+        form.copy_tokens(source.transpose(2, 3).contiguous().transpose(2, 3), target, 0, 58, 2)
+        form.gather_tokens(source, index, wanted, target)
         results.append(target)
     assert torch.equal(*results)
     assert not results[0][0, :, :19].any() and results[0][1, :, :19].any()

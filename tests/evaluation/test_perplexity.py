@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -300,21 +299,6 @@ def test_without_matplotlib_the_report_has_no_figure(tmp_path, monkeypatch, caps
     assert write_report(tmp_path, made_up_report([4, 6, 8])) == ["report.json", "report.md"]
     assert "report.png" not in (tmp_path / "report.md").read_text() and not (tmp_path / "report.png").exists()
     assert "report.png is left out" in capsys.readouterr().out
-
-
-def test_evaluation_imports_neither_training_nor_plotting():
-    """All of the package but its figures, with the libraries of training and plotting not installed."""
-    code = """
-import importlib, pkgutil, sys
-for name in ("deepspeed", "tensorboard", "torch.utils.tensorboard", "matplotlib"):
-    sys.modules[name] = None
-import refreshkv.evaluation
-for module in pkgutil.walk_packages(refreshkv.evaluation.__path__, "refreshkv.evaluation."):
-    if not module.name.endswith((".figure", ".plotting")):
-        importlib.import_module(module.name)
-assert not any(name.startswith("refreshkv.train") for name in sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_reports_of_something_else_are_not_compared(tmp_path):

@@ -22,6 +22,7 @@ from refreshkv.evaluation.perplexity.losses import sequence_losses
 from refreshkv.evaluation.perplexity.stepwise import decode_known
 from refreshkv.evaluation.strategies import build_strategies
 from refreshkv.ops import naive
+from refreshkv.ops.choice import CHOICE
 from tests.attention.test_parity import CASES
 from tests.helpers.models import FAMILIES, decode_logits, random_ids, tiny_enabled
 
@@ -100,9 +101,9 @@ def test_parity_of_kernels_and_naive_form(monkeypatch, padded, dtype):
         if padded:
             mask = torch.ones_like(ids)
             mask[1, : prompt // 3] = 0
-        monkeypatch.delenv("REFRESHKV_OPS", raising=False)
+        monkeypatch.setitem(vars(CHOICE), "naive_only", False)
         found, cache = decode_logits(model, ids, prompt, config, mask)
-        monkeypatch.setenv("REFRESHKV_OPS", "naive")
+        monkeypatch.setitem(vars(CHOICE), "naive_only", True)
         expected, wanted = decode_logits(model, ids, prompt, config, mask)
         if dtype == torch.bfloat16:
             assert found[:, : prompt + 1].isfinite().all()
@@ -164,8 +165,8 @@ def test_a_trained_model_goes_on_with_the_same_tokens(monkeypatch, settings, com
     texts = [(ROOT / "refreshkv" / name).read_text() for name in ("cache.py", "offload.py", "prefix_store.py")]
     prompts = [tokenizer(text, return_tensors="pt").input_ids[:, :1800].cuda() for text in texts]
     runs = []
-    for form in ("kernels", "naive"):
-        monkeypatch.setenv("REFRESHKV_OPS", form)
+    for is_naive in (False, True):
+        monkeypatch.setitem(vars(CHOICE), "naive_only", is_naive)
         torch._dynamo.reset()  # a graph that was recorded holds the other form
         for ids in prompts:
             cache = RefreshCache(model.config, 2100, config)

@@ -8,14 +8,14 @@ from refreshkv import NEVER, RefreshConfig, Simulation, enable
 from refreshkv.attention import dense
 from refreshkv.attention import function as attention
 from refreshkv.ops import naive
+from refreshkv.ops.choice import CHOICE
 from tests.helpers.models import decode_logits, random_ids, tiny_model
 from tests.ops.test_row_kernels import plan_of
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from refreshkv.ops.rows import after_prompt as fused
-from refreshkv.ops.rows import dense_rows, short_tail
+from refreshkv.ops.rows import after_prompt, cudnn, whole_sequence
 from refreshkv.ops.selection import ranking
 
 # T, P, S, K, query heads per group, head size
@@ -41,7 +41,7 @@ def exact_rows(query, key, value, plan, scaling, selected):
 
 def found_and_exact(inputs, plan, options, scaling, upstream):
     """Output and gradients by the kernels, and of the naive form in float64 with the same selection."""
-    output = fused.refresh_rows(*inputs, plan, options, scaling)
+    output = after_prompt.refresh_rows(*inputs, plan, options, scaling)
     selected = output.grad_fn.saved_tensors[7].long()  # its own: another way to the scores may order ties otherwise
     gradients = torch.autograd.grad(output, inputs, upstream)
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
@@ -86,7 +86,7 @@ def test_full_steps_by_cudnn_equal_float64(size, dtype):
     """Rectangles and squares, as of shapes that come again."""
     length, prompt, stride, _, groups, head_dim = size
     inputs, plan, options = uniform_case(size, dtype)
-    assert plan.uniform and dense_rows.takes_full_steps(*inputs, prompt, stride)
+    assert plan.uniform and CHOICE.takes_full_steps_by_cudnn(*inputs, plan)
     upstream = torch.randn(2, length - prompt, 2 * groups, head_dim, device="cuda", dtype=dtype)
     results = found_and_exact(inputs, plan, options, 0.1, upstream)
     for found, exact in zip(*results, strict=True):
@@ -103,7 +103,7 @@ def test_queries_whose_scores_are_all_low(prompt):
     inputs = [tensor.requires_grad_() for tensor in inputs]
     config = RefreshConfig(budget=100, stride=5)
     plan, options = plan_of(inputs[0], prompt, config)
-    assert dense_rows.takes_full_steps(*inputs, prompt, 5)
+    assert CHOICE.takes_full_steps_by_cudnn(*inputs, plan)
     upstream = torch.randn(2, 1000 - prompt, 8, 64, device="cuda", dtype=torch.bfloat16)
     (_, *gradients), (_, *wanted) = found_and_exact(inputs, plan, options, 1.0, upstream)
     for found, exact in zip(gradients, wanted, strict=True):
@@ -118,8 +118,8 @@ def test_blocks_of_prompts_equal_float64(late):
         torch.randn(2, 1000, heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for heads in (8, 2, 2)
     )
     with torch.no_grad():
-        assert dense_rows.takes_block(query[:, :, -late:], key, value)
-        found = dense_rows.block(query[:, :, -late:], key, value, 0.1)
+        assert CHOICE.takes_prompt_block(query[:, :, -late:], key, value)
+        found = cudnn.prompt_block(query[:, :, -late:], key, value, 0.1)
     causal = torch.ones(1000, 1000, dtype=torch.bool, device="cuda").tril()[None, None]
     exact = naive.grouped_attention(query.double(), key.double(), value.double(), causal, 0.1)[:, :, -late:]
     assert (found.double() - exact).norm() / exact.norm() < 1e-2
@@ -140,7 +140,7 @@ def test_prompts_of_any_length_by_cudnn(monkeypatch):
     # 128 and 256 are computed as they are: what comes back to them is cut out of the gradient of whole rows
     prompts = (100, 128, 129, 256, 140, 270, 128)
     found = [gradients(prompt) for prompt in prompts]
-    monkeypatch.setattr(attention, "_computed_prompt", lambda query, prompt: prompt)
+    monkeypatch.setattr(attention, "computed_length", lambda query, prompt: prompt)
     for ours, wanted in zip(found, [gradients(prompt) for prompt in prompts], strict=True):
         assert (ours - wanted).norm() / wanted.norm() < 1e-2
     monkeypatch.setattr(dense, "FASTEST_FIRST", [SDPBackend.MATH])  # other kernels, which round otherwise
@@ -156,9 +156,9 @@ def test_short_tails_equal_float64(size, dtype):
     """One dense attention by cuDNN over the whole row, told that the partial rows' log-sum-exp is infinite."""
     length, prompt, _, _, groups, head_dim = size
     inputs, plan, options = uniform_case(size, dtype)
-    assert short_tail.usable(*inputs, plan)
+    assert CHOICE.takes_whole_sequence(*inputs, plan)
     upstream = torch.randn(2, length, 2 * groups, head_dim, device="cuda", dtype=dtype)
-    output = short_tail.whole_rows(*inputs, plan, options, 0.1)
+    output = whole_sequence.whole_sequence(*inputs, plan, options, 0.1)
     gradients = torch.autograd.grad(output, inputs, upstream)
     with torch.no_grad():
         selected = ranking.select(*inputs[:2], plan.steps, options, 0.1).long()
@@ -204,7 +204,7 @@ def test_a_model_with_kernels_equals_one_without(monkeypatch, threshold, checkpo
         return loss.item(), [parameter.grad.clone() for parameter in model.parameters()]
 
     loss, gradients = step()
-    monkeypatch.setenv("REFRESHKV_OPS", "naive")
+    monkeypatch.setitem(vars(CHOICE), "naive_only", True)
     expected, wanted = step()
     assert loss == pytest.approx(expected, abs=1e-5)
     for found, exact in zip(gradients, wanted, strict=True):

@@ -21,7 +21,9 @@ MODELS = {"llama31-8b": ("meta-llama/Llama-3.1-8B", 0.85), "qwen2-7b": ("Qwen/Qw
 
 def test_there_are_some():
     assert {"llama31-8b-8k.yaml", "qwen2-7b-8k.yaml", "quickstart.yaml"} <= {path.name for path in RECIPES}
-    assert {"arxiv", "books", "code", "python-packages", "tasks"} == {path.stem for path in CORPORA}
+    assert {"arxiv", "books", "code", "english-prose", "python-packages", "python-packages-8k", "tasks"} == {
+        path.stem for path in CORPORA
+    }
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from refreshkv import NEVER, RefreshConfig, Simulation, enable, ops
-from refreshkv.ops import naive
+from refreshkv.ops import choice, naive
+from refreshkv.ops.choice import CHOICE, Choice
 from tests.helpers.marks import slow_unless
 from tests.helpers.models import random_ids, tiny_model
 
 pytest.importorskip("triton")
 
-from refreshkv.ops.rows import after_prompt as fused
-from refreshkv.ops.rows import dense_rows, partial_rows, short_tail
+from refreshkv.ops.rows import after_prompt, cudnn, partial_steps, whole_sequence
 from refreshkv.ops.selection import ranking
 
 
@@ -22,7 +22,7 @@ from refreshkv.ops.selection import ranking
 def small_searches(monkeypatch):
     """Sizes of the search for short rows, so that the sampled way is taken, and quickly in the interpreter."""
     monkeypatch.setattr(ranking, "SAMPLE", 32)
-    monkeypatch.setattr(ranking, "DOUBTS", 128)
+    monkeypatch.setattr(ranking, "CANDIDATES", 128)
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,7 +82,7 @@ def compare(case, dtype=torch.float32, tolerance=1e-4, seed=0):
 
     query, key, value = tensors
     late = query[:, :, max(0, prompt - config.observation_window) :]  # what is asked for at least
-    output = fused.refresh_rows(late, key, value, plan, options, scaling)
+    output = after_prompt.refresh_rows(late, key, value, plan, options, scaling)
     gradients = torch.autograd.grad(output, tensors, upstream)
     expected = naive.refresh_rows(*tensors, plan, options, scaling)
     expected_gradients = torch.autograd.grad(expected, tensors, upstream)
@@ -110,13 +110,13 @@ def dense_logits(query, key, causal, scaling):
 
 
 def dense_attend(query, key, value, causal, scaling):
-    """The readable form of `dense_rows.attend`, which needs cuDNN."""
+    """The readable form of `cudnn.attend`, which needs cuDNN."""
     logits = dense_logits(query, key, causal, scaling)
     return logits.softmax(-1) @ value.repeat_interleave(query.shape[1] // key.shape[1], 1), logits.logsumexp(-1)
 
 
 def dense_attend_backward(upstream, query, key, value, output, lse, causal, scaling):
-    """The readable form of `dense_rows.attend_backward`."""
+    """The readable form of `cudnn.attend_backward`."""
     weights = (dense_logits(query, key, causal, scaling) - lse.unsqueeze(-1)).exp()
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -130,19 +130,21 @@ def dense_attend_backward(upstream, query, key, value, output, lse, causal, scal
     "name", slow_unless(("fixed", "the paper's recipe"), [name for name, case in CASES.items() if case[-1] == 0])
 )
 def test_full_steps_as_dense_attention(monkeypatch, name):
-    monkeypatch.setattr(partial_rows, "MANY_PROGRAMS", 1)  # large tiles, keys not shared, though there are few
-    monkeypatch.setattr(dense_rows, "usable", lambda *tensors: True)
-    monkeypatch.setattr(dense_rows, "attend", dense_attend)
-    monkeypatch.setattr(dense_rows, "attend_backward", dense_attend_backward)
+    monkeypatch.setattr(partial_steps, "MANY_PROGRAMS", 1)  # large tiles, keys not shared, though there are few
+    monkeypatch.setattr(choice, "cudnn_takes", lambda *tensors: True)
+    monkeypatch.setattr(cudnn, "attend", dense_attend)
+    monkeypatch.setattr(cudnn, "attend_backward", dense_attend_backward)
     compare(CASES[name])
 
 
 def test_cudnn_gets_several_full_steps(monkeypatch):
     """It refuses a single one."""
-    monkeypatch.setattr(dense_rows, "usable", lambda *tensors: True)
+    monkeypatch.setattr(choice, "cudnn_takes", lambda *tensors: True)
     query, key, value = inputs(1, 90, 2, 2, 16)
-    assert dense_rows.takes_full_steps(query, key, value, 70, 10)
-    assert not dense_rows.takes_full_steps(query, key, value, 71, 10)
+    several, single = (plan_of(query, prompt, RefreshConfig(stride=10))[0] for prompt in (70, 71))
+    assert CHOICE.takes_full_steps_by_cudnn(query, key, value, several)
+    assert not CHOICE.takes_full_steps_by_cudnn(query, key, value, single)
+    assert not CHOICE.takes_full_steps_by_cudnn(query, key, value, several._replace(recurring=False))
 
 
 @pytest.mark.parametrize(
@@ -150,29 +152,30 @@ def test_cudnn_gets_several_full_steps(monkeypatch):
 )
 def test_blocks_of_prompts_as_dense_attention(monkeypatch, count, before):
     """Of rounded sizes, which differ less than the blocks do."""
-    monkeypatch.setattr(dense_rows, "TILE", 8)
+    monkeypatch.setattr(cudnn, "TILE", 8)
     shapes = []
 
     def attend(query, key, value, causal, scaling):
         shapes.append((query.shape[2], key.shape[2]))
         return dense_attend(query, key, value, causal, scaling)
 
-    monkeypatch.setattr(dense_rows, "attend", attend)
+    monkeypatch.setattr(cudnn, "attend", attend)
     query, key, value = inputs(2, count + before, 4, 2, 24)
     whole = dense_attend(query, key, value, True, 0.3)[0]
-    found = dense_rows.block(query[:, :, before:], key, value, 0.3)
+    found = cudnn.prompt_block(query[:, :, before:], key, value, 0.3)
     torch.testing.assert_close(found, whole[:, :, before:], rtol=1e-4, atol=1e-5)
     assert all(length % 8 == 0 for shape in shapes for length in shape)
     assert len(shapes) == (2 if before >= 8 else 1) and shapes[0][0] < 1.2 * (count + 16) + 8
 
 
 def test_which_blocks_are_dense(monkeypatch):
-    monkeypatch.setattr(dense_rows, "usable", lambda *tensors: True)
+    monkeypatch.setattr(Choice, "uses_kernels", lambda choice, tensor: True)
+    monkeypatch.setattr(choice, "cudnn_takes", lambda *tensors: True)
     query, key, value = inputs(1, 300, 1, 1, 16)
-    assert not dense_rows.takes_block(query[:, :, -256:], key, value), "it has no gradient"
+    assert not CHOICE.takes_prompt_block(query[:, :, -256:], key, value), "it has no gradient"
     with torch.no_grad():
-        assert dense_rows.takes_block(query[:, :, -256:], key, value)
-        assert not dense_rows.takes_block(query[:, :, -255:], key, value)
+        assert CHOICE.takes_prompt_block(query[:, :, -256:], key, value)
+        assert not CHOICE.takes_prompt_block(query[:, :, -255:], key, value)
 
 
 SHORT_TAILS = {
@@ -189,20 +192,24 @@ SHORT_TAILS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("heads_first", [False, True])
-@pytest.mark.parametrize("name", SHORT_TAILS)
-def test_whole_rows_with_a_short_tail(monkeypatch, name, heads_first):
+@pytest.mark.parametrize(
+    ("name", "heads_first"),
+    [(name, False) for name in SHORT_TAILS]
+    + [("full steps in the tail", True)]
+    + [pytest.param(name, True, marks=pytest.mark.slow) for name in SHORT_TAILS if name != "full steps in the tail"],
+)
+def test_whole_sequences_with_a_short_tail(monkeypatch, name, heads_first):
     """By the stand-in for cuDNN; the upstream gradient in the output's layout, and in another."""
-    monkeypatch.setattr(dense_rows, "attend", dense_attend)
-    monkeypatch.setattr(dense_rows, "attend_backward", dense_attend_backward)
+    monkeypatch.setattr(cudnn, "attend", dense_attend)
+    monkeypatch.setattr(cudnn, "attend_backward", dense_attend_backward)
     rows, length, prompt, groups, kv_heads, head_dim, config, _ = SHORT_TAILS[name]
     tensors = inputs(rows, length, groups, kv_heads, head_dim)
     plan, options = plan_of(tensors[0], prompt, config)
     upstream = torch.randn(rows, length, groups * kv_heads, head_dim).to(DEVICE)
     if heads_first:
         upstream = upstream.transpose(1, 2).contiguous().transpose(1, 2)
-    output = short_tail.whole_rows(*tensors, plan, options, head_dim**-0.5)
-    expected = naive.whole_rows(*tensors, plan, options, head_dim**-0.5)
+    output = whole_sequence.whole_sequence(*tensors, plan, options, head_dim**-0.5)
+    expected = naive.whole_sequence(*tensors, plan, options, head_dim**-0.5)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     gradients = torch.autograd.grad(output, tensors, upstream)
     wanted = torch.autograd.grad(expected, tensors, upstream)
@@ -210,13 +217,14 @@ def test_whole_rows_with_a_short_tail(monkeypatch, name, heads_first):
         torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
 
 
-def test_which_rows_are_computed_whole(monkeypatch):
-    monkeypatch.setattr(dense_rows, "usable", lambda *tensors: True)
+def test_which_sequences_are_computed_whole(monkeypatch):
+    monkeypatch.setattr(choice, "cudnn_takes", lambda *tensors: True)
     query, key, value = inputs(1, 128, 1, 1, 16)
+    monkeypatch.setattr(Choice, "uses_kernels", lambda choice, tensor: True)
     few, more = (plan_of(query, prompt, RefreshConfig())[0] for prompt in (126, 125))
-    assert short_tail.usable(query, key, value, few)
-    assert not short_tail.usable(query, key, value, more)
-    assert not short_tail.usable(query, key, value, few._replace(uniform=False))
+    assert CHOICE.takes_whole_sequence(query, key, value, few)
+    assert not CHOICE.takes_whole_sequence(query, key, value, more)
+    assert not CHOICE.takes_whole_sequence(query, key, value, few._replace(uniform=False))
 
 
 @pytest.mark.parametrize("recomputed", slow_unless((None,), (None, False, True)))
@@ -235,9 +243,9 @@ def test_a_model_takes_short_tails_whole(monkeypatch, recomputed):
         return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
 
     expected, calls = loss_and_gradients(), []
-    monkeypatch.setattr(dense_rows, "attend", dense_attend)
-    monkeypatch.setattr(dense_rows, "attend_backward", dense_attend_backward)
-    monkeypatch.setattr(ops, "takes_whole_rows", lambda *arguments: calls.append(arguments) or True)
+    monkeypatch.setattr(cudnn, "attend", dense_attend)
+    monkeypatch.setattr(cudnn, "attend_backward", dense_attend_backward)
+    monkeypatch.setattr(Choice, "takes_whole_sequence", lambda *arguments: calls.append(arguments) or True)
     torch.testing.assert_close(loss_and_gradients(), expected, rtol=1e-4, atol=1e-5)
     assert len(calls) == model.config.num_hidden_layers * (1 if recomputed is None else 2)
 
@@ -259,7 +267,7 @@ def assert_naive_selection(query, key, plan, options, scaling):
     assert_same_selection(found, wanted, plan.full_positions, plan.droppable)
 
 
-@pytest.mark.parametrize("name", slow_unless(QUICK, CASES))
+@pytest.mark.parametrize("name", slow_unless(("a fraction of padded rows", "observers and windows"), CASES))
 def test_selection(name):
     """Exactly the naive form's positions, rank by rank as far as the ranks are told apart."""
     rows, length, prompt, groups, kv_heads, head_dim, config, padding = CASES[name]
@@ -283,7 +291,7 @@ def test_kernels_run_where_their_tensors_are(monkeypatch):
     with torch.no_grad():
         ranking.select(query, key, plan.steps, options, 0.25)
     assert entered == [query.data_ptr()]
-    output = fused.refresh_rows(query, key, value, plan, options, 0.25)
+    output = after_prompt.refresh_rows(query, key, value, plan, options, 0.25)
     before = len(entered)
     output.sum().backward()
     assert 1 < before < len(entered)
@@ -304,7 +312,7 @@ def test_selection_in_chunks_and_with_the_other_sort(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sizes", slow_unless([{"BLOCK": 16}], [{"BLOCK": 16}, {"BLOCK": 64, "SAMPLE": 16}, {"BLOCK": 16, "DOUBTS": 4}])
+    "sizes", slow_unless([{"BLOCK": 16}], [{"BLOCK": 16}, {"BLOCK": 64, "SAMPLE": 16}, {"BLOCK": 16, "CANDIDATES": 4}])
 )
 def test_ties_go_to_the_lower_position(monkeypatch, sizes):
     """Keys of two kinds only: almost everything is a tie, within a block and across."""
@@ -319,11 +327,11 @@ def test_ties_go_to_the_lower_position(monkeypatch, sizes):
     assert_naive_selection(query, key, *plan_of(query, 30, RefreshConfig(budget=20, stride=6)), 0.25)
 
 
-@pytest.mark.parametrize("doubts", [1, 32, 256])
-def test_a_cut_guessed_from_a_sample_or_searched_everywhere(monkeypatch, doubts):
-    """Few positions sampled: with few places for those in doubt the slow search has to finish, with many it has not."""
+@pytest.mark.parametrize("candidates", [1, 32, 256])
+def test_a_threshold_among_candidates_or_searched_everywhere(monkeypatch, candidates):
+    """Few positions are sampled: with room for few candidates the whole row is searched, with much room it is not."""
     monkeypatch.setattr(ranking, "SAMPLE", 32)
-    monkeypatch.setattr(ranking, "DOUBTS", doubts)
+    monkeypatch.setattr(ranking, "CANDIDATES", candidates)
     query, key, _ = inputs(2, 300, 2, 1, 16)
     config, padding = RefreshConfig(budget=40, stride=60, recent_window=9, sink_tokens=3), torch.tensor([0, 7])
     padding = padding.to(DEVICE)
@@ -334,7 +342,7 @@ def test_a_cut_guessed_from_a_sample_or_searched_everywhere(monkeypatch, doubts)
 @pytest.mark.parametrize("threshold", [None, 0.3])
 def test_torch_compile_takes_a_model_with_the_kernels_whole(monkeypatch, threshold):
     """No graph break inside, and the same loss and gradients as without."""
-    monkeypatch.setattr(ops, "refresh_rows", fused.refresh_rows)
+    monkeypatch.setattr(ops, "refresh_rows", after_prompt.refresh_rows)
     config = RefreshConfig(budget=9, stride=5, threshold=threshold)
     model = enable(tiny_model(dtype=torch.float32), config).to(DEVICE).train()
     ids = random_ids(2, 27).to(DEVICE)

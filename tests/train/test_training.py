@@ -40,7 +40,7 @@ from tests.helpers.jobs import (
     start_job,
     write_config,
 )
-from tests.helpers.marks import slow_unless
+from tests.helpers.marks import slow_tuples_unless, slow_unless
 from tests.helpers.models import random_ids, tiny_enabled, tiny_model
 from tests.helpers.ranks import Ranks, run_ranks, run_script
 from tests.helpers.scripts import load_script
@@ -109,7 +109,8 @@ def six_steps(folder, stage, **training):
 
 
 @pytest.mark.parametrize(
-    ("stage", "ranks", "sequence"), slow_unless([(0, 2, 1), (2, 4, 2)], [(0, 2, 1), (1, 2, 2), (2, 4, 2), (3, 4, 4)])
+    ("stage", "ranks", "sequence"),
+    slow_tuples_unless([(0, 2, 1), (2, 4, 2)], [(0, 2, 1), (1, 2, 2), (2, 4, 2), (3, 4, 4)]),
 )
 def test_ranks_stages_and_layouts_agree(rows, alone, tmp_path, stage, ranks, sequence):
     """Several processes with or without ZeRO take the steps of one, with activations recomputed; evaluations work."""
@@ -139,7 +140,7 @@ def two_ranks(rows, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("before", "now", "ranks", "sequence"),
-    slow_unless(
+    slow_tuples_unless(
         [(3, 3, 1, 1), (2, 1, 1, 1)],
         [(3, 3, 1, 1), (2, 1, 1, 1), (3, 3, 4, 2), (3, 3, 4, 1), (1, 2, 4, 4), (0, 0, 4, 2)],
     ),
@@ -182,7 +183,7 @@ def test_stage_0_in_bf16_continues_on_another_number_of_ranks(rows, tmp_path):
 
 @pytest.mark.parametrize(
     ("stage", "ranks", "dtype"),
-    slow_unless(
+    slow_tuples_unless(
         [(0, 1, "bf16"), (3, 2, "fp32")],
         [
             (0, 1, "bf16"),

@@ -4,22 +4,30 @@ Faster forms have the same signatures and are tested against these.
 """
 
 from refreshkv.ops.naive.attention import grouped_attention
-from refreshkv.ops.naive.rows import refresh_rows, visible_keys, whole_rows
+from refreshkv.ops.naive.rows import refresh_rows, visible_keys, whole_sequence
 from refreshkv.ops.naive.selection import select, selection_sizes
-from refreshkv.ops.naive.step import compact_step, copy_rows, decode, decode_step, full_step, gather_rows, small_cache
+from refreshkv.ops.naive.step import (
+    compact_step,
+    copy_tokens,
+    decode,
+    decode_step,
+    full_step,
+    gather_tokens,
+    small_cache,
+)
 
 __all__ = [
     "compact_step",
-    "copy_rows",
+    "copy_tokens",
     "decode",
     "decode_step",
     "full_step",
-    "gather_rows",
+    "gather_tokens",
     "grouped_attention",
     "refresh_rows",
     "select",
     "selection_sizes",
     "small_cache",
     "visible_keys",
-    "whole_rows",
+    "whole_sequence",
 ]

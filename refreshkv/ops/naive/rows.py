@@ -1,8 +1,8 @@
 """Attention of all known positions in one pass, in plain PyTorch (docs/specification.md, section 8).
 
-Shapes: `B` batch rows, `T` positions of the query, `L` positions of the keys, `H` query heads, `Hkv` key/value heads,
-`G = H / Hkv`, `D` head size, `N` full steps, `R` decoded rows (positions `P .. T-1`), `W` width of a selection,
-`O` observing queries. Positions are columns, left padding included; -1 fills what does not exist.
+Shapes: `B` batch rows, `T` positions, `P` prompt length, `R = T - P`, `C` decision steps, `H` query heads, `Hkv`
+key/value heads, `D` head size, `W` slots of a selection. Positions are columns, left padding included; -1 stands for a
+position that does not exist.
 """
 
 import torch
@@ -28,7 +28,7 @@ def refresh_rows(
     return grouped_attention(rows, key, value, visible, scaling).transpose(1, 2)
 
 
-def whole_rows(
+def whole_sequence(
     query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: SelectionOptions, scaling: float
 ) -> Tensor:
     """Attention of a whole sequence without padding: causal in the prompt, then as `refresh_rows`.

@@ -1,8 +1,8 @@
 """Which positions a full step keeps, in plain PyTorch (docs/specification.md, sections 3 and 5).
 
-Shapes: `B` batch rows, `T` positions of the query, `L` positions of the keys, `H` query heads, `Hkv` key/value heads,
-`G = H / Hkv`, `D` head size, `N` full steps, `R` decoded rows (positions `P .. T-1`), `W` width of a selection,
-`O` observing queries. Positions are columns, left padding included; -1 fills what does not exist.
+Shapes: `B` batch rows, `Q` positions of the queries, `L` positions of the keys, `H` query heads, `Hkv` key/value heads,
+`G = H / Hkv`, `D` head size, `N` full steps, `W` slots of a selection, `O` observing queries. Positions are columns,
+left padding included; -1 stands for a position that does not exist.
 """
 
 import torch
@@ -12,15 +12,15 @@ from torch import Tensor
 from refreshkv.ops.state import FullSteps, SelectionOptions
 
 MAX_SCORES = 2**26
-"""Attention scores that `select` holds at once (float32: 256 MiB); longer inputs are taken in chunks of full steps."""
+"""Attention scores that `select` holds at once (float32: 256 MiB); it takes longer inputs in chunks of full steps."""
 
 
 @torch.no_grad()
 def select(query: Tensor, key: Tensor, steps: FullSteps, options: SelectionOptions, scaling: float) -> Tensor:
     """The positions each full step keeps, by rank (specification, sections 3 and 5; paper section 2.2).
 
-    query (B, H, Q, D): the queries of the last Q of L positions; key (B, Hkv, L, D). Returns (B, Hkv, C, W) int64 by
-    rank, best first, -1 past the end; other forms may leave all ranks but the `droppable` lowest in any order.
+    query (B, H, Q, D): the queries of the last Q of L positions; key (B, Hkv, L, D). Returns (B, Hkv, N, W) int64 by
+    rank, best first, -1 past the end. Other forms may return all ranks but the `droppable` lowest in any order.
     """
     budgets, left_padding = steps.budgets, steps.left_padding
     chunk = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * options.observation_window * key.shape[2]))
@@ -35,9 +35,9 @@ def select(query: Tensor, key: Tensor, steps: FullSteps, options: SelectionOptio
 
 
 def observing_queries(query: Tensor, columns: Tensor, observation_window: int) -> Tensor:
-    """The queries of columns `c-O+1 .. c`: query (B, H, Q, D), columns (B, N) -> (B, H, N, O, D).
+    """The queries of columns `c - O + 1 .. c`: query (B, H, Q, D), columns (B, N) -> (B, H, N, O, D).
 
-    Columns before the first get that one's query; the selection gives them no say.
+    Columns before the first get the first one's query, which `observed_scores` leaves out.
     """
     back = torch.arange(observation_window - 1, -1, -1, device=query.device)
     columns = (columns.unsqueeze(-1) - back).clamp(min=0)  # (B, N, O)
@@ -46,7 +46,11 @@ def observing_queries(query: Tensor, columns: Tensor, observation_window: int) -
 
 
 def observed_scores(observers: Tensor, key: Tensor, positions: Tensor, left_padding: Tensor, scaling: float) -> Tensor:
-    """(B, Hkv, N, L) float32: softmax probabilities, maximum over the group, mean over the observing queries."""
+    """The scores of all positions: softmax probabilities, their maximum over the group, its mean over the observing
+    queries.
+
+    observers (B, H, N, O, D); key (B, Hkv, L, D); positions (B, N): the full steps. Returns (B, Hkv, N, L) float32.
+    """
     (steps, observing), kv_heads = observers.shape[2:4], key.shape[1]
     wide = torch.promote_types(observers.dtype, torch.float32)
     grouped = observers.unflatten(1, (kv_heads, -1)).flatten(2, 4).to(wide)
@@ -58,19 +62,19 @@ def observed_scores(observers: Tensor, key: Tensor, positions: Tensor, left_padd
     seen = (column >= start.unsqueeze(-1)) & (column <= observer.unsqueeze(-1))
     unseen = ~seen[:, None, None]
     probabilities = logits.masked_fill(unseen, -torch.inf).softmax(dim=-1).masked_fill(unseen, 0.0).float()
-    present = (observer >= start).sum(-1).clamp(min=1)  # a row may have fewer positions than observers
+    present = (observer >= start).sum(-1).clamp(min=1)  # a batch row may have fewer positions than observers
     return probabilities.amax(dim=2).sum(dim=3) / present[:, None, :, None]
 
 
 def _exists(columns: int, positions: Tensor, left_padding: Tensor) -> Tensor:
-    """(B, 1, N, L) bool: the columns `left_padding .. a`."""
+    """Which columns a full step at `a` sees, `left_padding .. a`: (B, 1, N, L) bool."""
     column = torch.arange(columns, device=positions.device)
     exists = (column >= left_padding[:, None, None]) & (column <= positions.unsqueeze(-1))
     return exists.unsqueeze(1)
 
 
 def pool(scores: Tensor, positions: Tensor, left_padding: Tensor, kernel: int) -> Tensor:
-    """Maximum over neighbouring positions, centred; positions that do not exist take no part."""
+    """Max-pools scores (B, Hkv, N, L) over neighbouring positions, centred, among the positions that exist."""
     exists = _exists(scores.shape[-1], positions, left_padding)
     scores = scores.masked_fill(~exists, -torch.inf)
     pooled = F.max_pool1d(scores.flatten(0, 1), kernel, stride=1, padding=kernel // 2)
@@ -80,7 +84,8 @@ def pool(scores: Tensor, positions: Tensor, left_padding: Tensor, kernel: int) -
 def _ranking_keys(
     scores: Tensor, positions: Tensor, left_padding: Tensor, recent_window: int, sink_tokens: int
 ) -> Tensor:
-    """(B, Hkv, N, L) int64, all different: window and sink positions first, then the score, then the lower position.
+    """Rankings (B, Hkv, N, L) int64, all different: the recent window and the sinks first, then the higher score, then
+    the lower position.
 
     A float32 >= 0 orders like its bits, so the three criteria fit into one integer: 1 + 31 + 31 bits.
     """
@@ -96,7 +101,7 @@ def _ranking_keys(
 
 
 def _best(ranking: Tensor, positions: Tensor, budgets: Tensor, left_padding: Tensor, width: int) -> Tensor:
-    """(B, Hkv, N, width): the columns of the `min(K, a+1)` highest keys, highest first, -1 past the end."""
+    """The columns of the `min(K, a + 1)` highest rankings, highest first, -1 past the end: (B, Hkv, N, width)."""
     order = ranking.topk(min(width, ranking.shape[-1]), dim=-1).indices
     order = F.pad(order, (0, width - order.shape[-1]), value=-1)
     kept = selection_sizes(positions, budgets, left_padding)  # (B, N)
@@ -105,7 +110,8 @@ def _best(ranking: Tensor, positions: Tensor, budgets: Tensor, left_padding: Ten
 
 
 def selection_sizes(positions: Tensor, budgets: Tensor, left_padding: Tensor) -> Tensor:
-    """`n_sel = min(K, real tokens up to a)` of each full step: (B, N) int64, 0 where there is no step."""
+    """How many positions each full step keeps, `n_sel = min(K, real tokens up to a)`: (B, N) int64, 0 where there is no
+    step."""
     context = positions + 1 - left_padding.unsqueeze(-1)
     return torch.minimum(context, budgets.unsqueeze(-1)).clamp(min=0)
 

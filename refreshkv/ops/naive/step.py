@@ -1,8 +1,8 @@
 """One decoding step of one layer, in plain PyTorch (docs/specification.md, sections 2 to 4).
 
-Shapes: `B` batch rows, `T` positions of the query, `L` positions of the keys, `H` query heads, `Hkv` key/value heads,
-`G = H / Hkv`, `D` head size, `N` full steps, `R` decoded rows (positions `P .. T-1`), `W` width of a selection,
-`O` observing queries. Positions are columns, left padding included; -1 fills what does not exist.
+Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `L` tokens of a cache, `E` entries of a
+compact one, `W` slots of a selection. Positions are columns, left padding included; -1 stands for a position that does
+not exist.
 """
 
 import torch
@@ -57,7 +57,7 @@ def full_step(
     row_state: Tensor,
     scaling: float,
 ) -> Tensor:
-    """Appends one token and attends to all of the row's; as `refreshkv.ops.step.operators.full_step`."""
+    """Appends one token and attends to all tokens; arguments and result: `refreshkv.ops.step.operators.full_step`."""
     position = int(length)
     keys[:, :, position], values[:, :, position] = key[:, :, 0], value[:, :, 0]
     length += 1
@@ -70,7 +70,7 @@ def full_step(
 def compact_step(
     query: Tensor, key: Tensor, value: Tensor, state: CompactState, heavy: bool, scaling: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention to a compact cache's entries and the token, which takes its slot; arguments as in
+    """Attention to a compact cache's entries and to the token, which takes its slot; arguments as in
     `refreshkv.ops.step.operators.compact_step`.
 
     Returns (B, 1, H, D), and if `heavy` the entries' probabilities, mean over the group, (B, Hkv, E) float32.
@@ -131,17 +131,13 @@ def small_cache(position: int, row_state: Tensor, selected: Tensor) -> Tensor:
     return torch.cat([kept, local.unsqueeze(1).expand(-1, selected.shape[1], -1)], dim=-1)
 
 
-def copy_rows(source: Tensor, target: Tensor, source_first: int, target_first: int, count: int) -> None:
-    """target (B, Hkv, M, D) from `target_first` on becomes `count` tokens of source (B, Hkv, L, D) from `source_first`
-    on; pinned host memory or on the device."""
+def copy_tokens(source: Tensor, target: Tensor, source_first: int, target_first: int, count: int) -> None:
+    """As `refreshkv.ops.copy_tokens`."""
     target[:, :, target_first : target_first + count] = source[:, :, source_first : source_first + count]
 
 
-def gather_rows(source: Tensor, index: Tensor, wanted: Tensor, target: Tensor) -> None:
-    """The first W tokens of target (B, Hkv, M, D) become those of source (B, Hkv, L, D) at index (B, Hkv, W) int32.
-
-    Only in the rows `wanted` (B,) bool, and where the index is not negative. source: pinned host memory or as target.
-    """
+def gather_tokens(source: Tensor, index: Tensor, wanted: Tensor, target: Tensor) -> None:
+    """As `refreshkv.ops.gather_tokens`."""
     place = index.long().clamp(min=0).unsqueeze(-1).expand(-1, -1, -1, source.shape[-1]).to(source.device)
     found = source.gather(2, place).to(target.device)
     there = (wanted[:, None, None] & (index >= 0)).unsqueeze(-1)

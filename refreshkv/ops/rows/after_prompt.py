@@ -1,7 +1,10 @@
-"""The rows after the prompt by kernels: full steps, selection, partial rows, and their gradients.
+"""Attention of all positions after the prompt by kernels: full steps, selection, partial steps, and their gradients.
 
-torch.compile takes them whole, as two operators of torch, one for each direction; without it they are called as they
-are, which costs less time on the host.
+torch.compile sees two operators of torch, one for each direction; without it the functions are called directly, which
+costs less time on the host.
+
+Shapes: `B` batch rows, `T` positions, `P` prompt length, `R = T - P`, `C` decision steps, `H` query heads, `Hkv`
+key/value heads, `D` head size, `W` slots of a selection.
 """
 
 from typing import Any
@@ -11,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.ops.rows import dense_rows, full_rows, partial_rows
+from refreshkv.ops.choice import CHOICE
+from refreshkv.ops.rows import full_steps, full_steps_cudnn, partial_steps
 from refreshkv.ops.selection import ranking
 from refreshkv.ops.state import AttentionInputs, Plan, SelectionOptions
 from refreshkv.ops.tiles import on_its_device, padded_head
@@ -57,20 +61,13 @@ def _forward(
     inputs = AttentionInputs(query, key, value, scaling)
     output = _output_like(query, key, prompt_length)
     full_lse = known = None
-    if full_positions.shape[1] > 1:  # the first decision step is the prompt's own row
-        full_steps = dense_rows if _is_dense(inputs, plan) else full_rows
-        full_lse = full_steps.forward(inputs, plan, output)
+    if full_positions.shape[1] > 1:  # the first decision step is the prompt's own
+        by_cudnn = CHOICE.takes_full_steps_by_cudnn(query, key, value, plan)
+        full_lse = (full_steps_cudnn if by_cudnn else full_steps).forward(inputs, plan, output)
         known = full_lse.unsqueeze(-1) if observation_window == 1 else None
     selected = ranking.select(query, key, plan.steps, options, scaling, lse=known)
-    lse = partial_rows.forward(inputs, plan, selected, output)
+    lse = partial_steps.forward(inputs, plan, selected, output)
     return output, _lse_like(query, full_positions) if full_lse is None else full_lse, lse, selected
-
-
-def _is_dense(inputs: AttentionInputs, plan: Plan) -> bool:
-    """Whether the full steps go to cuDNN."""
-    query, key, value, _ = inputs
-    comes_again = plan.uniform and plan.recurring
-    return comes_again and dense_rows.takes_full_steps(query, key, value, plan.prompt_length, plan.stride)
 
 
 def _output_like(query: Tensor, key: Tensor, prompt_length: int) -> Tensor:
@@ -111,19 +108,19 @@ def _backward(
     upstream = upstream if upstream.stride(-1) == 1 else upstream.contiguous()
     delta = dot_rows(output, upstream)
     query_grad = torch.zeros_like(query)
-    decoded_grad = query_grad[:, :, query.shape[2] - output.shape[1] :]  # those before only observe
+    decoded_grad = query_grad[:, :, query.shape[2] - output.shape[1] :]  # those of the prompt only observe
     if full_positions.shape[1] == 1:
         key_grad, value_grad = (torch.zeros_like(key, dtype=torch.float32) for _ in range(2))
-    elif _is_dense(inputs, plan):
-        key_grad, value_grad = dense_rows.backward(inputs, plan, full_lse, output, upstream, decoded_grad)
+    elif CHOICE.takes_full_steps_by_cudnn(query, key, value, plan):
+        key_grad, value_grad = full_steps_cudnn.backward(inputs, plan, full_lse, output, upstream, decoded_grad)
     else:
-        key_grad, value_grad = full_rows.backward(inputs, plan, full_lse, delta, upstream, decoded_grad)
-    partial_rows.backward(inputs, plan, selected, lse, delta, upstream, (decoded_grad, key_grad, value_grad))
+        key_grad, value_grad = full_steps.backward(inputs, plan, full_lse, delta, upstream, decoded_grad)
+    partial_steps.backward(inputs, plan, selected, lse, delta, upstream, (decoded_grad, key_grad, value_grad))
     return query_grad, rounded(key_grad, key), rounded(value_grad, value)
 
 
 def rounded(gradient: Tensor, tensor: Tensor) -> Tensor:
-    """A gradient in its tensor's dtype and layout."""
+    """A gradient in the dtype and layout of its tensor."""
     return torch.empty_like(tensor).copy_(gradient)
 
 
@@ -173,8 +170,12 @@ def _operator_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor 
 _forward_operator.register_autograd(_operator_gradients, setup_context=_keep_for_backward)
 
 
+DOT_ROWS = 32
+"""Positions of a program of `_dot_rows`."""
+
+
 @triton.jit(do_not_specialize=["rows"])
-def _dot_rows_kernel(
+def _dot_rows(
     output_ptr, upstream_ptr, delta_ptr, output_b, output_t, output_h, upstream_b, upstream_t, upstream_h, rows, heads,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -184,17 +185,18 @@ def _dot_rows_kernel(
     mask = (row < rows)[:, None] & (column < D)[None, :]
     outputs = output_ptr + batch * output_b + row * output_t + head * output_h
     upstreams = upstream_ptr + batch * upstream_b + row * upstream_t + head * upstream_h
+    # [BLOCK, DP] twice
     output = tl.load(outputs[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
     upstream = tl.load(upstreams[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(delta_ptr + (batch * heads + head) * rows + row, tl.sum(output * upstream, 1), mask=row < rows)
 
 
 def dot_rows(output: Tensor, upstream: Tensor) -> Tensor:
-    """Sum of output times upstream over the head: two (B, R, H, D) -> (B, H, R) float32."""
+    """Dot product of output and upstream gradient: two (B, R, H, D) -> (B, H, R) float32."""
     batch, rows, heads, head_dim = output.shape
     delta = torch.empty(batch, heads, rows, dtype=torch.float32, device=output.device)
-    _dot_rows_kernel[triton.cdiv(rows, 32), heads, batch](
+    _dot_rows[triton.cdiv(rows, DOT_ROWS), heads, batch](
         output, upstream, delta, *output.stride()[:3], *upstream.stride()[:3], rows, heads,
-        D=head_dim, DP=padded_head(head_dim), BLOCK=32,
+        D=head_dim, DP=padded_head(head_dim), BLOCK=DOT_ROWS,
     )  # fmt: skip
     return delta

@@ -1,8 +1,9 @@
-"""Triton kernels of a decoding step: attention of one query a row over the full or the small cache, split over keys.
+"""Triton kernels of a decoding step: attention of one query a batch row over the full or the small cache.
 
-Two launches of fixed size, whatever is decided: `_attend` decides from device memory whether each row is full, writes
-the token's key and value into the cache, and leaves a softmax of its share of the keys; `_finish` merges the shares
-and, in full rows, ranks the positions for the selection.
+Two launches of fixed size, whatever is decided. `_attend` splits the keys of a batch row among programs: each decides
+from device memory whether the step is full, and writes a softmax over its share of the keys; the first one also writes
+the token's key and value into the cache. `_finish` merges the shares and, at full steps, ranks the positions for the
+selection.
 
 Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `G = H / Hkv`, `D` head size, `L` tokens the cache has
 room for, `W` slots of a selection, `N` splits, `O` observing queries.
@@ -13,23 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.ops.tiles import padded_head
+from refreshkv.ops.selection.top_k import PREFERRED
+from refreshkv.ops.tiles import BUDGET, LAST_FULL, PADDING, PROMPT_LENGTH, ROW_COLUMNS, padded_head
 
-ANCHOR, BUDGET, PADDING, PROMPT = 0, 1, 2, 3
-"""Columns of `rows` (B, 4) int64: last full position, budget K, padded columns, length of the last prompt block."""
-
-REFRESH, FULL, COMPACT = 0, 1, 2
-"""What a cache is: one that refreshes; one that is always read whole; one that holds only what it kept, and reads the
-entries `rows[PADDING] .. rows[ANCHOR]-1` but for the one the new token replaces."""
+REFRESH, FULL, COMPACT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""What a cache is: one that refreshes; one that is always read whole; one of at most K entries, whose first
+`row_state[LAST_FULL]` entries are read but for the one that the new token replaces."""
 
 PROGRAMS_PER_PROCESSOR = 2
-"""Programs of `_attend` on each multiprocessor: what its tiles leave room for, so that all run at once."""
+"""Programs of `_attend` for each multiprocessor: its tiles leave room for so many, so that all run at once."""
 
 LARGEST_SPLIT = 128
-"""Most splits of a row; the merge holds that many partial results at once."""
+"""Most splits of a batch row; `_finish` holds that many partial results at once."""
 
 TILE = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
-"""Keys taken at once by `_attend` for 16-bit caches and heads up to 128."""
+"""Keys that `_attend` takes at once, for 16-bit caches and heads up to 128."""
 
 RANKED = 1024
 """Positions that a program of `_finish` ranks at once."""
@@ -40,12 +39,13 @@ def _is_full(
     query_ptr, then_ptr, query_h, position, prompt, stride, threshold,
     H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, SIMILARITY: tl.constexpr,
 ):  # fmt: skip
-    """Whether this step of one row is full: `refreshkv.ops.schedule`'s rule on the device."""
+    """Whether this step of one batch row is full: the rule of `refreshkv.ops.schedule` on the device."""
     full = (position - (prompt - 1)) % stride == 0
     if SIMILARITY:
         if full:
             now = _mean_query(query_ptr, query_h, H, D, HP, DP)
             column = tl.arange(0, DP)
+            # [DP]
             then = tl.load(then_ptr + column, mask=column < D, other=0.0)
             now_length = tl.maximum(tl.sqrt(tl.sum(now * now, 0)), 1e-8)
             then_length = tl.maximum(tl.sqrt(tl.sum(then * then, 0)), 1e-8)
@@ -55,17 +55,19 @@ def _is_full(
 
 @triton.jit
 def _mean_query(query_ptr, query_h, H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr):
-    """Mean over the query heads of one row in float32: (DP,)."""
+    """Mean over the query heads of one batch row in float32: [DP]."""
     head, column = tl.arange(0, HP), tl.arange(0, DP)
     mask = (head < H)[:, None] & (column < D)[None, :]
+    # [HP, DP]
     query = tl.load(query_ptr + head[:, None] * query_h + column[None, :], mask=mask, other=0.0)
     return tl.sum(query.to(tl.float32), 0) / H
 
 
 @triton.jit
-def _left(anchor, budget, padding, since):
-    """Ranks of the selection that the queue still holds `since` steps after it was made (specification, section 4)."""
-    size = tl.minimum(budget, anchor + 1 - padding)
+def _ranks_left(last_full, budget, padding, since):
+    """How many ranks of the selection the queue still holds, `since` steps after it was made (specification,
+    section 4)."""
+    size = tl.minimum(budget, last_full + 1 - padding)
     return tl.maximum(size - tl.maximum(size + since - 1 - budget, 0), 0)
 
 
@@ -73,25 +75,29 @@ def _left(anchor, budget, padding, since):
 def _walk(
     query, keys, values, selected, logits_row, first, last, left, oldest, slot, highest, total, result, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, BLOCK_N: tl.constexpr,
-    capacity, FULL: tl.constexpr, STORE: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
+    capacity, WHOLE: tl.constexpr, STORE: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Takes entries `first .. last-1` of a row into the running softmax: by position if FULL, else by the selection
-    and, after its `left` entries, by position from `oldest`. STORE leaves the logits at their positions; SKIP passes
-    over `slot`."""
+    """Takes the entries `first .. last - 1` of a batch row into the running softmax.
+
+    WHOLE: entry `i` is position `oldest + i`; else the first `left` entries are the selection's, and those after them
+    the positions from `oldest` on. STORE writes the logits at their positions; SKIP passes over `slot`.
+    """
     column, row = tl.arange(0, DP), tl.arange(0, MP)
     in_head = column < D
     for start in range(first, last, BLOCK_N):
         entry = start + tl.arange(0, BLOCK_N)
         exists = entry < last
-        if FULL:
+        if WHOLE:
             token = oldest + entry
             if SKIP:
                 exists = exists & (token != slot)
         else:
+            # [BLOCK_N]
             token = tl.load(selected + entry, mask=exists & (entry < left), other=0)
             token = tl.where(entry < left, token, oldest + entry - left)
         place = token.to(tl.int64)[:, None] * D + column[None, :]
         here = exists[:, None] & in_head[None, :]
+        # [BLOCK_N, DP] twice
         key = tl.load(keys + place, mask=here, other=0.0)
         value = tl.load(values + place, mask=here, other=0.0)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
@@ -100,7 +106,7 @@ def _walk(
             tl.store(logits_row + place, logits, mask=(row < G)[:, None] & exists[None, :])
         logits = tl.where(exists[None, :], logits, -float("inf"))
         higher = tl.maximum(highest, tl.max(logits, 1))
-        safe = tl.where(higher == -float("inf"), 0.0, higher)  # nothing seen yet
+        safe = tl.where(higher == -float("inf"), 0.0, higher)  # for a row that has seen nothing yet
         weight = tl.exp2(logits - safe[:, None])
         shrink = tl.exp2(highest - safe)
         total = total * shrink + tl.sum(weight, 1)
@@ -118,7 +124,8 @@ def _attend(
     OBSERVERS: tl.constexpr, MODE: tl.constexpr, SIMILARITY: tl.constexpr, STORE: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One share of the keys of one row and key/value head: its maximum and sum (B, H, N), its output (B, H, N, D)."""
+    """One share of the keys of one batch row and key/value head: its maximum and sum (B, H, N), its output
+    (B, H, N, D)."""
     split, pair = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
@@ -126,29 +133,31 @@ def _attend(
     in_head = column < D
     mask = (row < G)[:, None] & in_head[None, :]
     query_ptr += batch * query_b
+    # [MP, DP], then [DP] twice
     query = tl.load(query_ptr + (kv_head * G + row)[:, None] * query_h + column[None, :], mask=mask, other=0.0)
     new_key = tl.load(key_ptr + batch * key_b + kv_head * key_h + column, mask=in_head, other=0.0)
     new_value = tl.load(value_ptr + batch * value_b + kv_head * value_h + column, mask=in_head, other=0.0)
     position = tl.minimum(tl.load(length_ptr), capacity).to(tl.int32)
-    anchor = tl.load(row_ptr + batch * 4 + 0).to(tl.int32)
-    budget = tl.load(row_ptr + batch * 4 + 1).to(tl.int32)
-    padding = tl.load(row_ptr + batch * 4 + 2).to(tl.int32)
-    prompt = tl.load(row_ptr + batch * 4 + 3).to(tl.int32)
+    row_state = row_ptr + batch * ROW_COLUMNS
+    last_full = tl.load(row_state + LAST_FULL).to(tl.int32)
+    budget = tl.load(row_state + BUDGET).to(tl.int32)
+    padding = tl.load(row_state + PADDING).to(tl.int32)
+    prompt = tl.load(row_state + PROMPT_LENGTH).to(tl.int32)
 
     slot = position
     oldest, count = padding, position - padding
     left = count * 0
-    full = MODE != 0
-    if MODE == 2:
+    full = MODE != REFRESH
+    if MODE == COMPACT:
         slot = tl.load(slot_ptr + pair).to(tl.int32)
-        count = anchor - padding
-    if MODE == 0:
+        count = last_full - padding  # here the number of entries
+    if MODE == REFRESH:
         full = _is_full(
             query_ptr, then_ptr + batch * D, query_h, position, prompt, stride, threshold, H, D, HP, DP, SIMILARITY
         )
         if not full:
-            left = _left(anchor, budget, padding, position - anchor)
-            oldest = tl.maximum(anchor + 1, position - budget)
+            left = _ranks_left(last_full, budget, padding, position - last_full)
+            oldest = tl.maximum(last_full + 1, position - budget)
             count = left + position - oldest
         if split == 0:
             tl.store(arrived_ptr + pair, 0)
@@ -162,7 +171,7 @@ def _attend(
     first = tl.minimum(split * share, count)
     last = tl.minimum(first + share, count)
 
-    # the first share begins with the token itself, whose key and value join the cache
+    # the first share begins with the token itself, and writes its key and value into the cache
     own = split == 0
     keys = keys_ptr + pair.to(tl.int64) * capacity * D
     values = values_ptr + pair.to(tl.int64) * capacity * D
@@ -183,13 +192,13 @@ def _attend(
             observer = (batch * H + kv_head * G + row) * OBSERVERS + position % OBSERVERS
             tl.store(observer_ptr + observer[:, None] * D + column[None, :], query, mask=mask)
         if slot >= capacity:
-            total = total * float("nan")  # nothing may be attended that was not kept
+            total = total * float("nan")  # beyond the cache's room: a token that was not kept must not pass for one
 
     selected = selected_ptr + pair.to(tl.int64) * width
     if full:
         highest, total, result = _walk(
             query, keys, values, selected, logits_row, first, last, left, oldest, slot, highest, total, result, scale,
-            G, D, DP, MP, BLOCK_N, capacity, True, STORE, MODE == 2, PRECISION,
+            G, D, DP, MP, BLOCK_N, capacity, True, STORE, MODE == COMPACT, PRECISION,
         )  # fmt: skip
     else:
         highest, total, result = _walk(
@@ -210,21 +219,23 @@ def _finish(
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr, POOL: tl.constexpr,
     RANK: tl.constexpr, OBSERVED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The first G programs of a row and key/value head merge the shares of one query head each, in fixed order; the
-    others, where the step is full, rank the positions of the cache: window and sink positions first, then the pooled
-    score's own bits (a float >= 0 orders like them), into (B, Hkv, L) int32."""
+    """The first G programs of a batch row and key/value head merge the shares of one query head each, in fixed order.
+    The others, where the step is full, rank the positions of the cache, (B, Hkv, L) int32: the recent window and the
+    sinks first, then the pooled score's own bits, which order as the float >= 0 does."""
     part, pair = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
     heads = kv_heads * G
     number = tl.arange(0, NP)
     if part < G:
         head = batch * heads + kv_head * G + part
+        # [NP] twice
         highest = tl.load(highest_ptr + head * splits + number, mask=number < splits, other=-float("inf"))
         total = tl.load(total_ptr + head * splits + number, mask=number < splits, other=0.0)
         weight = tl.exp2(highest - tl.max(highest, 0))
         column = tl.arange(0, DP)
         there = (highest > -float("inf"))[:, None] & (column < D)[None, :]
         place = (head * splits + number)[:, None] * D + column[None, :]
+        # [NP, DP]
         result = tl.load(partial_ptr + place, mask=there, other=0.0)
         result = tl.sum(result * weight[:, None], 0) / tl.sum(total * weight, 0)
         tl.store(output_ptr + head * D + column, result.to(output_ptr.dtype.element_ty), mask=column < D)
@@ -237,13 +248,14 @@ def _finish(
             head = batch * heads + kv_head * G + member
             inside = (member < G)[:, None] & (number < splits)[None, :]
             place = head[:, None] * splits + number[None, :]
+            # [GP, NP] twice
             highest = tl.load(highest_ptr + place, mask=inside, other=-float("inf"))
             total = tl.load(total_ptr + place, mask=inside, other=0.0)
             top = tl.max(highest, 1)
             top = tl.where(member < G, top, 0.0)
             total = tl.sum(total * tl.exp2(highest - top[:, None]), 1)
             lse = top + tl.log2(tl.where(member < G, total, 1.0))
-            padding = tl.load(row_ptr + batch * 4 + 2).to(tl.int32)
+            padding = tl.load(row_ptr + batch * ROW_COLUMNS + PADDING).to(tl.int32)
             rows = logit_ptr + (batch * heads + kv_head * G) * capacity
             scores = score_ptr + pair.to(tl.int64) * capacity
             rankings = ranking_ptr + pair.to(tl.int64) * capacity
@@ -256,6 +268,7 @@ def _finish(
                     for away in tl.static_range(-(POOL // 2), POOL // 2 + 1):
                         near = token + away
                         near_exists = (near >= padding) & (near <= position)
+                        # [BLOCK]
                         best = tl.maximum(best, tl.load(scores + near, mask=near_exists, other=0.0))
                 else:
                     best = tl.full([BLOCK], -float("inf"), tl.float32)
@@ -265,16 +278,17 @@ def _finish(
                         for away in tl.static_range(-(POOL // 2), POOL // 2 + 1):
                             near = token + away
                             near_exists = (near >= padding) & (near <= position)
+                            # [BLOCK]
                             logit = tl.load(logits + near, mask=near_exists, other=-float("inf"))
                             best = tl.maximum(best, logit - shift)
                     best = tl.exp2(best)
                 preferred = (token > position - recent) | (token - padding < sinks)
-                ranking = best.to(tl.int32, bitcast=True) + tl.where(preferred, 1 << 30, 0)
+                ranking = best.to(tl.int32, bitcast=True) + tl.where(preferred, PREFERRED, 0)
                 tl.store(rankings + token, ranking, mask=(token >= padding) & (token <= position))
 
 
 def splits_of(pairs: int, device: torch.device) -> int:
-    """Shares of the keys for so many pairs of rows and key/value heads: as many programs as run at once."""
+    """Splits of the keys for so many pairs of batch row and key/value head: as many programs as run at once."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     return max(1, min(LARGEST_SPLIT, PROGRAMS_PER_PROCESSOR * processors // pairs))
 

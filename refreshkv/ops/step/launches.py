@@ -1,4 +1,8 @@
-"""One decoding step by Triton kernels: launches of fixed size, chosen by shapes alone, nothing read by the host."""
+"""One decoding step by Triton kernels: launches of fixed size, chosen by shapes alone; the host reads nothing.
+
+Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `L` tokens the cache has room for, `E`
+entries of a compact cache.
+"""
 
 import torch
 import triton
@@ -17,14 +21,10 @@ from refreshkv.ops.state import (
 )
 from refreshkv.ops.step import attention
 from refreshkv.ops.step import observers as observing
-from refreshkv.ops.tiles import LOG2E, padded_head, precision
+from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, padded_head, precision
 
 RANKING_PROGRAMS = 1024
-"""About how many programs rank the positions of all rows."""
-
-SAME_IN_ALL_THREADS = {"enable_fp_fusion": False}
-"""Of kernels that rank. Where threads add up shares of a sum, each fuses its own product into the addition and gets
-another last bit; then positions with the same score, as pooling makes them, would no longer tie."""
+"""About how many programs rank the positions of all batch rows."""
 
 
 def decode_step(
@@ -46,7 +46,7 @@ def attend_and_rank(
     options: StepOptions,
     scaling: float,
 ) -> Tensor:
-    """A step but for its selection, which `select` makes from what this puts into `scratch`: (B, 1, H, D)."""
+    """A step without its selection, which `select` makes from what this writes into `scratch`: (B, 1, H, D)."""
     query, key, value = _unit_stride(query, key, value)
     shares = attend(query, key, value, state, scaling, options=options, scratch=scratch)
     scores = shares.logits
@@ -79,7 +79,7 @@ def full_step(
 def compact_step(
     query: Tensor, key: Tensor, value: Tensor, compact: CompactState, heavy: bool, scaling: float
 ) -> tuple[Tensor, Tensor | None]:
-    """`refreshkv.ops.naive.compact_step` by kernels: (B, 1, H, D), and the entries' probabilities."""
+    """`refreshkv.ops.naive.compact_step` by kernels: (B, 1, H, D), and the entries' probabilities (B, Hkv, E)."""
     query, key, value = _unit_stride(query, key, value)
     state, slots = _undecided(*compact[:4]), compact.slots
     shares = attend(query, key, value, state, scaling, slots=slots, store=heavy)
@@ -101,7 +101,7 @@ def _undecided(keys: Tensor, values: Tensor, length: Tensor, row_state: Tensor) 
 
 
 class Shares:
-    """What `attend` leaves for `finish`: outputs, maxima and sums of each share of the keys."""
+    """What `attend` writes for `finish`: the output, maximum and sum of each share of the keys."""
 
     def __init__(self, query: Tensor, splits: int, capacity: int, store: bool):
         batch, heads, _, head_dim = query.shape
@@ -133,7 +133,7 @@ def attend(
     kv_heads, capacity = state.keys.shape[1], state.keys.shape[2]
     group = heads // kv_heads
     splits = attention.splits_of(batch * kv_heads, query.device)
-    mode, stride, threshold, observers = attention.COMPACT if slots is not None else attention.FULL, 1, None, 1
+    mode, stride, threshold, observers = attention.FULL if slots is None else attention.COMPACT, 1, None, 1
     if options is not None:
         mode, stride, threshold, observers = attention.REFRESH, *options[:2], options.selection.observation_window
         store = observers == 1
@@ -147,7 +147,7 @@ def attend(
         stride, threshold or 0.0, scaling * LOG2E,
         G=group, H=heads, D=head_dim, HP=triton.next_power_of_2(heads), DP=padded_head(head_dim),
         MP=max(16, triton.next_power_of_2(group)), OBSERVERS=observers,
-        MODE=mode, SIMILARITY=threshold is not None, STORE=store, PRECISION=precision(query),
+        MODE=mode.value, SIMILARITY=threshold is not None, STORE=store, PRECISION=precision(query),
         **attention.tile_of(query),
     )  # fmt: skip
     return shares
@@ -185,21 +185,22 @@ def select(scratch: SelectionScratch, length: Tensor, decisions: Decisions, opti
     head_dim, device = mean_query.shape[1], selected.device
     parts = selection.parts_of(batch * kv_heads, capacity)
     sizes = selection.sizes_of(capacity, selected.shape[2], parts)
-    doubts = torch.empty(batch, kv_heads, parts, sizes["DOUBTS"], dtype=torch.int32, device=device)
-    # a part's positions begin with a block that the row's own first position may be in
+    candidates = torch.empty(batch, kv_heads, parts, 2, sizes["CANDIDATES"], dtype=torch.int32, device=device)
+    # a part begins with a whole block, in which the row's first position may lie
     room = triton.cdiv(triton.cdiv(capacity + sizes["BLOCK"], parts), sizes["BLOCK"]) * sizes["BLOCK"]
-    stage = torch.empty(batch, kv_heads, parts, 2, room, dtype=torch.int32, device=device) if parts > 1 else doubts
-    counts = torch.empty(batch, kv_heads, parts, 2, dtype=torch.int32, device=device) if parts > 1 else doubts
+    stage = torch.empty(batch, kv_heads, parts, 2, room, dtype=torch.int32, device=device) if parts > 1 else candidates
+    counts = torch.empty(batch, kv_heads, parts, 2, dtype=torch.int32, device=device) if parts > 1 else candidates
     selection._select[batch * kv_heads, parts](  # many layers and rows: more than the other dimensions take
-        scratch.rankings, doubts, stage, counts, scratch.arrived, selected, ranking, row_state, length, scratch.full,
-        full_steps, scratch.now, mean_query, kv_heads, capacity, selected.shape[2], room, selection.MARGIN,
+        scratch.rankings, candidates, stage, counts, scratch.arrived, selected, ranking, row_state, length,
+        scratch.full, full_steps, scratch.now, mean_query,
+        kv_heads, capacity, selected.shape[2], room, selection.MARGIN,
         D=head_dim, DP=padded_head(head_dim), SIMILARITY=options.threshold is not None, TAIL=TAIL,
         LAST_RANKS=last_ranks(options), num_warps=selection.WARPS, **sizes,
     )  # fmt: skip
 
 
 def _observed_scores(state: LayerState, full: Tensor, splits: int, scaling: float) -> Tensor:
-    """Mean over the observing queries of their group's highest probability: (B, Hkv, L) float32, of full rows."""
+    """Mean over the observing queries of their group's highest probability: (B, Hkv, L) float32, at full steps."""
     observers, keys, row_state = state.observers, state.keys, state.row_state
     batch, heads, window, head_dim = observers.shape
     kv_heads, capacity = keys.shape[1], keys.shape[2]

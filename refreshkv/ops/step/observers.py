@@ -1,6 +1,6 @@
 """Triton kernels for selections by several observing queries: their softmax, split over keys, and their mean scores.
 
-Both read the keys once; rows whose step is partial end at once.
+Both read the keys once; programs of batch rows whose step is partial end at once.
 
 Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `G = H / Hkv`, `D` head size, `L` tokens the cache has
 room for, `N` splits, `O` observing queries; the query of position `p` is in slot `p % O`.
@@ -8,6 +8,8 @@ room for, `N` splits, `O` observing queries; the query of position `p` is in slo
 
 import triton
 import triton.language as tl
+
+from refreshkv.ops.tiles import PADDING, ROW_COLUMNS
 
 
 @triton.jit
@@ -22,7 +24,7 @@ def _observer_sums(
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
     position = tl.load(full_ptr + batch)
     if position >= 0:
-        padding = tl.load(row_ptr + batch * 4 + 2).to(tl.int32)
+        padding = tl.load(row_ptr + batch * ROW_COLUMNS + PADDING).to(tl.int32)
         row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         seen_from = position - (OBSERVERS - 1) + row // G
         exists = (row < OBSERVERS * G) & (seen_from >= padding)
@@ -31,6 +33,7 @@ def _observer_sums(
         in_head = column < D
         slot = head * OBSERVERS + tl.maximum(seen_from, 0) % OBSERVERS
         observers = observer_ptr + slot[:, None] * D + column[None, :]
+        # [BLOCK_M, DP]
         query = tl.load(observers, mask=exists[:, None] & in_head[None, :], other=0.0)
         keys = keys_ptr + pair.to(tl.int64) * capacity * D
         share = tl.cdiv(position + 1 - padding, splits)
@@ -41,6 +44,7 @@ def _observer_sums(
         for start in range(first, last, BLOCK_N):
             token = start + tl.arange(0, BLOCK_N)
             here = (token < last)[:, None] & in_head[None, :]
+            # [BLOCK_N, DP]
             key = tl.load(keys + token.to(tl.int64)[:, None] * D + column[None, :], mask=here, other=0.0)
             logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
             visible = (token[None, :] <= seen_from[:, None]) & (token < last)[None, :]
@@ -65,7 +69,7 @@ def _observer_scores(
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
     position = tl.load(full_ptr + batch)
     if position >= 0:
-        padding = tl.load(row_ptr + batch * 4 + 2).to(tl.int32)
+        padding = tl.load(row_ptr + batch * ROW_COLUMNS + PADDING).to(tl.int32)
         member, number, column = tl.arange(0, GP), tl.arange(0, NP), tl.arange(0, DP)
         in_head, in_group = column < D, member < G
         head = (batch * kv_heads + kv_head) * G + member
@@ -75,12 +79,14 @@ def _observer_scores(
         for start in range(first, position + 1, tl.num_programs(0) * BLOCK_N):
             token = start + tl.arange(0, BLOCK_N)
             here = (token <= position)[:, None] & in_head[None, :]
+            # [BLOCK_N, DP]
             key = tl.load(keys + token.to(tl.int64)[:, None] * D + column[None, :], mask=here, other=0.0)
             score = tl.zeros([BLOCK_N], tl.float32)
             for observer in range(OBSERVERS - present, OBSERVERS):
                 seen_from = position - (OBSERVERS - 1) + observer
                 place = (head * OBSERVERS + observer)[:, None] * splits + number[None, :]
                 inside = in_group[:, None] & (number < splits)[None, :]
+                # [GP, NP] twice
                 highest = tl.load(highest_ptr + place, mask=inside, other=-float("inf"))
                 total = tl.load(total_ptr + place, mask=inside, other=0.0)
                 top = tl.where(in_group, tl.max(highest, 1), 0.0)
@@ -88,6 +94,7 @@ def _observer_scores(
                 lse = top + tl.log2(tl.where(in_group, total, 1.0))
                 slot = head * OBSERVERS + seen_from % OBSERVERS
                 observers = observer_ptr + slot[:, None] * D + column[None, :]
+                # [GP, DP]
                 query = tl.load(observers, mask=in_group[:, None] & in_head[None, :], other=0.0)
                 logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale - lse[:, None]
                 best = tl.max(tl.where(in_group[:, None], logits, -float("inf")), 0)

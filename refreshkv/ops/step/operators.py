@@ -1,20 +1,18 @@
 """One decoding step of one layer as an operator: everything it decides and keeps stays in device memory.
 
 The operators are opaque to torch.compile, which therefore sees no break, and `generate` can capture them into a CUDA
-graph. torch wants their arguments flat; the functions of the same names take them as structs. On CUDA, 16- and 32-bit
-caches go through the Triton kernels of `refreshkv.ops.step.launches`; everything else, and REFRESHKV_OPS=naive, through
-`refreshkv.ops.naive.step`.
+graph. torch wants their arguments flat; the functions of the same names take them as structs. `refreshkv.ops.choice`
+says whether the Triton kernels of `refreshkv.ops.step.launches` compute them, or `refreshkv.ops.naive.step`.
 
 Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `L` tokens the cache has room for, `N`
 layers.
 """
 
-import os
-
 import torch
 from torch import Tensor
 
 from refreshkv.ops import naive
+from refreshkv.ops.choice import CHOICE
 from refreshkv.ops.state import (
     BUDGET,
     ENTRIES_USED,
@@ -26,22 +24,21 @@ from refreshkv.ops.state import (
     StepOptions,
 )
 
-KERNEL_TYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def uses_kernels(tensor: Tensor) -> bool:
-    """Whether this tensor's operations go to the Triton kernels."""
-    return tensor.is_cuda and tensor.dtype in KERNEL_TYPES and os.environ.get("REFRESHKV_OPS") != "naive"
-
 
 def decode_step(
     query: Tensor, key: Tensor, value: Tensor, state: LayerState, options: StepOptions, scaling: float
 ) -> Tensor:
-    """Appends one token and attends with its query (specification, sections 2 to 4): returns (B, 1, H, D).
+    """Appends one token to a layer's cache and attends with its query (specification, sections 2 to 4).
 
-    query (B, H, 1, D), key and value (B, Hkv, 1, D): the token's; state: the layer's, changed in place. Its keys and
-    values may be pinned host memory, which the kernels read and write over the bus. The caller makes sure that the
-    cache has room; without it the output is not a number.
+    Args:
+        query: (B, H, 1, D), the token's.
+        key, value: (B, Hkv, 1, D), the token's.
+        state: the layer's state, changed in place. Its keys and values may be pinned host memory, which the kernels
+            read and write over the bus. The caller makes sure that there is room; without room the output is nan.
+        options: when the step is full, and what it then keeps.
+        scaling: factor of the logits.
+
+    Returns (B, 1, H, D).
     """
     return _decode_step(query, key, value, *state, *options.flat(), scaling)
 
@@ -71,7 +68,7 @@ def _decode_step(
     state = LayerState(keys, values, length, row_state, selected, ranking, mean_query, observers, full_steps)
     selection = SelectionOptions(pool_kernel, observation_window, recent_window, sink_tokens)
     options = StepOptions(stride, threshold, selection)
-    if uses_kernels(query):
+    if CHOICE.uses_kernels(query):
         from refreshkv.ops.step import launches  # imports Triton, which machines without a GPU may lack
 
         with torch.cuda.device_of(query):
@@ -91,10 +88,16 @@ def attend_step(
 ) -> Tensor:
     """`decode_step` of one of N layers by kernels, without the selection, which `select_step` makes for all of them.
 
-    state: the layer's keys, values, length and observers, and the decisions of all layers, (N, ...); scratch: that of
-    all layers, of which this layer writes its part. scratch is left out of `mutates_args` on purpose: declared,
-    functionalization would clone it. That is safe because only `select_step` reads it, after every `attend_step`, for
-    it takes the `length` that each of them changes.
+    Args:
+        query, key, value: as in `decode_step`.
+        state: the layer's keys, values, length and observers, and the decisions of all layers, (N, ...).
+        scratch: that of all layers, (N, ...); this layer writes its part.
+        layer: which of the N layers this is.
+        options, scaling: as in `decode_step`.
+
+    Returns (B, 1, H, D). scratch is left out of `mutates_args` on purpose: declared, functionalization would clone it.
+    That is safe because only `select_step` reads it, after every `attend_step`, for it takes the `length` that the
+    last of them changes.
     """
     keys, values, length, row_state, selected, _, mean_query, observers, _ = state
     return _attend_step(
@@ -140,7 +143,11 @@ def _attend_step(
 def select_step(scratch: SelectionScratch, length: Tensor, decisions: Decisions, options: StepOptions) -> None:
     """Ends a step of N layers: the selections of all that were full, in one launch.
 
-    scratch and decisions: those of all layers, (N, ...); length (): the last layer's.
+    Args:
+        scratch: what `attend_step` wrote, (N, ...).
+        length: () int64: the last layer's.
+        decisions: those of all layers, (N, ...), changed in place.
+        options: as in `decode_step`.
     """
     _select_step(list(scratch), length, *decisions, *options.flat())
 
@@ -187,8 +194,19 @@ def full_step(
     row_state: Tensor,
     scaling: float,
 ) -> Tensor:
-    """Appends one token and attends to all; arguments and result as in `decode_step`."""
-    if uses_kernels(keys):
+    """Appends one token to a cache and attends to all tokens.
+
+    Args:
+        query: (B, H, 1, D), the token's.
+        key, value: (B, Hkv, 1, D), the token's.
+        keys, values: (B, Hkv, L, D), changed in place.
+        length: () int64: tokens so far, changed in place.
+        row_state: (B, 4) int64, of which the padded columns are read.
+        scaling: factor of the logits.
+
+    Returns (B, 1, H, D).
+    """
+    if CHOICE.uses_kernels(keys):
         from refreshkv.ops.step import launches
 
         with torch.cuda.device_of(keys):
@@ -199,11 +217,18 @@ def full_step(
 def compact_step(
     query: Tensor, key: Tensor, value: Tensor, state: CompactState, sink_tokens: int, heavy: bool, scaling: float
 ) -> Tensor:
-    """One token attends to what a compact cache kept and to itself and joins it; one entry goes if there are then more
-    than the budget: returns (B, 1, H, D).
+    """One token attends to the entries of a compact cache and to itself and joins them; then one entry is dropped if
+    there are more than the budget.
 
-    The oldest entry after the first `sink_tokens` goes; or, if `heavy`, the one with the lowest accumulated probability
-    that is not among the last K // 2 tokens.
+    Args:
+        query, key, value: as in `decode_step`.
+        state: the cache's state, changed in place.
+        sink_tokens: entries that are never dropped, unless `heavy`.
+        heavy: drops the entry with the lowest accumulated probability that is not among the last K // 2 tokens, instead
+            of the oldest.
+        scaling: factor of the logits.
+
+    Returns (B, 1, H, D).
     """
     return _compact_step(query, key, value, *state, sink_tokens, heavy, scaling)
 
@@ -225,7 +250,7 @@ def _compact_step(
     scaling: float,
 ) -> Tensor:
     token = length.clone()
-    if uses_kernels(keys):
+    if CHOICE.uses_kernels(keys):
         from refreshkv.ops.step import launches as form
     else:
         form = naive
@@ -254,6 +279,6 @@ def _compact_step(
 @full_step.register_fake
 @_compact_step.register_fake
 def _token_output(query: Tensor, *args) -> Tensor:
-    """What a step returns, as far as torch.compile has to know: (B, 1, H, D)."""
+    """The shape of what a step returns, for torch.compile: (B, 1, H, D)."""
     batch, heads, _, head_dim = query.shape
     return query.new_empty(batch, 1, heads, head_dim)

@@ -1,4 +1,4 @@
-"""Triton kernels that move tokens between host and device: pinned host memory is read and written in place, over the
+"""Triton kernels that copy tokens between host and device. Pinned host memory is read and written in place, over the
 bus, without a copy in between and without waiting for the host.
 
 Shapes: `B` batch rows, `Hkv` key/value heads, `L` tokens, `D` head size, `W` slots of a selection.
@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 16
-"""Tokens of a program."""
+"""Tokens that a program copies."""
 
 
 @triton.jit(do_not_specialize=["count", "source_first", "target_first"])
@@ -19,12 +19,14 @@ def _copy(
     source_first, target_first, count,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """BLOCK of `count` tokens of one batch row and head."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, DP)
     mask = (token < count)[:, None] & (column < D)[None, :]
     source = source_ptr + batch * source_b + head * source_h + (source_first + token) * source_t
     target = target_ptr + batch * target_b + head * target_h + (target_first + token) * target_t
+    # [BLOCK, DP]
     tl.store(target[:, None] + column[None, :], tl.load(source[:, None] + column[None, :], mask=mask), mask=mask)
 
 
@@ -33,21 +35,24 @@ def _gather(
     source_ptr, index_ptr, wanted_ptr, target_ptr, source_b, source_h, source_t, target_b, target_h, target_t, width,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """BLOCK of `width` chosen tokens of one batch row and head."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     if tl.load(wanted_ptr + batch) == 0:
         return
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     index = index_ptr + (batch * tl.num_programs(1) + head) * width + slot
+    # [BLOCK]
     token = tl.load(index, mask=slot < width, other=-1).to(tl.int64)
     column = tl.arange(0, DP)
     mask = (token >= 0)[:, None] & (column < D)[None, :]
     source = source_ptr + batch * source_b + head * source_h + token * source_t
     target = target_ptr + batch * target_b + head * target_h + slot.to(tl.int64) * target_t
+    # [BLOCK, DP]
     tl.store(target[:, None] + column[None, :], tl.load(source[:, None] + column[None, :], mask=mask), mask=mask)
 
 
-def copy_rows(source: Tensor, target: Tensor, source_first: int, target_first: int, count: int) -> None:
-    """As `refreshkv.ops.naive.copy_rows`."""
+def copy_tokens(source: Tensor, target: Tensor, source_first: int, target_first: int, count: int) -> None:
+    """As `refreshkv.ops.copy_tokens`."""
     batch, kv_heads, _, head_dim = source.shape
     if count == 0:
         return
@@ -59,8 +64,8 @@ def copy_rows(source: Tensor, target: Tensor, source_first: int, target_first: i
         )  # fmt: skip
 
 
-def gather_rows(source: Tensor, index: Tensor, wanted: Tensor, target: Tensor) -> None:
-    """As `refreshkv.ops.naive.gather_rows`."""
+def gather_tokens(source: Tensor, index: Tensor, wanted: Tensor, target: Tensor) -> None:
+    """As `refreshkv.ops.gather_tokens`."""
     batch, kv_heads, width = index.shape
     source = source if source.stride(-1) == 1 else source.contiguous()
     head_dim = source.shape[-1]

@@ -1,12 +1,16 @@
-"""Triton kernels for the partial rows: per interval between two checks, the selected keys and the recent ones.
+"""Triton kernels for the partial steps: each attends to its segment's selected keys and to the recent ones.
 
-Shapes: `B` batch rows, `T` positions, `P` prompt length, `R = T - P` decoded rows, `C` checks, `S` stride, `H` query
-heads, `Hkv` key/value heads, `G = H / Hkv`, `D` head size, `W` width of a selection. Interval `c` holds the positions
-`P-1 + c*S .. P-1 + (c+1)*S - 1`; all its rows after the check decode from the selection of one full step, the latest at
-or before the check, and the check's own row does if it was not full. The grid is the same for every schedule.
+Interval `c` holds the positions `P - 1 + c * S .. P - 1 + (c + 1) * S - 1`, of which the first is a decision step. All
+positions after it decode from the selection of one full step, the latest at or before the decision step, and so does
+the decision step itself if it was not full. A program computes rows of one interval, pairs (position, head of the
+group). The grid is the same for every schedule.
 
 The keys of a tile of rows are one list: the selected ones by rank, then the recent ones by position. The tiles of keys
 that every row sees whole come first and need no mask; the rest follows in a second loop.
+
+Shapes: `B` batch rows, `T` positions, `P` prompt length, `R = T - P`, `C` decision steps, `S` stride, `H` query heads,
+`Hkv` key/value heads, `G = H / Hkv`, `D` head size, `W` slots of a selection; a program has BLOCK_M rows and takes
+BLOCK_N keys at a time.
 """
 
 import torch
@@ -34,15 +38,15 @@ from refreshkv.ops.tiles import (
 
 @triton.jit
 def _interval(
-    full_ptr, latest_ptr, budget_ptr, padding_ptr, batch, interval, tile, checks, length, prompt, stride,
+    full_ptr, latest_ptr, budget_ptr, padding_ptr, batch, interval, tile, decisions, length, prompt, stride,
     G: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile: head of the group and position of each row, which rows are partial, how many ranks each still holds,
-    the segment's index and last full position, and the budget."""
+    """The rows of a tile: each one's head of the group and position, whether it is partial, and how many ranks its
+    queue still holds; then the decision step and the position of the full step that they decode from; the budget."""
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offset = row // G
-    segment = tl.load(latest_ptr + batch * checks + interval).to(tl.int32)
-    anchor = tl.load(full_ptr + batch * checks + segment).to(tl.int32)
+    segment = tl.load(latest_ptr + batch * decisions + interval).to(tl.int32)
+    anchor = tl.load(full_ptr + batch * decisions + segment).to(tl.int32)
     budget = tl.load(budget_ptr + batch).to(tl.int32)
     padding = tl.load(padding_ptr + batch).to(tl.int32)
     position = prompt - 1 + interval * stride + offset
@@ -54,8 +58,8 @@ def _interval(
 
 @triton.jit
 def _key_list(partial, position, left, anchor, budget, length):
-    """Of a tile's list of keys: how many selected ones, how many of them all rows see, the first recent one, the end
-    of the list."""
+    """The list of keys of a tile: how many selected ones it has, how many of them all rows see, its first recent
+    position, and its end."""
     newest = tl.max(tl.where(partial, position, -1), 0)
     oldest = tl.min(tl.where(partial, position, length), 0)
     most = tl.maximum(tl.max(tl.where(partial, left, 0), 0), 0)
@@ -66,33 +70,48 @@ def _key_list(partial, position, left, anchor, budget, length):
 
 @triton.jit
 def _listed(chosen, number, most, first):
-    """The tokens at some numbers of the list, and what a row's bounds there are about: ranks, or positions."""
+    """The tokens [BLOCK_N] at some numbers of the list; what `_visible` compares, the rank of a selected one, the
+    position of a recent one; and which are selected."""
     is_chosen = number < most
     recent = first + number - most
+    # [BLOCK_N]
     token = tl.load(chosen + number, mask=is_chosen, other=0).to(tl.int32)
     return tl.where(is_chosen, token, recent), tl.where(is_chosen, number, recent), is_chosen
 
 
 @triton.jit
 def _visible(bounded, is_chosen, position, left, budget):
-    """Which of the listed keys each row sees: (rows, keys)."""
+    """Which of the listed keys each row sees: [BLOCK_M, BLOCK_N]."""
     lowest = tl.where(is_chosen[None, :], 0, (position - budget)[:, None])
     beyond = tl.where(is_chosen[None, :], left[:, None], (position + 1)[:, None])
     return (bounded[None, :] >= lowest) & (bounded[None, :] < beyond)
 
 
-@triton.jit(do_not_specialize=["prompt", "shift", "stride", "checks", "tiles"])
+@triton.jit(do_not_specialize=["prompt", "shift", "stride", "decisions", "tiles"])
 def _forward(
     query_ptr, key_ptr, value_ptr, full_ptr, latest_ptr, selected_ptr, budget_ptr, padding_ptr, output_ptr, lse_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_t, output_h,
-    checks, tiles, width, length, prompt, shift, stride, scale,
+    decisions, tiles, width, length, prompt, shift, stride, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """The outputs and log-sum-exps of BLOCK_M rows."""
     interval, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     head, position, partial, left, segment, anchor, budget = _interval(
-        full_ptr, latest_ptr, budget_ptr, padding_ptr, batch, interval, tile, checks, length, prompt, stride, G, BLOCK_M
+        full_ptr,
+        latest_ptr,
+        budget_ptr,
+        padding_ptr,
+        batch,
+        interval,
+        tile,
+        decisions,
+        length,
+        prompt,
+        stride,
+        G,
+        BLOCK_M,
     )
     most, seen_by_all, first, end = _key_list(partial, position, left, anchor, budget, length)
     if end <= 0:
@@ -102,16 +121,18 @@ def _forward(
     head = kv_head * G + head
     column = tl.arange(0, DP)
     query_row = query_ptr + batch * query_b + head.to(tl.int64) * query_h + (position - shift).to(tl.int64) * query_t
+    # [BLOCK_M, DP]
     query = load_rows(query_row, column, partial, D, DP, True)
 
     keys = key_ptr + batch * key_b + kv_head.to(tl.int64) * key_h
     values = value_ptr + batch * value_b + kv_head.to(tl.int64) * value_h
-    chosen = selected_ptr + ((batch * kv_heads + kv_head) * checks + segment) * width
+    chosen = selected_ptr + ((batch * kv_heads + kv_head) * decisions + segment) * width
     highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     result = tl.zeros([BLOCK_M, DP], tl.float32)
     whole = seen_by_all // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
+        # [BLOCK_N], then [BLOCK_N, DP] twice
         token = tl.load(chosen + start + tl.arange(0, BLOCK_N)).to(INDEX)
         key = load_rows(keys + token * key_t, column, token >= 0, D, DP, False)
         value = load_rows(values + token * value_t, column, token >= 0, D, DP, False)
@@ -119,6 +140,7 @@ def _forward(
     for start in range(whole, end, BLOCK_N):
         number = start + tl.arange(0, BLOCK_N)
         token, bounded, is_chosen = _listed(chosen, number, most, first)
+        # [BLOCK_N, DP] twice
         key = load_rows(keys + token.to(INDEX) * key_t, column, number < end, D, DP, True)
         value = load_rows(values + token.to(INDEX) * value_t, column, number < end, D, DP, True)
         visible = _visible(bounded, is_chosen, position, left, budget)
@@ -140,7 +162,8 @@ def _tile_backward(
     scale, softmax_scale,
     D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: adds to the gradients of its keys and values in memory, returns the query gradient's sum."""
+    """Adds one tile's part to the gradients of its keys and values in memory; returns the query gradient's sum."""
+    # PARTS times [BLOCK_N, WIDTH], twice
     key = load_parts(key_row, column, exists, D, WIDTH, PARTS, MASKED)
     value = load_parts(value_row, column, exists, D, WIDTH, PARTS, MASKED)
     weight = tl.exp2(dot_parts(query, key, PARTS, PRECISION) * scale - lse[:, None])
@@ -157,26 +180,38 @@ def _tile_backward(
     return sums
 
 
-@triton.jit(do_not_specialize=["prompt", "shift", "stride", "checks", "tiles"])
+@triton.jit(do_not_specialize=["prompt", "shift", "stride", "decisions", "tiles"])
 def _backward(
     query_ptr, key_ptr, value_ptr, full_ptr, latest_ptr, selected_ptr, budget_ptr, padding_ptr, lse_ptr, delta_ptr,
     upstream_ptr, query_grad_ptr, key_grad_ptr, value_grad_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
     upstream_b, upstream_t, upstream_h, grad_b, grad_h, grad_t, sums_b, sums_h, sums_t,
-    checks, tiles, width, length, prompt, shift, stride, scale, softmax_scale,
+    decisions, tiles, width, length, prompt, shift, stride, scale, softmax_scale,
     G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Query gradients stay in registers; those of keys and values are added to memory in float32, tile by tile.
 
-    A tile's work goes by parts of the head, WIDTH columns each, so that the registers hold what it needs. With SPLITS,
-    several programs share the keys of a tile of rows, and the query gradients are added to memory as well.
+    A head is taken in PARTS of WIDTH columns, so that a tile's work fits the registers. With SPLITS, several programs
+    share the keys of a tile of rows, and the query gradients are added to memory as well.
     """
     split = tl.program_id(0) % SPLITS
     interval, tile = tl.program_id(0) // SPLITS // tiles, tl.program_id(0) // SPLITS % tiles
     kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     head, position, partial, left, segment, anchor, budget = _interval(
-        full_ptr, latest_ptr, budget_ptr, padding_ptr, batch, interval, tile, checks, length, prompt, stride, G, BLOCK_M
+        full_ptr,
+        latest_ptr,
+        budget_ptr,
+        padding_ptr,
+        batch,
+        interval,
+        tile,
+        decisions,
+        length,
+        prompt,
+        stride,
+        G,
+        BLOCK_M,
     )
     most, seen_by_all, first, end = _key_list(partial, position, left, anchor, budget, length)
     if end <= 0:
@@ -188,10 +223,11 @@ def _backward(
     decoded = position.to(tl.int64) - prompt
     rows = length - prompt
     query_row = query_ptr + batch * query_b + head.to(tl.int64) * query_h + (position - shift).to(tl.int64) * query_t
+    # PARTS times [BLOCK_M, WIDTH], twice; then [BLOCK_M] twice
     query = load_parts(query_row, column, partial, D, WIDTH, PARTS, True)
     upstream_row = upstream_ptr + batch * upstream_b + decoded * upstream_t + head.to(tl.int64) * upstream_h
     upstream = load_parts(upstream_row, column, partial, D, WIDTH, PARTS, True)
-    # an infinite log-sum-exp gives every weight of a row that is not partial as zero
+    # an infinite log-sum-exp makes every weight of a row that is not partial zero
     lse = tl.load(lse_ptr + (batch * heads + head) * rows + decoded, mask=partial, other=float("inf"))
     delta = tl.load(delta_ptr + (batch * heads + head) * rows + decoded, mask=partial, other=0.0)
 
@@ -199,12 +235,13 @@ def _backward(
     values = value_ptr + batch * value_b + kv_head.to(tl.int64) * value_h
     sums = batch * sums_b + kv_head.to(tl.int64) * sums_h
     key_grads, value_grads = key_grad_ptr + sums, value_grad_ptr + sums
-    chosen = selected_ptr + ((batch * kv_heads + kv_head) * checks + segment) * width
+    chosen = selected_ptr + ((batch * kv_heads + kv_head) * decisions + segment) * width
     query_grad = zero_parts(BLOCK_M, WIDTH, PARTS)
     whole = seen_by_all // BLOCK_N * BLOCK_N
     share = tl.cdiv(tl.cdiv(end, BLOCK_N), SPLITS) * BLOCK_N
     begin, end = split * share, tl.minimum(end, (split + 1) * share)
     for start in range(begin, tl.minimum(whole, end), BLOCK_N):
+        # [BLOCK_N]
         token = tl.load(chosen + start + tl.arange(0, BLOCK_N)).to(INDEX)
         query_grad = _tile_backward(
             query, upstream, lse, delta, query_grad,
@@ -237,12 +274,13 @@ MANY_SPLITS = 8
 
 
 def _interval_rows(query: Tensor, key: Tensor, prompt_length: int, stride: int) -> int:
-    """Rows of the longest interval: its positions times the heads of a group."""
+    """How many rows the longest interval has: its positions times the heads of a group."""
     return min(stride, key.shape[2] - prompt_length + 1) * (query.shape[1] // key.shape[1])
 
 
 def _backward_kernel(rows: int, intervals: int, device: torch.device) -> str:
-    """Larger tiles add less to memory, as long as there are enough of them to fill the GPU and they fit."""
+    """The tiles of the backward pass. Larger ones add to memory less often, and are taken if they fit and are enough of
+    them to fill the GPU."""
     for block in (256, 128):
         programs = intervals * triton.cdiv(rows, block)
         if rows > block // 2 and programs >= MANY_PROGRAMS // 4 and fits(f"partial_backward_{block}", device):
@@ -257,15 +295,15 @@ def forward(inputs: AttentionInputs, plan: Plan, selected: Tensor, output: Tenso
     """
     query, key, value, scaling = inputs
     batch, heads, _, head_dim = query.shape
-    kv_heads, length, checks = key.shape[1], key.shape[2], plan.full_positions.shape[1]
+    kv_heads, length, decisions = key.shape[1], key.shape[2], plan.full_positions.shape[1]
     lse = torch.empty(batch, heads, length - plan.prompt_length, dtype=torch.float32, device=query.device)
     rows = _interval_rows(query, key, plan.prompt_length, plan.stride)
     sizes = block_sizes("partial_forward", query)
     tiles = triton.cdiv(rows, sizes["BLOCK_M"])
-    _forward[checks * tiles, kv_heads, batch](
+    _forward[decisions * tiles, kv_heads, batch](
         query, key, value, plan.full_positions, plan.latest, selected, plan.budgets, plan.left_padding, output, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
-        checks, tiles, selected.shape[-1], length, plan.prompt_length, length - query.shape[2], plan.stride,
+        decisions, tiles, selected.shape[-1], length, plan.prompt_length, length - query.shape[2], plan.stride,
         scaling * LOG2E,
         G=heads // kv_heads, D=head_dim, DP=padded_head(head_dim), INDEX=index_type(key, value),
         PRECISION=precision(query), **sizes,
@@ -291,20 +329,20 @@ def backward(
     query, key, value, scaling = inputs
     query_grad, key_grad, value_grad = gradients
     batch, heads, _, head_dim = query.shape
-    kv_heads, length, checks = key.shape[1], key.shape[2], plan.full_positions.shape[1]
+    kv_heads, length, decisions = key.shape[1], key.shape[2], plan.full_positions.shape[1]
     group = heads // kv_heads
     rows = _interval_rows(query, key, plan.prompt_length, plan.stride)
-    sizes = block_sizes(_backward_kernel(rows, checks * kv_heads * batch, query.device), query)
+    sizes = block_sizes(_backward_kernel(rows, decisions * kv_heads * batch, query.device), query)
     tiles = triton.cdiv(rows, sizes["BLOCK_M"])
-    splits = max(1, min(MANY_SPLITS, MANY_PROGRAMS // (4 * checks * tiles * kv_heads * batch)))
-    # added up by several programs: in float32, and put among the full steps' rows afterwards
+    splits = max(1, min(MANY_SPLITS, MANY_PROGRAMS // (4 * decisions * tiles * kv_heads * batch)))
+    # several programs add to one row: in float32, joined with the full steps' rows afterwards
     sums = query_grad if splits == 1 else torch.zeros(query_grad.shape, dtype=torch.float32, device=query.device)
-    _backward[checks * tiles * splits, kv_heads, batch](
+    _backward[decisions * tiles * splits, kv_heads, batch](
         query, key, value, plan.full_positions, plan.latest, selected, plan.budgets, plan.left_padding, lse, delta,
         upstream, sums, key_grad, value_grad,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *upstream.stride()[:3], *sums.stride()[:3],
         *key_grad.stride()[:3],
-        checks, tiles, selected.shape[-1], length, plan.prompt_length, length - query.shape[2], plan.stride,
+        decisions, tiles, selected.shape[-1], length, plan.prompt_length, length - query.shape[2], plan.stride,
         scaling * LOG2E, scaling,
         G=group, D=head_dim, INDEX=index_type(key, value, key_grad), PRECISION=precision(query),
         PARTS=padded_head(head_dim) // sizes["WIDTH"], SPLITS=splits, **sizes,
