@@ -25,7 +25,6 @@ found = {module.name for module in pkgutil.walk_packages(refreshkv.__path__, "re
 for name in sorted(found):
     importlib.import_module(name)
 
-from refreshkv.evaluation.suite.config import load_suite
 from refreshkv.settings import load_settings
 from refreshkv.train.config import RunConfig
 from refreshkv.train.deepspeed_json import read_deepspeed_json
