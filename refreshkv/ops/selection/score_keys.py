@@ -1,0 +1,185 @@
+"""Score keys on the GPU: how they are stored, and the Triton kernel that writes them for a whole prompt in one launch.
+
+The definition is `refreshkv.ops.naive.score_keys`; codes and scales are equal to its, bit for bit.
+
+Shapes: `B` batch rows, `T` tokens of a prompt, `Hkv` key/value heads, `D` head size, `L` tokens the cache has room for.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 64
+"""Keys that a program of `_write_score_keys` quantises at once."""
+
+ROUND = tl.constexpr(12582912.0)
+"""1.5 * 2^23: added to a float32 below 2^22 it leaves no fraction, so adding and subtracting rounds half to even."""
+
+
+class ScoreKeys(NamedTuple):
+    """A layer's score keys."""
+
+    codes: Tensor
+    """4 bits: (B, Hkv, L, D / 2) uint8; 8 bits: (B, Hkv, L, D) int8; 16 bits: the keys (B, Hkv, L, D) themselves."""
+    scales: Tensor
+    """(B, Hkv, L) float32; with 16 bits anything, for nothing is read."""
+    bits: int
+
+    @classmethod
+    def empty(cls, keys: Tensor, bits: int) -> "ScoreKeys":
+        """Room for the score keys of a cache's keys (B, Hkv, L, D)."""
+        if bits not in (16, 8, 4):
+            raise ValueError(f"score_bits must be 16, 8 or 4, not {bits}")
+        if keys.shape[-1] % 2:
+            raise ValueError(f"score keys need an even head size, not {keys.shape[-1]}")
+        if bits == 16:
+            return cls(keys, keys, bits)
+        width, dtype = (keys.shape[-1], torch.int8) if bits == 8 else (keys.shape[-1] // 2, torch.uint8)
+        codes = torch.zeros(*keys.shape[:3], width, dtype=dtype, device=keys.device)
+        return cls(codes, torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device), bits)
+
+
+def write_score_keys(key: Tensor, score_keys: ScoreKeys, first: int) -> None:
+    """Stores the score keys of `T` tokens at positions `first .. first+T-1`: key (B, Hkv, T, D), one launch.
+
+    With 16 bits the caller has stored the keys, and there is nothing to do.
+    """
+    if score_keys.bits == 16:
+        return
+    key = key if key.stride(-1) == 1 else key.contiguous()
+    batch, kv_heads, tokens, head_dim = key.shape
+    _write_score_keys[triton.cdiv(tokens, BLOCK), batch * kv_heads](
+        key, score_keys.codes, score_keys.scales, *key.stride()[:3], kv_heads, tokens, first,
+        score_keys.scales.shape[2],
+        D=head_dim, DH=padded_half(head_dim), BITS=score_keys.bits, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
+def padded_half(head_dim: int) -> int:
+    """Half the head size as the kernels' tiles have it: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(head_dim // 2))
+
+
+@triton.jit
+def quantize_halves(low, high, BITS: tl.constexpr):
+    """The codes of keys, as whole float32 numbers, and their scales: low, high (N, DH) float32, the two halves of each
+    key, padded by zeros -> two (N, DH), (N,)."""
+    TOP: tl.constexpr = 2.0 ** (BITS - 1) - 1.0
+    largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
+    scale = tl.div_rn(largest, tl.full(largest.shape, TOP, tl.float32))
+    divisor = tl.where(scale > 0.0, scale, 1.0)[:, None]
+    low = tl.div_rn(low, tl.broadcast_to(divisor, low.shape))
+    high = tl.div_rn(high, tl.broadcast_to(divisor, high.shape))
+    low = tl.minimum(tl.maximum((low + ROUND) - ROUND, -TOP), TOP)
+    high = tl.minimum(tl.maximum((high + ROUND) - ROUND, -TOP), TOP)
+    exists = (scale > 0.0)[:, None]
+    return tl.where(exists, low, 0.0), tl.where(exists, high, 0.0), scale
+
+
+@triton.jit
+def store_codes(codes, token, column, mask, low, high, D: tl.constexpr, BITS: tl.constexpr):
+    """Stores codes low, high (N, DH) of the tokens (N,) of one batch row and head; mask (N, DH)."""
+    if BITS == 4:
+        byte = (low + 8.0).to(tl.int32) | ((high + 8.0).to(tl.int32) << 4)
+        tl.store(codes + token.to(tl.int64)[:, None] * (D // 2) + column[None, :], byte.to(tl.uint8), mask=mask)
+    else:
+        place = token.to(tl.int64)[:, None] * D + column[None, :]
+        tl.store(codes + place, low.to(tl.int8), mask=mask)
+        tl.store(codes + place + D // 2, high.to(tl.int8), mask=mask)
+
+
+@triton.jit
+def _write_score_keys(
+    key_ptr, code_ptr, scale_ptr, key_b, key_h, key_t, kv_heads, tokens, first, capacity,
+    D: tl.constexpr, DH: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Quantises BLOCK keys of one batch row and key/value head."""
+    pair = tl.program_id(1)
+    batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
+    token, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DH)
+    exists = token < tokens
+    mask = exists[:, None] & (column < D // 2)[None, :]
+    keys = key_ptr + batch * key_b + kv_head * key_h + token.to(tl.int64)[:, None] * key_t + column[None, :]
+    # two [BLOCK, DH]
+    low = tl.load(keys, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(keys + D // 2, mask=mask, other=0.0).to(tl.float32)
+    low, high, scale = quantize_halves(low, high, BITS)
+    row = pair.to(tl.int64) * capacity
+    codes = code_ptr + row * (D // 2 if BITS == 4 else D)
+    store_codes(codes, first + token, column, mask, low, high, D, BITS)
+    tl.store(scale_ptr + row + first + token, scale, mask=exists)
+
+
+@triton.jit
+def load_score_halves(
+    codes, token, D: tl.constexpr, DH: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr
+):
+    """The codes of tokens (N,), all of the row, as numbers of the type `dtype`, or with 16 bits the keys: two (N, DH)
+    halves, padded by anything finite.
+
+    ASM: bfloat16 codes of 4 bits are unpacked by PTX, four at a time.
+    """
+    column = tl.arange(0, DH)
+    if DH > D // 2:
+        # a mask would be applied byte by byte: the padding repeats a column instead, and the query is 0 there
+        column = tl.minimum(column, D // 2 - 1)
+    if BITS == 4:
+        byte = tl.load(codes + token[:, None] * (D // 2) + column[None, :])
+        if ASM:
+            low, high = _unpack_by_ptx(byte)
+        else:
+            low, high = _number(byte & 15, dtype), _number(byte >> 4, dtype)
+    else:
+        place = codes + token[:, None] * D + column[None, :]
+        low, high = tl.load(place).to(dtype), tl.load(place + D // 2).to(dtype)
+    return low, high
+
+
+@triton.jit
+def _number(code, dtype: tl.constexpr):
+    """Codes 0 .. 15 (uint8) minus 8. The code is put into the mantissa of a power of two: conversions are slow."""
+    if dtype == tl.bfloat16:
+        number = (code.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0  # 128 + code
+    elif dtype == tl.float16:
+        number = (code.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1032.0  # 1024 + code
+    else:
+        number = code.to(dtype) - 8.0
+    return number.to(dtype)
+
+
+@triton.jit
+def _unpack_by_ptx(byte):
+    """`_number` of the low and of the high half of each byte, in bfloat16."""
+    low = tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 code, offset;
+        mov.b32 offset, 0x43084308;
+        and.b32 code, $2, 0x0F0F0F0F;
+        prmt.b32 $0, code, 0x43434343, 0x4140;
+        prmt.b32 $1, code, 0x43434343, 0x4342;
+        sub.bf16x2 $0, $0, offset;
+        sub.bf16x2 $1, $1, offset;
+        }
+        """,
+        "=&r,=&r,r", [byte], dtype=tl.bfloat16, is_pure=True, pack=4,
+    )  # fmt: skip
+    high = tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 code, offset;
+        mov.b32 offset, 0x43084308;
+        shr.u32 code, $2, 4;
+        and.b32 code, code, 0x0F0F0F0F;
+        prmt.b32 $0, code, 0x43434343, 0x4140;
+        prmt.b32 $1, code, 0x43434343, 0x4342;
+        sub.bf16x2 $0, $0, offset;
+        sub.bf16x2 $1, $1, offset;
+        }
+        """,
+        "=&r,=&r,r", [byte], dtype=tl.bfloat16, is_pure=True, pack=4,
+    )  # fmt: skip
+    return low, high

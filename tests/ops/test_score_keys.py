@@ -1,0 +1,62 @@
+"""Score keys: what is stored is the specification's, bit for bit, by the kernel as by plain PyTorch."""
+
+import pytest
+import torch
+
+from refreshkv.ops.naive import score_keys as naive
+
+pytest.importorskip("triton")
+
+from refreshkv.ops.selection.score_keys import ScoreKeys, write_score_keys
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def keys_of(tokens, head_dim, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    # as a model lays them out: (B, T, Hkv, D) in memory
+    keys = torch.randn(2, tokens, 3, head_dim, generator=generator).transpose(1, 2)
+    keys[0, 0, 0] = 0
+    keys[0, 1, 1, :] = 3.5  # halves between two codes
+    keys[1, 0, -1, 0] = 1e4
+    return keys.to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_are_the_specifications(bits):
+    key = keys_of(5, 16).cpu()  # a GPU multiplies by the reciprocal of a number
+    codes, scale = naive.quantize(key, bits)
+    top = 2 ** (bits - 1) - 1
+    expected = torch.zeros_like(key)
+    for place in torch.cartesian_prod(*map(torch.arange, key.shape[:3])).tolist():
+        vector = key[tuple(place)]
+        step = vector.abs().max() / top
+        if step > 0:
+            expected[tuple(place)] = torch.clamp(torch.round(vector / step), -top, top) * step
+    assert torch.equal(naive.dequantize(codes, scale), expected)
+    assert codes.shape[-1] == (16 if bits == 8 else 8)
+
+
+def test_every_code_survives_packing():
+    codes = torch.arange(-7, 8, dtype=torch.int8)
+    codes = torch.cartesian_prod(codes, codes)
+    assert torch.equal(naive.unpack(naive.pack(codes)), codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32] + ([torch.float16, torch.bfloat16] if DEVICE == "cuda" else []))
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("tokens", "head_dim"), [(1, 16), (70, 64), (65, 24), (3, 128)])
+def test_kernel_stores_the_same_bits(tokens, head_dim, bits, dtype):
+    key = keys_of(max(tokens, 2), head_dim, dtype)[:, :, :tokens]
+    stored = ScoreKeys.empty(torch.zeros(2, 3, tokens + 9, head_dim, device=DEVICE), bits)
+    write_score_keys(key, stored, first=5)
+    codes, scale = naive.quantize(key, bits)
+    assert torch.equal(stored.codes[:, :, 5 : 5 + tokens], codes)
+    assert torch.equal(stored.scales[:, :, 5 : 5 + tokens], scale)
+    assert not stored.scales[:, :, :5].any() and not stored.scales[:, :, 5 + tokens :].any()
+
+
+@pytest.mark.parametrize(("head_dim", "bits"), [(16, 5), (15, 4)])
+def test_impossible_score_keys_are_refused(head_dim, bits):
+    with pytest.raises(ValueError, match="score"):
+        ScoreKeys.empty(torch.zeros(1, 1, 4, head_dim), bits)
