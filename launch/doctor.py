@@ -12,8 +12,10 @@ import os
 import platform
 import sys
 from importlib import metadata
+from typing import cast
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from refreshkv import RefreshCache, RefreshConfig, Simulation, cli, enable
@@ -103,7 +105,8 @@ def largest_difference() -> tuple[float, float]:
         max_position_embeddings=512,
         initializer_range=0.35,  # large weights: each position gets scores of its own
     )
-    model = LlamaForCausalLM(config).to(device=device, dtype=dtype).eval()
+    model = LlamaForCausalLM(config).eval()
+    cast(nn.Module, model).to(device, dtype)
     ids = torch.randint(3, 61, (2, LENGTH), device=device)
     largest = 0.0
     for refresh in (RefreshConfig(budget=12, stride=7), RefreshConfig(budget=12, stride=5, threshold=0.5)):
