@@ -10,8 +10,9 @@ from refreshkv.settings import SettingsError
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("deepspeed", "accelerate", "tensorboard"),
     "eval": ("datasets", "matplotlib"),
-    "tasks": ("rouge_score", "wonderwords", "zstandard"),
+    "tasks": ("rouge_score", "wonderwords", "zstandard", "inscriptis", "lxml"),
     "embeddings": ("sentence_transformers",),
+    "gguf": ("gguf",),
     "gpu": ("triton", "liger_kernel", "pynvml"),
     "8bit": ("bitsandbytes",),
     "flash-attn": ("flash_attn",),

@@ -20,10 +20,15 @@ getattr(build_meta, f"build_{kind}")(folder)
 """
 USE = """
 import importlib, pkgutil, sys, refreshkv
+from refreshkv.cli import EXTRAS
 assert refreshkv.__file__.startswith(sys.argv[1]), refreshkv.__file__
 found = {module.name for module in pkgutil.walk_packages(refreshkv.__path__, "refreshkv.")}
+optional = {module for modules in EXTRAS.values() for module in modules}
 for name in sorted(found):
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        assert error.name.partition(".")[0] in optional, name
 
 from refreshkv.settings import load_settings
 from refreshkv.train.config import RunConfig
