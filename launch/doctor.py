@@ -12,11 +12,14 @@ import os
 import platform
 import sys
 from importlib import metadata
+from typing import cast
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from refreshkv import RefreshCache, RefreshConfig, Simulation, cli, enable
+from refreshkv.ops import choice
 
 PACKAGES = ("refreshkv", "torch", "transformers", "triton", "deepspeed", "datasets", "accelerate", "numpy")
 LENGTH, PROMPT_LENGTH = 96, 40
@@ -33,7 +36,7 @@ def main(arguments: list[str]) -> None:
         "versions": versions(),
         "devices": devices(),
         "extras": extras(),
-        "kernels": kernels(),
+        "kernels": choice.describe(),
         "self-check": [
             ("simulated and decoded logits", f"largest difference {difference:.1e} (at most {tolerance:.0e})"),
             (
@@ -81,15 +84,6 @@ def extras() -> list[tuple[str, str]]:
     return found
 
 
-def kernels() -> list[tuple[str, str]]:
-    """Which implementation computes what on this machine."""
-    try:
-        from refreshkv.ops.choice import describe
-    except ModuleNotFoundError:
-        return []
-    return describe()
-
-
 @torch.no_grad()
 def largest_difference() -> tuple[float, float]:
     """The largest difference between simulated and decoded logits of a random model, and what rounding may cause.
@@ -111,13 +105,14 @@ def largest_difference() -> tuple[float, float]:
         max_position_embeddings=512,
         initializer_range=0.35,  # large weights: each position gets scores of its own
     )
-    model = LlamaForCausalLM(config).to(device=device, dtype=dtype).eval()
+    model = LlamaForCausalLM(config).eval()
+    cast(nn.Module, model).to(device, dtype)
     ids = torch.randint(3, 61, (2, LENGTH), device=device)
     largest = 0.0
     for refresh in (RefreshConfig(budget=12, stride=7), RefreshConfig(budget=12, stride=5, threshold=0.5)):
         enable(model, refresh)
-        simulated = model(ids, refresh=Simulation(PROMPT_LENGTH, refresh)).logits
-        cache = RefreshCache(model.config, LENGTH)
+        simulated = model(ids, simulation=Simulation(PROMPT_LENGTH, refresh)).logits
+        cache = RefreshCache(config=model.config, max_cache_len=LENGTH)
         decoded = [model(ids[:, :PROMPT_LENGTH], past_key_values=cache, use_cache=True).logits]
         for position in range(PROMPT_LENGTH, LENGTH):
             decoded.append(model(ids[:, position : position + 1], past_key_values=cache, use_cache=True).logits)

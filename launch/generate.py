@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from refreshkv import RefreshCache, cli, decode_ahead, enable, tuned_compilation
 from refreshkv.generation.report import TimedStreamer, generation_table
@@ -37,7 +38,8 @@ def main(arguments: list[str]) -> None:
     prompt = read_prompt(options.prompt_file)
     folder = model_folder(options.model)
     tokenizer = load_tokenizer(folder, "--model")
-    model = load_model(folder, "--model", dtype=options.dtype).to(device=chosen_device(options.device)).eval()
+    model = load_model(folder, "--model", dtype=options.dtype).eval()
+    cast(nn.Module, model).to(chosen_device(options.device))
     if options.tuned and model.device.type != "cuda":
         raise SettingsError(f"--tuned compiles for a GPU, and the model is on the {model.device.type}: leave it out")
     ids = encode(prompt, tokenizer, model, options.max_new_tokens)
@@ -102,7 +104,7 @@ def generate(
     if options.tuned:
         settings["compile_config"] = tuned_compilation()
     streamer = TimedStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    cast(GenerationMixin, model).generate(
+    cast(Any, model).generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,

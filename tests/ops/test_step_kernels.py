@@ -11,9 +11,9 @@ import torch
 
 from refreshkv import NEVER, RefreshConfig
 from refreshkv.baselines.full import FullLayer
-from refreshkv.baselines.h2o import H2OLayer
-from refreshkv.baselines.snapkv import SnapKVLayer
-from refreshkv.baselines.streaming import StreamingLayer
+from refreshkv.baselines.h2o import H2OConfig, H2OLayer
+from refreshkv.baselines.snapkv import SnapKVConfig, SnapKVLayer
+from refreshkv.baselines.streaming import StreamingConfig, StreamingLayer
 from refreshkv.cache import joint_state
 from refreshkv.cache.layer import RefreshLayer
 from refreshkv.cache.refresh import RefreshCache
@@ -202,9 +202,9 @@ def test_the_baselines_equal_their_naive_form(monkeypatch, name, groups):
     block = [drawn(generator, count, prompt, head_dim) for count in (groups * 2, 2, 2)]
     make = {
         "full": lambda: FullLayer(capacity),
-        "streaming": lambda: StreamingLayer(capacity, 0.4, 2),
-        "h2o": lambda: H2OLayer(capacity, 0.4),
-        "snapkv": lambda: SnapKVLayer(capacity, 0.4, 1, 7, "max"),
+        "streaming": lambda: StreamingLayer(capacity, StreamingConfig(0.4, 2)),
+        "h2o": lambda: H2OLayer(capacity, H2OConfig(0.4)),
+        "snapkv": lambda: SnapKVLayer(capacity, SnapKVConfig(0.4)),
     }[name]
     layers = [make(), make()]
     for layer in layers:

@@ -20,6 +20,9 @@ from refreshkv.ops.selection import ranking
 from refreshkv.ops.state import AttentionInputs, Plan, SelectionOptions
 from refreshkv.ops.tiles import on_its_device, padded_head
 
+PLAN_NUMBERS = 7
+"""Where the operators' arguments change from tensors, query, key, value and four of the plan, to six of its numbers."""
+
 
 def refresh_rows(
     query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: SelectionOptions, scaling: float
@@ -125,13 +128,10 @@ def rounded(gradient: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    query, key, value, full_positions, latest, budgets, left_padding, *numbers = inputs
-    rows, full_lse, lse, selected = output
+    decoded, full_lse, lse, selected = output
     ctx.mark_non_differentiable(full_lse, lse, selected)
-    ctx.save_for_backward(
-        query, key, value, full_positions, latest, budgets, left_padding, selected, rows, full_lse, lse
-    )
-    ctx.numbers = (*numbers[:6], numbers[-1])  # the plan's, and the scaling
+    ctx.save_for_backward(*inputs[:PLAN_NUMBERS], selected, decoded, full_lse, lse)
+    ctx.numbers = (*inputs[PLAN_NUMBERS : PLAN_NUMBERS + 6], inputs[-1])  # the plan's, and the scaling
 
 
 class _Rows(torch.autograd.Function):

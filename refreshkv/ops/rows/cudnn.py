@@ -36,10 +36,9 @@ def attend_backward(
     upstream (B, H, n, D): gradient of the output; output and lse: of a softmax over these keys and perhaps others.
     """
     unused = torch.empty(0, dtype=torch.int64, device=query.device)  # the dropout's seed and offset
-    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        upstream, query, key, value, output, lse.unsqueeze(-1).contiguous(), unused, unused, None,
-        None, None, query.shape[2], key.shape[2], 0.0, causal, scale=scaling,
-    )  # fmt: skip
+    tensors = (upstream, query, key, value, output, lse.unsqueeze(-1).contiguous(), unused, unused, None)
+    settings = (None, None, query.shape[2], key.shape[2], 0.0, causal)
+    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(*tensors, *settings, scale=scaling)
 
 
 def key_chunks(keys: int) -> list[tuple[int, int]]:

@@ -97,7 +97,8 @@ def compact_step(
 
 def _undecided(keys: Tensor, values: Tensor, length: Tensor, row_state: Tensor) -> LayerState:
     """The state of a cache that never selects; the kernels do not read what stands in the other fields."""
-    return LayerState(keys, values, length, row_state, row_state, row_state, row_state, keys, row_state)
+    unread = {"selected": row_state, "ranking": row_state, "mean_query": row_state, "full_steps": row_state}
+    return LayerState(keys, values, length, row_state, observers=keys, **unread)
 
 
 class Shares:
