@@ -162,7 +162,10 @@ def test_a_trained_model_goes_on_with_the_same_tokens(monkeypatch, settings, com
     asked = {"max_new_tokens": 256, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     asked |= {"custom_generate": decode_ahead, "return_dict_in_generate": True, "output_logits": True}
     asked |= {"compile_config": compile_config}
-    texts = [(ROOT / "refreshkv" / name).read_text() for name in ("cache/preallocated.py", "cache/offload.py", "prefix/store.py")]
+    texts = [
+        (ROOT / "refreshkv" / name).read_text()
+        for name in ("cache/preallocated.py", "cache/offload.py", "prefix/store.py")
+    ]
     prompts = [tokenizer(text, return_tensors="pt").input_ids[:, :1800].cuda() for text in texts]
     runs = []
     for is_naive in (False, True):
