@@ -96,6 +96,7 @@ class Choice:
             ("selection in training", "Triton, one program for a full step"),
             ("decoding steps", "Triton; selections of all layers in one launch, several programs for a row"),
             ("keys and values in host memory", "Triton, over the bus"),
+            ("select_stride, pool_ahead", "refused; with REFRESHKV_OPS=naive plain PyTorch"),
         ]
 
 

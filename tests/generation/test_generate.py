@@ -32,6 +32,7 @@ SIMILAR = RefreshConfig(
 )
 SELECTING = RefreshConfig(budget=6, stride=NEVER, select_stride=2, score_bits=4, pool_ahead=True)
 BOTH = RefreshConfig(budget=0.3, stride=3, threshold=0.1, observation_window=4, select_stride=2, score_bits=8)
+BESIDE = RefreshConfig(budget=6, stride=4, select_stride=3, score_bits=4)
 BEYOND = RefreshConfig(budget=1000, stride=4)
 SLIDING = {
     "family": "qwen2",
@@ -694,6 +695,7 @@ def test_the_script_uses_the_saved_schedule(script, folder, capsys):
         (["--full"], None),
         (["--offload"], FIXED),
         (["refresh.stride=2", "refresh.recent_window=3"], RefreshConfig(budget=6, stride=2, recent_window=3)),
+        (["refresh.select_stride=3", "refresh.score_bits=4"], BESIDE),
     ],
 )
 def test_the_script_takes_options(script, folder, capsys, options, config):
@@ -701,6 +703,7 @@ def test_the_script_takes_options(script, folder, capsys, options, config):
     text, table = capsys.readouterr().out.split("\n\n")
     assert text == expected_text(folder, config)
     assert ("never refreshed" in table) == ("50" in options)
+    assert ("effective stride 4.3, 3 selecting steps" in table) == (config == BESIDE)
     assert ("K, tokens in the small cache" in table) == ("--full" not in options)
 
 
