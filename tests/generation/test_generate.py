@@ -583,10 +583,10 @@ def test_a_copy_of_a_cache_with_selecting_steps_goes_on(duplicate):
     assert torch.equal(cache.selecting_steps, wanted.selecting_steps) and cache.selecting_steps.any()
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 19])
+@pytest.mark.parametrize(("chunk", "padding"), [(1, 0), (7, 5), (19, 5)])
 @pytest.mark.parametrize("config", [SELECTING, BOTH], ids=["selecting", "both"])
-def test_a_prompt_in_chunks_with_selecting_steps(config, chunk):
-    model, (ids, mask) = tiny_enabled(), left_padded(random_ids(2, 28), [0, 5])
+def test_a_prompt_in_chunks_with_selecting_steps(config, chunk, padding):
+    model, (ids, mask) = tiny_enabled(), left_padded(random_ids(2, 28), [0, padding])
     expected = generate(model, ids, config, attention_mask=mask)
     cache = RefreshCache(model.config, 200, config)
     for _ in range(2):
