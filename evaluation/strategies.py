@@ -18,6 +18,12 @@ from refreshkv.baselines.streaming import StreamingCache
 from refreshkv.config import NEVER
 from refreshkv.settings import SettingsError, settings_to_dict
 
+SCORE_BITS = {"16bit": 16, "8bit": 8, "4bit": 4}
+"""How `select:STRIDE:BITS` names the bits of the score keys."""
+
+LATER_SETTINGS = ("select_stride", "score_bits", "pool_ahead")
+"""Settings of `RefreshConfig` that earlier reports and records do not have: left out where they are the defaults."""
+
 FULL = "full"
 NEVER_REFRESHED = "never refreshed"
 
@@ -55,7 +61,8 @@ Builder = Callable[[RefreshConfig, list[str]], Strategy]
 
 
 def build_strategies(names: list[str], config: RefreshConfig) -> list[Strategy]:
-    """Builds the strategies with these names, such as "full", "snapkv", "refresh:10", "similarity:5:0.85".
+    """Builds the strategies with these names, such as "full", "snapkv", "refresh:10", "similarity:5:0.85",
+    "select:2:4bit".
 
     `config` gives what a name leaves open. Raises `SettingsError` for unknown names, wrong arguments, and for a
     strategy that is named twice.
@@ -83,13 +90,16 @@ def build_strategy(text: str, config: RefreshConfig) -> Strategy:
 def default_strategies(config: RefreshConfig, strides: list[int]) -> list[Strategy]:
     """Full attention, a refresh every S steps for each S of `strides`, and a selection that is never refreshed.
 
-    If `config` has a threshold, its similarity schedule too. All select as `config` says.
+    If `config` has a threshold, its similarity schedule too; if it has selecting steps, its own pattern. All select as
+    `config` says.
     """
     strategies = [full_attention()]
     for stride in dict.fromkeys(strides):
-        strategies.append(refreshing(f"refresh S={stride}", dataclasses.replace(config, stride=stride, threshold=None)))
+        strategies.append(_scheduled(config, stride, None))
     if config.threshold is not None and config.stride != NEVER:
-        strategies.append(refreshing(f"refresh S={config.stride} threshold {config.threshold:g}", config))
+        strategies.append(_scheduled(config, config.stride, config.threshold))
+    if config.select_stride is not None:
+        strategies.append(selecting(config, config.select_stride, config.score_bits, keep_schedule=True))
     return [*strategies, never_refreshed(config)]
 
 
@@ -101,13 +111,39 @@ def full_attention() -> Strategy:
 def refreshing(name: str, config: RefreshConfig) -> Strategy:
     """RefreshKV with the schedule and the selection of `config`."""
     # a stride of NEVER stays a number here: reports and records of earlier versions have it so, and are compared
-    settings = settings_to_dict(config)
+    settings, usual = settings_to_dict(config), settings_to_dict(RefreshConfig())
+    settings = {key: value for key, value in settings.items() if key not in LATER_SETTINGS or value != usual[key]}
     return Strategy(name, settings, lambda model, tokens: RefreshCache(model, tokens, config), config)
 
 
 def never_refreshed(config: RefreshConfig) -> Strategy:
     """Decoding from the tokens that `config` selects after the prompt."""
-    return refreshing(NEVER_REFRESHED, dataclasses.replace(config, stride=NEVER, threshold=None))
+    return refreshing(NEVER_REFRESHED, _without_selecting(config, NEVER, None))
+
+
+def selecting(config: RefreshConfig, select_stride: int, score_bits: int, keep_schedule: bool = False) -> Strategy:
+    """A selecting step every `select_stride` steps, by keys of `score_bits` bits.
+
+    No step after the prompt is full, unless `keep_schedule` keeps the full steps of `config`.
+    """
+    schedule = {} if keep_schedule else {"stride": NEVER, "threshold": None}
+    changed = dataclasses.replace(config, select_stride=select_stride, score_bits=score_bits, **schedule)
+    name = f"select S={select_stride}" + ("" if score_bits == 16 else f" {score_bits} bits")
+    if changed.stride != NEVER:
+        name += f" refresh S={changed.stride}"
+    if changed.threshold is not None:
+        name += f" threshold {changed.threshold:g}"
+    return refreshing(name, changed)
+
+
+def _scheduled(config: RefreshConfig, stride: int, threshold: float | None) -> Strategy:
+    """Full steps by the schedule, and no selecting steps."""
+    name = f"refresh S={stride}" + ("" if threshold is None else f" threshold {threshold:g}")
+    return refreshing(name, _without_selecting(config, stride, threshold))
+
+
+def _without_selecting(config: RefreshConfig, stride: int, threshold: float | None) -> RefreshConfig:
+    return dataclasses.replace(config, stride=stride, threshold=threshold, select_stride=None, score_bits=16)
 
 
 def _full(config: RefreshConfig, arguments: list[str]) -> Strategy:
@@ -123,7 +159,7 @@ def _never(config: RefreshConfig, arguments: list[str]) -> Strategy:
 def _fixed(config: RefreshConfig, arguments: list[str]) -> Strategy:
     _at_most(arguments, 1, "refresh:STRIDE")
     stride = _number(int, "STRIDE", arguments[0]) if arguments else config.stride
-    return refreshing(f"refresh S={stride}", dataclasses.replace(config, stride=stride, threshold=None))
+    return _scheduled(config, stride, None)
 
 
 def _similarity(config: RefreshConfig, arguments: list[str]) -> Strategy:
@@ -132,8 +168,19 @@ def _similarity(config: RefreshConfig, arguments: list[str]) -> Strategy:
     threshold = _number(float, "THRESHOLD", arguments[1]) if len(arguments) > 1 else config.threshold
     if threshold is None:
         raise ValueError("no threshold is set; write similarity:STRIDE:THRESHOLD or add --threshold")
-    changed = dataclasses.replace(config, stride=stride, threshold=threshold)
-    return refreshing(f"refresh S={stride} threshold {threshold:g}", changed)
+    return _scheduled(config, stride, threshold)
+
+
+def _select(config: RefreshConfig, arguments: list[str]) -> Strategy:
+    usage = "select:STRIDE:BITS, such as select:2:4bit"
+    _at_most(arguments, 2, usage)
+    stride = _number(int, "STRIDE", arguments[0]) if arguments else config.select_stride
+    if stride is None:
+        raise ValueError(f"no select_stride is set; write {usage}")
+    bits = arguments[1] if len(arguments) > 1 else "16bit" if arguments else f"{config.score_bits}bit"
+    if bits not in SCORE_BITS:
+        raise ValueError(f"BITS must be one of {', '.join(SCORE_BITS)}, got {bits!r}")
+    return selecting(config, stride, SCORE_BITS[bits])
 
 
 def _streaming(config: RefreshConfig, arguments: list[str]) -> Strategy:
@@ -187,6 +234,7 @@ STRATEGIES: dict[str, Builder] = {
     "refresh": _fixed,
     "similarity": _similarity,
     "never": _never,
+    "select": _select,
     "streaming": _streaming,
     "h2o": _h2o,
     "snapkv": _snapkv,

@@ -94,9 +94,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--strategies",
         type=comma_separated,
-        help=f"of {', '.join(STRATEGIES)}; refresh:10 and similarity:5:0.85 give stride and threshold "
-        "(default: with --data full, refresh at --strides, never; with --tasks full, refresh, snapkv; both: similarity "
-        "with --threshold)",
+        help=f"of {', '.join(STRATEGIES)}; refresh:10 and similarity:5:0.85 give stride and threshold, "
+        "select:2:4bit select stride and score bits (default: with --data full, refresh at --strides, never; with "
+        "--tasks full, refresh, snapkv; both: similarity with --threshold)",
     )
     parser.add_argument(
         "--decode",

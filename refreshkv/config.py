@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -37,13 +37,21 @@ class RefreshConfig:
     """Similarity schedule: a decision step is full if the cosine between the layer's mean query now and at its last
     full step is at most this. None: fixed schedule."""
     pool_kernel: int = 7
-    """Width of the max-pooling over neighbouring positions' scores (odd, >= 1)."""
+    """Width of the max-pooling over neighbouring positions' scores (>= 1; odd, unless `pool_ahead`)."""
     observation_window: int = 1
     """Number of last queries whose scores are averaged for the selection (>= 1)."""
     recent_window: int = 0
     """Number of last positions that are selected before all others (>= 0)."""
     sink_tokens: int = 0
     """Number of first positions that are selected before all others (>= 0)."""
+    select_stride: int | None = None
+    """Every `select_stride`-th decoding step (>= 1) that is not full is a *selecting step*: it chooses the small cache
+    by its own query and attends to exactly that (docs/specification.md, section 10). None: there are none."""
+    score_bits: Literal[16, 8, 4] = 16
+    """Bits of the numbers of the keys by which selecting steps choose; 16: of the keys themselves."""
+    pool_ahead: bool = False
+    """Whether the pooling window of a position ends at it instead of being centred on it, so that what follows an
+    attended position is kept."""
 
     def __post_init__(self) -> None:
         for name, value in self.plain_values({"budget": self.budget, "stride": self.stride}).items():
@@ -54,10 +62,32 @@ class RefreshConfig:
         validate_whole("observation_window", self.observation_window, 1)
         validate_whole("recent_window", self.recent_window, 0)
         validate_whole("sink_tokens", self.sink_tokens, 0)
-        if self.pool_kernel % 2 == 0:
-            raise SettingsError(f"pool_kernel must be odd so that it is centred, got {self.pool_kernel}")
+        self._validate_selecting()
+        if self.pool_kernel % 2 == 0 and not self.pool_ahead:
+            raise SettingsError(
+                f"pool_kernel must be odd so that it is centred, got {self.pool_kernel}; with pool_ahead=True it may "
+                "be even"
+            )
         if not (self.threshold is None or _is_finite(self.threshold)):
             raise SettingsError(f"threshold must be a cosine or null for the fixed schedule, got {self.threshold!r}")
+
+    def _validate_selecting(self) -> None:
+        if self.select_stride is not None:
+            validate_whole("select_stride", self.select_stride, 1)
+        if isinstance(self.score_bits, bool) or self.score_bits not in (16, 8, 4):
+            raise SettingsError(f"score_bits must be one of 16, 8, 4, got {self.score_bits!r}")
+        if self.score_bits != 16 and self.select_stride is None:
+            raise SettingsError(
+                f"score_bits={self.score_bits} means nothing without selecting steps: set select_stride, or "
+                "score_bits=16"
+            )
+        if not isinstance(self.pool_ahead, bool):
+            raise SettingsError(f"pool_ahead must be true or false, got {self.pool_ahead!r}")
+
+    @property
+    def is_readable_only(self) -> bool:
+        """Whether a setting is used that the kernels of decoding steps do not know."""
+        return self.select_stride is not None or self.pool_ahead
 
     @staticmethod
     def plain_values(values: dict[str, Any]) -> dict[str, Any]:
@@ -81,11 +111,12 @@ class RefreshConfig:
 
     def selection_options(self) -> SelectionOptions:
         """The settings of the selection, as the operations take them."""
-        return SelectionOptions(self.pool_kernel, self.observation_window, self.recent_window, self.sink_tokens)
+        windows = (self.observation_window, self.recent_window, self.sink_tokens)
+        return SelectionOptions(self.pool_kernel, *windows, self.pool_ahead)
 
     def step_options(self) -> StepOptions:
         """The settings of a decoding step, as the operations take them."""
-        return StepOptions(self.stride, self.threshold, self.selection_options())
+        return StepOptions(self.stride, self.threshold, self.selection_options(), self.select_stride)
 
     def plan(
         self,
@@ -112,7 +143,12 @@ class RefreshConfig:
             "droppable": min(self.stride if self.threshold is None else length, length - prompt_length),
             "uniform": self.threshold is None and left_padding is None,
             "recurring": recurring,
+            "score_bits": self.score_bits,
         }
+        if self.select_stride is not None:
+            shape["selecting_positions"] = schedule.selecting_positions(
+                full_positions, prompt_length, length, self.select_stride
+            )
         return Plan(full_positions, latest, self.budgets(prompt_length - padding), padding, prompt_length, **shape)
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,6 +189,8 @@ class Trace:
     full_steps: dict[int, Tensor] = field(default_factory=dict)
     """For each full-attention layer, by its number, which positions were full steps: (B, T) bool. The last position of
     the prompt counts as one."""
+    selecting_steps: dict[int, Tensor] = field(default_factory=dict)
+    """Likewise, which positions were selecting steps; empty without a `select_stride`."""
 
 
 def _share_from_percent(text: str) -> float:

@@ -34,6 +34,9 @@ def test_the_defaults_are_the_paper_settings():
         "observation_window": 1,
         "recent_window": 0,
         "sink_tokens": 0,
+        "select_stride": None,
+        "score_bits": 16,
+        "pool_ahead": False,
     }
 
 
@@ -47,6 +50,9 @@ def test_the_defaults_are_the_paper_settings():
         ("observation_window", [0, -1, 1.0, True]),
         ("recent_window", [-1, 1.0, True, None]),
         ("sink_tokens", [-1, 1.0, True, None]),
+        ("select_stride", [0, -1, 2.0, True, "2"]),
+        ("score_bits", [0, 5, 32, True, None, "4"]),
+        ("pool_ahead", [1, 0, None, "yes"]),
     ],
 )
 def test_bad_values_are_refused_by_name(name, values):
@@ -78,11 +84,23 @@ def test_configs_do_not_change():
         RefreshConfig(budget=2048, stride=NEVER),
         RefreshConfig(budget=1.0, threshold=0.85),
         RefreshConfig(budget=1, threshold=-1, pool_kernel=1, observation_window=16, recent_window=128, sink_tokens=4),
+        RefreshConfig(stride=NEVER, select_stride=2, score_bits=4, pool_ahead=True, pool_kernel=10),
     ],
 )
 def test_configs_survive_json(config):
     read = RefreshConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert read == config and type(read.budget) is type(config.budget)
+
+
+def test_score_bits_without_selecting_steps_are_refused():
+    message = refusal(RefreshConfig, score_bits=4)
+    assert message == "score_bits=4 means nothing without selecting steps: set select_stride, or score_bits=16"
+
+
+def test_a_config_saved_before_there_were_selecting_steps_loads():
+    new = ("select_stride", "score_bits", "pool_ahead")
+    saved = {name: value for name, value in RefreshConfig(budget=64).to_dict().items() if name not in new}
+    assert RefreshConfig.from_dict(saved) == RefreshConfig(budget=64)
 
 
 def test_never_has_a_name_in_files():

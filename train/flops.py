@@ -84,7 +84,7 @@ def _pairs(length: int, window: int | None, simulation: Simulation | None, full_
 
 
 def visible_keys(simulation: Simulation, length: int, full_steps: Tensor | None = None) -> Tensor:
-    """Number of keys that each position attends to (specification, sections 3 and 4): (B, T) int64.
+    """Number of keys that each position attends to (specification, sections 3, 4 and 10): (B, T) int64.
 
     full_steps: (B, T) bool; None if every decision step is full, and then B = 1.
     """
@@ -93,7 +93,10 @@ def visible_keys(simulation: Simulation, length: int, full_steps: Tensor | None 
     if full_steps is None:
         full_steps = ((position - (prompt - 1)) % config.stride == 0)[None]
     full = full_steps & (position >= prompt) | (position == prompt - 1)
-    anchor = torch.where(full, position, prompt - 1).cummax(dim=1).values
+    anchors = full
+    if config.select_stride is not None:
+        anchors = full | (position >= prompt) & ((position - (prompt - 1)) % config.select_stride == 0)
+    anchor = torch.where(anchors, position, prompt - 1).cummax(dim=1).values
     budget, since = config.largest_budget(prompt), position - anchor
     selected = (anchor + 1).clamp(max=budget)
     kept = selected - (selected + since - 1 - budget).clamp(min=0)

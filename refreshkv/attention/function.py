@@ -20,6 +20,7 @@ from refreshkv.attention.split import SplitAtPrompt, computed_length
 from refreshkv.cache.preallocated import PreallocatedCache, PreallocatedLayer
 from refreshkv.config import Simulation, Trace
 from refreshkv.ops.choice import CHOICE
+from refreshkv.ops.schedule import position_flags
 from refreshkv.settings import SettingsError
 
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
@@ -91,9 +92,12 @@ def _simulate(
     """Attention of all positions of known tokens in one pass (specification, section 8): returns (B, T, H, D)."""
     length, prompt, config = query.shape[2], simulation.prompt_length, simulation.config
     _validate_prompt(simulation, length, key.shape[2], dense.left_padding)
+    CHOICE.refuse_readable_only(query, config.select_stride, config.pool_ahead)
     plan = config.plan(query, prompt, dense.left_padding, recurring=simulation.recurring, average_heads=average_heads)
     if trace is not None:
-        trace.full_steps[dense.module.layer_idx] = _as_flags(plan.full_positions, length)
+        trace.full_steps[dense.module.layer_idx] = position_flags(plan.full_positions, length)
+        if plan.selecting_positions is not None:
+            trace.selecting_steps[dense.module.layer_idx] = position_flags(plan.selecting_positions, length)
     if prompt == length:
         return dense(query, key, value)
     options = config.selection_options()
@@ -142,9 +146,3 @@ def _validate_prompt(simulation: Simulation, length: int, keys: int, left_paddin
 
 def _no_padding(query: Tensor) -> Tensor:
     return torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
-
-
-def _as_flags(full_positions: Tensor, length: int) -> Tensor:
-    """The positions (B, C), -1 where there is none, as flags (B, length) bool."""
-    flags = torch.zeros(full_positions.shape[0], length + 1, dtype=torch.bool, device=full_positions.device)
-    return flags.scatter(1, full_positions.masked_fill(full_positions < 0, length), True)[:, :length]

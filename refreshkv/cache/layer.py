@@ -13,8 +13,11 @@ from refreshkv import ops
 from refreshkv.cache.joint_state import JointState, join_layers
 from refreshkv.cache.preallocated import Phase, PreallocatedLayer
 from refreshkv.config import RefreshConfig
+from refreshkv.ops import naive
+from refreshkv.ops.choice import CHOICE
+from refreshkv.ops.naive.score_keys import quantize
 from refreshkv.ops.schedule import mean_query
-from refreshkv.ops.state import TAIL, Decisions, FullSteps, LayerState
+from refreshkv.ops.state import TAIL, Decisions, FullSteps, LayerState, SelectingState
 from refreshkv.ops.step.operators import decode_step
 
 
@@ -23,7 +26,9 @@ class RefreshLayer(PreallocatedLayer):
 
     All state is tensors of fixed size: `keys`, `values` (B, Hkv, max_cache_len, D), `full_steps` (B, max_cache_len),
     `row_state` (B, 4), `selected`, `ranking` (B, Hkv, W), `observers` (B, H, O, D), `mean_query` (B, D),
-    `cumulative_length` (); `refreshkv.ops.state.LayerState` says what they hold.
+    `cumulative_length` (); `refreshkv.ops.state.LayerState` says what they hold. With selecting steps also
+    `selecting_steps` (B, max_cache_len) and, for score keys of 8 or 4 bits, `score_codes` (B, Hkv, max_cache_len, D or
+    D / 2) and `score_scales` (B, Hkv, max_cache_len); see `refreshkv.ops.state.SelectingState`.
     """
 
     batch_state = tuple(name for name in LayerState._fields if name != "length")
@@ -35,6 +40,13 @@ class RefreshLayer(PreallocatedLayer):
         self.drops_many = config.threshold is not None or config.stride > TAIL
         """Whether more ranks may drop before the next full step than the kernels put in order at a time."""
         self.width = min(config.largest_budget(max_cache_len), max_cache_len)
+        self.has_selecting_steps = config.select_stride is not None
+        self.score_state = ("score_codes", "score_scales") if config.score_bits < 16 else ()
+        """Names of the buffers of the score keys."""
+        if self.has_selecting_steps:
+            self.batch_state = (*self.batch_state, *self.score_state, "selecting_steps")
+        if config.is_readable_only:
+            self.is_compileable = False  # the readable form reads decisions back to the host
         self.prompt_length = 0
         """Tokens before the first decoding step. Later tokens have other keys and values than under full attention."""
         self.earlier_layers: tuple[RefreshLayer, ...] = ()
@@ -55,6 +67,7 @@ class RefreshLayer(PreallocatedLayer):
         return min(self.prompt_length, self.length)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        CHOICE.refuse_readable_only(key_states, self.config.select_stride, self.config.pool_ahead)
         super().lazy_initialization(key_states, value_states)
         batch, kv_heads, _, head_dim = key_states.shape
         self.full_steps = torch.zeros(batch, self.max_cache_len, dtype=torch.bool, device=self.device)
@@ -62,6 +75,26 @@ class RefreshLayer(PreallocatedLayer):
         self.selected = torch.full((batch, kv_heads, self.width), -1, dtype=torch.int32, device=self.device)
         self.ranking = torch.zeros_like(self.selected)
         self.mean_query = torch.zeros(batch, head_dim, dtype=torch.float32, device=self.device)
+        if self.has_selecting_steps:
+            self.selecting_steps = torch.zeros_like(self.full_steps)
+        for name, empty in zip(self.score_state, self._quantize(key_states[:, :, :0]), strict=False):
+            shape = (batch, kv_heads, self.max_cache_len, *empty.shape[3:])
+            setattr(self, name, torch.zeros(shape, dtype=empty.dtype, device=self.device))
+
+    def _quantize(self, key: Tensor) -> tuple[Tensor, Tensor] | tuple[()]:
+        """What the score keys of the keys (B, Hkv, n, D) are stored as: one tensor for each name in `score_state`."""
+        return quantize(key.detach(), self.config.score_bits) if self.score_state else ()
+
+    def _store(self, key_states: Tensor, value_states: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        stored = super()._store(key_states, value_states, start, end)
+        for name, part in zip(self.score_state, self._quantize(key_states), strict=True):
+            getattr(self, name)[:, :, start:end] = part
+        return stored
+
+    def wait_for(self, stream: torch.cuda.Stream) -> None:
+        for name in self.score_state:
+            getattr(self, name).record_stream(stream)
+        super().wait_for(stream)
 
     @torch.compiler.disable
     def end_block(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
@@ -116,7 +149,18 @@ class RefreshLayer(PreallocatedLayer):
         self.phase = Phase.DECODING
         if self.joint is not None:
             return self.joint.step(self, query, key, value, scaling)
+        if self.config.is_readable_only:
+            return self._readable_step(query, key, value, scaling)
         return self.operator(decode_step)(query, key, value, self.state(), self.config.step_options(), scaling)
+
+    @torch.compiler.disable
+    def _readable_step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """`step` in plain PyTorch, with the settings that the kernels do not know."""
+        chosen = None
+        if self.has_selecting_steps:
+            codes, scales = (getattr(self, name) for name in self.score_state) if self.score_state else (None, None)
+            chosen = SelectingState(codes, scales, self.selecting_steps)
+        return naive.decode_step(query, key, value, self.state(), self.config.step_options(), scaling, chosen)
 
     def state(self) -> LayerState:
         """The layer's state, as a decoding step takes it."""
@@ -124,16 +168,23 @@ class RefreshLayer(PreallocatedLayer):
         return LayerState(*(getattr(self, name) for name in names))
 
     def state_changed_by_step(self, length: int) -> tuple[str, ...]:
-        # Only a decision step may select. A step overwrites the oldest observer, which no later step looks at.
-        return ("row_state", "selected", "ranking", "mean_query") if self._is_decision_step(length) else ()
+        # Only these steps may select. A step overwrites the oldest observer, which no later step looks at.
+        selects = self._is_decision_step(length) or self._is_at_select_stride(length)
+        return ("row_state", "selected", "ranking", "mean_query") if selects else ()
 
     def _is_decision_step(self, position: int) -> bool:
         """Whether the schedule decides at the step that processes the token at `position`."""
         return (position - (self.block_end - 1)) % self.config.stride == 0
 
+    def _is_at_select_stride(self, position: int) -> bool:
+        """Whether the step that processes the token at `position` is a selecting step, unless it is full."""
+        return self.has_selecting_steps and (position - (self.block_end - 1)) % self.config.select_stride == 0
+
     def forget_step(self, length: int) -> None:
         super().forget_step(length)
         self.full_steps[:, length:] = False
+        if self.has_selecting_steps:
+            self.selecting_steps[:, length:] = False
 
     def _select(self, observers: Tensor, last: Tensor, scaling: float) -> Tensor:
         """The positions that the last token keeps, (B, Hkv, W), by rank, as far as ranks may drop before the next full
@@ -152,6 +203,8 @@ class RefreshLayer(PreallocatedLayer):
         super().reset()
         if self.is_initialized:
             self.full_steps.zero_()
+            if self.has_selecting_steps:
+                self.selecting_steps.zero_()
 
     def _change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._change_batch(change)

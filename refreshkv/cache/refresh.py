@@ -62,6 +62,8 @@ class RefreshCache(PreallocatedCache):
         if model_config is None:
             raise SettingsError("RefreshCache needs config=model.config")
         self.config = refresh or saved_config(model_config, "refresh")
+        if offload and self.config.select_stride is not None:
+            raise SettingsError("offload=True knows no selecting steps yet: leave it out, or set select_stride=None")
         make_layer = OffloadedLayer if offload else RefreshLayer
         super().__init__(model_config, max_cache_len, lambda: make_layer(max_cache_len, self.config))
         layers = self.preallocated_layers()
@@ -74,13 +76,20 @@ class RefreshCache(PreallocatedCache):
 
         Sliding-window layers have no full steps. Raises `ValueError` before the first token.
         """
+        return self._flags("full_steps")
+
+    @property
+    def selecting_steps(self) -> Tensor:
+        """Which positions were selecting steps: (layers, B, L) bool, like `full_steps`; all False without one."""
+        return self._flags("selecting_steps")
+
+    def _flags(self, name: str) -> Tensor:
+        """The layers' flags of this name, (layers, B, L) bool, False for layers without any."""
         layers = self.preallocated_layers()
         if not layers or layers[0].length == 0:
-            raise ValueError("full_steps: the cache is empty; run the model with it first")
-        none = torch.zeros_like(layers[0].full_steps[:, : layers[0].length])
-        flags = [
-            layer.full_steps[:, : layer.length] if isinstance(layer, RefreshLayer) else none for layer in self.layers
-        ]
+            raise ValueError(f"{name}: the cache is empty; run the model with it first")
+        length, none = layers[0].length, torch.zeros_like(layers[0].full_steps[:, : layers[0].length])
+        flags = [getattr(layer, name)[:, :length] if hasattr(layer, name) else none for layer in self.layers]
         return torch.stack([own.to(none.device) for own in flags])
 
 

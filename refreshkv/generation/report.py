@@ -61,19 +61,24 @@ def generation_table(
 
 
 def _cache_lines(prompt_tokens: int, cache: RefreshCache) -> list[tuple[str, str]]:
-    """The budget, and the full steps after the prompt; neighbouring layers with equal numbers share a line."""
+    """The budget, and the full and selecting steps after the prompt; neighbouring layers with equal numbers share a
+    line."""
     budget, length = cache.config.largest_budget(prompt_tokens), int(cache.get_seq_length())
     steps = length - prompt_tokens
     beyond = " (the context never grew beyond it: full attention)" if budget >= length else ""
     lines = [("K, tokens in the small cache", f"{budget}{beyond}")]
-    full_steps = cache.full_steps[:, 0, prompt_tokens:].sum(-1).tolist()
-    counts = [None if sliding else count for count, sliding in zip(full_steps, cache.is_sliding, strict=True)]
+    flags = (cache.full_steps, cache.selecting_steps)
+    full_steps, selecting_steps = (own[:, 0, prompt_tokens:].sum(-1).tolist() for own in flags)
+    layers = zip(full_steps, selecting_steps, cache.is_sliding, strict=True)
+    counts = [None if sliding else (full, selecting) for full, selecting, sliding in layers]
     for count, group in groupby(enumerate(counts), key=lambda entry: entry[1]):
         layers = [layer for layer, _ in group]
         name = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
         if count is None:
             lines.append((name, "sliding window"))
         else:
-            stride = f"effective stride {steps / count:.1f}" if count else "never refreshed"
-            lines.append((name, f"{count} full steps of {steps}, {stride}"))
+            full, selecting = count
+            stride = f"effective stride {steps / full:.1f}" if full else "never refreshed"
+            also = f", {selecting} selecting steps" if selecting else ""
+            lines.append((name, f"{full} full steps of {steps}, {stride}{also}"))
     return lines

@@ -15,6 +15,7 @@ computes what is decided in `choice`, once, by this table (16 bits: float16 and 
 | `select`: full steps of a pass | `selection/ranking.py`: Triton | always |
 | `step.operators.*`: decoding steps | `step/launches.py`, `selection/step.py`: Triton | always |
 | `copy_tokens`, `gather_tokens`: host memory | `step/transfer.py`: Triton | always |
+| selecting steps, `pool_ahead` | `naive` alone; refused where kernels would run | always |
 
 *Uniform* means the fixed schedule without padding. Both selections are `selection/top_k.py`. Structs that operations
 take are in `state`; the schedule is in `schedule`.

@@ -1,9 +1,9 @@
-"""Which steps are full: step by step (decoding) and all at once (simulation), by one rule.
+"""Which steps are full and which are selecting: step by step (decoding) and all at once (simulation), by one rule.
 
 Every `S`-th step after the prompt is a *decision step*: the schedule decides there whether the step is full.
 
 Shapes: `B` batch rows, `H` query heads, `T` positions, `D` head size, `P` prompt length, `S` stride, `C` decision
-steps, the prompt's end included.
+steps, the prompt's end included, `E` steps at multiples of the select stride.
 """
 
 from collections.abc import Callable
@@ -65,6 +65,27 @@ def plan(
     full = _walk(mean_queries if average_heads is None else average_heads(mean_queries), threshold)
     latest = torch.arange(len(decisions), device=query.device).masked_fill(~full, 0).cummax(dim=1).values
     return Schedule(decisions.masked_fill(~full, -1), latest)
+
+
+def selecting_positions(full_positions: Tensor, prompt_length: int, length: int, select_stride: int) -> Tensor:
+    """The positions of the selecting steps (specification, section 10): (B, E) int64, -1 where such a step is full.
+
+    Args:
+        full_positions: (B, C) int64, as in `Schedule`.
+        prompt_length: P.
+        length: T.
+        select_stride: decoding steps from one selecting step to the next.
+    """
+    first = prompt_length - 1 + select_stride
+    positions = torch.arange(first, max(first, length), select_stride, device=full_positions.device)
+    is_full = position_flags(full_positions, length)[:, positions]
+    return positions.repeat(len(full_positions), 1).masked_fill(is_full, -1)
+
+
+def position_flags(positions: Tensor, length: int) -> Tensor:
+    """The positions (B, N), -1 where there is none, as flags (B, length) bool."""
+    flags = torch.zeros(positions.shape[0], length + 1, dtype=torch.bool, device=positions.device)
+    return flags.scatter(1, positions.masked_fill(positions < 0, length), True)[:, :length]
 
 
 @lru_cache(maxsize=8)

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 LAST_FULL, BUDGET, PADDING, PROMPT_LENGTH = range(4)
-"""Columns of a `row_state` (B, 4) int64: last full position, budget K, padded columns, length of the last prompt block.
+"""Columns of a `row_state` (B, 4) int64: position of the last full or selecting step, budget K, padded columns, length
+of the last prompt block.
 A compact cache counts the entries ever used in column 0 and leaves the last two at zero."""
 
 ENTRIES_USED = LAST_FULL
 """Column 0 of a compact cache's `row_state`."""
+
+READABLE_ONLY = "is computed by the readable form only so far: set REFRESHKV_OPS=naive in the environment"
+"""How an error about a setting ends that the GPU's kernels do not compute."""
 
 TAIL = 16
 """Lowest ranks that the kernels of a decoding step put in order at a time: a queue drops them one by one."""
@@ -28,22 +32,33 @@ class SelectionOptions(NamedTuple):
     observation_window: int
     recent_window: int
     sink_tokens: int
+    pool_ahead: bool = False
+
+    def for_kernels(self) -> tuple[int, int, int, int]:
+        """The options that the kernels know. Raises `ValueError` if another one is set."""
+        if self.pool_ahead:
+            raise ValueError(f"pool_ahead {READABLE_ONLY}")
+        return self.pool_kernel, self.observation_window, self.recent_window, self.sink_tokens
 
 
 class StepOptions(NamedTuple):
-    """When a decoding step is full, and what it then keeps."""
+    """When a decoding step is full or selecting, and what it then keeps."""
 
     stride: int
     threshold: float | None
     selection: SelectionOptions
+    select_stride: int | None = None
 
     def flat(self) -> tuple:
-        """stride, threshold and the four selection options, for an operator."""
-        return self.stride, self.threshold, *self.selection
+        """stride, threshold and the four selection options, for an operator. Raises `ValueError` if an option is set
+        that the kernels do not know."""
+        if self.select_stride is not None:
+            raise ValueError(f"select_stride {READABLE_ONLY}")
+        return self.stride, self.threshold, *self.selection.for_kernels()
 
 
 class FullSteps(NamedTuple):
-    """The full steps whose selections are wanted."""
+    """The full steps, or the selecting steps, whose selections are wanted."""
 
     positions: Tensor
     """(B, C) int64: the step's position, or -1 where the step is not full."""
@@ -81,11 +96,27 @@ class Plan(NamedTuple):
     """Whether every decision step is full and no batch row is padded."""
     recurring: bool
     """Whether later passes have this prompt length and stride again, so that kernels planned for one shape pay."""
+    selecting_positions: Tensor | None = None
+    """(B, E) int64: the positions of the selecting steps, -1 where such a step is full (specification, section 10).
+    None without selecting steps."""
+    score_bits: int = 16
+    """Bits of the score keys."""
 
     @property
     def steps(self) -> FullSteps:
-        """What the selection needs of the plan."""
+        """What the selection of the full steps needs of the plan."""
         return FullSteps(self.full_positions, self.budgets, self.left_padding, self.width, self.droppable)
+
+    @property
+    def selecting_steps(self) -> FullSteps:
+        """What the selection of the selecting steps needs of the plan, which has some."""
+        return self.steps._replace(positions=self.selecting_positions)
+
+    def for_kernels(self) -> tuple:
+        """The fields that the kernels know, up to `recurring`. Raises `ValueError` if there are selecting steps."""
+        if self.selecting_positions is not None:
+            raise ValueError(f"select_stride {READABLE_ONLY}")
+        return self[: self._fields.index("recurring") + 1]
 
 
 class AttentionInputs(NamedTuple):
@@ -137,6 +168,18 @@ class LayerState(NamedTuple):
     def decisions(self) -> Decisions:
         """The part that a selection writes."""
         return Decisions(self.row_state, self.selected, self.ranking, self.mean_query, self.full_steps)
+
+
+class SelectingState(NamedTuple):
+    """What a layer's cache holds besides, if it has selecting steps."""
+
+    codes: Tensor | None
+    """The stored codes of the score keys, as `refreshkv.ops.naive.score_keys.quantize` makes them: (B, Hkv, L, D) int8
+    or (B, Hkv, L, D / 2) uint8. None with 16 bits: the keys themselves are the score keys."""
+    scales: Tensor | None
+    """(B, Hkv, L) float32, or None."""
+    selecting_steps: Tensor
+    """(B, L) bool: which positions were selecting steps."""
 
 
 class CompactState(NamedTuple):

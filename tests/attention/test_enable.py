@@ -17,6 +17,7 @@ from tests.helpers.models import decode_logits, padded_positions, random_ids, ti
 
 FIXED = RefreshConfig(budget=6, stride=4)
 SIMILAR = RefreshConfig(budget=0.4, stride=2, threshold=0.1, observation_window=3, recent_window=2, sink_tokens=1)
+SELECTING = RefreshConfig(budget=5, stride=6, select_stride=2, score_bits=4, pool_ahead=True)
 SLIDING = {
     "family": "qwen3",
     "layers": 3,
@@ -307,7 +308,7 @@ def test_activation_checkpointing_gives_the_same_gradients(settings, config):
         assert_same_gradients(gradients(model, ids, **extra), expected, 1e-12)
 
 
-@pytest.mark.parametrize("config", [FIXED, SIMILAR], ids=["fixed", "similarity"])
+@pytest.mark.parametrize("config", [FIXED, SIMILAR, SELECTING], ids=["fixed", "similarity", "selecting"])
 @pytest.mark.parametrize("padding", [0, 4])
 def test_gradients_are_those_of_the_paper_algorithm(config, padding):
     model, reference, ids = tiny_enabled(), tiny_model(), random_ids(2, 26)

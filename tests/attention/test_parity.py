@@ -45,6 +45,30 @@ CASES = [
 ]
 
 
+# steps that choose again: each select stride, each number of bits, both poolings, each schedule
+SCHEDULES = {"never": {"stride": NEVER}, "fixed": {"stride": 5}, "similarity": {"stride": 3, "threshold": 0.0}}
+SELECTING = [
+    (17, RefreshConfig(budget=8, select_stride=1, score_bits=4, pool_kernel=10, pool_ahead=True, stride=NEVER)),
+    (17, RefreshConfig(budget=2, select_stride=7, score_bits=16, stride=NEVER)),
+    (1, RefreshConfig(budget=0.9, select_stride=2, score_bits=8, stride=5)),
+    (9, RefreshConfig(budget=6, select_stride=2, score_bits=4, stride=7)),
+    (
+        20,
+        RefreshConfig(
+            budget=0.4, select_stride=3, score_bits=8, stride=4, threshold=0.1, pool_ahead=True,
+            observation_window=5, recent_window=3, sink_tokens=2,
+        ),
+    ),
+]  # fmt: skip
+EVERY_SELECTING = [
+    (17, RefreshConfig(budget=8, select_stride=select_stride, score_bits=bits, pool_ahead=ahead, **schedule))
+    for select_stride in (1, 2, 3, 7)
+    for bits in (16, 8, 4)
+    for ahead in (False, True)
+    for schedule in SCHEDULES.values()
+]
+
+
 def assert_parity(model, ids, prompt, config, attention_mask=None, offload=False):
     extra = {}
     if attention_mask is not None:
@@ -57,6 +81,8 @@ def assert_parity(model, ids, prompt, config, attention_mask=None, offload=False
     torch.testing.assert_close(parallel[real], sequential[real], rtol=0, atol=TOLERANCE[model.dtype])
     for layer, flags in trace.full_steps.items():
         assert torch.equal(flags, cache.full_steps[layer]), f"layer {layer} took other full steps"
+    for layer, flags in trace.selecting_steps.items():
+        assert torch.equal(flags, cache.selecting_steps[layer]), f"layer {layer} took other selecting steps"
     return trace, parallel
 
 
@@ -85,6 +111,59 @@ def test_all_cases_with_left_padding(pair):
         for row, padding in enumerate([0, prompt // 3, prompt - 1]):
             mask[row, :padding] = 0
         assert_parity(model, ids, prompt, config, mask)
+
+
+def with_left_padding(ids, prompt):
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate([0, prompt // 3, prompt - 1]):
+        mask[row, :padding] = 0
+    return mask
+
+
+@pytest.mark.parametrize("case", range(len(SELECTING)))
+def test_selecting_steps(case):
+    prompt, config = SELECTING[case]
+    ids = random_ids(3, 45, seed=case)
+    assert_parity(tiny_enabled(dtype=torch.float32, groups=4), ids, prompt, config)
+    trace, _ = assert_parity(tiny_enabled(seed=3), ids, prompt, config, with_left_padding(ids, prompt))
+    assert all(flags.any() for flags in trace.selecting_steps.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_every_selecting_step(pair, is_padded):
+    dtype, groups = pair
+    model, ids = tiny_enabled(dtype=dtype, groups=groups, seed=3), random_ids(3, 70, seed=4)
+    for prompt, config in EVERY_SELECTING + SELECTING:
+        assert_parity(model, ids, prompt, config, with_left_padding(ids, prompt) if is_padded else None)
+
+
+def test_selecting_steps_of_each_schedule():
+    """Which steps select: multiples of the select stride that are not full; layers decide for themselves."""
+    model, ids = tiny_enabled(layers=3), random_ids(2, 50)
+    for name, schedule in SCHEDULES.items():
+        trace = Trace()
+        config = RefreshConfig(budget=8, select_stride=3, **schedule)
+        with torch.no_grad():
+            model(ids, simulation=Simulation(20, config), trace=trace)
+        step = torch.arange(50) - 19
+        for layer, flags in trace.selecting_steps.items():
+            full = trace.full_steps[layer]
+            assert torch.equal(flags, (step > 0) & (step % 3 == 0) & ~full)
+            assert flags.any()
+            if name == "similarity":
+                assert full[:, 20:].any()
+
+
+@pytest.mark.parametrize("score_bits", [16, 4])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_selecting_with_a_budget_beyond_the_row_is_full_attention(schedule, score_bits):
+    plain, model, ids = tiny_model(), tiny_enabled(), random_ids(2, 50, seed=7)
+    config = RefreshConfig(budget=50, select_stride=2, score_bits=score_bits, **SCHEDULES[schedule])
+    with torch.no_grad():
+        found = model(ids, simulation=Simulation(11, config)).logits
+        torch.testing.assert_close(found, plain(ids).logits, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

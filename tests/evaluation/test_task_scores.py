@@ -179,6 +179,22 @@ def test_left_padding():
     assert ids.tolist() == [[1, 1, 5, 6], [7, 8, 9, 4]] and mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
 
 
+def test_strategies_that_select():
+    config = RefreshConfig(budget=7, stride=4, threshold=0.5, select_stride=3, score_bits=8, pool_ahead=True)
+    made = build_strategies(["select:2:4bit", "select:2", "select", "refresh:10", "never"], config)
+    steps = {item.name: (item.config.stride, item.config.select_stride, item.config.score_bits) for item in made}
+    assert steps == {
+        "select S=2 4 bits": (NEVER, 2, 4),
+        "select S=2": (NEVER, 2, 16),
+        "select S=3 8 bits": (NEVER, 3, 8),
+        "refresh S=10": (10, None, 16),
+        "never refreshed": (NEVER, None, 16),
+    }
+    assert all(item.config.pool_ahead and item.config.threshold is None for item in made)
+    own = decoding.default_strategies(config, [10])[-2]
+    assert own.name == "select S=3 8 bits refresh S=4 threshold 0.5" and own.config == config
+
+
 def test_strategies_by_name(monkeypatch):
     config = RefreshConfig(budget=7, stride=4, threshold=0.5, sink_tokens=2)
     made = build_strategies(["full", "never", "refresh", "refresh:9", "similarity", "similarity:5:0.9"], config)
@@ -192,12 +208,13 @@ def test_strategies_by_name(monkeypatch):
     }
     assert all(item.settings["sink_tokens"] == 2 for item in made[1:])
     assert [item.is_full for item in made] == [True] + [False] * 5 and all(item.is_parallel for item in made)
+    assert not any("score_bits" in item.settings for item in made), "earlier reports would not compare"
     model_config = tiny_model().config
     assert isinstance(made[0].build_cache(model_config, 9), FullCache)
     cache = made[3].build_cache(model_config, 9)
     assert isinstance(cache, RefreshCache) and cache.config.stride == 9 and cache.get_max_length() == 9
     for name, message in [
-        ("h3o", "there is no 'h3o'; known are full, refresh, similarity, never, streaming, h2o, snapkv"),
+        ("h3o", "there is no 'h3o'; known are full, refresh, similarity, never, select, streaming, h2o, snapkv"),
         ("h2o:4", "h2o:4: too many arguments; it is written h2o"),
         ("streaming:-1", "sink tokens must be at least 0"),
         ("snapkv:64:4", "pool_kernel must be odd"),
@@ -207,6 +224,9 @@ def test_strategies_by_name(monkeypatch):
         ("refresh:0", "refresh:0: stride must be"),
         ("full:3", "full:3: too many arguments; it is written full"),
         ("similarity", "no threshold is set"),
+        ("select", "no select_stride is set; write select:STRIDE:BITS"),
+        ("select:2:5bit", "BITS must be one of 16bit, 8bit, 4bit, got '5bit'"),
+        ("select:0", "select_stride must be"),
     ]:
         with pytest.raises(SettingsError, match=message):
             build_strategies([name], RefreshConfig())

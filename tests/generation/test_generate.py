@@ -30,6 +30,9 @@ FIXED = RefreshConfig(budget=6, stride=4)
 SIMILAR = RefreshConfig(
     budget=0.3, stride=3, threshold=0.1, observation_window=4, recent_window=2, sink_tokens=1, pool_kernel=3
 )
+SELECTING = RefreshConfig(budget=6, stride=NEVER, select_stride=2, score_bits=4, pool_ahead=True)
+BOTH = RefreshConfig(budget=0.3, stride=3, threshold=0.1, observation_window=4, select_stride=2, score_bits=8)
+BESIDE = RefreshConfig(budget=6, stride=4, select_stride=3, score_bits=4)
 BEYOND = RefreshConfig(budget=1000, stride=4)
 SLIDING = {
     "family": "qwen2",
@@ -201,7 +204,9 @@ def test_bfloat16():
 
 
 @pytest.mark.parametrize(
-    "config", [FIXED, SIMILAR, RefreshConfig(budget=5, stride=NEVER)], ids=["fixed", "sim", "never"]
+    "config",
+    [FIXED, SIMILAR, RefreshConfig(budget=5, stride=NEVER), SELECTING, BOTH],
+    ids=["fixed", "sim", "never", "selecting", "both"],
 )
 @pytest.mark.parametrize("paddings", [(0, 0), (0, 6)], ids=["even", "padded"])
 def test_a_second_and_a_third_turn_are_new_prompt_blocks(config, paddings):
@@ -511,7 +516,7 @@ def test_the_older_spelling_of_a_cache_still_works():
         RefreshCache(max_cache_len=60)
 
 
-@pytest.mark.parametrize("config", [FIXED, SIMILAR], ids=["fixed", "similarity"])
+@pytest.mark.parametrize("config", [FIXED, SIMILAR, SELECTING, BOTH], ids=["fixed", "similarity", "selecting", "both"])
 @torch.no_grad()
 def test_the_last_step_can_be_taken_back(config):
     """By transformers' own protocol: recording, crop(0) after each accepted step, crop(-1)."""
@@ -529,22 +534,28 @@ def test_the_last_step_can_be_taken_back(config):
         cache.crop(0)
         torch.testing.assert_close(logits, expected[:, position : position + 1], rtol=0, atol=1e-10)
     assert torch.equal(cache.full_steps, wanted.full_steps)
+    assert torch.equal(cache.selecting_steps, wanted.selecting_steps)
     for tokens in (-2, 1):
         with pytest.raises(NotImplementedError, match="cannot take tokens back"):
             cache.crop(tokens)
     model(random_ids(2, 3), past_key_values=cache)
     with pytest.raises(NotImplementedError, match="cannot take tokens back"):
         cache.crop(0)
+    if config.select_stride is not None:
+        with pytest.raises(SettingsError, match="offload=True knows no selecting steps yet"):
+            RefreshCache(model.config, 60, config, offload=True)
+        return
     offloaded = RefreshCache(model.config, 60, config, offload=True)
     assert not offloaded.is_croppable
     with pytest.raises(NotImplementedError, match="cannot take tokens back"):
         offloaded.activate_past_recording()
 
 
-def test_rows_of_the_cache_can_be_repeated_and_selected():
+@pytest.mark.parametrize("config", [SIMILAR, BOTH], ids=["similarity", "both"])
+def test_rows_of_the_cache_can_be_repeated_and_selected(config):
     model, ids = tiny_enabled(), random_ids(2, 30)
-    expected, _ = decode_logits(model, ids.repeat_interleave(2, dim=0)[[3, 0]], 20, SIMILAR)
-    cache = RefreshCache(model.config, 60, SIMILAR)
+    expected, _ = decode_logits(model, ids.repeat_interleave(2, dim=0)[[3, 0]], 20, config)
+    cache = RefreshCache(model.config, 60, config)
     with torch.no_grad():
         model(ids[:, :20], past_key_values=cache)
         cache.batch_repeat_interleave(2)
@@ -556,6 +567,39 @@ def test_rows_of_the_cache_can_be_repeated_and_selected():
             model(ids[[1, 0], position : position + 1], past_key_values=cache).logits for position in range(25, 30)
         ]
     torch.testing.assert_close(torch.cat(found, dim=1), expected[:, 25:], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@torch.no_grad()
+def test_a_copy_of_a_cache_with_selecting_steps_goes_on(duplicate):
+    model, ids = tiny_enabled(), random_ids(2, 40)
+    expected, wanted = decode_logits(model, ids, 20, BOTH)
+    cache = RefreshCache(model.config, 40, BOTH)
+    for start, end in [(0, 20), *((end - 1, end) for end in range(21, 30))]:
+        model(ids[:, start:end], past_key_values=cache)
+    cache = duplicate(cache)
+    found = [model(ids[:, end - 1 : end], past_key_values=cache).logits for end in range(30, 41)]
+    torch.testing.assert_close(torch.cat(found, dim=1), expected[:, 29:], rtol=0, atol=1e-10)
+    assert torch.equal(cache.selecting_steps, wanted.selecting_steps) and cache.selecting_steps.any()
+
+
+@pytest.mark.parametrize(("chunk", "padding"), [(1, 0), (7, 5), (19, 5)])
+@pytest.mark.parametrize("config", [SELECTING, BOTH], ids=["selecting", "both"])
+def test_a_prompt_in_chunks_with_selecting_steps(config, chunk, padding):
+    model, (ids, mask) = tiny_enabled(), left_padded(random_ids(2, 28), [0, padding])
+    expected = generate(model, ids, config, attention_mask=mask)
+    cache = RefreshCache(model.config, 200, config)
+    for _ in range(2):
+        found = generate(model, ids, cache=cache, attention_mask=mask, prefill_chunk_size=chunk)
+        assert torch.equal(found, expected)
+        cache.reset()
+
+
+def test_a_cache_without_selecting_steps_has_none():
+    _, cache = decode_logits(tiny_enabled(), random_ids(2, 30), 20, FIXED)
+    assert cache.selecting_steps.shape == cache.full_steps.shape and not cache.selecting_steps.any()
+    with pytest.raises(ValueError, match="selecting_steps: the cache is empty"):
+        _ = RefreshCache(tiny_model().config, 60, SELECTING).selecting_steps
 
 
 # ---- the model beside its cache
@@ -651,6 +695,7 @@ def test_the_script_uses_the_saved_schedule(script, folder, capsys):
         (["--full"], None),
         (["--offload"], FIXED),
         (["refresh.stride=2", "refresh.recent_window=3"], RefreshConfig(budget=6, stride=2, recent_window=3)),
+        (["refresh.select_stride=3", "refresh.score_bits=4"], BESIDE),
     ],
 )
 def test_the_script_takes_options(script, folder, capsys, options, config):
@@ -658,6 +703,7 @@ def test_the_script_takes_options(script, folder, capsys, options, config):
     text, table = capsys.readouterr().out.split("\n\n")
     assert text == expected_text(folder, config)
     assert ("never refreshed" in table) == ("50" in options)
+    assert ("effective stride 4.3, 3 selecting steps" in table) == (config == BESIDE)
     assert ("K, tokens in the small cache" in table) == ("--full" not in options)
 
 

@@ -30,6 +30,7 @@ LENGTH, ROWS, MICRO_BATCH = 32, 8, 2
 SIMULATIONS = {
     "fixed": Simulation(9, RefreshConfig(budget=6, stride=4)),
     "similarity": Simulation(9, RefreshConfig(budget=6, stride=3, threshold=0.1)),
+    "selecting": Simulation(9, RefreshConfig(budget=6, stride=6, threshold=0.1, select_stride=2, score_bits=4)),
     "full": None,
 }
 

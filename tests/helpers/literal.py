@@ -24,7 +24,7 @@ def literal_attention(module, query, key, value, attention_mask, scaling, blocks
         ends = [first for first, _ in blocks[1:]] + [length]
         for (first, last), end in zip(blocks, ends, strict=True):
             seen = (tensor[row, :, start:end] for tensor in (query, key, value))
-            output, _ = sequential_attention(*seen, last - start, config, scaling)
+            output, *_ = sequential_attention(*seen, last - start, config, scaling)
             parts.append(output[:, max(first - start, 0) :])
         rows.append(torch.cat(parts, dim=1))
     return torch.stack(rows).transpose(1, 2), None

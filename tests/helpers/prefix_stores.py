@@ -15,11 +15,13 @@ FIXED = RefreshConfig(budget=6, stride=4)
 SIMILAR = RefreshConfig(
     budget=0.3, stride=3, threshold=0.1, observation_window=4, recent_window=2, sink_tokens=1, pool_kernel=3
 )
+SELECTING = RefreshConfig(budget=6, stride=9, select_stride=2, score_bits=4)
 STRATEGIES = {
     "full": lambda config: DynamicCache(config=config),
     "full, buffers": lambda config: FullCache(config, ROOM),
     "fixed": lambda config: RefreshCache(config, ROOM, FIXED),
     "similarity": lambda config: RefreshCache(config, ROOM, SIMILAR),
+    "selecting": lambda config: RefreshCache(config, ROOM, SELECTING),
     "streaming": lambda config: StreamingCache(config, ROOM, 0.3),
     "snapkv": lambda config: SnapKVCache(config, ROOM, 0.3),
     "snapkv, the authors'": lambda config: SnapKVCache(config, ROOM, 0.3, 8, 5, "average"),

@@ -1,6 +1,7 @@
 """The naive operations against the paper's sequential algorithm, and their gradients."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,18 @@ def select_one(key, position, budget, padding=0, pool_kernel=7):
 
 @pytest.mark.parametrize("seed", range(24))
 def test_parallel_form_equals_the_paper_algorithm(seed):
+    compare_with_literal(seed, {})
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("select_stride", [1, 2, 3, 7])
+def test_parallel_form_with_selecting_steps_equals_the_literal_one(select_stride, bits):
+    seed = 10 * select_stride + bits
+    selecting = {"select_stride": select_stride, "score_bits": bits, "pool_ahead": seed % 3 > 0}
+    compare_with_literal(seed, selecting)
+
+
+def compare_with_literal(seed, selecting):
     draw = random.Random(seed)
     length = draw.choice([23, 40, 63])
     prompt = draw.randint(1, length - 1)
@@ -48,14 +61,54 @@ def test_parallel_form_equals_the_paper_algorithm(seed):
         observation_window=draw.choice([1, 4, 9]),
         recent_window=draw.choice([0, 4]),
         sink_tokens=draw.choice([0, 2]),
+        **selecting,
     )
     kv_heads = draw.choice([1, 2])
     query, key, value = attention_inputs(2, kv_heads * draw.choice([1, 2, 3]), kv_heads, length, 8, seed)
     output, pattern = decoded(query, key, value, prompt, config, scaling=0.4)
     for row in range(2):
-        expected, full = sequential_attention(query[row], key[row], value[row], prompt, config, scaling=0.4)
+        expected, full, chosen = sequential_attention(query[row], key[row], value[row], prompt, config, scaling=0.4)
         assert [p for p in pattern.full_positions[row].tolist() if p >= 0] == full
+        if selecting:
+            assert [p for p in pattern.selecting_positions[row].tolist() if p >= 0] == chosen
         torch.testing.assert_close(output[row], expected[:, prompt:], rtol=0, atol=1e-12)
+
+
+def test_selecting_at_every_step_without_pooling_is_each_querys_own_top():
+    """Section 10: `select_stride=1, pool_kernel=1`, no full steps."""
+    query, key, value = attention_inputs(1, 4, 2, 30, 8, seed=7)
+    config = RefreshConfig(budget=5, stride=NEVER, select_stride=1, pool_kernel=1)
+    output, _ = decoded(query, key, value, 10, config, scaling=0.4)
+    for position in range(10, 30):
+        for head in range(4):
+            group = range(head // 2 * 2, head // 2 * 2 + 2)
+            keys, values = key[0, head // 2, : position + 1], value[0, head // 2, : position + 1]
+            scores = torch.stack([(keys @ query[0, h, position] * 0.4).softmax(-1) for h in group]).amax(0)
+            scores[position] = 2.0  # the token itself ranks first
+            best = scores.topk(5).indices
+            expected = (keys[best] @ query[0, head, position] * 0.4).softmax(-1) @ values[best]
+            torch.testing.assert_close(output[0, head, position - 10], expected, rtol=0, atol=1e-12)
+
+
+def test_a_strided_selecting_step_beyond_the_row_changes_nothing():
+    query, key, value = attention_inputs(2, 4, 2, 30, 8, seed=8)
+    config = RefreshConfig(budget=5, stride=4)
+    expected, _ = decoded(query, key, value, 10, config, scaling=0.4)
+    for select_stride in (20 + 1, NEVER):
+        found, _ = decoded(query, key, value, 10, replace(config, select_stride=select_stride), scaling=0.4)
+        assert torch.equal(found, expected)
+
+
+def test_pooling_ahead_lifts_what_follows():
+    """The highest key is at 3: of a window of 3, what it lifts are 3, 4 and 5."""
+    key = torch.tensor([0.0, 0.0, 0.0, 9.0, 0.0, 0.0, 0.0, 0.0]).view(1, 1, 8, 1)
+    steps = FullSteps(torch.tensor([[7]]), torch.tensor([3]), torch.tensor([0]), 3, 3)
+    query = torch.ones(1, 1, 8, 1)
+    ahead, centred = (
+        naive.select(query, key, steps, SelectionOptions(3, 1, 0, 0, pool_ahead), 1.0).flatten().tolist()
+        for pool_ahead in (True, False)
+    )
+    assert ahead == [3, 4, 5] and centred == [2, 3, 4]
 
 
 def test_ties_go_to_the_lower_position():

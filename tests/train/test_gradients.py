@@ -30,6 +30,8 @@ WHOLE_LAYERS = [
 ]
 DISTILLED = [Case(3, 2, "fixed", recompute=True, distilled=True), Case(1, 2, "similarity", distilled=True)]
 
+SELECTING = [Case(1, 2, "selecting"), Case(0, 4, "selecting", kv_heads=2)]
+
 LAYOUTS = {1: [1], 2: [1, 2], 4: [2, 4]}
 """Ranks -> how many share a row."""
 
@@ -38,7 +40,7 @@ def cases_of(world, everything):
     """Without `everything`, one schedule for each stage and layout; on four ranks stages 1 and 3 alone."""
     cases = [
         case
-        for case in ALL + FEW_GROUPS + ORDINARY + HALF + WHOLE_LAYERS + DISTILLED
+        for case in ALL + FEW_GROUPS + ORDINARY + HALF + WHOLE_LAYERS + DISTILLED + SELECTING
         if case.sequence in LAYOUTS[world]
     ]
     if everything:

@@ -185,7 +185,12 @@ def test_the_advice_fits(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "config",
-    [RefreshConfig(budget=6, stride=4), RefreshConfig(budget=40, stride=3), RefreshConfig(budget=5, stride=NEVER)],
+    [
+        RefreshConfig(budget=6, stride=4),
+        RefreshConfig(budget=40, stride=3),
+        RefreshConfig(budget=5, stride=NEVER),
+        RefreshConfig(budget=6, stride=4, select_stride=3),
+    ],
 )
 def test_visible_keys_are_those_of_the_queue(config):
     """Against a queue that is pushed and dropped from, token by token."""
@@ -198,6 +203,9 @@ def test_visible_keys_are_those_of_the_queue(config):
         if step % config.stride == 0:
             expected.append(position + 1)
             queue = min(config.budget, position + 1)
+        elif config.select_stride is not None and step % config.select_stride == 0:
+            queue = min(config.budget, position + 1)
+            expected.append(queue)
         else:
             expected.append(queue + 1)
             queue = min(queue + 1, config.budget)

@@ -32,6 +32,11 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     return codes.float() * scale.unsqueeze(-1)
 
 
+def score_keys_of(key: Tensor, bits: int) -> Tensor:
+    """The score keys of the keys (..., D), as numbers: the keys themselves with 16 bits, else (..., D) float32."""
+    return key if bits == 16 else dequantize(*quantize(key, bits))
+
+
 def pack(codes: Tensor) -> Tensor:
     """Codes of -7 .. 7, (..., D) int8 -> (..., D / 2) uint8, two to a byte."""
     low, high = (codes + 8).to(torch.uint8).chunk(2, dim=-1)

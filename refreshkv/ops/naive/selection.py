@@ -1,8 +1,8 @@
-"""Which positions a full step keeps, in plain PyTorch (docs/specification.md, sections 3 and 5).
+"""Which positions a full or selecting step keeps, in plain PyTorch (docs/specification.md, sections 3, 5 and 10).
 
 Shapes: `B` batch rows, `Q` positions of the queries, `L` positions of the keys, `H` query heads, `Hkv` key/value heads,
-`G = H / Hkv`, `D` head size, `N` full steps, `W` slots of a selection, `O` observing queries. Positions are columns,
-left padding included; -1 stands for a position that does not exist.
+`G = H / Hkv`, `D` head size, `N` steps that select, `W` slots of a selection, `O` observing queries. Positions are
+columns, left padding included; -1 stands for a position that does not exist.
 """
 
 import torch
@@ -12,15 +12,25 @@ from torch import Tensor
 from refreshkv.ops.state import FullSteps, SelectionOptions
 
 MAX_SCORES = 2**26
-"""Attention scores that `select` holds at once (float32: 256 MiB); it takes longer inputs in chunks of full steps."""
+"""Attention scores that `select` holds at once (float32: 256 MiB); it takes longer inputs in chunks of steps."""
 
 
 @torch.no_grad()
-def select(query: Tensor, key: Tensor, steps: FullSteps, options: SelectionOptions, scaling: float) -> Tensor:
-    """The positions each full step keeps, by rank (specification, sections 3 and 5; paper section 2.2).
+def select(
+    query: Tensor,
+    key: Tensor,
+    steps: FullSteps,
+    options: SelectionOptions,
+    scaling: float,
+    *,
+    own_first: bool = False,
+) -> Tensor:
+    """The positions each step keeps, by rank (specification, sections 3 and 5; paper section 2.2).
 
-    query (B, H, Q, D): the queries of the last Q of L positions; key (B, Hkv, L, D). Returns (B, Hkv, N, W) int64 by
-    rank, best first, -1 past the end. Other forms may return all ranks but the `droppable` lowest in any order.
+    query (B, H, Q, D): the queries of the last Q of L positions; key (B, Hkv, L, D): the keys, or the score keys of
+    selecting steps. own_first: the step's own position ranks first, as at selecting steps (section 10). Returns
+    (B, Hkv, N, W) int64 by rank, best first, -1 past the end. Other forms may return all ranks but the `droppable`
+    lowest in any order.
     """
     budgets, left_padding = steps.budgets, steps.left_padding
     chunk = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * options.observation_window * key.shape[2]))
@@ -28,8 +38,8 @@ def select(query: Tensor, key: Tensor, steps: FullSteps, options: SelectionOptio
     for here in steps.positions.split(chunk, dim=1):
         observers = observing_queries(query, here - (key.shape[2] - query.shape[2]), options.observation_window)
         scores = observed_scores(observers, key, here, left_padding, scaling)
-        scores = pool(scores, here, left_padding, options.pool_kernel)
-        ranking = _ranking_keys(scores, here, left_padding, options.recent_window, options.sink_tokens)
+        scores = pool(scores, here, left_padding, options.pool_kernel, options.pool_ahead)
+        ranking = _ranking_keys(scores, here, left_padding, options, own_first)
         parts.append(_best(ranking, here, budgets, left_padding, steps.width))
     return torch.cat(parts, dim=2)
 
@@ -49,7 +59,7 @@ def observed_scores(observers: Tensor, key: Tensor, positions: Tensor, left_padd
     """The scores of all positions: softmax probabilities, their maximum over the group, its mean over the observing
     queries.
 
-    observers (B, H, N, O, D); key (B, Hkv, L, D); positions (B, N): the full steps. Returns (B, Hkv, N, L) float32.
+    observers (B, H, N, O, D); key (B, Hkv, L, D); positions (B, N): the steps. Returns (B, Hkv, N, L) float32.
     """
     (steps, observing), kv_heads = observers.shape[2:4], key.shape[1]
     wide = torch.promote_types(observers.dtype, torch.float32)
@@ -67,36 +77,41 @@ def observed_scores(observers: Tensor, key: Tensor, positions: Tensor, left_padd
 
 
 def _exists(columns: int, positions: Tensor, left_padding: Tensor) -> Tensor:
-    """Which columns a full step at `a` sees, `left_padding .. a`: (B, 1, N, L) bool."""
+    """Which columns a step at `a` sees, `left_padding .. a`: (B, 1, N, L) bool."""
     column = torch.arange(columns, device=positions.device)
     exists = (column >= left_padding[:, None, None]) & (column <= positions.unsqueeze(-1))
     return exists.unsqueeze(1)
 
 
-def pool(scores: Tensor, positions: Tensor, left_padding: Tensor, kernel: int) -> Tensor:
-    """Max-pools scores (B, Hkv, N, L) over neighbouring positions, centred, among the positions that exist."""
+def pool(scores: Tensor, positions: Tensor, left_padding: Tensor, kernel: int, ahead: bool = False) -> Tensor:
+    """Max-pools scores (B, Hkv, N, L) over neighbouring positions, among the positions that exist: in a window around
+    each position or, if `ahead`, in one that ends there."""
     exists = _exists(scores.shape[-1], positions, left_padding)
     scores = scores.masked_fill(~exists, -torch.inf)
-    pooled = F.max_pool1d(scores.flatten(0, 1), kernel, stride=1, padding=kernel // 2)
-    return pooled.unflatten(0, scores.shape[:2])
+    before = kernel - 1 if ahead else kernel // 2
+    padded = F.pad(scores.flatten(0, 1), (before, kernel - 1 - before), value=-torch.inf)
+    return F.max_pool1d(padded, kernel, stride=1).unflatten(0, scores.shape[:2])
 
 
 def _ranking_keys(
-    scores: Tensor, positions: Tensor, left_padding: Tensor, recent_window: int, sink_tokens: int
+    scores: Tensor, positions: Tensor, left_padding: Tensor, options: SelectionOptions, own_first: bool
 ) -> Tensor:
-    """Rankings (B, Hkv, N, L) int64, all different: the recent window and the sinks first, then the higher score, then
-    the lower position.
+    """Rankings (B, Hkv, N, L) int64, all different: the step's own position if `own_first`, then the recent window and
+    the sinks, then the higher score, then the lower position.
 
-    A float32 >= 0 orders like its bits, so the three criteria fit into one integer: 1 + 31 + 31 bits.
+    A float32 >= 0 orders like its bits, of which a mean of probabilities needs the lower 30, so the criteria fit into
+    one integer: 2 + 30 + 31 bits.
     """
     columns = scores.shape[-1]
     column = torch.arange(columns, device=scores.device)
     exists = _exists(columns, positions, left_padding)
-    recent = column > (positions - recent_window).unsqueeze(-1)
-    sink = column - left_padding[:, None, None] < sink_tokens
-    preferred = (recent | sink).unsqueeze(1).long()
+    recent = column > (positions - options.recent_window).unsqueeze(-1)
+    sink = column - left_padding[:, None, None] < options.sink_tokens
+    preferred = (recent | sink).long()
+    if own_first:
+        preferred = preferred.masked_fill(column == positions.unsqueeze(-1), 2)
     bits = scores.clamp(min=0.0).contiguous().view(torch.int32).long()
-    ranking = (preferred << 62) + (bits << 31) + (columns - 1 - column)
+    ranking = (preferred.unsqueeze(1) << 61) + (bits << 31) + (columns - 1 - column)
     return ranking.masked_fill(~exists, -1)
 
 
@@ -110,7 +125,7 @@ def _best(ranking: Tensor, positions: Tensor, budgets: Tensor, left_padding: Ten
 
 
 def selection_sizes(positions: Tensor, budgets: Tensor, left_padding: Tensor) -> Tensor:
-    """How many positions each full step keeps, `n_sel = min(K, real tokens up to a)`: (B, N) int64, 0 where there is no
+    """How many positions each step keeps, `n_sel = min(K, real tokens up to a)`: (B, N) int64, 0 where there is no
     step."""
     context = positions + 1 - left_padding.unsqueeze(-1)
     return torch.minimum(context, budgets.unsqueeze(-1)).clamp(min=0)

@@ -1,4 +1,4 @@
-"""One decoding step of one layer, in plain PyTorch (docs/specification.md, sections 2 to 4).
+"""One decoding step of one layer, in plain PyTorch (docs/specification.md, sections 2 to 4 and 10).
 
 Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `L` tokens of a cache, `E` entries of a
 compact one, `W` slots of a selection. Positions are columns, left padding included; -1 stands for a position that does
@@ -9,41 +9,96 @@ import torch
 from torch import Tensor
 
 from refreshkv.ops import schedule
+from refreshkv.ops.naive import selecting
 from refreshkv.ops.naive.attention import grouped_attention
+from refreshkv.ops.naive.score_keys import dequantize, quantize
 from refreshkv.ops.naive.selection import ranks_left, select, selection_sizes
-from refreshkv.ops.state import ENTRIES_USED, PADDING, CompactState, FullSteps, LayerState, StepOptions
+from refreshkv.ops.state import (
+    ENTRIES_USED,
+    LAST_FULL,
+    PADDING,
+    PROMPT_LENGTH,
+    CompactState,
+    FullSteps,
+    LayerState,
+    SelectingState,
+    StepOptions,
+)
 
 
 @torch.no_grad()
 def decode_step(
-    query: Tensor, key: Tensor, value: Tensor, state: LayerState, options: StepOptions, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: LayerState,
+    options: StepOptions,
+    scaling: float,
+    chosen: SelectingState | None = None,
 ) -> Tensor:
     """One decoding step of one layer, in place; arguments and result as in `refreshkv.ops.step.operators.decode_step`.
 
-    `state.ranking` serves the kernels only and stays as it is.
+    `state.ranking` serves the kernels only and stays as it is. chosen: changed in place as well; needed if
+    `options.select_stride` is set.
     """
     position = int(state.length)
-    last_full, budgets, left_padding, prompt_lengths = state.row_state.unbind(1)
     state.keys[:, :, position], state.values[:, :, position] = key[:, :, 0], value[:, :, 0]
-    window = options.selection.observation_window
-    state.observers[:, :, position % window] = query[:, :, 0]
+    state.observers[:, :, position % options.selection.observation_window] = query[:, :, 0]
     now = schedule.mean_query(query).squeeze(1)
-    is_decision = (position - (prompt_lengths - 1)) % options.stride == 0
-    is_full = is_decision & schedule.is_refresh(now, state.mean_query, options.threshold)
+    step = position - (state.row_state[:, PROMPT_LENGTH] - 1)
+    is_full = (step % options.stride == 0) & schedule.is_refresh(now, state.mean_query, options.threshold)
     known, contents = state.keys[:, :, : position + 1], state.values[:, :, : position + 1]
     output = decode(query, known, contents, is_full, state.row_state, state.selected.long(), scaling)
-    state.length.add_(1)
+    if options.select_stride is not None:
+        _store_score_key(chosen, known[:, :, -1], position)
+        is_selecting = (step % options.select_stride == 0) & ~is_full
+        if bool(is_selecting.any()):
+            best = _select(state, position, _score_keys(chosen, known), options, scaling, own_first=True)
+            own = selecting.attend(query, known, contents, best, scaling)
+            output = torch.where(is_selecting[:, None, None, None], own, output)
+            _keep(state, position, best, is_selecting)
+        chosen.selecting_steps[:, position] = is_selecting
     if bool(is_full.any()):
-        back = torch.arange(window - 1, -1, -1, device=query.device)
-        observers = state.observers[:, :, (position - back) % window]
-        width = state.selected.shape[-1]
-        steps = FullSteps(torch.full_like(budgets, position)[:, None], budgets, left_padding, width, droppable=width)
-        best = select(observers, known, steps, options.selection, scaling).squeeze(2)
-        state.selected.copy_(torch.where(is_full[:, None, None], best, state.selected))
+        _keep(state, position, _select(state, position, known, options, scaling, own_first=False), is_full)
         state.mean_query.copy_(torch.where(is_full[:, None], now, state.mean_query))
-        last_full.copy_(torch.where(is_full, position, last_full))
         state.full_steps[:, position] = is_full
+    state.length.add_(1)
     return output.transpose(1, 2)
+
+
+def _select(
+    state: LayerState, position: int, key: Tensor, options: StepOptions, scaling: float, *, own_first: bool
+) -> Tensor:
+    """What all batch rows would keep at a step at `position`, by the keys or score keys (B, Hkv, L, D): (B, Hkv, W)."""
+    _, budgets, left_padding, _ = state.row_state.unbind(1)
+    window, width = options.selection.observation_window, state.selected.shape[-1]
+    back = torch.arange(window - 1, -1, -1, device=key.device)
+    observers = state.observers[:, :, (position - back) % window]
+    positions = torch.full_like(budgets, position)[:, None]
+    steps = FullSteps(positions, budgets, left_padding, width, droppable=width)
+    return select(observers, key, steps, options.selection, scaling, own_first=own_first).squeeze(2)
+
+
+def _keep(state: LayerState, position: int, best: Tensor, where: Tensor) -> None:
+    """Makes the selection `best` (B, Hkv, W) that of the batch rows in `where` (B,) bool."""
+    state.selected.copy_(torch.where(where[:, None, None], best, state.selected))
+    anchors = state.row_state[:, LAST_FULL]
+    anchors.copy_(torch.where(where, position, anchors))
+
+
+def _store_score_key(chosen: SelectingState, key: Tensor, position: int) -> None:
+    """Stores the score key of the token at `position`: key (B, Hkv, D)."""
+    if chosen.codes is not None:
+        bits = 4 if chosen.codes.dtype == torch.uint8 else 8
+        chosen.codes[:, :, position], chosen.scales[:, :, position] = quantize(key, bits)
+
+
+def _score_keys(chosen: SelectingState, known: Tensor) -> Tensor:
+    """The score keys of the known keys (B, Hkv, L, D), as numbers."""
+    if chosen.codes is None:
+        return known
+    length = known.shape[2]
+    return dequantize(chosen.codes[:, :, :length], chosen.scales[:, :, :length])
 
 
 @torch.no_grad()

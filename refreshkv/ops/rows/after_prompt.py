@@ -30,7 +30,7 @@ def refresh_rows(
     """`refreshkv.ops.naive.refresh_rows` by kernels, differentiable in query, key and value: (B, R, H, D)."""
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
     run = _forward_operator if torch.compiler.is_compiling() else _Rows.apply
-    output, *_ = run(query, key, value, *plan, *options, scaling)
+    output, *_ = run(query, key, value, *plan.for_kernels(), *options.for_kernels(), scaling)
     return output
 
 

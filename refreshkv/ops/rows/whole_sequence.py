@@ -27,6 +27,7 @@ def whole_sequence(
 ) -> Tensor:
     """`refreshkv.ops.naive.whole_sequence` where `Choice.takes_whole_sequence` allows it, differentiable in query, key
     and value: (B, T, H, D)."""
+    plan.for_kernels(), options.for_kernels()  # refuse what the kernels do not know
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
     return _WholeSequence.apply(query, key, value, plan, options, scaling)
 

@@ -325,7 +325,7 @@ def select(
 ) -> Tensor:
     """`refreshkv.ops.naive.select` by kernels: (B, Hkv, C, W) int32; `lse`: what `log_sum_exp` gives, if known."""
     positions, budgets, left_padding, width, droppable = steps
-    pool_kernel, observation_window, recent_window, sink_tokens = options
+    pool_kernel, observation_window, recent_window, sink_tokens = options.for_kernels()
     batch, heads, queries, head_dim = query.shape
     kv_heads, length, decisions = key.shape[1], key.shape[2], positions.shape[1]
     if lse is None:

@@ -168,7 +168,7 @@ def finish(
     batch, kv_heads, capacity, head_dim = state.keys.shape
     group = output.shape[2] // kv_heads
     full, rankings = (shares.total,) * 2 if scratch is None else (scratch.full, scratch.rankings)
-    pool_kernel, window, recent_window, sink_tokens = options or (1, 1, 0, 0)
+    pool_kernel, window, recent_window, sink_tokens = options.for_kernels() if options else (1, 1, 0, 0)
     programs = min(triton.cdiv(capacity, attention.RANKED), max(1, RANKING_PROGRAMS // (batch * kv_heads)))
     attention._finish[group + (0 if scratch is None else programs), batch * kv_heads](
         shares.partial, shares.highest, shares.total, output, state.length, state.row_state, full, shares.logits,
