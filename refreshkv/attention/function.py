@@ -55,7 +55,7 @@ def refresh_attention(
         dropout: refused for a simulation or a cache.
         sliding_window: the layer's window in tokens; such a layer keeps its ordinary attention.
         simulation: settings of a teacher-forced pass; the T positions are then whole sequences.
-        trace: receives the layer's full steps.
+        trace: receives the layer's full and selecting steps.
         refresh_cache: the cache that this call appends to and decodes from.
         prompt_attention: transformers' attention for the prompt and for ordinary attention.
         average_heads: maps the mean query of this process's heads, (B, C, D), to the mean over all processes' heads
