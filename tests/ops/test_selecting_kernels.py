@@ -25,7 +25,7 @@ OPTIONS = {"pool_kernel": 7, "pool_ahead": False, "recent_window": 0, "sink_toke
 CASES = {
     "four bits": (40, 6, 4, 2, 16, 5, 8, 2, 4, 1, {}),
     "eight bits": (40, 4, 2, 2, 16, 5, 8, 2, 8, 1, {}),
-    "keys themselves": (40, 4, 2, 2, 16, 5, 8, 2, 16, 1, {}),
+    "keys themselves": (20, 2, 2, 2, 16, 5, 8, 2, 16, 1, {}),
     "three heads to a group of 64": (45, 4, 3, 3, 64, 0, 9, 1, 4, 1, {"pool_ahead": True}),
     "every query's own top": (33, 3, 1, 1, 24, 7, 5, 1, 4, 1, {"pool_kernel": 1}),
     "even pooling ahead": (50, 4, 2, 1, 16, 11, 12, 2, 4, 1, {"pool_kernel": 10, "pool_ahead": True}),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from refreshkv.ops.selection.score_keys import load_score_halves, quantize_halves, store_codes
 from refreshkv.ops.step.selecting.shares import share
+from refreshkv.ops.step.selecting.threshold import COUNTERS
 from refreshkv.ops.tiles import PADDING, PROMPT_LENGTH, ROW_COLUMNS
 
 PROGRAMS_PER_PROCESSOR = 2
@@ -97,7 +98,7 @@ def _score(
             tl.store(logits_row + row.to(tl.int64) * room + position, logit, mask=row < G * OBSERVERS)
             own_logit = logit
             tl.store(histogram_ptr + pair * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
-            tl.store(counter_ptr + 2 * pair + tl.arange(0, 2), tl.zeros([2], tl.int32))
+            tl.store(counter_ptr + COUNTERS * pair + tl.arange(0, COUNTERS), tl.zeros([COUNTERS], tl.int32))
 
         first, last = share(padding, position, split, splits)
         # [BLOCK_N, MP] twice: one running softmax for each row of the tile; they are merged once, after the loop
