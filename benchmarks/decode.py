@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, LlamaForCausalLM, LogitsProcessor, StaticCache
 
-from measuring import SHAPE, add_shape, free_memory, milliseconds, random_llama
+from measuring import SHAPE, add_shape, copy_bandwidth, free_memory, milliseconds, random_llama
 from output import pyplot, save
 from refreshkv import NEVER, RefreshCache, RefreshConfig, decode_ahead, enable, tuned_compilation
 from refreshkv.baselines.compact import CompactLayer
@@ -344,13 +344,6 @@ def per_layer(layers, work: Callable) -> float:
         for layer in layers:
             work(layer)
     return round(milliseconds(graph.replay, 7) * 1e3 / len(layers), 2)
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second of a large copy, read and written."""
-    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / milliseconds(lambda: target.copy_(source), 10) * 1e3
 
 
 def forget() -> None:

@@ -9,7 +9,11 @@ from refreshkv.ops.naive import selecting as naive
 pytest.importorskip("triton")
 
 from refreshkv.ops.selection.score_keys import ScoreKeys, write_score_keys
-from refreshkv.ops.step import selecting
+from refreshkv.ops.state import PADDING
+from refreshkv.ops.step.selecting import shares, threshold
+from refreshkv.ops.step.selecting.launches import selecting_step
+from refreshkv.ops.step.selecting.state import SelectingCache, SelectingOptions, SelectingScratch
+from tests.helpers.marks import slow_tuples_unless, slow_unless
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEVER = 2**31 - 1
@@ -21,7 +25,7 @@ OPTIONS = {"pool_kernel": 7, "pool_ahead": False, "recent_window": 0, "sink_toke
 CASES = {
     "four bits": (40, 6, 4, 2, 16, 5, 8, 2, 4, 1, {}),
     "eight bits": (40, 4, 2, 2, 16, 5, 8, 2, 8, 1, {}),
-    "keys themselves": (40, 4, 2, 2, 16, 5, 8, 2, 16, 1, {}),
+    "keys themselves": (20, 2, 2, 2, 16, 5, 8, 2, 16, 1, {}),
     "three heads to a group of 64": (45, 4, 3, 3, 64, 0, 9, 1, 4, 1, {"pool_ahead": True}),
     "every query's own top": (33, 3, 1, 1, 24, 7, 5, 1, 4, 1, {"pool_kernel": 1}),
     "even pooling ahead": (50, 4, 2, 1, 16, 11, 12, 2, 4, 1, {"pool_kernel": 10, "pool_ahead": True}),
@@ -32,26 +36,25 @@ CASES = {
     "one key": (20, 4, 2, 1, 16, 3, 1, 2, 4, 1, {}),
     "a budget beyond the row": (12, 6, 2, 2, 16, 4, 1000, 3, 4, 1, {}),
     "a prompt of one token": (1, 6, 2, 1, 16, 0, 3, 1, 4, 1, {}),
+    "much at once": (
+        (20, 2, 3, 1, 24, 5, 9, 2, 4, 4, {"pool_kernel": 4, "pool_ahead": True, "recent_window": 3, "sink_tokens": 2})
+    ),
     "several blocks": (2200, 2, 2, 1, 16, 33, 300, 1, 4, 1, {}),
 }
 
 
-class Layer:
-    """A layer's state, after a prompt."""
-
-    def __init__(self, key, value, padding, budget, heads, bits, window, capacity):
-        batch, kv_heads, prompt, head_dim = key.shape
-        self.keys, self.values = (
-            torch.full((batch, kv_heads, capacity, head_dim), float("nan"), device=DEVICE, dtype=key.dtype)
-            for _ in range(2)
-        )
-        self.keys[:, :, :prompt], self.values[:, :, :prompt] = key, value
-        self.score_keys = ScoreKeys.empty(self.keys, bits)
-        write_score_keys(key, self.score_keys, 0)
-        self.length = torch.tensor(prompt, device=DEVICE)
-        rows = [[prompt - 1, budget, pad, prompt] for pad in padding]
-        self.row_state = torch.tensor(rows, device=DEVICE)
-        self.observers = torch.zeros(batch, heads, window, head_dim, device=DEVICE, dtype=key.dtype)
+def cache_after(key, value, padding, budget, *, observers, bits, capacity):
+    """A layer's cache after a prompt; positions that do not exist yet are nan."""
+    batch, kv_heads, prompt, head_dim = key.shape
+    keys, values = (
+        torch.full((batch, kv_heads, capacity, head_dim), float("nan"), device=DEVICE, dtype=key.dtype)
+        for _ in range(2)
+    )
+    keys[:, :, :prompt], values[:, :, :prompt] = key, value
+    score_keys = ScoreKeys.empty(keys, bits)
+    write_score_keys(key, score_keys, 0)
+    row_state = torch.tensor([[prompt - 1, budget, pad, prompt] for pad in padding], device=DEVICE)
+    return SelectingCache(keys, values, score_keys, torch.tensor(prompt, device=DEVICE), row_state, observers)
 
 
 def expected_step(layer, query, padding, budget, options, scaling):
@@ -94,18 +97,17 @@ def compare(case, dtype=torch.float32, tolerance=1e-4):
 
     heads, scaling = groups * kv_heads, head_dim**-0.5
     padding = torch.tensor([0, pad], device=DEVICE)
-    layer = Layer(
-        *(drawn(kv_heads, prompt) for _ in range(2)), padding.tolist(), budget, heads, bits, window, prompt + steps
-    )
-    layer.observers.copy_(drawn(heads, window))
-    scratch = selecting.SelectingScratch.empty(heads, layer.keys, window)
-    for tensor in vars(scratch).values():
+    key, value = drawn(kv_heads, prompt), drawn(kv_heads, prompt)
+    # the kernels want each head's observers in one piece
+    observers = drawn(heads, window).contiguous()
+    layer = cache_after(key, value, padding.tolist(), budget, observers=observers, bits=bits, capacity=prompt + steps)
+    scratch = SelectingScratch.empty(layer.keys, layer.observers)
+    for tensor in scratch:
         tensor.fill_(-7)  # nothing may be read that was not written
     for step in range(1, steps + 1):
         query, key, value = drawn(heads, 1), drawn(kv_heads, 1), drawn(kv_heads, 1)
-        state = (layer.keys, layer.values, layer.score_keys, layer.length, layer.row_state, layer.observers, scratch)
-        strides = {"stride": NEVER, "select_stride": select_stride}
-        found = selecting.selecting_step(query, key, value, *state, **strides, **options, scaling=scaling)
+        schedule = SelectingOptions(stride=NEVER, select_stride=select_stride, **options)
+        found = selecting_step(query, key, value, layer, scratch, schedule, scaling)
         position = prompt - 1 + step
         assert int(layer.length) == position + 1
         if step % select_stride:
@@ -118,62 +120,67 @@ def compare(case, dtype=torch.float32, tolerance=1e-4):
         assert torch.equal(layer.keys[:, :, position], key[:, :, 0])
         assert torch.equal(layer.values[:, :, position], value[:, :, 0])
         expected, chosen = expected_step(layer, query, padding, budget, options, scaling)
-        mask = selecting.chosen_positions(scratch, padding)[..., : position + 1]
+        mask = scratch.chosen(padding)[..., : position + 1]
         if not torch.equal(mask, chosen):
             # float32 logits of another order of summation: scores that close may swap places
             assert dtype != torch.float32
             assert (mask.sum(-1) == chosen.sum(-1)).all()
-            cut = torch.where(chosen, scores_of(scratch, position), torch.inf).amin(-1, keepdim=True)
-            close = (scores_of(scratch, position) / cut - 1).abs() < 1e-5
+            least = torch.where(chosen, scores_of(scratch, position), torch.inf).amin(-1, keepdim=True)
+            close = (scores_of(scratch, position) / least - 1).abs() < 1e-5
             assert close[mask != chosen].all()
             continue
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = CASES.keys() if DEVICE == "cuda" else {"much at once", "keys themselves"}
+
+
+@pytest.mark.parametrize("name", slow_unless(QUICK, CASES))
 def test_step_equals_the_naive_form(name):
     compare(CASES[name])
 
 
+@pytest.mark.slow
 def test_full_steps_are_not_selecting_ones():
     key = torch.randn(1, 1, 8, 16, device=DEVICE)
-    layer = Layer(key, key, [0], 4, 1, 4, 1, 20)
-    scratch = selecting.SelectingScratch.empty(1, layer.keys, 1)
+    layer = cache_after(key, key, [0], 4, observers=torch.zeros_like(key[:, :, :1]), bits=4, capacity=20)
+    scratch = SelectingScratch.empty(layer.keys, layer.observers)
     kinds = []
     for _ in range(8):
         token = torch.randn(1, 1, 1, 16, device=DEVICE)
-        selecting.selecting_step(
-            token, token, token, layer.keys, layer.values, layer.score_keys, layer.length, layer.row_state,
-            layer.observers, scratch, stride=6, select_stride=2, scaling=0.25, **OPTIONS,
-        )  # fmt: skip
+        schedule = SelectingOptions(stride=6, select_stride=2, **OPTIONS)
+        selecting_step(token, token, token, layer, scratch, schedule, scaling=0.25)
         kinds.append(int(scratch.selecting) >= 0)
     assert kinds == [False, True, False, True, False, False, False, True]
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0])
-@pytest.mark.parametrize(("candidates", "budget"), [(1024, 5), (16, 5), (16, 37)])
+# value of all keys, room for candidates, budget
+TIES = [(0.0, 1024, 5), (1.0, 1024, 5), (0.0, 16, 5), (1.0, 16, 5), (0.0, 16, 37), (1.0, 16, 37)]
+
+
+@pytest.mark.parametrize(("value", "candidates", "budget"), slow_tuples_unless([(1.0, 1024, 5), (1.0, 16, 37)], TIES))
 def test_ties_go_to_the_lower_position(value, candidates, budget, monkeypatch):
-    """Equal keys all tie; whether the tied positions are sorted out at once or searched for."""
-    monkeypatch.setattr(selecting, "FEWEST_CANDIDATES", candidates)
+    """Equal keys all tie; the limit is found among the candidates, or in the whole row if there are too many."""
+    monkeypatch.setattr(threshold, "FEWEST_CANDIDATES", candidates)
     key = torch.full((2, 1, 60, 16), value, device=DEVICE)
-    layer = Layer(key, key, [0, 9], budget, 2, 4, 1, 70)
-    scratch = selecting.SelectingScratch.empty(2, layer.keys, 1)
     token = key[:, :, :1]
-    selecting.selecting_step(
-        token.expand(-1, 2, -1, -1), token, token, layer.keys, layer.values, layer.score_keys, layer.length,
-        layer.row_state, layer.observers, scratch, stride=NEVER, select_stride=1, scaling=0.25, **OPTIONS,
-    )  # fmt: skip
-    chosen = selecting.chosen_positions(scratch, layer.row_state[:, 2])
+    query = token.repeat(1, 2, 1, 1)
+    layer = cache_after(key, key, [0, 9], budget, observers=query.clone(), bits=4, capacity=70)
+    scratch = SelectingScratch.empty(layer.keys, layer.observers)
+    schedule = SelectingOptions(stride=NEVER, select_stride=1, **OPTIONS)
+    selecting_step(query, token, token, layer, scratch, schedule, scaling=0.25)
+    chosen = scratch.chosen(layer.row_state[:, PADDING])
     for row, first in enumerate([0, 9]):
         expected = [*range(first, first + budget - 1), 60]
         assert chosen[row, 0].nonzero().flatten().tolist() == expected
 
 
-def test_search_equals_sorting(monkeypatch):
-    """With few candidates allowed at once, the row is searched."""
-    monkeypatch.setattr(selecting, "FEWEST_CANDIDATES", 16)
-    monkeypatch.setattr(selecting, "MOST_CANDIDATES", 16)
-    monkeypatch.setattr(selecting, "RANKED", 64)
+@pytest.mark.slow
+def test_search_equals_resolving(monkeypatch):
+    """With little room for candidates, the whole row is searched."""
+    monkeypatch.setattr(threshold, "FEWEST_CANDIDATES", 16)
+    monkeypatch.setattr(threshold, "MOST_CANDIDATES", 16)
+    monkeypatch.setattr(shares, "RANKED", 64)
     compare((300, 2, 2, 2, 16, 33, 60, 1, 4, 1, {}))
     compare((300, 1, 2, 2, 16, 33, 60, 1, 4, 1, {"sink_tokens": 70}))
 

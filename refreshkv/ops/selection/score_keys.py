@@ -25,7 +25,7 @@ class ScoreKeys(NamedTuple):
     codes: Tensor
     """4 bits: (B, Hkv, L, D / 2) uint8; 8 bits: (B, Hkv, L, D) int8; 16 bits: the keys (B, Hkv, L, D) themselves."""
     scales: Tensor
-    """(B, Hkv, L) float32; with 16 bits anything, for nothing is read."""
+    """(B, Hkv, L) float32; the keys again with 16 bits, which have no scales."""
     bits: int
 
     @classmethod
@@ -43,9 +43,12 @@ class ScoreKeys(NamedTuple):
 
 
 def write_score_keys(key: Tensor, score_keys: ScoreKeys, first: int) -> None:
-    """Stores the score keys of `T` tokens at positions `first .. first+T-1`: key (B, Hkv, T, D), one launch.
+    """Stores the score keys of a prompt in one launch. With 16 bits there is nothing to do: the caller stores the keys.
 
-    With 16 bits the caller has stored the keys, and there is nothing to do.
+    Args:
+        key: (B, Hkv, T, D), the prompt's.
+        score_keys: changed in place, at positions `first .. first + T - 1`.
+        first: position of the first token.
     """
     if score_keys.bits == 16:
         return
@@ -59,7 +62,7 @@ def write_score_keys(key: Tensor, score_keys: ScoreKeys, first: int) -> None:
 
 
 def padded_half(head_dim: int) -> int:
-    """Half the head size as the kernels' tiles have it: a power of two, at least 16."""
+    """Half the head size, rounded up to a power of two, at least 16: the width of a tile."""
     return max(16, triton.next_power_of_2(head_dim // 2))
 
 
@@ -103,7 +106,7 @@ def _write_score_keys(
     exists = token < tokens
     mask = exists[:, None] & (column < D // 2)[None, :]
     keys = key_ptr + batch * key_b + kv_head * key_h + token.to(tl.int64)[:, None] * key_t + column[None, :]
-    # two [BLOCK, DH]
+    # [BLOCK, DH] twice
     low = tl.load(keys, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(keys + D // 2, mask=mask, other=0.0).to(tl.float32)
     low, high, scale = quantize_halves(low, high, BITS)
@@ -117,16 +120,17 @@ def _write_score_keys(
 def load_score_halves(
     codes, token, D: tl.constexpr, DH: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr
 ):
-    """The codes of tokens (N,), all of the row, as numbers of the type `dtype`, or with 16 bits the keys: two (N, DH)
-    halves, padded by anything finite.
+    """Loads the codes of tokens (N,) as numbers of type `dtype`, or with 16 bits the keys: two halves (N, DH), whose
+    columns from D / 2 on are finite but have no meaning. All tokens must exist.
 
-    ASM: bfloat16 codes of 4 bits are unpacked by PTX, four at a time.
+    ASM: PTX instructions unpack codes of 4 bits to bfloat16, four bytes at a time.
     """
     column = tl.arange(0, DH)
     if DH > D // 2:
-        # a mask would be applied byte by byte: the padding repeats a column instead, and the query is 0 there
+        # the padding repeats a column, for a mask would be applied byte by byte; queries are 0 there
         column = tl.minimum(column, D // 2 - 1)
     if BITS == 4:
+        # [N, DH]
         byte = tl.load(codes + token[:, None] * (D // 2) + column[None, :])
         if ASM:
             low, high = _unpack_by_ptx(byte)
@@ -134,6 +138,7 @@ def load_score_halves(
             low, high = _number(byte & 15, dtype), _number(byte >> 4, dtype)
     else:
         place = codes + token[:, None] * D + column[None, :]
+        # [N, DH] twice
         low, high = tl.load(place).to(dtype), tl.load(place + D // 2).to(dtype)
     return low, high
 

@@ -213,6 +213,27 @@ def _attend(
 
 
 @triton.jit
+def merge_shares(
+    partial_ptr, highest_ptr, total_ptr, output_ptr, head, splits, D: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr
+):  # fmt: skip
+    """Merges the shares of one query head, in fixed order, into its output [D].
+
+    head: its number among all batch rows' heads; partial (B, H, N, D), highest and total (B, H, N), output
+    (B, 1, H, D).
+    """
+    number, column = tl.arange(0, NP), tl.arange(0, DP)
+    # [NP] twice
+    highest = tl.load(highest_ptr + head * splits + number, mask=number < splits, other=-float("inf"))
+    total = tl.load(total_ptr + head * splits + number, mask=number < splits, other=0.0)
+    weight = tl.exp2(highest - tl.max(highest, 0))
+    there = (highest > -float("inf"))[:, None] & (column < D)[None, :]
+    # [NP, DP]
+    result = tl.load(partial_ptr + (head * splits + number)[:, None] * D + column[None, :], mask=there, other=0.0)
+    result = tl.sum(result * weight[:, None], 0) / tl.sum(total * weight, 0)
+    tl.store(output_ptr + head * D + column, result.to(output_ptr.dtype.element_ty), mask=column < D)
+
+
+@triton.jit
 def _finish(
     partial_ptr, highest_ptr, total_ptr, output_ptr, length_ptr, row_ptr, full_ptr, logit_ptr, score_ptr, ranking_ptr,
     kv_heads, capacity, splits, recent, sinks,
@@ -228,17 +249,7 @@ def _finish(
     number = tl.arange(0, NP)
     if part < G:
         head = batch * heads + kv_head * G + part
-        # [NP] twice
-        highest = tl.load(highest_ptr + head * splits + number, mask=number < splits, other=-float("inf"))
-        total = tl.load(total_ptr + head * splits + number, mask=number < splits, other=0.0)
-        weight = tl.exp2(highest - tl.max(highest, 0))
-        column = tl.arange(0, DP)
-        there = (highest > -float("inf"))[:, None] & (column < D)[None, :]
-        place = (head * splits + number)[:, None] * D + column[None, :]
-        # [NP, DP]
-        result = tl.load(partial_ptr + place, mask=there, other=0.0)
-        result = tl.sum(result * weight[:, None], 0) / tl.sum(total * weight, 0)
-        tl.store(output_ptr + head * D + column, result.to(output_ptr.dtype.element_ty), mask=column < D)
+        merge_shares(partial_ptr, highest_ptr, total_ptr, output_ptr, head, splits, D, DP, NP)
         if (part == 0) & (pair == 0):
             tl.store(length_ptr, tl.load(length_ptr) + 1)
     elif RANK:
@@ -287,10 +298,11 @@ def _finish(
                 tl.store(rankings + token, ranking, mask=(token >= padding) & (token <= position))
 
 
-def splits_of(pairs: int, device: torch.device) -> int:
-    """Splits of the keys for so many pairs of batch row and key/value head: as many programs as run at once."""
+def splits_of(pairs: int, device: torch.device, per_processor: int = PROGRAMS_PER_PROCESSOR) -> int:
+    """Splits of the keys for so many pairs of batch row and key/value head: as many programs as run at once, if
+    `per_processor` of them do on each multiprocessor."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return max(1, min(LARGEST_SPLIT, PROGRAMS_PER_PROCESSOR * processors // pairs))
+    return max(1, min(LARGEST_SPLIT, per_processor * processors // pairs))
 
 
 def tile_of(query: Tensor) -> dict[str, int]:
