@@ -64,7 +64,7 @@ class RefreshCache(PreallocatedCache):
         self.config = refresh or saved_config(model_config, "refresh")
         make_layer = OffloadedLayer if offload else RefreshLayer
         super().__init__(model_config, max_cache_len, lambda: make_layer(max_cache_len, self.config))
-        layers = self.preallocated_layers()
+        layers = self._refresh_layers()
         if layers and not offload:  # offloaded layers decide on the host which buffers a step reads
             layers[-1].earlier_layers = tuple(layers[:-1])
 
@@ -74,7 +74,7 @@ class RefreshCache(PreallocatedCache):
 
         Sliding-window layers have no full steps. Raises `ValueError` before the first token.
         """
-        layers = self.preallocated_layers()
+        layers = self._refresh_layers()
         if not layers or layers[0].length == 0:
             raise ValueError("full_steps: the cache is empty; run the model with it first")
         none = torch.zeros_like(layers[0].full_steps[:, : layers[0].length])
@@ -82,6 +82,10 @@ class RefreshCache(PreallocatedCache):
             layer.full_steps[:, : layer.length] if isinstance(layer, RefreshLayer) else none for layer in self.layers
         ]
         return torch.stack([own.to(none.device) for own in flags])
+
+    def _refresh_layers(self) -> list[RefreshLayer]:
+        """The full-attention layers."""
+        return [layer for layer in self.layers if isinstance(layer, RefreshLayer)]
 
 
 def saved_config(model_config: PretrainedConfig, argument: str = "config") -> RefreshConfig:
