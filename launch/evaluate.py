@@ -136,7 +136,7 @@ def check_options(options: argparse.Namespace) -> None:
             raise SettingsError(f"--{name.replace('_', '-')} means nothing with --{kind}")
     if options.strides and options.strategies:
         raise SettingsError("--strides means nothing with --strategies: write refresh:STRIDE there")
-    if kind == "tasks" and not 0 < options.prefix_store_gb < float("inf"):
+    if kind == "tasks" and not 0 < (options.prefix_store_gb or 0) < float("inf"):
         raise SettingsError(f"--prefix-store-gb must be a number more than 0, got {options.prefix_store_gb}")
     if options.resume and options.overwrite:
         raise SettingsError("--resume continues an evaluation and --overwrite replaces it: choose one")

@@ -45,7 +45,8 @@ def load_model(name: str, setting: str, **options: Any) -> PreTrainedModel:
     """
     options |= pretrained_location(name, setting) | dequantize_options(name)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(output_loading_info=True, **options)
+        model, loading = loaded
     except Exception as error:  # as above
         raise SettingsError(f"{setting}: no model could be loaded from {_source(name)}: {_reason(error)}") from error
     if loading["missing_keys"]:

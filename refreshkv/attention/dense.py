@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -30,7 +30,7 @@ FASTEST_FIRST = [
 class DenseAttention:
     """Causal attention of one layer's call by one of transformers' own implementations, with all settings fixed."""
 
-    module: nn.Module
+    module: Any
     left_padding: Tensor | None
     """(B,) int64: padded columns of each batch row; None: no padding."""
     scaling: float
@@ -64,7 +64,8 @@ class DenseAttention:
         stand_in = SimpleNamespace(config=config, is_causal=True, layer_idx=module.layer_idx, modules=module.modules)
         # position_ids only serve to find packed sequences, which are refused, and are those of the whole sequence
         keywords = {name: value for name, value in self.keywords.items() if name != "position_ids"}
-        return self._call(stand_in, query, key, value, _key_mask(self.left_padding, key.shape[2]), keywords)
+        mask = None if self.left_padding is None else _key_mask(self.left_padding, key.shape[2])
+        return self._call(stand_in, query, key, value, mask, keywords)
 
     def _masked(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         queries, keys = query.shape[2], key.shape[2]
@@ -106,10 +107,8 @@ class _UpstreamInLayout(torch.autograd.Function):
         return upstream.contiguous()
 
 
-def _key_mask(left_padding: Tensor | None, columns: int) -> Tensor | None:
-    """(B, L) bool: which keys are real tokens; None without padding."""
-    if left_padding is None:
-        return None
+def _key_mask(left_padding: Tensor, columns: int) -> Tensor:
+    """(B, L) bool: which keys are real tokens."""
     return torch.arange(columns, device=left_padding.device) >= left_padding[:, None]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from refreshkv import ops
 from refreshkv.attention.dense import DenseAttention
@@ -29,7 +29,7 @@ or a cache is refused for such models."""
 
 
 def refresh_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -63,21 +63,27 @@ def refresh_attention(
 
     Returns (B, T, H, D), and None in the place of attention weights.
     """
-    scaling = module.head_dim**-0.5 if scaling is None else scaling
+    factor: float = module.head_dim**-0.5 if scaling is None else scaling
     left_padding = padding_from_mask(attention_mask)
-    dense = DenseAttention(module, left_padding, scaling, dropout, sliding_window, prompt_attention, kwargs)
-    if sliding_window is not None or (simulation is None and refresh_cache is None):
-        return dense(query, key, value), None
+    dense = DenseAttention(module, left_padding, factor, dropout, sliding_window, prompt_attention, kwargs)
+    if sliding_window is None and simulation is not None:
+        _begin_layer(module, query, dropout, kwargs)
+        return _simulate(dense, query, key, value, simulation, trace, average_heads), None
+    if sliding_window is None and refresh_cache is not None:
+        _begin_layer(module, query, dropout, kwargs)
+        layer: Any = refresh_cache.layers[module.layer_idx]
+        if layer.is_decoding:
+            return layer.step(query, key, value, factor), None
+        block: Any = _prompt_block  # torch.compiler.disable hides its signature
+        return block(dense, query, key, value, layer), None
+    return dense(query, key, value), None
 
+
+def _begin_layer(module: Any, query: Tensor, dropout: float, kwargs: dict[str, Any]) -> None:
+    """Refuses what neither a simulation nor a cache can follow, and counts the layer as one that follows."""
     _validate(query, dropout, kwargs)
     if hasattr(module, "refreshkv_calls"):
         module.refreshkv_calls.note(module.layer_idx)
-    if simulation is not None:
-        return _simulate(dense, query, key, value, simulation, trace, average_heads), None
-    layer = refresh_cache.layers[module.layer_idx]
-    if layer.is_decoding:
-        return layer.step(query, key, value, scaling), None
-    return _prompt_block(dense, query, key, value, layer), None
 
 
 def _simulate(
@@ -130,7 +136,9 @@ def _validate(query: Tensor, dropout: float, kwargs: dict[str, Any]) -> None:
             raise ValueError(f"models whose attention uses {name} are not supported")
     if torch.compiler.is_compiling() and query.shape[2] > 1 and kwargs.get("position_ids") is not None:
         consecutive = (kwargs["position_ids"].diff(dim=-1) == 1).all()
-        torch._assert_async(consecutive, "packed sequences are not supported: give each row one sequence")
+        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]  # has no public name
+            consecutive, "packed sequences are not supported: give each row one sequence"
+        )
 
 
 def _validate_prompt(simulation: Simulation, length: int, keys: int, left_padding: Tensor | None) -> None:

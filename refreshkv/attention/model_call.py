@@ -124,9 +124,10 @@ class ModelCalls:
             )
 
 
-def attach(model: nn.Module, decoder: nn.Module, modules: list[nn.Module], calls: ModelCalls) -> None:
+def attach(model: nn.Module, decoder: nn.Module, modules: list[Any], calls: ModelCalls) -> None:
     """Registers the hooks on the model, its decoder (which may be the model itself) and its attention modules."""
-    for module, begin in {model: _begin_call, decoder: _begin_decoder_call}.items():
+    hooks: dict[Any, Any] = {model: _begin_call, decoder: _begin_decoder_call}
+    for module, begin in hooks.items():
         if not hasattr(module, "refreshkv_calls"):
             module.register_forward_pre_hook(begin, with_kwargs=True)
             module.register_forward_hook(_end_call, always_call=True)
@@ -137,7 +138,10 @@ def attach(model: nn.Module, decoder: nn.Module, modules: list[nn.Module], calls
         module.refreshkv_calls = calls
 
 
-def _begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+# The hooks take any module: nn.Module declares neither `config` nor `refreshkv_calls`.
+
+
+def _begin_call(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Before the model: opens a call. The keywords stay, for the decoder's hook."""
     cache = kwargs.get("past_key_values")
     _refuse_other_uses(module, cache, kwargs)
@@ -155,18 +159,18 @@ def _begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         calls.begin(ModelCall(module, simulation, trace, is_ours, torch.is_grad_enabled(), _thread()))
 
 
-def _begin_decoder_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _begin_decoder_call(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Before the decoder: opens a call, and takes the keywords out of it, which no layer knows."""
     _begin_call(module, args, kwargs)
     return args, {name: value for name, value in kwargs.items() if name not in KEYWORDS}
 
 
-def _end_call(module: nn.Module, args: tuple, output: Any) -> None:
+def _end_call(module: Any, args: tuple, output: Any) -> None:
     """After the model or its decoder, also where an error broke it off: then there is no output."""
     module.refreshkv_calls.end(module, is_complete=output is not None)
 
 
-def _add_keywords(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _add_keywords(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Before an attention module: adds what `refresh_attention` needs to the keywords."""
     calls, cache = module.refreshkv_calls, kwargs.get("past_key_values")
     simulation, trace = calls.settings_for(module, kwargs)
@@ -178,7 +182,7 @@ def _add_keywords(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
     return args, {**kwargs, **added}
 
 
-def _refuse_other_uses(module: nn.Module, cache: Any, kwargs: dict[str, Any]) -> None:
+def _refuse_other_uses(module: Any, cache: Any, kwargs: dict[str, Any]) -> None:
     if isinstance(cache, PreallocatedCache):
         if kwargs.get("use_cache") is False:
             raise ValueError(f"use_cache=False and a {type(cache).__name__} exclude each other: leave one out")

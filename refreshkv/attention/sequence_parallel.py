@@ -61,7 +61,7 @@ def start(model: PreTrainedModel, size: int, micro_batch: int) -> Any:
         return _attend(groups, module, query, key, value, *args, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS[NAME] = attention
-    mpu = UlyssesSPAttentionHF.register_with_transformers(
+    mpu: Any = UlyssesSPAttentionHF.register_with_transformers(
         model,
         core_attn_implementation=NAME,
         sequence_parallel_size=size,
@@ -128,7 +128,7 @@ class _Groups:
         return torch.cat(parts[first : first + self.sharing], dim=1), slice(own * heads, (own + 1) * heads)
 
 
-def _attend(groups: _Groups, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
+def _attend(groups: _Groups, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
     """`refresh_attention` on this process's share of the heads, or on all of them outside training."""
     own = slice(None)
     if query.shape[1] < groups.heads and kwargs.get("simulation") is not None:

@@ -41,12 +41,13 @@ class CompactLayer(PreallocatedLayer):
         return 0  # buffers are made after the prompt's attention, for the entries that are kept
 
     def _store(self, key_states: Tensor, value_states: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
-        if start > 0 and self.prompt is None:
-            raise ValueError(
-                f"{type(self).__name__} keeps no prompt to attend to: give it in one block, without "
-                "prefill_chunk_size, and call reset() before another"
-            )
-        if start > 0:  # `load_prefix` put in the beginning of the prompt
+        if start > 0:
+            if self.prompt is None:
+                raise ValueError(
+                    f"{type(self).__name__} keeps no prompt to attend to: give it in one block, without "
+                    "prefill_chunk_size, and call reset() before another"
+                )
+            # `load_prefix` put in the beginning of the prompt
             blocks = zip(self.prompt, (key_states, value_states), strict=True)
             key_states, value_states = (torch.cat(parts, dim=2) for parts in blocks)
         self.prompt = (key_states, value_states)
@@ -64,6 +65,7 @@ class CompactLayer(PreallocatedLayer):
     def end_block(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
         """Ends the prompt: keeps K of its tokens. query (B, H, n, D): the queries of the tokens after the prefix that
         was loaded; left_padding (B,) int64."""
+        assert self.prompt is not None  # the block before this call
         (key, value), length = self.prompt, self.length
         self.prompt = None
         least, most = self.sink_tokens + 1, max(self.sink_tokens + 1, self.max_cache_len)

@@ -8,17 +8,29 @@ Shapes: `N` layers, `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` 
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from refreshkv.config import RefreshConfig
 from refreshkv.ops.choice import CHOICE
 from refreshkv.ops.state import Decisions, LayerState, SelectionScratch
 from refreshkv.ops.step.operators import attend_step, select_step
 
-if TYPE_CHECKING:
-    from refreshkv.cache.layer import RefreshLayer
+
+class JoinableLayer(Protocol):
+    """What a `JointState` reads and writes of a `RefreshLayer`, beside the tensors that `Decisions` names."""
+
+    config: RefreshConfig
+    device: torch.device
+    is_initialized: bool
+    keys: Tensor
+    values: Tensor
+    cumulative_length: Tensor
+    observers: Tensor
+    joint: "JointState | None"
+    number: int
 
 
 class JointState:
@@ -27,21 +39,27 @@ class JointState:
     The layers' own tensors become slices of these.
     """
 
+    row_state: Tensor
+    selected: Tensor
+    ranking: Tensor
+    mean_query: Tensor
+    full_steps: Tensor
+
     @torch.inference_mode(False)  # it outlives the mode in which it was first needed
-    def __init__(self, layers: "list[RefreshLayer]"):
+    def __init__(self, layers: list[JoinableLayer]):
         for name in Decisions._fields:
             whole = torch.stack([getattr(layer, name) for layer in layers])
             setattr(self, name, whole)
             for number, layer in enumerate(layers):
                 setattr(layer, name, whole[number])
-        batch, *shape = layers[0].keys.shape
-        self.scratch = SelectionScratch.empty((len(layers), batch), *shape, layers[0].device)
+        batch, kv_heads, capacity, head_dim = layers[0].keys.shape
+        self.scratch = SelectionScratch.empty((len(layers), batch), kv_heads, capacity, head_dim, layers[0].device)
         for number, layer in enumerate(layers):
             layer.joint, layer.number = self, number
         for tensor in (*(getattr(self, name) for name in Decisions._fields), *self.scratch):
             torch._dynamo.mark_static_address(tensor, guard=False)
 
-    def holds(self, layers: "list[RefreshLayer]") -> bool:
+    def holds(self, layers: list[JoinableLayer]) -> bool:
         """Whether the state of exactly these layers is still a slice of this one."""
         return len(layers) == len(self.row_state) and all(
             getattr(layer, name).data_ptr() == getattr(self, name)[number].data_ptr()
@@ -50,7 +68,7 @@ class JointState:
             for name in Decisions._fields
         )
 
-    def step(self, layer: "RefreshLayer", query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def step(self, layer: JoinableLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """`RefreshLayer.step` of one layer; the last layer's step selects for all."""
         decisions = Decisions(*(getattr(self, name) for name in Decisions._fields))
         options, length = layer.config.step_options(), layer.cumulative_length
@@ -62,7 +80,7 @@ class JointState:
         return output
 
 
-def join_layers(layers: "Iterable[RefreshLayer]") -> None:
+def join_layers(layers: Iterable[JoinableLayer]) -> None:
     """Gives the layers on one device and of one shape a `JointState`, if they are computed by kernels."""
     groups = defaultdict(list)
     for layer in layers:

@@ -103,7 +103,7 @@ class OffloadedLayer(RefreshLayer):
 
     @torch.compiler.disable
     def end_block(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
-        super().end_block(query, left_padding, scaling)
+        super().end_block(query, left_padding, scaling)  # pyright: ignore[reportAttributeAccessIssue]  # disable()
         self.flushed = self.length
         every = torch.ones_like(left_padding, dtype=torch.bool)
         for source, target in zip(self.block, (self.near_keys, self.near_values), strict=True):

@@ -52,6 +52,12 @@ class PreallocatedLayer(CacheLayerMixin):
     """Whether `load_prefix` may put in the first tokens: False if the choice of entries needs all queries."""
     last_queries = 1
     """How many tokens of a prompt have to follow a prefix that `load_prefix` put in: their queries are needed."""
+    # Tensors that the first tokens bring; transformers' class says None as well.
+    keys: Tensor
+    values: Tensor
+    cumulative_length: Tensor
+    row_state: Tensor
+    device: torch.device
 
     def __init__(self, max_cache_len: int):
         super().__init__()
@@ -63,7 +69,7 @@ class PreallocatedLayer(CacheLayerMixin):
         """Tokens that `load_prefix` put in, until the block after them ends."""
         self.block_end = 0
         """Tokens at the end of the last block; decoding steps count from there."""
-        self.copies: torch.cuda.Event | None = None
+        self.copies: torch.Event | torch.cuda.Event | None = None
         """Recorded behind copies on another stream that the next attention has to wait for."""
         # Whether generate() may compile a decoding step: on a GPU the naive form reads decisions back to the host.
         self.is_compileable = not CHOICE.naive_only
@@ -81,7 +87,7 @@ class PreallocatedLayer(CacheLayerMixin):
         Returns those of all tokens, (B, Hkv, L, D), for a block, and the token's own for a decoding step.
         """
         if self.phase is not Phase.DECODING or key_states.shape[2] != 1:
-            return self._append(key_states, value_states)
+            return self._append(key_states, value_states)  # pyright: ignore[reportAttributeAccessIssue]  # disable()
         if torch.compiler.is_compiling():
             self.known_length = None
         else:
@@ -161,7 +167,7 @@ class PreallocatedLayer(CacheLayerMixin):
             raise ValueError(f"a cache that holds {self.length} tokens cannot be filled: call reset() first")
         if not self.takes_prefix:
             raise ValueError(f"{type(self).__name__} depends on all queries of a prompt: compute the whole prompt")
-        self._append(key_states, value_states)
+        self._append(key_states, value_states)  # pyright: ignore[reportAttributeAccessIssue]  # as above
         self.prefix_length, self.phase = key_states.shape[2], Phase.FILLED
 
     def wait_for(self, stream: torch.cuda.Stream) -> None:
@@ -384,7 +390,8 @@ class PreallocatedCache(Cache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _validate_complete(self) -> None:
-        lengths = {layer.known_length for layer in self.preallocated_layers()} - {None}
+        known = (layer.known_length for layer in self.preallocated_layers())
+        lengths = {length for length in known if length is not None}
         if len(lengths) > 1:
             raise RuntimeError(
                 f"some layers of the RefreshCache hold {min(lengths)} tokens and some {max(lengths)}, as an error "
@@ -402,7 +409,7 @@ class PreallocatedCache(Cache):
         for number, layer in enumerate(self.layers):
             if isinstance(layer, PreallocatedLayer):
                 layer.reset()
-            else:  # some releases of transformers cannot empty these
+            elif isinstance(layer, DynamicSlidingWindowLayer):  # some releases of transformers cannot empty these
                 self.layers[number] = type(layer)(sliding_window=layer.sliding_window)
 
     # ---- taking back the last step, by the names of transformers
@@ -419,7 +426,7 @@ class PreallocatedCache(Cache):
         """
         if not self.is_croppable:
             raise NotImplementedError(CANNOT_CROP)
-        self.undo = UndoLog(self.layers, self.length)
+        self.undo = UndoLog(self.preallocated_layers(), self.length)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last step (-1), or accepts it (0) and keeps what the next one changes.
@@ -458,7 +465,9 @@ class UndoLog:
     def take_back_step(self) -> None:
         """Restores the recorded state."""
         for name in self.changing:
-            torch._foreach_copy_(self._states(name), self.copies[name])
+            torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]  # has no public name
+                self._states(name), self.copies[name]
+            )
         for layer in self.layers:
             layer.forget_step(self.length)
 
@@ -468,7 +477,8 @@ class UndoLog:
             states = self._states(name)
             if name not in self.copies:
                 self.copies[name] = [torch.empty_like(state) for state in states]
-            torch._foreach_copy_(self.copies[name], states)  # all layers at once: these launches are not captured
+            # all layers at once: these launches are not captured
+            torch._foreach_copy_(self.copies[name], states)  # pyright: ignore[reportPrivateImportUsage]  # as above
 
     def _states(self, name: str) -> list[Tensor]:
         return [getattr(layer, name) for layer in self.layers]

@@ -66,7 +66,7 @@ class RefreshCache(PreallocatedCache):
             raise SettingsError("offload=True knows no selecting steps yet: leave it out, or set select_stride=None")
         make_layer = OffloadedLayer if offload else RefreshLayer
         super().__init__(model_config, max_cache_len, lambda: make_layer(max_cache_len, self.config))
-        layers = self.preallocated_layers()
+        layers = self._refresh_layers()
         if layers and not offload:  # offloaded layers decide on the host which buffers a step reads
             layers[-1].earlier_layers = tuple(layers[:-1])
 
@@ -85,12 +85,16 @@ class RefreshCache(PreallocatedCache):
 
     def _flags(self, name: str) -> Tensor:
         """The layers' flags of this name, (layers, B, L) bool, False for layers without any."""
-        layers = self.preallocated_layers()
+        layers = self._refresh_layers()
         if not layers or layers[0].length == 0:
             raise ValueError(f"{name}: the cache is empty; run the model with it first")
         length, none = layers[0].length, torch.zeros_like(layers[0].full_steps[:, : layers[0].length])
         flags = [getattr(layer, name)[:, :length] if hasattr(layer, name) else none for layer in self.layers]
         return torch.stack([own.to(none.device) for own in flags])
+
+    def _refresh_layers(self) -> list[RefreshLayer]:
+        """The full-attention layers."""
+        return [layer for layer in self.layers if isinstance(layer, RefreshLayer)]
 
 
 def saved_config(model_config: PretrainedConfig, argument: str = "config") -> RefreshConfig:

@@ -6,6 +6,8 @@ With one sequence at a time, most of a step is products of weight matrices with 
 products are made for several vectors; torch's compiler writes these products as sums, with tiles found by measuring.
 """
 
+from typing import Any
+
 from transformers import CompileConfig
 
 OPTIONS = {
@@ -29,4 +31,5 @@ def tuned_compilation() -> CompileConfig:
     cache is kept. Numbers differ from the default's by rounding in the last bit. Several sequences at a time (a batch,
     beams) are neither faster nor slower.
     """
-    return CompileConfig(dynamic=False, mode=None, options=dict(OPTIONS))
+    mode: Any = None  # declared as a string, but options exclude a mode
+    return CompileConfig(dynamic=False, mode=mode, options=dict(OPTIONS))

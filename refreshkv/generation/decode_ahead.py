@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from refreshkv.cache.preallocated import PreallocatedCache, validate_room
 
@@ -104,6 +106,7 @@ def _decode(
                 report, awaited = awaited, report
             finished = report is not None and report.deliver(streamer)
     if awaited is not None and finished:
+        assert undo is not None  # else each report was delivered before the next step
         undo.take_back_step()
     elif awaited is not None:
         awaited.deliver(streamer)
@@ -129,7 +132,8 @@ def _can_run_ahead(cache: Any, input_ids: Tensor, wanted: bool | None) -> bool:
 class _Forward:
     """Calls the model: for the prompt, then for one token at a time."""
 
-    def __init__(self, model: PreTrainedModel, generation_config: GenerationConfig, model_kwargs: dict[str, Any]):
+    # PreTrainedModel does not declare the methods that generate() calls.
+    def __init__(self, model: Any, generation_config: GenerationConfig, model_kwargs: dict[str, Any]):
         self.model, self.config, self.kwargs = model, generation_config, model_kwargs
         compiles = model._valid_auto_compile_criteria(model_kwargs, generation_config)
         self.call = model.get_compiled_call(generation_config.compile_config) if compiles else model.__call__
@@ -200,16 +204,18 @@ class _Sequences:
         self.process, self.is_done, self.do_sample = logits_processor, stopping_criteria, config.do_sample
         self.ids = input_ids
         self.unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        self.ends_with_token = any(hasattr(rule, "eos_token_id") for rule in stopping_criteria)
-        self.padding = config._pad_token_tensor.to(input_ids.device) if self.ends_with_token else None
+        self.padding: Tensor | None = None
+        if any(hasattr(rule, "eos_token_id") for rule in stopping_criteria):
+            assert config._pad_token_tensor is not None  # generate() sets it where a token ends the text
+            self.padding = config._pad_token_tensor.to(input_ids.device)
         self.may_end_early = any(type(rule) is not MaxLengthCriteria for rule in stopping_criteria)
         self.as_dict = config.return_dict_in_generate
         names = ("scores", "logits", "attentions", "hidden_states")
         asked = [name for name in names if self.as_dict and getattr(config, f"output_{name}")]
         self.records: dict[str, tuple] = dict.fromkeys(asked, ())
 
-    def add(self, outputs: ModelOutput) -> None:
-        """Appends one token to each sequence, and padding to those that have ended."""
+    def add(self, outputs: Any) -> None:
+        """Takes a model's outputs: appends one token to each sequence, and padding to those that have ended."""
         self.earlier = (self.ids, dict(self.records))
         # a copy: the outputs' own memory may hold a whole prompt's logits, or those of the next step soon
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=self.ids.device)
@@ -218,7 +224,7 @@ class _Sequences:
         for name in self.records:
             self.records[name] += (found[name] if name in found else getattr(outputs, name),)
         self.tokens = self._choose(scores)
-        if self.ends_with_token:
+        if self.padding is not None:
             self.tokens = torch.where(self.unfinished, self.tokens, self.padding)
         self.ids = torch.cat([self.ids, self.tokens[:, None]], dim=-1)
         self.unfinished = self.unfinished & ~self.is_done(self.ids, self.records.get("scores"))
@@ -246,7 +252,8 @@ class _Sequences:
     def output(self, cache: Any) -> Tensor | GenerateDecoderOnlyOutput:
         if not self.as_dict:
             return self.ids
-        return GenerateDecoderOnlyOutput(sequences=self.ids, past_key_values=cache, **self.records)
+        ids: Any = self.ids  # the field is declared as LongTensor, which no operation returns
+        return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=cache, **self.records)
 
 
 class _Report:

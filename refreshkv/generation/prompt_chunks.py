@@ -16,11 +16,12 @@ from refreshkv.cache.preallocated import PreallocatedCache
 def announce_chunks(model: PreTrainedModel) -> None:
     """Gives `model` a `prepare_inputs_for_generation` that first tells a `PreallocatedCache` of chunks of a prompt."""
     if "prepare_inputs_for_generation" not in vars(model) and hasattr(model, "prepare_inputs_for_generation"):
-        prepare = type(model).prepare_inputs_for_generation  # whose signature generate() reads
-        model.prepare_inputs_for_generation = update_wrapper(partial(_prepare_inputs, model), prepare)
+        generating: Any = model  # PreTrainedModel does not declare what generate() calls
+        prepare = type(generating).prepare_inputs_for_generation  # whose signature generate() reads
+        generating.prepare_inputs_for_generation = update_wrapper(partial(_prepare_inputs, model), prepare)
 
 
-def _prepare_inputs(model: PreTrainedModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def _prepare_inputs(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The model's own `prepare_inputs_for_generation`, after the cache was told if the tokens are a chunk."""
     cache = kwargs.get("past_key_values")
     # Only for a chunk of a prompt does transformers (5.17 to 5.23) not say how many of the tokens the cache lacks.

@@ -4,6 +4,9 @@ Shapes: M rows (pairs of position and query head of a group) by N keys; `D` head
 power of two; a head is PARTS tiles of WIDTH columns where a whole one would not fit the registers.
 """
 
+# Triton does not declare that tl.static_range is iterable.
+# pyright: reportGeneralTypeIssues=false
+
 import math
 from collections.abc import Callable
 from functools import wraps

@@ -64,7 +64,9 @@ def _host_buffer(size: int) -> Tensor:
 
 def _page_lock(buffer: Tensor) -> bool:
     """Locks the buffer's pages for copies to a GPU; False, with a warning, if the system refuses."""
-    error = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
+    runtime = torch.cuda.cudart()
+    assert runtime is not None  # only a torch without CUDA has none
+    error = runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
     if int(error) != 0:
         warnings.warn(f"prefix store: {buffer.nbytes:,} bytes cannot be page-locked: copies are slower", stacklevel=2)
     return int(error) == 0
@@ -73,4 +75,6 @@ def _page_lock(buffer: Tensor) -> bool:
 def _page_unlock(buffer: Tensor, devices: set[torch.device]) -> None:
     for device in devices:
         torch.cuda.synchronize(device)  # a copy from the buffer may still run
-    torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+    runtime = torch.cuda.cudart()
+    assert runtime is not None  # as above
+    runtime.cudaHostUnregister(buffer.data_ptr())

@@ -43,18 +43,22 @@ class Backend(Protocol):
 
     def writing(self) -> AbstractContextManager:
         """A lock that one thread of one process holds at a time."""
+        ...
 
     def entries(self) -> dict[Any, Entry]:
         """All complete entries whose header is intact, by a key that changes when an entry is replaced."""
+        ...
 
     def by_last_use(self) -> list[tuple[str, int]]:
         """Name and bytes of everything that takes room, the least recently used first."""
+        ...
 
     def write(self, entry: Entry, tensors: dict[str, Tensor]) -> None:
         """Adds an entry; readers see all of it or nothing."""
 
     def read(self, entry: Entry, tokens: int, names: list[str]) -> dict[str, Tensor]:
         """The first `tokens` tokens of the named tensors, in host memory. Raises `DamagedEntry`."""
+        ...
 
     def touch(self, name: str) -> None:
         """Marks an entry as used now."""
@@ -65,11 +69,11 @@ class Backend(Protocol):
 
 def as_tokens(ids: Ids) -> np.ndarray:
     """Token ids as (P,) int64. Raises `ValueError` unless they are one sequence, (P,) or (1, P), with P >= 1."""
-    ids = ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
-    ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
-    if ids.ndim != 1 or len(ids) == 0:
-        raise ValueError(f"a prompt is one row of at least one token, got the shape {ids.shape}")
-    return np.ascontiguousarray(ids, dtype=np.int64)
+    tokens = ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+    tokens = tokens[0] if tokens.ndim == 2 and len(tokens) == 1 else tokens
+    if tokens.ndim != 1 or len(tokens) == 0:
+        raise ValueError(f"a prompt is one row of at least one token, got the shape {tokens.shape}")
+    return np.ascontiguousarray(tokens, dtype=np.int64)
 
 
 def device_name(device: torch.device) -> str:

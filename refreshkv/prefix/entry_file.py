@@ -96,7 +96,9 @@ def _with_checksums(names: Iterable[str]) -> list[str]:
 
 def _checksums(tensor: Tensor) -> list[int]:
     """The 64-bit xxh3, as a signed integer, of each chunk of tokens of a contiguous host tensor."""
-    digests = (xxhash.xxh3_64_intdigest(part.view(torch.uint8).numpy()) for part in tensor.split(CHUNK_TOKENS))
+    parts = (part.view(torch.uint8).numpy() for part in tensor.split(CHUNK_TOKENS))
+    # pyright knows arrays as buffers from Python 3.12 on
+    digests = (xxhash.xxh3_64_intdigest(part) for part in parts)  # pyright: ignore[reportArgumentType]
     return [digest - (digest >> 63 << 64) for digest in digests]
 
 

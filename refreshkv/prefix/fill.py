@@ -59,37 +59,36 @@ def fill_cache(cache: Cache, prefix: HostPrefix, devices: list[torch.device]) ->
     On a GPU, layers with buffers are copied to on a stream of its own, and the first attention of each layer waits for
     that layer's copy only: layer 0 computes while the others are still being copied.
     """
-    layers = [cache.layers[number] if number < len(cache.layers) else None for number in range(len(devices))]
     streams = {device: torch.cuda.Stream(device) for device in set(devices) if device.type == "cuda"}
-    copying = [
-        streams.get(device) if _has_buffers(layer) else None for layer, device in zip(layers, devices, strict=True)
-    ]
-    for number, stream in enumerate(copying):
-        if stream is not None:  # the buffers are allocated on the computation's stream
-            layers[number].reserve(*_keys_values(prefix, number, devices[number], 0))
+    buffered = {
+        number: layer
+        for number, (layer, device) in enumerate(zip(cache.layers, devices, strict=False))
+        if device in streams and isinstance(layer, PreallocatedLayer) and not isinstance(layer, CompactLayer)
+    }
+    for number, layer in buffered.items():  # the buffers are allocated on the computation's stream
+        layer.reserve(*_keys_values(prefix, number, devices[number], 0))
     for device, stream in streams.items():
         stream.wait_stream(torch.cuda.current_stream(device))
-    for number, stream in enumerate(copying):
-        with torch.cuda.stream(stream) if stream is not None else nullcontext():
-            _fill_layer(cache, number, *_keys_values(prefix, number, devices[number], prefix.columns))
-        if stream is not None:
-            layers[number].wait_for(stream)
-    first = next((layer for layer, stream in zip(layers, copying, strict=True) if stream is not None), None)
+    for number, device in enumerate(devices):
+        with torch.cuda.stream(streams[device]) if number in buffered else nullcontext():
+            _fill_layer(cache, number, *_keys_values(prefix, number, device, prefix.columns))
+        if number in buffered:
+            buffered[number].wait_for(streams[device])
+    first = next(iter(buffered.values()), None)
     if first is not None:  # the model asks for this layer's length before its attention waits
+        assert first.copies is not None  # `wait_for` recorded it
         torch.cuda.current_stream(first.device).wait_event(first.copies)
-
-
-def _has_buffers(layer: object) -> bool:
-    return isinstance(layer, PreallocatedLayer) and not isinstance(layer, CompactLayer)
 
 
 def _keys_values(prefix: HostPrefix, number: int, device: torch.device, columns: int) -> tuple[Tensor, Tensor]:
     """Keys and values of layer `number`, (B, Hkv, columns, D) each."""
-    return tuple(prefix.on_device(f"{kind}.{number}", device, columns) for kind in ("key", "value"))
+    keys = prefix.on_device(f"key.{number}", device, columns)
+    return keys, prefix.on_device(f"value.{number}", device, columns)
 
 
 def _fill_layer(cache: Cache, number: int, keys: Tensor, values: Tensor) -> None:
-    if number < len(cache.layers) and isinstance(cache.layers[number], PreallocatedLayer):
-        cache.layers[number].load_prefix(keys, values)
+    layer = cache.layers[number] if number < len(cache.layers) else None
+    if isinstance(layer, PreallocatedLayer):
+        layer.load_prefix(keys, values)
     else:  # transformers' own layers take a prompt in any number of blocks
         cache.update(keys, values, number)

@@ -26,6 +26,7 @@ class Index(Protocol):
     def find(self, ids: np.ndarray) -> tuple[int, Entry | None]:
         """The entry to reuse for a prompt (P,) int64, and how many of its first tokens are the prompt's; (0, None) if
         there is none."""
+        ...
 
 
 def common_prefix(first: np.ndarray, second: np.ndarray) -> int:

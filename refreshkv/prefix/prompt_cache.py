@@ -39,13 +39,14 @@ class WholeSlidingLayer(DynamicSlidingWindowLayer):
         """Keys and values of all tokens so far, (B, Hkv, L, D) each; (None, None) if there are none."""
         if not self._blocks:
             return None, None
-        return tuple(torch.cat(blocks, dim=2) for blocks in zip(*self._blocks, strict=True))
+        keys, values = zip(*self._blocks, strict=True)
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
     def reset(self) -> None:
         super().reset()
         self._blocks = []
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._blocks = []
 
@@ -77,27 +78,34 @@ def prompt_states(cache: Cache, row: int, start: int, end: int) -> dict[str, Ten
         raise ValueError(f"this {type(cache).__name__} is empty: compute the prompt with it first")
     states = {}
     for number, layer in enumerate(cache.layers):
-        _validate_holds(cache, number, layer, end)
-        keys, values = layer.all_tokens() if isinstance(layer, WholeSlidingLayer) else (layer.keys, layer.values)
+        assert isinstance(layer, CacheLayerMixin)  # the model has attention layers only
+        keys, values = _held_tokens(cache, number, layer, end)
         for name, tensor in (("key", keys), ("value", values)):
             states[f"{name}.{number}"] = tensor[row, :, start:end].detach().transpose(0, 1)
     return states
 
 
-def _validate_holds(cache: Cache, number: int, layer: CacheLayerMixin, end: int) -> None:
-    """Raises `ValueError` unless the layer holds the first `end` tokens; waits until they are written."""
-    slides = isinstance(layer, DynamicSlidingWindowLayer) and not isinstance(layer, WholeSlidingLayer)
-    if slides and layer.get_seq_length() >= layer.sliding_window:
+def _held_tokens(cache: Cache, number: int, layer: CacheLayerMixin, end: int) -> tuple[Tensor, Tensor]:
+    """The layer's keys and values, (B, Hkv, any, D) each, once they are written.
+
+    Raises `ValueError` unless the layer holds the first `end` tokens.
+    """
+    if (
+        isinstance(layer, DynamicSlidingWindowLayer)
+        and not isinstance(layer, WholeSlidingLayer)
+        and layer.get_seq_length() >= layer.sliding_window
+    ):
         raise ValueError(
             f"layer {number} keeps only its window of {layer.sliding_window} tokens: call "
             "refreshkv.prefix.prompt_cache.keep_all_tokens(cache) before the prompt"
         )
-    keys = layer.all_tokens()[0] if isinstance(layer, WholeSlidingLayer) else layer.keys
+    keys, values = layer.all_tokens() if isinstance(layer, WholeSlidingLayer) else (layer.keys, layer.values)
     held = layer.exact_length if isinstance(layer, PreallocatedLayer) else layer.get_seq_length()
-    if keys is None or isinstance(layer, CompactLayer) or held < end:
+    if keys is None or values is None or isinstance(layer, CompactLayer) or held < end:
         raise ValueError(
             f"layer {number} of this {type(cache).__name__} does not hold the prompt's {end} tokens as full "
             "attention leaves them: store a prompt before anything else follows it"
         )
     if isinstance(layer, PreallocatedLayer):
         layer.synchronize()
+    return keys, values

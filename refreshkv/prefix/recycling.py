@@ -93,9 +93,12 @@ def recycle(
 def _prompt_seconds(entries: list[Entry | None], prompts: list[Tensor], device: torch.device) -> float | None:
     """Time to compute the prompts whole, at each entry's seconds a token; None if one is unknown."""
     here = device_name(device)
-    if any(entry is None or entry.seconds is None or entry.device != here for entry in entries):
-        return None
-    return sum(entry.seconds / len(entry.ids) * len(prompt) for entry, prompt in zip(entries, prompts, strict=True))
+    seconds = []
+    for entry, prompt in zip(entries, prompts, strict=True):
+        if entry is None or entry.seconds is None or entry.device != here:
+            return None
+        seconds.append(entry.seconds / len(entry.ids) * len(prompt))
+    return sum(seconds)
 
 
 def put_new(store: PrefixStore, ids: Tensor, cache: Cache, reuse: Reuse, seconds: float) -> Entry | None:

@@ -39,8 +39,8 @@ def whole_sequence(
     """
     prompt = plan.prompt_length
     early = torch.ones(prompt, prompt, dtype=torch.bool, device=query.device).tril()
-    parts = (tensor[:, :, :prompt] for tensor in (query, key, value))
-    output = grouped_attention(*parts, early[None, None], scaling).transpose(1, 2)
+    queries, keys, values = (tensor[:, :, :prompt] for tensor in (query, key, value))
+    output = grouped_attention(queries, keys, values, early[None, None], scaling).transpose(1, 2)
     return torch.cat([output, refresh_rows(query, key, value, plan, options, scaling)], dim=1)
 
 
