@@ -108,15 +108,20 @@ def plan(config: ExperimentConfig, known: set[str]) -> list[Job]:
     bases = {}
     for study in reversed(_in_order(config)):
         base = bases[study] = _base(config, study)
-        if base.name in needed and not base.finished:
+        if _is_left(base, needed):
             needed |= set(base.needs)
     rows = {study: _rows(config, study) for study in config.studies}
-    needed |= {need for job in rows.values() if job.name in needed and not job.finished for need in job.needs}
+    needed |= {need for job in rows.values() if _is_left(job, needed) for need in job.needs}
     jobs: dict[str, Job] = {}
     for study in _in_order(config):
-        first = [job for job in (rows[study], bases[study]) if job.name in needed and not job.finished]
+        first = [job for job in (rows[study], bases[study]) if _is_left(job, needed)]
         jobs |= {job.name: job for job in [*first, *evaluated[study]]}
     return [replace(job, needs=[need for need in job.needs if need in jobs]) for job in jobs.values()]
+
+
+def _is_left(job: Job, needed: set[str]) -> bool:
+    """Whether the job is among the needed ones and has not finished."""
+    return job.name in needed and not job.finished
 
 
 def _in_order(config: ExperimentConfig) -> list[str]:
