@@ -25,7 +25,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CompileConfig, DynamicCache, LlamaForCausalLM, LogitsProcessor, StaticCache
+from transformers import Cache, CompileConfig, DynamicCache, LlamaForCausalLM, LogitsProcessor, StaticCache
 
 from measuring import SHAPE, add_shape, free_memory, milliseconds, random_llama
 from output import pyplot, save
@@ -124,14 +124,14 @@ def head_shape(model: LlamaForCausalLM) -> tuple[int, int, int]:
 
 
 @torch.no_grad()
-def fill(cache: Any, model: LlamaForCausalLM, batch: int, context: int, budget: int) -> int:
+def fill(cache: Cache, model: LlamaForCausalLM, batch: int, context: int, budget: int) -> int:
     """Random keys and values as if a prompt had been processed; returns the number of tokens that the cache counts.
 
     A compact cache gets a prompt of its budget: the rest would be gone anyway.
     """
     heads, kv_heads, head_dim = head_shape(model)
-    ours = isinstance(cache, PreallocatedCache)
-    compact = ours and isinstance(cache.layers[0], CompactLayer)
+    ours, layers = isinstance(cache, PreallocatedCache), cast(list[Any], cache.layers)
+    compact = ours and isinstance(layers[0], CompactLayer)
     length = budget if compact else context
     # queries of a whole prompt would take memory that decoding does not: all but the last tokens were there before
     known = max(0, length - 64) if ours and not compact else 0
@@ -139,7 +139,7 @@ def fill(cache: Any, model: LlamaForCausalLM, batch: int, context: int, budget: 
     def random(heads: int, tokens: int) -> Tensor:
         return torch.randn(batch, heads, tokens, head_dim, device=model.device, dtype=model.dtype)
 
-    for layer in cache.layers if known > 0 else ():
+    for layer in layers if known > 0 else ():
         layer.load_prefix(*(random(kv_heads, known) for _ in range(2)))
     padding = torch.zeros(batch, dtype=torch.int64, device=model.device)
     for index in range(model.config.num_hidden_layers):
@@ -147,7 +147,7 @@ def fill(cache: Any, model: LlamaForCausalLM, batch: int, context: int, budget: 
         cache.update(keys, values, index)
         if ours:
             query = random(heads, length - known)
-            cache.layers[index].end_block(query, padding, head_dim**-0.5)
+            layers[index].end_block(query, padding, head_dim**-0.5)
     return length
 
 
@@ -295,9 +295,9 @@ def time_pieces(model: LlamaForCausalLM, context: int, batch: int, args: argpars
         return StepOptions(stride, threshold, SelectionOptions(7, 1, 0, 0))
 
     def attend(layer, stride: int, threshold: float | None = None, scratch: SelectionScratch | None = None):
-        state, scratch = layer.state()._replace(length=frozen), scratch or stack.scratch.of(layer.number)
-        settings = {"options": options(stride, threshold), "scratch": scratch}
-        return decode_kernels.attend(query, key, value, state, scaling, **settings), scratch
+        state, used = layer.state()._replace(length=frozen), scratch or stack.scratch.of(layer.number)
+        settings = {"options": options(stride, threshold), "scratch": used}
+        return decode_kernels.attend(query, key, value, state, scaling, **settings), used
 
     def apart(stride: int):
         """Of the first layer, with scratch that no later launch writes to."""

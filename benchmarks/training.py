@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -243,7 +244,7 @@ def profile_step(engine, config: RunConfig, args: argparse.Namespace, rank: int,
     if rank:
         return
     assert profiler is not None
-    events = list(profiler.events() or ())
+    events: list[Any] = list(profiler.events() or ())
     kernels = [(e.name, e.time_range.elapsed_us() / 1e3) for e in events if e.device_type.name == "CUDA"]
     if not kernels:  # no GPU: what the operators took
         kernels = [(e.name, e.self_cpu_time_total / 1e3) for e in events]
