@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +87,8 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 def draw(length: int, head_dim: int = HEAD_DIM) -> Inputs:
     """Random ones."""
     shapes = [(1, heads, length, head_dim) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    return tuple(as_inputs(torch.randn(shape, device="cuda", dtype=torch.bfloat16)) for shape in shapes)
+    query, key, value = (as_inputs(torch.randn(shape, device="cuda", dtype=torch.bfloat16)) for shape in shapes)
+    return query, key, value
 
 
 def as_inputs(tensor: Tensor) -> Tensor:
@@ -99,7 +101,8 @@ def trained(model_name: str, data: str, length: int) -> dict[str, Inputs]:
 
     from refreshkv.data.rows import load_rows
 
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.bfloat16).cuda().eval()
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.bfloat16)
+    model.cuda().eval()  # pyright: ignore[reportCallIssue]  # transformers' wrapper of it hides `self`
     row = load_rows(data).test[0]["input_ids"].long().flatten()
     if len(row) < length or model.config.max_position_embeddings < length:
         raise SystemExit(f"error: --cases: {length} tokens are more than a row of {data} or the model's positions")
@@ -121,8 +124,10 @@ def trained(model_name: str, data: str, length: int) -> dict[str, Inputs]:
     query, key, value = (
         as_inputs(tensor[:, : kv_heads * (groups if i == 0 else 1)]) for i, tensor in enumerate(stacked)
     )
-    alike = tuple(as_inputs(torch.randn_like(tensor.detach())) for tensor in (query, key, value))
-    return {"random": alike, "model": (query, key, value)}
+    alike_query, alike_key, alike_value = (
+        as_inputs(torch.randn_like(tensor.detach())) for tensor in (query, key, value)
+    )
+    return {"random": (alike_query, alike_key, alike_value), "model": (query, key, value)}
 
 
 def milliseconds(work: Callable[[], object], repeat: int) -> float:
@@ -154,7 +159,8 @@ def layer_attention(query: Tensor, key: Tensor, value: Tensor, simulation: Simul
     """A layer's whole attention, as a model calls it: (1, T, H, D)."""
     module = SimpleNamespace(head_dim=query.shape[-1], layer_idx=0, is_causal=True, training=True)
     module.num_key_value_groups = query.shape[1] // key.shape[1]
-    return refresh_attention(module, query, key, value, None, simulation=simulation)[0]
+    stand_in = cast(torch.nn.Module, module)  # it has all that is read
+    return refresh_attention(stand_in, query, key, value, None, simulation=simulation)[0]
 
 
 def time_case(
@@ -246,7 +252,7 @@ def parts(inputs: Inputs, simulation: Simulation, upstream: Tensor, repeat: int)
     early_upstream = torch.randn_like(early[0])
 
     def prompt_both() -> object:
-        return torch.autograd.grad(full_attention(*early, SDPBackend.CUDNN_ATTENTION), early, early_upstream)
+        return torch.autograd.grad(full_attention(*early, backend=SDPBackend.CUDNN_ATTENTION), early, early_upstream)
 
     query, key, value = (tensor.detach() for tensor in (query, key, value))
     upstream = upstream[:, prompt:]
@@ -254,7 +260,8 @@ def parts(inputs: Inputs, simulation: Simulation, upstream: Tensor, repeat: int)
     grad = torch.zeros_like(query[:, :, prompt:])
     query = query[:, :, prompt - config.observation_window :]
     rows = AttentionInputs(query, key, value, scaling)
-    gradients = (grad, *(torch.zeros_like(key, dtype=torch.float32) for _ in range(2)))
+    key_grad, value_grad = (torch.zeros_like(key, dtype=torch.float32) for _ in range(2))
+    gradients = (grad, key_grad, value_grad)
     work = {"prompt": prompt_both}
     known, dense = None, simulation.recurring
     if plan.full_positions.shape[1] > 1:
@@ -328,7 +335,7 @@ def table(results: list[dict[str, object]]) -> str:
     return column_table([names] + [[str(result.get(name, "")) for name in names] for result in results], text_columns=0)
 
 
-def plot(results: list[dict[str, object]], path: Path) -> None:
+def plot(results: list[dict[str, Any]], path: Path) -> None:
     several = len({result["inputs"] for result in results}) > 1
     labels = [
         str(result["case"]).replace(":", "\n") + (f"\n{result['inputs']}" if several else "") for result in results

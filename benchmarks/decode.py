@@ -20,11 +20,12 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CompileConfig, DynamicCache, LlamaForCausalLM, LogitsProcessor, StaticCache
+from transformers import Cache, CompileConfig, DynamicCache, LlamaForCausalLM, LogitsProcessor, StaticCache
 
 from measuring import SHAPE, add_shape, copy_bandwidth, free_memory, milliseconds, random_llama
 from output import pyplot, save
@@ -47,7 +48,8 @@ OURS = ("full", *REFRESHING, "streaming", "h2o", "snapkv")
 
 def main() -> None:
     args = read_arguments()
-    model = enable(random_llama(args, "cuda", torch.bfloat16), refresh_config(args))
+    model = random_llama(args, "cuda", torch.bfloat16)
+    enable(model, refresh_config(args))
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     results = []
@@ -114,30 +116,38 @@ def make_cache(model: LlamaForCausalLM, strategy: str, capacity: int, budget: in
     return makers[strategy]()
 
 
+def head_shape(model: LlamaForCausalLM) -> tuple[int, int, int]:
+    """Query heads, key heads and the size of a head, all of which the configuration of a built model has."""
+    config = model.config
+    assert config.num_key_value_heads is not None and config.head_dim is not None
+    return config.num_attention_heads, config.num_key_value_heads, config.head_dim
+
+
 @torch.no_grad()
-def fill(cache, model: LlamaForCausalLM, batch: int, context: int, budget: int) -> int:
+def fill(cache: Cache, model: LlamaForCausalLM, batch: int, context: int, budget: int) -> int:
     """Random keys and values as if a prompt had been processed; returns the number of tokens that the cache counts.
 
     A compact cache gets a prompt of its budget: the rest would be gone anyway.
     """
-    config = model.config
-    ours = isinstance(cache, PreallocatedCache)
-    compact = ours and isinstance(cache.layers[0], CompactLayer)
+    heads, kv_heads, head_dim = head_shape(model)
+    ours, layers = isinstance(cache, PreallocatedCache), cast(list[Any], cache.layers)
+    compact = ours and isinstance(layers[0], CompactLayer)
     length = budget if compact else context
     # queries of a whole prompt would take memory that decoding does not: all but the last tokens were there before
     known = max(0, length - 64) if ours and not compact else 0
 
     def random(heads: int, tokens: int) -> Tensor:
-        return torch.randn(batch, heads, tokens, config.head_dim, device=model.device, dtype=model.dtype)
+        return torch.randn(batch, heads, tokens, head_dim, device=model.device, dtype=model.dtype)
 
-    for layer in cache.layers if known > 0 else ():
-        layer.load_prefix(*(random(config.num_key_value_heads, known) for _ in range(2)))
+    for layer in layers if known > 0 else ():
+        layer.load_prefix(*(random(kv_heads, known) for _ in range(2)))
     padding = torch.zeros(batch, dtype=torch.int64, device=model.device)
-    for index in range(config.num_hidden_layers):
-        cache.update(*(random(config.num_key_value_heads, length - known) for _ in range(2)), index)
+    for index in range(model.config.num_hidden_layers):
+        keys, values = (random(kv_heads, length - known) for _ in range(2))
+        cache.update(keys, values, index)
         if ours:
-            query = random(config.num_attention_heads, length - known)
-            cache.layers[index].end_block(query, padding, config.head_dim**-0.5)
+            query = random(heads, length - known)
+            layers[index].end_block(query, padding, head_dim**-0.5)
     return length
 
 
@@ -218,7 +228,7 @@ def run_generate(
     clock = Clock()
     compiled = tuned_compilation() if tuned else CompileConfig(dynamic=False)
     ids = torch.randint(0, model.config.vocab_size, (batch, length + 1), device="cuda")
-    model.generate(
+    model.generate(  # pyright: ignore[reportAttributeAccessIssue]  # a protocol that transformers' own models miss
         ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,
@@ -259,9 +269,9 @@ def run_graph(model: LlamaForCausalLM, cache, batch: int, length: int, steps: in
 
 def bytes_moved(model: LlamaForCausalLM, context: int, batch: int, budget: int, strategy: str) -> tuple[float, float]:
     """What a full and a partial step have to read: weights but for the embedding, and the keys and values."""
-    config = model.config
+    config, (_, kv_heads, head_dim) = model.config, head_shape(model)
     weights = sum(parameter.numel() for parameter in model.parameters()) - config.vocab_size * config.hidden_size
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * batch
+    token = 2 * config.num_hidden_layers * kv_heads * head_dim * batch
     whole = budget if strategy in ("streaming", "h2o", "snapkv") else context
     return 2.0 * (weights + token * whole), 2.0 * (weights + token * budget)
 
@@ -272,23 +282,26 @@ def time_pieces(model: LlamaForCausalLM, context: int, batch: int, args: argpars
     model.set_attn_implementation("refreshkv")
     cache = RefreshCache(model.config, context + 64, refresh_config(args))
     fill(cache, model, batch, context, 0)
-    config, scaling = model.config, model.config.head_dim**-0.5
-    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-    token = [torch.randn(batch, count, 1, config.head_dim, device="cuda", dtype=torch.bfloat16) for count in heads]
-    output = token[0].new_empty(batch, 1, heads[0], config.head_dim)
+    heads, kv_heads, head_dim = head_shape(model)
+    scaling = head_dim**-0.5
+    query, key, value = (
+        torch.randn(batch, count, 1, head_dim, device="cuda", dtype=torch.bfloat16)
+        for count in (heads, kv_heads, kv_heads)
+    )
+    output = query.new_empty(batch, 1, heads, head_dim)
     frozen = torch.tensor(context, device="cuda")
 
     def options(stride: int, threshold: float | None = None) -> StepOptions:
         return StepOptions(stride, threshold, SelectionOptions(7, 1, 0, 0))
 
     def attend(layer, stride: int, threshold: float | None = None, scratch: SelectionScratch | None = None):
-        state, scratch = layer.state()._replace(length=frozen), scratch or stack.scratch.of(layer.number)
-        settings = {"options": options(stride, threshold), "scratch": scratch}
-        return decode_kernels.attend(*token, state, scaling, **settings), scratch
+        state, used = layer.state()._replace(length=frozen), scratch or stack.scratch.of(layer.number)
+        settings = {"options": options(stride, threshold), "scratch": used}
+        return decode_kernels.attend(query, key, value, state, scaling, **settings), used
 
     def apart(stride: int):
         """Of the first layer, with scratch that no later launch writes to."""
-        scratch = SelectionScratch.empty((batch,), *layers[0].keys.shape[1:], output.device)
+        scratch = SelectionScratch.empty((batch,), *layers[0].keys.shape[1:], device=output.device)
         return attend(layers[0], stride, scratch=scratch)
 
     def finish(layer, shares, scratch) -> None:
@@ -307,7 +320,8 @@ def time_pieces(model: LlamaForCausalLM, context: int, batch: int, args: argpars
 
         return round(per_layer([stack], launch) / len(layers), 2)
 
-    layers, counter = cache.layers, torch.zeros((), dtype=torch.int64, device="cuda")
+    # any: transformers annotates the layers as its own
+    layers, counter = cast(list[Any], cache.layers), torch.zeros((), dtype=torch.int64, device="cuda")
     stack = layers[0].stack
     whole, small = apart(1), apart(NEVER)
     finish(layers[0], *whole)
@@ -360,7 +374,7 @@ def table(results: list[dict[str, object]]) -> str:
     return column_table(lines, text_columns=0)
 
 
-def plot(results: list[dict[str, object]], path: Path) -> None:
+def plot(results: list[dict[str, Any]], path: Path) -> None:
     results = [result for result in results if result["ms"] is not None]
     cases = list(dict.fromkeys((result["context"], result["batch"]) for result in results))
     strategies = list(dict.fromkeys(result["strategy"] for result in results))

@@ -28,7 +28,7 @@ def random_llama(args: argparse.Namespace, device: str, dtype: torch.dtype) -> L
         num_key_value_heads=args.kv_heads,
         vocab_size=args.vocabulary,
         max_position_embeddings=2**20,
-        rope_theta=500000.0,
+        rope_theta=500000.0,  # pyright: ignore[reportCallIssue]  # transformers makes its rope_parameters of it
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)

@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def main() -> None:
     args = read_arguments()
     model = build_model(args)
     print(describe(model, args), flush=True)
-    results: dict[str, object] = {"about": describe(model, args), "overlaps": [], "lengths": []}
+    results: dict[str, Any] = {"about": describe(model, args), "overlaps": [], "lengths": []}
     for length in args.lengths:
         for strategy in args.strategies:
             for overlap in args.overlaps:
@@ -98,7 +99,9 @@ def read_arguments() -> argparse.Namespace:
 def build_model(args: argparse.Namespace):
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
     if args.model:
-        return enable(AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval(), RefreshConfig())
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+        model.to(device).eval()  # pyright: ignore[reportArgumentType]  # transformers' wrapper of it hides `self`
+        return enable(model, RefreshConfig())
     return enable(random_llama(args, device, dtype), RefreshConfig())
 
 
@@ -197,9 +200,10 @@ def compare(model, store: PrefixStore, strategy: str, length: int, overlap: floa
     times = []
     for _ in range(repeat):  # in turn, so that whatever else the machine does meets both
         runs = [answer(model, strategy, second, place) for place in (None, store)]
-        times.append((runs[0][0], runs[1][0], runs[1][1].seconds))
+        reuse = runs[1][1]
+        assert reuse is not None  # there is a store
+        times.append((runs[0][0], runs[1][0], reuse.seconds))
     fresh, recycled, looking = (statistics.median(column) for column in zip(*times, strict=True))
-    reuse = runs[1][1]
     tokens, logits = zip(*(decoded(model, *run[2:]) for run in runs), strict=True)
     return {
         "length": length,

@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -242,7 +243,8 @@ def profile_step(engine, config: RunConfig, args: argparse.Namespace, rank: int,
         seconds = time.perf_counter() - began
     if rank:
         return
-    events = list(profiler.events())
+    assert profiler is not None
+    events: list[Any] = list(profiler.events() or ())
     kernels = [(e.name, e.time_range.elapsed_us() / 1e3) for e in events if e.device_type.name == "CUDA"]
     if not kernels:  # no GPU: what the operators took
         kernels = [(e.name, e.self_cpu_time_total / 1e3) for e in events]
@@ -275,7 +277,7 @@ def largest(times: list[tuple[str, float]], count: int) -> str:
     """Lines of total milliseconds, number and name, the most time first."""
     total, number = Counter(), Counter(name for name, _ in times)
     for name, milliseconds in times:
-        total[name] += milliseconds
+        total[name] += milliseconds  # pyright: ignore[reportArgumentType]  # the annotation knows counts only
     return "\n".join(f"{time:10,.1f} ms {number[name]:7,}  {name[:110]}" for name, time in total.most_common(count))
 
 

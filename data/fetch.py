@@ -81,6 +81,7 @@ def fetch(config: FetchConfig, output: Path, overwrite: bool = False) -> str:
             if config.model:
                 source = _fetch_model(config.model, folder, work)
             else:
+                assert config.texts is not None  # `FetchConfig` has one of the two
                 source = _fetch_texts(config.texts, folder, work)
         write_json(folder / SOURCE_FILE, source)
     return _summary(output, source)

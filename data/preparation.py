@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, IterableDataset
 from tqdm import tqdm
@@ -67,6 +67,7 @@ def _prepare_documents(config: DataConfig, folder: Path) -> dict[str, Any]:
 
 
 def _prepare_tasks(config: DataConfig, folder: Path) -> dict[str, Any]:
+    assert config.tasks is not None and config.tokenizer is not None  # `DataConfig` and `prepare_rows` check it
     tasks = training_tasks(config.tasks, config.row_length)
     tokenizer = model_tokenizer(config.tokenizer)
     tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
@@ -81,6 +82,7 @@ def _prepare_tasks(config: DataConfig, folder: Path) -> dict[str, Any]:
 def _tokenizer(config: DataConfig, documents: Dataset | IterableDataset) -> PreTrainedTokenizerBase:
     if config.tokenizer is not None:
         return model_tokenizer(config.tokenizer)
+    assert config.train_vocabulary is not None  # `prepare_rows` checks that it is given instead
     read = _with_progress(read_documents(documents, config), documents, "training the tokenizer")
     texts = (document.text for document in read if assign_split(document, config) == "train")
     return train_tokenizer(texts, config.train_vocabulary)
@@ -101,7 +103,8 @@ def _write_sequences(
     splits = DatasetDict({split: writer.close() for split, writer in writers.items()})
     _validate_train_has_rows(config, writers)
     # without num_shards=1 `datasets` writes no file for an empty split, and then cannot load it
-    splits.save_to_disk(folder, num_shards={split: None if len(splits[split]) else 1 for split in SPLITS})
+    shards = {split: None if len(splits[split]) else 1 for split in SPLITS}
+    splits.save_to_disk(folder, num_shards=shards)  # pyright: ignore[reportArgumentType]  # None is its own default
     shutil.rmtree(streams)
     return _describe(config, tokenizer, writers)
 
@@ -136,12 +139,13 @@ def _tokenized(
     config: DataConfig, documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[Document, list[int]]]:
     """Each document, and its tokens with the end-of-text token."""
+    end = cast(int, tokenizer.eos_token_id)
     for batch in _batches(_with_progress(read_documents(documents, config), documents, "tokenizing")):
         texts = [document.text for document in batch]
         # verbose=True warns of documents longer than the model's context, but they are cut into rows
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         for document, token_ids in zip(batch, encoded, strict=True):
-            yield document, [*token_ids, tokenizer.eos_token_id]
+            yield document, [*token_ids, end]
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

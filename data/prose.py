@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import lxml.etree
-import lxml.html
-from inscriptis import Inscriptis
+import lxml.etree  # pyright: ignore[reportMissingImports]
+import lxml.html  # pyright: ignore[reportMissingImports]
+from inscriptis import Inscriptis  # pyright: ignore[reportMissingImports]
 
 from refreshkv.data.r_strings import character_vectors
 from refreshkv.settings import SettingsError

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 
 from refreshkv.config import RefreshConfig
 from refreshkv.data.config import DataConfig
@@ -74,6 +74,8 @@ def load_rows(folder: str | Path) -> Rows:
     try:
         info = json.loads((folder / INFO_FILE).read_text())
         splits = load_from_disk(str(folder), keep_in_memory=False).with_format("torch")
+        if not isinstance(splits, DatasetDict):
+            raise ValueError("it holds one table and no splits")
         if any(len(splits[split]) != info["splits"][split]["rows"] for split in SPLITS):
             raise ValueError(f"the number of rows is not the one in {INFO_FILE}")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -81,7 +83,7 @@ def load_rows(folder: str | Path) -> Rows:
             f"data.folder={folder} is damaged ({error}); prepare it again with launch/prepare.py --overwrite"
         ) from error
     info["folder"] = str(folder)
-    return Rows(*(splits[split] for split in SPLITS), tokenizer_folder=folder / TOKENIZER_FOLDER, info=info)
+    return Rows(**{split: splits[split] for split in SPLITS}, tokenizer_folder=folder / TOKENIZER_FOLDER, info=info)
 
 
 def validate_same_tokens(model: str, rows: Rows) -> None:

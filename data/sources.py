@@ -4,10 +4,11 @@ import os
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import datasets
 import numpy
@@ -71,7 +72,7 @@ def read_documents(documents: Dataset | IterableDataset, config: DataConfig) -> 
     Raises `SettingsError` for a column that holds anything but text, and for a source that cannot be read to its end.
     """
     with _reading(config):
-        for document in documents:
+        for document in cast(Iterable[dict[str, Any]], documents):
             text = document[config.text_column]
             if text is not None and not isinstance(text, str):
                 raise SettingsError(f"data.text_column={config.text_column} holds {type(text).__name__}, not text")

@@ -40,26 +40,26 @@ class Caches:
         The cache handed out before must not be used any more.
         """
         key = (strategy.name, tuple(strategy.settings.items()), sequences, tokens)
-        if self._key == key:
+        if self._cache is not None and self._key == key:
             self._cache.reset()
         else:
             self._key = self._cache = None  # frees the earlier cache's memory first
             self._cache = strategy.build_cache(self._model.config, tokens)
             if self._records and self._model.device.type == "cuda" and self._cache.is_compileable:
-                self._record(sequences, prompt_length, min(STEPS_TO_CAPTURE, tokens - prompt_length))
+                self._record(self._cache, sequences, prompt_length, min(STEPS_TO_CAPTURE, tokens - prompt_length))
             self._key = key
         return self._cache
 
-    def _record(self, sequences: int, prompt_length: int, new_tokens: int) -> None:
+    def _record(self, cache: Cache, sequences: int, prompt_length: int, new_tokens: int) -> None:
         ids = torch.zeros(sequences, prompt_length, dtype=torch.int64, device=self._model.device)
-        self._model.generate(
+        self._model.generate(  # pyright: ignore[reportCallIssue]  # a mixin of the models' classes
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=self._cache,
+            past_key_values=cache,
             custom_generate=decode_ahead,
             max_new_tokens=new_tokens,
             eos_token_id=None,
             pad_token_id=0,
             **GREEDY,
         )
-        self._cache.reset()
+        cache.reset()

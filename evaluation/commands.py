@@ -64,7 +64,7 @@ def measure_perplexity(options: argparse.Namespace, command: str) -> str:
     )
     if before:
         check_comparable(before, measured, options.compare)
-    enable(model, config).to(chosen_device(options.device)).eval()
+    _place(enable(model, config), chosen_device(options.device))
     folder = open_output(output, PERPLEXITY_FILES, options.overwrite, options.resume)
     for warning in budget_warnings(strategies, row_length, options.last_tokens):
         print(f"warning: {warning}", file=sys.stderr)
@@ -89,7 +89,7 @@ def score_tasks(options: argparse.Namespace, command: str) -> str:
     config = _chosen_config(model, options)
     default = ["full", "refresh", *(["similarity"] if config.threshold else []), "snapkv"]
     strategies = build_strategies(options.strategies or default, config)
-    enable(model, config).to(chosen_device(options.device)).eval()
+    _place(enable(model, config), chosen_device(options.device))
     work = make_examples(model, tokenizer, tasks, options.examples)
     store = _open_store(model, options)
     folder = open_output(output, TASK_FILES, options.overwrite, options.resume)
@@ -106,8 +106,8 @@ def score_tasks(options: argparse.Namespace, command: str) -> str:
 
 
 def measure_suite(options: argparse.Namespace, command: str, root: Path) -> str:
-    """`evaluate --suite`: a table or figure of the paper. root: folder that has configs/suites."""
-    suite, file = load_suite(options.suite, root)
+    """`evaluate --suite`: a table or figure of the paper. root: folder from which the report names the file."""
+    suite, file = load_suite(options.suite)
     output = options.output or Path("reports", file.stem)
     models = named_models(suite, options.model)
     suite, differences = change(suite, _suite_changes(options))
@@ -115,7 +115,7 @@ def measure_suite(options: argparse.Namespace, command: str, root: Path) -> str:
     device = chosen_device(options.device)
 
     def load(path: str) -> PreTrainedModel:
-        return load_model(path, "--model", dtype=options.dtype).to(device).eval()
+        return _place(load_model(path, "--model", dtype=options.dtype), device)
 
     folder = open_output(output, SUITE_FILES, options.overwrite, options.resume)
     results = run_suite(suite, opened, models, load, folder, options.batch_size, options.decode)
@@ -143,7 +143,7 @@ def sweep_thresholds(options: argparse.Namespace, command: str) -> str:
     check_tokens(model, path, rows)
     config = changed_config(own_config(model.config), options.overrides, budget=options.budget)
     strategies = sweep_strategies(config, options.strides or [config.stride], options.thresholds)
-    enable(model, config).to(chosen_device(options.device)).eval()
+    _place(enable(model, config), chosen_device(options.device))
     tokenizer, work = None, []
     if options.tasks:
         tasks = open_tasks(options.tasks, options.overrides, options.task_length)
@@ -154,7 +154,7 @@ def sweep_thresholds(options: argparse.Namespace, command: str) -> str:
     how = {"batch_size": options.batch_size, "records": SequenceRecords(folder / ROWS_FILE)}
     evaluation = evaluate(model, split, strategies, options.last_tokens, **how)
     how["records"] = ExampleRecords(folder / EXAMPLES_FILE)
-    results = evaluate_tasks(model, tokenizer, work, strategies, **how) if work else []
+    results = [] if tokenizer is None else evaluate_tasks(model, tokenizer, work, strategies, **how)
 
     sweep = Sweep(evaluation, options.keep, _mean_scores(results))
     settings = {
@@ -170,6 +170,11 @@ def sweep_thresholds(options: argparse.Namespace, command: str) -> str:
     warnings = [f"warning: {text}" for text in evaluation.warnings]
     where = f"{output}: {', '.join(written)}"
     return "\n".join([sweep_table(sweep), *warnings, report["recommendation"]["text"], where])
+
+
+def _place(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """Moves the model to the device, in evaluation mode."""
+    return model.to(device).eval()  # pyright: ignore[reportArgumentType]  # transformers' wrapper of it hides `self`
 
 
 def _perplexity_strategies(config: RefreshConfig, options: argparse.Namespace) -> list[Strategy]:

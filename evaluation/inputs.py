@@ -1,5 +1,7 @@
 """Opens the prepared sequences and the tasks of an evaluation, and checks that they fit the model."""
 
+from typing import cast
+
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -41,5 +43,10 @@ def open_split(folder: str, split: str, count: int | None) -> tuple[Rows, Datase
 
 def check_tokens(model: PreTrainedModel, path: str, rows: Rows) -> None:
     """Raises `SettingsError` if the sequences have other tokens than the model."""
-    validate_token_ids(rows.info, model.get_input_embeddings().num_embeddings)
+    validate_token_ids(rows.info, vocabulary_size(model))
     validate_same_tokens(path, rows)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Number of tokens that the model has an embedding of."""
+    return cast(int, model.get_input_embeddings().num_embeddings)

@@ -3,12 +3,19 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from refreshkv.settings import SettingsError
 
-Line = TypeVar("Line")
-"""A dataclass of plain values with a `key`: a hash of everything that the other values depend on."""
+
+class Keyed(Protocol):
+    """A dataclass of plain values with a `key`: a hash of everything that the other values depend on."""
+
+    @property
+    def key(self) -> str: ...
+
+
+Line = TypeVar("Line", bound=Keyed)
 
 
 class RecordFile(Generic[Line]):
@@ -31,6 +38,10 @@ class RecordFile(Generic[Line]):
     def get(self, key: str) -> Line | None:
         """The record with this key; None if the file has none."""
         return self._records.get(key)
+
+    def __getitem__(self, key: str) -> Line:
+        """The record with this key, which the file has."""
+        return self._records[key]
 
     def add(self, records: list[Line]) -> None:
         """Appends records to the file; they lie on the disk when this returns."""

@@ -6,7 +6,7 @@ A strategy builds the cache that `model.generate` gets.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import Cache, PretrainedConfig
 
@@ -55,6 +55,8 @@ class Strategy:
         """The budget K after a prompt without padding; None for full attention."""
         return None if self.is_full else RefreshConfig(budget=self.settings["budget"]).largest_budget(prompt_length)
 
+
+Number = TypeVar("Number", int, float)
 
 Builder = Callable[[RefreshConfig, list[str]], Strategy]
 """(the model's schedule and selection, the arguments that follow the name after colons) -> the strategy."""
@@ -211,12 +213,12 @@ def _snapkv(config: RefreshConfig, arguments: list[str]) -> Strategy:
     return _evicting(name, SnapKVCache, budget=config.budget, **options)
 
 
-def _evicting(name: str, kind: type[Cache], **settings: Any) -> Strategy:
+def _evicting(name: str, kind: Callable[..., Cache], **settings: Any) -> Strategy:
     """A strategy whose cache keeps K tokens and evicts the others."""
     return Strategy(name, {"cache": kind.__name__, **settings}, lambda model, tokens: kind(model, tokens, **settings))
 
 
-def _number(kind: type, name: str, text: str) -> int | float:
+def _number(kind: type[Number], name: str, text: str) -> Number:
     try:
         return kind(text)
     except ValueError:

@@ -61,7 +61,9 @@ def _module_weights(checkpoint: Path) -> dict[str, Tensor]:
 def _master_weights(checkpoint: Path) -> dict[str, Any]:
     """The float32 weights of ZeRO 1 to 3. At stage 3 each is put together when its `contiguous()` is called."""
     with redirect_stdout(io.StringIO()):  # DeepSpeed prints its progress
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
+    assert weights is not None
+    return weights
 
 
 def _rounded(weight: Any, dtype: torch.dtype) -> Tensor:
@@ -78,7 +80,7 @@ def checkpoint_model(checkpoint: Path, weights: dict[str, Tensor], dtype: torch.
         raise ExportError(f"CHECKPOINT: {checkpoint / 'model'} holds no known model: {one_line(error)}") from error
     saved_config(config)
     with quiet_transformers():
-        model, loading = model_class.from_pretrained(
+        model, loading = model_class.from_pretrained(  # pyright: ignore[reportAttributeAccessIssue]  # one class, no tuple
             None,
             config=config,
             state_dict=weights,

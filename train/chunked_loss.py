@@ -43,6 +43,7 @@ class ChunkedLoss(torch.autograd.Function):
             logits = F.linear(hidden[chunk], weight, bias).to(gradients.dtype)
             kl_grad = rows = None
             if last > first:
+                assert teacher is not None  # no position has a teacher otherwise
                 rows = teacher_rows[teacher_chunk] - start
                 teacher_logits = F.linear(teacher[teacher_chunk], weight, bias).to(gradients.dtype)
                 divergences[teacher_chunk], kl_grad = divergence_and_gradient(
@@ -54,7 +55,7 @@ class ChunkedLoss(torch.autograd.Function):
             if gradients.wanted:
                 # d loss / d logits: the probabilities, less 1 at the target
                 logits_grad = logits.sub_(log_sum).exp_().scatter_add_(1, target, torch.full_like(log_sum, -1.0))
-                if kl_grad is not None:
+                if kl_grad is not None and rows is not None:
                     logits_grad.index_add_(0, rows, kl_grad, alpha=distillation.weight)
                 gradients.add(chunk, logits_grad, hidden[chunk], weight)
         gradients.save(ctx)
@@ -74,11 +75,14 @@ class _Gradients:
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, bool, bool]):
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
-        self.dtypes = [part.dtype if need else None for part, need in zip((hidden, weight, bias), needed, strict=True)]
+        self.dtypes = [
+            part.dtype if need and part is not None else None
+            for part, need in zip((hidden, weight, bias), needed, strict=True)
+        ]
         self.hidden = torch.empty_like(hidden) if needed[0] else None
         # these are sums over many chunks: bfloat16 would lose the later ones
         self.weight = torch.zeros_like(weight, dtype=self.dtype) if needed[1] else None
-        self.bias = torch.zeros_like(bias, dtype=self.dtype) if needed[2] else None
+        self.bias = torch.zeros_like(bias, dtype=self.dtype) if needed[2] and bias is not None else None
 
     @property
     def wanted(self) -> bool:

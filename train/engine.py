@@ -35,11 +35,13 @@ def init_processes(timeout: float = TrainingConfig.timeout) -> tuple[int, int]:
     # DeepSpeed has no setting for it: this operator would be compiled at run time with a C++ compiler, for a gain on
     # CPUs only; gloo needs neither
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    accelerator = get_accelerator()
+    assert accelerator is not None
     deepspeed.init_distributed(
-        get_accelerator().communication_backend_name(), verbose=False, timeout=timedelta(seconds=timeout)
+        accelerator.communication_backend_name(), verbose=False, timeout=timedelta(seconds=timeout)
     )
-    if get_accelerator().device_name() != "cpu":
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
@@ -59,15 +61,19 @@ def build_engine(model: nn.Module, job: Job, mpu: Any = None, universal: bool = 
         del settings["optimizer"]
         settings["zero_allow_untested_optimizer"] = True
         optimizer = eight_bit_adamw(parameters, training)
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        return get_scheduler(
+            training.lr_schedule, optimizer, num_warmup_steps=training.warmup_steps, num_training_steps=training.steps
+        )
+
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=parameters,
+        model_parameters=parameters,  # pyright: ignore[reportArgumentType]  # annotated as a module; lists are documented
         optimizer=optimizer,
         config=settings,
         mpu=mpu,
-        lr_scheduler=lambda optimizer: get_scheduler(
-            training.lr_schedule, optimizer, num_warmup_steps=training.warmup_steps, num_training_steps=training.steps
-        ),
+        lr_scheduler=schedule,  # pyright: ignore[reportArgumentType]  # annotated with a class that torch has renamed
     )
     return engine
 

@@ -45,7 +45,10 @@ def check_export(folder: Path, rows: Tensor, logits: Tensor) -> tuple[float, flo
 
 def _reload(folder: Path) -> PreTrainedModel:
     with quiet_transformers():
-        model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        # output_loading_info makes it return a pair, which transformers' annotation leaves out
+        model, loading = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            folder, dtype="auto", output_loading_info=True
+        )
     validate_loading("what was written", loading)
     return model
 

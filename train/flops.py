@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from refreshkv.config import Simulation
 from refreshkv.layers import layer_windows
@@ -40,7 +41,7 @@ class Work:
     """Each layer's sliding window, None where it attends to everything."""
 
 
-def model_work(model: nn.Module) -> Work:
+def model_work(model: PreTrainedModel) -> Work:
     """The work of a transformers decoder, on any device ("meta" too), divided over ranks or whole."""
     weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear))
     decoder = model.config.get_text_config(decoder=True)

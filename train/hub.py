@@ -116,6 +116,7 @@ class BackgroundPush:
             self.say(f"warning: hub.repo={self.hub.repo}: not all was uploaded within {timeout:g} s")
 
     def _work(self) -> None:
+        assert self.hub.repo is not None
         while (task := self._tasks.get()) is not None:
             what, upload = task
             try:

@@ -40,6 +40,12 @@ class Job:
     """The prepared rows; None in a dry run."""
 
     @property
+    def prepared(self) -> Rows:
+        """The prepared rows of a run that is no dry run."""
+        assert self.sequences is not None
+        return self.sequences
+
+    @property
     def output(self) -> Path:
         """Folder of the run."""
         return Path(self.config.training.output)

@@ -41,7 +41,7 @@ def use_liger(model: PreTrainedModel) -> None:
 
 def _liger() -> Any:
     try:
-        from liger_kernel.transformers import monkey_patch
+        from liger_kernel.transformers import monkey_patch  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise SettingsError(
             f"training.kernels=liger needs the package liger-kernel: pip install 'refreshkv[gpu]', or {WAY_OUT}"

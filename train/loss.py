@@ -56,7 +56,9 @@ class CausalLossModel(nn.Module):
         super().__init__()
         validate_output_layer(model)
         self.distillation = distillation or DistillationConfig()
-        model.set_output_embeddings(LossHead(model.get_output_embeddings(), kind, self.distillation))
+        layer = model.get_output_embeddings()
+        assert layer is not None  # it has been validated
+        model.set_output_embeddings(LossHead(layer, kind, self.distillation))
         self._causal_lm = (model,)  # in a tuple, since as a child it would put its own name before all others
         for name, child in model.named_children():
             self.add_module(name, child)
@@ -104,6 +106,7 @@ class CausalLossModel(nn.Module):
                 teacher = self._hidden_states(inputs, None, None)
         hidden = self._hidden_states(inputs, simulation, trace)
         head = self.causal_lm.get_output_embeddings()
+        assert head is not None
         return head(hidden, targets, counted=counted, partial=partial, decoded=decoded, teacher=teacher)
 
     def _hidden_states(self, inputs: dict[str, Any], simulation: Simulation | None, trace: Trace | None) -> Tensor:
@@ -160,6 +163,7 @@ class LossHead(nn.Linear):
         """
         if targets is None:
             return super().forward(hidden)
+        assert counted is not None and partial is not None and decoded is not None
         hidden, targets, partial, decoded = (
             part.flatten(0, 1).index_select(0, counted) for part in (hidden, targets, partial, decoded)
         )
@@ -179,6 +183,7 @@ class LossHead(nn.Linear):
         logits = _at_least_float(super().forward(hidden))
         losses, divergences = F.cross_entropy(logits, targets, reduction="none"), logits.new_zeros(0)
         if teacher is not None:
+            assert teacher_rows is not None
             teacher_logits = _at_least_float(super().forward(teacher)).detach()
             divergences = divergence(logits[teacher_rows], teacher_logits, self.distillation.temperature)
         return losses.sum() + self.distillation.weight * divergences.sum(), losses, divergences

@@ -1,5 +1,7 @@
 """AdamW with 8-bit moments, by the package bitsandbytes (`training.optimizer=adamw-8bit`)."""
 
+from collections.abc import Callable
+
 import torch
 
 from refreshkv.settings import SettingsError
@@ -19,9 +21,9 @@ def eight_bit_adamw(parameters: list[torch.nn.Parameter], training: TrainingConf
     )
 
 
-def _adamw_8bit() -> type[torch.optim.Optimizer]:
+def _adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise SettingsError(
             "training.optimizer=adamw-8bit needs the package bitsandbytes: pip install 'refreshkv[8bit]', or set "

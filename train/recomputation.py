@@ -27,7 +27,8 @@ def recompute_layers(model: PreTrainedModel, share: float, offload: bool = False
     """
     # the reentrant form saves a layer's input by the autograd hooks, through which the input can be moved
     model.gradient_checkpointing_enable({"use_reentrant": offload})
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    # any: torch annotates every attribute of a module as a tensor or a module
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer, recomputes in zip(layers, recomputed_layers(len(layers), share), strict=True):
         layer.gradient_checkpointing = recomputes
         if offload:

@@ -54,7 +54,7 @@ def start_engine(
     Returns the engine, what has been done so far, and lines for the user. note: called with what is being done, as a
     sign of progress.
     """
-    training, rows = job.config.training, job.sequences.info["fingerprint"]
+    training, rows = job.config.training, job.prepared.info["fingerprint"]
     checkpoint, messages = None, []
     done, convert = State(0, 0, job.world, job.zero_stage, rows), False
     if resume:

@@ -48,12 +48,12 @@ class Run:
     def order(self) -> RowOrder:
         """The order of the rows."""
         training = self.job.config.training
-        return RowOrder(len(self.job.sequences.train), training.global_batch, training.seed)
+        return RowOrder(len(self.job.prepared.train), training.global_batch, training.seed)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer of the rows, which every checkpoint holds."""
-        return find_tokenizer(self.job.sequences.tokenizer_folder)
+        return find_tokenizer(self.job.prepared.tokenizer_folder)
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step: its columns of its group's rows."""
@@ -61,7 +61,7 @@ class Run:
         size = job.sequence_parallel_size
         rows = self.order.micro_batches(step - 1, self.rank // size, job.data_parallel_size, training.micro_batch)
         return [
-            make_batch(job.sequences.train[indices], training.loss_on, self.engine.device).columns(self.rank, size)
+            make_batch(job.prepared.train[indices], training.loss_on, self.engine.device).columns(self.rank, size)
             for indices in rows
         ]
 
@@ -108,7 +108,7 @@ class Run:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Perplexity of the last `training.evaluate_tokens` tokens of validation rows, in full and in refresh mode."""
-        training, validation = self.job.config.training, self.job.sequences.validation
+        training, validation = self.job.config.training, self.job.prepared.validation
         self.note(f"the evaluation after step {step}")
         result = evaluate(
             self.engine.module,
@@ -126,7 +126,7 @@ class Run:
         """Writes the checkpoint of a step; returns its folder."""
         job = self.job
         self.note(f"the checkpoint of step {step}")
-        state = State(step, self.tokens_seen, job.world, job.zero_stage, job.sequences.info["fingerprint"])
+        state = State(step, self.tokens_seen, job.world, job.zero_stage, job.prepared.info["fingerprint"])
         return save_checkpoint(self.engine, job.output, job.config, state, self.tokenizer)
 
 

@@ -15,6 +15,7 @@ def model_configuration(model: ModelConfig) -> PretrainedConfig:
     """The transformers configuration of the model; `SettingsError` if there is none."""
     if model.path is not None:
         return load_configuration(model.path, "model.path")
+    assert model.scratch is not None  # `ModelConfig` has one of the two
     fields = dict(model.scratch)
     model_type = fields.pop("model_type")
     try:

@@ -68,7 +68,7 @@ def backward(
     Returns the `LossSums` of all ranks together, without the objective.
     """
     engine.train()
-    tokens = sum(batch.counted.sum() for batch in batches).float()
+    tokens = torch.stack([batch.counted.sum() for batch in batches]).sum().float()
     dist.all_reduce(tokens)
     totals = torch.zeros(len(LossSums._fields) - 1, device=engine.device)
     arguments = [batch.model_arguments(simulation, sequence_parallel_size > 1, trace) for batch in batches]

@@ -26,11 +26,11 @@ def matmul_rate(device: torch.device, dtype: str) -> float:
     kind = torch.bfloat16 if dtype == "bf16" and device.type == "cuda" else torch.float32
     factor = torch.randn(size, size, device=device, dtype=kind)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    factor @ factor
+    torch.matmul(factor, factor)
     wait()
     began = time.perf_counter()
     for _ in range(repeat):
-        factor @ factor
+        torch.matmul(factor, factor)
     wait()
     return repeat * 2 * size**3 / (time.perf_counter() - began)
 

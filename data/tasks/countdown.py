@@ -107,12 +107,12 @@ def is_solution(text: str, numbers: list[int], target: int) -> bool:
         equation = EQUATION.fullmatch(line)
         if equation is None:
             return False
-        a, operation, b, result = (part if part in OPERATIONS else int(part) for part in equation.groups())
+        a, b, result = (int(equation[group]) for group in (1, 3, 4))
         for number in (a, b):
             if number not in left:
                 return False
             left.remove(number)
-        if OPERATIONS[operation](a, b) != result:
+        if OPERATIONS[equation[2]](a, b) != result:
             return False
         left.append(result)
     return left == [target]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import datasets
 
@@ -39,11 +40,12 @@ def load_columns(files: str | Sequence[str], setting: str) -> datasets.Dataset:
     inner = [file.split("::")[0] for file in files]  # zip://FILE::ARCHIVE, as fsspec chains addresses
     endings = {Path(file.removesuffix(".gz")).suffix for file in inner}
     builders = {BUILDERS.get(ending) for ending in endings}
-    if len(builders) != 1 or None in builders:
+    builder = builders.pop() if len(builders) == 1 else None
+    if builder is None:
         raise SettingsError(f"{setting} must be files of one kind ({', '.join(BUILDERS)}), got {', '.join(files)}")
-    options = {"sample_by": "document"} if builders == {"text"} else {}
+    options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
     try:
-        table = datasets.load_dataset(builders.pop(), data_files=files, split="train", **options)
+        table = datasets.load_dataset(builder, data_files=files, split="train", **options)
     except Exception as error:  # builders raise many types
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise SettingsError(f"{setting}={', '.join(files)} cannot be read: {reason}") from error

@@ -106,7 +106,7 @@ def _choose(random: Random, question: Question, available: int, size: int) -> li
 def _read(file: str, source: str) -> tuple[list[Question], list[str]]:
     try:
         with fsspec.open(file, "rt", encoding="utf-8", compression="infer") as opened:
-            text = opened.read()
+            text = opened.read()  # pyright: ignore[reportAttributeAccessIssue]  # a list only for several files
     except FileNotFoundError:
         raise SettingsError(f"data_files: there is no file {file}") from None
     except (OSError, ValueError, ImportError) as error:  # such as an address of a kind without an installed reader

@@ -51,6 +51,7 @@ class Summaries(Family):
         return {"score": rouge_l(prediction, references)}
 
     def _row(self, index: int) -> dict[str, Any]:
+        assert self.data_files is not None
         files = (self.data_files,) if isinstance(self.data_files, str) else tuple(self.data_files)
         rows = _rows(files)
         columns = [self.document_column, self.summary_column]

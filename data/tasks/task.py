@@ -179,6 +179,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> lis
 def _chat(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> str:
     if getattr(tokenizer, "chat_template", None) is None:
         raise SettingsError(f"tasks.{name}.chat: the tokenizer has no chat template; set it to false")
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-    )
+    messages = [{"role": "user", "content": text}]
+    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(chat, str)
+    return chat

@@ -76,7 +76,7 @@ def word_pairs(source: str) -> tuple[list[str], list[str]]:
     Raises `SettingsError` if the library is not installed.
     """
     if source == "own":
-        return ADJECTIVES, NOUNS
+        return list(ADJECTIVES), list(NOUNS)
     return _wonderwords("adjectivelist"), _wonderwords("nounlist")
 
 

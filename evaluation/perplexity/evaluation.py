@@ -8,12 +8,14 @@ Shapes: `B` sequences of a batch, `T` tokens of each, `N` last tokens that are s
 
 import math
 from statistics import fmean
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from refreshkv.evaluation.perplexity.losses import Measurement, SequenceRecord, SequenceRecords
 from refreshkv.evaluation.perplexity.results import Evaluation, Result
@@ -60,10 +62,11 @@ def evaluate(
     was_training = getattr(model, "module", model).training  # an engine's own flag stays as it was made
     model.eval()
     try:
-        measurement = Measurement(model, rows, row_length - last_tokens, batch_size, stepwise, records)
+        decoder = cast(PreTrainedModel, model)  # an engine passes its attributes on
+        measurement = Measurement(decoder, rows, row_length - last_tokens, batch_size, stepwise, records)
         with tqdm(total=len(strategies) * len(own), unit=" rows", disable=not progress or rank != 0) as bar:
             results = [
-                _result(item, measurement.prompt_length, measurement.records_of(item, own, bar), world, model.device)
+                _result(item, measurement.prompt_length, measurement.records_of(item, own, bar), world, decoder.device)
                 for item in strategies
             ]
     finally:
@@ -84,7 +87,7 @@ def check_last_tokens(last_tokens: int, row_length: int) -> None:
 def budget_warnings(strategies: list[Strategy], row_length: int, last_tokens: int) -> list[str]:
     """One line for each budget K that holds the context of every scored position, which then equals full attention."""
     prompt_length, last_scored = row_length - last_tokens, row_length - 2
-    budgets = {item.largest_budget(prompt_length) for item in strategies if not item.is_full}
+    budgets = {budget for item in strategies if (budget := item.largest_budget(prompt_length)) is not None}
     return [
         f"the small cache (K = {budget:,}) holds all of a row of {row_length:,} tokens and never constrains anything: "
         "all strategies are full attention; lower the budget, or use longer rows"
@@ -149,4 +152,5 @@ def _result(
 
 def _mean(values: list[float | None]) -> float | None:
     """The mean; None if the records have no such values."""
-    return None if None in values else fmean(values)
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from refreshkv.config import Simulation, Trace
 from refreshkv.evaluation.caches import Caches
@@ -82,7 +83,7 @@ class Measurement:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         rows: Dataset,
         prompt_length: int,
         batch_size: int,
@@ -134,7 +135,7 @@ class Measurement:
 
 def _in_one_pass(model: nn.Module, ids: Tensor, prompt_length: int, strategy: Strategy) -> list[dict[str, Any]]:
     """Each sequence's losses and full steps, from a parallel pass."""
-    simulation = None if strategy.is_full else Simulation(prompt_length, strategy.config)
+    simulation = None if strategy.config is None else Simulation(prompt_length, strategy.config)
     trace = Trace()
     losses = sequence_losses(model, ids, simulation, last=ids.shape[1] - prompt_length, trace=trace).tolist()
     if simulation is None:

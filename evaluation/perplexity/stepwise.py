@@ -52,7 +52,7 @@ def decode_known(
     meter = Meter(model.device)
     known = _KnownTokens(ids, meter)
     prompt = ids[:, :prompt_length]
-    model.generate(
+    model.generate(  # pyright: ignore[reportCallIssue]  # a mixin of the models' classes
         prompt,
         attention_mask=torch.ones_like(prompt),
         past_key_values=cache,
@@ -64,6 +64,7 @@ def decode_known(
         **GREEDY,
     )
     seconds, peak = meter.read()
+    assert known.prompt_seconds is not None
     return Decoded(
         losses=torch.stack(known.losses, dim=1).cpu(),
         full_steps=[count_full_steps(cache, i, prompt_length, length - prompt_length) for i in range(sequences)],

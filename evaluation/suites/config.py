@@ -12,9 +12,7 @@ import yaml
 
 from refreshkv import RefreshConfig
 from refreshkv.evaluation.strategies import Strategy, build_strategy
-from refreshkv.settings import SettingsError, settings_from_dict
-
-SUITES = Path("configs", "suites")
+from refreshkv.settings import SettingsError, find_config, settings_from_dict
 
 
 @dataclass
@@ -178,15 +176,12 @@ class Suite:
         ]
 
 
-def load_suite(name: str, root: Path) -> tuple[Suite, Path]:
-    """Loads the suite `name` of configs/suites under `root`, or any YAML file; returns it and the file's path.
+def load_suite(name: str) -> tuple[Suite, Path]:
+    """Loads the suite `name` of configs/suites, or any YAML file; returns it and the file's path.
 
     Raises `SettingsError` for an unknown name, and for a file that is not a suite.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else root / SUITES / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in (root / SUITES).glob("*.yaml")))
-        raise SettingsError(f"--suite: there is no {name}; known are {known}, and any YAML file in their form")
+    path = find_config(name, ("suites",), "--suite")
     try:
         return settings_from_dict(Suite, yaml.safe_load(path.read_text(encoding="utf-8")), ""), path
     except (SettingsError, yaml.YAMLError) as error:

@@ -107,11 +107,13 @@ def _table(suite: Suite, results: dict[str, Measured], model: str | None) -> lis
     for label, own_line in suite.rows.items():
         cells = [label]
         for title, column in suite.columns.items():
-            measured = results[own_line.model or column.model or model]
+            name = own_line.model or column.model or model
+            assert name is not None  # `Suite` has checked it
+            measured = results[name]
             own = measured.figures.get(label, {}).get(column.of, {}).get(column.value)
             digits = DIGITS[column.value]
             cells.append(NOT_MEASURED if own is None else f"{own:,.{digits}f}")
-            cells += [_printed(suite, name, label, title) for name in papers]
+            cells += [_printed(suite, paper, label, title) for paper in papers]
         table.append(cells)
     return table
 

@@ -126,10 +126,12 @@ def run_suite(
             check_tokens(model, path, rows)
         tasks = {of: own for of, own in opened.tasks.items() if strategies[of]}
         tokenizer = load_tokenizer(path, "--model") if tasks else None
-        work = {  # before the long part: some tasks may not fit the model
-            of: make_examples(model, tokenizer, own, suite.benchmarks[of].examples, progress)
-            for of, own in tasks.items()
-        }
+        work = {}  # before the long part: some tasks may not fit the model
+        if tokenizer is not None:
+            work = {
+                of: make_examples(model, tokenizer, own, suite.benchmarks[of].examples, progress)
+                for of, own in tasks.items()
+            }
         for of, (_, split) in corpora.items():
             decodes = suite.shows_costs(of) if stepwise is None else stepwise
             options = {"batch_size": batch_size, "stepwise": decodes, "records": sequence_records, "progress": progress}
@@ -137,6 +139,7 @@ def run_suite(
             _add_perplexities(measured, of, evaluate(model, split, strategies[of], last_tokens, **options))
         for of, examples in work.items():
             options = {"batch_size": batch_size, "progress": progress}
+            assert tokenizer is not None
             scores = evaluate_tasks(model, tokenizer, examples, strategies[of], example_records, **options)
             _add_scores(measured, of, scores)
     return results
@@ -166,10 +169,9 @@ def _add_scores(measured: Measured, benchmark: str, results: list[TaskResult]) -
         own = [result for result in results if result.decoding == line]
         held = [result.cache_bytes for result in own if result.cache_bytes is not None]
         peaks = [result.peak_memory for result in own if result.peak_memory is not None]
-        layers = {layer for result in own for layer in result.effective_strides or {}}
-        strides = {
-            layer: effective_stride([result.effective_strides[layer] for result in own]) for layer in sorted(layers)
-        }
+        found = [result.effective_strides for result in own if result.effective_strides is not None]
+        layers = {layer for of_task in found for layer in of_task}
+        strides = {layer: effective_stride([of_task[layer] for of_task in found]) for layer in sorted(layers)}
         measured.figures.setdefault(line, {})[benchmark] = {
             "score": 100 * fmean(result.scores["score"] for result in own),
             "effective stride": effective_stride(list(strides.values())),

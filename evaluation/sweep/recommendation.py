@@ -94,7 +94,7 @@ class Sweep:
     @property
     def _shortest(self) -> Result:
         fixed = [r for r in self.evaluation.results if _kind(r) == "fixed"]
-        return min(fixed, key=lambda result: result.config.stride)
+        return min(fixed, key=lambda result: _schedule(result).stride)
 
     @property
     def largest_gap(self) -> float:
@@ -142,7 +142,10 @@ class Sweep:
             f"({best.effective_stride:.1f}) that keeps at least {self.keep:.0%} of what refreshing gains (it keeps "
             f"{best.kept:.0%}; perplexity {math.expm1(best.gap):+.2%} against full attention)"
         )
-        if best.effective_stride <= self._shortest.effective_stride:
+        shortest = self._shortest.effective_stride
+        # a threshold's full steps are among those of the shortest fixed stride
+        assert best.effective_stride is not None and shortest is not None
+        if best.effective_stride <= shortest:
             text += f"; it saves nothing over a full step at every {best.stride}th: try lower thresholds"
         elif best.threshold == min(point.threshold for point in self.points if point.threshold is not None):
             text += "; of those that were tried it is the lowest: lower ones may save more"
@@ -151,10 +154,11 @@ class Sweep:
     def _point(self, result: Result) -> Point:
         gap, span = result.loss - self.evaluation.full.loss, self.largest_gap - self.least_gap
         never, similarity = _kind(result) == "never", _kind(result) == "similarity"
+        schedule = _schedule(result)
         return Point(
             name=result.name,
-            stride=None if never else result.config.stride,
-            threshold=result.config.threshold,
+            stride=None if never else schedule.stride,
+            threshold=schedule.threshold,
             effective_stride=result.effective_stride,
             gap=gap,
             kept=(self.largest_gap - gap) / span if span > 0 else None,
@@ -179,6 +183,13 @@ class Sweep:
 def _kind(result: Result) -> str:
     if result.is_full:
         return "full"
-    if result.config.stride == NEVER:
+    schedule = _schedule(result)
+    if schedule.stride == NEVER:
         return "never"
-    return "fixed" if result.config.threshold is None else "similarity"
+    return "fixed" if schedule.threshold is None else "similarity"
+
+
+def _schedule(result: Result) -> RefreshConfig:
+    """The schedule of a result other than full attention's."""
+    assert result.config is not None
+    return result.config

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from refreshkv import decode_ahead
 from refreshkv.data.tasks.task import Example, Task
 from refreshkv.evaluation.caches import GREEDY, Caches
 from refreshkv.evaluation.costs import Meter, count_full_steps, held_bytes
+from refreshkv.evaluation.inputs import vocabulary_size
 from refreshkv.evaluation.records import RecordFile, numbered_layers
 from refreshkv.evaluation.strategies import Strategy
 from refreshkv.identity import fingerprint
@@ -144,11 +145,8 @@ def evaluate_tasks(
     with tqdm(total=total, unit=" examples", disable=not progress) as bar:
         for task, examples in work:
             keys = {way.name: [_key(weights, task, way, example) for example in examples] for way in strategies}
-            batches = []
-            for strategy in strategies:
-                missing = [i for i, key in enumerate(keys[strategy.name]) if records.get(key) is None]
-                bar.update(len(examples) - len(missing))
-                batches += [(strategy, missing[i : i + batch_size]) for i in range(0, len(missing), batch_size)]
+            batches = _missing_batches(strategies, keys, records, batch_size)
+            bar.update(len(strategies) * len(examples) - sum(len(numbers) for _, numbers in batches))
             if store is not None:  # all strategies of a prompt follow each other, while the store has it
                 batches.sort(key=lambda batch: batch[1])
             for strategy, numbers in batches:
@@ -157,8 +155,19 @@ def evaluate_tasks(
                 own_keys = [keys[strategy.name][i] for i in numbers]
                 records.add([ExampleRecord(key, **out) for key, out in zip(own_keys, outputs, strict=True)])
                 bar.update(len(numbers))
-            results += [_result(task, way, [records.get(key) for key in keys[way.name]]) for way in strategies]
+            results += [_result(task, way, [records[key] for key in keys[way.name]]) for way in strategies]
     return results
+
+
+def _missing_batches(
+    strategies: list[Strategy], keys: dict[str, list[str]], records: ExampleRecords, batch_size: int
+) -> list[tuple[Strategy, list[int]]]:
+    """The indices of the examples that `records` lacks, in batches under each strategy. keys: by strategy."""
+    batches = []
+    for strategy in strategies:
+        missing = [i for i, key in enumerate(keys[strategy.name]) if records.get(key) is None]
+        batches += [(strategy, missing[i : i + batch_size]) for i in range(0, len(missing), batch_size)]
+    return batches
 
 
 def _key(weights: str, task: Task, strategy: Strategy, example: Example) -> str:
@@ -182,7 +191,7 @@ def _check_fits(model: PreTrainedModel, task: Task, examples: list[Example]) -> 
             f"tasks.{task.name}.length={task.family.length} is more than the model's max_position_embeddings={limit}: "
             "lower it (--task-length)"
         )
-    largest, size = max(max(e.prompt_ids) for e in examples), model.get_input_embeddings().num_embeddings
+    largest, size = max(max(e.prompt_ids) for e in examples), vocabulary_size(model)
     if largest >= size:
         raise SettingsError(f"--model: its tokenizer gives token {largest}, but the model has only {size}")
 
@@ -202,7 +211,8 @@ class AnswerGenerator:
         for strategy in strategies if store is not None else ():
             validate_takes_prefix(strategy.build_cache(model.config, 1))
         self._stop = _stop_tokens(model, tokenizer)
-        self._padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._stop[0]
+        padding = cast("int | None", tokenizer.pad_token_id)
+        self._padding = self._stop[0] if padding is None else padding
 
     def generate(self, task: Task, strategy: Strategy, examples: list[Example]) -> Iterator[dict[str, Any]]:
         """Generates the answers of one batch; yields the fields of each `ExampleRecord`, all but the key."""
@@ -216,7 +226,7 @@ class AnswerGenerator:
         meter = Meter(model.device)
         reuse = None if self._store is None else recycle(self._store, cache, ids, mask)
         known = 0 if reuse is None else int(cache.get_seq_length())
-        output = model.generate(
+        output = model.generate(  # pyright: ignore[reportCallIssue]  # a mixin of the models' classes
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             past_key_values=cache,
@@ -230,6 +240,7 @@ class AnswerGenerator:
         for row, (example, generated) in enumerate(zip(examples, output, strict=True)):
             tokens = _until(generated, self._stop)
             prediction = self._tokenizer.decode(tokens, skip_special_tokens=True)
+            assert isinstance(prediction, str)  # of one sequence
             yield {
                 "task": task.label,
                 "decoding": strategy.name,
@@ -268,7 +279,7 @@ def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     stop = tokenizer.eos_token_id if stop is None else stop
     if stop is None:
         raise SettingsError("--model has no end-of-text token; set eos_token_id in its generation_config.json")
-    return stop if isinstance(stop, list) else [stop]
+    return cast(list[int], stop if isinstance(stop, list) else [stop])
 
 
 def _until(tokens: list[int], stop: list[int]) -> list[int]:
@@ -300,8 +311,9 @@ def _result(task: Task, strategy: Strategy, records: list[ExampleRecord]) -> Tas
 
 def effective_strides(records: list[ExampleRecord]) -> dict[int, float | None] | None:
     """Refreshed layer -> decoding steps per full step over all records; None if nothing is refreshed."""
-    if records[0].full_steps is None:
+    full_steps = [record.full_steps for record in records if record.full_steps is not None]
+    if not full_steps:
         return None
     steps = sum(record.new_tokens - 1 for record in records)
-    counts = {layer: sum(record.full_steps[layer] for record in records) for layer in records[0].full_steps}
+    counts = {layer: sum(own[layer] for own in full_steps) for layer in full_steps[0]}
     return {layer: steps / count if count else None for layer, count in counts.items()}

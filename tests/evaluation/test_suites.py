@@ -73,7 +73,7 @@ def test_all_tables_are_there():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_suites_load_and_can_be_run(name):
-    suite, path = load_suite(name, ROOT)
+    suite, path = load_suite(name)
     assert path.read_text().startswith("# "), "a comment says what is certain"
     for of in [*suite.corpora, *suite.benchmarks]:
         strategies = [item for model in suite.models or [""] for item in suite.strategies(of, model)]
@@ -93,7 +93,7 @@ def test_suites_load_and_can_be_run(name):
 
 def test_numbers_of_the_paper():
     """Those that must not change by accident, and the settings they were measured with."""
-    suite, _ = load_suite("paper-table-1", ROOT)
+    suite, _ = load_suite("paper-table-1")
     numbers = suite.paper.numbers["Llama-3.1-8B"]
     assert {row: (own["arXiv"], own["Books"]) for row, own in numbers.items()} == {
         "Vanilla": (2.22, 7.07),
@@ -109,7 +109,7 @@ def test_numbers_of_the_paper():
     assert settings["RefreshKV QC=5"] == RefreshConfig(budget=2048, stride=5, threshold=0.85).to_dict()
     corpus = suite.corpora["arxiv"]
     assert (corpus.rows, corpus.row_length, corpus.last_tokens) == (100, 16384, 256)
-    (novels,) = {item.settings["budget"] for item in load_suite("paper-table-2", ROOT)[0].strategies("novels", "")[1:]}
+    (novels,) = {item.settings["budget"] for item in load_suite("paper-table-2")[0].strategies("novels", "")[1:]}
     assert novels == 4096
 
 
@@ -197,7 +197,7 @@ def test_models_by_name(tmp_path):
     }
     with pytest.raises(SettingsError, match="base comes twice; write NAME=y/base"):
         named_models(small(), ["x/base", "y/base"])
-    table, _ = load_suite("paper-table-4", ROOT)
+    table, _ = load_suite("paper-table-4")
     with pytest.raises(SettingsError, match="give --model before=... .the untouched model. --model after=..."):
         named_models(table, ["before=x"])
 
@@ -353,7 +353,10 @@ def test_a_figure_of_layers_for_each_model(launch, place, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--suite", "paper-table-7"], "there is no paper-table-7; known are paper-figure-3"),
+        (
+            ["--suite", "paper-table-7"],
+            "there is no file paper-table-7, and no config of that name; known are paper-figure-3",
+        ),
         (["--strides", "5"], "--strides means nothing with --suite"),
         (["--strategies", "full"], "--strategies means nothing with --suite"),
         (["--corpus", "text"], "--corpus is written NAME=FOLDER, got text"),

@@ -50,8 +50,8 @@ def perplexities(
     """The strategy's perplexity for each finished seed. selection: None takes the arm's first."""
     if arm not in config.studies[study].arms:
         return []
-    selection = selection or config.arms[arm].selections[0]
-    found = finished_seeds(config, study, arm, selection, "perplexity", entries)
+    chosen = selection or config.arms[arm].selections[0]
+    found = finished_seeds(config, study, arm, chosen, "perplexity", entries)
     return [one["results"][strategy]["perplexity"] for one in found]
 
 

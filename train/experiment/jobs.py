@@ -104,19 +104,31 @@ def plan(config: ExperimentConfig, known: set[str]) -> list[Job]:
     A base model is trained only if one of these jobs, or another base model, needs it.
     """
     evaluated = {study: [p for p in _study(config, study) if not known >= p.names] for study in config.studies}
-    needed = {need for jobs in evaluated.values() for job in jobs for need in job.needs}
-    bases = {}
-    for study in reversed(_in_order(config)):
-        base = bases[study] = _base(config, study)
-        if base.name in needed and not base.finished:
-            needed |= set(base.needs)
+    bases = {study: _base(config, study) for study in _in_order(config)}
     rows = {study: _rows(config, study) for study in config.studies}
-    needed |= {need for job in rows.values() if job.name in needed and not job.finished for need in job.needs}
+    needed = _needed([job for jobs in evaluated.values() for job in jobs], list(bases.values()), list(rows.values()))
     jobs: dict[str, Job] = {}
     for study in _in_order(config):
-        first = [job for job in (rows[study], bases[study]) if job.name in needed and not job.finished]
+        first = [job for job in (rows[study], bases[study]) if _is_left(job, needed)]
         jobs |= {job.name: job for job in [*first, *evaluated[study]]}
     return [replace(job, needs=[need for need in job.needs if need in jobs]) for job in jobs.values()]
+
+
+def _needed(evaluated: list[Job], bases: list[Job], rows: list[Job]) -> set[str]:
+    """Names of the jobs that the evaluations need, and of those that needed jobs need in turn.
+
+    bases: each after the one that it starts from.
+    """
+    needed = {need for job in evaluated for need in job.needs}
+    for base in reversed(bases):
+        if _is_left(base, needed):
+            needed |= set(base.needs)
+    return needed | {need for job in rows if _is_left(job, needed) for need in job.needs}
+
+
+def _is_left(job: Job, needed: set[str]) -> bool:
+    """Whether the job is among the needed ones and has not finished."""
+    return job.name in needed and not job.finished
 
 
 def _in_order(config: ExperimentConfig) -> list[str]:

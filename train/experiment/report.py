@@ -62,9 +62,10 @@ def perplexity_table(config: ExperimentConfig, study: str, entries: Entries) -> 
         full = perplexities(config, study, arm, selection, entries, FULL)
         if not full:
             continue
-        is_compared = plain is not None and arm != PLAIN and config.arms[arm].settings is not None
-        against = f"{100 * (_mean(full) / plain - 1):+.2f} %" if is_compared else ""
-        line = [arm, selection, str(len(full)), f"{_mean(full):.3f}", against]
+        mean, against = fmean(full), ""
+        if plain is not None and arm != PLAIN and config.arms[arm].settings is not None:
+            against = f"{100 * (mean / plain - 1):+.2f} %"
+        line = [arm, selection, str(len(full)), f"{mean:.3f}", against]
         for name in strategies:
             found = perplexities(config, study, arm, selection, entries, name)
             line += [_spread(found, 3), _spread(closed[name], 1)]
