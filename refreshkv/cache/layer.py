@@ -151,7 +151,9 @@ class RefreshLayer(PreallocatedLayer):
         if self.joint is not None:
             return self.joint.step(self, query, key, value, scaling)
         if self.config.is_readable_only:
-            return self._readable_step(query, key, value, scaling)
+            return self._readable_step(  # pyright: ignore[reportAttributeAccessIssue]  # disable()
+                query, key, value, scaling
+            )
         return self.operator(decode_step)(query, key, value, self.state(), self.config.step_options(), scaling)
 
     @torch.compiler.disable
@@ -179,7 +181,8 @@ class RefreshLayer(PreallocatedLayer):
 
     def _is_at_select_stride(self, position: int) -> bool:
         """Whether the step that processes the token at `position` is a selecting step, unless it is full."""
-        return self.has_selecting_steps and (position - (self.block_end - 1)) % self.config.select_stride == 0
+        stride = self.config.select_stride
+        return stride is not None and (position - (self.block_end - 1)) % stride == 0
 
     def forget_step(self, length: int) -> None:
         super().forget_step(length)

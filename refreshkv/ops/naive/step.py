@@ -50,6 +50,7 @@ def decode_step(
     known, contents = state.keys[:, :, : position + 1], state.values[:, :, : position + 1]
     output = decode(query, known, contents, is_full, state.row_state, state.selected.long(), scaling)
     if options.select_stride is not None:
+        assert chosen is not None
         _store_score_key(chosen, known[:, :, -1], position)
         is_selecting = (step % options.select_stride == 0) & ~is_full
         if bool(is_selecting.any()):
@@ -88,14 +89,14 @@ def _keep(state: LayerState, position: int, best: Tensor, where: Tensor) -> None
 
 def _store_score_key(chosen: SelectingState, key: Tensor, position: int) -> None:
     """Stores the score key of the token at `position`: key (B, Hkv, D)."""
-    if chosen.codes is not None:
+    if chosen.codes is not None and chosen.scales is not None:
         bits = 4 if chosen.codes.dtype == torch.uint8 else 8
         chosen.codes[:, :, position], chosen.scales[:, :, position] = quantize(key, bits)
 
 
 def _score_keys(chosen: SelectingState, known: Tensor) -> Tensor:
     """The score keys of the known keys (B, Hkv, L, D), as numbers."""
-    if chosen.codes is None:
+    if chosen.codes is None or chosen.scales is None:
         return known
     length = known.shape[2]
     return dequantize(chosen.codes[:, :, :length], chosen.scales[:, :, :length])
