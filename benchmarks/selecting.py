@@ -38,7 +38,7 @@ LARGEST_CACHES = 40e9
 class Layer:
     """One layer's caches and the token of its step."""
 
-    token: list[Tensor]
+    token: tuple[Tensor, Tensor, Tensor]
     cache: SelectingCache
     state: LayerState
     selection_scratch: SelectionScratch
@@ -80,7 +80,7 @@ def make_case(context: int, batch: int, args: argparse.Namespace, device: str = 
         state = LayerState(
             keys, values, length, row_state, selected, selected, mean_query, cache.observers, full_steps
         )  # fmt: skip
-        token = [random(heads, 1) for heads in (args.heads, args.kv_heads, args.kv_heads)]
+        token = (random(args.heads, 1), random(args.kv_heads, 1), random(args.kv_heads, 1))
         selection_scratch = SelectionScratch.empty((batch,), args.kv_heads, capacity, args.head_dim, keys.device)
         layers.append(Layer(token, cache, state, selection_scratch))
     output = torch.empty(batch, 1, args.heads, args.head_dim, device=device, dtype=torch.bfloat16)
@@ -89,7 +89,14 @@ def make_case(context: int, batch: int, args: argparse.Namespace, device: str = 
 
 
 def options(select_stride: int = 1) -> SelectingOptions:
-    return SelectingOptions(NEVER, select_stride, SELECTION.pool_kernel, False, *SELECTION[2:])
+    return SelectingOptions(
+        NEVER,
+        select_stride,
+        SELECTION.pool_kernel,
+        SELECTION.pool_ahead,
+        SELECTION.recent_window,
+        SELECTION.sink_tokens,
+    )
 
 
 def score(case: Case, layer: Layer, select_stride: int = 1, **tile) -> None:
