@@ -9,7 +9,7 @@ import torch
 from refreshkv import NEVER, RefreshConfig, Simulation, enable, ops
 from refreshkv.ops import choice, naive
 from refreshkv.ops.choice import CHOICE, Choice
-from tests.helpers.marks import slow_unless
+from tests.helpers.marks import slow_tuples_unless, slow_unless
 from tests.helpers.models import random_ids, tiny_model
 
 pytest.importorskip("triton")
@@ -194,9 +194,10 @@ SHORT_TAILS = {
 
 @pytest.mark.parametrize(
     ("name", "heads_first"),
-    [(name, False) for name in SHORT_TAILS]
-    + [("full steps in the tail", True)]
-    + [pytest.param(name, True, marks=pytest.mark.slow) for name in SHORT_TAILS if name != "full steps in the tail"],
+    slow_tuples_unless(
+        [("the paper's recipe", False), ("full steps in the tail", True)],
+        [(name, heads_first) for name in SHORT_TAILS for heads_first in (False, True)],
+    ),
 )
 def test_whole_sequences_with_a_short_tail(monkeypatch, name, heads_first):
     """By the stand-in for cuDNN; the upstream gradient in the output's layout, and in another."""
