@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from refreshkv.ops.naive import score_keys as naive_score_keys
-from refreshkv.ops.naive import selecting as naive
+from refreshkv.ops.naive.attention import attend_to_positions
+from refreshkv.ops.naive.selection import select
 
 pytest.importorskip("triton")
 
 from refreshkv.ops.selection.score_keys import ScoreKeys, write_score_keys
-from refreshkv.ops.state import PADDING
+from refreshkv.ops.state import PADDING, FullSteps, SelectionOptions
 from refreshkv.ops.step.selecting import shares, threshold
 from refreshkv.ops.step.selecting.launches import selecting_step
 from refreshkv.ops.step.selecting.state import SelectingCache, SelectingOptions, SelectingScratch
@@ -73,10 +74,12 @@ def expected_step(layer, query, padding, budget, options, scaling):
         slots = [(position - back) % window for back in range(window - 1, -1, -1)]
         observers = layer.observers[:, :, slots]
         assert torch.equal(observers[:, :, -1:], query)
-    budgets = torch.full_like(padding, budget)
+    positions, budgets = torch.full_like(padding, position)[:, None], torch.full_like(padding, budget)
     width = min(budget, position + 1)
-    selected = naive.choose(observers, score_key, budgets, padding, width=width, scaling=scaling, **options)
-    output = naive.attend(query, keys, values, selected, scaling).transpose(1, 2)
+    steps = FullSteps(positions, budgets, padding, width, droppable=width)
+    ranked = SelectionOptions(observation_window=window, **options)
+    selected = select(observers, score_key, steps, ranked, scaling, own_first=True).squeeze(2)
+    output = attend_to_positions(query, keys, values, selected, scaling).transpose(1, 2)
     mask = torch.zeros(*keys.shape[:2], position + 2, dtype=torch.bool, device=DEVICE)
     mask = mask.scatter(2, selected.masked_fill(selected < 0, position + 1), True)[..., : position + 1]
     return output, mask

@@ -17,3 +17,10 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor
     probabilities = logits.masked_fill(~visible.unsqueeze(2), -torch.inf).softmax(dim=-1)
     output = probabilities.flatten(2, 3) @ value.to(wide)
     return output.unflatten(2, (-1, rows)).flatten(1, 2).to(query.dtype)
+
+
+def attend_to_positions(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scaling: float) -> Tensor:
+    """Attention of query (B, H, 1, D) to the positions (B, Hkv, W), -1 for none, of key and value (B, Hkv, L, D):
+    (B, H, 1, D). Only these keys and values are read."""
+    index = positions.clamp(min=0).unsqueeze(-1).expand(-1, -1, -1, key.shape[-1])
+    return grouped_attention(query, key.gather(2, index), value.gather(2, index), (positions >= 0)[:, :, None], scaling)

@@ -2,8 +2,7 @@
 
 Shapes: `B` batch rows, `T` positions, `P` prompt length, `R = T - P`, `C` decision steps, `E` steps at multiples of
 the select stride, `A` anchors, `C` or `C + E`, `H` query heads, `Hkv` key/value heads, `D` head size, `W` slots of a
-selection. Positions are columns, left padding included; -1 stands for a
-position that does not exist.
+selection. Positions are columns, left padding included; -1 stands for a position that does not exist.
 """
 
 import torch

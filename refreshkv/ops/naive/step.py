@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from refreshkv.ops import schedule
-from refreshkv.ops.naive import selecting
-from refreshkv.ops.naive.attention import grouped_attention
+from refreshkv.ops.naive.attention import attend_to_positions, grouped_attention
 from refreshkv.ops.naive.score_keys import dequantize, quantize
 from refreshkv.ops.naive.selection import ranks_left, select, selection_sizes
 from refreshkv.ops.state import (
@@ -55,7 +54,7 @@ def decode_step(
         is_selecting = (step % options.select_stride == 0) & ~is_full
         if bool(is_selecting.any()):
             best = _select(state, position, _score_keys(chosen, known), options, scaling, own_first=True)
-            own = selecting.attend(query, known, contents, best, scaling)
+            own = attend_to_positions(query, known, contents, best, scaling)
             output = torch.where(is_selecting[:, None, None, None], own, output)
             _keep(state, position, best, is_selecting)
         chosen.selecting_steps[:, position] = is_selecting
@@ -159,8 +158,7 @@ def decode(
     position, columns = key.shape[2] - 1, key.shape[2]
     queue = small_cache(position, row_state, selected)
     if not bool(is_full.any()):
-        index = queue.clamp(min=0).unsqueeze(-1).expand(-1, -1, -1, key.shape[-1])
-        return grouped_attention(query, key.gather(2, index), value.gather(2, index), (queue >= 0)[:, :, None], scaling)
+        return attend_to_positions(query, key, value, queue, scaling)
     in_queue = torch.zeros(*queue.shape[:2], columns + 1, dtype=torch.bool, device=key.device)
     in_queue = in_queue.scatter(-1, queue.masked_fill(queue < 0, columns), True)[..., :columns]
     everything = torch.arange(columns, device=key.device) >= row_state[:, PADDING, None, None]

@@ -10,6 +10,6 @@ programs end at once where that is not a selecting step.
 5. `_merge` (`attention.py`) merges the shares and counts the token.
 
 `launches.py` makes these launches, `state.py` has the structs that they take, and `shares.py` divides the positions of
-a batch row among the programs. The definition is `refreshkv.ops.naive.selecting`. The cache does not call these kernels
-yet: tests and `benchmarks/selecting.py` do.
+a batch row among the programs. The definition is `refreshkv.ops.naive.select` with `own_first`. The cache does not call
+these kernels yet: tests and `benchmarks/selecting.py` do.
 """
