@@ -18,8 +18,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from refreshkv import RefreshCache, RefreshConfig, Simulation, cli, enable
+from refreshkv import RefreshConfig, cli, enable
 from refreshkv.ops import choice
+from refreshkv.parity import decoding_difference
 
 PACKAGES = ("refreshkv", "torch", "transformers", "triton", "deepspeed", "datasets", "accelerate", "numpy")
 LENGTH, PROMPT_LENGTH = 96, 40
@@ -84,7 +85,6 @@ def extras() -> list[tuple[str, str]]:
     return found
 
 
-@torch.no_grad()
 def largest_difference() -> tuple[float, float]:
     """The largest difference between simulated and decoded logits of a random model, and what rounding may cause.
 
@@ -108,17 +108,9 @@ def largest_difference() -> tuple[float, float]:
     model = LlamaForCausalLM(config).eval()
     cast(nn.Module, model).to(device, dtype)
     ids = torch.randint(3, 61, (2, LENGTH), device=device)
-    largest = 0.0
-    for refresh in (RefreshConfig(budget=12, stride=7), RefreshConfig(budget=12, stride=5, threshold=0.5)):
-        enable(model, refresh)
-        simulated = model(ids, simulation=Simulation(PROMPT_LENGTH, refresh)).logits
-        cache = RefreshCache(config=model.config, max_cache_len=LENGTH)
-        decoded = [model(ids[:, :PROMPT_LENGTH], past_key_values=cache, use_cache=True).logits]
-        for position in range(PROMPT_LENGTH, LENGTH):
-            decoded.append(model(ids[:, position : position + 1], past_key_values=cache, use_cache=True).logits)
-        difference = (simulated - torch.cat(decoded, dim=1)).abs().max()
-        largest = max(largest, float("inf") if difference.isnan() else difference.item())
-    return largest, TOLERANCES[dtype]
+    schedules = RefreshConfig(budget=12, stride=7), RefreshConfig(budget=12, stride=5, threshold=0.5)
+    differences = [decoding_difference(enable(model, refresh), ids, PROMPT_LENGTH, refresh)[0] for refresh in schedules]
+    return torch.cat(differences).max().item(), TOLERANCES[dtype]
 
 
 if __name__ == "__main__":

@@ -13,37 +13,23 @@ from pathlib import Path
 
 from refreshkv import cli
 from refreshkv.data.fetch import FetchConfig, fetch
-from refreshkv.settings import SettingsError, load_settings
+from refreshkv.settings import find_config, load_settings, shipped_configs
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FOLDERS = ("models", "texts")
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(known())}, or a YAML file")
+    known = ", ".join(file.stem for file in shipped_configs(FOLDERS))
+    parser.add_argument("name", metavar="NAME", help=f"one of {known}, or a YAML file")
     parser.add_argument("--output", type=Path, help="folder to write (default: models/NAME or texts/NAME)")
     parser.add_argument("--overwrite", action="store_true", help="replace what was fetched into the folder before")
     options = parser.parse_args(arguments)
 
-    file = find(options.name)
+    file = find_config(options.name, FOLDERS, "NAME")
     config = load_settings(FetchConfig, file)
     output = options.output or Path("models" if config.model else "texts", file.stem)
     print(fetch(config, output, options.overwrite))
-
-
-def known() -> list[str]:
-    """The names of all models and texts in configs/."""
-    return sorted(file.stem for folder in FOLDERS for file in (CONFIGS / folder).glob("*.yaml"))
-
-
-def find(name: str) -> Path:
-    """The YAML file of that name. Raises `SettingsError` if there is none."""
-    files = [CONFIGS / folder / f"{name}.yaml" for folder in FOLDERS]
-    for file in [Path(name), *files]:
-        if file.suffix == ".yaml" and file.is_file():
-            return file
-    raise SettingsError(f"there is no model or text named {name}; known: {', '.join(known())}")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def find_config(name: str | Path, folders: Sequence[str] = ("",), setting: str =
     path = Path(name)
     if path.is_file():
         return path
-    shipped = [file for folder in folders for file in sorted((CONFIGS / folder).glob("*.*")) if file.is_file()]
+    shipped = shipped_configs(folders)
     named = [
         file for file in shipped if str(name) in (file.stem, file.name, str(file.relative_to(CONFIGS).with_suffix("")))
     ]
@@ -54,6 +54,11 @@ def find_config(name: str | Path, folders: Sequence[str] = ("",), setting: str =
         return path  # a folder: reading it raises an error that says so
     known = ", ".join(file.stem for file in shipped)
     raise SettingsError(f"{setting}: there is no file {name}, and no config of that name; known are {known}")
+
+
+def shipped_configs(folders: Sequence[str] = ("",)) -> list[Path]:
+    """The files in these subfolders of `CONFIGS`, `""` for `CONFIGS` itself."""
+    return [file for folder in folders for file in sorted((CONFIGS / folder).glob("*.*")) if file.is_file()]
 
 
 def load_settings(

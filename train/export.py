@@ -37,7 +37,7 @@ class ExportResult:
     reload_difference: float
     """Largest difference of a logit between the reloaded model and the checkpoint's weights."""
     decode_difference: float
-    """Largest difference of a logit between decoding and the parallel form, in float32 (see `decoding_difference`)."""
+    """Largest difference of a logit between decoding and the parallel form, in float32 (see `decoding_error`)."""
 
     def __str__(self) -> str:
         lines = [

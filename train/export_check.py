@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import refreshkv
-from refreshkv import RefreshCache, RefreshConfig, Simulation
+from refreshkv import RefreshConfig
 from refreshkv.cache.refresh import saved_config
+from refreshkv.parity import decoding_difference
 from refreshkv.train.checkpoint_model import quiet_transformers, validate_loading
 from refreshkv.train.export_error import ExportError
 
@@ -34,7 +35,7 @@ def check_export(folder: Path, rows: Tensor, logits: Tensor) -> tuple[float, flo
             f"the reloaded model is not the checkpoint's: logits differ by {reload_difference:.1e}, more than "
             f"{tolerance:.1e}; nothing was exported"
         )
-    decode_difference, scale = decoding_difference(refreshkv.enable(model.float()), rows)
+    decode_difference, scale = decoding_error(refreshkv.enable(model.float()), rows)
     if not decode_difference <= DECODING_TOLERANCE * scale:
         raise ExportError(
             f"decoding does not equal the parallel form: logits differ by {decode_difference:.1e}, more than "
@@ -53,8 +54,7 @@ def _reload(folder: Path) -> PreTrainedModel:
     return model
 
 
-@torch.no_grad()
-def decoding_difference(model: PreTrainedModel, rows: Tensor) -> tuple[float, float]:
+def decoding_error(model: PreTrainedModel, rows: Tensor) -> tuple[float, float]:
     """The difference between decoding `rows` (B, T) token by token and the parallel form, and the largest logit.
 
     The schedule and the selection are the model's own, except for a budget and a stride that are small enough to matter
@@ -62,13 +62,9 @@ def decoding_difference(model: PreTrainedModel, rows: Tensor) -> tuple[float, fl
     to rounding, the two forms may select different tokens, and one row then differs without a fault.
     """
     prompt_length = max(1, 3 * rows.shape[1] // 4)
-    config = _constraining(saved_config(model.config), prompt_length)
-    parallel = model(rows, simulation=Simulation(prompt_length, config), use_cache=False).logits
-    cache = RefreshCache(config=model.config, refresh=config, max_cache_len=rows.shape[1])
-    blocks = [rows[:, :prompt_length], *rows[:, prompt_length:].split(1, dim=1)]
-    decoded = [model(block, past_key_values=cache, use_cache=True).logits for block in blocks]
-    differences = (torch.cat(decoded, dim=1) - parallel).abs().flatten(1).amax(dim=1)
-    return differences.median().item(), parallel.abs().max().item()
+    refresh = _constraining(saved_config(model.config), prompt_length)
+    differences, largest = decoding_difference(model, rows, prompt_length, refresh)
+    return differences.median().item(), largest.item()
 
 
 def _constraining(config: RefreshConfig, prompt_length: int) -> RefreshConfig:

@@ -88,10 +88,10 @@ def test_fetching_a_model(local_index, gguf_file, tmp_path, capsys):
     assert json.loads((output / "source.json").read_text()) == local_index
     assert sorted(path.name for path in output.parent.iterdir()) == ["tiny"]
 
-    with pytest.raises(SettingsError, match="fetched already.*--overwrite"):
+    with pytest.raises(SettingsError, match="already holds fetched files.*--overwrite"):
         main([str(config), "--output", str(output)])
     main([str(config), "--output", str(output), "--overwrite"])
-    with pytest.raises(SettingsError, match="exists and was not fetched"):
+    with pytest.raises(SettingsError, match="exists and holds no fetched files"):
         main([str(config), "--output", str(tmp_path)])
 
 
@@ -112,10 +112,9 @@ def test_a_model_that_cannot_be_fetched_leaves_nothing(local_index, change, mess
 
 def test_names_of_what_can_be_fetched():
     script = load_script("fetch")
-    assert script.known() == ["english-prose", "smollm2-135m"]
-    for name in script.known():
-        load_settings(FetchConfig, script.find(name))
-    with pytest.raises(SettingsError, match="no model or text named gpt; known: english-prose, smollm2-135m"):
+    for name in ("english-prose", "smollm2-135m"):
+        load_settings(FetchConfig, name, folders=script.FOLDERS)
+    with pytest.raises(SettingsError, match="NAME: .*no config of that name; known are smollm2-135m, english-prose"):
         script.main(["gpt"])
     with pytest.raises(SettingsError, match="one section, model or texts"):
         FetchConfig()

@@ -18,13 +18,13 @@ from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import refreshkv
-from refreshkv import RefreshCache, RefreshConfig
+from refreshkv import RefreshCache, RefreshConfig, parity
 from refreshkv.data.config import DataConfig
 from refreshkv.evaluation.perplexity.report import build_report, protocol, write_report
 from refreshkv.evaluation.perplexity.results import Evaluation, Result
 from refreshkv.settings import SettingsError, load_settings
 from refreshkv.train import export as export_module
-from refreshkv.train import export_check, hub
+from refreshkv.train import hub
 from refreshkv.train.card import model_card
 from refreshkv.train.config import ModelConfig, RunConfig, SimulationConfig
 from refreshkv.train.export import export
@@ -218,7 +218,7 @@ def test_output_in_use_is_refused(run, tmp_path):
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(ExportError, match="is no export"):
+        with pytest.raises(ExportError, match="holds no exported files"):
             export(run, out, overwrite=overwrite)
     assert leftovers(tmp_path) == ["out"] and (out / "notes.txt").read_text() == "mine"
 
@@ -226,7 +226,7 @@ def test_output_in_use_is_refused(run, tmp_path):
 def test_only_an_earlier_export_is_overwritten(run, tmp_path):
     out = tmp_path / "out"
     export(run, out)
-    with pytest.raises(ExportError, match="already holds an export.*--overwrite"):
+    with pytest.raises(ExportError, match="already holds exported files.*--overwrite"):
         export(run, out)
 
     (out / "notes.txt").write_text("mine")
@@ -276,7 +276,7 @@ def decode_with_another_selection(monkeypatch):
         changed = RefreshConfig(budget=refresh.budget, stride=refresh.stride)
         return RefreshCache(config=config, refresh=changed, max_cache_len=max_cache_len)
 
-    monkeypatch.setattr(export_check, "RefreshCache", other)
+    monkeypatch.setattr(parity, "RefreshCache", other)
 
 
 @pytest.mark.parametrize(
