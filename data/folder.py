@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from refreshkv.files import FolderKind, complete_folder, validate_target
+from refreshkv.files import FolderKind, complete_folder
 from refreshkv.settings import SettingsError
 
 INFO_FILE = "rows.json"
@@ -16,10 +16,8 @@ TOKENIZER_FOLDER = "tokenizer"
 PREPARED = FolderKind(
     setting="data.folder",
     writer="preparation",
-    content="prepared rows",
-    mark=INFO_FILE,
     lock_file=".preparing",
-    is_complete=lambda folder: (folder / INFO_FILE).is_file(),
+    is_complete=lambda folder: (folder / INFO_FILE).exists(),
     error=SettingsError,
 )
 
@@ -31,6 +29,19 @@ def rows_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     An existing `target` is replaced only with `overwrite`, and only if it holds prepared rows. Raises `SettingsError`
     otherwise.
     """
-    validate_target(target, PREPARED, overwrite)
+    _validate_target(target, overwrite)
     with complete_folder(target, PREPARED) as folder:
         yield folder
+
+
+def _validate_target(target: Path, overwrite: bool) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target / INFO_FILE).is_file():
+        raise SettingsError(
+            f"data.folder={target} exists and holds no prepared rows (no {INFO_FILE} in it); choose another folder"
+        )
+    if not overwrite:
+        raise SettingsError(
+            f"data.folder={target} already holds rows; choose another folder, or replace them: --overwrite"
+        )

@@ -71,10 +71,6 @@ class FolderKind:
     """The setting that names the folder, such as data.folder."""
     writer: str
     """What is writing it, such as "preparation"."""
-    content: str
-    """What a finished folder holds, such as "prepared rows"."""
-    mark: str
-    """What a finished folder is known by, such as its file rows.json."""
     lock_file: str
     """Marks an unfinished folder as this kind's; locked as long as its writer runs."""
     is_complete: Callable[[Path], bool]
@@ -102,17 +98,6 @@ def complete_folder(target: Path, kind: FolderKind) -> Iterator[Path]:
         raise
     finally:
         lock.release()
-
-
-def validate_target(target: Path, kind: FolderKind, overwrite: bool) -> None:
-    """Raises `kind.error` unless `target` is absent, an empty folder, or, with `overwrite`, a finished one."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    name = f"{kind.setting}={target}"
-    if not kind.is_complete(target):
-        raise kind.error(f"{name} exists and holds no {kind.content} (no {kind.mark} in it); choose another folder")
-    if not overwrite:
-        raise kind.error(f"{name} already holds {kind.content}; choose another folder, or replace it: --overwrite")
 
 
 def _claim(partial: Path, kind: FolderKind) -> FileLock:

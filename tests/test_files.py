@@ -6,22 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from refreshkv.files import (
-    FolderKind,
-    atomic_file,
-    complete_folder,
-    validate_target,
-    write_bytes,
-    write_json,
-    write_text,
-)
+from refreshkv.files import FolderKind, atomic_file, complete_folder, write_bytes, write_json, write_text
 from refreshkv.settings import SettingsError
 
 KIND = FolderKind(
     setting="--output",
     writer="run",
-    content="results",
-    mark="done",
     lock_file=".running",
     is_complete=lambda folder: (folder / "done").exists(),
     error=SettingsError,
@@ -96,20 +86,3 @@ def test_refusals_name_the_setting(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match="--output: cannot write to"):
         complete_folder(tmp_path / "file" / "made", KIND).__enter__()
-
-
-def test_only_a_finished_folder_is_replaced_and_only_on_request(tmp_path):
-    target = tmp_path / "made"
-    validate_target(target, KIND, overwrite=False)
-    target.mkdir()
-    validate_target(target, KIND, overwrite=False)
-    (target / "thesis.tex").touch()
-    for overwrite in (False, True):
-        with pytest.raises(SettingsError, match="--output=.*made exists and holds no results .no done in it"):
-            validate_target(target, KIND, overwrite)
-        with pytest.raises(SettingsError, match="thesis.tex exists and holds no results"):
-            validate_target(target / "thesis.tex", KIND, overwrite)
-    (target / "done").touch()
-    with pytest.raises(SettingsError, match="already holds results; .*--overwrite"):
-        validate_target(target, KIND, overwrite=False)
-    validate_target(target, KIND, overwrite=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from refreshkv.files import FolderKind, complete_folder, validate_target
+from refreshkv.files import FolderKind, complete_folder
 from refreshkv.train.export_error import ExportError, one_line
 
 WRITTEN = ("config.json", "generation_config.json", "README.md", "model*.safetensors", "model.safetensors.index.json")
@@ -27,9 +27,16 @@ def export_folder(target: Path, checkpoint: Path, overwrite: bool) -> Iterator[P
 def _validate_target(target: Path, checkpoint: Path, overwrite: bool) -> None:
     if target == checkpoint or checkpoint in target.parents or target in checkpoint.parents:
         raise ExportError(f"OUT={target} and the checkpoint {checkpoint} lie in each other; choose another folder")
-    validate_target(target, EXPORT, overwrite)
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not is_export(target):
+        raise ExportError(
+            f'OUT={target} exists and is no export (no config.json with "refreshkv"); choose another folder'
+        )
+    if not overwrite:
+        raise ExportError(f"OUT={target} already holds an export; choose another folder, or replace it: --overwrite")
     known = (*WRITTEN, *(file.name for file in (checkpoint / "model").iterdir()))
-    for file in sorted(target.iterdir()) if target.exists() else ():
+    for file in sorted(target.iterdir()):
         if not any(fnmatch.fnmatch(file.name, pattern) for pattern in known):
             raise ExportError(
                 f"OUT={target} also holds {file.name}, which --overwrite would delete; move it away first"
@@ -44,12 +51,4 @@ def is_export(folder: Path) -> bool:
         return False
 
 
-EXPORT = FolderKind(
-    setting="OUT",
-    writer="export",
-    content="exported files",
-    mark='config.json with "refreshkv"',
-    lock_file=".exporting",
-    is_complete=is_export,
-    error=ExportError,
-)
+EXPORT = FolderKind(setting="OUT", writer="export", lock_file=".exporting", is_complete=is_export, error=ExportError)

@@ -88,10 +88,10 @@ def test_fetching_a_model(local_index, gguf_file, tmp_path, capsys):
     assert json.loads((output / "source.json").read_text()) == local_index
     assert sorted(path.name for path in output.parent.iterdir()) == ["tiny"]
 
-    with pytest.raises(SettingsError, match="already holds fetched files.*--overwrite"):
+    with pytest.raises(SettingsError, match="fetched already.*--overwrite"):
         main([str(config), "--output", str(output)])
     main([str(config), "--output", str(output), "--overwrite"])
-    with pytest.raises(SettingsError, match="exists and holds no fetched files"):
+    with pytest.raises(SettingsError, match="exists and was not fetched"):
         main([str(config), "--output", str(tmp_path)])
 
 

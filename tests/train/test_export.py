@@ -218,7 +218,7 @@ def test_output_in_use_is_refused(run, tmp_path):
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(ExportError, match="holds no exported files"):
+        with pytest.raises(ExportError, match="is no export"):
             export(run, out, overwrite=overwrite)
     assert leftovers(tmp_path) == ["out"] and (out / "notes.txt").read_text() == "mine"
 
@@ -226,7 +226,7 @@ def test_output_in_use_is_refused(run, tmp_path):
 def test_only_an_earlier_export_is_overwritten(run, tmp_path):
     out = tmp_path / "out"
     export(run, out)
-    with pytest.raises(ExportError, match="already holds exported files.*--overwrite"):
+    with pytest.raises(ExportError, match="already holds an export.*--overwrite"):
         export(run, out)
 
     (out / "notes.txt").write_text("mine")
