@@ -18,6 +18,7 @@ from tests.helpers.jobs import ROOT, free_port
 PRELOADED = [
     "deepspeed",
     "deepspeed.runtime.sequence_parallel.ulysses_sp",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # ZeRO imports it, and with it torch's compiler: seconds for each rank
     "refreshkv.train.loop",
     "tests.helpers.models",
 ]
