@@ -76,7 +76,7 @@ def chosen(jobs: list[Job], patterns: list[str] | None) -> list[Job]:
     if missing:
         hint = "; key=value goes before --only" if any("=" in pattern for pattern in missing) else ""
         raise SettingsError(
-            f"--only {' '.join(missing)}: nothing that is left to do is called so; --dry-run tells what is{hint}"
+            f"--only {' '.join(missing)}: no job that is left to do has this name; --dry-run lists them{hint}"
         )
     ordered: dict[str, Job] = {}
     for names in found.values():
@@ -107,7 +107,7 @@ def alone(output: Path) -> Iterator[None]:
         with FileLock(output / ".lock", timeout=0):
             yield
     except Timeout:
-        raise SettingsError(f"another experiment is at work in output={output}: wait, or choose another") from None
+        raise SettingsError(f"another experiment is running in output={output}: wait, or choose another") from None
 
 
 def tell(outcome: Outcome) -> None:

@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--private", action="store_true", help="the repository must be private")
     args = parser.parse_args(arguments)
     if args.private and not args.push_to_hub:
-        parser.error("--private is about --push-to-hub REPO: add it")
+        parser.error("--private needs --push-to-hub REPO")
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # an export needs no GPU, and DeepSpeed would look for one
     from refreshkv.train.export import export

@@ -190,7 +190,7 @@ def validate(options: argparse.Namespace) -> None:
             raise SettingsError("refresh.key=value means nothing with --full")
     if options.tuned and (options.full or options.offload):
         other = "--full" if options.full else "--offload"
-        raise SettingsError(f"--tuned is about compiling the step, which {other} does not do: leave one out")
+        raise SettingsError(f"--tuned compiles the step, and {other} does not: leave one out")
     if not options.sample:
         refuse_given(options, ("temperature", "top_p", "seed"), "needs --sample")
     if options.prefix_store is None:

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     if args.resume and args.overwrite:
         parser.error("--resume continues a run and --overwrite replaces it: choose one")
     if (args.ranks or args.gpu_memory) and not args.dry_run:
-        parser.error("--ranks and --gpu-memory are about --dry-run: add it")
+        parser.error("--ranks and --gpu-memory need --dry-run")
 
     config = load_settings(RunConfig, args.config or "quickstart", args.overrides)
     if args.dry_run:

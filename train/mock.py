@@ -37,7 +37,7 @@ def mock_step(engine, batch: Batch, config: RunConfig) -> float:
     loss = float(totals[0] / totals[1].clamp(min=1))
     if not math.isfinite(loss):
         raise SettingsError(
-            "the loss of the mock step before training is not finite: look at the model's weights and at the rows, or "
+            "the loss of the mock step before training is not finite: check the model's weights and the sequences, or "
             "try training.dtype=fp32"
         )
     return loss

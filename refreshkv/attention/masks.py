@@ -32,13 +32,13 @@ def left_padding_mask(
     if torch.compiler.is_compiling() and attention_mask is None:
         return None  # while it is traced transformers cannot see packed sequences: the attention looks at positions
     if not allow_is_causal_skip and q_length > 1:
-        raise ValueError("packed sequences and custom masks are not supported: give each row one sequence")
+        raise ValueError("packed sequences and custom masks are not supported: give each batch row one sequence")
     if attention_mask is None:
         return None
     if attention_mask.shape[1] < kv_length + kv_offset:
         raise ValueError(
-            f"attention_mask has {attention_mask.shape[1]} columns for {kv_length + kv_offset} tokens: it covers the "
-            "cached ones too"
+            f"attention_mask has {attention_mask.shape[1]} columns for {kv_length + kv_offset} tokens: it must cover "
+            "the cached ones too"
         )
     mask = attention_mask[:, : kv_length + kv_offset].bool()
     padding = (~mask).sum(dim=-1)
@@ -49,7 +49,7 @@ def left_padding_mask(
         raise ValueError('only left padding is supported: set tokenizer.padding_side = "left"')
     if bool((padding >= mask.shape[1]).any()):
         raise ValueError(
-            "a row of the batch is padding only: every row needs at least one token, in the first chunk of a prompt too"
+            "a batch row is padding only: each needs at least one token, in the first chunk of a prompt too"
         )
     return (padding - kv_offset).clamp(min=0)[:, None, None, None]
 

@@ -120,7 +120,9 @@ def _refuse_other_modes(model: PreTrainedModel, generation_config: GenerationCon
         raise ValueError("decode_ahead is for decoders: leave out custom_generate")
     is_spread = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
     if synced_gpus or (is_spread and dist.is_initialized() and dist.get_world_size() > 1):
-        raise ValueError("decode_ahead takes no steps in common with other processes: leave out custom_generate")
+        raise ValueError(
+            "decode_ahead does not keep step with other processes (synced_gpus): leave out custom_generate"
+        )
 
 
 def _can_run_ahead(cache: Any, input_ids: Tensor, wanted: bool | None) -> bool:

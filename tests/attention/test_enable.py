@@ -105,7 +105,7 @@ def mask_with(rows, columns, *holes):
         (mask_with(2, 20, (1, 17, 20)), 'set tokenizer.padding_side = "left"'),
         (mask_with(2, 20, (0, 5, 8)), "only left padding"),
         (mask_with(2, 20, (0, 0, 3), (0, 8, 9)), "only left padding"),
-        (mask_with(2, 20, (1, 0, 20)), "a row of the batch is padding only"),
+        (mask_with(2, 20, (1, 0, 20)), "a batch row is padding only"),
         (mask_with(2, 19), "attention_mask has 19 columns for 20 tokens"),
         (mask_with(1, 20)[None].expand(2, 1, 20, 20).bool().tril(), "not a prepared 4D mask"),
         (mask_with(1, 20)[None].expand(2, 1, 20, 20).double(), "not a prepared 4D mask"),

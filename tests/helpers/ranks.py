@@ -18,7 +18,7 @@ from tests.helpers.jobs import ROOT, free_port
 PRELOADED = [
     "deepspeed",
     "deepspeed.runtime.sequence_parallel.ulysses_sp",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # ZeRO imports it, and with it torch's compiler: seconds for each rank
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # ZeRO imports it, and with it torch's compiler, for seconds
     "refreshkv.train.loop",
     "tests.helpers.models",
 ]

@@ -233,13 +233,13 @@ def test_a_model_takes_short_tails_whole(monkeypatch, recomputed):
     """The attention's own way there gives the same logits and gradients as the parts put together; with activation
     checkpointing of both kinds too."""
     config, model = RefreshConfig(budget=9, stride=5), tiny_model(dtype=torch.float32)
-    model, ids = enable(model, config).to(DEVICE).train(), random_ids(2, 70).to(DEVICE)
+    model, ids = enable(model, config).to(DEVICE).train(), random_ids(2, 40).to(DEVICE)
     if recomputed is not None:
         model.gradient_checkpointing_enable({"use_reentrant": recomputed})
 
     def loss_and_gradients():
         model.zero_grad()
-        loss = model(ids, labels=ids, refresh=Simulation(50, config), use_cache=False).loss
+        loss = model(ids, labels=ids, refresh=Simulation(28, config), use_cache=False).loss
         loss.backward()
         return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
 

@@ -287,7 +287,7 @@ def test_sigterm_ends_the_runs_too(tmp_path, launch, monkeypatch):
     end = time.monotonic() + 60
     while not run_file.exists() and time.monotonic() < end:
         time.sleep(0.05)
-    with pytest.raises(SettingsError, match="another experiment is at work"):
+    with pytest.raises(SettingsError, match="another experiment is running"):
         load_script("experiment").main(["--config", str(path)])
     first.terminate()
     assert first.wait(30) == 130
@@ -321,7 +321,7 @@ def test_only_takes_patterns_that_match(tmp_path):
     needed = [name for name in everything if name.startswith("rows") or name == "small/base"]
     assert ordered[: len(needed) + 2] == [*needed, "small/plain-1", "small/none"]
     assert sorted(ordered) == sorted(everything)
-    with pytest.raises(SettingsError, match="--only other/[*]: nothing that is left to do is called so"):
+    with pytest.raises(SettingsError, match="--only other/[*]: no job that is left to do has this name"):
         chosen(jobs, ["small/*", "other/*"])
     with pytest.raises(SettingsError, match="--only results=elsewhere: .*; key=value goes before --only"):
         chosen(jobs, ["small/*", "results=elsewhere"])

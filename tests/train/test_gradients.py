@@ -37,7 +37,8 @@ LAYOUTS = {1: [1], 2: [1, 2], 4: [2, 4]}
 
 
 def cases_of(world, everything):
-    """Without `everything`, one schedule for each stage and layout; on four ranks stages 1 and 3 alone."""
+    """Without `everything`, one schedule for each stage and layout; on four ranks stages 1 and 3 alone, and the other
+    cases only where all ranks share a row."""
     cases = [
         case
         for case in ALL + FEW_GROUPS + ORDINARY + HALF + WHOLE_LAYERS + DISTILLED + SELECTING
@@ -48,7 +49,11 @@ def cases_of(world, everything):
     stages = {0, 1, 2, 3} if world < 4 else {1, 3}
     schedules = {0: "similarity", 1: "fixed", 2: "fixed", 3: "similarity"}
     return [
-        case for case in cases if case not in ALL or (case.stage in stages and case.simulation == schedules[case.stage])
+        case
+        for case in cases
+        if (
+            case.stage in stages and case.simulation == schedules[case.stage] if case in ALL else case.sequence == world
+        )
     ]
 
 
