@@ -69,14 +69,15 @@ def command(*arguments):
     except SystemExit as end:
         print("exit code", end.code)
 
-json.dump({{"text": open("{root}/CHANGELOG.md").read() * 20}}, open("text.jsonl", "w"))
+json.dump({{"text": open("{root}/CHANGELOG.md").read() * 4}}, open("text.jsonl", "w"))
 command(
     "prepare", "data.folder=rows", "data.path=json", "data.data_files=text.jsonl", "data.row_length=96",
     "data.tokenizer={root}/base/python-4m",
 )
 model = ("--model", "{root}/base/python-4m", "--dtype", "float32", "--budget", "16")
 command("evaluate", *model, "--data", "rows", "--split", "{split}", "--rows", "2", "--last-tokens", "32")
-command("evaluate", *model, "--tasks", "niah_single_1", "--task-length", "512", "--examples", "1", "--output", "tasks")
+few = ("--strategies", "full,refresh:10", "--task-length", "512", "--examples", "1")
+command("evaluate", *model, "--tasks", "niah_single_1", *few, "--output", "tasks")
 command("train", "--config", "quickstart")
 """
 

@@ -15,6 +15,7 @@ from refreshkv.prefix.store import PrefixStore
 from refreshkv.settings import SettingsError
 from tests.evaluation.test_task_scores import CONFIG, lines, model, tasks, tokenizer  # noqa: F401  fixtures
 from tests.generation.test_generate import SLIDING, letters_tokenizer
+from tests.helpers.marks import slow_tuples_unless
 from tests.helpers.models import random_ids, tiny_enabled, tiny_model
 from tests.helpers.scripts import load_script
 
@@ -25,9 +26,15 @@ CUT = 110
 # ---- launch/generate.py
 
 
-@pytest.fixture(params=[{}, SLIDING], ids=["full", "sliding"])
-def folder(request, tmp_path):
-    tiny_enabled(RefreshConfig(budget=12, stride=4), dtype=torch.float32, **request.param).save_pretrained(tmp_path)
+@pytest.fixture
+def windows():
+    """Settings of the model's sliding windows; tests replace them by a parameter of this name."""
+    return {}
+
+
+@pytest.fixture
+def folder(windows, tmp_path):
+    tiny_enabled(RefreshConfig(budget=12, stride=4), dtype=torch.float32, **windows).save_pretrained(tmp_path)
     letters_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "prompt.txt").write_text(PROMPT)
     (tmp_path / "other.txt").write_text(PROMPT[:CUT] + PROMPT[CUT:][::-1])
@@ -42,7 +49,16 @@ def generated(capsys, folder, prompt, *more):
     return text, dict(re.split(r"  +|: ", row, maxsplit=1) for row in table.strip().splitlines())
 
 
-@pytest.mark.parametrize("strategy", [(), ("--threshold", "0.5"), ("--full",)], ids=["fixed", "similarity", "full"])
+FIXED, SIMILARITY, FULL = (), ("--threshold", "0.5"), ("--full",)
+
+
+@pytest.mark.parametrize(
+    ("windows", "strategy"),
+    slow_tuples_unless(
+        [({}, SIMILARITY), ({}, FULL), (SLIDING, FIXED)],
+        [(windows, strategy) for windows in ({}, SLIDING) for strategy in (FIXED, SIMILARITY, FULL)],
+    ),
+)
 def test_generate(folder, capsys, strategy):
     store = ("--prefix-store", str(folder / "store"))
     for prompt, reused, kept in [("prompt.txt", 0, True), ("other.txt", CUT, True), ("prompt.txt", 148, False)]:
