@@ -25,7 +25,7 @@ def validate_kernels(training: TrainingConfig, model_config: PretrainedConfig) -
             f"training.kernels=liger: Liger has no kernels for models of type {model_config.model_type}; {WAY_OUT}"
         )
     if activation not in ("silu", "swish"):  # Liger would compute SwiGLU all the same
-        raise SettingsError(f"training.kernels=liger: Liger's are not for hidden_act={activation}; {WAY_OUT}")
+        raise SettingsError(f"training.kernels=liger: Liger has no kernels for hidden_act={activation}; {WAY_OUT}")
 
 
 def use_liger(model: PreTrainedModel) -> None:

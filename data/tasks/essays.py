@@ -50,7 +50,7 @@ def load_columns(files: str | Sequence[str], setting: str) -> datasets.Dataset:
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise SettingsError(f"{setting}={', '.join(files)} cannot be read: {reason}") from error
     if len(table) == 0:
-        raise SettingsError(f"{setting}={', '.join(files)}: nothing in it")
+        raise SettingsError(f"{setting}={', '.join(files)}: the files are empty")
     return table
 
 
@@ -58,9 +58,9 @@ def load_columns(files: str | Sequence[str], setting: str) -> datasets.Dataset:
 def _sentences(files: tuple[str, ...], column: str) -> list[str]:
     table = load_columns(files, "data_files")
     if column not in table.column_names:
-        raise SettingsError(f"text_column={column}: the files have no such column; {', '.join(table.column_names)}")
+        raise SettingsError(f"text_column={column}: the files have no such column, only {', '.join(table.column_names)}")
     text = " ".join(" ".join(str(text).split()) for text in table[column])
     sentences = [part for part in SENTENCE_END.split(text) if part]
     if not sentences:
-        raise SettingsError(f"data_files={', '.join(files)}: no sentence in it")
+        raise SettingsError(f"data_files={', '.join(files)}: the files hold no sentence")
     return sentences
