@@ -58,7 +58,8 @@ def load_columns(files: str | Sequence[str], setting: str) -> datasets.Dataset:
 def _sentences(files: tuple[str, ...], column: str) -> list[str]:
     table = load_columns(files, "data_files")
     if column not in table.column_names:
-        raise SettingsError(f"text_column={column}: the files have no such column, only {', '.join(table.column_names)}")
+        known = ", ".join(table.column_names)
+        raise SettingsError(f"text_column={column}: the files have no such column, only {known}")
     text = " ".join(" ".join(str(text).split()) for text in table[column])
     sentences = [part for part in SENTENCE_END.split(text) if part]
     if not sentences:
