@@ -4,6 +4,7 @@
 #   bash launch/test.sh                            everything but the tests marked slow
 #   bash launch/test.sh tests/attention/test_parity.py -x    one file, stopping at the first failure
 #   bash launch/test.sh -n 0 -k window             some tests, without worker processes
+#   bash launch/test.sh -m slow tests/train        the tests of a folder that are marked slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
