@@ -92,12 +92,18 @@ PADDED = [(torch.float64, 2)]
 PAIRS = [(dtype, groups) for dtype in TOLERANCE for groups in (1, 2, 4)]
 
 
-@pytest.mark.parametrize("pair", slow_unless(PLAIN, PAIRS))
-def test_all_cases(pair):
+@pytest.mark.parametrize(
+    ("pair", "cases"),
+    [
+        *((pair, CASES[number :: len(PLAIN)]) for number, pair in enumerate(PLAIN)),  # each case once
+        *(pytest.param(pair, CASES, marks=pytest.mark.slow) for pair in PAIRS),
+    ],
+)
+def test_all_cases(pair, cases):
     dtype, groups = pair
     model = tiny_enabled(dtype=dtype, groups=groups)
     ids = random_ids(2, 70)
-    for prompt, config in CASES:
+    for prompt, config in cases:
         assert_parity(model, ids, prompt, config)
 
 

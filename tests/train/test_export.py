@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -387,22 +385,6 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_launch_exports_and_pushes(runs, tmp_path):
-    command = [sys.executable, str(ROOT / "launch" / "export.py"), str(runs / "zero3-bf16"), str(tmp_path / "out")]
-    with HubServer(TOKEN) as server:
-        own = {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **own}
-        command += ["--push-to-hub", REPOSITORY]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-        assert done.returncode == 0, done.stderr
-        assert server.repositories == {REPOSITORY: {"private": False, "files": contents(tmp_path / "out")}}
-    weights = hashlib.sha256((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()
-    assert f"PUT /storage/{weights}" in server.calls
-    assert f"pushed to {server.url}/{REPOSITORY}" in done.stdout and "34,720 parameters" in done.stdout
-    assert TOKEN not in done.stdout + done.stderr
-    assert f'name = "{REPOSITORY}"' in (tmp_path / "out" / "README.md").read_text()
-
-
 @pytest.fixture
 def server(monkeypatch):
     """A Hub on loopback that this process's own client talks to."""
@@ -423,6 +405,18 @@ def launch(monkeypatch, capfd, *arguments):
     return ended.value.code, *capfd.readouterr()
 
 
+def test_launch_exports_and_pushes(runs, tmp_path, server, monkeypatch, capfd):
+    arguments = (runs / "zero3-bf16", tmp_path / "out", "--push-to-hub", REPOSITORY)
+    code, printed, errors = launch(monkeypatch, capfd, *arguments)
+    assert code == 0, errors
+    assert server.repositories == {REPOSITORY: {"private": False, "files": contents(tmp_path / "out")}}
+    weights = hashlib.sha256((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()
+    assert f"PUT /storage/{weights}" in server.calls
+    assert f"pushed to {server.url}/{REPOSITORY}" in printed and "34,720 parameters" in printed
+    assert TOKEN not in printed + errors
+    assert f'name = "{REPOSITORY}"' in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_launch_reports_a_refused_push_in_one_line(runs, tmp_path, server, monkeypatch, capfd):
     server.refuse_with = 403
     arguments = (runs / "zero3-bf16", tmp_path / "out", "--push-to-hub", REPOSITORY)
@@ -436,7 +430,7 @@ def test_launch_reports_a_refused_push_in_one_line(runs, tmp_path, server, monke
 
 def test_launch_refuses_private_without_a_repository(tmp_path, monkeypatch, capfd):
     code, _, errors = launch(monkeypatch, capfd, tmp_path, tmp_path / "out", "--private")
-    assert code == 2 and "--private is about --push-to-hub" in errors
+    assert code == 2 and "--private needs --push-to-hub" in errors
 
 
 def test_second_push_replaces_weights_and_keeps_other_files(exported, server):
