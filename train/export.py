@@ -7,16 +7,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from refreshkv.files import write_text
+from refreshkv.files import RECORD_FILE, write_text
+from refreshkv.settings import SettingsError
 from refreshkv.tables import column_table
 from refreshkv.train.card import model_card
-from refreshkv.train.checkpoint_model import (
-    checkpoint_model,
-    consolidated_weights,
-    find_checkpoint,
-    read_checkpoint,
-)
+from refreshkv.train.checkpoint_model import checkpoint_model, consolidated_weights
+from refreshkv.train.checkpoint_reader import find_checkpoint
 from refreshkv.train.export_check import check_export, logits_of, random_rows
+from refreshkv.train.export_error import ExportError
 from refreshkv.train.export_folder import export_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -74,9 +72,12 @@ def export(
 
     Raises `ExportError`, with nothing left at `output`.
     """
-    checkpoint = find_checkpoint(Path(checkpoint).expanduser().resolve())
+    try:
+        found = find_checkpoint(Path(checkpoint).expanduser().resolve())
+    except SettingsError as error:
+        raise ExportError(str(error)) from error
     target = Path(output).expanduser().resolve()
-    run, state = read_checkpoint(checkpoint)
+    checkpoint, run, state = found.folder, found.settings, found.state
     card = model_card(run, state, name or target.name, report)
     dtype = DTYPES[run.training.dtype]
     with export_folder(target, checkpoint, overwrite) as folder:
@@ -86,7 +87,7 @@ def export(
         _write(model, checkpoint / "model", card, folder)
         del model  # both models at once would double the memory
         reload_difference, decode_difference = check_export(folder, rows, logits)
-    sizes = {file.name: file.stat().st_size for file in target.iterdir() if file.is_file()}
+    sizes = {file.name: file.stat().st_size for file in target.iterdir() if file.is_file() and file.name != RECORD_FILE}
     name_of_dtype = str(dtype).removeprefix("torch.")
     return ExportResult(target, state.step, parameters, name_of_dtype, sizes, reload_difference, decode_difference)
 

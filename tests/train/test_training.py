@@ -22,9 +22,10 @@ from refreshkv.train.engine import build_engine, init_processes
 from refreshkv.train.job import resolve
 from refreshkv.train.loss import CausalLossModel
 from refreshkv.train.mock import mock_step
+from refreshkv.train.manifest import write_manifest
 from refreshkv.train.order import RowOrder
 from refreshkv.train.resume import needs_conversion
-from refreshkv.train.run_folder import State, claim_output, finished_checkpoints, read_run, validate_output
+from refreshkv.train.run_folder import State, claim_output, finished_checkpoints, read_run, run_id, validate_output
 from refreshkv.train.simulation import draw_simulation
 from refreshkv.train.step import train_step
 from refreshkv.train.validation import setting_warnings, validate_preparation, validate_settings
@@ -229,7 +230,9 @@ def test_layouts_that_do_not_convert_change_nothing(rows, tmp_path, monkeypatch,
     claim_output(output, run_config(training={"optimizer": "adamw-8bit"}, data={"folder": str(rows)}), overwrite=False)
     checkpoint = output / "checkpoints" / "step-0000003"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text(json.dumps(vars(State(3, 100, 2, before, "rows"))))
+    (checkpoint / "state.json").write_text(json.dumps(vars(State(3, 100, 2, before, "rows", run_id(output)))))
+    shutil.copyfile(output / "run.yaml", checkpoint / "run.yaml")
+    write_manifest(checkpoint)
     files = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     training = {"optimizer": "adamw-8bit", "deepspeed": zero_json(tmp_path, now)}
     error = refused(run_settings(rows, output, training=training), "--resume")
