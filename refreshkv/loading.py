@@ -18,7 +18,7 @@ from refreshkv.config import RefreshConfig
 from refreshkv.gguf import dequantize_options, forget_quantization, is_gguf, pretrained_location
 from refreshkv.settings import SettingsError
 
-CODE = {"trust_remote_code": False}
+CODE: dict[str, Any] = {"trust_remote_code": False}
 """No code that a model or a tokenizer brings along is ever run."""
 
 CHECKPOINT_FILES, RUN_FILES = ("manifest.json", "state.json"), ("run.yaml", "checkpoints")

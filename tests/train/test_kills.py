@@ -45,7 +45,7 @@ KILLS = {
 SEED = int(os.environ.get("REFRESHKV_SEED", random.randrange(10**6)))
 STEPS, SAVE_EVERY = 6, 2
 VALUES = ("loss", "loss full", "loss partial", "grad norm")
-SCRATCH = {**run_settings(Path("rows"), Path("run"))["model"]["scratch"], "max_position_embeddings": 512}
+SCRATCH = {**run_settings(Path("rows"), Path("run"))["model"]["scratch"], "max_position_embeddings": 2048}
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ class Experiment(Kind):
 
 class PromptStore(Kind):
     def command(self, folder):
-        arguments = ["--model", self.base / "model", "--tasks", "chain_of_key", "--task-length", 400, "--examples", 2]
+        arguments = ["--model", self.base / "model", "--tasks", "chain_of_key", "--task-length", 1200, "--examples", 2]
         arguments += ["--strategies", "full,refresh:4", "--budget", 40, "--output", folder / "report", "--resume"]
         arguments += ["--prefix-store", folder / "store", "tasks.chain_of_key.keys=2"]
         return Command(folder, "evaluate", *arguments, "tasks.chain_of_key.max_new_tokens=8")
@@ -255,10 +255,9 @@ class PromptStore(Kind):
         """Every entry that the store would serve is whole, to its last byte."""
         if not (folder / "store" / "store.json").exists():
             return
-        backend = FolderBackend.__new__(FolderBackend)
         identity = json.loads((folder / "store" / "store.json").read_text())
         identity.pop("layout")
-        backend.__init__(folder / "store", identity, "store")
+        backend = FolderBackend(folder / "store", identity, "store")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             for entry in backend.entries().values():
