@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from refreshkv import cli
 from refreshkv.settings import SettingsError, load_settings
 from refreshkv.train.experiment.config import ExperimentConfig
-from refreshkv.train.experiment.jobs import Job, plan
+from refreshkv.train.experiment.jobs import Job, plan, validate_runs
 from refreshkv.train.experiment.report import write_tables
 from refreshkv.train.experiment.results import Results
 from refreshkv.train.experiment.running import Outcome, run_jobs, stopped_by_sigterm
@@ -33,6 +33,7 @@ def main(argv: list[str]) -> None:
     results = Results(config)
     jobs = chosen(plan(config, set(results.entries)), args.only)
     results.check_bases(jobs)
+    validate_runs(jobs)
     if args.dry_run:
         print("\n".join(job.name for job in jobs) or "nothing is left to do")
         return

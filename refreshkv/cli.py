@@ -1,11 +1,18 @@
 """What every command does around its own work: one-line errors, exit codes, and the name of a missing extra."""
 
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from refreshkv.settings import SettingsError
+
+PARENT = "REFRESHKV_ENDS_WITH"
+"""Environment variable with the process id of the process that a command must not outlive."""
+PR_SET_PDEATHSIG = 1
+"""Number of the operation in Linux's prctl."""
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("deepspeed", "accelerate", "tensorboard"),
@@ -26,6 +33,7 @@ def run(main: Callable[[list[str]], None], extra: str | None = None) -> NoReturn
     A `SettingsError` is printed as one line on stderr, without a traceback; in a job of several processes only rank 0
     prints. A missing module of `EXTRAS` is such an error too, with the extra to install: `extra` if given.
     """
+    _end_with_parent()
     try:
         main(sys.argv[1:])
     except SettingsError as error:
@@ -43,6 +51,19 @@ def run(main: Callable[[list[str]], None], extra: str | None = None) -> NoReturn
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+def _end_with_parent() -> None:
+    """Lets the kernel kill this process when the one that started it ends, if that one has asked so (`PARENT`).
+
+    A killed experiment would otherwise leave runs behind that write into the folders of its next call. Linux only.
+    """
+    parent = os.environ.pop(PARENT, None)
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != int(parent):  # it ended before the kernel was asked
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _print_error(message: str) -> None:

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 import refreshkv
-from refreshkv.loading import load_model
+from refreshkv.loading import CODE, load_model
 from refreshkv.train.engine import engine_settings, init_processes
 from refreshkv.train.job import Job
 from refreshkv.train.kernels import use_liger
@@ -28,7 +28,7 @@ def build_model(job: Job) -> PreTrainedModel:
             model = load_model(config.model.path, "model.path", dtype=dtype)
     else:
         torch.manual_seed(training.seed)
-        model = AutoModelForCausalLM.from_config(job.model_config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(job.model_config, dtype=torch.float32, **CODE)
     refreshkv.enable(model, config.refresh, prompt_attention=config.model.prompt_attention)
     if training.kernels == "liger":
         use_liger(model)

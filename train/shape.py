@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from refreshkv.loading import load_configuration
+from refreshkv.loading import CODE, load_configuration
 from refreshkv.settings import SettingsError
 from refreshkv.train.config import ModelConfig
 from refreshkv.train.flops import Work, model_work
@@ -49,7 +49,7 @@ class Shape:
 def model_shape(model_config: PretrainedConfig) -> Shape:
     """The shape of a configuration's model, which is built without weights for it."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config, **CODE)
     decoder = model_config.get_text_config(decoder=True)
     head = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
     return Shape(

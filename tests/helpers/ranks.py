@@ -20,6 +20,9 @@ PRELOADED = [
     "deepspeed.runtime.sequence_parallel.ulysses_sp",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # ZeRO imports it, and with it torch's compiler, for seconds
     "refreshkv.train.loop",
+    "refreshkv.train.export",
+    "refreshkv.train.experiment.report",
+    "refreshkv.evaluation.commands",
     "tests.helpers.models",
 ]
 

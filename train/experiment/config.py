@@ -8,7 +8,7 @@ from refreshkv.data.config import DataConfig
 from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.evaluation.perplexity.evaluation import check_last_tokens
 from refreshkv.evaluation.strategies import build_strategies
-from refreshkv.settings import SettingsError, settings_from_dict
+from refreshkv.settings import SettingsError, settings_from_dict, validate_name
 from refreshkv.train.config import RunConfig
 
 UNTRAINED = "none"
@@ -92,6 +92,9 @@ class ExperimentConfig:
     """Settings of all runs of all studies."""
 
     def __post_init__(self) -> None:
+        for setting in ("arms", "studies", "selections"):
+            for name in getattr(self, setting):
+                validate_name(name, setting)
         self.arms = {name: settings_from_dict(Arm, arm, f"arms.{name}.") for name, arm in self.arms.items()}
         self.studies = {name: settings_from_dict(Study, one, f"studies.{name}.") for name, one in self.studies.items()}
         for name, arm in self.arms.items():
