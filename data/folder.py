@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from refreshkv.files import FolderKind, complete_folder
+from refreshkv.folders import validate_folder
 from refreshkv.settings import SettingsError
 
 INFO_FILE = "rows.json"
@@ -35,6 +36,7 @@ def rows_folder(target: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _validate_target(target: Path, overwrite: bool) -> None:
+    validate_folder(target, "data.folder")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not (target / INFO_FILE).is_file():

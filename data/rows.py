@@ -3,7 +3,7 @@
 A row is a sequence of exactly `row_length` tokens.
 """
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from refreshkv.data.folder import INFO_FILE, SPLITS, TOKENIZER_FOLDER, rows_fold
 from refreshkv.data.preparation import write_splits
 from refreshkv.data.report import PreparationReport, share_beyond
 from refreshkv.files import write_json
+from refreshkv.folders import resolved
 from refreshkv.loading import find_tokenizer
+from refreshkv.reading import read_json
 from refreshkv.settings import SettingsError
 
 
@@ -54,7 +56,7 @@ def prepare_rows(config: DataConfig, budget: int | float, overwrite: bool = Fals
     train split.
     """
     capacity = RefreshConfig(budget=budget).largest_budget(config.row_length)
-    target = Path(config.folder).expanduser().resolve()
+    target = resolved(config.folder, "data.folder")
     if (config.tokenizer is None) == (config.train_vocabulary is None):
         raise SettingsError(
             "set exactly one of data.tokenizer (the model's folder or hub id) and data.train_vocabulary (such as 4096, "
@@ -68,22 +70,36 @@ def prepare_rows(config: DataConfig, budget: int | float, overwrite: bool = Fals
 
 def load_rows(folder: str | Path) -> Rows:
     """Opens a folder of `prepare_rows` as torch datasets. Raises `SettingsError` if it is missing or damaged."""
-    folder = Path(folder).expanduser().resolve()
-    if not (folder / INFO_FILE).is_file():
+    folder = resolved(folder, "data.folder")
+    if not os.path.lexists(folder / INFO_FILE):
         raise SettingsError(f"data.folder={folder} holds no prepared rows; run launch/prepare.py first")
     try:
-        info = json.loads((folder / INFO_FILE).read_text())
+        info = read_json(folder / INFO_FILE, "data.folder")
+        _validate_info(info)
         splits = load_from_disk(str(folder), keep_in_memory=False).with_format("torch")
         if not isinstance(splits, DatasetDict):
             raise ValueError("it holds one table and no splits")
         if any(len(splits[split]) != info["splits"][split]["rows"] for split in SPLITS):
             raise ValueError(f"the number of rows is not the one in {INFO_FILE}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SettingsError(
             f"data.folder={folder} is damaged ({error}); prepare it again with launch/prepare.py --overwrite"
         ) from error
     info["folder"] = str(folder)
     return Rows(**{split: splits[split] for split in SPLITS}, tokenizer_folder=folder / TOKENIZER_FOLDER, info=info)
+
+
+def _validate_info(info: Any) -> None:
+    """Raises `ValueError` unless a rows.json has the parts that its readers use."""
+    kinds = {"fingerprint": str, "largest_token_id": int, "vocabulary_size": int, "data": dict, "splits": dict}
+    for name, kind in kinds.items():
+        if not isinstance(info, dict) or not isinstance(info.get(name), kind):
+            raise ValueError(f"{INFO_FILE} lacks {name}, or it is of another kind")
+    if not isinstance(info["data"].get("row_length"), int):
+        raise ValueError(f"{INFO_FILE} lacks data.row_length, or it is of another kind")
+    for split in SPLITS:
+        if not isinstance(info["splits"].get(split), dict):
+            raise ValueError(f"{INFO_FILE} lacks the split {split}, or it is of another kind")
 
 
 def validate_same_tokens(model: str, rows: Rows) -> None:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+from refreshkv.reading import LARGEST_REPORT, read_bytes
 from refreshkv.settings import SettingsError
 
 
@@ -52,18 +53,13 @@ class RecordFile(Generic[Line]):
         self._records |= {record.key: record for record in records}
 
     def _read(self) -> list[Line]:
-        content = self._path.read_bytes()
+        content = read_bytes(self._path, f"the records of {self.kind}", LARGEST_REPORT)
         complete = content[: content.rfind(b"\n") + 1]
         try:
             records = [self.parse(json.loads(line)) for line in complete.splitlines()]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise SettingsError(f"{self._path} is not from {self.kind} ({reason}); use another --output") from None
         if complete != content and records:
             os.truncate(self._path, len(complete))
         return records
-
-
-def numbered_layers(counts: dict[str, int] | None) -> dict[int, int] | None:
-    """The same values by layer, with layer numbers as integers again."""
-    return None if counts is None else {int(layer): count for layer, count in counts.items()}

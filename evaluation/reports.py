@@ -3,7 +3,6 @@
 import datetime
 import functools
 import importlib.metadata
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from refreshkv.folders import make_folder, validate_folder
 from refreshkv.settings import SettingsError
 
 ROWS_FILE = "rows.jsonl"
@@ -50,6 +50,7 @@ def open_output(folder: str | Path, names: tuple[str, ...], overwrite: bool, res
 
     Raises `SettingsError` if the folder has one of the files and neither is wanted, or if it is not writable.
     """
+    validate_folder(folder, "--output")
     folder = Path(folder)
     existing = [name for name in names if (folder / name).exists()]
     if existing and not overwrite and not resume:
@@ -57,15 +58,13 @@ def open_output(folder: str | Path, names: tuple[str, ...], overwrite: bool, res
             f"--output {folder} already holds {existing[0]}: continue that with --resume, replace it with --overwrite, "
             "or choose another folder"
         )
+    make_folder(folder, "--output")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if overwrite:
             for name in existing:
                 (folder / name).unlink()
     except OSError as error:
         raise SettingsError(f"--output {folder} cannot be written to: {error.strerror or error}") from error
-    if not os.access(folder, os.W_OK):
-        raise SettingsError(f"--output {folder} is not writable: choose another folder")
     return folder
 
 

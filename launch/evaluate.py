@@ -37,7 +37,7 @@ from refreshkv.options import (
     add_model,
     add_output,
     add_overrides,
-    check_execution,
+    check_numbers,
     comma_separated,
     whole_numbers,
 )
@@ -125,7 +125,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def check_options(options: argparse.Namespace) -> None:
     """Refuses options that the chosen kind of evaluation does not take; gives the others their defaults."""
-    check_execution(options)
+    check_numbers(options)
     if options.prefix_store_gb is not None and options.prefix_store is None:
         raise SettingsError("--prefix-store-gb needs --prefix-store")
     options.kind = kind = next(kind for kind in KINDS if getattr(options, kind) is not None)
@@ -136,8 +136,6 @@ def check_options(options: argparse.Namespace) -> None:
             raise SettingsError(f"--{name.replace('_', '-')} means nothing with --{kind}")
     if options.strides and options.strategies:
         raise SettingsError("--strides means nothing with --strategies: write refresh:STRIDE there")
-    if kind == "tasks" and not 0 < (options.prefix_store_gb or 0) < float("inf"):
-        raise SettingsError(f"--prefix-store-gb must be a number more than 0, got {options.prefix_store_gb}")
     if options.resume and options.overwrite:
         raise SettingsError("--resume continues an evaluation and --overwrite replaces it: choose one")
     if kind == "data" and any(override.startswith("tasks.") for override in options.overrides):

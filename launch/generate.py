@@ -12,9 +12,7 @@ one is computed from where they differ (docs/prefix-store.md).
 """
 
 import argparse
-import sys
 import time
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,10 +22,19 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from refreshkv import RefreshCache, cli, decode_ahead, enable, tuned_compilation
 from refreshkv.generation.report import TimedStreamer, generation_table
 from refreshkv.loading import load_model, load_tokenizer, model_folder, own_config
-from refreshkv.options import add_budget, add_device, add_model, add_overrides, changed_config, chosen_device
+from refreshkv.options import (
+    add_budget,
+    add_device,
+    add_model,
+    add_overrides,
+    changed_config,
+    check_numbers,
+    chosen_device,
+)
 from refreshkv.prefix.prompt_cache import keep_all_tokens
 from refreshkv.prefix.recycling import Reuse, put_new, recycle
 from refreshkv.prefix.store import PrefixStore
+from refreshkv.reading import read_standard_input, read_text
 from refreshkv.settings import SettingsError
 
 PREFIX_STORE_GB = 20.0
@@ -120,12 +127,7 @@ def generate(
 
 def read_prompt(name: str) -> str:
     """The text of a file, or standard input for `-`. Raises `SettingsError` if there is none."""
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise SettingsError(f"--prompt-file: there is no file {name}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--prompt-file: {name} is not a readable text: {error}") from None
+    text = read_standard_input("--prompt-file") if name == "-" else read_text(name, "--prompt-file")
     if not text.strip():
         raise SettingsError(f"--prompt-file: {name} is empty; there is nothing to continue")
     return text
@@ -182,8 +184,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def validate(options: argparse.Namespace) -> None:
     """Raises `SettingsError` for values that cannot work, and for options that the others leave without effect."""
-    if options.max_new_tokens < 1:
-        raise SettingsError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+    check_numbers(options)
     if options.full:
         refuse_given(options, ("budget", "stride", "threshold", "offload"), "means nothing with --full")
         if options.overrides:
@@ -195,12 +196,6 @@ def validate(options: argparse.Namespace) -> None:
         refuse_given(options, ("temperature", "top_p", "seed"), "needs --sample")
     if options.prefix_store is None:
         refuse_given(options, ("prefix_store_gb",), "needs --prefix-store")
-    if options.prefix_store_gb is not None and not 0 < options.prefix_store_gb < float("inf"):
-        raise SettingsError(f"--prefix-store-gb must be a number more than 0, got {options.prefix_store_gb}")
-    if options.temperature is not None and not options.temperature > 0:
-        raise SettingsError(f"--temperature must be more than 0, got {options.temperature}; leave out --sample for 0")
-    if options.top_p is not None and not 0 < options.top_p <= 1:
-        raise SettingsError(f"--top-p must be more than 0 and at most 1, got {options.top_p}")
 
 
 def refuse_given(options: argparse.Namespace, names: tuple[str, ...], reason: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from refreshkv.files import write_text
+from refreshkv.folders import resolved
 from refreshkv.tables import column_table
 from refreshkv.train.card import model_card
 from refreshkv.train.checkpoint_model import (
@@ -74,8 +75,8 @@ def export(
 
     Raises `ExportError`, with nothing left at `output`.
     """
-    checkpoint = find_checkpoint(Path(checkpoint).expanduser().resolve())
-    target = Path(output).expanduser().resolve()
+    checkpoint = find_checkpoint(resolved(checkpoint, "CHECKPOINT"))
+    target = resolved(output, "OUT")
     run, state = read_checkpoint(checkpoint)
     card = model_card(run, state, name or target.name, report)
     dtype = DTYPES[run.training.dtype]

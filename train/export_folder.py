@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from refreshkv.files import FolderKind, complete_folder
+from refreshkv.folders import validate_folder
 from refreshkv.train.export_error import ExportError, one_line
 
 WRITTEN = ("config.json", "generation_config.json", "README.md", "model*.safetensors", "model.safetensors.index.json")
@@ -27,6 +28,7 @@ def export_folder(target: Path, checkpoint: Path, overwrite: bool) -> Iterator[P
 def _validate_target(target: Path, checkpoint: Path, overwrite: bool) -> None:
     if target == checkpoint or checkpoint in target.parents or target in checkpoint.parents:
         raise ExportError(f"OUT={target} and the checkpoint {checkpoint} lie in each other; choose another folder")
+    validate_folder(target, "OUT")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not is_export(target):

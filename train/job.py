@@ -17,6 +17,7 @@ from refreshkv.train.validation import (
     micro_batches,
     validate_length,
     validate_preparation,
+    validate_rows,
     validate_settings,
     validate_tokens,
 )
@@ -86,6 +87,7 @@ def resolve(config: RunConfig, world: int, dry: bool = False) -> Job:
     sequences = None if dry else load_rows(config.data.folder)
     if sequences is not None:
         validate_preparation(config, sequences.info)
+        validate_rows(config, len(sequences.train))
     model_config = model_configuration(config.model)
     if sequences is not None:
         validate_tokens(config, model_config, sequences)

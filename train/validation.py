@@ -50,6 +50,18 @@ def validate_preparation(config: RunConfig, info: dict[str, Any]) -> None:
         )
 
 
+def validate_rows(config: RunConfig, available: int) -> None:
+    """Refuses a step that would take a row twice. available: rows of the train split."""
+    batch = config.training.global_batch
+    if available == 0:
+        raise SettingsError(f"data.folder={config.data.folder} has no rows in its train split: prepare more documents")
+    if batch > available:
+        raise SettingsError(
+            f"training.global_batch={batch} is more than the {available} rows of the train split in "
+            f"{config.data.folder}: choose a smaller one, or prepare more documents"
+        )
+
+
 def validate_tokens(config: RunConfig, model_config: PretrainedConfig, sequences: Rows) -> None:
     """Refuses rows made with another tokenizer than the model's."""
     if config.model.path is not None:

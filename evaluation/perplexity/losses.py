@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from refreshkv.config import Simulation, Trace
 from refreshkv.evaluation.caches import Caches
 from refreshkv.evaluation.perplexity.stepwise import Decoded, decode_known
-from refreshkv.evaluation.records import RecordFile, numbered_layers
+from refreshkv.evaluation.records import RecordFile
 from refreshkv.evaluation.strategies import Strategy
 from refreshkv.identity import fingerprint
+from refreshkv.settings import settings_from_dict
 
 LOGITS_AT_ONCE = 1 << 26
 """Most logits held in float32 at the same time: 256 MiB."""
@@ -53,7 +54,7 @@ class SequenceRecords(RecordFile[SequenceRecord]):
     kind = "an evaluation of rows"
 
     def parse(self, values: dict[str, Any]) -> SequenceRecord:
-        return SequenceRecord(**{**values, "full_steps": numbered_layers(values["full_steps"])})
+        return settings_from_dict(SequenceRecord, values)
 
 
 def sequence_losses(

@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from refreshkv import RefreshConfig
 from refreshkv.evaluation.strategies import Strategy, build_strategy
-from refreshkv.settings import SettingsError, find_config, settings_from_dict
+from refreshkv.settings import SettingsError, find_config, read_yaml, settings_from_dict
 
 
 @dataclass
@@ -182,9 +180,10 @@ def load_suite(name: str) -> tuple[Suite, Path]:
     Raises `SettingsError` for an unknown name, and for a file that is not a suite.
     """
     path = find_config(name, ("suites",), "--suite")
+    values = read_yaml(path, "--suite")
     try:
-        return settings_from_dict(Suite, yaml.safe_load(path.read_text(encoding="utf-8")), ""), path
-    except (SettingsError, yaml.YAMLError) as error:
+        return settings_from_dict(Suite, values, ""), path
+    except SettingsError as error:
         raise SettingsError(f"--suite {path}: {error}") from None
 
 

@@ -22,13 +22,13 @@ from refreshkv.data.tasks.task import Example, Task
 from refreshkv.evaluation.caches import GREEDY, Caches
 from refreshkv.evaluation.costs import Meter, count_full_steps, held_bytes
 from refreshkv.evaluation.inputs import vocabulary_size
-from refreshkv.evaluation.records import RecordFile, numbered_layers
+from refreshkv.evaluation.records import RecordFile
 from refreshkv.evaluation.strategies import Strategy
 from refreshkv.identity import fingerprint
 from refreshkv.prefix.fill import validate_takes_prefix
 from refreshkv.prefix.recycling import Reuse, recycle, store_prompts
 from refreshkv.prefix.store import PrefixStore
-from refreshkv.settings import SettingsError
+from refreshkv.settings import SettingsError, settings_from_dict
 
 CAPACITY_STEP = 128
 """Caches are made for a multiple of this many tokens: each other size would be compiled anew."""
@@ -72,7 +72,7 @@ class ExampleRecords(RecordFile[ExampleRecord]):
     kind = "an evaluation of tasks"
 
     def parse(self, values: dict[str, Any]) -> ExampleRecord:
-        return ExampleRecord(**{**values, "full_steps": numbered_layers(values["full_steps"])})
+        return settings_from_dict(ExampleRecord, values)
 
 
 @dataclass(frozen=True)

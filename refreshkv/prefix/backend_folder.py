@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from refreshkv.files import PARTIAL, atomic_file, write_json
+from refreshkv.folders import make_folder
 from refreshkv.identity import first_difference
 from refreshkv.prefix.entry import DamagedEntry, Entry
 from refreshkv.prefix.entry_file import SUFFIX, UNREADABLE, read_entry, read_tensors, write_entry
@@ -51,7 +52,7 @@ class FolderBackend:
 
     def _claim(self, identity: dict[str, Any]) -> None:
         """Writes the model's identity into a new folder; compares it in one that is in use."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder, self._setting)
         file = self.folder / IDENTITY_FILE
         if not file.exists():
             foreign = [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]

@@ -1,5 +1,6 @@
 """The settings of an experiment: one YAML file, whose sections are the fields of `ExperimentConfig`."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -8,11 +9,14 @@ from refreshkv.data.config import DataConfig
 from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.evaluation.perplexity.evaluation import check_last_tokens
 from refreshkv.evaluation.strategies import build_strategies
+from refreshkv.ranges import COUNT, SEED, Range, show, validate_numbers
 from refreshkv.settings import SettingsError, settings_from_dict
 from refreshkv.train.config import RunConfig
 
 UNTRAINED = "none"
 """The arm that is the untrained base model; every study has it."""
+NAME = re.compile(r"\w[\w.+-]{0,99}")
+"""Names of arms, studies and selections."""
 Fragment = dict[str, Any]
 """Sections of a training run's settings, as in its YAML file."""
 
@@ -40,6 +44,10 @@ class Perplexity:
     """Adds the similarity schedule with this threshold and the study's `refresh.stride`; None adds nothing."""
     batch_size: int = 4
 
+    def __post_init__(self) -> None:
+        ranges = {"last_tokens": COUNT, "rows": COUNT, "strides": COUNT, "threshold": Range(-1e6, 1e6)}
+        validate_numbers(self, {**ranges, "batch_size": COUNT}, "perplexity.")
+
 
 @dataclass
 class Tasks:
@@ -53,6 +61,9 @@ class Tasks:
     """Task -> settings, as tasks.NAME.key=value of launch/evaluate.py."""
     examples: int = 100
     batch_size: int = 20
+
+    def __post_init__(self) -> None:
+        validate_numbers(self, {"length": COUNT, "examples": COUNT, "batch_size": COUNT}, "tasks.")
 
 
 @dataclass
@@ -73,6 +84,13 @@ class Study:
     perplexity: Perplexity | None = None
     tasks: Tasks | None = None
 
+    def __post_init__(self) -> None:
+        validate_numbers(self, {"seeds": SEED})
+        for name in ("seeds", "arms"):
+            values = getattr(self, name)
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise SettingsError(f"{name} has {twice[0]} twice: each would be the same work")
+
 
 @dataclass
 class ExperimentConfig:
@@ -92,6 +110,12 @@ class ExperimentConfig:
     """Settings of all runs of all studies."""
 
     def __post_init__(self) -> None:
+        for names in ("arms", "studies", "selections"):
+            for name, value in getattr(self, names).items():
+                _validate_name(f"{names}.{name}", name, value)
+        for name in ("output", "results"):
+            if not getattr(self, name):
+                raise SettingsError(f"{name} must name a folder")
         self.arms = {name: settings_from_dict(Arm, arm, f"arms.{name}.") for name, arm in self.arms.items()}
         self.studies = {name: settings_from_dict(Study, one, f"studies.{name}.") for name, one in self.studies.items()}
         for name, arm in self.arms.items():
@@ -178,6 +202,16 @@ def merge(*fragments: Fragment | None) -> Fragment:
 def _checked(settings: Fragment) -> Fragment:
     settings_from_dict(RunConfig, settings)
     return settings
+
+
+def _validate_name(setting: str, name: str, value: Any) -> None:
+    """Names of arms, studies and selections become names of folders."""
+    if not NAME.fullmatch(name):
+        raise SettingsError(
+            f"{setting}: a name has letters, digits, dots and dashes, and begins with a letter or digit"
+        )
+    if not isinstance(value, dict):
+        raise SettingsError(f"{setting} must be a section with keys, got {show(value)}")
 
 
 def _check_known(setting: str, name: str, known: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from filelock import FileLock
 
 from refreshkv.config import RefreshConfig
 from refreshkv.files import write_json
+from refreshkv.reading import read_json
 from refreshkv.settings import SettingsError, settings_from_dict, settings_to_dict
 from refreshkv.train.config import RunConfig, current_names
 from refreshkv.train.experiment.config import ExperimentConfig, Perplexity, Tasks
@@ -16,6 +18,7 @@ from refreshkv.train.experiment.jobs import Job, Report, base_is_given, base_mod
 from refreshkv.train.run_folder import FREE_TO_CHANGE, flat_settings
 
 RESULTS_FILE, LOCK_FILE = "results.json", ".results.lock"
+KINDS = ("perplexity", "tasks")
 PARTS = 16
 """The file keeps losses as means over this many equal parts of the scored tokens."""
 IMMATERIAL = {*FREE_TO_CHANGE, "batch_size"}
@@ -60,7 +63,14 @@ class Results:
             write_json(self._path, self.entries, indent=1)
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        return json.loads(self._path.read_text()) if self._path.exists() else {}
+        if not os.path.lexists(self._path):
+            return {}
+        entries = read_json(self._path, "results")
+        if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
+            raise SettingsError(
+                f"results: {self._path} does not hold an experiment's figures: move it away, or choose another folder"
+            )
+        return entries
 
     def _is_about(self, entry: dict[str, Any]) -> bool:
         """Whether the experiment still has the entry's study, arm, selection and kind of evaluation."""
@@ -109,6 +119,15 @@ class Results:
         settings["refresh"] = config.refresh(study, entry["selection"]).to_dict()
         settings[entry["kind"]] = vars(getattr(config.studies[study], entry["kind"]))
         return json.loads(json.dumps(settings))
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a value of results.json has the parts that every entry has."""
+    kinds = {"study": str, "arm": str, "selection": str, "kind": str, "settings": dict, "results": (dict, list)}
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), kind) for name, kind in kinds.items()):
+        return False
+    others = {"seed": (int, type(None)), "base model": (str, type(None)), "rows": (str, type(None))}
+    return entry["kind"] in KINDS and all(isinstance(entry.get(name), kind) for name, kind in others.items())
 
 
 def _base_settings(config: ExperimentConfig, study: str) -> Any:
