@@ -9,6 +9,7 @@ archive and need the extra `tasks` and a machine with apt-get. docs/real-model.m
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from refreshkv import cli
@@ -27,7 +28,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
 
     file = find(options.name)
-    config = load_settings(FetchConfig, file)
+    config = load_settings(FetchConfig, file, setting="NAME")
     output = options.output or Path("models" if config.model else "texts", file.stem)
     print(fetch(config, output, options.overwrite))
 
@@ -41,9 +42,9 @@ def find(name: str) -> Path:
     """The YAML file of that name. Raises `SettingsError` if there is none."""
     files = [CONFIGS / folder / f"{name}.yaml" for folder in FOLDERS]
     for file in [Path(name), *files]:
-        if file.suffix == ".yaml" and file.is_file():
+        if file.suffix == ".yaml" and os.path.lexists(file):
             return file
-    raise SettingsError(f"there is no model or text named {name}; known: {', '.join(known())}")
+    raise SettingsError(f"NAME: there is no model or text named {name}; known: {', '.join(known())}")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ from refreshkv.reading import read_standard_input, read_text
 from refreshkv.settings import SettingsError
 
 PREFIX_STORE_GB = 20.0
+MOST_BYTES_PER_TOKEN = 64
+"""More bytes than this are in no text's tokens on average."""
 
 
 def main(arguments: list[str]) -> None:
@@ -137,9 +139,14 @@ def encode(
     prompt: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_new_tokens: int
 ) -> torch.Tensor:
     """The prompt's tokens, (1, P) int64 on the model's device. Raises `SettingsError` if the model cannot take them."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    size = len(prompt.encode())
+    if limit is not None and size > limit * MOST_BYTES_PER_TOKEN:  # tokenizing it would take minutes and gigabytes
+        raise SettingsError(
+            f"--prompt-file: {size / 1e6:,.1f} MB are more than the model's max_position_embeddings={limit} tokens hold"
+        )
     ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].long().to(model.device)
     length, vocabulary = ids.shape[1], cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if length == 0:
         raise SettingsError("--prompt-file: the prompt has no tokens")
     if int(ids.max()) >= vocabulary:

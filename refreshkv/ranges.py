@@ -52,8 +52,8 @@ GIGABYTES = Range(0, 10**6, above=True)
 def validate_numbers(values: Any, ranges: Mapping[str, Range], prefix: str = "") -> None:
     """Raises `SettingsError` for the first attribute of `values` that lies outside its range; None is in every range.
 
-    An attribute may be a number or a list of numbers. prefix: what errors put before the name, such as "training."; with
-    "--" names are written as options.
+    An attribute may be a number or a list of numbers. prefix: what errors put before the name, such as "training.";
+    with "--" names are written as options.
     """
     for name, wanted in ranges.items():
         value = getattr(values, name)

@@ -46,10 +46,11 @@ def read_bytes(path: str | Path, setting: str, largest: int = LARGEST_TEXT) -> b
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         raise SettingsError(f"{setting}: {unreadable(path, error)}") from None
+    mode = os.fstat(number).st_mode
+    if stat.S_ISDIR(mode):
+        os.close(number)
+        raise SettingsError(f"{setting}: {path} is a folder, not a file")
     with open(number, "rb", buffering=0) as file:
-        mode = os.fstat(number).st_mode
-        if stat.S_ISDIR(mode):
-            raise SettingsError(f"{setting}: {path} is a folder, not a file")
         if stat.S_ISFIFO(mode):
             return _limited(file, str(path), setting, largest, _first_written(number, path, setting))
         if not stat.S_ISREG(mode):

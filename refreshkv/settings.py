@@ -70,13 +70,14 @@ def load_settings(
     path: str | Path | None = None,
     overrides: list[str] | None = None,
     folders: Sequence[str] = ("",),
+    setting: str = "--config",
 ) -> Settings:
     """Builds `cls` from a YAML file (optional) and overrides such as `["training.steps=100", "seed=1"]`.
 
-    `path` and `folders` are as in `find_config`. Raises `SettingsError` for unknown keys, wrong types and unreadable
-    files.
+    `path`, `folders` and `setting` are as in `find_config`. Raises `SettingsError` for unknown keys, wrong types and
+    unreadable files.
     """
-    values = {} if path is None else read_yaml(find_config(path, folders))
+    values = {} if path is None else read_yaml(find_config(path, folders, setting), setting)
     for override in overrides or []:
         _apply_override(values, override)
     return settings_from_dict(cls, values)
@@ -210,8 +211,8 @@ def _convert_union(value: Any, hint: Any, name: str) -> Any:
         try:
             return _convert(value, option, name)
         except SettingsError:
-            if dataclasses.is_dataclass(option) and isinstance(value, dict):
-                raise  # it names the key inside
+            if (dataclasses.is_dataclass(option) and isinstance(value, dict)) or type(value) is option:
+                raise  # it names the key inside, or the range
     raise _wrong_type(name, hint, value)
 
 

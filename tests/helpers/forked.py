@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -47,6 +48,7 @@ class CommandServer:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
         environment |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
         environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"PIP_INDEX_URL": "http://127.0.0.1:9"}  # a fetch that is not refused must not reach a network
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
         command = [sys.executable, "-m", "tests.helpers.forked"]
@@ -60,22 +62,16 @@ class CommandServer:
         self._process.stdin.close()
         self._process.wait(20)
 
-    def run(self, arguments: list[str], folder: Path, streams: Path, **settings: Any) -> Done:
-        """Runs `refreshkv ARGUMENTS` in `folder`; what it prints goes to files in `streams`.
+    def run(self, arguments: list[str], folder: Path, **settings: Any) -> Done:
+        """Runs `refreshkv ARGUMENTS` in `folder`.
 
         settings: as those of `_become_command`.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
-        request = {"arguments": arguments, "folder": str(folder), "streams": str(streams), **settings}
+        request = {"arguments": arguments, "folder": str(folder), **settings}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        out, err = (_text(streams / name) for name in ("out", "err"))
-        return Done(answer["code"], out, err, answer["seconds"])
-
-
-def _text(file: Path) -> str:
-    return file.read_text(errors="replace") if file.exists() else ""
+        return Done(**json.loads(self._process.stdout.readline()))
 
 
 def serve() -> None:
@@ -87,33 +83,51 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         began = time.monotonic()
+        pipes = [os.pipe() for _ in range(2)]
         child = os.fork()
         if child == 0:
-            _become_command(**request)
-        code = _wait(child, began + request.get("seconds", 60))
-        answers.write(json.dumps({"code": code, "seconds": time.monotonic() - began}) + "\n")
+            _become_command(pipes=pipes, **request)
+        for _, written in pipes:
+            os.close(written)
+        streams = {read: bytearray() for read, _ in pipes}
+        code = _wait(child, began + request.get("seconds", 60), streams)
+        for read, _ in pipes:
+            os.close(read)
+        out, err = (content.decode(errors="replace") for content in streams.values())
+        answer = {"code": code, "seconds": time.monotonic() - began, "out": out, "err": err}
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
-def _wait(child: int, end: float) -> int:
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
+def _wait(child: int, end: float, streams: dict[int, bytearray]) -> int:
+    """The exit code of a command that ends before `end`. streams: pipes, and what the command has written into each."""
+    waiting, status, killed = select.poll(), None, False
+    for number in streams:
+        waiting.register(number, select.POLLIN)
+    still_open = set(streams)
+    while status is None or still_open:
+        for number, _ in waiting.poll(5) if still_open else [(None, None)]:
+            if number is None:
+                time.sleep(0.005)
+            elif block := os.read(number, 1 << 16):
+                streams[number] += block
+            else:
+                waiting.unregister(number)
+                still_open.remove(number)
+        if status is None:
+            ended, found = os.waitpid(child, os.WNOHANG)
+            status = found if ended else None
+        if not killed and (status is not None or time.monotonic() > end):
+            killed = status is None
             with suppress(ProcessLookupError):
-                os.killpg(child, signal.SIGKILL)  # what the command has left running
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > end:
-            with suppress(ProcessLookupError):
-                os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return ENDED_LATE
-        time.sleep(0.005)
+                os.killpg(child, signal.SIGKILL)  # what the command has left running, or the command itself
+    return ENDED_LATE if killed else os.waitstatus_to_exitcode(status)
 
 
 def _become_command(
     arguments: list[str],
     folder: str,
-    streams: str,
+    pipes: list[tuple[int, int]],
     stdin: str = "/dev/null",
     stdout: str | None = None,
     environment: dict[str, str] | None = None,
@@ -125,6 +139,7 @@ def _become_command(
     """Turns this process into a command.
 
     Args:
+        pipes: for standard output and standard error, the ends to read from and to write to.
         stdin, stdout: files; relative ones lie below `folder`.
         seconds: the time limit, which `serve` keeps.
         file_bytes: largest file that it may write, as on a full disk.
@@ -135,12 +150,15 @@ def _become_command(
     code = 120
     try:
         os.chdir(folder)
-        files = (stdin, stdout or f"{streams}/out", f"{streams}/err")
-        for number, (file, flags) in enumerate(zip(files, (os.O_RDONLY, *2 * [os.O_WRONLY | os.O_CREAT]), strict=True)):
-            os.dup2(os.open(file, flags), number)
+        os.dup2(os.open(stdin, os.O_RDONLY), 0)
+        os.dup2(os.open(stdout, os.O_WRONLY) if stdout else pipes[0][1], 1)
+        os.dup2(pipes[1][1], 2)
+        for number in [*pipes[0], *pipes[1]]:
+            os.close(number)
+        encoding = (environment or {}).get("PYTHONIOENCODING", "utf-8")
         for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
             errors = "backslashreplace" if name == "stderr" else "strict"
-            setattr(sys, name, open(number, mode, encoding="utf-8", errors=errors, closefd=False))
+            setattr(sys, name, open(number, mode, encoding=encoding, errors=errors, closefd=False))
         os.environ |= environment or {}
         if read_only or mounted_bytes:
             mount(read_only, mounted_bytes)

@@ -1,4 +1,4 @@
-"""Each bad input of `tests/launch/bad_inputs.py` ends in one line that names the setting, and leaves all files alone."""
+"""Each bad input of `tests/launch/bad_inputs.py` ends in one line that names the setting, and leaves files alone."""
 
 import hashlib
 import os
@@ -30,7 +30,7 @@ def server():
 def world(server, tmp_path_factory):
     """The folder of good inputs."""
     folder = tmp_path_factory.mktemp("bad-inputs")
-    make_world(server, folder / "world", folder / "streams")
+    make_world(server, folder / "world")
     return folder / "world"
 
 
@@ -48,9 +48,8 @@ def parameters():
 def test_one_line(case, server, world, tmp_path, can_mount):
     if not can_mount and {"read_only", "mounted_bytes"} & case.settings.keys():
         pytest.skip("no file system can be mounted here")
-    folder, streams = tmp_path / "copy", tmp_path / "streams"
+    folder = tmp_path / "copy"
     shutil.copytree(world, folder, symlinks=True)
-    streams.mkdir()
     for name, change in case.files.items():
         path = folder / name
         if callable(change):
@@ -60,16 +59,16 @@ def test_one_line(case, server, world, tmp_path, can_mount):
         else:
             path.write_text(change)
     before = contents(folder)
-    done = run(case, server, folder, streams)
+    done = run(case, server, folder)
     problems = [*judge(case, done), *changed(before, contents(folder), case)]
     assert not problems, "; ".join(problems) + f"\n$ refreshkv {case.command}\n{done.out[-2000:]}\n{done.err[-4000:]}"
 
 
-def run(case: Case, server: CommandServer, folder: Path, streams: Path) -> Done:
+def run(case: Case, server: CommandServer, folder: Path) -> Done:
     settings = {"seconds": SECONDS, **case.settings}
     if case.stdin is not None:
         settings["stdin"] = case.stdin
-    return server.run(case.command.split(" "), folder, streams, **settings)
+    return server.run(case.command.split(" "), folder, **settings)
 
 
 def judge(case: Case, done: Done) -> list[str]:

@@ -90,10 +90,9 @@ COMMANDS = {
 """Commands that succeed, in the order in which they make the world."""
 
 
-def make_world(server: CommandServer, folder: Path, streams: Path) -> None:
+def make_world(server: CommandServer, folder: Path) -> None:
     """Fills `folder`. Fails the test if one of the commands does."""
     folder.mkdir()
-    streams.mkdir()
     words = [f"word{i:02d}" for i in range(60)]
     texts = [" ".join(words[(i * i + 7 * j + i) % 60] for j in range(200)) for i in range(60)]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -101,7 +100,5 @@ def make_world(server: CommandServer, folder: Path, streams: Path) -> None:
     for name, values in (("run", RUN), ("experiment", EXPERIMENT), ("suite", SUITE)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     for command in COMMANDS.values():
-        done = server.run(command.split(), folder, streams, seconds=200)
+        done = server.run(command.split(), folder, seconds=200)
         assert done.code == 0, f"refreshkv {command}: {done.code}\n{done.out}\n{done.err}"
-        for stream in streams.iterdir():
-            stream.unlink()
