@@ -45,8 +45,11 @@ def write_bytes(path: str | Path, content: bytes, durable: bool = False) -> None
 
 
 def write_text(path: str | Path, text: str, durable: bool = False) -> None:
-    """Replaces `path` by a UTF-8 file with this text, atomically (`atomic_file`)."""
-    write_bytes(path, text.encode(), durable)
+    """Replaces `path` by a UTF-8 file with this text, atomically (`atomic_file`).
+
+    Bytes of file names that are not UTF-8 are written with backslashes.
+    """
+    write_bytes(path, text.encode(errors="backslashreplace"), durable)
 
 
 def write_json(path: str | Path, values: Any, indent: int = 2, durable: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The console command as a process of its own: what forks of one process cannot show, and how errors become one line."""
+"""The console command as a process of its own, which forks of one process cannot show; how errors become one line."""
 
 import errno
 import os
