@@ -16,6 +16,7 @@ from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetNotFoundError
 
 from refreshkv.data.config import FILE_BUILDERS, NUMPY_TESTS, PYTHON_PACKAGES, PYTHON_STDLIB, DataConfig
+from refreshkv.machine import is_full_disk, machine_problem
 from refreshkv.settings import SettingsError
 
 SKIPPED_DIRECTORIES = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
@@ -188,6 +189,8 @@ def _reading(config: DataConfig) -> Iterator[None]:
 
 
 def _explanation(config: DataConfig, error: Exception) -> str:
+    if is_full_disk(error):
+        return f"data.path={config.path}: reading needs room on the disk for a copy (HF_HOME): {machine_problem(error)}"
     reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
     if isinstance(error, StopIteration):
         return f"{_source(config)}: no such file, or nothing in it"

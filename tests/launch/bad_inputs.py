@@ -25,7 +25,7 @@ class Case:
     command: str
     """What follows `refreshkv`, words separated by spaces."""
     words: tuple[str, ...]
-    """Each stands in the last line on standard error (with `code=0`: in what is printed)."""
+    """Each stands in the last line on standard error (with `code=0`: in what is printed); a|b is one of the two."""
     files: dict[str, str | bytes | Change] = field(default_factory=dict)
     """Path -> its new content, or what is done with it."""
     code: int = 2
@@ -389,7 +389,7 @@ def _disks() -> Iterator[Case]:
             yield Case(
                 f"{name}: no file may have more than {size} bytes",
                 command,
-                ("full",),
+                ("full|File too large",),
                 code=3 if name == "train" and size > 0 else 2,
                 settings={"file_bytes": size},
                 is_sample=is_sample,
@@ -398,7 +398,7 @@ def _disks() -> Iterator[Case]:
             yield Case(
                 f"{name}: a disk of 8 kB",
                 command.replace(" new", " small/new").replace("=new", "=small/new"),
-                ("full",),
+                ("full|No space left",),
                 {"small": folder},
                 code=3 if name == "train" else 2,
                 settings={"mounted_bytes": ("small", 8192)},

@@ -81,7 +81,8 @@ def judge(case: Case, done: Done) -> list[str]:
             problems.append(f"no line of an error: {last!r}")
         if sum(bool(ERROR.search(line)) for line in lines) > 1:
             problems.append("more than one line of an error")
-    problems += [f"the line lacks {word!r}: {last!r}" for word in case.words if word not in last]
+    lacking = [word for word in case.words if not any(part in last for part in word.split("|"))]
+    problems += [f"the line lacks {word!r}: {last!r}" for word in lacking]
     if "Traceback" in done.out + done.err:
         problems.append("a traceback")
     return problems
