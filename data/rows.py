@@ -18,7 +18,7 @@ from refreshkv.data.report import PreparationReport, share_beyond
 from refreshkv.files import write_json
 from refreshkv.folders import resolved
 from refreshkv.loading import find_tokenizer
-from refreshkv.reading import read_json
+from refreshkv.reading import read_json, refuse_special_files
 from refreshkv.settings import SettingsError
 
 
@@ -76,6 +76,7 @@ def load_rows(folder: str | Path) -> Rows:
     try:
         info = read_json(folder / INFO_FILE, "data.folder")
         _validate_info(info)
+        refuse_special_files(folder, "data.folder")
         splits = load_from_disk(str(folder), keep_in_memory=False).with_format("torch")
         if not isinstance(splits, DatasetDict):
             raise ValueError("it holds one table and no splits")

@@ -17,6 +17,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from refreshkv.data.config import FILE_BUILDERS, NUMPY_TESTS, PYTHON_PACKAGES, PYTHON_STDLIB, DataConfig
 from refreshkv.machine import is_full_disk, machine_problem
+from refreshkv.reading import refuse_special_sources
 from refreshkv.settings import SettingsError
 
 SKIPPED_DIRECTORIES = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
@@ -161,6 +162,8 @@ def _open_source(config: DataConfig) -> Dataset | IterableDataset:
         return IterableDataset.from_generator(package_documents)
     if config.path == NUMPY_TESTS:
         return Dataset.from_list(list(numpy_test_documents()))
+    refuse_special_sources(config.data_files, "data.data_files")
+    refuse_special_sources(config.path, "data.path")
     if Path(config.path).is_file():
         raise SettingsError(
             f"data.path={config.path} is a file: set data.path to its kind ({', '.join(FILE_BUILDERS)}) and "

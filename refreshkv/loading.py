@@ -17,6 +17,7 @@ from refreshkv.cache.refresh import saved_config
 from refreshkv.config import RefreshConfig
 from refreshkv.gguf import dequantize_options, forget_quantization, is_gguf, pretrained_location
 from refreshkv.ranges import LARGEST_COUNT, show
+from refreshkv.reading import refuse_special_files
 from refreshkv.settings import SettingsError
 
 LARGEST_SIZES = {
@@ -45,6 +46,7 @@ def load_configuration(name: str, setting: str) -> PretrainedConfig:
     Raises `SettingsError` naming `setting` if there is none.
     """
     location = pretrained_location(name, setting)
+    refuse_special_files(name, setting)
     try:
         config = AutoConfig.from_pretrained(**location)
     except Exception as error:  # the type depends on what is missing, and on where the model comes from
@@ -108,6 +110,7 @@ def _first_not_finite(model: PreTrainedModel) -> str | None:
 def load_tokenizer(name: str | Path, setting: str) -> PreTrainedTokenizerBase:
     """Loads a tokenizer from a folder, Hub id or GGUF file; `SettingsError` naming `setting` if there is none."""
     location = pretrained_location(name, setting)
+    refuse_special_files(name, setting)
     try:
         return AutoTokenizer.from_pretrained(**location)
     except Exception as error:  # as above, and on the tokenizer's own library

@@ -26,7 +26,9 @@ class Overrides:
 
 def add_model(parser: argparse.ArgumentParser, note: str = "", **settings: Any) -> None:
     """Adds --model, required. note: what the script's help adds; settings: further arguments of `add_argument`."""
-    parser.add_argument("--model", required=True, help=f"folder or Hub id of a transformers decoder{note}", **settings)
+    parser.add_argument(
+        "--model", required=True, type=_model_name, help=f"folder or Hub id of a transformers decoder{note}", **settings
+    )
 
 
 def add_output(parser: argparse.ArgumentParser, default: str) -> None:
@@ -136,6 +138,12 @@ def chosen_device(name: str) -> str:
     if number and int(number) >= torch.cuda.device_count():
         raise SettingsError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs, numbered from 0")
     return name
+
+
+def _model_name(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a folder or a name is wanted, got nothing")
+    return text
 
 
 def _device_name(text: str) -> str:

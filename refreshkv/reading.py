@@ -6,6 +6,7 @@ nothing writes to, a loop of links, another encoding, a file larger than memory.
 
 import codecs
 import errno
+import glob
 import json
 import os
 import stat
@@ -56,6 +57,34 @@ def read_bytes(path: str | Path, setting: str, largest: int = LARGEST_TEXT) -> b
         if not stat.S_ISREG(mode):
             raise SettingsError(f"{setting}: {path} is a device, not a file")
         return _limited(file, str(path), setting, largest)
+
+
+def refuse_special_files(path: str | Path, setting: str) -> None:
+    """Raises `SettingsError` if a file, or one below a folder, is a pipe or a device: libraries would wait for it.
+
+    What cannot be looked at passes: reading it says why.
+    """
+    files = [os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names] or [str(path)]
+    for file in files:
+        try:
+            mode = os.stat(file).st_mode
+        except (OSError, ValueError):
+            continue
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise SettingsError(f"{setting}: {file} is a pipe or a device, not a file")
+
+
+def refuse_special_sources(sources: Any, setting: str) -> None:
+    """`refuse_special_files` for the local files among what `datasets` reads: paths with or without *, addresses, lists
+    and dictionaries of them."""
+    if isinstance(sources, dict):
+        sources = list(sources.values())
+    if isinstance(sources, (list, tuple)):
+        for source in sources:
+            refuse_special_sources(source, setting)
+    elif isinstance(sources, str) and "://" not in sources and "\0" not in sources:
+        for file in glob.glob(os.path.expanduser(sources), recursive=True):
+            refuse_special_files(file, setting)
 
 
 def read_standard_input(setting: str, largest: int = LARGEST_TEXT) -> str:

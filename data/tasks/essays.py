@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 
 from refreshkv.data.tasks.words import sentence
+from refreshkv.reading import refuse_special_sources
 from refreshkv.settings import SettingsError
 
 BUILDERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -43,6 +44,7 @@ def load_columns(files: str | Sequence[str], setting: str) -> datasets.Dataset:
     builder = builders.pop() if len(builders) == 1 else None
     if builder is None:
         raise SettingsError(f"{setting} must be files of one kind ({', '.join(BUILDERS)}), got {', '.join(files)}")
+    refuse_special_sources(files, setting)
     options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
     try:
         table = datasets.load_dataset(builder, data_files=files, split="train", **options)

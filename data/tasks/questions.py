@@ -13,6 +13,7 @@ from refreshkv.data.tasks.family import Family, Problem
 from refreshkv.data.tasks.scoring import match_any
 from refreshkv.data.tasks.template import Template
 from refreshkv.data.tasks.words import ADJECTIVES, NOUNS, coined_words
+from refreshkv.reading import refuse_special_sources
 from refreshkv.settings import SettingsError
 
 
@@ -104,6 +105,7 @@ def _choose(random: Random, question: Question, available: int, size: int) -> li
 
 @lru_cache(maxsize=4)
 def _read(file: str, source: str) -> tuple[list[Question], list[str]]:
+    refuse_special_sources(file, "data_files")
     try:
         with fsspec.open(file, "rt", encoding="utf-8", compression="infer") as opened:
             text = opened.read()  # pyright: ignore[reportAttributeAccessIssue]  # a list only for several files
@@ -113,7 +115,7 @@ def _read(file: str, source: str) -> tuple[list[Question], list[str]]:
         raise SettingsError(f"data_files={file} cannot be read: {' '.join(str(error).split())}") from error
     try:
         return (_squad if source == "squad" else _hotpot)(json.loads(text))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SettingsError(
             f"data_files={file} does not have the layout of source={source}: {type(error).__name__}: {error}"
         ) from error

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from refreshkv import RefreshConfig
 from refreshkv.evaluation.strategies import Strategy, build_strategy
+from refreshkv.ranges import COUNT, validate_numbers
 from refreshkv.settings import SettingsError, find_config, read_yaml, settings_from_dict
 
 
@@ -29,6 +30,9 @@ class Corpus:
     refresh: dict[str, Any] = field(default_factory=dict)
     """Settings of `RefreshConfig` for this one only."""
 
+    def __post_init__(self) -> None:
+        validate_numbers(self, {"row_length": COUNT, "rows": COUNT, "last_tokens": COUNT})
+
 
 @dataclass
 class Benchmark:
@@ -44,6 +48,9 @@ class Benchmark:
     """Task -> further settings."""
     refresh: dict[str, Any] = field(default_factory=dict)
     """Settings of `RefreshConfig` for this one only."""
+
+    def __post_init__(self) -> None:
+        validate_numbers(self, {"length": COUNT, "examples": COUNT})
 
 
 @dataclass
@@ -114,6 +121,9 @@ class Suite:
             setattr(self, name, converted)
         self._check_names()
         self._check_numbers()
+        for of in {**self.corpora, **self.benchmarks}:
+            for model in self.models or [""]:
+                self.strategies(of, model)  # refuses what it cannot build
 
     def _check_names(self) -> None:
         both = set(self.corpora) & set(self.benchmarks)

@@ -48,7 +48,10 @@ class CommandServer:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
         environment |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
         environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-        environment |= {"PIP_INDEX_URL": "http://127.0.0.1:9"}  # a fetch that is not refused must not reach a network
+        environment |= {
+            "PIP_INDEX_URL": "http://127.0.0.1:9",
+            "PIP_RETRIES": "0",
+        }  # a fetch that is not refused must not reach a network
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
         command = [sys.executable, "-m", "tests.helpers.forked"]

@@ -802,7 +802,7 @@ def _training() -> Iterator[Case]:
         ("no run", "training.output"),
         {"new": lambda p: (p.mkdir(), (p / "x").write_text(""))},
     )
-    yield Case("train: 10^9 ranks", f"{DRY} --ranks 1000000000", ("global_batch",))
+    yield Case("train: 10^9 ranks", f"{DRY} --ranks 1000000000", ("--ranks",))
     yield Case("train: the data's folder is a number", f"{TRAIN} data.folder=3", ("data.folder",))
     yield Case("train: an unknown schedule", f"{TRAIN} training.lr_schedule=nonesuch", ("training.lr_schedule",))
     yield Case(
@@ -987,7 +987,6 @@ def _experiments() -> Iterator[Case]:
         "settings of a number inside": {"studies__small__settings__data": 3},
         "an empty output": {"output": ""},
         "a base of text": {"studies__small__base": "x"},
-        "a base without a model": {"studies__small__base": {}},
         "a start that is itself": {"studies__small__start": "small"},
     }
     for what, change in changes.items():
@@ -1030,8 +1029,6 @@ def _commands() -> Iterator[Case]:
         "neither": {},
         "both": {"model": model, "texts": {"packages": []}},
         "text": {"model": "x"},
-        "no package": {"model": {**model, "package": ""}},
-        "no texts": {"texts": {"packages": []}},
         "packages of text": {"texts": {"packages": "x"}},
     }.items():
         yield Case(f"fetch: {what}", "fetch s.yaml --output new", (), {"s.yaml": yaml.safe_dump(content) or "{}"})

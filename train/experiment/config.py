@@ -148,7 +148,10 @@ class ExperimentConfig:
 
     def data(self, study: str) -> Fragment:
         """The `data` section of the study's runs."""
-        return merge(self.settings, self.studies[study].settings).get("data", {})
+        data = merge(self.settings, self.studies[study].settings).get("data", {})
+        if not isinstance(data, dict):
+            raise SettingsError(f"studies.{study}.settings.data must be a section with keys, got {show(data)}")
+        return data
 
     def _check_data(self, name: str) -> None:
         data = self.data(name)
