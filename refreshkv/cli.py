@@ -4,6 +4,7 @@ An error that the user or the machine causes is one line. Any other error is a m
 """
 
 import os
+import stat
 import sys
 import traceback
 from collections.abc import Callable
@@ -26,6 +27,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 TRACEBACK = "REFRESHKV_TRACEBACK"
 """Environment variable: with any value but 0, errors of one line have their traceback above them."""
 
+OUTPUT_FAILS = "standard output cannot be written to; its disk may be full ({}): send it to another place"
+
 REFUSED, READER_GONE, INTERRUPTED = 2, 141, 130
 """Exit codes: an error that the user can mend; standard output was closed by its reader, as in `| head`; Ctrl-C."""
 
@@ -47,15 +50,16 @@ def run(main: Callable[[list[str]], None], extra: str | None = None) -> NoReturn
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except Exception as error:
-        message = _message(error, extra)
+        output_fails = _standard_output_fails(error)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(READER_GONE)
+        message = OUTPUT_FAILS.format(error) if output_fails else _message(error, extra)
         if message is None:
             raise
         if os.environ.get(TRACEBACK, "0") != "0":
             traceback.print_exc()
-        reader_gone = isinstance(error, BrokenPipeError)
-        if not reader_gone:
-            _print_error(message)
-        sys.exit(READER_GONE if reader_gone else REFUSED)
+        _print_error(message)
+        sys.exit(REFUSED)
     sys.exit(code)
 
 
@@ -73,9 +77,6 @@ def _message(error: Exception, extra: str | None) -> str | None:
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         return _missing_extra(error, extra)
-    if _standard_output_fails():
-        reason = getattr(error, "strerror", None) or str(error)
-        return f"standard output cannot be written to; its disk may be full ({reason}): send it to another place"
     from refreshkv.machine import machine_problem  # imports torch, which help and wrong options do without
 
     return machine_problem(error)
@@ -108,14 +109,22 @@ def _flush() -> None:
         sys.stdout.flush()
 
 
-def _standard_output_fails() -> bool:
-    """Whether what was printed cannot be written. It is thrown away then, for the interpreter would try again."""
+def _standard_output_fails(error: Exception) -> bool:
+    """Whether `error` comes from writing to standard output. What waits to be written is thrown away then.
+
+    An `OSError` without a file's name may: one more character shows it, where no terminal and no pipe would show that.
+    """
+    if not isinstance(error, OSError) or error.filename is not None or sys.stdout is None:
+        return False
     try:
         _flush()
+        if stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode) or sys.stdout.isatty():
+            return False
+        os.write(sys.stdout.fileno(), b"\n")
         return False
     except (OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, 1)
         os.close(nowhere)
         return True
 

@@ -70,10 +70,12 @@ def loop(path: Path) -> None:
 
 
 def big(size: int, character: bytes = b"a") -> Change:
+    """A line of `size` bytes, of which only the first 20 MB take room on the disk."""
+
     def change(path: Path) -> None:
         with path.open("wb") as file:
-            for _ in range(size >> 20):
-                file.write(character * (1 << 20))
+            file.write(character * min(size, 20 << 20))
+            file.truncate(size)
 
     return change
 
