@@ -67,6 +67,9 @@ def validate_sizes(config: PretrainedConfig, whose: str) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
             raise SettingsError(f"{whose} has {name}={show(value)}: it must be a whole number from 1 to {most}")
+    heads, groups = (getattr(decoder, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if heads and groups and heads % groups:
+        raise SettingsError(f"{whose} has {heads} heads: they must be a multiple of num_key_value_heads={groups}")
 
 
 def load_model(name: str, setting: str, **options: Any) -> PreTrainedModel:

@@ -153,7 +153,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         target[key] = parse_yaml(text)
     except yaml.YAMLError as error:
         reason = getattr(error, "problem", None) or error
-        raise SettingsError(f"cannot read the value of {name} as YAML ({reason}), got {show(text)}; quote it") from None
+        raise SettingsError(f"cannot read the value of {show(override)} as YAML; quote it ({reason})") from None
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:

@@ -118,8 +118,8 @@ def load_report(folder: str | Path, setting: str = "--compare") -> dict[str, Any
     path = Path(folder, "report.json")
     if not os.path.lexists(path):
         raise SettingsError(f"{setting}: {folder} holds no report.json: run launch/evaluate.py with --output {folder}")
-    report = read_json(path, setting)
     try:
+        report = read_json(path, setting)
         if report["layout"] != LAYOUT:
             raise ValueError(f"layout {report['layout']}, this version reads {LAYOUT}")
         for name, kind in (("model", str), ("date", str), ("settings", dict), ("protocol", dict)):
@@ -132,7 +132,8 @@ def load_report(folder: str | Path, setting: str = "--compare") -> dict[str, Any
                 raise ValueError("a result has no losses")
         return report
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SettingsError(f"{setting}: {path} is not a report of launch/evaluate.py: {error}") from error
+        reason = str(error).removeprefix(f"{setting}: ")
+        raise SettingsError(f"{setting}: {path} is not a report of launch/evaluate.py: {reason}") from error
 
 
 def _evaluations(report: dict[str, Any]) -> tuple[Evaluation, Evaluation | None]:
