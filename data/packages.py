@@ -1,12 +1,29 @@
 """Files out of packages: wheels from the Python package index, .deb files from Debian's archive."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from refreshkv.settings import SettingsError
+
+PACKAGE, VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*"), re.compile(r"[A-Za-z0-9][A-Za-z0-9.+~:_-]*")
+
+
+def validate_package(package: str, version: str) -> None:
+    """Raises `SettingsError` for a name or a version that pip or apt-get would take for something else."""
+    for setting, value, form in (("package", package, PACKAGE), ("version", version, VERSION)):
+        if not form.fullmatch(value):
+            raise SettingsError(f"{setting}: {value!r} is no {setting} of a package; write its plain {setting}")
+
+
+def validate_inside(path: str, setting: str) -> None:
+    """Raises `SettingsError` for a path that leads out of the package."""
+    if not path or path.startswith("/") or ".." in PurePosixPath(path).parts:
+        raise SettingsError(f"{setting}: {path!r} leads out of the package; write a path inside it")
 
 
 def download_wheel(package: str, version: str, folder: Path) -> Path:
@@ -46,7 +63,16 @@ def unpack_debian_package(package: str, version: str, folder: Path) -> Path:
     unpacked = folder / package
     _run(["dpkg-deb", "--extract", str(archive), str(unpacked)], folder, f"packages: {archive.name} is damaged")
     archive.unlink()
+    _remove_links_out_of(unpacked)
     return unpacked
+
+
+def _remove_links_out_of(folder: Path) -> None:
+    """Removes symbolic links that lead out of the folder, to files of this machine."""
+    for parent, folders, files in os.walk(folder):
+        for link in [path for path in (Path(parent, name) for name in [*folders, *files]) if path.is_symlink()]:
+            if not Path(os.path.realpath(link)).is_relative_to(os.path.realpath(folder)):
+                link.unlink()
 
 
 def _run(command: list[str], folder: Path, failure: str) -> None:

@@ -244,7 +244,8 @@ def _open_store(model: PreTrainedModel, options: argparse.Namespace) -> PrefixSt
     if options.prefix_store is None:
         return None
     capacity = int(options.prefix_store_gb * 10**9)
-    return PrefixStore(options.prefix_store, capacity, model, setting="--prefix-store")
+    shared = bool(options.prefix_store_shared)
+    return PrefixStore(options.prefix_store, capacity, model, setting="--prefix-store", shared=shared)
 
 
 def _mean_scores(results: list[TaskResult]) -> dict[str, float]:

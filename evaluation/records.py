@@ -8,6 +8,9 @@ from typing import Any, Generic, Protocol, TypeVar
 from refreshkv.reading import LARGEST_REPORT, read_bytes
 from refreshkv.settings import SettingsError
 
+LINE_START = b'{"key": "'
+"""How every record's line begins."""
+
 
 class Keyed(Protocol):
     """A dataclass of plain values with a `key`: a hash of everything that the other values depend on."""
@@ -60,6 +63,7 @@ class RecordFile(Generic[Line]):
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise SettingsError(f"{self._path} is not from {self.kind} ({reason}); use another --output") from None
-        if complete != content and records:
+        begun = content[len(complete) :][: len(LINE_START)]
+        if begun and (records or LINE_START.startswith(begun)):
             os.truncate(self._path, len(complete))
         return records

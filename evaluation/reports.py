@@ -3,6 +3,7 @@
 import datetime
 import functools
 import importlib.metadata
+import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,15 @@ ROWS_FILE = "rows.jsonl"
 """In a report's folder: the finished sequences of a perplexity."""
 EXAMPLES_FILE = "examples.jsonl"
 """In a report's folder: the finished examples of tasks, with every answer."""
+HOLDS = {
+    "config.json": "a model",
+    "rows.json": "prepared sequences",
+    "source.json": "what was fetched",
+    "run.yaml": "a training run",
+    "manifest.json": "a checkpoint",
+    "store.json": "a prompt store",
+}
+"""Files that say what a folder is: reports do not go there."""
 LIBRARIES = ("refreshkv", "torch", "transformers", "datasets")
 
 
@@ -48,15 +58,24 @@ def open_output(folder: str | Path, names: tuple[str, ...], overwrite: bool, res
         overwrite: remove those that are there.
         resume: keep them; the evaluation continues.
 
-    Raises `SettingsError` if the folder has one of the files and neither is wanted, or if it is not writable.
+    Raises `SettingsError` if the folder has one of the files and neither is wanted or no evaluation has written it, if
+    it holds a model, sequences or a run, or if it is not writable.
     """
     validate_folder(folder, "--output")
     folder = Path(folder)
+    for name, content in HOLDS.items():
+        if (folder / name).is_file():
+            raise SettingsError(f"--output {folder} holds {content} ({name}): choose another folder for the report")
     existing = [name for name in names if (folder / name).exists()]
     if existing and not overwrite and not resume:
         raise SettingsError(
             f"--output {folder} already holds {existing[0]}: continue that with --resume, replace it with --overwrite, "
             "or choose another folder"
+        )
+    if existing and not any(_is_ours(folder / name) for name in existing):
+        raise SettingsError(
+            f"--output {folder} holds {existing[0]}, which no evaluation has written: move it away, or choose another "
+            "folder"
         )
     make_folder(folder, "--output")
     try:
@@ -66,6 +85,18 @@ def open_output(folder: str | Path, names: tuple[str, ...], overwrite: bool, res
     except OSError as error:
         raise SettingsError(f"--output {folder} cannot be written to: {error.strerror or error}") from error
     return folder
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether an evaluation has written this report, or these records; figures and tables alone do not tell."""
+    try:
+        if file.suffix == ".jsonl":
+            with file.open(encoding="utf-8") as lines:
+                first = lines.readline()
+            return not first.endswith("\n") or "key" in json.loads(first)
+        return file.suffix == ".json" and {"command", "versions"} <= set(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def drawn(name: str, draw: Callable[[], bytes]) -> bytes | None:

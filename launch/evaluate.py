@@ -57,6 +57,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "examples": (("tasks", "suite"), {"tasks": 50}),
     "prefix_store": (("tasks",), {}),
     "prefix_store_gb": (("tasks",), {"tasks": 20.0}),
+    "prefix_store_shared": (("tasks",), {}),
     "corpus": (("suite",), {"suite": []}),
     "without": (("suite",), {"suite": []}),
 }
@@ -110,6 +111,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--prefix-store", type=Path, help="folder of prompts' keys and values: compute each prompt once"
     )
     parser.add_argument("--prefix-store-gb", type=float, help="most GB in it (default: 20)")
+    parser.add_argument(
+        "--prefix-store-shared", action="store_true", default=None, help="other users read and write there too"
+    )
     add_budget(parser)
     parser.add_argument("--threshold", help="evaluate the similarity schedule with this threshold as well")
     add_execution(parser)
@@ -126,8 +130,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def check_options(options: argparse.Namespace) -> None:
     """Refuses options that the chosen kind of evaluation does not take; gives the others their defaults."""
     check_numbers(options)
-    if options.prefix_store_gb is not None and options.prefix_store is None:
-        raise SettingsError("--prefix-store-gb needs --prefix-store")
+    for name in ("prefix_store_gb", "prefix_store_shared"):
+        if getattr(options, name) is not None and options.prefix_store is None:
+            raise SettingsError(f"--{name.replace('_', '-')} needs --prefix-store")
     options.kind = kind = next(kind for kind in KINDS if getattr(options, kind) is not None)
     for name, (meaningful, defaults) in OPTIONS.items():
         if getattr(options, name) is None:

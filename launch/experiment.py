@@ -23,7 +23,7 @@ from refreshkv.folders import make_folder, validate_folder
 from refreshkv.options import check_numbers
 from refreshkv.settings import SettingsError, load_settings
 from refreshkv.train.experiment.config import ExperimentConfig
-from refreshkv.train.experiment.jobs import Job, plan
+from refreshkv.train.experiment.jobs import Job, plan, validate_runs
 from refreshkv.train.experiment.report import write_tables
 from refreshkv.train.experiment.results import Results
 from refreshkv.train.experiment.running import Outcome, run_jobs, stopped_by_sigterm
@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
     results = Results(config)
     jobs = chosen(plan(config, set(results.entries)), args.only)
     results.check_bases(jobs)
+    validate_runs(jobs)
     if args.dry_run:
         print("\n".join(job.name for job in jobs) or "nothing is left to do")
         return

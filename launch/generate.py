@@ -69,7 +69,8 @@ def generate_with_store(
 ) -> None:
     """As without a store, but the prompt's beginning is taken from the store, and a new prompt is stored."""
     most = int((options.prefix_store_gb or PREFIX_STORE_GB) * 10**9)
-    store = PrefixStore(options.prefix_store, most, model, setting="--prefix-store")
+    shared = bool(options.prefix_store_shared)
+    store = PrefixStore(options.prefix_store, most, model, setting="--prefix-store", shared=shared)
     filled = keep_all_tokens(DynamicCache(config=model.config) if cache is None else cache)
     reuse = recycle(store, filled, ids)
     streamer = generate(model, tokenizer, ids, filled, options)
@@ -182,6 +183,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="with --sample (default: 0)")
     parser.add_argument("--prefix-store", help="folder of prompts' keys and values, made if need be")
     parser.add_argument("--prefix-store-gb", type=float, help=f"most GB in it (default: {PREFIX_STORE_GB})")
+    parser.add_argument(
+        "--prefix-store-shared", action="store_true", default=None, help="other users read and write there too"
+    )
     add_device(parser)
     add_overrides(parser)
     options = parser.parse_intermixed_args(arguments)
@@ -202,7 +206,7 @@ def validate(options: argparse.Namespace) -> None:
     if not options.sample:
         refuse_given(options, ("temperature", "top_p", "seed"), "needs --sample")
     if options.prefix_store is None:
-        refuse_given(options, ("prefix_store_gb",), "needs --prefix-store")
+        refuse_given(options, ("prefix_store_gb", "prefix_store_shared"), "needs --prefix-store")
 
 
 def refuse_given(options: argparse.Namespace, names: tuple[str, ...], reason: str) -> None:

@@ -3,7 +3,9 @@
 An error that the user or the machine causes is one line. Any other error is a mistake of ours and keeps its traceback.
 """
 
+import ctypes
 import os
+import signal
 import stat
 import sys
 import traceback
@@ -11,6 +13,11 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from refreshkv.errors import SettingsError
+
+PARENT = "REFRESHKV_ENDS_WITH"
+"""Environment variable with the process id of the process that a command must not outlive."""
+PR_SET_PDEATHSIG = 1
+"""Number of the operation in Linux's prctl."""
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("deepspeed", "accelerate", "tensorboard"),
@@ -43,6 +50,7 @@ def run(main: Callable[[list[str]], None], extra: str | None = None) -> NoReturn
     comes with it if the environment has REFRESHKV_TRACEBACK=1. A missing module of `EXTRAS` is such an error too, with
     the extra to install: `extra` if given. All other errors are raised.
     """
+    _end_with_parent()
     _prepare_streams()
     try:
         code = _exit_code(main)
@@ -127,6 +135,19 @@ def _standard_output_fails(error: Exception) -> bool:
         os.dup2(nowhere, 1)
         os.close(nowhere)
         return True
+
+
+def _end_with_parent() -> None:
+    """Lets the kernel kill this process when the one that started it ends, if that one has asked so (`PARENT`).
+
+    A killed experiment would otherwise leave runs behind that write into the folders of its next call. Linux only.
+    """
+    parent = os.environ.pop(PARENT, None)
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != int(parent):  # it ended before the kernel was asked
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _print_error(message: str) -> None:

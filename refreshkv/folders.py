@@ -16,8 +16,8 @@ def resolved(folder: str | Path, setting: str) -> Path:
         raise SettingsError(f"{_named(setting, folder)} cannot be used ({reason}): choose another folder") from None
 
 
-def validate_folder(folder: str | Path, setting: str) -> None:
-    """Raises `SettingsError` unless `folder` is a folder, or a new name in which one can be made; nothing is written.
+def validate_folder(folder: str | Path, setting: str, kind: type[Exception] = SettingsError) -> None:
+    """Raises an error of `kind` unless `folder` is a folder, or a name that one can be made with; nothing is written.
 
     The nearest folder above that exists must take new files.
     """
@@ -28,17 +28,15 @@ def validate_folder(folder: str | Path, setting: str) -> None:
             nearest = nearest.parent
         if not nearest.is_dir():
             reason = "it" if nearest == path else str(nearest)
-            raise SettingsError(
-                f"{_named(setting, folder)} cannot be written to: {reason} is no folder; choose another folder"
-            )
+            raise kind(f"{_named(setting, folder)} cannot be written to: {reason} is no folder; choose another folder")
         longest = os.pathconf(nearest, "PC_NAME_MAX")
         for part in path.relative_to(nearest).parts:
             if len(os.fsencode(part)) > longest:
-                raise SettingsError(f"{_named(setting, folder)} has a name of more than {longest} bytes: shorten it")
+                raise kind(f"{_named(setting, folder)} has a name of more than {longest} bytes: shorten it")
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise _not_writable(setting, folder, error) from None
+        raise kind(_not_writable(setting, folder, error)) from None
 
 
 def make_folder(folder: str | Path, setting: str) -> Path:
@@ -53,13 +51,13 @@ def make_folder(folder: str | Path, setting: str) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise _not_writable(setting, folder, error) from None
+        raise SettingsError(_not_writable(setting, folder, error)) from None
     return path
 
 
-def _not_writable(setting: str, folder: str | Path, error: OSError) -> SettingsError:
+def _not_writable(setting: str, folder: str | Path, error: OSError) -> str:
     reason = error.strerror or str(error)
-    return SettingsError(f"{_named(setting, folder)} cannot be written to: {reason}; choose another folder")
+    return f"{_named(setting, folder)} cannot be written to: {reason}; choose another folder"
 
 
 def _named(setting: str, folder: str | Path) -> str:

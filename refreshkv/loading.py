@@ -1,6 +1,7 @@
 """Loads models, tokenizers and saved schedules from folders or the Hub; errors are one line that names the setting."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -31,13 +32,29 @@ LARGEST_SIZES = {
     "max_position_embeddings": LARGEST_COUNT,
 }
 """Numbers of a model's configuration, and the largest that a machine could hold."""
+CODE: dict[str, Any] = {"trust_remote_code": False}
+"""No code that a model or a tokenizer brings along is ever run."""
+
+CHECKPOINT_FILES, RUN_FILES = ("manifest.json", "state.json"), ("run.yaml", "checkpoints")
+"""What a checkpoint of training, and a run with checkpoints, hold and no model does."""
 
 
 def model_folder(name: str) -> str:
-    """The folder of a model inside an experiment's folder (`name`/model), or else `name` itself."""
+    """The folder of a model inside an experiment's folder (`name`/model), or else `name` itself.
+
+    Raises `SettingsError` for a checkpoint of training.
+    """
     folder = Path(name)
+    _validate_no_checkpoint(folder, "--model")
     nested = (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file()
     return str(folder / "model") if nested else name
+
+
+def _validate_no_checkpoint(folder: Path, setting: str) -> None:
+    if any(all((folder / name).exists() for name in names) for names in (CHECKPOINT_FILES, RUN_FILES)):
+        raise SettingsError(
+            f"{setting}: {folder} holds checkpoints of training, and no model; make one: launch/export.py {folder} OUT"
+        )
 
 
 def load_configuration(name: str, setting: str) -> PretrainedConfig:
@@ -45,10 +62,11 @@ def load_configuration(name: str, setting: str) -> PretrainedConfig:
 
     Raises `SettingsError` naming `setting` if there is none.
     """
+    _validate_no_checkpoint(Path(name), setting)
     location = pretrained_location(name, setting)
     refuse_special_files(name, setting)
     try:
-        config = AutoConfig.from_pretrained(**location)
+        config = AutoConfig.from_pretrained(**location, **CODE)
     except Exception as error:  # the type depends on what is missing, and on where the model comes from
         raise SettingsError(f"{setting}: no model could be loaded from {_source(name)}: {_reason(error)}") from error
     validate_sizes(config, f"{setting}: the model {name}")
@@ -80,7 +98,7 @@ def load_model(name: str, setting: str, **options: Any) -> PreTrainedModel:
     """
     if not is_gguf(name):
         load_configuration(name, setting)
-    options |= pretrained_location(name, setting) | dequantize_options(name)
+    options |= pretrained_location(name, setting) | dequantize_options(name) | CODE
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(output_loading_info=True, **options)
         model, loading = loaded
@@ -115,7 +133,7 @@ def load_tokenizer(name: str | Path, setting: str) -> PreTrainedTokenizerBase:
     location = pretrained_location(name, setting)
     refuse_special_files(name, setting)
     try:
-        return AutoTokenizer.from_pretrained(**location)
+        return AutoTokenizer.from_pretrained(**location, **CODE)
     except Exception as error:  # as above, and on the tokenizer's own library
         raise SettingsError(
             f"{setting}: no tokenizer could be loaded from {_source(name)}: {_reason(error)}"
@@ -142,5 +160,9 @@ def _source(name: str | Path) -> str:
 
 
 def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it needs Python code of its own, which may do anything and is not run"
+    if "weights_only" in str(error).lower() or isinstance(error, UnpicklingError):
+        return "its weights are a pickle with more in it than tensors, which could run code and is not loaded"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -25,8 +26,19 @@ Settings = TypeVar("Settings")
 
 CONFIGS = Path(__file__).resolve().with_name("configs").resolve()
 """The folder of the files that ship with the package: `configs/` of a checkout, `refreshkv/configs/` of a wheel."""
+PLAIN_NAME = re.compile(r"\w[\w .+=-]*")
+"""A name that is one part of a path, and neither a hidden file nor an option."""
 BASE_MODELS = "base/"
 """Prefix of the models that only a checkout has. Our own files name them relative to the checkout."""
+
+
+def validate_name(name: Any, setting: str) -> None:
+    """Raises `SettingsError` unless `name`, of `setting`, is one plain part of a path: such names become folders."""
+    if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
+        raise SettingsError(
+            f"{setting}: {name!r} becomes the name of a folder: write letters, digits, spaces and . _ + = - only, not "
+            "beginning with a dot or a sign"
+        )
 
 
 def find_config(name: str | Path, folders: Sequence[str] = ("",), setting: str = "--config") -> Path:

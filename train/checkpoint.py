@@ -1,4 +1,4 @@
-"""Writes a run's checkpoints, and finds the newest good one."""
+"""Writes a run's checkpoints."""
 
 import os
 import shutil
@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from refreshkv.files import write_json
-from refreshkv.settings import SettingsError, save_settings
+from refreshkv.files import PARTIAL, flush_to_disk, remove_folder, write_json
+from refreshkv.settings import save_settings
+from refreshkv.train.checkpoint_reader import set_aside
 from refreshkv.train.config import RunConfig
 from refreshkv.train.faults import WriteFailed
-from refreshkv.train.manifest import find_damage, write_manifest
-from refreshkv.train.run_folder import RUN_FILE, STATE_FILE, State, finished_checkpoints, read_state, step_folder
+from refreshkv.train.manifest import write_manifest
+from refreshkv.train.run_folder import RUN_FILE, STATE_FILE, State, finished_checkpoints, note_saved, step_folder
 
 
 def save_checkpoint(
@@ -26,7 +27,7 @@ def save_checkpoint(
     notice when that rank ends.
     """
     folder = step_folder(output, state.step)
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = folder.with_name(f"{folder.name}{PARTIAL}")
     try:
         _write(engine, partial, config, state, tokenizer)
     except (OSError, RuntimeError) as error:
@@ -38,12 +39,24 @@ def save_checkpoint(
             f"the checkpoint of step {state.step} cannot be written to {folder.parent}: {reason}"
         ) from error
     if torch.distributed.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # a resumed run writes the same step again
-        os.rename(partial, folder)
-        for old in finished_checkpoints(output)[: -config.training.keep_checkpoints]:
-            shutil.rmtree(old)
+        _finish(partial, folder, output, config.training.keep_checkpoints)
     torch.distributed.barrier()
     return folder
+
+
+def _finish(partial: Path, folder: Path, output: Path, kept: int) -> None:
+    """Gives a written checkpoint its name and removes the oldest ones beyond `kept`; `WriteFailed` if that fails."""
+    try:
+        if folder.exists():
+            set_aside(folder, "another checkpoint of the same step")
+        os.rename(partial, folder)
+        flush_to_disk(folder.parent)
+        note_saved(output, int(folder.name.removeprefix("step-")))
+        for old in finished_checkpoints(output)[:-kept]:
+            remove_folder(old)
+    except OSError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WriteFailed(f"the checkpoint {folder} cannot take the place of an old one: {reason}") from error
 
 
 def _write(
@@ -70,34 +83,3 @@ def _describe(
         tokenizer.save_pretrained(folder / "model")
     save_settings(config, folder / RUN_FILE)
     write_json(folder / STATE_FILE, vars(state), indent=1)
-
-
-def newest_checkpoint(output: Path, rank: int, world: int, rows: str) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint, None if there is none yet; and one line for each newer one, which is damaged.
-
-    Damaged ones are renamed, so that they no longer count. All ranks call this together. Raises `SettingsError` if all
-    checkpoints are damaged, or if the run was started with other rows. rows: fingerprint of the rows of now.
-    """
-    damaged = []
-    for checkpoint in reversed(finished_checkpoints(output)):
-        problem = find_damage(checkpoint, rank, world)
-        if problem is None:
-            if read_state(checkpoint).rows != rows:
-                raise SettingsError("--resume: data.folder holds other rows than the run was started with")
-            return checkpoint, [_set_aside(folder, reason, rank) for folder, reason in damaged]
-        damaged.append((checkpoint, problem))
-    if damaged:
-        folder, reason = damaged[0]
-        raise SettingsError(
-            f"--resume: {folder} is damaged ({reason}), and no good checkpoint is left; start anew with --overwrite"
-        )
-    return None, []
-
-
-def _set_aside(checkpoint: Path, reason: str, rank: int) -> str:
-    """Renames a damaged checkpoint so that it no longer counts; returns the line that tells the user."""
-    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
-    if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(checkpoint, aside)
-    return f"{checkpoint} is damaged ({reason}); it is now {aside.name}, and the one before is used"

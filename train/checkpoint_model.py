@@ -13,49 +13,26 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedMode
 from transformers.utils import logging as transformers_logging
 
 from refreshkv.cache.refresh import saved_config
-from refreshkv.train.config import RunConfig
+from refreshkv.loading import CODE
 from refreshkv.train.export_error import ExportError, one_line
-from refreshkv.train.run_folder import STATE_FILE, State, finished_checkpoints, read_run, read_state
+from refreshkv.train.safe_loading import tensors_only
 
 MODULE_STATES = "mp_rank_00_model_states.pt"
 """DeepSpeed's file with the whole model, which it writes at ZeRO stage 0."""
 
 
-def find_checkpoint(folder: Path) -> Path:
-    """`folder` if it is a finished checkpoint, else the newest one of the run in it; `ExportError` if there is none."""
-    if not folder.is_dir():
-        raise ExportError(f"CHECKPOINT: there is no folder {folder}")
-    if (folder / STATE_FILE).is_file() and folder.suffix != ".partial":
-        return folder
-    finished = finished_checkpoints(folder)
-    if finished:
-        return finished[-1]
-    if folder.name.startswith("step-"):
-        raise ExportError(
-            f"CHECKPOINT: {folder} was not finished; give the run's folder to take its newest finished one"
-        )
-    raise ExportError(f"CHECKPOINT: {folder} is neither a finished checkpoint nor a run that has one")
-
-
-def read_checkpoint(checkpoint: Path) -> tuple[RunConfig, State]:
-    """The settings and the state of a checkpoint; `ExportError` if they cannot be read."""
-    try:
-        return read_run(checkpoint), read_state(checkpoint)
-    except (ValueError, TypeError, OSError) as error:
-        raise ExportError(f"CHECKPOINT: {checkpoint} is damaged: {one_line(error)}") from error
-
-
 def consolidated_weights(checkpoint: Path, zero_stage: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """The model's weights by name, put together from the ranks' files and rounded to `dtype`."""
     try:
-        weights = _module_weights(checkpoint) if zero_stage == 0 else _master_weights(checkpoint)
+        with tensors_only():
+            weights = _module_weights(checkpoint) if zero_stage == 0 else _master_weights(checkpoint)
         return {name: _rounded(weight, dtype) for name, weight in weights.items()}
     except Exception as error:  # what a damaged file raises depends on where the damage is
         raise ExportError(f"CHECKPOINT: {checkpoint} is damaged or incomplete: {one_line(error)}") from error
 
 
 def _module_weights(checkpoint: Path) -> dict[str, Tensor]:
-    return torch.load(checkpoint / MODULE_STATES, map_location="cpu", mmap=True, weights_only=False)["module"]
+    return torch.load(checkpoint / MODULE_STATES, map_location="cpu", mmap=True, weights_only=True)["module"]
 
 
 def _master_weights(checkpoint: Path) -> dict[str, Any]:
@@ -74,7 +51,7 @@ def _rounded(weight: Any, dtype: torch.dtype) -> Tensor:
 def checkpoint_model(checkpoint: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint's configuration with these weights; `ExportError` unless each has its place."""
     try:
-        config = AutoConfig.from_pretrained(checkpoint / "model")
+        config = AutoConfig.from_pretrained(checkpoint / "model", **CODE)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except (OSError, ValueError, KeyError) as error:
         raise ExportError(f"CHECKPOINT: {checkpoint / 'model'} holds no known model: {one_line(error)}") from error

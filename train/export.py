@@ -1,26 +1,33 @@
 """Writes the model of a training checkpoint as a plain transformers folder, and checks it against the checkpoint."""
 
+import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from refreshkv.files import write_text
+from refreshkv.files import RECORD_FILE, write_json, write_text
 from refreshkv.folders import resolved
+from refreshkv.settings import SettingsError
 from refreshkv.tables import column_table
 from refreshkv.train.card import model_card
-from refreshkv.train.checkpoint_model import (
-    checkpoint_model,
-    consolidated_weights,
-    find_checkpoint,
-    read_checkpoint,
-)
+from refreshkv.train.checkpoint_model import checkpoint_model, consolidated_weights
+from refreshkv.train.checkpoint_reader import find_checkpoint
 from refreshkv.train.export_check import check_export, logits_of, random_rows
+from refreshkv.train.export_error import ExportError
 from refreshkv.train.export_folder import export_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+NAMES_A_PATH = re.compile(r"(path|file|folder|dir|directory)$")
+"""The names of settings that may hold a path."""
+LOCAL_PATH = re.compile(r"[/~.\\]|[A-Za-z]:[/\\]")
+"""How a path of a machine begins, and a Hub id does not."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +82,12 @@ def export(
 
     Raises `ExportError`, with nothing left at `output`.
     """
-    checkpoint = find_checkpoint(resolved(checkpoint, "CHECKPOINT"))
+    try:
+        found = find_checkpoint(resolved(checkpoint, "CHECKPOINT"))
+    except SettingsError as error:
+        raise ExportError(str(error)) from error
     target = resolved(output, "OUT")
-    run, state = read_checkpoint(checkpoint)
+    checkpoint, run, state = found.folder, found.settings, found.state
     card = model_card(run, state, name or target.name, report)
     dtype = DTYPES[run.training.dtype]
     with export_folder(target, checkpoint, overwrite) as folder:
@@ -87,7 +97,7 @@ def export(
         _write(model, checkpoint / "model", card, folder)
         del model  # both models at once would double the memory
         reload_difference, decode_difference = check_export(folder, rows, logits)
-    sizes = {file.name: file.stat().st_size for file in target.iterdir() if file.is_file()}
+    sizes = {file.name: file.stat().st_size for file in target.iterdir() if file.is_file() and file.name != RECORD_FILE}
     name_of_dtype = str(dtype).removeprefix("torch.")
     return ExportResult(target, state.step, parameters, name_of_dtype, sizes, reload_difference, decode_difference)
 
@@ -97,4 +107,15 @@ def _write(model: PreTrainedModel, description: Path, card: str, folder: Path) -
     for file in description.iterdir():  # the tokenizer and the generation config, unchanged
         if file.name != "config.json":
             (shutil.copytree if file.is_dir() else shutil.copyfile)(file, folder / file.name)
+    for file in folder.glob("*config.json"):
+        write_json(file, without_local_paths(json.loads(file.read_text(encoding="utf-8"))))
     write_text(folder / "README.md", card)
+
+
+def without_local_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration's values without those that name a file or folder of this machine, which tell its user too."""
+    return {
+        name: value
+        for name, value in values.items()
+        if not (isinstance(value, str) and NAMES_A_PATH.search(name) and LOCAL_PATH.match(value))
+    }

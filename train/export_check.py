@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import refreshkv
 from refreshkv import RefreshCache, RefreshConfig, Simulation
 from refreshkv.cache.refresh import saved_config
+from refreshkv.loading import CODE
 from refreshkv.train.checkpoint_model import quiet_transformers, validate_loading
 from refreshkv.train.export_error import ExportError
 
@@ -47,7 +48,7 @@ def _reload(folder: Path) -> PreTrainedModel:
     with quiet_transformers():
         # output_loading_info makes it return a pair, which transformers' annotation leaves out
         model, loading = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            folder, dtype="auto", output_loading_info=True
+            folder, dtype="auto", output_loading_info=True, **CODE
         )
     validate_loading("what was written", loading)
     return model

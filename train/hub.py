@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from refreshkv.files import RECORD_FILE
 from refreshkv.settings import SettingsError
 from refreshkv.train.config import HubConfig
 from refreshkv.train.run_folder import METRICS_FILE, RUN_FILE
@@ -52,6 +53,7 @@ def push(folder: Path, repo: str, private: bool = False) -> str:
             folder_path=folder,
             commit_message="Upload a model with its RefreshKV schedule",
             delete_patterns=WEIGHTS,
+            ignore_patterns=[RECORD_FILE],
         )
     except Exception as error:  # the client's, the network's, the operating system's
         raise HubError(f"--push-to-hub {repo}: {_reason(error)} (the export in {folder} is complete)") from None

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 
 import torch.distributed as dist
 
+from refreshkv.train.checkpoint_reader import newest_described
 from refreshkv.train.config import RunConfig
 from refreshkv.train.engine import init_processes
 from refreshkv.train.faults import Watchdog, reporting
@@ -16,7 +17,7 @@ from refreshkv.train.loss import CausalLossModel
 from refreshkv.train.model import build_model
 from refreshkv.train.resume import needs_conversion, start_engine
 from refreshkv.train.run import Run
-from refreshkv.train.run_folder import claim_output, finished_checkpoints, read_state, validate_output
+from refreshkv.train.run_folder import claim_output, validate_output
 from refreshkv.train.stop_request import STOPPED, StopRequest
 from refreshkv.train.validation import setting_warnings
 
@@ -74,8 +75,8 @@ def prepare(job: Job, resume: bool, overwrite: bool) -> CausalLossModel:
     config, is_first = job.config, os.environ.get("RANK", "0") == "0"
     if is_first:
         validate_output(job.output, config, resume, overwrite)
-        if resume and (finished := finished_checkpoints(job.output)):
-            needs_conversion(read_state(finished[-1]), job.world, job.zero_stage, config.training.optimizer)
+        if resume and (checkpoint := newest_described(job.output)):
+            needs_conversion(checkpoint.state, job.world, job.zero_stage, config.training.optimizer)
         if config.hub.repo:
             validate_push(config.hub.repo, "hub.repo")
     model = CausalLossModel(build_model(job), config.training.loss, config.distillation)

@@ -1,6 +1,7 @@
 """A checkpoint's manifest: the size and checksum of each of its files, written last and checked before loading."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch.distributed as dist
@@ -30,24 +31,37 @@ def write_manifest(folder: Path, rank: int = 0, world: int = 1) -> None:
     for file in _files(folder)[rank::world]:
         flush_to_disk(file)
         entries[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "xxh3_128": checksum(file)}
-    shares = _gather(entries, world)
+    shares = gather(entries, world)
     if rank == 0:
         whole = {name: entry for share in shares for name, entry in sorted(share.items())}
         write_json(folder / MANIFEST_FILE, {"files": whole}, indent=1, durable=True)
 
 
-def find_damage(folder: Path, rank: int = 0, world: int = 1) -> str | None:
+def find_damage(folder: Path, rank: int = 0, world: int = 1, only: tuple[str, ...] | None = None) -> str | None:
     """The first damage of a checkpoint, the same text on all ranks; None if every file is as it was written.
 
-    All ranks call it together, and each reads its share of the files.
+    A file that could be loaded and that the manifest does not list is damage, too. All ranks call it together, and each
+    reads its share of the files. only: look at these files and no others.
     """
     try:
         entries = json.loads((folder / MANIFEST_FILE).read_text())["files"]
-        problems = [_damage(folder / name, entries[name]) for name in sorted(entries)[rank::world]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        names = sorted(entries if only is None else only)
+        problems = [_damage(folder / name, entries[name]) for name in names[rank::world]]
+        if only is None:
+            problems += [f"{name} is not in its {MANIFEST_FILE}" for name in unlisted_files(folder, entries)]
+    except KeyError as error:
+        problems = [f"{error.args[0]} is not in its {MANIFEST_FILE}"]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         problems = [f"{MANIFEST_FILE} cannot be read ({type(error).__name__})"]
-    found = [problem for share in _gather(problems, world) for problem in share if problem]
+    found = [problem for share in gather(problems, world) for problem in share if problem]
     return found[0] if found else None
+
+
+def unlisted_files(folder: Path, entries: Collection[str]) -> list[str]:
+    """Files that DeepSpeed or transformers would load and that are not among the manifest's entries."""
+    loaded = [*folder.glob("*.pt"), *_files(folder / "model")]
+    names = (file.relative_to(folder).as_posix() for file in loaded)
+    return sorted(name for name in names if name not in entries)
 
 
 def _damage(file: Path, entry: dict) -> str | None:
@@ -64,7 +78,8 @@ def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST_FILE)
 
 
-def _gather(share: object, world: int) -> list:
+def gather(share: object, world: int) -> list:
+    """The shares of all ranks, in order; all call it together."""
     if world == 1:
         return [share]
     shares: list = [None] * world

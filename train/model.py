@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 import refreshkv
-from refreshkv.loading import load_model
+from refreshkv.loading import CODE, load_model
 from refreshkv.settings import SettingsError
 from refreshkv.train.engine import engine_settings, init_processes
 from refreshkv.train.job import Job
@@ -31,7 +31,7 @@ def build_model(job: Job) -> PreTrainedModel:
     else:
         _validate_memory(job)
         torch.manual_seed(training.seed)
-        model = AutoModelForCausalLM.from_config(job.model_config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(job.model_config, dtype=torch.float32, **CODE)
     refreshkv.enable(model, config.refresh, prompt_attention=config.model.prompt_attention)
     if training.kernels == "liger":
         use_liger(model)

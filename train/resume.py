@@ -17,11 +17,12 @@ import torch.distributed as dist
 
 from refreshkv.attention import sequence_parallel
 from refreshkv.settings import SettingsError
-from refreshkv.train.checkpoint import newest_checkpoint
+from refreshkv.train.checkpoint_reader import newest_checkpoint
 from refreshkv.train.engine import build_engine
 from refreshkv.train.job import Job
 from refreshkv.train.loss import CausalLossModel
-from refreshkv.train.run_folder import State, read_state
+from refreshkv.train.run_folder import State
+from refreshkv.train.safe_loading import tensors_only
 
 
 def needs_conversion(state: State, world: int, stage: int, optimizer: str = "adamw") -> bool:
@@ -59,17 +60,17 @@ def start_engine(
     done, convert = State(0, 0, job.world, job.zero_stage, rows), False
     if resume:
         note("looking for a checkpoint")
-        checkpoint, damaged = newest_checkpoint(job.output, rank, job.world, rows)
+        checkpoint, damaged = newest_checkpoint(job.output, rank, job.world, job.config, rows)
         messages = [f"warning: {line}" for line in damaged]
     if checkpoint is not None:
-        done = read_state(checkpoint)
+        done = checkpoint.state
         convert = needs_conversion(done, job.world, job.zero_stage, training.optimizer)
     note("setting up the engine")
     mpu = sequence_parallel.start(model.causal_lm, job.sequence_parallel_size, training.micro_batch)
     engine = build_engine(model, job, mpu, universal=convert)
     if checkpoint is not None:
-        note(f"loading {checkpoint}")
-        load(engine, checkpoint, convert)
+        note(f"loading {checkpoint.folder}")
+        load(engine, checkpoint.folder, convert)
     if resume:
         messages.insert(0, f"continuing after step {done.step}" if checkpoint else "no finished checkpoint yet")
     return engine, done, messages
@@ -82,7 +83,8 @@ def load(engine: Any, checkpoint: Path, convert: bool) -> None:
     much free disk space again until it is loaded.
     """
     if not convert:
-        engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        with tensors_only():
+            engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         return
     universal = checkpoint.with_name(f"{checkpoint.name}.universal")
     is_first = dist.get_rank() == 0
@@ -90,7 +92,8 @@ def load(engine: Any, checkpoint: Path, convert: bool) -> None:
     dist.broadcast_object_list(problem)
     if problem[0]:
         raise SettingsError(f"--resume: {checkpoint} cannot be converted to this layout: {problem[0]}")
-    engine.load_checkpoint(str(universal.parent), tag=universal.name)
+    with tensors_only():
+        engine.load_checkpoint(str(universal.parent), tag=universal.name)
     dist.barrier()
     if is_first:
         shutil.rmtree(universal)
@@ -100,7 +103,7 @@ def _convert(checkpoint: Path, universal: Path) -> str | None:
     """Writes the universal form, in a process of its own; returns the reason if that fails."""
     workers = str(max(1, min(8, (os.cpu_count() or 2) // 2)))
     shutil.rmtree(universal, ignore_errors=True)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [sys.executable, "-m", "refreshkv.train.universal", "--inject_missing_state"]
     command += ["--input_folder", str(checkpoint), "--output_folder", str(universal)]
     command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}

@@ -22,7 +22,7 @@ from refreshkv.train.job import Job
 from refreshkv.train.log import peak_memory
 from refreshkv.train.mock import mock_step
 from refreshkv.train.order import RowOrder
-from refreshkv.train.run_folder import State, finished_checkpoints
+from refreshkv.train.run_folder import State, finished_checkpoints, run_id
 from refreshkv.train.simulation import draw_simulation, new_trace
 from refreshkv.train.step import NotFinite, train_step
 
@@ -126,7 +126,8 @@ class Run:
         """Writes the checkpoint of a step; returns its folder."""
         job = self.job
         self.note(f"the checkpoint of step {step}")
-        state = State(step, self.tokens_seen, job.world, job.zero_stage, job.prepared.info["fingerprint"])
+        rows, run = job.prepared.info["fingerprint"], run_id(job.output) or ""
+        state = State(step, self.tokens_seen, job.world, job.zero_stage, rows, run)
         return save_checkpoint(self.engine, job.output, job.config, state, self.tokenizer)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from refreshkv.loading import load_configuration, validate_sizes
+from refreshkv.loading import CODE, load_configuration, validate_sizes
 from refreshkv.settings import SettingsError
 from refreshkv.train.config import ModelConfig
 from refreshkv.train.flops import Work, model_work
@@ -67,7 +67,7 @@ def model_shape(model_config: PretrainedConfig) -> Shape:
         )
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config)
+            model = AutoModelForCausalLM.from_config(model_config, **CODE)
     except Exception as error:  # what a model makes of its settings differs from family to family
         raise SettingsError(
             f"model: no {model_config.model_type} model can be built with these settings (model.scratch, or the "

@@ -127,6 +127,8 @@ def load_report(folder: str | Path, setting: str = "--compare") -> dict[str, Any
                 raise ValueError(f"its {name} is {show(report[name])}")
         if not isinstance(report["protocol"].get("split"), str):
             raise ValueError("its protocol names no split")
+        if {result["name"] for result in report["evaluation"]["results"]} != {*report["protocol"]["strategies"]}:
+            raise ValueError("its results are not those of its protocol's strategies")
         for evaluation in _evaluations(report):
             if evaluation is not None and not all(result.losses for result in [evaluation.full, *evaluation.results]):
                 raise ValueError("a result has no losses")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import stat
 import time
 import warnings
 from contextlib import AbstractContextManager
@@ -24,6 +26,12 @@ LAYOUT = 1
 
 LOCK_FILE, IDENTITY_FILE = ".lock", "store.json"
 
+ENTRY_FILE = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUFFIX)}")
+"""The names of entries' files: a hash of the tokens. Other files are neither read nor removed."""
+
+PRIVATE_FOLDER, PRIVATE_FILE, SHARED_FILE = 0o700, 0o600, 0o666
+"""Permissions. Keys and values tell the prompt, so that nobody else may read them unless the store is shared."""
+
 
 class FolderBackend:
     """Keeps each entry in a safetensors file that readers map into memory.
@@ -36,14 +44,18 @@ class FolderBackend:
         folder: made if it does not exist.
         identity: of the model whose prompts these are, see `refreshkv.identity`.
         setting: how errors name the folder's setting.
+        shared: other users may read and write here. Without it the folder becomes private, and entries of other users
+            are skipped: they decide what the model goes on from.
 
-    Raises `SettingsError` if the folder holds other files or another model's entries, or cannot be used.
+    Raises `SettingsError` if the folder holds other files or another model's entries, belongs to another user and is
+    not shared, or cannot be used.
     """
 
-    def __init__(self, folder: str | Path, identity: dict[str, Any], setting: str) -> None:
-        self.folder, self._setting = Path(folder), setting
+    def __init__(self, folder: str | Path, identity: dict[str, Any], setting: str, shared: bool = False) -> None:
+        self.folder, self._setting, self._shared = Path(folder), setting, shared
         self._known: dict[tuple[str, int], Entry | None] = {}
         self._damaged: set[tuple[str, int]] = set()
+        self._refused: set[str] = set()
         try:
             self._claim({"layout": LAYOUT, **identity})
         except (OSError, json.JSONDecodeError) as error:
@@ -53,6 +65,11 @@ class FolderBackend:
     def _claim(self, identity: dict[str, Any]) -> None:
         """Writes the model's identity into a new folder; compares it in one that is in use."""
         make_folder(self.folder, self._setting)
+        if not self._shared and self.folder.stat().st_uid != os.geteuid():
+            raise SettingsError(
+                f"{self._setting} {self.folder} belongs to another user, who can read your prompts: choose a folder of "
+                "your own, or say that it is shared (--prefix-store-shared)"
+            )
         file = self.folder / IDENTITY_FILE
         if not file.exists():
             foreign = [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]
@@ -63,6 +80,8 @@ class FolderBackend:
             with self.writing():
                 if not file.exists():
                     write_json(file, identity, indent=1, durable=True)
+        if not self._shared:
+            self._make_private()
         there = json.loads(file.read_text())
         different = first_difference(identity, there if isinstance(there, dict) else {})
         if different:
@@ -70,17 +89,50 @@ class FolderBackend:
                 f"{self._setting} {self.folder} was made by another model (not the same {different}): choose another"
             )
 
+    def _make_private(self) -> None:
+        """Takes the folder and its files from other users, in a store of an earlier version too."""
+        self.folder.chmod(PRIVATE_FOLDER)
+        own = [self.folder / LOCK_FILE, self.folder / IDENTITY_FILE, *self.folder.glob(f"*{SUFFIX}")]
+        for file in own:
+            if file.is_file() and not file.is_symlink() and file.stat().st_uid == os.geteuid():
+                file.chmod(PRIVATE_FILE)
+
     def writing(self) -> AbstractContextManager:
-        return FileLock(self.folder / LOCK_FILE, is_singleton=True)
+        mode = SHARED_FILE if self._shared else PRIVATE_FILE
+        return FileLock(self.folder / LOCK_FILE, is_singleton=True, mode=mode)
 
     def entries(self) -> dict[Any, Entry]:
-        with os.scandir(self.folder) as files:
-            there = {(file.name, file.inode()) for file in files if file.name.endswith(SUFFIX)}
+        there = {(file.name, file.inode()) for file in self._files() if self._may_be_read(file)}
         for key in there - self._known.keys():
             self._known[key] = self._open(key[0])
         self._known = {key: self._known[key] for key in there}
         self._damaged &= there
         return {key: entry for key, entry in self._known.items() if entry is not None and key not in self._damaged}
+
+    def _files(self) -> list[os.DirEntry]:
+        with os.scandir(self.folder) as files:
+            return [file for file in files if ENTRY_FILE.fullmatch(file.name)]
+
+    @staticmethod
+    def _status(file: os.DirEntry) -> os.stat_result:
+        """The owner, size and times of a file; of a link its own."""
+        return file.stat(follow_symlinks=False)
+
+    def _may_be_read(self, file: os.DirEntry) -> bool:
+        """Whether an entry's file is this user's own, or any user's in a shared store; a link is nobody's."""
+        try:
+            status = self._status(file)
+        except FileNotFoundError:  # removed meanwhile
+            return False
+        is_trusted = stat.S_ISREG(status.st_mode) and (self._shared or status.st_uid == os.geteuid())
+        if not is_trusted and file.name not in self._refused:
+            self._refused.add(file.name)
+            warnings.warn(
+                f"prefix store: {self.folder / file.name} belongs to another user, or is a link, and is skipped "
+                "(--prefix-store-shared would read it)",
+                stacklevel=2,
+            )
+        return is_trusted
 
     def _open(self, file: str) -> Entry | None:
         """The entry of a file; None, with a warning, if the beginning of the file is damaged."""
@@ -97,8 +149,7 @@ class FolderBackend:
             warnings.warn(f"prefix store: {self.folder / file} is damaged and skipped ({reason})", stacklevel=2)
 
     def by_last_use(self) -> list[tuple[str, int]]:
-        with os.scandir(self.folder) as files:
-            found = [(file.name, file.stat()) for file in files if file.name.endswith(SUFFIX)]
+        found = [(file.name, self._status(file)) for file in self._files()]
         found.sort(key=lambda file: file[1].st_mtime_ns)
         return [(name.removesuffix(SUFFIX), stat.st_size) for name, stat in found]
 
@@ -106,7 +157,8 @@ class FolderBackend:
         for path in self.folder.glob(f".*{PARTIAL}"):  # this process holds the lock, so their writers are gone
             path.unlink()
         try:
-            with atomic_file(self._file(entry.name), durable=True) as temporary:
+            mode = None if self._shared else PRIVATE_FILE
+            with atomic_file(self._file(entry.name), durable=True, mode=mode) as temporary:
                 write_entry(temporary, entry, tensors)
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())

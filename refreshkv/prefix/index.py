@@ -143,7 +143,7 @@ def _load_encoder(name: str | Path) -> Any:
     except ImportError:
         raise SettingsError('sentence embeddings need an extra: pip install "refreshkv[embeddings]"') from None
     try:
-        return SentenceTransformer(str(name))
+        return SentenceTransformer(str(name), trust_remote_code=False)
     except Exception as error:  # the library raises many types
         reason = " ".join(str(error).split())
         raise SettingsError(f"the encoder {name} could not be loaded: {reason}") from error

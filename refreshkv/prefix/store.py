@@ -44,9 +44,11 @@ class PrefixStore:
         model: whose prompts these are. Its weights must not change while it has a store.
         index: finds the entries; None for `LongestPrefix`.
         setting: how errors name the folder's setting.
+        shared: other users may use the folder too. Without it the folder is private (0700, its files 0600), and what
+            other users have put there is not read.
 
     Raises `SettingsError` if the folder was made by a model with other weights, another dtype or other rotary settings,
-    or cannot be used.
+    belongs to another user and is not shared, or cannot be used.
     """
 
     def __init__(
@@ -56,13 +58,14 @@ class PrefixStore:
         model: PreTrainedModel,
         index: Index | None = None,
         setting: str = "the prefix store",
+        shared: bool = False,
     ) -> None:
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
             raise SettingsError(f"max_bytes of the prefix store must be a whole number >= 1, got {max_bytes!r}")
         self.max_bytes = max_bytes
         self.model = model
         who = identity(model)
-        self._backend: Backend = MemoryBackend() if folder is None else FolderBackend(folder, who, setting)
+        self._backend: Backend = MemoryBackend() if folder is None else FolderBackend(folder, who, setting, shared)
         self._index = LongestPrefix() if index is None else index
         self._indexed: dict[object, Entry] = {}
         self._lock = RLock()

@@ -93,11 +93,12 @@ def gathered_weights(model: torch.nn.Module, stage: int) -> dict[str, torch.Tens
         return {name: weight.detach().clone() for name, weight in model.named_parameters(remove_duplicate=False)}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, cases: tuple[str, ...] = tuple(CASES)) -> None:
     rank, world = init_processes()
     texts = ["a small cache holds what the last full step asked for", "and is refreshed now and then"] * 20
     tokenizer = train_tokenizer(texts, VOCABULARY)
-    for case, (stage, dtype, tied) in CASES.items():
+    for case in cases:
+        stage, dtype, tied = CASES[case]
         (folder / case).mkdir(parents=True, exist_ok=True)
         dist.barrier()
         train_case(folder / case, rank, world, stage, dtype, tied, tokenizer)

@@ -19,6 +19,9 @@ PRELOADED = [
     "deepspeed",
     "deepspeed.runtime.sequence_parallel.ulysses_sp",
     "refreshkv.train.loop",
+    "refreshkv.train.export",
+    "refreshkv.train.experiment.report",
+    "refreshkv.evaluation.commands",
     "tests.helpers.models",
 ]
 

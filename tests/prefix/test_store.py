@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import stat
 import time
 import warnings
 import weakref
@@ -19,6 +20,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from refreshkv import RefreshCache, RefreshConfig
 from refreshkv.identity import identity
+from refreshkv.prefix.backend_folder import FolderBackend
 from refreshkv.prefix.entry import DamagedEntry, Entry, as_tokens
 from refreshkv.prefix.index import BLOCK, LongestPrefix, NearestSentence, common_prefix, longest
 from refreshkv.prefix.recycling import recycle
@@ -266,6 +268,84 @@ def test_folders_and_bounds_that_cannot_be(model, tmp_path):
     for most in (0, -1, 1.5, True):
         with pytest.raises(SettingsError, match="max_bytes of the prefix store must be a whole number"):
             PrefixStore(None, most, model)
+
+
+def permissions(folder):
+    return {path.name: path.stat().st_mode & 0o777 for path in [folder, *folder.iterdir()]}
+
+
+@pytest.mark.parametrize("made", ["new", "open to all", "of an earlier version"])
+def test_prompts_are_private(model, tmp_path, made):
+    """Whatever the umask and the folder were, only the user may read what the store holds."""
+    folder, ids = tmp_path / "store", random_ids(1, 40)
+    if made == "open to all":
+        folder.mkdir()
+        folder.chmod(0o777)
+    if made == "of an earlier version":
+        put(PrefixStore(folder, 10**9, model), ids)
+        for path in [folder, *folder.iterdir()]:
+            path.chmod(0o777 if path.is_dir() else 0o666)
+    before = os.umask(0)
+    try:
+        store = PrefixStore(folder, 10**9, model)
+        put(store, random_ids(1, 40, seed=1))
+    finally:
+        os.umask(before)
+    found = permissions(folder)
+    assert found.pop("store") == 0o700 and set(found.values()) == {0o600} and len(found) >= 3
+
+
+def another_user(monkeypatch):
+    """This process becomes another user's, as far as the store can see."""
+    number = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: number)
+
+
+def test_a_folder_of_another_user_is_used_only_if_shared(model, tmp_path, monkeypatch):
+    put(PrefixStore(tmp_path / "store", 10**9, model), random_ids(1, 40))
+    another_user(monkeypatch)
+    for folder in ("store", "."):
+        with pytest.raises(SettingsError, match="belongs to another user.*--prefix-store-shared"):
+            PrefixStore(tmp_path / folder, 10**9, model)
+    assert len(PrefixStore(tmp_path / "store", 10**9, model, shared=True).entries) == 1
+
+
+@pytest.mark.parametrize("kind", ["another user's", "link"])
+def test_what_others_put_into_a_private_store_is_not_read(model, tmp_path, monkeypatch, kind):
+    """An entry decides what the model goes on from, so that a foreign one could put words into a prompt."""
+    folder, ids = tmp_path / "store", random_ids(1, 40)
+    planted = put(PrefixStore(tmp_path / "planted", 10**9, model), ids)
+    PrefixStore(folder, 10**9, model)
+    source, target = (place / f"{planted.name}.safetensors" for place in (tmp_path / "planted", folder))
+    if kind == "link":
+        target.symlink_to(source)
+    else:
+        target.write_bytes(source.read_bytes())
+
+        def status(file):
+            found = list(file.stat(follow_symlinks=False))
+            found[stat.ST_UID] += 1
+            return os.stat_result(found)
+
+        monkeypatch.setattr(FolderBackend, "_status", staticmethod(status))
+    store = PrefixStore(folder, 10**9, model)
+    with pytest.warns(UserWarning, match="belongs to another user, or is a link, and is skipped"):
+        assert store.match(ids) == (0, None)
+    shared = PrefixStore(folder, 10**9, model, shared=True)
+    if kind == "link":
+        with pytest.warns(UserWarning, match="is skipped"):
+            assert shared.match(ids) == (0, None)
+    else:
+        assert shared.match(ids)[0] == 40
+
+
+def test_files_that_are_no_entries_are_neither_read_nor_removed(model, tmp_path):
+    store = PrefixStore(tmp_path / "store", 12_000, model)
+    (tmp_path / "store" / "weights.safetensors").write_bytes(b"mine" * 4000)
+    for seed in range(4):
+        put(store, random_ids(1, 40, seed=seed))
+    assert 0 < store.size <= 12_000
+    assert (tmp_path / "store" / "weights.safetensors").read_bytes() == b"mine" * 4000
 
 
 def test_a_cache_of_another_dtype_is_refused(model):

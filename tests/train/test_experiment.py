@@ -71,7 +71,7 @@ def experiment(tmp_path, **changed):
 FAKE = """
 import json, os, signal, sys, time
 from pathlib import Path
-import yaml
+import xxhash, yaml
 name, arguments = Path(sys.argv[0]).stem, sys.argv[1:]
 def value(flag):
     return arguments[arguments.index(flag) + 1]
@@ -82,16 +82,25 @@ if name == "prepare":
 elif name == "train":
     run = yaml.safe_load(open(value("--config")))["training"]
     Path(run["output"]).mkdir(parents=True, exist_ok=True)
-    Path(run["output"], "run.yaml").touch()
+    settings = yaml.safe_load(open(value("--config")))
+    Path(run["output"], "run.yaml").write_text(yaml.safe_dump(settings))
     if "slow" in os.environ:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
         time.sleep(60)
     if "broken" in os.environ and "whole-0" in run["output"]:
         sys.exit(1)
     made = Path(run["output"], "checkpoints", f"step-{run['steps']:07d}")
+    made.mkdir(parents=True)
+    (made / "run.yaml").write_text(yaml.safe_dump(settings))
+    state = {"step": run["steps"], "tokens": 1, "world_size": 1, "zero_stage": 0, "rows": "f"}
+    (made / "state.json").write_text(json.dumps(state))
+    files = {f.name: {"bytes": f.stat().st_size, "xxh3_128": xxhash.xxh3_128_hexdigest(f.read_bytes())}
+             for f in made.iterdir()}
+    (made / "manifest.json").write_text(json.dumps({"files": files}))
 elif name == "export":
     made = Path(arguments[1])
     made.mkdir(parents=True)
+    (made / "config.json").write_text('{"refreshkv": {}}')
     (made / "model.safetensors").write_text(os.environ.get("WEIGHTS", "") + str(made.parent.name))
 else:
     made = Path(value("--output"), "report.json")
@@ -102,7 +111,7 @@ else:
                                 "evaluation": {"results": results}}))
 time.sleep(0.05)
 made.parent.mkdir(parents=True, exist_ok=True)
-made.touch()
+made.exists() or made.touch()
 """
 
 

@@ -22,6 +22,7 @@ from refreshkv import RefreshCache, RefreshConfig
 from refreshkv.data.config import DataConfig
 from refreshkv.evaluation.perplexity.report import build_report, protocol, write_report
 from refreshkv.evaluation.perplexity.results import Evaluation, Result
+from refreshkv.files import RECORD_FILE, write_record
 from refreshkv.settings import SettingsError, load_settings
 from refreshkv.train import export as export_module
 from refreshkv.train import export_check, hub
@@ -31,6 +32,7 @@ from refreshkv.train.export import export
 from refreshkv.train.export_error import ExportError
 from refreshkv.train.export_folder import is_export
 from refreshkv.train.job import resolve
+from refreshkv.train.manifest import write_manifest
 from refreshkv.train.model import build_model
 from refreshkv.train.run_folder import State
 from tests.helpers import make_checkpoints
@@ -132,13 +134,13 @@ def test_run_folder_means_its_newest_finished_checkpoint(run, tmp_path):
     newer = Path(shutil.copytree(checkpoint_of(run), checkpoint_of(run, 7)))
     state = json.loads((newer / "state.json").read_text())
     (newer / "state.json").write_text(json.dumps({**state, "step": 7}))
-    shutil.copytree(newer, newer.with_name("step-0000009.partial"))
-    shutil.copytree(newer, checkpoint_of(run, 8))
-    (checkpoint_of(run, 8) / "state.json").unlink()
+    write_manifest(newer)
+    for name in ("step-0000009.partial", "step-0000008.damaged", "step-0000008.universal"):
+        shutil.copytree(newer, newer.with_name(name))
     assert export(run, tmp_path / "out").step == 7
-    for unfinished in (checkpoint_of(run, 8), newer.with_name("step-0000009.partial")):
+    for name in ("step-0000009.partial", "step-0000008.damaged"):
         with pytest.raises(ExportError, match="was not finished"):
-            export(unfinished, tmp_path / "out2")
+            export(newer.with_name(name), tmp_path / "out2")
     assert leftovers(tmp_path) == ["out"]
 
 
@@ -194,6 +196,7 @@ def change_weights(run, change):
     states = torch.load(file, weights_only=False)
     change(states["module"])
     torch.save(states, file)
+    write_manifest(checkpoint_of(run))
 
 
 @pytest.mark.parametrize(
@@ -236,6 +239,7 @@ def test_only_an_earlier_export_is_overwritten(run, tmp_path):
 
     (out / "notes.txt").unlink()
     (out / "model-00001-of-00002.safetensors").write_text("of a larger model")
+    write_record(out)
     export(run, out, overwrite=True)
     assert leftovers(tmp_path) == ["out"] and not (out / "model-00001-of-00002.safetensors").exists()
 
@@ -384,7 +388,7 @@ def test_usage_of_the_card_runs_as_printed(exported, monkeypatch, capsys):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != RECORD_FILE}
 
 
 def test_launch_exports_and_pushes(runs, tmp_path):

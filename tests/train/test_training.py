@@ -21,10 +21,11 @@ from refreshkv.train.config import RunConfig, SimulationConfig
 from refreshkv.train.engine import build_engine, init_processes
 from refreshkv.train.job import resolve
 from refreshkv.train.loss import CausalLossModel
+from refreshkv.train.manifest import write_manifest
 from refreshkv.train.mock import mock_step
 from refreshkv.train.order import RowOrder
 from refreshkv.train.resume import needs_conversion
-from refreshkv.train.run_folder import State, claim_output, finished_checkpoints, read_run, validate_output
+from refreshkv.train.run_folder import State, claim_output, finished_checkpoints, read_run, run_id, validate_output
 from refreshkv.train.simulation import draw_simulation
 from refreshkv.train.step import train_step
 from refreshkv.train.validation import setting_warnings, validate_preparation, validate_settings
@@ -229,7 +230,9 @@ def test_layouts_that_do_not_convert_change_nothing(rows, tmp_path, monkeypatch,
     claim_output(output, run_config(training={"optimizer": "adamw-8bit"}, data={"folder": str(rows)}), overwrite=False)
     checkpoint = output / "checkpoints" / "step-0000003"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text(json.dumps(vars(State(3, 100, 2, before, "rows"))))
+    (checkpoint / "state.json").write_text(json.dumps(vars(State(3, 100, 2, before, "rows", run_id(output)))))
+    shutil.copyfile(output / "run.yaml", checkpoint / "run.yaml")
+    write_manifest(checkpoint)
     files = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     training = {"optimizer": "adamw-8bit", "deepspeed": zero_json(tmp_path, now)}
     error = refused(run_settings(rows, output, training=training), "--resume")
@@ -322,7 +325,7 @@ def test_folders_in_use(rows, tmp_path):
     assert (other / "thesis.txt").read_text() == "mine"
     validate_output(output, settings_from_dict(RunConfig, settings), resume=False, overwrite=True)
     claim_output(output, settings_from_dict(RunConfig, settings), overwrite=True)
-    assert [path.name for path in output.iterdir()] == ["run.yaml"]
+    assert sorted(path.name for path in output.iterdir()) == ["run.json", "run.yaml"]
 
 
 def test_refused_before_anything_is_written(rows, tmp_path):

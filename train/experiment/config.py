@@ -1,6 +1,5 @@
 """The settings of an experiment: one YAML file, whose sections are the fields of `ExperimentConfig`."""
 
-import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,13 +9,11 @@ from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.evaluation.perplexity.evaluation import check_last_tokens
 from refreshkv.evaluation.strategies import build_strategies
 from refreshkv.ranges import COUNT, SEED, Range, show, validate_numbers
-from refreshkv.settings import SettingsError, settings_from_dict
+from refreshkv.settings import SettingsError, settings_from_dict, validate_name
 from refreshkv.train.config import RunConfig
 
 UNTRAINED = "none"
 """The arm that is the untrained base model; every study has it."""
-NAME = re.compile(r"\w[\w.+-]{0,99}")
-"""Names of arms, studies and selections."""
 Fragment = dict[str, Any]
 """Sections of a training run's settings, as in its YAML file."""
 
@@ -110,9 +107,11 @@ class ExperimentConfig:
     """Settings of all runs of all studies."""
 
     def __post_init__(self) -> None:
-        for names in ("arms", "studies", "selections"):
-            for name, value in getattr(self, names).items():
-                _validate_name(f"{names}.{name}", name, value)
+        for setting in ("arms", "studies", "selections"):
+            for name, value in getattr(self, setting).items():
+                validate_name(name, setting)
+                if not isinstance(value, dict):
+                    raise SettingsError(f"{setting}.{name} must be a section with keys, got {show(value)}")
         for name in ("output", "results"):
             if not getattr(self, name):
                 raise SettingsError(f"{name} must name a folder")
@@ -205,16 +204,6 @@ def merge(*fragments: Fragment | None) -> Fragment:
 def _checked(settings: Fragment) -> Fragment:
     settings_from_dict(RunConfig, settings)
     return settings
-
-
-def _validate_name(setting: str, name: str, value: Any) -> None:
-    """Names of arms, studies and selections become names of folders."""
-    if not NAME.fullmatch(name):
-        raise SettingsError(
-            f"{setting}: a name has letters, digits, dots and dashes, and begins with a letter or digit"
-        )
-    if not isinstance(value, dict):
-        raise SettingsError(f"{setting} must be a section with keys, got {show(value)}")
 
 
 def _check_known(setting: str, name: str, known: dict[str, Any]) -> None:

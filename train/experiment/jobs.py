@@ -2,7 +2,9 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -10,10 +12,12 @@ import yaml
 
 from refreshkv.data.folder import INFO_FILE
 from refreshkv.files import write_text
-from refreshkv.settings import settings_from_dict
+from refreshkv.settings import SettingsError, settings_from_dict
+from refreshkv.train.checkpoint_reader import is_trained
 from refreshkv.train.config import RunConfig
 from refreshkv.train.experiment.config import ExperimentConfig, Fragment, merge
-from refreshkv.train.run_folder import RUN_FILE
+from refreshkv.train.export_folder import is_export
+from refreshkv.train.run_folder import FREE_TO_CHANGE, RUN_FILE, changed_setting, read_run
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Command:
     """Name of a file in launch/."""
     arguments: list[str]
     made: Path
-    """The result: exists if and only if the command has finished."""
+    """The result: exists if and only if the command has finished, unless `is_made` looks closer."""
     config: tuple[Path, Fragment] | None = None
     """The script's --config: the YAML file to write, and its content."""
     begun: Path | None = None
@@ -33,10 +37,26 @@ class Command:
     """Micro-batches of a step, which the job's devices can share, each the same number."""
     serves: Path | None = None
     """Result of a later command; once it exists, this command is not needed."""
+    is_made: Callable[[Path], bool] = Path.exists
+    """Whether the result is there, whole, and made with these settings."""
 
     @property
     def finished(self) -> bool:
-        return self.made.exists() or (self.serves is not None and self.serves.exists())
+        return (self.serves is not None and self.serves.exists()) or self.is_made(self.made)
+
+    def validate_begun(self) -> None:
+        """Raises `SettingsError` if the command is a run that was begun with other settings than those of now."""
+        if self.config is None or self.begun is None or not self.begun.is_file():
+            return
+        wanted = settings_from_dict(RunConfig, self.config[1])
+        # the base model may lie elsewhere now; `Results` compares its weights
+        changed = changed_setting(read_run(self.begun.parent), wanted, {*FREE_TO_CHANGE, "model.path"})
+        if changed:
+            name, before, now = changed
+            raise SettingsError(
+                f"{self.begun.parent} was begun with {name}={before!r}, the experiment has {now!r}: set it back, or "
+                "choose another output"
+            )
 
     def devices(self, available: list[str]) -> list[str]:
         """The devices to run on: as many of the available ones as divide the micro-batches evenly."""
@@ -96,6 +116,12 @@ class Job:
     def names(self) -> set[str]:
         """Names of the job's reports."""
         return {report.name for report in self.reports}
+
+
+def validate_runs(jobs: list[Job]) -> None:
+    """Raises `SettingsError` if a run of one of the jobs was begun with other settings."""
+    for command in [command for job in jobs for command in job.commands]:
+        command.validate_begun()
 
 
 def plan(config: ExperimentConfig, known: set[str]) -> list[Job]:
@@ -214,13 +240,23 @@ def rows_name(folder: str) -> str:
 
 
 def _train_and_export(settings: Fragment, model: Path, divided: bool) -> list[Command]:
-    run, training = Path(settings["training"]["output"]), settings_from_dict(RunConfig, settings).training
+    run, config = Path(settings["training"]["output"]), settings_from_dict(RunConfig, settings)
+    training = config.training
     last = run / "checkpoints" / f"step-{training.steps:07d}"
     parts = training.global_batch // training.micro_batch if divided else 1
     path = run.with_name(f"{run.name}.yaml")
     return [
-        Command("train.py", [], last, (path, settings), run / RUN_FILE, parts, serves=model),
-        Command("export.py", [str(last), str(model)], model),
+        Command(
+            "train.py",
+            [],
+            last,
+            (path, settings),
+            run / RUN_FILE,
+            parts,
+            serves=model,
+            is_made=partial(is_trained, config),
+        ),
+        Command("export.py", [str(last), str(model)], model, is_made=is_export),
     ]
 
 

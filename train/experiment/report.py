@@ -40,7 +40,8 @@ def write_tables(config: ExperimentConfig, entries: Entries) -> str:
                 part += f"\n![{study}]({image})\n"
             parts.append(part)
     text = "\n".join(parts)
-    write_text(folder / "tables.md", text)
+    if entries:  # tables without figures would look like somebody else's
+        write_text(folder / "tables.md", text)
     return text
 
 

@@ -31,6 +31,11 @@ class Results:
     def __init__(self, config: ExperimentConfig):
         """Raises `SettingsError` for figures of other settings, or of another base model than the experiment's."""
         self._config, self._path = config, Path(config.results, RESULTS_FILE)
+        if self._path.with_name("tables.md").exists() and not self._path.exists():
+            raise SettingsError(
+                f"results={config.results} holds a tables.md that no experiment has written (no {RESULTS_FILE}): move "
+                "it away, or choose another folder for results"
+            )
         self.entries = self._read()
         for name, entry in self.entries.items():
             if self._is_about(entry) and _normal(entry["settings"]) != _normal(self._settings(entry)):

@@ -13,6 +13,7 @@ from types import FrameType
 
 from tqdm import tqdm
 
+from refreshkv.cli import PARENT
 from refreshkv.train.experiment.jobs import Job
 
 POLL = 0.2
@@ -190,7 +191,7 @@ def _start_ready(
 
 def _environments(devices: list[str]) -> list[dict[str, str]]:
     """The environment of each process of a command: its visible devices and its rank."""
-    common = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(devices)}
+    common = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(devices), PARENT: str(os.getpid())}
     if len(devices) <= 1:
         return [common]
     with socket.socket() as free:
