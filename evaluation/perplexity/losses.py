@@ -3,8 +3,6 @@
 Shapes: `B` sequences of a batch, `T` tokens of each, `N` last tokens that are scored, `P = T - N` prompt length.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +16,7 @@ from transformers import PreTrainedModel
 from refreshkv.config import Simulation, Trace
 from refreshkv.evaluation.caches import Caches
 from refreshkv.evaluation.perplexity.stepwise import Decoded, decode_known
-from refreshkv.evaluation.records import RecordFile, numbered_layers
+from refreshkv.evaluation.records import RecordFile, numbered_layers, record_key
 from refreshkv.evaluation.strategies import Strategy
 from refreshkv.identity import fingerprint
 
@@ -129,8 +127,7 @@ class Measurement:
     def _key(self, strategy: Strategy, number: int) -> str:
         ids = self.rows[number]["input_ids"].tolist()
         decoded = self.stepwise or not strategy.is_parallel  # such a record has costs too
-        parts = [self.weights, strategy.settings, self.prompt_length, decoded, ids]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        return record_key(self.weights, strategy.settings, self.prompt_length, decoded, ids)
 
 
 def _in_one_pass(model: nn.Module, ids: Tensor, prompt_length: int, strategy: Strategy) -> list[dict[str, Any]]:

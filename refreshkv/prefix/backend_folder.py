@@ -12,15 +12,17 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor
 
+from refreshkv.checksums import digest
 from refreshkv.files import PARTIAL, atomic_file, write_json
 from refreshkv.identity import first_difference
 from refreshkv.prefix.entry import DamagedEntry, Entry
 from refreshkv.prefix.entry_file import SUFFIX, UNREADABLE, read_entry, read_tensors, write_entry
 from refreshkv.settings import SettingsError
 
-LAYOUT = 1
+LAYOUT = 2
 """Version of the folder's layout, stored with the model's identity."""
 
+EARLIER_LAYOUTS = (1,)
 LOCK_FILE, IDENTITY_FILE = ".lock", "store.json"
 
 
@@ -40,7 +42,7 @@ class FolderBackend:
     """
 
     def __init__(self, folder: str | Path, identity: dict[str, Any], setting: str) -> None:
-        self.folder, self._setting = Path(folder), setting
+        self.folder, self._setting, self._model = Path(folder), setting, digest(identity)
         self._known: dict[tuple[str, int], Entry | None] = {}
         self._damaged: set[tuple[str, int]] = set()
         try:
@@ -63,7 +65,13 @@ class FolderBackend:
                 if not file.exists():
                     write_json(file, identity, indent=1, durable=True)
         there = json.loads(file.read_text())
-        different = first_difference(identity, there if isinstance(there, dict) else {})
+        there = there if isinstance(there, dict) else {}
+        if there.get("layout") in EARLIER_LAYOUTS:
+            raise SettingsError(
+                f"{self._setting} {self.folder} was made by an earlier version, which kept too little of its model to "
+                "compare: remove it, or choose another"
+            )
+        different = first_difference(identity, there)
         if different:
             raise SettingsError(
                 f"{self._setting} {self.folder} was made by another model (not the same {different}): choose another"
@@ -82,9 +90,12 @@ class FolderBackend:
         return {key: entry for key, entry in self._known.items() if entry is not None and key not in self._damaged}
 
     def _open(self, file: str) -> Entry | None:
-        """The entry of a file; None, with a warning, if the beginning of the file is damaged."""
+        """The entry of a file; None, with a warning, if the file's beginning is damaged or it is of another model."""
         try:
-            return read_entry(self.folder / file)
+            entry = read_entry(self.folder / file)
+            if entry.model != self._model:
+                raise ValueError("it is of another model")
+            return entry
         except UNREADABLE as error:
             self._report(file, error)
             return None
