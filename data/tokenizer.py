@@ -118,8 +118,9 @@ class SpecialTokens:
         """
         spelled = []
         for number in ids:
-            letters = self._letters(self._names[number]) if number in self._names else [number]
-            if not self._names.keys().isdisjoint(letters):
+            is_special = number in self._names and len(self._names[number]) > 1  # a letter has no other token
+            letters = self._letters(self._names[number]) if is_special else [number]
+            if is_special and not self._names.keys().isdisjoint(letters):
                 raise SettingsError(
                     f"{self._setting}: its tokenizer gives the special token {self._names[number]} for plain text; use "
                     "one that has a token of its own for unknown text"

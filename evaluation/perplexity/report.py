@@ -115,12 +115,28 @@ def load_report(folder: str | Path) -> dict[str, Any]:
         report = json.loads(path.read_text())
         if report["layout"] != LAYOUT:
             raise ValueError(f"layout {report['layout']}, this version reads {LAYOUT}")
-        _evaluations(report)
+        _validate_report(report)
+        if report.get("before") is not None:
+            _validate_report(report["before"], has_protocol=False)
         return report
     except (FileNotFoundError, NotADirectoryError):
         raise SettingsError(f"{folder} holds no report.json: run launch/evaluate.py with --output {folder}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SettingsError(f"{path} is not a report of launch/evaluate.py: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"{path} is not a report of launch/evaluate.py ({reason}); evaluate anew") from error
+
+
+def _validate_report(report: Any, has_protocol: bool = True) -> None:
+    """Raises `ValueError` for a report with values of another kind than those that are read from it."""
+    kinds = {"model": str, "date": str, "settings": dict, "evaluation": dict}
+    kinds |= {"protocol": dict} if has_protocol else {}
+    for name, kind in kinds.items():
+        if not isinstance(report[name], kind):
+            raise ValueError(f"{name} is {report[name]!r}")
+    strategies = report["protocol"]["strategies"] if has_protocol else {}
+    if not isinstance(strategies, dict) or not all(isinstance(own, dict | None) for own in strategies.values()):
+        raise ValueError(f"strategies are {strategies!r}")
+    Evaluation.from_dict(report["evaluation"]).full  # noqa: B018  # raises `ValueError` if it is missing
 
 
 def _evaluations(report: dict[str, Any]) -> tuple[Evaluation, Evaluation | None]:

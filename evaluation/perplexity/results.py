@@ -98,7 +98,10 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Evaluation":
-        """Reads what `to_dict` wrote, also from JSON, where layer numbers are text."""
+        """Reads what `to_dict` wrote, also from JSON, where layer numbers are text.
+
+        Raises `ValueError`, `KeyError` or `TypeError` for values of another kind.
+        """
         names = [item.name for item in dataclasses.fields(Result)]
         results = []
         for entry in values["results"]:
@@ -106,8 +109,27 @@ class Evaluation:
             if kept["config"] is not None:
                 kept["config"] = RefreshConfig.from_dict(kept["config"])
             kept["effective_strides"] = {int(layer): stride for layer, stride in kept["effective_strides"].items()}
+            _validate_kinds(kept)
             results.append(Result(**kept))
+        for name in ("rows", "row_length", "last_tokens"):
+            if type(values[name]) is not int:
+                raise ValueError(f"{name} is {values[name]!r}")
+        if not isinstance(values["warnings"], list):
+            raise ValueError(f"warnings are {values['warnings']!r}")
         return cls(results, *(values[name] for name in ("rows", "row_length", "last_tokens", "warnings")))
+
+
+def _validate_kinds(entry: dict[str, Any]) -> None:
+    """Raises `ValueError` for a result with values of another kind than `Result` has."""
+    name, losses = entry["name"], entry["losses"]
+    if not isinstance(name, str) or not isinstance(losses, list) or not losses:
+        raise ValueError(f"the result {name!r} has no losses")
+    optional = [entry.get(key) for key in ("budget", "standard_error", "prompt_seconds", "seconds", "cache_bytes")]
+    numbers = [*losses, *entry.get("row_losses", [])]
+    numbers += [value for value in [*optional, *entry["effective_strides"].values()] if value is not None]
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise ValueError(f"the result {name} has {number!r} where a number belongs")
 
 
 def gap_closed(before: Evaluation, after: Evaluation) -> dict[str, float | None]:
