@@ -92,7 +92,10 @@ class SpecialTokens:
         }
         # verbose=True warns of texts longer than the model's context, but these are cut
         encoded = self.tokenizer(texts, verbose=False, **options)["input_ids"]
-        return [ids if self._names.keys().isdisjoint(ids) else self._spelled_out(ids) for ids in encoded]
+        return [
+            ids if self._names.keys().isdisjoint(ids) else self._spelled_out(text, ids)
+            for text, ids in zip(texts, encoded, strict=True)
+        ]
 
     def encode_text(self, text: str) -> list[int]:
         """The same for a single text."""
@@ -111,19 +114,22 @@ class SpecialTokens:
                 return whole[:start], whole[start + len(bare) :]
         raise SettingsError(f"{self._setting}: it is not clear which tokens its tokenizer adds to a text")
 
-    def _spelled_out(self, ids: list[int]) -> list[int]:
-        """`ids` with each special token replaced by the tokens of its name's letters.
+    def _spelled_out(self, text: str, ids: list[int]) -> list[int]:
+        """`ids`, the tokens of `text`, with each special token replaced by the tokens of its name's letters.
 
         Tokenizers that look up whole words or the likeliest pieces find a special token's name in their vocabulary.
         """
-        spelled = []
+        spelled, lowered = [], text.lower()
         for number in ids:
-            is_special = number in self._names and len(self._names[number]) > 1  # a letter has no other token
-            letters = self._letters(self._names[number]) if is_special else [number]
-            if is_special and not self._names.keys().isdisjoint(letters):
+            name = self._names.get(number, "")
+            if len(name) < 2:  # an ordinary token, also where it serves as a special one: a letter has no other
+                spelled.append(number)
+                continue
+            letters = self._letters(name)
+            if name.lower() not in lowered or not self._names.keys().isdisjoint(letters):
                 raise SettingsError(
-                    f"{self._setting}: its tokenizer gives the special token {self._names[number]} for plain text; use "
-                    "one that has a token of its own for unknown text"
+                    f"{self._setting}: its tokenizer gives the special token {name} for plain text; use one that has a "
+                    "token of its own for unknown text"
                 )
             spelled += letters
         return spelled

@@ -136,7 +136,7 @@ def _squad(content: Value) -> tuple[list[Question], list[str]]:
         own = [numbers[text] for text in own_texts]
         for paragraph, number in zip(paragraphs, own, strict=True):
             related = [other for other in dict.fromkeys(own) if other != number]
-            for item in paragraph["qas"].each() if paragraph.has("qas") else ():
+            for item in paragraph["qas"].each(may_be_empty=True):
                 if not item.has("is_impossible"):
                     answers = [answer["text"].filled() for answer in item["answers"].each()]
                     questions.append(Question(item["question"].filled(), answers, [number], related))

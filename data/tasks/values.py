@@ -31,10 +31,10 @@ class Value:
         """Whether there is a value under a key, and it is neither null nor false."""
         return isinstance(self._value, dict) and bool(self._value.get(key))
 
-    def each(self) -> Iterator["Value"]:
-        """The items of a list that is not empty."""
-        if not isinstance(self._value, list) or not self._value:
-            raise self._wrong("a list that is not empty")
+    def each(self, may_be_empty: bool = False) -> Iterator["Value"]:
+        """The items of a list."""
+        if not isinstance(self._value, list) or not (self._value or may_be_empty):
+            raise self._wrong("a list" if may_be_empty else "a list that is not empty")
         return (Value(item, f"{self._place}[{number}]") for number, item in enumerate(self._value))
 
     def pair(self) -> tuple["Value", "Value"]:

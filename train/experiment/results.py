@@ -127,8 +127,8 @@ class Results:
             different = self._difference(report, found)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
             raise SettingsError(
-                f"output: {report.path} is not a report of launch/evaluate.py ({type(error).__name__}: {error}): remove "
-                "its folder, and the experiment evaluates again"
+                f"output: {report.path} is not a report of launch/evaluate.py ({type(error).__name__}: {error}): "
+                "remove its folder, and the experiment evaluates again"
             ) from None
         if different:
             raise SettingsError(
