@@ -74,12 +74,24 @@ def read_documents(documents: Dataset | IterableDataset, config: DataConfig) -> 
     Raises `SettingsError` for a column that holds anything but text, and for a source that cannot be read to its end.
     """
     with _reading(config):
-        for document in cast(Iterable[dict[str, Any]], documents):
+        for number, document in enumerate(cast(Iterable[dict[str, Any]], documents)):
             text = document[config.text_column]
             if text is not None and not isinstance(text, str):
-                raise SettingsError(f"data.text_column={config.text_column} holds {type(text).__name__}, not text")
-            group = None if config.group_column is None else str(document[config.group_column])
+                raise SettingsError(
+                    f"data.text_column={config.text_column} holds {type(text).__name__}, not text, in record {number}"
+                )
+            group = None if config.group_column is None else _group(document[config.group_column], config, number)
             yield Document(text or "", group)
+
+
+def _group(value: Any, config: DataConfig, number: int) -> str:
+    """The name of a document's group: a text or a number that its record has."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+        raise SettingsError(
+            f"data.group_column={config.group_column} must hold the name of a group in each record, got {value!r} in "
+            f"record {number}"
+        )
+    return str(value)
 
 
 def stdlib_documents() -> Iterator[dict[str, str]]:

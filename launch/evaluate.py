@@ -34,6 +34,7 @@ from refreshkv.evaluation.strategies import STRATEGIES
 from refreshkv.options import (
     add_budget,
     add_execution,
+    add_generation,
     add_model,
     add_output,
     add_overrides,
@@ -55,6 +56,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "strategies": (("data", "tasks"), {}),
     "task_length": (("tasks", "suite"), {}),
     "examples": (("tasks", "suite"), {"tasks": 50}),
+    "ignore_generation_config": (("tasks", "suite"), {}),
     "prefix_store": (("tasks",), {}),
     "prefix_store_gb": (("tasks",), {"tasks": 20.0}),
     "prefix_store_shared": (("tasks",), {}),
@@ -116,6 +118,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     add_budget(parser)
     parser.add_argument("--threshold", help="evaluate the similarity schedule with this threshold as well")
+    add_generation(parser)
     add_execution(parser)
     parser.add_argument("--compare", type=Path, help="folder of an earlier report to compare with")
     add_output(parser, "reports/NAME_OF_MODEL_OR_SUITE")

@@ -18,6 +18,7 @@ from refreshkv.evaluation.sweep.recommendation import THRESHOLDS
 from refreshkv.options import (
     add_budget,
     add_execution,
+    add_generation,
     add_model,
     add_output,
     add_overrides,
@@ -53,6 +54,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--keep", type=float, default=0.9, help="share of the gain to keep (default: %(default)s)")
     add_budget(parser)
+    add_generation(parser)
     add_execution(parser)
     add_output(parser, "reports/NAME_OF_THE_MODEL-sweep")
     parser.add_argument("--resume", action="store_true", help="continue the sweep in --output")
@@ -62,9 +64,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     check_numbers(options)
     if options.resume and options.overwrite:
         raise SettingsError("--resume continues a sweep and --overwrite replaces it: choose one")
-    of_tasks = [options.examples, options.task_length, *(text.startswith("tasks.") for text in options.overrides)]
+    of_tasks = [options.examples, options.task_length, options.ignore_generation_config]
+    of_tasks += [*(text.startswith("tasks.") for text in options.overrides)]
     if not options.tasks and any(of_tasks):
-        raise SettingsError("--examples, --task-length and tasks.NAME.key=value mean nothing without --tasks")
+        raise SettingsError(
+            "--examples, --task-length, --ignore-generation-config and tasks.NAME.key=value mean nothing without "
+            "--tasks"
+        )
     options.examples = DEFAULT_EXAMPLES if options.examples is None else options.examples
     return options
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from refreshkv.config import RefreshConfig
+from refreshkv.generation.inherited import IGNORE_OPTION
 from refreshkv.ranges import COUNT, GIGABYTES, SECONDS, SEED, SHOWN_CHARACTERS, Range, validate_numbers
 from refreshkv.settings import SettingsError, load_settings
 
@@ -43,6 +44,17 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--device", type=_device_name, default="auto", help="cpu, cuda or cuda:1 (default: a GPU if there is one)"
+    )
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    """Adds --ignore-generation-config; None if it is not given."""
+    parser.add_argument(
+        IGNORE_OPTION,
+        action="store_true",
+        default=None,
+        help="leave out penalties, stop strings and the like that the model's generation_config.json sets (default: a "
+        "model that sets any is refused)",
     )
 
 

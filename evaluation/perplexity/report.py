@@ -122,20 +122,36 @@ def load_report(folder: str | Path, setting: str = "--compare") -> dict[str, Any
         report = read_json(path, setting)
         if report["layout"] != LAYOUT:
             raise ValueError(f"layout {report['layout']}, this version reads {LAYOUT}")
-        for name, kind in (("model", str), ("date", str), ("settings", dict), ("protocol", dict)):
-            if not isinstance(report[name], kind):
-                raise ValueError(f"its {name} is {show(report[name])}")
-        if not isinstance(report["protocol"].get("split"), str):
-            raise ValueError("its protocol names no split")
-        if {result["name"] for result in report["evaluation"]["results"]} != {*report["protocol"]["strategies"]}:
-            raise ValueError("its results are not those of its protocol's strategies")
-        for evaluation in _evaluations(report):
-            if evaluation is not None and not all(result.losses for result in [evaluation.full, *evaluation.results]):
-                raise ValueError("a result has no losses")
+        _validate_report(report)
+        if report.get("before") is not None:
+            _validate_report(report["before"], has_protocol=False)
         return report
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).removeprefix(f"{setting}: ")
-        raise SettingsError(f"{setting}: {path} is not a report of launch/evaluate.py: {reason}") from error
+        reason = " ".join(str(error).split()).removeprefix(f"{setting}: ")
+        raise SettingsError(
+            f"{setting}: {path} is not a report of launch/evaluate.py ({reason}); evaluate anew"
+        ) from error
+
+
+def _validate_report(report: Any, has_protocol: bool = True) -> None:
+    """Raises `ValueError` for a report with values of another kind than those that are read from it."""
+    kinds = {"model": str, "date": str, "settings": dict, "evaluation": dict}
+    kinds |= {"protocol": dict} if has_protocol else {}
+    for name, kind in kinds.items():
+        if not isinstance(report[name], kind):
+            raise ValueError(f"{name} is {show(report[name])}")
+    evaluation = Evaluation.from_dict(report["evaluation"])
+    if not all(result.losses for result in [evaluation.full, *evaluation.results]):
+        raise ValueError("a result has no losses")
+    if not has_protocol:
+        return
+    strategies = report["protocol"]["strategies"]
+    if not isinstance(strategies, dict) or not all(isinstance(own, dict | None) for own in strategies.values()):
+        raise ValueError(f"strategies are {show(strategies)}")
+    if {result.name for result in evaluation.results} != {*strategies}:
+        raise ValueError("its results are not those of its protocol's strategies")
+    if not isinstance(report["protocol"].get("split"), str):
+        raise ValueError("its protocol names no split")
 
 
 def _evaluations(report: dict[str, Any]) -> tuple[Evaluation, Evaluation | None]:
