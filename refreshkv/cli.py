@@ -8,6 +8,7 @@ import os
 import signal
 import stat
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
@@ -52,6 +53,7 @@ def run(main: Callable[[list[str]], None], extra: str | None = None) -> NoReturn
     """
     _end_with_parent()
     _prepare_streams()
+    threading.excepthook = _report_thread
     try:
         code = _exit_code(main)
         _flush()
@@ -88,6 +90,17 @@ def _message(error: Exception, extra: str | None) -> str | None:
     from refreshkv.machine import machine_problem  # imports torch, which help and wrong options do without
 
     return machine_problem(error)
+
+
+def _report_thread(failed: threading.ExceptHookArgs) -> None:
+    """Prints the error of a thread: one line for one that the machine has caused, such as a full disk."""
+    from refreshkv.machine import machine_problem  # as above
+
+    problem = None if failed.exc_value is None else machine_problem(failed.exc_value)
+    if problem is None:
+        threading.__excepthook__(failed)
+    else:
+        print(f"warning: {problem}", file=sys.stderr, flush=True)
 
 
 def _missing_extra(error: ModuleNotFoundError, extra: str | None) -> str | None:

@@ -384,15 +384,15 @@ def _disks() -> Iterator[Case]:
         "experiment": "experiment --config experiment.yaml output=new results=new2",
     }
     for name, command in writers.items():
-        for size in (0, 40, 500):
-            if size > 0 and name == "experiment":
-                continue  # its jobs are processes of their own
+        for size in (0, 40, 500, 3000):
+            if (size > 0 and name == "experiment") or (size == 3000 and name != "train"):
+                continue  # an experiment's jobs are processes of their own; other commands write less
             is_sample = (name, size) == ("prepare", 500)
             yield Case(
                 f"{name}: no file may have more than {size} bytes",
                 command,
                 ("full|File too large",),
-                code=3 if name == "train" and size > 0 else 2,
+                code=3 if size == 3000 else 2,
                 settings={"file_bytes": size},
                 is_sample=is_sample,
             )
