@@ -10,7 +10,7 @@ from refreshkv.attention import sequence_parallel
 from refreshkv.data.rows import Rows, load_rows
 from refreshkv.train.config import RunConfig
 from refreshkv.train.deepspeed_json import read_deepspeed_json, zero_stage
-from refreshkv.train.kernels import validate_kernels
+from refreshkv.train.kernels import validate_kernels, validate_prompt_attention
 from refreshkv.train.optimizer import validate_optimizer
 from refreshkv.train.shape import Shape, model_configuration, model_shape
 from refreshkv.train.validation import (
@@ -97,6 +97,7 @@ def resolve(config: RunConfig, world: int, dry: bool = False) -> Job:
     if not dry:
         validate_optimizer(config.training)
         validate_kernels(config.training, model_config)
+        validate_prompt_attention(config.model)
     return Job(
         config=config,
         world=world,
