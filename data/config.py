@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from refreshkv.ranges import COUNT, Range, validate_numbers
 from refreshkv.settings import SettingsError
 
 PYTHON_STDLIB = "python-stdlib"
@@ -24,6 +25,15 @@ FILE_BUILDERS = ("arrow", "csv", "json", "parquet", "text", "xml")
 
 SMALLEST_VOCABULARY = 257
 """Tokens of a byte-level vocabulary without merges: the 256 bytes and the end of text."""
+
+NUMBERS = {
+    "row_length": Range(2, 1 << 27),  # a batch of the prepared file holds at least one sequence
+    "max_documents": Range(1, 2**62),
+    "train_vocabulary": Range(SMALLEST_VOCABULARY, 10_000_000),
+    "max_train_rows": Range(1, 2**62),
+    "task_examples": COUNT,
+}
+"""Range of the numbers of `DataConfig`."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +98,7 @@ class DataConfig:
         for key in ("folder", "path", "split", "text_column"):
             if not getattr(self, key):
                 raise SettingsError(f"data.{key} must not be empty")
-        _validate_least("row_length", self.row_length, 2)
-        _validate_least("max_documents", self.max_documents, 1)
-        _validate_least("train_vocabulary", self.train_vocabulary, SMALLEST_VOCABULARY)
-        _validate_least("max_train_rows", self.max_train_rows, 1)
-        _validate_least("task_examples", self.task_examples, 1)
+        validate_numbers(self, NUMBERS, "data.")
         if self.tasks is not None and self.path != GENERATED_TASKS:
             raise SettingsError(
                 f"data.tasks means nothing for data.path={self.path}: leave it out or set data.path=tasks"
@@ -116,8 +122,3 @@ class DataConfig:
                 raise SettingsError(
                     f"data.{key} means nothing for data.path={self.path}: leave it out or set data.path too"
                 )
-
-
-def _validate_least(key: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise SettingsError(f"data.{key} must be a whole number >= {least}, got {value!r}")

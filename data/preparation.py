@@ -6,7 +6,6 @@ A row is a sequence of exactly `row_length` tokens.
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -19,16 +18,17 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from refreshkv.data.config import GENERATED_TASKS, DataConfig
+from refreshkv.data.content import fingerprint
 from refreshkv.data.folder import SPLITS, TOKENIZER_FOLDER
 from refreshkv.data.sources import Document, load_documents, read_documents
 from refreshkv.data.tasks.rows import prompt_length, task_sequences, training_tasks
 from refreshkv.data.tasks.task import Task
-from refreshkv.data.tokenizer import model_tokenizer, train_tokenizer
+from refreshkv.data.tokenizer import SpecialTokens, model_tokenizer, train_tokenizer
 from refreshkv.data.writer import SplitWriter
 from refreshkv.settings import SettingsError
 
-LAYOUT = 1
-"""Version of the folder's layout, stored in rows.json for later readers."""
+LAYOUT = 2
+"""Version of the folder's layout, stored in rows.json for later readers. Since 2 the fingerprint has all columns."""
 
 BATCH_CHARACTERS = 16_000_000
 """Characters tokenized at once: enough to keep every core busy, with tokens that fit into any memory."""
@@ -115,10 +115,11 @@ def _add_documents(
     tokenizer: PreTrainedTokenizerBase,
     writers: dict[str, SplitWriter],
 ) -> None:
-    groups = set()
-    for document, token_ids in _tokenized(config, documents, tokenizer):
+    groups, special = set(), SpecialTokens(tokenizer, "data.tokenizer")
+    for document, token_ids in _tokenized(config, documents, special):
         groups.add(document.group)
-        writers[assign_split(document, config)].add(token_ids, assign_document(document.text)[0])
+        names = special.count_names(document.text)
+        writers[assign_split(document, config)].add(token_ids, assign_document(document.text)[0], names)
         if config.max_train_rows is not None and writers["train"].counts.rows >= config.max_train_rows:
             break
     _validate_held_out(config, groups)
@@ -136,14 +137,12 @@ def _add_examples(
 
 
 def _tokenized(
-    config: DataConfig, documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase
+    config: DataConfig, documents: Dataset | IterableDataset, special: SpecialTokens
 ) -> Iterator[tuple[Document, list[int]]]:
     """Each document, and its tokens with the end-of-text token."""
-    end = cast(int, tokenizer.eos_token_id)
+    end = cast(int, special.tokenizer.eos_token_id)
     for batch in _batches(_with_progress(read_documents(documents, config), documents, "tokenizing")):
-        texts = [document.text for document in batch]
-        # verbose=True warns of documents longer than the model's context, but they are cut into rows
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        encoded = special.encode_texts([document.text for document in batch])
         for document, token_ids in zip(batch, encoded, strict=True):
             yield document, [*token_ids, end]
 
@@ -200,7 +199,6 @@ def _describe(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, writers: dict[str, SplitWriter]
 ) -> dict[str, Any]:
     splits = {split: dataclasses.asdict(writer.counts) for split, writer in writers.items()}
-    digests = json.dumps([config.row_length, *(writer.digest for writer in writers.values())])
     libraries = ("datasets", "transformers", "tokenizers", "pyarrow")
     return {
         "layout": LAYOUT,
@@ -211,7 +209,7 @@ def _describe(
         "vocabulary_size": len(tokenizer),
         "largest_token_id": max(writer.largest_token_id for writer in writers.values()),
         "end_of_text": tokenizer.eos_token,
-        "fingerprint": hashlib.sha256(digests.encode()).hexdigest(),
+        "fingerprint": fingerprint(config.row_length, [writer.digest for writer in writers.values()]),
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in libraries},

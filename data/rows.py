@@ -3,21 +3,35 @@
 A row is a sequence of exactly `row_length` tokens.
 """
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, load_from_disk
 
 from refreshkv.config import RefreshConfig
 from refreshkv.data.config import DataConfig
+from refreshkv.data.content import content
 from refreshkv.data.folder import INFO_FILE, SPLITS, TOKENIZER_FOLDER, rows_folder
-from refreshkv.data.preparation import write_splits
+from refreshkv.data.preparation import LAYOUT, write_splits
 from refreshkv.data.report import PreparationReport, share_beyond
 from refreshkv.files import write_json
+from refreshkv.folders import resolved
 from refreshkv.loading import find_tokenizer
+from refreshkv.reading import read_json, refuse_special_files
 from refreshkv.settings import SettingsError
+
+INFO_KEYS: dict[str, type] = {
+    "layout": int,
+    "data": dict,
+    "splits": dict,
+    "vocabulary_size": int,
+    "largest_token_id": int,
+    "fingerprint": str,
+}
+"""What readers of a rows.json use, and its kind."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,7 @@ def prepare_rows(config: DataConfig, budget: int | float, overwrite: bool = Fals
     train split.
     """
     capacity = RefreshConfig(budget=budget).largest_budget(config.row_length)
-    target = Path(config.folder).expanduser().resolve()
+    target = resolved(config.folder, "data.folder")
     if (config.tokenizer is None) == (config.train_vocabulary is None):
         raise SettingsError(
             "set exactly one of data.tokenizer (the model's folder or hub id) and data.train_vocabulary (such as 4096, "
@@ -67,23 +81,56 @@ def prepare_rows(config: DataConfig, budget: int | float, overwrite: bool = Fals
 
 
 def load_rows(folder: str | Path) -> Rows:
-    """Opens a folder of `prepare_rows` as torch datasets. Raises `SettingsError` if it is missing or damaged."""
-    folder = Path(folder).expanduser().resolve()
-    if not (folder / INFO_FILE).is_file():
+    """Opens a folder of `prepare_rows` as torch datasets.
+
+    Raises `SettingsError` if it is missing or damaged, or if its files hold other sequences than its rows.json says.
+    """
+    folder = resolved(folder, "data.folder")
+    if not os.path.lexists(folder / INFO_FILE):
         raise SettingsError(f"data.folder={folder} holds no prepared rows; run launch/prepare.py first")
     try:
-        info = json.loads((folder / INFO_FILE).read_text())
+        info = _read_info(folder / INFO_FILE)
+        refuse_special_files(folder, "data.folder")
         splits = load_from_disk(str(folder), keep_in_memory=False).with_format("torch")
         if not isinstance(splits, DatasetDict):
             raise ValueError("it holds one table and no splits")
         if any(len(splits[split]) != info["splits"][split]["rows"] for split in SPLITS):
             raise ValueError(f"the number of rows is not the one in {INFO_FILE}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _validate_content(folder, info, splits)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise SettingsError(
-            f"data.folder={folder} is damaged ({error}); prepare it again with launch/prepare.py --overwrite"
+            f"data.folder={folder} is damaged ({reason}); prepare it again with launch/prepare.py --overwrite"
         ) from error
     info["folder"] = str(folder)
     return Rows(**{split: splits[split] for split in SPLITS}, tokenizer_folder=folder / TOKENIZER_FOLDER, info=info)
+
+
+def _read_info(file: Path) -> dict[str, Any]:
+    """The content of a rows.json. Raises `ValueError` if it lacks a key that readers use, or has it in another form."""
+    info = read_json(file, "data.folder")
+    if not isinstance(info, dict):
+        raise ValueError(f"{INFO_FILE} holds no section with keys")
+    for key, kind in INFO_KEYS.items():
+        if type(info.get(key)) is not kind:
+            raise ValueError(f"{INFO_FILE} lacks {key}" if key not in info else f"{key} in {INFO_FILE} is no {kind}")
+    if info["layout"] > LAYOUT:
+        raise ValueError(f"layout {info['layout']} of {INFO_FILE} is that of a later version of refreshkv")
+    if type(info["data"].get("row_length")) is not int:
+        raise ValueError(f"{INFO_FILE} lacks data.row_length")
+    for split in SPLITS:
+        if not isinstance(info["splits"].get(split), dict) or type(info["splits"][split].get("rows")) is not int:
+            raise ValueError(f"{INFO_FILE} lacks splits.{split}.rows")
+    return info
+
+
+def _validate_content(folder: Path, info: dict[str, Any], splits: DatasetDict) -> None:
+    """Raises `ValueError` unless the files hold exactly the sequences that rows.json was written for."""
+    found = content(folder, splits, info["data"]["row_length"])
+    if found["fingerprints"].get(str(info["layout"])) != info["fingerprint"]:
+        raise ValueError(f"its files hold other sequences than the fingerprint in {INFO_FILE} says")
+    if found["smallest"] < 0 or found["largest"] > info["largest_token_id"]:
+        raise ValueError(f"its files hold token ids that {INFO_FILE} does not tell of")
 
 
 def validate_same_tokens(model: str, rows: Rows) -> None:

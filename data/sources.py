@@ -16,6 +16,8 @@ from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetNotFoundError
 
 from refreshkv.data.config import FILE_BUILDERS, NUMPY_TESTS, PYTHON_PACKAGES, PYTHON_STDLIB, DataConfig
+from refreshkv.machine import is_full_disk, machine_problem
+from refreshkv.reading import refuse_special_sources
 from refreshkv.settings import SettingsError
 
 SKIPPED_DIRECTORIES = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
@@ -72,12 +74,24 @@ def read_documents(documents: Dataset | IterableDataset, config: DataConfig) -> 
     Raises `SettingsError` for a column that holds anything but text, and for a source that cannot be read to its end.
     """
     with _reading(config):
-        for document in cast(Iterable[dict[str, Any]], documents):
+        for number, document in enumerate(cast(Iterable[dict[str, Any]], documents)):
             text = document[config.text_column]
             if text is not None and not isinstance(text, str):
-                raise SettingsError(f"data.text_column={config.text_column} holds {type(text).__name__}, not text")
-            group = None if config.group_column is None else str(document[config.group_column])
+                raise SettingsError(
+                    f"data.text_column={config.text_column} holds {type(text).__name__}, not text, in record {number}"
+                )
+            group = None if config.group_column is None else _group(document[config.group_column], config, number)
             yield Document(text or "", group)
+
+
+def _group(value: Any, config: DataConfig, number: int) -> str:
+    """The name of a document's group: a text or a number that its record has."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+        raise SettingsError(
+            f"data.group_column={config.group_column} must hold the name of a group in each record, got {value!r} in "
+            f"record {number}"
+        )
+    return str(value)
 
 
 def stdlib_documents() -> Iterator[dict[str, str]]:
@@ -160,6 +174,8 @@ def _open_source(config: DataConfig) -> Dataset | IterableDataset:
         return IterableDataset.from_generator(package_documents)
     if config.path == NUMPY_TESTS:
         return Dataset.from_list(list(numpy_test_documents()))
+    refuse_special_sources(config.data_files, "data.data_files")
+    refuse_special_sources(config.path, "data.path")
     if Path(config.path).is_file():
         raise SettingsError(
             f"data.path={config.path} is a file: set data.path to its kind ({', '.join(FILE_BUILDERS)}) and "
@@ -188,6 +204,8 @@ def _reading(config: DataConfig) -> Iterator[None]:
 
 
 def _explanation(config: DataConfig, error: Exception) -> str:
+    if is_full_disk(error):
+        return f"data.path={config.path}: reading needs room on the disk for a copy (HF_HOME): {machine_problem(error)}"
     reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
     if isinstance(error, StopIteration):
         return f"{_source(config)}: no such file, or nothing in it"

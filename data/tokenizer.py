@@ -1,6 +1,12 @@
-"""The tokenizer of a preparation: a model's own, or a byte-level BPE trained on the documents."""
+"""The tokenizer of a preparation, a model's own or a byte-level BPE trained on the documents, and how text is encoded.
 
+Text stays text: `</s>` in a document or a task is four characters. Only our own code adds special tokens.
+"""
+
+import re
 from collections.abc import Iterable
+from functools import cached_property
+from typing import Any, cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -46,3 +52,90 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTok
         pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
     )
+
+
+class SpecialTokens:
+    """A tokenizer's special tokens, kept apart from text that names them.
+
+    Args:
+        setting: names the tokenizer in errors.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, setting: str) -> None:
+        self.tokenizer, self._setting = tokenizer, setting
+        names: dict[int, str] = {
+            number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        names |= {cast(int, tokenizer.convert_tokens_to_ids(name)): name for name in tokenizer.all_special_tokens}
+        unknown = cast("int | None", tokenizer.unk_token_id)
+        if unknown is not None and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+            names.pop(unknown, None)  # what stands for unknown text is no control token
+        self._names = names
+        longest_first = sorted(names.values(), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if names else None
+
+    def count_names(self, text: str) -> int:
+        """How often a text names a special token."""
+        return 0 if self._pattern is None else sum(1 for _ in self._pattern.finditer(text))
+
+    def encode_texts(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of each text, without any special token.
+
+        Raises `SettingsError` for a tokenizer that gives special tokens for text.
+        """
+        if not texts:
+            return []
+        options: dict[str, Any] = {
+            "add_special_tokens": False,
+            "split_special_tokens": True,
+            "return_attention_mask": False,
+        }
+        # verbose=True warns of texts longer than the model's context, but these are cut
+        encoded = self.tokenizer(texts, verbose=False, **options)["input_ids"]
+        return [
+            ids if self._names.keys().isdisjoint(ids) else self._spelled_out(text, ids)
+            for text, ids in zip(texts, encoded, strict=True)
+        ]
+
+    def encode_text(self, text: str) -> list[int]:
+        """The same for a single text."""
+        return self.encode_texts([text])[0]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The tokens of a prompt: what the tokenizer puts before a text, and the text; nothing ends it."""
+        return [*self.added[0], *self.encode_text(text)]
+
+    @cached_property
+    def added(self) -> tuple[list[int], list[int]]:
+        """The tokens that the tokenizer puts before and behind a text by itself."""
+        whole, bare = (list(self.tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False))
+        for start in range(len(whole) - len(bare) + 1):
+            if whole[start : start + len(bare)] == bare:
+                return whole[:start], whole[start + len(bare) :]
+        raise SettingsError(f"{self._setting}: it is not clear which tokens its tokenizer adds to a text")
+
+    def _spelled_out(self, text: str, ids: list[int]) -> list[int]:
+        """`ids`, the tokens of `text`, with each special token replaced by the tokens of its name's letters.
+
+        Tokenizers that look up whole words or the likeliest pieces find a special token's name in their vocabulary.
+        """
+        spelled, lowered = [], text.lower()
+        for number in ids:
+            name = self._names.get(number, "")
+            if len(name) < 2:  # an ordinary token, also where it serves as a special one: a letter has no other
+                spelled.append(number)
+                continue
+            letters = self._letters(name)
+            if name.lower() not in lowered or not self._names.keys().isdisjoint(letters):
+                raise SettingsError(
+                    f"{self._setting}: its tokenizer gives the special token {name} for plain text; use one that has a "
+                    "token of its own for unknown text"
+                )
+            spelled += letters
+        return spelled
+
+    def _letters(self, name: str) -> list[int]:
+        backend: Any = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return [cast(int, self.tokenizer.convert_tokens_to_ids(letter)) for letter in name]
+        return [token.id for letter in name for token in backend.model.tokenize(letter)]

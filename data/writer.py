@@ -1,12 +1,13 @@
 """Writes the sequences of one split to disk, with a few batches of them in memory at most."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
+
+from refreshkv.data.content import SplitDigest
 
 BUFFERED_TOKENS = 1 << 20
 """Tokens kept in memory before they are written."""
@@ -26,6 +27,8 @@ class SplitCounts:
     """Tokens in those sequences."""
     leftover_tokens: int = 0
     """Tokens in none: documents shorter than a row, and ends of documents that do not fill one."""
+    special_names: int = 0
+    """How often the documents' text names a special token, such as </s>; it is ordinary text."""
 
 
 class SplitWriter:
@@ -45,21 +48,22 @@ class SplitWriter:
         self._columns: dict[str, list[int]] = {name: [] for name in columns}
         self._schema = _features(row_length, columns).arrow_schema
         self._stream = pa.ipc.new_stream(path, self._schema)
-        self._digest = hashlib.sha256()
+        self.digest = SplitDigest(columns)
         self._rows: list[np.ndarray] = []
         self._documents: list[str] = []
         self._buffered_tokens = 0
 
-    def add(self, token_ids: list[int], document: str) -> None:
+    def add(self, token_ids: list[int], document: str, special_names: int = 0) -> None:
         """Cuts one document, its tokens in order, into consecutive sequences; an end that does not fill one is dropped.
 
-        document: its short hash.
+        document: its short hash. special_names: how often its text names a special token.
         """
         count = len(token_ids) // self._row_length
         kept = count * self._row_length
         self.longest_document = max(self.longest_document, len(token_ids))
         self.counts.documents += 1
         self.counts.dropped_documents += count == 0
+        self.counts.special_names += special_names
         self.counts.rows += count
         self.counts.tokens += kept
         self.counts.leftover_tokens += len(token_ids) - kept
@@ -79,14 +83,9 @@ class SplitWriter:
         self._stream.close()
         return Dataset.from_file(str(self._path))
 
-    @property
-    def digest(self) -> str:
-        """SHA-256, in hex, of all tokens added so far, in order."""
-        return self._digest.hexdigest()
-
     def _buffer(self, token_ids: np.ndarray, documents: list[str]) -> None:
         self.largest_token_id = max(self.largest_token_id, int(token_ids.max()))
-        self._digest.update(token_ids.astype("<i4").tobytes())
+        self.digest.add_tokens(token_ids)
         self._rows.append(token_ids)
         self._documents += documents
         self._buffered_tokens += len(token_ids)
@@ -98,6 +97,8 @@ class SplitWriter:
             return
         input_ids = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(self._rows)), self._row_length)
         numbers = [pa.array(values, pa.int32()) for values in self._columns.values()]
+        for name, values in self._columns.items():
+            self.digest.add_column(name, np.array(values, dtype=np.int32))
         batch = [input_ids, pa.array(self._documents, pa.string()), *numbers]
         self._stream.write_batch(pa.RecordBatch.from_arrays(batch, schema=self._schema))
         self._rows, self._documents, self._buffered_tokens = [], [], 0

@@ -9,6 +9,7 @@ from transformers import Cache, PreTrainedModel
 
 from refreshkv import decode_ahead
 from refreshkv.evaluation.strategies import Strategy
+from refreshkv.generation.inherited import without_own_settings
 
 GREEDY = {
     "do_sample": False,
@@ -16,7 +17,7 @@ GREEDY = {
     "repetition_penalty": 1.0,
     **dict.fromkeys(("temperature", "top_p", "top_k")),
 }
-"""Arguments of `generate()` for greedy decoding, whatever the model's own generation settings are."""
+"""Arguments of `generate()` for greedy decoding, to be called inside `without_own_settings(model)`."""
 
 STEPS_TO_CAPTURE = 4
 """Tokens after which a step has been compiled and captured in a CUDA graph."""
@@ -52,14 +53,15 @@ class Caches:
 
     def _record(self, cache: Cache, sequences: int, prompt_length: int, new_tokens: int) -> None:
         ids = torch.zeros(sequences, prompt_length, dtype=torch.int64, device=self._model.device)
-        self._model.generate(  # pyright: ignore[reportCallIssue]  # a mixin of the models' classes
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            custom_generate=decode_ahead,
-            max_new_tokens=new_tokens,
-            eos_token_id=None,
-            pad_token_id=0,
-            **GREEDY,
-        )
+        with without_own_settings(self._model):
+            self._model.generate(  # pyright: ignore[reportCallIssue]  # a mixin of the models' classes
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                custom_generate=decode_ahead,
+                max_new_tokens=new_tokens,
+                eos_token_id=None,
+                pad_token_id=0,
+                **GREEDY,
+            )
         cache.reset()

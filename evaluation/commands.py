@@ -36,7 +36,14 @@ from refreshkv.evaluation.sweep.report import FILES as SWEEP_FILES
 from refreshkv.evaluation.sweep.report import build_sweep_report, sweep_table, write_sweep_report
 from refreshkv.evaluation.tasks.report import FILES as TASK_FILES
 from refreshkv.evaluation.tasks.report import build_task_report, task_table, write_task_report
-from refreshkv.evaluation.tasks.scores import ExampleRecords, TaskResult, evaluate_tasks, make_examples
+from refreshkv.evaluation.tasks.scores import (
+    ExampleRecords,
+    TaskResult,
+    evaluate_tasks,
+    generation_settings,
+    make_examples,
+)
+from refreshkv.generation.inherited import forget_own_settings
 from refreshkv.loading import load_model, load_tokenizer, model_folder, own_config
 from refreshkv.options import changed_config, chosen_device, task_values
 from refreshkv.prefix.store import PrefixStore
@@ -85,7 +92,7 @@ def score_tasks(options: argparse.Namespace, command: str) -> str:
     tasks = open_tasks(options.tasks, options.overrides, options.task_length)
     path = model_folder(name)
     tokenizer = load_tokenizer(path, "--model")
-    model = load_model(path, "--model", dtype=options.dtype)
+    model = _load(path, options)
     config = _chosen_config(model, options)
     default = ["full", "refresh", *(["similarity"] if config.threshold else []), "snapkv"]
     strategies = build_strategies(options.strategies or default, config)
@@ -97,7 +104,7 @@ def score_tasks(options: argparse.Namespace, command: str) -> str:
 
     results = evaluate_tasks(model, tokenizer, work, strategies, records, options.batch_size, store=store)
 
-    settings = {**_execution(model, options), "examples": options.examples}
+    settings = {**_execution(model, options), "examples": options.examples, **generation_settings(model, tokenizer)}
     if store is not None:
         settings["prefix store"] = f"{options.prefix_store}; seconds are without the prompts'"
     report = build_task_report(results, tasks, strategies, name, settings, command)
@@ -115,7 +122,7 @@ def measure_suite(options: argparse.Namespace, command: str, root: Path) -> str:
     device = chosen_device(options.device)
 
     def load(path: str) -> PreTrainedModel:
-        return _place(load_model(path, "--model", dtype=options.dtype), device)
+        return _place(_load(path, options), device)
 
     folder = open_output(output, SUITE_FILES, options.overwrite, options.resume)
     results = run_suite(suite, opened, models, load, folder, options.batch_size, options.decode)
@@ -139,7 +146,7 @@ def sweep_thresholds(options: argparse.Namespace, command: str) -> str:
     rows, split = open_split(options.data, options.split, options.rows)
     check_last_tokens(options.last_tokens, len(split[0]["input_ids"]))
     path = model_folder(options.model)
-    model = load_model(path, "--model", dtype=options.dtype)
+    model = _load(path, options)
     check_tokens(model, path, rows)
     config = changed_config(own_config(model.config), options.overrides, budget=options.budget)
     strategies = sweep_strategies(config, options.strides or [config.stride], options.thresholds)
@@ -164,12 +171,21 @@ def sweep_thresholds(options: argparse.Namespace, command: str) -> str:
         "tasks": ", ".join(task.label for task, _ in work) or "none",
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
+        **({} if tokenizer is None else generation_settings(model, tokenizer)),
     }
     report = build_sweep_report(sweep, options.model, settings, command)
     written = write_sweep_report(output, sweep, report)
     warnings = [f"warning: {text}" for text in evaluation.warnings]
     where = f"{output}: {', '.join(written)}"
     return "\n".join([sweep_table(sweep), *warnings, report["recommendation"]["text"], where])
+
+
+def _load(path: str, options: argparse.Namespace) -> PreTrainedModel:
+    """Loads the model that generates answers."""
+    model = load_model(path, "--model", dtype=options.dtype)
+    if options.ignore_generation_config:
+        forget_own_settings(model)
+    return model
 
 
 def _place(model: PreTrainedModel, device: str) -> PreTrainedModel:

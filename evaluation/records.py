@@ -2,13 +2,25 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+from refreshkv.checksums import digest
+from refreshkv.reading import LARGEST_REPORT, read_bytes
 from refreshkv.settings import SettingsError
 
 LINE_START = b'{"key": "'
 """How every record's line begins."""
+CHECKSUM = "checksum"
+"""Field of a line: a hash of its other values."""
+METHODS = 2
+"""Part of every key. Raise it when a strategy or a measurement computes something else than before."""
+
+
+def record_key(*parts: Any) -> str:
+    """The key of a record whose values depend on `parts`, JSON values."""
+    return digest([METHODS, *parts])[:32]
 
 
 class Keyed(Protocol):
@@ -24,7 +36,8 @@ Line = TypeVar("Line", bound=Keyed)
 class RecordFile(Generic[Line]):
     """The records of one file, by key.
 
-    A last line that a killed process wrote in part is removed. Raises `SettingsError` for a file with other content.
+    A last line that a killed process wrote in part is removed. A line whose values were changed since is left out, with
+    a warning, so that it is measured again. Raises `SettingsError` for a file with other content.
     """
 
     kind = "an evaluation"
@@ -48,26 +61,30 @@ class RecordFile(Generic[Line]):
 
     def add(self, records: list[Line]) -> None:
         """Appends records to the file; they lie on the disk when this returns."""
+        lines = [json.loads(json.dumps(vars(record))) for record in records]
         with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(vars(record)) + "\n" for record in records)
+            file.writelines(json.dumps({**line, CHECKSUM: digest(line)}) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
         self._records |= {record.key: record for record in records}
 
     def _read(self) -> list[Line]:
-        content = self._path.read_bytes()
+        content = read_bytes(self._path, f"the records of {self.kind}", LARGEST_REPORT)
         complete = content[: content.rfind(b"\n") + 1]
         try:
-            records = [self.parse(json.loads(line)) for line in complete.splitlines()]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            lines = [json.loads(line) for line in complete.splitlines()]
+            good = [line for line in lines if line.pop(CHECKSUM, None) in (None, digest(line))]
+            records = [self.parse(line) for line in good]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise SettingsError(f"{self._path} is not from {self.kind} ({reason}); use another --output") from None
+        if len(good) < len(lines):
+            print(
+                f"warning: {self._path}: {len(lines) - len(good)} lines were changed since they were written; they are "
+                "measured again",
+                file=sys.stderr,
+            )
         begun = content[len(complete) :][: len(LINE_START)]
         if begun and (records or LINE_START.startswith(begun)):
             os.truncate(self._path, len(complete))
         return records
-
-
-def numbered_layers(counts: dict[str, int] | None) -> dict[int, int] | None:
-    """The same values by layer, with layer numbers as integers again."""
-    return None if counts is None else {int(layer): count for layer, count in counts.items()}

@@ -4,7 +4,6 @@ import datetime
 import functools
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from refreshkv.folders import make_folder, validate_folder
 from refreshkv.settings import SettingsError
 
 ROWS_FILE = "rows.jsonl"
@@ -61,6 +61,7 @@ def open_output(folder: str | Path, names: tuple[str, ...], overwrite: bool, res
     Raises `SettingsError` if the folder has one of the files and neither is wanted or no evaluation has written it, if
     it holds a model, sequences or a run, or if it is not writable.
     """
+    validate_folder(folder, "--output")
     folder = Path(folder)
     for name, content in HOLDS.items():
         if (folder / name).is_file():
@@ -76,15 +77,13 @@ def open_output(folder: str | Path, names: tuple[str, ...], overwrite: bool, res
             f"--output {folder} holds {existing[0]}, which no evaluation has written: move it away, or choose another "
             "folder"
         )
+    make_folder(folder, "--output")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if overwrite:
             for name in existing:
                 (folder / name).unlink()
     except OSError as error:
         raise SettingsError(f"--output {folder} cannot be written to: {error.strerror or error}") from error
-    if not os.access(folder, os.W_OK):
-        raise SettingsError(f"--output {folder} is not writable: choose another folder")
     return folder
 
 

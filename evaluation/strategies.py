@@ -16,6 +16,7 @@ from refreshkv.baselines.h2o import H2OCache
 from refreshkv.baselines.snapkv import SnapKVCache
 from refreshkv.baselines.streaming import StreamingCache
 from refreshkv.config import NEVER
+from refreshkv.ranges import LARGEST_COUNT, Range, show
 from refreshkv.settings import SettingsError, settings_to_dict
 
 SCORE_BITS = {"16bit": 16, "8bit": 8, "4bit": 4}
@@ -220,10 +221,13 @@ def _evicting(name: str, kind: Callable[..., Cache], **settings: Any) -> Strateg
 
 def _number(kind: type[Number], name: str, text: str) -> Number:
     try:
-        return kind(text)
+        number = kind(text)
     except ValueError:
         wanted = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{name} must be {wanted}, got {text!r}") from None
+        raise ValueError(f"{name} must be {wanted}, got {show(text)}") from None
+    if problem := Range(-LARGEST_COUNT).problem(number):
+        raise ValueError(f"{name} {problem}, got {show(text)}")
+    return number
 
 
 def _at_most(arguments: list[str], count: int, usage: str) -> None:

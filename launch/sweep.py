@@ -18,10 +18,11 @@ from refreshkv.evaluation.sweep.recommendation import THRESHOLDS
 from refreshkv.options import (
     add_budget,
     add_execution,
+    add_generation,
     add_model,
     add_output,
     add_overrides,
-    check_execution,
+    check_numbers,
     comma_separated,
     whole_numbers,
 )
@@ -53,21 +54,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--keep", type=float, default=0.9, help="share of the gain to keep (default: %(default)s)")
     add_budget(parser)
+    add_generation(parser)
     add_execution(parser)
     add_output(parser, "reports/NAME_OF_THE_MODEL-sweep")
     parser.add_argument("--resume", action="store_true", help="continue the sweep in --output")
     parser.add_argument("--overwrite", action="store_true", help="replace a sweep that the folder already holds")
     add_overrides(parser, "; tasks.NAME.key=value with --tasks")
     options = parser.parse_intermixed_args(arguments)
-    check_execution(options)
+    check_numbers(options)
     if options.resume and options.overwrite:
         raise SettingsError("--resume continues a sweep and --overwrite replaces it: choose one")
-    of_tasks = [options.examples, options.task_length, *(text.startswith("tasks.") for text in options.overrides)]
+    of_tasks = [options.examples, options.task_length, options.ignore_generation_config]
+    of_tasks += [*(text.startswith("tasks.") for text in options.overrides)]
     if not options.tasks and any(of_tasks):
-        raise SettingsError("--examples, --task-length and tasks.NAME.key=value mean nothing without --tasks")
+        raise SettingsError(
+            "--examples, --task-length, --ignore-generation-config and tasks.NAME.key=value mean nothing without "
+            "--tasks"
+        )
     options.examples = DEFAULT_EXAMPLES if options.examples is None else options.examples
-    if not 0 < options.keep <= 1:
-        raise SettingsError(f"--keep is a share, more than 0 and at most 1, got {options.keep}")
     return options
 
 

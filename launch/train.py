@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from refreshkv.cli import run
+from refreshkv.options import check_numbers
 from refreshkv.settings import load_settings
 from refreshkv.train.config import RunConfig
 
@@ -29,6 +30,7 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_intermixed_args(arguments)
     if args.resume and args.overwrite:
         parser.error("--resume continues a run and --overwrite replaces it: choose one")
+    check_numbers(args)
     if (args.ranks or args.gpu_memory) and not args.dry_run:
         parser.error("--ranks and --gpu-memory need --dry-run")
 
@@ -49,12 +51,12 @@ def dry_run(config: RunConfig, ranks: int | None, gigabytes: float | None) -> st
     import torch
 
     from refreshkv.train.job import resolve
+    from refreshkv.train.launcher import job_size
     from refreshkv.train.preflight import report
     from refreshkv.train.step_time import matmul_rate
 
-    job = resolve(
-        config, ranks or int(os.environ.get("WORLD_SIZE", "0")) or max(1, torch.cuda.device_count()), dry=True
-    )
+    launched = job_size() if "WORLD_SIZE" in os.environ else None
+    job = resolve(config, ranks or launched or max(1, torch.cuda.device_count()), dry=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     available = gigabytes * 1e9 if gigabytes else None
     if available is None and device.type == "cuda":

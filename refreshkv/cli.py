@@ -1,13 +1,19 @@
-"""What every command does around its own work: one-line errors, exit codes, and the name of a missing extra."""
+"""What every command does around its own work: one-line errors, exit codes, and the name of a missing extra.
+
+An error that the user or the machine causes is one line. Any other error is a mistake of ours and keeps its traceback.
+"""
 
 import ctypes
 import os
 import signal
+import stat
 import sys
+import threading
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from refreshkv.settings import SettingsError
+from refreshkv.errors import SettingsError
 
 PARENT = "REFRESHKV_ENDS_WITH"
 """Environment variable with the process id of the process that a command must not outlive."""
@@ -26,31 +32,122 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 }
 """Extra of pyproject.toml -> the modules that it adds. `train` also brings what `eval` does."""
 
+TRACEBACK = "REFRESHKV_TRACEBACK"
+"""Environment variable: with any value but 0, errors of one line have their traceback above them."""
+
+OUTPUT_FAILS = "standard output cannot be written to; its disk may be full ({}): send it to another place"
+
+REFUSED, READER_GONE, INTERRUPTED = 2, 141, 130
+"""Exit codes: an error that the user can mend; standard output was closed by its reader, as in `| head`; Ctrl-C."""
+
 
 def run(main: Callable[[list[str]], None], extra: str | None = None) -> NoReturn:
-    """Calls `main` with the command line's arguments and exits: 0, 2 after a `SettingsError`, 130 after Ctrl-C.
+    """Calls `main` with the command line's arguments and exits.
 
-    A `SettingsError` is printed as one line on stderr, without a traceback; in a job of several processes only rank 0
-    prints. A missing module of `EXTRAS` is such an error too, with the extra to install: `extra` if given.
+    The codes: 0, or what `main` exits with; 2 after an error that the user or the machine caused; 130 after Ctrl-C; 141
+    if the reader of standard output has gone.
+
+    Such an error is printed as one line on stderr; in a job of several processes only rank 0 prints. The traceback
+    comes with it if the environment has REFRESHKV_TRACEBACK=1. A missing module of `EXTRAS` is such an error too, with
+    the extra to install: `extra` if given. All other errors are raised.
     """
     _end_with_parent()
+    _prepare_streams()
+    threading.excepthook = _report_thread
+    try:
+        code = _exit_code(main)
+        _flush()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        output_fails = _standard_output_fails(error)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(READER_GONE)
+        message = OUTPUT_FAILS.format(error) if output_fails else _message(error, extra)
+        if message is None:
+            raise
+        if os.environ.get(TRACEBACK, "0") != "0":
+            traceback.print_exc()
+        _print_error(message)
+        sys.exit(REFUSED)
+    sys.exit(code)
+
+
+def _exit_code(main: Callable[[list[str]], None]) -> int | str | None:
     try:
         main(sys.argv[1:])
-    except SettingsError as error:
-        _print_error(str(error))
-        sys.exit(2)
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        brought = next((name for name, modules in EXTRAS.items() if missing in modules), None)
-        if brought is None:
-            raise
-        if brought in ("train", "eval"):
-            brought = extra or brought
-        _print_error(f"{missing} is not installed: pip install 'refreshkv[{brought}]'")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+def _message(error: Exception, extra: str | None) -> str | None:
+    """The line of an error that the user or the machine caused; None for any other."""
+    if isinstance(error, SettingsError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return _missing_extra(error, extra)
+    from refreshkv.machine import machine_problem  # imports torch, which help and wrong options do without
+
+    return machine_problem(error)
+
+
+def _report_thread(failed: threading.ExceptHookArgs) -> None:
+    """Prints the error of a thread: one line for one that the machine has caused, such as a full disk."""
+    from refreshkv.machine import machine_problem  # as above
+
+    problem = None if failed.exc_value is None else machine_problem(failed.exc_value)
+    if problem is None:
+        threading.__excepthook__(failed)
+    else:
+        print(f"warning: {problem}", file=sys.stderr, flush=True)
+
+
+def _missing_extra(error: ModuleNotFoundError, extra: str | None) -> str | None:
+    missing = (error.name or "").partition(".")[0]
+    brought = next((name for name, modules in EXTRAS.items() if missing in modules), None)
+    if brought is None:
+        return None
+    if brought in ("train", "eval"):
+        brought = extra or brought
+    return f"{missing} is not installed: pip install 'refreshkv[{brought}]'"
+
+
+def _prepare_streams() -> None:
+    """Makes the standard streams safe to use: open, and able to write every character."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file that is opened would get the number, and what is printed
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _standard_output_fails(error: Exception) -> bool:
+    """Whether `error` comes from writing to standard output. What waits to be written is thrown away then.
+
+    An `OSError` without a file's name may: one more character shows it, where no terminal and no pipe would show that.
+    """
+    if not isinstance(error, OSError) or error.filename is not None or sys.stdout is None:
+        return False
+    try:
+        _flush()
+        if stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode) or sys.stdout.isatty():
+            return False
+        os.write(sys.stdout.fileno(), b"\n")
+        return False
+    except (OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
+        return True
 
 
 def _end_with_parent() -> None:
@@ -67,5 +164,11 @@ def _end_with_parent() -> None:
 
 
 def _print_error(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first_rank():
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def _is_first_rank() -> bool:
+    """Whether this process is rank 0 of its job, or no launcher says rightly which it is."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "")
+    return not (rank.isdecimal() and world.isdecimal() and 0 < int(rank) < int(world))

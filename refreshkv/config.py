@@ -11,12 +11,13 @@ from torch import Tensor
 
 from refreshkv.ops import schedule
 from refreshkv.ops.state import Plan, SelectionOptions, StepOptions
+from refreshkv.ranges import LARGEST_COUNT, show
 from refreshkv.settings import SettingsError, settings_from_dict
 
 NEVER = 2**31 - 1
 """A stride larger than any text: the small cache is selected once, after the prompt, and never refreshed. Written
 `never` in YAML and in config.json."""
-LARGEST_BUDGET = 2**31 - 1
+LARGEST_BUDGET = LARGEST_COUNT
 """Largest budget in tokens: kernels count tokens in 32 bits."""
 
 
@@ -203,9 +204,9 @@ def _share_from_percent(text: str) -> float:
 
 def _validate_budget(budget: Any) -> None:
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
-        raise SettingsError(f"budget must be a number of tokens >= 1 or a fraction of the prompt, got {budget!r}")
+        raise SettingsError(f"budget must be a number of tokens >= 1 or a fraction of the prompt, got {show(budget)}")
     if isinstance(budget, int) and budget > LARGEST_BUDGET:
-        raise SettingsError(f"budget={budget} must be <= {LARGEST_BUDGET}; for all of a prompt write 1.0")
+        raise SettingsError(f"budget={show(budget)} must be <= {LARGEST_BUDGET}; for all of a prompt write 1.0")
     if isinstance(budget, float) and not budget <= 1:
         raise SettingsError(
             f"budget={budget!r} is a fraction of the prompt and must be <= 1; write a whole number for tokens"
@@ -219,6 +220,8 @@ def _is_finite(value: Any) -> bool:
 
 
 def validate_whole(name: str, value: Any, least: int) -> None:
-    """Raises `SettingsError` unless `value` is a whole number of at least `least`."""
+    """Raises `SettingsError` unless `value` is a whole number of at least `least`, and of 32 bits."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SettingsError(f"{name} must be a whole number >= {least}, got {value!r}")
+        raise SettingsError(f"{name} must be a whole number >= {least}, got {show(value)}")
+    if value > LARGEST_COUNT:
+        raise SettingsError(f"{name} must be <= {LARGEST_COUNT}, got {show(value)}")

@@ -11,6 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from refreshkv.folders import validate_folder
+
 PARTIAL = ".partial"
 """How the names of unfinished files and folders end."""
 
@@ -54,8 +56,11 @@ def write_bytes(path: str | Path, content: bytes, durable: bool = False) -> None
 
 
 def write_text(path: str | Path, text: str, durable: bool = False) -> None:
-    """Replaces `path` by a UTF-8 file with this text, atomically (`atomic_file`)."""
-    write_bytes(path, text.encode(), durable)
+    """Replaces `path` by a UTF-8 file with this text, atomically (`atomic_file`).
+
+    Bytes of file names that are not UTF-8 are written with backslashes.
+    """
+    write_bytes(path, text.encode(errors="backslashreplace"), durable)
 
 
 def write_json(path: str | Path, values: Any, indent: int = 2, durable: bool = False) -> None:
@@ -169,6 +174,7 @@ def complete_folder(target: Path, kind: FolderKind, overwrite: bool = False) -> 
     Raises `kind.error` if `target` holds anything that may not be replaced, if another process is writing it, if
     `TARGET.partial` holds anything else, or if it cannot be created.
     """
+    validate_folder(target, kind.setting, kind.error)
     target = Path(os.path.realpath(target))
     _validate_target(target, kind, overwrite)
     partial = target.with_name(f"{target.name}{PARTIAL}")

@@ -4,6 +4,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,8 +17,21 @@ from transformers import (
 from refreshkv.cache.refresh import saved_config
 from refreshkv.config import RefreshConfig
 from refreshkv.gguf import dequantize_options, forget_quantization, is_gguf, pretrained_location
+from refreshkv.ranges import LARGEST_COUNT, show
+from refreshkv.reading import refuse_special_files
 from refreshkv.settings import SettingsError
 
+LARGEST_SIZES = {
+    "num_hidden_layers": 10_000,
+    "vocab_size": 100_000_000,
+    "hidden_size": 1_000_000,
+    "intermediate_size": 100_000_000,
+    "num_attention_heads": 100_000,
+    "num_key_value_heads": 100_000,
+    "head_dim": 100_000,
+    "max_position_embeddings": LARGEST_COUNT,
+}
+"""Numbers of a model's configuration, and the largest that a machine could hold."""
 CODE: dict[str, Any] = {"trust_remote_code": False}
 """No code that a model or a tokenizer brings along is ever run."""
 
@@ -50,10 +64,30 @@ def load_configuration(name: str, setting: str) -> PretrainedConfig:
     """
     _validate_no_checkpoint(Path(name), setting)
     location = pretrained_location(name, setting)
+    refuse_special_files(name, setting)
     try:
-        return AutoConfig.from_pretrained(**location, **CODE)
+        config = AutoConfig.from_pretrained(**location, **CODE)
     except Exception as error:  # the type depends on what is missing, and on where the model comes from
         raise SettingsError(f"{setting}: no model could be loaded from {_source(name)}: {_reason(error)}") from error
+    validate_sizes(config, f"{setting}: the model {name}")
+    return config
+
+
+def validate_sizes(config: PretrainedConfig, whose: str) -> None:
+    """Raises `SettingsError` for layers, heads or sizes that are no whole numbers, or that no machine holds.
+
+    whose: how the error begins. Building such a model would take all memory, or hours, before it fails.
+    """
+    decoder = config.get_text_config(decoder=True)
+    for name, most in LARGEST_SIZES.items():
+        value = getattr(decoder, name, None)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise SettingsError(f"{whose} has {name}={show(value)}: it must be a whole number from 1 to {most}")
+    heads, groups = (getattr(decoder, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if heads and groups and heads % groups:
+        raise SettingsError(f"{whose} has {heads} heads: they must be a multiple of num_key_value_heads={groups}")
 
 
 def load_model(name: str, setting: str, **options: Any) -> PreTrainedModel:
@@ -62,7 +96,8 @@ def load_model(name: str, setting: str, **options: Any) -> PreTrainedModel:
     A GGUF file's weights are dequantized. Raises `SettingsError` naming `setting` if none loads, or if weights are
     missing: transformers would draw them at random.
     """
-    _validate_no_checkpoint(Path(name), setting)
+    if not is_gguf(name):
+        load_configuration(name, setting)
     options |= pretrained_location(name, setting) | dequantize_options(name) | CODE
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(output_loading_info=True, **options)
@@ -72,14 +107,31 @@ def load_model(name: str, setting: str, **options: Any) -> PreTrainedModel:
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise SettingsError(f"{setting}: {name} lacks {len(missing)} weights, the first being {missing[0]}")
+    if broken := _first_not_finite(model):
+        raise SettingsError(f"{setting}: {name} has weights that are not finite, the first in {broken}: copy it again")
     if is_gguf(name):
         forget_quantization(model)
     return model
 
 
+def _first_not_finite(model: PreTrainedModel) -> str | None:
+    """The name of the first weight that holds NaN or infinity; None if there is none."""
+    for name, weight in model.named_parameters():
+        is_here = weight.numel() > 0 and weight.device.type != "meta"  # at ZeRO stage 3 other ranks have it
+        if is_here and weight.is_floating_point() and weight.element_size() > 1:
+            if (
+                not weight.detach()
+                .sum(dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
+                .isfinite()
+            ):
+                return name
+    return None
+
+
 def load_tokenizer(name: str | Path, setting: str) -> PreTrainedTokenizerBase:
     """Loads a tokenizer from a folder, Hub id or GGUF file; `SettingsError` naming `setting` if there is none."""
     location = pretrained_location(name, setting)
+    refuse_special_files(name, setting)
     try:
         return AutoTokenizer.from_pretrained(**location, **CODE)
     except Exception as error:  # as above, and on the tokenizer's own library

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 
 from refreshkv.config import RefreshConfig
+from refreshkv.generation.inherited import IGNORE_OPTION
+from refreshkv.ranges import COUNT, GIGABYTES, SECONDS, SEED, SHOWN_CHARACTERS, Range, validate_numbers
 from refreshkv.settings import SettingsError, load_settings
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -24,7 +27,9 @@ class Overrides:
 
 def add_model(parser: argparse.ArgumentParser, note: str = "", **settings: Any) -> None:
     """Adds --model, required. note: what the script's help adds; settings: further arguments of `add_argument`."""
-    parser.add_argument("--model", required=True, help=f"folder or Hub id of a transformers decoder{note}", **settings)
+    parser.add_argument(
+        "--model", required=True, type=_model_name, help=f"folder or Hub id of a transformers decoder{note}", **settings
+    )
 
 
 def add_output(parser: argparse.ArgumentParser, default: str) -> None:
@@ -39,6 +44,17 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--device", type=_device_name, default="auto", help="cpu, cuda or cuda:1 (default: a GPU if there is one)"
+    )
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    """Adds --ignore-generation-config; None if it is not given."""
+    parser.add_argument(
+        IGNORE_OPTION,
+        action="store_true",
+        default=None,
+        help="leave out penalties, stop strings and the like that the model's generation_config.json sets (default: a "
+        "model that sets any is refused)",
     )
 
 
@@ -64,23 +80,47 @@ def add_overrides(parser: argparse.ArgumentParser, also: str = "") -> None:
     )
 
 
-def check_execution(arguments: argparse.Namespace) -> None:
-    """Raises `SettingsError` for a batch size below 1."""
-    if arguments.batch_size < 1:
-        raise SettingsError(f"--batch-size must be at least 1, got {arguments.batch_size}")
+NUMBERS = {
+    "batch_size": COUNT,
+    "examples": COUNT,
+    "gpu_memory": GIGABYTES,
+    "jobs": Range(1, 10_000),
+    "keep": Range(0, 1, above=True, hint="it is a share of the gain"),
+    "last_tokens": COUNT,
+    "max_new_tokens": COUNT,
+    "minutes": SECONDS,
+    "prefix_store_gb": GIGABYTES,
+    "ranks": Range(1, 1_000_000),
+    "rows": COUNT,
+    "seed": SEED,
+    "strides": COUNT,
+    "task_length": COUNT,
+    "temperature": Range(1e-4, 1e4, hint="leave out --sample for the likeliest token"),
+    "top_p": Range(1e-6, 1),
+}
+"""Range of every option that is a number or a list of numbers."""
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Raises `SettingsError` for the first option whose number lies outside its range in `NUMBERS`."""
+    given = {name: wanted for name, wanted in NUMBERS.items() if name in vars(arguments)}
+    validate_numbers(arguments, given, "--")
 
 
 def comma_separated(text: str) -> list[str]:
     """The type of an option whose value is names separated by commas."""
-    return [name.strip() for name in text.split(",")]
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"names separated by commas are wanted, got {text!r}")
+    return names
 
 
 def whole_numbers(text: str) -> list[int]:
     """The type of an option whose value is whole numbers from 1 on, separated by commas."""
-    numbers = comma_separated(text)
+    numbers = [number.strip() for number in text.split(",")]
     for number in numbers:
-        if not number.isdecimal() or int(number) == 0:
-            raise argparse.ArgumentTypeError(f"a whole number >= 1 is wanted, got {number}")
+        if not re.fullmatch("[0-9]{1,4000}", number) or int(number) == 0:
+            raise argparse.ArgumentTypeError(f"a whole number >= 1 is wanted, got {number[:SHOWN_CHARACTERS]}")
     return [int(number) for number in numbers]
 
 
@@ -112,7 +152,13 @@ def chosen_device(name: str) -> str:
     return name
 
 
+def _model_name(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a folder or a name is wanted, got nothing")
+    return text
+
+
 def _device_name(text: str) -> str:
-    if text in ("auto", "cpu", "cuda") or (text.startswith("cuda:") and text[5:].isdecimal()):
+    if text in ("auto", "cpu", "cuda") or re.fullmatch("cuda:[0-9]{1,4}", text):
         return text
     raise argparse.ArgumentTypeError(f"a device is auto, cpu, cuda or cuda:NUMBER, got {text}")

@@ -6,6 +6,8 @@ or measure something other than what the user asked for.
 
 import dataclasses
 import difflib
+import math
+import os
 import re
 import types
 import typing
@@ -15,7 +17,10 @@ from typing import Any, TypeVar, cast
 
 import yaml
 
+from refreshkv.errors import SettingsError
 from refreshkv.files import write_text
+from refreshkv.ranges import LARGEST_INTEGER, show
+from refreshkv.reading import parse_yaml, read_yaml_value
 
 Settings = TypeVar("Settings")
 
@@ -25,10 +30,6 @@ PLAIN_NAME = re.compile(r"\w[\w .+=-]*")
 """A name that is one part of a path, and neither a hidden file nor an option."""
 BASE_MODELS = "base/"
 """Prefix of the models that only a checkout has. Our own files name them relative to the checkout."""
-
-
-class SettingsError(ValueError):
-    """An error that the user can mend. The message is one line that names the setting and the way out."""
 
 
 def validate_name(name: Any, setting: str) -> None:
@@ -52,7 +53,7 @@ def find_config(name: str | Path, folders: Sequence[str] = ("",), setting: str =
     Raises `SettingsError` that lists the known names if there is no such file.
     """
     path = Path(name)
-    if path.is_file():
+    if _is_file(path):
         return path
     shipped = shipped_configs(folders)
     named = [
@@ -62,8 +63,8 @@ def find_config(name: str | Path, folders: Sequence[str] = ("",), setting: str =
         named += [file for file in shipped if file == CONFIGS.joinpath(*path.parts[1:])]
     if named:
         return named[0]
-    if path.exists():
-        return path  # a folder: reading it raises an error that says so
+    if os.path.lexists(path):
+        return path  # a folder, a pipe or a link: reading it works, or raises an error that says why not
     known = ", ".join(file.stem for file in shipped)
     raise SettingsError(f"{setting}: there is no file {name}, and no config of that name; known are {known}")
 
@@ -73,18 +74,27 @@ def shipped_configs(folders: Sequence[str] = ("",)) -> list[Path]:
     return [file for folder in folders for file in sorted((CONFIGS / folder).glob("*.*")) if file.is_file()]
 
 
+def _is_file(path: Path) -> bool:
+    """Whether it is a file; False also for what cannot be looked at, such as a name that is too long."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def load_settings(
     cls: type[Settings],
     path: str | Path | None = None,
     overrides: list[str] | None = None,
     folders: Sequence[str] = ("",),
+    setting: str = "--config",
 ) -> Settings:
     """Builds `cls` from a YAML file (optional) and overrides such as `["training.steps=100", "seed=1"]`.
 
-    `path` and `folders` are as in `find_config`. Raises `SettingsError` for unknown keys, wrong types and unreadable
-    files.
+    `path`, `folders` and `setting` are as in `find_config`. Raises `SettingsError` for unknown keys, wrong types and
+    unreadable files.
     """
-    values = {} if path is None else read_yaml(find_config(path, folders))
+    values = {} if path is None else read_yaml(find_config(path, folders, setting), setting)
     for override in overrides or []:
         _apply_override(values, override)
     return settings_from_dict(cls, values)
@@ -93,7 +103,7 @@ def load_settings(
 def settings_from_dict(cls: type[Settings], values: dict[str, Any], prefix: str = "") -> Settings:
     """Builds `cls` from nested plain values; `prefix` (such as `"training."`) is put before names in errors."""
     if not isinstance(values, dict):
-        raise SettingsError(f"{prefix.rstrip('.') or 'the file'} must be a section with keys, got {values!r}")
+        raise SettingsError(f"{prefix.rstrip('.') or 'the file'} must be a section with keys, got {show(values)}")
     if hasattr(cls, "plain_values"):  # a class may accept other spellings of its values
         values = cast(Any, cls).plain_values(values)
     fields = {field.name: field for field in dataclasses.fields(cast(Any, cls))}
@@ -103,6 +113,10 @@ def settings_from_dict(cls: type[Settings], values: dict[str, Any], prefix: str 
             close = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"; did you mean {prefix}{close[0]}?" if close else f"; known here: {', '.join(fields)}"
             raise SettingsError(f"unknown setting {prefix}{key}{hint}")
+    for key, field in fields.items():
+        has_default = {field.default, field.default_factory} != {dataclasses.MISSING}
+        if not has_default and key not in values:
+            raise SettingsError(f"{prefix}{key} is missing")
     converted = {key: _convert(value, hints[key], f"{prefix}{key}") for key, value in values.items()}
     return cls(**converted)
 
@@ -122,12 +136,9 @@ def read_yaml(path: Path, setting: str = "--config") -> dict[str, Any]:
 
     In a file of `CONFIGS`, paths of base models become absolute if the working folder does not have them.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{setting}: {path} is not readable YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml_value(path, setting)
     if values is None:
-        return {}
+        raise SettingsError(f"{setting}: {path} is empty: write settings into it, or {{}} for the defaults")
     if not isinstance(values, dict):
         raise SettingsError(f"{setting}: {path} must hold sections with keys, got {type(values).__name__}")
     return _find_base_models(values) if path.resolve().is_relative_to(CONFIGS) else values
@@ -156,9 +167,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             raise SettingsError(f"cannot set {name}: {section} is a value, not a section")
     try:
-        target[key] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise SettingsError(f"cannot read the value of {override!r} as YAML; quote it") from None
+        target[key] = parse_yaml(text)
+    except yaml.YAMLError as error:
+        reason = getattr(error, "problem", None) or error
+        raise SettingsError(f"cannot read the value of {show(override)} as YAML; quote it ({reason})") from None
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
@@ -176,15 +188,39 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         (element,) = typing.get_args(hint)
         return [_convert(item, element, f"{name}[{i}]") for i, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
-        return value
+        return _convert_dict(value, typing.get_args(hint), name)
     if hint is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            raise _wrong_type(name, hint, value) from None
+        return _finite(value, name)
     if origin in (list, dict) or not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise _wrong_type(name, hint, value)
+    if hint is int and abs(value) > LARGEST_INTEGER:
+        raise SettingsError(f"{name} must be at most {LARGEST_INTEGER} in size, got {show(value)}")
     return value
+
+
+def _finite(value: Any, name: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    except (TypeError, ValueError):
+        raise _wrong_type(name, float, value) from None
+    if not math.isfinite(number):
+        raise SettingsError(f"{name} must be a finite number, got {show(value)}")
+    return number
+
+
+def _convert_dict(value: dict[Any, Any], hints: tuple[Any, ...], name: str) -> dict[Any, Any]:
+    """Keys that are whole numbers may be text: JSON has no others."""
+    kind, hint = hints or (Any, Any)
+    found = {}
+    for key, item in value.items():
+        if kind is int and isinstance(key, str) and key.removeprefix("-").isdecimal():
+            key = int(key)
+        if kind is not Any and not isinstance(key, kind):
+            raise SettingsError(f"{name}: the name {show(key)} must be {_type_name(kind)}; put it in quotes")
+        found[key] = _convert(item, hint, f"{name}.{key}")
+    return found
 
 
 def _convert_union(value: Any, hint: Any, name: str) -> Any:
@@ -192,8 +228,8 @@ def _convert_union(value: Any, hint: Any, name: str) -> Any:
         try:
             return _convert(value, option, name)
         except SettingsError:
-            if dataclasses.is_dataclass(option) and isinstance(value, dict):
-                raise  # it names the key inside
+            if (dataclasses.is_dataclass(option) and isinstance(value, dict)) or type(value) is option:
+                raise  # it names the key inside, or the range
     raise _wrong_type(name, hint, value)
 
 
@@ -201,7 +237,7 @@ def _convert_literal(value: Any, options: tuple[Any, ...], name: str) -> Any:
     if value is False and "off" in options:  # YAML reads a bare off as false
         return "off"
     if value not in options:
-        raise SettingsError(f"{name} must be one of {', '.join(map(str, options))}, got {value!r}")
+        raise SettingsError(f"{name} must be one of {', '.join(map(str, options))}, got {show(value)}")
     return value
 
 
@@ -210,7 +246,7 @@ def _wrong_type(name: str, hint: Any, value: Any) -> SettingsError:
         wanted = " or ".join(_type_name(option) for option in typing.get_args(hint))
     else:
         wanted = _type_name(hint)
-    return SettingsError(f"{name} must be {wanted}, got {value!r}")
+    return SettingsError(f"{name} must be {wanted}, got {show(value)}")
 
 
 def _type_name(hint: Any) -> str:

@@ -295,6 +295,6 @@ def test_bad_files_are_refused_in_one_line(text, message, tmp_path):
 
 def test_files_that_cannot_be_read_are_refused_in_one_line(tmp_path):
     assert refusal(load_settings, Whole, tmp_path / "nowhere.yaml").startswith("--config: there is no file ")
-    assert "is not readable YAML" in refusal(load_settings, Whole, tmp_path)
+    assert refusal(load_settings, Whole, tmp_path) == f"--config: {tmp_path} is a folder, not a file"
     (tmp_path / "bytes.yaml").write_bytes(b"kind: \xff\xfe")
-    assert "is not readable YAML" in refusal(load_settings, Whole, tmp_path / "bytes.yaml")
+    assert "bytes.yaml is not UTF-8 text (byte 6 is 0xff)" in refusal(load_settings, Whole, tmp_path / "bytes.yaml")

@@ -85,7 +85,7 @@ def model_card(run: RunConfig, state: State, name: str, report: str | Path | Non
     trained = f"Trained, from {run.model.path}," if run.model.path and _is_hub_id(run.model.path) else "Trained"
     parts = [_front_matter(run), INTRODUCTION.format(name=name, origin=trained)]
     if report is not None:
-        parts.append(_evaluation(load_report(report)))
+        parts.append(_evaluation(load_report(report, "--report")))
     parts += [_settings(run, state), _data(run, state)]
     parts.append(USAGE.format(name=name, new_tokens=min(256, run.data.row_length // 2)))
     return "\n\n".join([*parts, CITATION]) + "\n"

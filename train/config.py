@@ -8,9 +8,30 @@ from transformers import SchedulerType
 
 from refreshkv.config import RefreshConfig
 from refreshkv.data.config import DataConfig
+from refreshkv.ranges import COUNT, COUNT_OR_NONE, SECONDS, SEED, Range, show, validate_numbers
 from refreshkv.settings import SettingsError
 from refreshkv.train.distillation import DistillationConfig
 from refreshkv.train.loss import LossKind
+
+NUMBERS = {
+    "steps": COUNT,
+    "global_batch": COUNT,
+    "micro_batch": COUNT,
+    "learning_rate": Range(0, 1000),
+    "warmup_steps": COUNT_OR_NONE,
+    "weight_decay": Range(0, 1000),
+    "betas": Range(0, 1, below=True),
+    "max_grad_norm": Range(0, 1e9),
+    "seed": SEED,
+    "log_every": COUNT,
+    "evaluate_every": COUNT_OR_NONE,
+    "evaluate_rows": COUNT,
+    "evaluate_tokens": COUNT,
+    "save_every": COUNT,
+    "keep_checkpoints": COUNT,
+    "timeout": SECONDS,
+}
+"""Range of the numbers of `TrainingConfig`."""
 
 
 @dataclass
@@ -50,8 +71,9 @@ class SimulationConfig:
     ever lie in a drawn prompt; plain steps keep the model good at full attention there. Not used by off."""
 
     def __post_init__(self) -> None:
-        if not self.strides or any(stride < 1 for stride in self.strides):
-            raise SettingsError(f"simulation.stride must be one or more whole numbers >= 1, got {self.stride!r}")
+        if not self.strides or any(COUNT.problem(stride) for stride in self.strides):
+            raise SettingsError(f"simulation.stride must be one or more whole numbers >= 1, got {show(self.stride)}")
+        validate_numbers(self, {"prompt_length": COUNT, "threshold": Range(-1e6, 1e6)}, "simulation.")
         if isinstance(self.prompt_length, list):
             if len(self.prompt_length) != 2 or self.prompt_length[0] > self.prompt_length[1]:
                 raise SettingsError(
@@ -152,14 +174,7 @@ class TrainingConfig:
     """Seconds without progress (a micro-batch, a checkpoint, an evaluation) after which a job ends itself."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "micro_batch", "log_every", "save_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"training.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "evaluate_every"):
-            if not getattr(self, name) >= 0:
-                raise SettingsError(f"training.{name} must not be negative, got {getattr(self, name)}")
-        if self.evaluate_every and (self.evaluate_rows < 1 or self.evaluate_tokens < 1):
-            raise SettingsError("training.evaluate_rows and training.evaluate_tokens must be at least 1")
+        validate_numbers(self, NUMBERS, "training.")
         if self.lr_schedule not in {kind.value for kind in SchedulerType}:
             known = ", ".join(kind.value for kind in SchedulerType)
             raise SettingsError(f"training.lr_schedule must be one of {known}, got {self.lr_schedule!r}")
@@ -170,8 +185,6 @@ class TrainingConfig:
             )
         if self.activation_offload and not self.activation_checkpointing:
             raise SettingsError("training.activation_offload needs training.activation_checkpointing=true")
-        if not self.timeout > 0:
-            raise SettingsError(f"training.timeout must be a number of seconds above 0, got {self.timeout}")
         if len(self.betas) != 2:
             raise SettingsError(f"training.betas must be two numbers, got {self.betas}")
 
@@ -195,8 +208,7 @@ class ParallelConfig:
     the row length and the attention heads."""
 
     def __post_init__(self) -> None:
-        if self.sequence < 1:
-            raise SettingsError(f"parallel.sequence must be at least 1, got {self.sequence}")
+        validate_numbers(self, {"sequence": COUNT}, "parallel.")
 
 
 @dataclass

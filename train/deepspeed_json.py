@@ -1,8 +1,9 @@
 """The user's part of DeepSpeed's configuration: the JSON file that `training.deepspeed` names."""
 
-import json
 from typing import Any
 
+from refreshkv.ranges import show
+from refreshkv.reading import LARGEST_SETTINGS, read_json
 from refreshkv.settings import SettingsError, find_config
 
 OURS = {
@@ -21,15 +22,13 @@ OURS = {
 def read_deepspeed_json(path: str) -> dict[str, Any]:
     """Reads the file; raises `SettingsError` for what would be silently wrong."""
     file = find_config(path, ("deepspeed",), "training.deepspeed")
-    try:
-        settings = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"training.deepspeed: {path} is not readable JSON: {error}") from None
+    settings = read_json(file, "training.deepspeed", LARGEST_SETTINGS)
     if not isinstance(settings, dict):
         raise SettingsError(f"training.deepspeed: {path} must hold a JSON object")
     for key, ours in OURS.items():
         if key in settings:
             raise SettingsError(f"training.deepspeed: remove {key} from {path}; it follows from {ours}")
+    _validate_zero(settings, path)
     gathers = settings.get("zero_optimization", {}).get("stage3_gather_16bit_weights_on_model_save", False)
     if zero_stage(settings) == 3 and not gathers:
         raise SettingsError(
@@ -37,6 +36,18 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
             'written; set "stage3_gather_16bit_weights_on_model_save": true'
         )
     return settings
+
+
+def _validate_zero(settings: dict[str, Any], path: str) -> None:
+    zero = settings.get("zero_optimization", {})
+    where = f"training.deepspeed: zero_optimization in {path}"
+    if not isinstance(zero, dict):
+        raise SettingsError(f"{where} must be an object, got {show(zero)}")
+    if zero.get("stage", 0) not in (0, 1, 2, 3) or isinstance(zero.get("stage", 0), bool):
+        raise SettingsError(f"{where} has stage {show(zero['stage'])}: it must be 0, 1, 2 or 3")
+    for key in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(key, {}), dict):
+            raise SettingsError(f'{where}: {key} must be an object such as {{"device": "cpu"}}')
 
 
 def zero_stage(settings: dict[str, Any]) -> int:

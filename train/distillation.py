@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from refreshkv.settings import SettingsError
+from refreshkv.ranges import Range, validate_numbers
 
 
 @dataclass
@@ -25,10 +25,7 @@ class DistillationConfig:
     their size."""
 
     def __post_init__(self) -> None:
-        if not self.weight >= 0:
-            raise SettingsError(f"distillation.weight must not be negative, got {self.weight}")
-        if not self.temperature > 0:
-            raise SettingsError(f"distillation.temperature must be more than 0, got {self.temperature}")
+        validate_numbers(self, {"weight": Range(0, 1000), "temperature": Range(1e-4, 1e4)}, "distillation.")
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

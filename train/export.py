@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from refreshkv.files import RECORD_FILE, write_json, write_text
+from refreshkv.folders import resolved
 from refreshkv.settings import SettingsError
 from refreshkv.tables import column_table
 from refreshkv.train.card import model_card
@@ -82,10 +83,10 @@ def export(
     Raises `ExportError`, with nothing left at `output`.
     """
     try:
-        found = find_checkpoint(Path(checkpoint).expanduser().resolve())
+        found = find_checkpoint(resolved(checkpoint, "CHECKPOINT"))
     except SettingsError as error:
         raise ExportError(str(error)) from error
-    target = Path(output).expanduser().resolve()
+    target = resolved(output, "OUT")
     checkpoint, run, state = found.folder, found.settings, found.state
     card = model_card(run, state, name or target.name, report)
     dtype = DTYPES[run.training.dtype]

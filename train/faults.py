@@ -3,7 +3,6 @@
 The last good checkpoint stays as it was. The exit code is `FAILED`.
 """
 
-import errno
 import faulthandler
 import os
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from refreshkv.machine import is_full_disk
 from refreshkv.settings import SettingsError
 from refreshkv.train.run_folder import FAILURE_FILE, finished_checkpoints
 
@@ -114,7 +114,7 @@ def _problem(error: Exception) -> str | None:
     lower = text.lower()
     if isinstance(error, torch.OutOfMemoryError):
         return "not enough GPU memory: see what is needed with --dry-run, and which setting to change"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if is_full_disk(error):
         return f"the disk is full ({error}): free space, or lower training.keep_checkpoints"
     if isinstance(error, WriteFailed):
         return str(error)

@@ -10,13 +10,14 @@ from refreshkv.attention import sequence_parallel
 from refreshkv.data.rows import Rows, load_rows
 from refreshkv.train.config import RunConfig
 from refreshkv.train.deepspeed_json import read_deepspeed_json, zero_stage
-from refreshkv.train.kernels import validate_kernels
+from refreshkv.train.kernels import validate_kernels, validate_prompt_attention
 from refreshkv.train.optimizer import validate_optimizer
 from refreshkv.train.shape import Shape, model_configuration, model_shape
 from refreshkv.train.validation import (
     micro_batches,
     validate_length,
     validate_preparation,
+    validate_rows,
     validate_settings,
     validate_tokens,
 )
@@ -86,6 +87,7 @@ def resolve(config: RunConfig, world: int, dry: bool = False) -> Job:
     sequences = None if dry else load_rows(config.data.folder)
     if sequences is not None:
         validate_preparation(config, sequences.info)
+        validate_rows(config, len(sequences.train))
     model_config = model_configuration(config.model)
     if sequences is not None:
         validate_tokens(config, model_config, sequences)
@@ -95,6 +97,7 @@ def resolve(config: RunConfig, world: int, dry: bool = False) -> Job:
     if not dry:
         validate_optimizer(config.training)
         validate_kernels(config.training, model_config)
+        validate_prompt_attention(config.model)
     return Job(
         config=config,
         world=world,

@@ -1,12 +1,13 @@
 """Liger's kernels for a model's layers: RMSNorm, SwiGLU and rotary embedding, each in one pass over memory."""
 
+import importlib.util
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from refreshkv.settings import SettingsError
-from refreshkv.train.config import TrainingConfig
+from refreshkv.train.config import ModelConfig, TrainingConfig
 
 WAY_OUT = "set training.kernels=torch"
 
@@ -26,6 +27,19 @@ def validate_kernels(training: TrainingConfig, model_config: PretrainedConfig) -
         )
     if activation not in ("silu", "swish"):  # Liger would compute SwiGLU all the same
         raise SettingsError(f"training.kernels=liger: Liger has no kernels for hidden_act={activation}; {WAY_OUT}")
+
+
+def validate_prompt_attention(model: ModelConfig) -> None:
+    """Raises `SettingsError` if `model.prompt_attention` cannot run here."""
+    name = model.prompt_attention
+    if name == "sdpa":
+        return
+    way_out = "set model.prompt_attention=sdpa"
+    if not torch.cuda.is_available():
+        raise SettingsError(f"model.prompt_attention={name} runs on GPUs only, and there is none here: {way_out}")
+    package = "flash_attn" if name == "flash_attention_2" else "flash_attn_interface"
+    if all(importlib.util.find_spec(module) is None for module in (package, "kernels")):
+        raise SettingsError(f"model.prompt_attention={name} needs the package {package}, which is not here: {way_out}")
 
 
 def use_liger(model: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -12,6 +13,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from refreshkv.files import write_text
+from refreshkv.reading import LARGEST_REPORT, read_text
+from refreshkv.settings import SettingsError
 from refreshkv.train.config import RunConfig
 from refreshkv.train.hub import BackgroundPush
 from refreshkv.train.run_folder import METRICS_FILE
@@ -102,12 +105,22 @@ def peak_memory() -> float:
 def _metrics_until(path: Path, step: int):
     """Opens metrics.jsonl for appending, and removes the steps after `step` first: they will be taken again."""
     kept = []
-    if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+    if os.path.lexists(path):
+        for number, line in enumerate(read_text(path, "--resume", LARGEST_REPORT).splitlines(keepends=True), start=1):
+            if line.endswith("\n") and _step_of(line, f"--resume: line {number} of {path}") <= step:
                 kept.append(line)
     write_text(path, "".join(kept))
     return path.open("a")
+
+
+def _step_of(line: str, where: str) -> int:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        step = None
+    if not isinstance(step, int):
+        raise SettingsError(f"{where} is no step's values: move the file away, and the curves begin anew")
+    return step
 
 
 def _short(value: float) -> str:

@@ -11,6 +11,7 @@ from refreshkv.train.engine import init_processes
 from refreshkv.train.faults import Watchdog, reporting
 from refreshkv.train.hub import validate_push
 from refreshkv.train.job import Job, resolve
+from refreshkv.train.launcher import job_size
 from refreshkv.train.log import RunLog
 from refreshkv.train.loss import CausalLossModel
 from refreshkv.train.model import build_model
@@ -29,7 +30,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     of the job dies or hangs, or a disk is full, the other processes end within `training.timeout` with one message
     (`train.faults`).
     """
-    job = resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
+    job = resolve(config, job_size())
     training, output = config.training, job.output
     model = prepare(job, resume, overwrite)
 

@@ -1,5 +1,6 @@
 """Loads or makes the model of a run, with the refresh attention on."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 
 import refreshkv
 from refreshkv.loading import CODE, load_model
+from refreshkv.settings import SettingsError
 from refreshkv.train.engine import engine_settings, init_processes
 from refreshkv.train.job import Job
 from refreshkv.train.kernels import use_liger
@@ -27,6 +29,7 @@ def build_model(job: Job) -> PreTrainedModel:
         with divided_while_loading(job):
             model = load_model(config.model.path, "model.path", dtype=dtype)
     else:
+        _validate_memory(job)
         torch.manual_seed(training.seed)
         model = AutoModelForCausalLM.from_config(job.model_config, dtype=torch.float32, **CODE)
     refreshkv.enable(model, config.refresh, prompt_attention=config.model.prompt_attention)
@@ -35,6 +38,16 @@ def build_model(job: Job) -> PreTrainedModel:
     if training.activation_checkpointing:
         recompute_layers(model, training.activation_checkpointing, training.activation_offload)
     return model
+
+
+def _validate_memory(job: Job) -> None:
+    """Raises `SettingsError` for a new model that the machine's memory cannot hold: every rank makes all of it."""
+    needed, there = 4 * job.shape.parameters, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise SettingsError(
+            f"model.scratch: {job.shape.parameters:,} parameters take {needed / 1e9:,.0f} GB in float32, and this "
+            f"machine has {there / 1e9:,.0f}: choose fewer layers, a smaller vocabulary or a smaller hidden size"
+        )
 
 
 @contextmanager

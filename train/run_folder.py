@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from refreshkv.files import PARTIAL, REMOVED, clear_removed, remove_folder, write_json
-from refreshkv.settings import SettingsError, save_settings, settings_from_dict, settings_to_dict
+from refreshkv.folders import make_folder, validate_folder
+from refreshkv.settings import SettingsError, read_yaml, save_settings, settings_from_dict, settings_to_dict
 from refreshkv.train.config import RunConfig, current_names
 
 RUN_FILE = "run.yaml"
@@ -137,16 +136,13 @@ def read_run(folder: Path) -> RunConfig:
 
     Raises `SettingsError` if it cannot be read or has settings that do not exist.
     """
-    path = folder / RUN_FILE
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    values = read_yaml(folder / RUN_FILE, f"the settings of the run in {folder}")
     return settings_from_dict(RunConfig, current_names(values))
 
 
 def validate_output(output: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:
     """Raises `SettingsError` if the folder is in use and neither holds this run to resume nor a run to overwrite."""
+    validate_folder(output, "training.output")
     if not output.exists() or (output.is_dir() and {path.name for path in output.iterdir()} <= {*BEFORE_A_RUN}):
         return
     if overwrite and not (output / RUN_FILE).is_file():
@@ -232,7 +228,7 @@ def claim_output(output: Path, config: RunConfig, overwrite: bool) -> None:
     try:
         if overwrite:
             _remove_run(output)
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output, "training.output")
         (output / FAILURE_FILE).unlink(missing_ok=True)
         checkpoints = output / "checkpoints"
         for leftover in [leftover for ending in UNFINISHED for leftover in checkpoints.glob(f"step-*{ending}")]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from refreshkv.loading import CODE, load_configuration
+from refreshkv.loading import CODE, load_configuration, validate_sizes
 from refreshkv.settings import SettingsError
 from refreshkv.train.config import ModelConfig
 from refreshkv.train.flops import Work, model_work
@@ -25,7 +25,18 @@ def model_configuration(model: ModelConfig) -> PretrainedConfig:
     for name in fields:
         if not hasattr(default, name):
             raise SettingsError(f"unknown setting model.scratch.{name}: a {model_type} configuration has no such field")
-    return AutoConfig.for_model(model_type, **fields)
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # each configuration has checks of its own
+        raise SettingsError(f"model.scratch: {model_type} takes no such settings: {one_line(error)}") from error
+    validate_sizes(config, "model.scratch: the model")
+    return config
+
+
+def one_line(error: Exception) -> str:
+    """The text of an error without line breaks, and its type if that says more."""
+    text = " ".join(str(error).split())
+    return text[:300] if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text[:300]}"
 
 
 @dataclass(frozen=True)
@@ -48,9 +59,20 @@ class Shape:
 
 def model_shape(model_config: PretrainedConfig) -> Shape:
     """The shape of a configuration's model, which is built without weights for it."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, **CODE)
     decoder = model_config.get_text_config(decoder=True)
+    lacking = [name for name in ("num_key_value_heads", "intermediate_size") if not hasattr(decoder, name)]
+    if lacking:
+        raise SettingsError(
+            f"model: a {model_config.model_type} model has no {lacking[0]}; choose a decoder such as llama"
+        )
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config, **CODE)
+    except Exception as error:  # what a model makes of its settings differs from family to family
+        raise SettingsError(
+            f"model: no {model_config.model_type} model can be built with these settings (model.scratch, or the "
+            f"config.json of model.path): {one_line(error)}"
+        ) from error
     head = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
     return Shape(
         parameters=model.num_parameters(),

@@ -5,17 +5,19 @@ What a single section contradicts in itself is refused where the section is decl
 
 from typing import Any
 
-from transformers import PretrainedConfig
+import torch
+from transformers import PretrainedConfig, get_scheduler
 
 from refreshkv.data.rows import Rows, validate_same_tokens, validate_token_ids
 from refreshkv.settings import SettingsError
-from refreshkv.train.config import RunConfig
+from refreshkv.train.config import RunConfig, TrainingConfig
 
 
 def validate_settings(config: RunConfig) -> None:
     """Refuses sections that contradict each other."""
     training, length = config.training, config.data.row_length
     _validate_simulation(config)
+    _validate_schedule(config.training)
     if config.distillation.weight and config.simulation.pattern == "off":
         raise SettingsError(
             f"distillation.weight={config.distillation.weight} draws predictions from the small cache to those of full "
@@ -35,6 +37,22 @@ def _validate_simulation(config: RunConfig) -> None:
         raise SettingsError(f"simulation.stride={simulation.stride} leaves no prompt in rows of {length} tokens")
 
 
+def _validate_schedule(training: TrainingConfig) -> None:
+    """Refuses learning-rate schedules that need settings which a run has none of, by taking a step of one."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    counts = {"num_warmup_steps": training.warmup_steps, "num_training_steps": training.steps}
+    try:
+        schedule = get_scheduler(training.lr_schedule, optimizer, **counts)
+        optimizer.step()
+        schedule.step()
+    except Exception as error:  # each schedule has checks of its own
+        reason = " ".join(str(error).split())[:200]
+        raise SettingsError(
+            f"training.lr_schedule={training.lr_schedule} does not work with training.warmup_steps and training.steps "
+            f"alone ({reason}): choose another, such as linear or cosine"
+        ) from None
+
+
 def validate_preparation(config: RunConfig, info: dict[str, Any]) -> None:
     """Refuses settings that contradict how the rows were prepared. info: rows.json of their folder."""
     length, prepared = config.data.row_length, info["data"]["row_length"]
@@ -47,6 +65,18 @@ def validate_preparation(config: RunConfig, info: dict[str, Any]) -> None:
         raise SettingsError(
             f"training.loss_on=answers: the rows in {config.data.folder} have no answers; prepare them with "
             "data.path=tasks"
+        )
+
+
+def validate_rows(config: RunConfig, available: int) -> None:
+    """Refuses a step that would take a row twice. available: rows of the train split."""
+    batch = config.training.global_batch
+    if available == 0:
+        raise SettingsError(f"data.folder={config.data.folder} has no rows in its train split: prepare more documents")
+    if batch > available:
+        raise SettingsError(
+            f"training.global_batch={batch} is more than the {available} rows of the train split in "
+            f"{config.data.folder}: choose a smaller one, or prepare more documents"
         )
 
 

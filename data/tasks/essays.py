@@ -9,7 +9,9 @@ from typing import Any
 
 import datasets
 
+from refreshkv.data.tasks.values import Value, file_state
 from refreshkv.data.tasks.words import sentence
+from refreshkv.reading import refuse_special_sources
 from refreshkv.settings import SettingsError
 
 BUILDERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -26,7 +28,8 @@ def essay_sentences(random: Random, files: str | list[str], column: str, count: 
 
     Raises `SettingsError` for files that cannot be read, lack the column, or hold no sentence.
     """
-    sentences = _sentences(tuple([files] if isinstance(files, str) else files), column)
+    names = tuple([files] if isinstance(files, str) else files)
+    sentences = _sentences(names, column, tuple(map(file_state, names)))
     start = random.randrange(len(sentences))
     return [sentences[(start + i) % len(sentences)] for i in range(count)]
 
@@ -43,6 +46,7 @@ def load_columns(files: str | Sequence[str], setting: str) -> datasets.Dataset:
     builder = builders.pop() if len(builders) == 1 else None
     if builder is None:
         raise SettingsError(f"{setting} must be files of one kind ({', '.join(BUILDERS)}), got {', '.join(files)}")
+    refuse_special_sources(files, setting)
     options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
     try:
         table = datasets.load_dataset(builder, data_files=files, split="train", **options)
@@ -55,12 +59,15 @@ def load_columns(files: str | Sequence[str], setting: str) -> datasets.Dataset:
 
 
 @lru_cache(maxsize=4)
-def _sentences(files: tuple[str, ...], column: str) -> list[str]:
+def _sentences(files: tuple[str, ...], column: str, states: tuple) -> list[str]:
+    """The sentences of the files. states: their `file_state`, part of what is remembered."""
     table = load_columns(files, "data_files")
     if column not in table.column_names:
         known = ", ".join(table.column_names)
         raise SettingsError(f"text_column={column}: the files have no such column, only {known}")
-    text = " ".join(" ".join(str(text).split()) for text in table[column])
+    place = f"data_files={', '.join(files)}"
+    texts = [Value(value, f"{place}: row {row}, column {column}").text() for row, value in enumerate(table[column])]
+    text = " ".join(" ".join(text.split()) for text in texts)
     sentences = [part for part in SENTENCE_END.split(text) if part]
     if not sentences:
         raise SettingsError(f"data_files={', '.join(files)}: the files hold no sentence")

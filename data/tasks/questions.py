@@ -12,7 +12,9 @@ import fsspec
 from refreshkv.data.tasks.family import Family, Problem
 from refreshkv.data.tasks.scoring import match_any
 from refreshkv.data.tasks.template import Template
+from refreshkv.data.tasks.values import Value, file_state
 from refreshkv.data.tasks.words import ADJECTIVES, NOUNS, coined_words
+from refreshkv.reading import refuse_special_sources
 from refreshkv.settings import SettingsError
 
 
@@ -62,14 +64,14 @@ class Questions(Family):
         return 1 if self.source == "squad" else 2
 
     def largest_size(self, index: int) -> int | None:
-        return None if self.data_files is None else len(_read(self.data_files, self.source)[1])
+        return None if self.data_files is None else len(_questions(self.data_files, self.source)[1])
 
     def draw(self, random: Random, size: int, index: int, template: Template) -> Problem:
         if self.data_files is None:
             question, documents = _made_up(random, size, self.source)
             chosen = list(range(size))
         else:
-            questions, documents = _read(self.data_files, self.source)
+            questions, documents = _questions(self.data_files, self.source)
             question = _nth(questions, index, self.seed, self.data_files)
             chosen = _choose(random, question, len(documents), size)
         random.shuffle(chosen)
@@ -102,8 +104,15 @@ def _choose(random: Random, question: Question, available: int, size: int) -> li
     return [*question.needed, *related, *random.sample(others, min(room - len(related), len(others)))]
 
 
+def _questions(file: str, source: str) -> tuple[list[Question], list[str]]:
+    """The questions and documents of a file."""
+    return _read(file, source, file_state(file))
+
+
 @lru_cache(maxsize=4)
-def _read(file: str, source: str) -> tuple[list[Question], list[str]]:
+def _read(file: str, source: str, state: tuple | None) -> tuple[list[Question], list[str]]:
+    """`_questions`, remembered. state: `file_state`."""
+    refuse_special_sources(file, "data_files")
     try:
         with fsspec.open(file, "rt", encoding="utf-8", compression="infer") as opened:
             text = opened.read()  # pyright: ignore[reportAttributeAccessIssue]  # a list only for several files
@@ -111,40 +120,46 @@ def _read(file: str, source: str) -> tuple[list[Question], list[str]]:
         raise SettingsError(f"data_files: there is no file {file}") from None
     except (OSError, ValueError, ImportError) as error:  # such as an address of a kind without an installed reader
         raise SettingsError(f"data_files={file} cannot be read: {' '.join(str(error).split())}") from error
+    layout = f"data_files={file} does not have the layout of source={source}"
     try:
-        return (_squad if source == "squad" else _hotpot)(json.loads(text))
-    except (ValueError, KeyError, TypeError) as error:
-        raise SettingsError(
-            f"data_files={file} does not have the layout of source={source}: {type(error).__name__}: {error}"
-        ) from error
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"{layout}: {type(error).__name__}: {error}") from error
+    return (_squad if source == "squad" else _hotpot)(Value(content, f"{layout}: the file"))
 
 
-def _squad(content: Any) -> tuple[list[Question], list[str]]:
+def _squad(content: Value) -> tuple[list[Question], list[str]]:
     """Questions with an answer, and all documents. Related are the other paragraphs of the same article."""
-    documents, numbers = _unique(
-        paragraph["context"] for article in content["data"] for paragraph in article["paragraphs"]
-    )
+    articles = [list(article["paragraphs"].each()) for article in content["data"].each()]
+    texts = [[paragraph["context"].filled() for paragraph in paragraphs] for paragraphs in articles]
+    documents, numbers = _unique(text for own in texts for text in own)
     questions = []
-    for article in content["data"]:
-        own = [numbers[paragraph["context"]] for paragraph in article["paragraphs"]]
-        for paragraph, number in zip(article["paragraphs"], own, strict=True):
+    for paragraphs, own_texts in zip(articles, texts, strict=True):
+        own = [numbers[text] for text in own_texts]
+        for paragraph, number in zip(paragraphs, own, strict=True):
             related = [other for other in dict.fromkeys(own) if other != number]
-            questions += [
-                Question(item["question"], [answer["text"] for answer in item["answers"]], [number], related)
-                for item in paragraph["qas"]
-                if not item.get("is_impossible") and item["answers"]
-            ]
+            for item in paragraph["qas"].each(may_be_empty=True):
+                if not item.has("is_impossible"):
+                    answers = [answer["text"].filled() for answer in item["answers"].each()]
+                    questions.append(Question(item["question"].filled(), answers, [number], related))
     return questions, documents
 
 
-def _hotpot(content: Any) -> tuple[list[Question], list[str]]:
+def _hotpot(content: Value) -> tuple[list[Question], list[str]]:
     """Questions and all documents. Each question needs its own ten paragraphs, as in RULER."""
-    texts = [[f"{title}\n{''.join(sentences)}" for title, sentences in item["context"]] for item in content]
+    items = list(content.each())
+    texts = [[_paragraph(*paragraph.pair()) for paragraph in item["context"].each()] for item in items]
     documents, numbers = _unique(text for own in texts for text in own)
     return [
-        Question(item["question"], [item["answer"]], list(dict.fromkeys(numbers[text] for text in own)), [])
-        for item, own in zip(content, texts, strict=True)
+        Question(
+            item["question"].filled(), [item["answer"].filled()], list(dict.fromkeys(numbers[text] for text in own)), []
+        )
+        for item, own in zip(items, texts, strict=True)
     ], documents
+
+
+def _paragraph(title: Value, sentences: Value) -> str:
+    return f"{title.text()}\n{''.join(sentence.text() for sentence in sentences.each())}"
 
 
 def _unique(texts: Iterable[str]) -> tuple[list[str], dict[str, int]]:

@@ -9,6 +9,7 @@ from refreshkv.data.tasks.essays import load_columns
 from refreshkv.data.tasks.family import Family, Problem
 from refreshkv.data.tasks.scoring import rouge_l
 from refreshkv.data.tasks.template import Template
+from refreshkv.data.tasks.values import Value, file_state
 from refreshkv.settings import SettingsError
 
 
@@ -35,35 +36,33 @@ class Summaries(Family):
             raise SettingsError("data_files: name files with documents and their summaries; nothing stands in for them")
 
     def largest_size(self, index: int) -> int | None:
-        return max(1, len(self._row(index)[self.document_column].split()))
+        return max(1, len(self._row(index)[self.document_column].filled().split()))
 
     def draw(self, random: Random, size: int, index: int, template: Template) -> Problem:
         row = self._row(index)
-        summaries = row[self.summary_column]
-        summaries = [summaries] if isinstance(summaries, str) else list(summaries)
-        fields = {"context": _beginning(row[self.document_column], size)}
+        summaries = row[self.summary_column].texts()
+        fields = {"context": _beginning(row[self.document_column].filled(), size)}
         if self.question_column is not None:
-            fields["query"] = row[self.question_column]
+            fields["query"] = row[self.question_column].filled()
         return Problem(fields=fields, answer=f" {summaries[0].strip()}", references=summaries)
 
     def score(self, prediction: str, references: Any) -> dict[str, float]:
         """F-measure of ROUGE-L, the best over several summaries."""
         return {"score": rouge_l(prediction, references)}
 
-    def _row(self, index: int) -> dict[str, Any]:
+    def _row(self, index: int) -> dict[str, Value]:
+        """The values of a document's record by column."""
         assert self.data_files is not None
         files = (self.data_files,) if isinstance(self.data_files, str) else tuple(self.data_files)
-        rows = _rows(files)
+        rows = _rows(files, tuple(map(file_state, files)))
         columns = [self.document_column, self.summary_column]
         for name in columns + ([self.question_column] if self.question_column else []):
             if name not in rows.column_names:
                 raise SettingsError(f"data_files have no column {name}; they have {', '.join(rows.column_names)}")
         if index >= len(rows):
             raise SettingsError(f"data_files hold {len(rows)} documents: ask for fewer examples")
-        row = rows[index]
-        if not row[self.document_column] or not row[self.summary_column]:
-            raise SettingsError(f"data_files: row {index} has an empty {self.document_column} or {self.summary_column}")
-        return row
+        place = f"data_files={', '.join(files)}: row {index}"
+        return {name: Value(value, f"{place}, column {name}") for name, value in rows[index].items()}
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,8 @@ class Novels(Summaries):
 
 
 @lru_cache(maxsize=4)
-def _rows(files: tuple[str, ...]) -> Any:
+def _rows(files: tuple[str, ...], states: tuple) -> Any:
+    """The table of the files. states: their `file_state`, part of what is remembered."""
     return load_columns(files, "data_files")
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from refreshkv.data.tasks.family import Family, Problem
 from refreshkv.data.tasks.template import Template, load_template
+from refreshkv.data.tokenizer import SpecialTokens
 from refreshkv.settings import SettingsError, settings_to_dict
 
 FULL_ENOUGH = 0.98
@@ -28,7 +29,7 @@ class Example:
     index: int
     prompt: str
     prompt_ids: list[int]
-    """The prompt's tokens, with the special tokens that the tokenizer adds to a text."""
+    """The prompt's tokens, behind the special tokens that the tokenizer puts before a text."""
     answer: str
     answer_ids: list[int]
     """The answer's tokens, without an end-of-text token."""
@@ -78,10 +79,10 @@ class Task:
         """
         prompt_room = prompt_tokens or self.family.length - self.family.max_new_tokens
         answer_room = answer_tokens or self.family.max_new_tokens
-        start = self.family.least_size
+        start, special = self.family.least_size, SpecialTokens(tokenizer, "--model")
         for index in range(count):
             try:
-                size, example = self._fitting(tokenizer, purpose, index, start, prompt_room, answer_room)
+                size, example = self._fitting(special, purpose, index, start, prompt_room, answer_room)
             except SettingsError as error:
                 own = str(error).startswith("tasks.")
                 raise SettingsError(str(error) if own else f"tasks.{self.name}.{error}") from None
@@ -89,14 +90,14 @@ class Task:
             yield example
 
     def _fitting(
-        self, tokenizer: PreTrainedTokenizerBase, purpose: str, index: int, start: int, prompt: int, answer: int
+        self, special: SpecialTokens, purpose: str, index: int, start: int, prompt: int, answer: int
     ) -> tuple[int, Example]:
         """The size and the longest example; a problem with too long an answer is drawn again, `FEW_REDRAWS` times."""
         for attempt in range(FEW_REDRAWS):
             seed = f"{self.name}:{self.family.seed}:{purpose}:{index}" + (f":{attempt}" if attempt else "")
             if self.family.redraws:
-                seed = self._redrawn(tokenizer, seed, index, answer)
-            size, example = self._longest(tokenizer, seed, index, start, prompt)
+                seed = self._redrawn(special, seed, index, answer)
+            size, example = self._longest(special, seed, index, start, prompt)
             tokens = len(example.answer_ids)
             if not self.family.answer_fits or tokens <= answer:
                 return size, example
@@ -104,20 +105,18 @@ class Task:
             f"tasks.{self.name}.max_new_tokens={answer} cannot hold the right answer ({tokens} tokens): raise it"
         )
 
-    def _redrawn(self, tokenizer: PreTrainedTokenizerBase, seed: str, index: int, room: int) -> str:
+    def _redrawn(self, special: SpecialTokens, seed: str, index: int, room: int) -> str:
         """A seed whose answer has more than a quarter of `room` tokens and at most `room`."""
         for attempt in range(MOST_REDRAWS):
             problem = self.family.draw(Random(f"{seed}:{attempt}"), self.family.least_size, index, self.template)
-            if room // 4 < len(_tokens(tokenizer, problem.answer, special=False)) <= room:
+            if room // 4 < len(special.encode_text(problem.answer)) <= room:
                 return f"{seed}:{attempt}"
         raise SettingsError(
             f"tasks.{self.name}.max_new_tokens={room}: of {MOST_REDRAWS} problems none has an answer of that length; "
             "raise it"
         )
 
-    def _longest(
-        self, tokenizer: PreTrainedTokenizerBase, seed: str, index: int, start: int, room: int
-    ) -> tuple[int, Example]:
+    def _longest(self, special: SpecialTokens, seed: str, index: int, start: int, room: int) -> tuple[int, Example]:
         """The largest size whose prompt has at most `room` tokens, or fills `FULL_ENOUGH` of them, and its example.
 
         The next size to try is proportional to the tokens of the last, within the sizes known to fit and not to fit.
@@ -126,7 +125,7 @@ class Task:
         fitting, too_large, best = least - 1, (most + 1) if most is not None else None, None
         size = max(least, start if most is None else min(start, most))
         while True:
-            example = self._build(tokenizer, seed, size, index)
+            example = self._build(special, seed, size, index)
             tokens = len(example.prompt_ids)
             if tokens <= room:
                 fitting, best = size, example
@@ -145,23 +144,23 @@ class Task:
             )
         return fitting, best
 
-    def _build(self, tokenizer: PreTrainedTokenizerBase, seed: str, size: int, index: int) -> Example:
+    def _build(self, special: SpecialTokens, seed: str, size: int, index: int) -> Example:
         problem = self.family.draw(Random(seed), size, index, self.template)
-        prompt = self._word(tokenizer, problem)
+        prompt = self._word(special, problem)
         return Example(
             index=index,
             prompt=prompt,
-            prompt_ids=_tokens(tokenizer, prompt, special=not self.family.chat),
+            prompt_ids=_chat_tokens(special, prompt) if self.family.chat else special.encode_prompt(prompt),
             answer=problem.answer,
-            answer_ids=_tokens(tokenizer, problem.answer, special=False),
+            answer_ids=special.encode_text(problem.answer),
             references=problem.references,
         )
 
-    def _word(self, tokenizer: PreTrainedTokenizerBase, problem: Problem) -> str:
+    def _word(self, special: SpecialTokens, problem: Problem) -> str:
         solved = "".join(f"{self._question(item)}{self._prefix(item)}{item.answer}\n\n" for item in problem.examples)
         question = solved + self._question(problem)
         if self.family.chat:
-            question = _chat(tokenizer, question, self.name)
+            question = _chat(special.tokenizer, question, self.name)
         return question + self._prefix(problem)
 
     def _question(self, problem: Problem) -> str:
@@ -171,9 +170,10 @@ class Task:
         return self.template["answer_prefix"].format(**problem.fields)
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+def _chat_tokens(special: SpecialTokens, text: str) -> list[int]:
+    """The tokens of a prompt in the tokenizer's chat template, which writes its special tokens as text."""
     # verbose=True warns of texts longer than the model's context, and the search for the longest prompt tries some
-    return tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+    return special.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> str:

@@ -1,10 +1,8 @@
 """The wording of a task: named parts of text, which a YAML file can replace."""
 
 import string
-from pathlib import Path
 
-import yaml
-
+from refreshkv.reading import read_yaml_value
 from refreshkv.settings import SettingsError
 
 Template = dict[str, str]
@@ -36,12 +34,7 @@ def placeholders(text: str) -> set[str]:
 
 
 def _read(path: str, setting: str) -> dict:
-    try:
-        parts = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SettingsError(f"{setting}: there is no file {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"{setting}: {path} is not readable YAML: {' '.join(str(error).split())}") from None
+    parts = read_yaml_value(path, setting)
     if not isinstance(parts, dict):
         raise SettingsError(f"{setting}: {path} must hold parts of text by name, such as prompt and answer_prefix")
     return parts

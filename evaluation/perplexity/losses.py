@@ -3,8 +3,6 @@
 Shapes: `B` sequences of a batch, `T` tokens of each, `N` last tokens that are scored, `P = T - N` prompt length.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +15,12 @@ from transformers import PreTrainedModel
 
 from refreshkv.config import Simulation, Trace
 from refreshkv.evaluation.caches import Caches
+from refreshkv.evaluation.inputs import vocabulary_size
 from refreshkv.evaluation.perplexity.stepwise import Decoded, decode_known
-from refreshkv.evaluation.records import RecordFile, numbered_layers
+from refreshkv.evaluation.records import RecordFile, record_key
 from refreshkv.evaluation.strategies import Strategy
 from refreshkv.identity import fingerprint
+from refreshkv.settings import SettingsError, settings_from_dict
 
 LOGITS_AT_ONCE = 1 << 26
 """Most logits held in float32 at the same time: 256 MiB."""
@@ -53,7 +53,7 @@ class SequenceRecords(RecordFile[SequenceRecord]):
     kind = "an evaluation of rows"
 
     def parse(self, values: dict[str, Any]) -> SequenceRecord:
-        return SequenceRecord(**{**values, "full_steps": numbered_layers(values["full_steps"])})
+        return settings_from_dict(SequenceRecord, values)
 
 
 def sequence_losses(
@@ -114,7 +114,14 @@ class Measurement:
         return [found[number] for number in numbers]
 
     def _batch(self, strategy: Strategy, numbers: list[int]) -> list[SequenceRecord]:
-        ids = self.rows[numbers]["input_ids"].to(self.model.device)
+        ids = self.rows[numbers]["input_ids"]
+        size = vocabulary_size(self.model)
+        if int(ids.min()) < 0 or int(ids.max()) >= size:
+            raise SettingsError(
+                f"the rows hold token ids from {int(ids.min())} to {int(ids.max())}, but the model has {size} tokens: "
+                "prepare them with the model's tokenizer (data.tokenizer)"
+            )
+        ids = ids.to(self.model.device)
         parallel = strategy.is_parallel and not self.stepwise
         if parallel:
             values = _in_one_pass(self.model, ids, self.prompt_length, strategy)
@@ -129,8 +136,7 @@ class Measurement:
     def _key(self, strategy: Strategy, number: int) -> str:
         ids = self.rows[number]["input_ids"].tolist()
         decoded = self.stepwise or not strategy.is_parallel  # such a record has costs too
-        parts = [self.weights, strategy.settings, self.prompt_length, decoded, ids]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        return record_key(self.weights, strategy.settings, self.prompt_length, decoded, ids)
 
 
 def _in_one_pass(model: nn.Module, ids: Tensor, prompt_length: int, strategy: Strategy) -> list[dict[str, Any]]:

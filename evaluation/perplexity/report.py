@@ -1,6 +1,6 @@
 """The report of a perplexity: a table for the terminal, and report.json, report.md, report.png in a folder."""
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from refreshkv.evaluation.perplexity.results import Evaluation, Result, gap_clos
 from refreshkv.evaluation.reports import ROWS_FILE, drawn, provenance
 from refreshkv.evaluation.strategies import Strategy
 from refreshkv.files import write_bytes, write_json, write_text
+from refreshkv.ranges import show
+from refreshkv.reading import read_json
 from refreshkv.settings import SettingsError
 
 NAMES = ("report.json", "report.md", "report.png")
@@ -108,19 +110,48 @@ def _draw(report: dict[str, Any]) -> bytes:
     return draw(*_evaluations(report))
 
 
-def load_report(folder: str | Path) -> dict[str, Any]:
-    """The report that `write_report` left in `folder`. Raises `SettingsError` if there is none that can be read."""
+def load_report(folder: str | Path, setting: str = "--compare") -> dict[str, Any]:
+    """The report that `write_report` left in `folder`. Raises `SettingsError` if there is none that can be read.
+
+    setting: the option that names the folder, for the error.
+    """
     path = Path(folder, "report.json")
+    if not os.path.lexists(path):
+        raise SettingsError(f"{setting}: {folder} holds no report.json: run launch/evaluate.py with --output {folder}")
     try:
-        report = json.loads(path.read_text())
+        report = read_json(path, setting)
         if report["layout"] != LAYOUT:
             raise ValueError(f"layout {report['layout']}, this version reads {LAYOUT}")
-        _evaluations(report)
+        _validate_report(report)
+        if report.get("before") is not None:
+            _validate_report(report["before"], has_protocol=False)
         return report
-    except (FileNotFoundError, NotADirectoryError):
-        raise SettingsError(f"{folder} holds no report.json: run launch/evaluate.py with --output {folder}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SettingsError(f"{path} is not a report of launch/evaluate.py: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split()).removeprefix(f"{setting}: ")
+        raise SettingsError(
+            f"{setting}: {path} is not a report of launch/evaluate.py ({reason}); evaluate anew"
+        ) from error
+
+
+def _validate_report(report: Any, has_protocol: bool = True) -> None:
+    """Raises `ValueError` for a report with values of another kind than those that are read from it."""
+    kinds = {"model": str, "date": str, "settings": dict, "evaluation": dict}
+    kinds |= {"protocol": dict} if has_protocol else {}
+    for name, kind in kinds.items():
+        if not isinstance(report[name], kind):
+            raise ValueError(f"{name} is {show(report[name])}")
+    evaluation = Evaluation.from_dict(report["evaluation"])
+    if not all(result.losses for result in [evaluation.full, *evaluation.results]):
+        raise ValueError("a result has no losses")
+    if not has_protocol:
+        return
+    strategies = report["protocol"]["strategies"]
+    if not isinstance(strategies, dict) or not all(isinstance(own, dict | None) for own in strategies.values()):
+        raise ValueError(f"strategies are {show(strategies)}")
+    if {result.name for result in evaluation.results} != {*strategies}:
+        raise ValueError("its results are not those of its protocol's strategies")
+    if not isinstance(report["protocol"].get("split"), str):
+        raise ValueError("its protocol names no split")
 
 
 def _evaluations(report: dict[str, Any]) -> tuple[Evaluation, Evaluation | None]:

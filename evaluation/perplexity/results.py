@@ -9,6 +9,7 @@ import torch
 
 from refreshkv.config import RefreshConfig
 from refreshkv.evaluation.costs import effective_stride
+from refreshkv.settings import settings_from_dict
 
 
 @dataclass(frozen=True)
@@ -98,16 +99,13 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Evaluation":
-        """Reads what `to_dict` wrote, also from JSON, where layer numbers are text."""
-        names = [item.name for item in dataclasses.fields(Result)]
-        results = []
-        for entry in values["results"]:
-            kept = {name: entry[name] for name in names if name in entry}
-            if kept["config"] is not None:
-                kept["config"] = RefreshConfig.from_dict(kept["config"])
-            kept["effective_strides"] = {int(layer): stride for layer, stride in kept["effective_strides"].items()}
-            results.append(Result(**kept))
-        return cls(results, *(values[name] for name in ("rows", "row_length", "last_tokens", "warnings")))
+        """Reads what `to_dict` wrote, also from JSON, where layer numbers are text.
+
+        Raises `ValueError`, `KeyError`, `TypeError` or `AttributeError` for anything else.
+        """
+        derived = ("loss", "perplexity", "effective_stride")
+        results = [{key: item for key, item in entry.items() if key not in derived} for entry in values["results"]]
+        return settings_from_dict(cls, {**values, "results": results})
 
 
 def gap_closed(before: Evaluation, after: Evaluation) -> dict[str, float | None]:

@@ -16,6 +16,7 @@ from refreshkv import decode_ahead
 from refreshkv.evaluation.caches import GREEDY, Caches
 from refreshkv.evaluation.costs import Meter, count_full_steps, held_bytes
 from refreshkv.evaluation.strategies import Strategy
+from refreshkv.generation.inherited import without_own_settings
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,18 @@ def decode_known(
     meter = Meter(model.device)
     known = _KnownTokens(ids, meter)
     prompt = ids[:, :prompt_length]
-    model.generate(  # pyright: ignore[reportCallIssue]  # a mixin of the models' classes
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
-        custom_generate=decode_ahead,
-        logits_processor=[known],
-        max_new_tokens=length - prompt_length + 1,
-        eos_token_id=None,
-        pad_token_id=0,
-        **GREEDY,
-    )
+    with without_own_settings(model):
+        model.generate(  # pyright: ignore[reportCallIssue]  # a mixin of the models' classes
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
+            custom_generate=decode_ahead,
+            logits_processor=[known],
+            max_new_tokens=length - prompt_length + 1,
+            eos_token_id=None,
+            pad_token_id=0,
+            **GREEDY,
+        )
     seconds, peak = meter.read()
     assert known.prompt_seconds is not None
     return Decoded(

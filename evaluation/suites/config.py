@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from refreshkv import RefreshConfig
 from refreshkv.evaluation.strategies import Strategy, build_strategy
-from refreshkv.settings import SettingsError, find_config, settings_from_dict
+from refreshkv.ranges import COUNT, validate_numbers
+from refreshkv.settings import SettingsError, find_config, read_yaml, settings_from_dict
 
 
 @dataclass
@@ -31,6 +30,9 @@ class Corpus:
     refresh: dict[str, Any] = field(default_factory=dict)
     """Settings of `RefreshConfig` for this one only."""
 
+    def __post_init__(self) -> None:
+        validate_numbers(self, {"row_length": COUNT, "rows": COUNT, "last_tokens": COUNT})
+
 
 @dataclass
 class Benchmark:
@@ -46,6 +48,9 @@ class Benchmark:
     """Task -> further settings."""
     refresh: dict[str, Any] = field(default_factory=dict)
     """Settings of `RefreshConfig` for this one only."""
+
+    def __post_init__(self) -> None:
+        validate_numbers(self, {"length": COUNT, "examples": COUNT})
 
 
 @dataclass
@@ -116,6 +121,9 @@ class Suite:
             setattr(self, name, converted)
         self._check_names()
         self._check_numbers()
+        for of in {**self.corpora, **self.benchmarks}:
+            for model in self.models or [""]:
+                self.strategies(of, model)  # refuses what it cannot build
 
     def _check_names(self) -> None:
         both = set(self.corpora) & set(self.benchmarks)
@@ -182,9 +190,10 @@ def load_suite(name: str) -> tuple[Suite, Path]:
     Raises `SettingsError` for an unknown name, and for a file that is not a suite.
     """
     path = find_config(name, ("suites",), "--suite")
+    values = read_yaml(path, "--suite")
     try:
-        return settings_from_dict(Suite, yaml.safe_load(path.read_text(encoding="utf-8")), ""), path
-    except (SettingsError, yaml.YAMLError) as error:
+        return settings_from_dict(Suite, values, ""), path
+    except SettingsError as error:
         raise SettingsError(f"--suite {path}: {error}") from None
 
 

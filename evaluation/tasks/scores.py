@@ -4,8 +4,6 @@ Greedy decoding through `model.generate`, in batches with left padding. Each fin
 that an interrupted evaluation can continue.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,13 +20,15 @@ from refreshkv.data.tasks.task import Example, Task
 from refreshkv.evaluation.caches import GREEDY, Caches
 from refreshkv.evaluation.costs import Meter, count_full_steps, held_bytes
 from refreshkv.evaluation.inputs import vocabulary_size
-from refreshkv.evaluation.records import RecordFile, numbered_layers
+from refreshkv.evaluation.records import RecordFile, record_key
 from refreshkv.evaluation.strategies import Strategy
-from refreshkv.identity import fingerprint
+from refreshkv.generation.finite import FiniteLogits
+from refreshkv.generation.inherited import refuse_own_settings, without_own_settings
+from refreshkv.identity import fingerprint, tokenizer_identity
 from refreshkv.prefix.fill import validate_takes_prefix
 from refreshkv.prefix.recycling import Reuse, recycle, store_prompts
 from refreshkv.prefix.store import PrefixStore
-from refreshkv.settings import SettingsError
+from refreshkv.settings import SettingsError, settings_from_dict
 
 CAPACITY_STEP = 128
 """Caches are made for a multiple of this many tokens: each other size would be compiled anew."""
@@ -72,7 +72,7 @@ class ExampleRecords(RecordFile[ExampleRecord]):
     kind = "an evaluation of tasks"
 
     def parse(self, values: dict[str, Any]) -> ExampleRecord:
-        return ExampleRecord(**{**values, "full_steps": numbered_layers(values["full_steps"])})
+        return settings_from_dict(ExampleRecord, values)
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,12 @@ def make_examples(
 ) -> Work:
     """Draws the first `count` examples of each task.
 
-    Raises `SettingsError` for prompts that do not fit the model, and for tasks that cannot make so many examples.
+    Raises `SettingsError` for prompts that do not fit the model, for tasks that cannot make so many examples, and for
+    generation settings in the model's files.
     """
     if count < 1:
         raise SettingsError(f"--examples must be at least 1, got {count}")
+    refuse_own_settings(model)
     work = []
     for task in tqdm(tasks, "drawing examples", unit=" tasks", disable=not progress):
         work.append((task, list(task.examples(tokenizer, count))))
@@ -140,11 +142,11 @@ def evaluate_tasks(
     if batch_size < 1:
         raise SettingsError(f"--batch-size must be at least 1, got {batch_size}")
     generator = AnswerGenerator(model, tokenizer, strategies, store)
-    weights, results = fingerprint(model), []
+    base, results = [fingerprint(model), tokenizer_identity(tokenizer), generator.settings], []
     total = len(strategies) * sum(len(examples) for _, examples in work)
     with tqdm(total=total, unit=" examples", disable=not progress) as bar:
         for task, examples in work:
-            keys = {way.name: [_key(weights, task, way, example) for example in examples] for way in strategies}
+            keys = {way.name: [_key(base, task, way, example) for example in examples] for way in strategies}
             batches = _missing_batches(strategies, keys, records, batch_size)
             bar.update(len(strategies) * len(examples) - sum(len(numbers) for _, numbers in batches))
             if store is not None:  # all strategies of a prompt follow each other, while the store has it
@@ -170,17 +172,17 @@ def _missing_batches(
     return batches
 
 
-def _key(weights: str, task: Task, strategy: Strategy, example: Example) -> str:
-    parts = [
-        weights,
+def _key(base: list, task: Task, strategy: Strategy, example: Example) -> str:
+    """base: identities of the model and its tokenizer, and the settings of generation."""
+    return record_key(
+        *base,
         task.label,
         strategy.name,
         strategy.settings,
         task.family.max_new_tokens,
         example.prompt_ids,
         example.references,
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    )
 
 
 def _check_fits(model: PreTrainedModel, task: Task, examples: list[Example]) -> None:
@@ -197,7 +199,10 @@ def _check_fits(model: PreTrainedModel, task: Task, examples: list[Example]) -> 
 
 
 class AnswerGenerator:
-    """Generates batches of answers with one model."""
+    """Generates batches of answers with one model.
+
+    Raises `SettingsError` if the model's own files set generation settings that would change the answers.
+    """
 
     def __init__(
         self,
@@ -206,11 +211,13 @@ class AnswerGenerator:
         strategies: list[Strategy],
         store: PrefixStore | None,
     ) -> None:
+        refuse_own_settings(model)
         self._model, self._tokenizer, self._store = model, tokenizer, store
         self._caches = Caches(model, record=store is None)  # with a store each batch has another strategy than the last
         for strategy in strategies if store is not None else ():
             validate_takes_prefix(strategy.build_cache(model.config, 1))
-        self._stop = _stop_tokens(model, tokenizer)
+        self.settings = generation_settings(model, tokenizer)
+        self._stop = self.settings["stop tokens"]
         padding = cast("int | None", tokenizer.pad_token_id)
         self._padding = self._stop[0] if padding is None else padding
 
@@ -226,17 +233,21 @@ class AnswerGenerator:
         meter = Meter(model.device)
         reuse = None if self._store is None else recycle(self._store, cache, ids, mask)
         known = 0 if reuse is None else int(cache.get_seq_length())
-        output = model.generate(  # pyright: ignore[reportCallIssue]  # a mixin of the models' classes
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            past_key_values=cache,
-            custom_generate=decode_ahead,
-            max_new_tokens=limit,
-            eos_token_id=self._stop,
-            pad_token_id=self._padding,
-            **GREEDY,
-        )[:, columns:].tolist()  # waits for the GPU
+        finite = FiniteLogits("--model")
+        with without_own_settings(model):
+            output = model.generate(  # pyright: ignore[reportCallIssue]  # a mixin of the models' classes
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                past_key_values=cache,
+                custom_generate=decode_ahead,
+                logits_processor=[finite],
+                max_new_tokens=limit,
+                eos_token_id=self._stop,
+                pad_token_id=self._padding,
+                **GREEDY,
+            )[:, columns:].tolist()  # waits for the GPU
         seconds, peak = meter.read()
+        finite.validate()
         for row, (example, generated) in enumerate(zip(examples, output, strict=True)):
             tokens = _until(generated, self._stop)
             prediction = self._tokenizer.decode(tokens, skip_special_tokens=True)
@@ -271,6 +282,11 @@ def left_padded(prompts: list[list[int]], padding: int) -> tuple[Tensor, Tensor]
     ids = torch.tensor([[padding] * (columns - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (columns - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return ids, mask
+
+
+def generation_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The settings under which answers are generated, beside the number of tokens: what reports print."""
+    return {"decoding": "greedy", "stop tokens": _stop_tokens(model, tokenizer)}
 
 
 def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -167,7 +167,7 @@ def _begin_decoder_call(module: Any, args: tuple, kwargs: dict[str, Any]) -> tup
 
 def _end_call(module: Any, args: tuple, output: Any) -> None:
     """After the model or its decoder, also where an error broke it off: then there is no output."""
-    module.refreshkv_calls.end(module, is_complete=output is not None)
+    module.refreshkv_calls.end(module, is_complete=output is not None and not _is_compiled(module))
 
 
 def _add_keywords(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -193,6 +193,11 @@ def _refuse_other_uses(module: Any, cache: Any, kwargs: dict[str, Any]) -> None:
             "the refresh attention has no use for a static cache: pass past_key_values=RefreshCache(...), or for "
             'ordinary attention model.set_attn_implementation("sdpa")'
         )
+
+
+def _is_compiled(module: Any) -> bool:
+    """Whether `module.forward` is what torch.compile returned: compiled layers do not say that they took part."""
+    return hasattr(module.forward, "_torchdynamo_orig_callable")
 
 
 def _position_embeddings(keywords: dict[str, Any]) -> Tensor | None:

@@ -261,7 +261,7 @@ class PreallocatedLayer(CacheLayerMixin):
 
     def _length_on_device(self) -> bool:
         if torch.compiler.is_compiling():
-            return True
+            return self.is_initialized  # a compiled prompt comes before there is a tensor of the length
         return self.is_initialized and self.device.type == "cuda" and self.known_length != 0
 
     def get_max_length(self) -> int:

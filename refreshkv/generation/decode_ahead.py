@@ -48,7 +48,8 @@ def decode_ahead(
     Args:
         stream_to: a streamer; tokens come one step late. `generate()` must be given it under this name: `streamer=` and
             `assistant_model=` are never handed to a `custom_generate`, which cannot know that they were given, so a
-            `streamer=` gets the prompt alone and an `assistant_model=` is not used.
+            `streamer=` gets the prompt alone and an `assistant_model=` is not used. Nor does `generate()` hand on its
+            `tokenizer=`: stop strings go in as `stopping_criteria=[StopStringCriteria(tokenizer, [...])]`.
         run_ahead: whether to queue a step before the one before is known not to be the last. None: on a GPU. Without
             effect where `past_key_values` is not croppable (offloaded caches, sliding windows) or a cache of
             transformers. There each step is waited for, unless only the number of tokens ends the text.

@@ -40,17 +40,24 @@ class TimedStreamer(TextStreamer):
 
 
 def generation_table(
-    prompt_tokens: int, streamer: TimedStreamer, cache: RefreshCache | None, reuse: str | None = None
+    prompt_tokens: int,
+    streamer: TimedStreamer,
+    cache: RefreshCache | None,
+    reuse: str | None = None,
+    decoding: str | None = None,
 ) -> str:
     """The table that `refreshkv generate` prints below the text.
 
     cache: the cache that decoded; None for full attention. reuse: what came from a prompt store, if one was used.
+    decoding: the settings under which tokens were chosen.
     """
     lines = [
         ("prompt tokens", str(prompt_tokens)),
         ("new tokens", str(streamer.new_tokens)),
         ("seconds for the prompt", f"{streamer.prompt_seconds:.2f}"),
     ]
+    if decoding is not None:
+        lines.append(("decoding", decoding))
     if reuse is not None:
         lines.append(("prefix store", reuse))
     if streamer.token_seconds is not None:

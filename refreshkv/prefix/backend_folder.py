@@ -14,15 +14,18 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor
 
+from refreshkv.checksums import digest
 from refreshkv.files import PARTIAL, atomic_file, write_json
+from refreshkv.folders import make_folder
 from refreshkv.identity import first_difference
 from refreshkv.prefix.entry import DamagedEntry, Entry
 from refreshkv.prefix.entry_file import SUFFIX, UNREADABLE, read_entry, read_tensors, write_entry
 from refreshkv.settings import SettingsError
 
-LAYOUT = 1
+LAYOUT = 2
 """Version of the folder's layout, stored with the model's identity."""
 
+EARLIER_LAYOUTS = (1,)
 LOCK_FILE, IDENTITY_FILE = ".lock", "store.json"
 
 ENTRY_FILE = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUFFIX)}")
@@ -52,6 +55,7 @@ class FolderBackend:
 
     def __init__(self, folder: str | Path, identity: dict[str, Any], setting: str, shared: bool = False) -> None:
         self.folder, self._setting, self._shared = Path(folder), setting, shared
+        self._model = digest(identity)
         self._known: dict[tuple[str, int], Entry | None] = {}
         self._damaged: set[tuple[str, int]] = set()
         self._refused: set[str] = set()
@@ -63,7 +67,7 @@ class FolderBackend:
 
     def _claim(self, identity: dict[str, Any]) -> None:
         """Writes the model's identity into a new folder; compares it in one that is in use."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder, self._setting)
         if not self._shared and self.folder.stat().st_uid != os.geteuid():
             raise SettingsError(
                 f"{self._setting} {self.folder} belongs to another user, who can read your prompts: choose a folder of "
@@ -82,7 +86,13 @@ class FolderBackend:
         if not self._shared:
             self._make_private()
         there = json.loads(file.read_text())
-        different = first_difference(identity, there if isinstance(there, dict) else {})
+        there = there if isinstance(there, dict) else {}
+        if there.get("layout") in EARLIER_LAYOUTS:
+            raise SettingsError(
+                f"{self._setting} {self.folder} was made by an earlier version, which kept too little of its model to "
+                "compare: remove it, or choose another"
+            )
+        different = first_difference(identity, there)
         if different:
             raise SettingsError(
                 f"{self._setting} {self.folder} was made by another model (not the same {different}): choose another"
@@ -134,9 +144,12 @@ class FolderBackend:
         return is_trusted
 
     def _open(self, file: str) -> Entry | None:
-        """The entry of a file; None, with a warning, if the beginning of the file is damaged."""
+        """The entry of a file; None, with a warning, if the file's beginning is damaged or it is of another model."""
         try:
-            return read_entry(self.folder / file)
+            entry = read_entry(self.folder / file)
+            if entry.model != self._model:
+                raise ValueError("it is of another model")
+            return entry
         except UNREADABLE as error:
             self._report(file, error)
             return None

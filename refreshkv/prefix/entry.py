@@ -29,6 +29,8 @@ class Entry:
     """Time to compute the whole prompt, measured or estimated; None if unknown."""
     device: str
     """Kind of device of that time, see `device_name`."""
+    model: str = ""
+    """Hash of the identity of the model that computed it, see `refreshkv.identity`."""
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """In host memory "key.N" and "value.N" of each layer N, (P, Hkv, D) each; empty if they are in a file."""
     verified: dict[str, int] = field(default_factory=dict, repr=False)

@@ -28,7 +28,7 @@ HEADER_BYTES = 256
 UNREADABLE = (OSError, RuntimeError, SafetensorError, ValueError, KeyError, IndexError, TypeError)
 """What reading a damaged or removed file raises; RuntimeError comes from torch, for a file that it cannot map."""
 
-FACTS = ("seconds", "device")
+FACTS = ("seconds", "device", "model")
 """Fields of `Entry` in the file's metadata."""
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from refreshkv.attention.enable import attention_modules
-from refreshkv.identity import identity
+from refreshkv.checksums import digest
+from refreshkv.identity import changes, first_difference, identity
 from refreshkv.prefix.backend_folder import FolderBackend
 from refreshkv.prefix.backend_memory import MemoryBackend
 from refreshkv.prefix.entry import Backend, Entry, Ids, as_tokens, device_name
@@ -41,14 +42,14 @@ class PrefixStore:
     Args:
         folder: made if it does not exist; None for this process's memory.
         max_bytes: most bytes of all entries together.
-        model: whose prompts these are. Its weights must not change while it has a store.
+        model: whose prompts these are. It must stay as it is, its active adapters included, while it has a store.
         index: finds the entries; None for `LongestPrefix`.
         setting: how errors name the folder's setting.
         shared: other users may use the folder too. Without it the folder is private (0700, its files 0600), and what
             other users have put there is not read.
 
-    Raises `SettingsError` if the folder was made by a model with other weights, another dtype or other rotary settings,
-    belongs to another user and is not shared, or cannot be used.
+    Raises `SettingsError` if the folder was made by another model (`refreshkv.identity`), belongs to another user and
+    is not shared, or cannot be used; and later, if the model has changed meanwhile.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class PrefixStore:
             raise SettingsError(f"max_bytes of the prefix store must be a whole number >= 1, got {max_bytes!r}")
         self.max_bytes = max_bytes
         self.model = model
-        who = identity(model)
-        self._backend: Backend = MemoryBackend() if folder is None else FolderBackend(folder, who, setting, shared)
+        self._setting, self._identity, self._changes = setting, identity(model), changes(model)
+        self._backend: Backend = (
+            MemoryBackend() if folder is None else FolderBackend(folder, self._identity, setting, shared)
+        )
         self._index = LongestPrefix() if index is None else index
         self._indexed: dict[object, Entry] = {}
         self._lock = RLock()
@@ -83,6 +86,7 @@ class PrefixStore:
 
     def match(self, ids: Ids) -> tuple[int, Entry | None]:
         """How many first tokens of a prompt (P,) the store has, and the entry with them; (0, None) if it has none."""
+        self._validate_same_model()
         with self._lock:
             self._synchronise()
             return self._index.find(as_tokens(ids))
@@ -97,6 +101,7 @@ class PrefixStore:
         Returns None if the entry alone is larger than `max_bytes`. Raises `ValueError` if the cache does not hold all
         of the prompt, or decoded some of it from a small cache, and `SettingsError` if the folder cannot be written to.
         """
+        self._validate_same_model()
         ids = as_tokens(ids)
         states = prompt_states(cache, row, start, start + len(ids))
         self._validate_dtype(states)
@@ -104,7 +109,7 @@ class PrefixStore:
         if size > self.max_bytes:
             return None
         name = xxhash.xxh3_128_hexdigest(ids.tobytes())
-        entry = Entry(name, ids, size, seconds, device_name(states["key.0"].device))
+        entry = Entry(name, ids, size, seconds, device_name(states["key.0"].device), digest(self._identity))
         with self._lock, self._backend.writing():
             present = next((known for known in self.entries if np.array_equal(known.ids, ids)), None)
             if present is None:
@@ -115,6 +120,22 @@ class PrefixStore:
                 self._synchronise()
         self.touch(present or entry)
         return present or entry
+
+    def _validate_same_model(self) -> None:
+        """Raises `SettingsError` if the model has changed since the store was opened, such as its active adapter.
+
+        Weights are read again only if `changes` tells of one.
+        """
+        now = changes(self.model)
+        if now == self._changes:
+            return
+        different = first_difference(self._identity, identity(self.model))
+        if different:
+            raise SettingsError(
+                f"{self._setting}: the model has changed since this store was opened (not the same {different}): open "
+                "another store for it"
+            )
+        self._changes = now
 
     def _validate_dtype(self, states: dict[str, Tensor]) -> None:
         others = {tensor.dtype for tensor in states.values()} - {self.model.dtype}
@@ -161,6 +182,7 @@ class PrefixStore:
         Batch row `b` gets `paddings[b]` padded columns and then the first tokens of `entries[b]`, which may be None if
         all of its columns are padded.
         """
+        self._validate_same_model()
         lengths = [columns - padding for padding in paddings]
         _validate_load(entries, cache, lengths)
         devices = [next(module.parameters()).device for module in attention_modules(self.model)]

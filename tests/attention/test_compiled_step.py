@@ -63,6 +63,39 @@ def test_neither_steps_nor_prompts_nor_caches_recompile():
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def compiled_forward(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+def compiled_module(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "compiled", slow_unless([compiled_forward], [compiled_forward, compiled_module, compiled_in_place])
+)
+def test_whole_models_may_be_compiled(compiled):
+    """Prompts too, which `generate()` never compiles."""
+    model, ids = tiny_enabled(CONFIGS["fixed"]), random_ids(2, 24)
+    caches = [RefreshCache(model.config, 40) for _ in range(2)]
+    expected, found = [], []
+    bounds = [0, *range(17, 25)]
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        expected.append(model(ids[:, start:end], past_key_values=caches[0], use_cache=True).logits)
+    again = compiled(model)
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        found.append(again(ids[:, start:end], past_key_values=caches[1], use_cache=True).logits)
+    assert all(map(torch.equal, found, expected))
+    assert torch.equal(caches[0].full_steps, caches[1].full_steps)
+
+
 def test_a_full_cache_says_so_when_compiled():
     model, ids = tiny_enabled(), random_ids(2, 20)
     cache = RefreshCache(model.config, 25, CONFIGS["fixed"])

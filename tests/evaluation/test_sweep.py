@@ -163,7 +163,7 @@ def test_command_line(launch, place, tmp_path, monkeypatch, capsys):
     launch([*common, "refresh.stride=4", "--thresholds", "0.6", "--resume"])
     assert Path("out/rows.jsonl").read_text() == before
     for more, message in [
-        (["--keep", "0"], "--keep is a share"),
+        (["--keep", "0"], "--keep must be more than 0, got 0.0; it is a share"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--resume", "--overwrite"], "choose one"),
         (["--split", "test"], "test split of .* has no rows"),

@@ -75,7 +75,7 @@ def test_generate_refuses(folder, capsys):
     store = ("--prefix-store", str(folder / "store"))
     for more, message in [
         (("--prefix-store-gb", "1"), "--prefix-store-gb needs --prefix-store"),
-        ((*store, "--prefix-store-gb", "0"), "--prefix-store-gb must be a number more than 0"),
+        ((*store, "--prefix-store-gb", "0"), "--prefix-store-gb must be more than 0"),
         (("--prefix-store", str(folder)), "--prefix-store .* holds .*: choose a new or an empty folder"),
     ]:
         with pytest.raises(SettingsError, match=message):
@@ -137,7 +137,7 @@ def test_evaluate(tokenizer, tmp_path, monkeypatch):  # noqa: F811
     assert all(line["reuse"]["tokens"] > 100 for line in lines(Path("with/examples.jsonl")))
     for more, message in [
         (["--prefix-store-gb", "1"], "--prefix-store-gb needs --prefix-store"),
-        (["--prefix-store", "store", "--prefix-store-gb", "inf"], "--prefix-store-gb must be a number more than 0"),
+        (["--prefix-store", "store", "--prefix-store-gb", "inf"], "--prefix-store-gb must be a finite number"),
         (["--prefix-store", "model"], "--prefix-store model holds .*: choose a new or an empty folder"),
         (["--prefix-store", "store", "--dtype", "bfloat16"], r"not the same dtype"),
     ]:

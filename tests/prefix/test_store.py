@@ -224,7 +224,7 @@ def test_what_an_entry_takes_is_known_before_it_is_written(model, tmp_path):
 
 def test_another_model_is_refused(tmp_path):
     PrefixStore(tmp_path / "store", 10**6, tiny_model(dtype=torch.float32))
-    PrefixStore(tmp_path / "store", 10**6, tiny_enabled(dtype=torch.float32, max_position_embeddings=1024))
+    PrefixStore(tmp_path / "store", 10**6, tiny_enabled(FIXED, dtype=torch.float32))
     changed = tiny_model(dtype=torch.float32)
     with torch.no_grad():
         changed.lm_head.weight[0, 0] += 1
@@ -233,6 +233,7 @@ def test_another_model_is_refused(tmp_path):
         "rotary": tiny_model(dtype=torch.float32, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
         "layers": tiny_model(dtype=torch.float32, layers=3),
         "heads": tiny_model(dtype=torch.float32, groups=4),
+        "config": tiny_model(dtype=torch.float32, max_position_embeddings=1024),
         "weights": changed,
     }
     for what, other in others.items():

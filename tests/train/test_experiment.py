@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from refreshkv import RefreshConfig
+from refreshkv.data.config import DataConfig
 from refreshkv.evaluation.strategies import default_strategies
 from refreshkv.options import changed_config
-from refreshkv.settings import SettingsError, load_settings, settings_from_dict
+from refreshkv.settings import SettingsError, load_settings, settings_from_dict, settings_to_dict
 from refreshkv.train.config import RunConfig
 from refreshkv.train.experiment.comparison import gaps_closed
 from refreshkv.train.experiment.config import ExperimentConfig, merge
@@ -107,7 +108,9 @@ else:
     made.parent.mkdir(parents=True)
     results = [{"name": n, "losses": [1.0] * 12, "perplexity": p, "loss": 1.0, "standard_error": 0.1, "budget": 8,
                 "effective_stride": 5.0} for n, p in (("full", 10.0), ("refresh S=5", 12.0))]
-    made.write_text(json.dumps({"date": "d", "hardware": "h", "versions": {}, "protocol": {"fingerprint": "f"},
+    made.write_text(json.dumps({"date": "d", "hardware": "h", "versions": {}, "protocol": {
+        "fingerprint": "f", "split": value("--split"), "rows": int(value("--rows")),
+        "last tokens": int(value("--last-tokens"))},
                                 "evaluation": {"results": results}}))
 time.sleep(0.05)
 made.parent.mkdir(parents=True, exist_ok=True)
@@ -363,6 +366,59 @@ def test_figures_of_other_settings_are_refused(finished, tmp_path):
     values["studies"]["small"]["continued"]["training"]["steps"] = 3
     with pytest.raises(SettingsError, match="small/plain/0/paper/perplexity with other settings"):
         Results(settings_from_dict(ExperimentConfig, values))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("perplexity", r"report\.json measured something else than .* \(last tokens: 12 there, 13 here\)"),
+        ("run", r"step-0000002 was made with other settings than .* \(training.learning_rate: .* there, 0.5 here\)"),
+        ("rows", r"rows\.json was made with other settings than .* \(max_documents: 7 there, None here\)"),
+    ],
+)
+def test_finished_work_of_other_settings_is_not_used_again(finished, tmp_path, what, message):
+    """Its figures were not in results.json yet, or are gone."""
+    (tmp_path / "results/results.json").unlink()
+    values = settings(tmp_path)
+    study = values["studies"]["small"]
+    if what == "perplexity":
+        study["perplexity"]["last_tokens"] = 13
+    elif what == "run":
+        made = tmp_path / "runs/small/plain-0/run/checkpoints/step-0000002"
+        made.unlink()
+        made.mkdir()
+        (made / "run.yaml").write_text((tmp_path / "runs/small/plain-0/run.yaml").read_text())
+        study["continued"]["training"]["learning_rate"] = 0.5
+    else:
+        data = {**settings_to_dict(settings_from_dict(DataConfig, finished.data("small"))), "max_documents": 7}
+        (tmp_path / "rows/rows.json").write_text(json.dumps({"data": data}))
+    config = settings_from_dict(ExperimentConfig, values)
+    with pytest.raises(SettingsError, match=message):
+        plan(config, set())
+        results = Results(config)
+        for job in plan(finished, set()):
+            if job.reports:
+                results.add(job)
+    assert not (tmp_path / "results/results.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "3", '{"a": 1}', '{"a": {}}', '{"a": {"kind": "perplexity", "study": 1}}', "\xff"]
+)
+def test_a_broken_file_of_figures_is_one_line(finished, tmp_path, content):
+    file = tmp_path / "results/results.json"
+    file.write_text(content, encoding="latin-1")
+    with pytest.raises(SettingsError, match=r"^results: .*results\.json holds no figures of an experiment") as error:
+        Results(finished)
+    assert "\n" not in str(error.value) and file.read_text(encoding="latin-1") == content
+
+
+def test_a_base_with_another_configuration_is_refused(finished, tmp_path):
+    """The same weights, another config.json: its figures are another model's."""
+    assert Results(finished).entries
+    (tmp_path / "runs/small/base/model/config.json").write_text('{"rms_norm_eps": 0.1}')
+    with pytest.raises(SettingsError, match="from another base model"):
+        Results(finished)
 
 
 def entry(perplexities):

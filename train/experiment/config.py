@@ -8,6 +8,7 @@ from refreshkv.data.config import DataConfig
 from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.evaluation.perplexity.evaluation import check_last_tokens
 from refreshkv.evaluation.strategies import build_strategies
+from refreshkv.ranges import COUNT, SEED, Range, show, validate_numbers
 from refreshkv.settings import SettingsError, settings_from_dict, validate_name
 from refreshkv.train.config import RunConfig
 
@@ -40,6 +41,10 @@ class Perplexity:
     """Adds the similarity schedule with this threshold and the study's `refresh.stride`; None adds nothing."""
     batch_size: int = 4
 
+    def __post_init__(self) -> None:
+        ranges = {"last_tokens": COUNT, "rows": COUNT, "strides": COUNT, "threshold": Range(-1e6, 1e6)}
+        validate_numbers(self, {**ranges, "batch_size": COUNT}, "perplexity.")
+
 
 @dataclass
 class Tasks:
@@ -53,6 +58,9 @@ class Tasks:
     """Task -> settings, as tasks.NAME.key=value of launch/evaluate.py."""
     examples: int = 100
     batch_size: int = 20
+
+    def __post_init__(self) -> None:
+        validate_numbers(self, {"length": COUNT, "examples": COUNT, "batch_size": COUNT}, "tasks.")
 
 
 @dataclass
@@ -72,6 +80,13 @@ class Study:
     """Values of training.seed; each arm is trained once with each, so that all arms see the same data and draws."""
     perplexity: Perplexity | None = None
     tasks: Tasks | None = None
+
+    def __post_init__(self) -> None:
+        validate_numbers(self, {"seeds": SEED})
+        for name in ("seeds", "arms"):
+            values = getattr(self, name)
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise SettingsError(f"{name} has {twice[0]} twice: each would be the same work")
 
 
 @dataclass
@@ -93,8 +108,13 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         for setting in ("arms", "studies", "selections"):
-            for name in getattr(self, setting):
+            for name, value in getattr(self, setting).items():
                 validate_name(name, setting)
+                if not isinstance(value, dict):
+                    raise SettingsError(f"{setting}.{name} must be a section with keys, got {show(value)}")
+        for name in ("output", "results"):
+            if not getattr(self, name):
+                raise SettingsError(f"{name} must name a folder")
         self.arms = {name: settings_from_dict(Arm, arm, f"arms.{name}.") for name, arm in self.arms.items()}
         self.studies = {name: settings_from_dict(Study, one, f"studies.{name}.") for name, one in self.studies.items()}
         for name, arm in self.arms.items():
@@ -127,7 +147,10 @@ class ExperimentConfig:
 
     def data(self, study: str) -> Fragment:
         """The `data` section of the study's runs."""
-        return merge(self.settings, self.studies[study].settings).get("data", {})
+        data = merge(self.settings, self.studies[study].settings).get("data", {})
+        if not isinstance(data, dict):
+            raise SettingsError(f"studies.{study}.settings.data must be a section with keys, got {show(data)}")
+        return data
 
     def _check_data(self, name: str) -> None:
         data = self.data(name)

@@ -2,22 +2,23 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
+from refreshkv.data.config import DataConfig
 from refreshkv.data.folder import INFO_FILE
 from refreshkv.files import write_text
-from refreshkv.settings import SettingsError, settings_from_dict
+from refreshkv.settings import SettingsError, settings_from_dict, settings_to_dict
 from refreshkv.train.checkpoint_reader import is_trained
 from refreshkv.train.config import RunConfig
 from refreshkv.train.experiment.config import ExperimentConfig, Fragment, merge
 from refreshkv.train.export_folder import is_export
-from refreshkv.train.run_folder import FREE_TO_CHANGE, RUN_FILE, changed_setting, read_run
+from refreshkv.train.run_folder import FREE_TO_CHANGE, RUN_FILE, changed_setting, flat_settings, read_run
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,49 @@ def plan(config: ExperimentConfig, known: set[str]) -> list[Job]:
     for study in _in_order(config):
         first = [job for job in (rows[study], bases[study]) if _is_left(job, needed)]
         jobs |= {job.name: job for job in [*first, *evaluated[study]]}
+    _validate_finished(jobs.values(), [*rows.values(), *bases.values()])
     return [replace(job, needs=[need for need in job.needs if need in jobs]) for job in jobs.values()]
+
+
+def _validate_finished(jobs: Iterable[Job], needed: list[Job]) -> None:
+    """Raises `SettingsError` if a finished run or prepared rows, which would be used again, have other settings than
+    the experiment's. needed: jobs that are left out of `jobs` because they have finished."""
+    for job in [*jobs, *needed]:
+        for command in job.commands:
+            if command.config is not None and command.made.exists():
+                different = _difference(command, command.config[1])
+                if different:
+                    raise SettingsError(
+                        f"{command.made} was made with other settings than the experiment's ({different}): set them "
+                        "back, or choose another folder"
+                    )
+
+
+def _difference(command: Command, settings: Fragment) -> str | None:
+    """The first setting that what the command made has otherwise. Paths are not compared: folders may be moved."""
+    if command.script == "train.py":
+        if not (command.made / RUN_FILE).is_file():
+            return None  # no checkpoint: exporting it says so
+        there = flat_settings(settings_to_dict(read_run(command.made)))
+        here = flat_settings(settings_to_dict(settings_from_dict(RunConfig, settings)))
+        free = {*FREE_TO_CHANGE, "model.path"}
+    else:
+        there = _prepared_settings(command.made)
+        here = settings_to_dict(settings_from_dict(DataConfig, settings["data"]))
+        free = {"folder", "streaming", "data_files", "tokenizer"}
+    names = sorted((there.keys() | here.keys()) - free) if there else []
+    return next(
+        (f"{n}: {there.get(n)!r} there, {here.get(n)!r} here" for n in names if there.get(n) != here.get(n)), None
+    )
+
+
+def _prepared_settings(info: Path) -> dict[str, Any]:
+    """The settings in a rows.json; {} if they cannot be read: whoever opens the rows says why."""
+    try:
+        settings = json.loads(info.read_text(encoding="utf-8"))["data"]
+        return settings if isinstance(settings, dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _needed(evaluated: list[Job], bases: list[Job], rows: list[Job]) -> set[str]:

@@ -2,13 +2,18 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from refreshkv.checksums import remembered
 from refreshkv.config import RefreshConfig
+from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.files import write_json
+from refreshkv.identity import folder_identity
+from refreshkv.reading import read_json
 from refreshkv.settings import SettingsError, settings_from_dict, settings_to_dict
 from refreshkv.train.config import RunConfig, current_names
 from refreshkv.train.experiment.config import ExperimentConfig, Perplexity, Tasks
@@ -41,7 +46,7 @@ class Results:
                     "another folder for results and output"
                 )
         for study in config.studies:
-            self._check_base(study, digest(base_model(config, study)))
+            self._check_base(study, digest(base_model(config, study)), _rest(base_model(config, study)))
 
     def check_bases(self, jobs: list[Job]) -> None:
         """Raises `SettingsError` if a job would train a base model again that finished figures come from."""
@@ -59,13 +64,26 @@ class Results:
             self.entries |= self._read()
             for report in job.reports:
                 entry = self._entry(report)
-                self._check_base(report.study, entry["base model"])
+                self._check_base(report.study, entry["base model"], entry["base files"])
                 self._check_rows(entry)
                 self.entries[report.name] = entry
             write_json(self._path, self.entries, indent=1)
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        return json.loads(self._path.read_text()) if self._path.exists() else {}
+        """The file's entries; {} if there is none. Raises `SettingsError` for a file with other content."""
+        if not os.path.lexists(self._path):
+            return {}
+        try:
+            entries = read_json(self._path, "results")
+            for name, entry in entries.items():
+                _validate_entry(name, entry)
+            return entries
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split()).removeprefix("results: ") or type(error).__name__
+            raise SettingsError(
+                f"results: {self._path} holds no figures of an experiment ({reason}): restore it, or move it away to "
+                "compute them anew"
+            ) from None
 
     def _is_about(self, entry: dict[str, Any]) -> bool:
         """Whether the experiment still has the entry's study, arm, selection and kind of evaluation."""
@@ -74,11 +92,13 @@ class Results:
             return False
         return getattr(study, entry["kind"]) is not None
 
-    def _bases(self, study: str) -> set[str]:
-        return {e["base model"] for e in self.entries.values() if e["study"] == study and e["base model"]}
+    def _bases(self, study: str, part: str = "base model") -> set[str]:
+        """The hashes of the base models that figures come from; earlier releases kept no "base files"."""
+        return {e[part] for e in self.entries.values() if e["study"] == study and e.get(part)}
 
-    def _check_base(self, study: str, found: str | None) -> None:
-        if found and self._bases(study) - {found}:
+    def _check_base(self, study: str, found: str | None, files: str | None) -> None:
+        """found, files: hashes of the base model's weights, and of its configuration and tokenizer; None without."""
+        if (found and self._bases(study) - {found}) or (files and self._bases(study, "base files") - {files}):
             raise SettingsError(
                 f"{self._path} has figures of {study} from another base model than {base_model(self._config, study)}: "
                 "gaps of different models do not compare; copy that one here, or choose another folder for results"
@@ -93,10 +113,11 @@ class Results:
             )
 
     def _entry(self, report: Report) -> dict[str, Any]:
-        found = json.loads(report.path.read_text())
+        found = self._finished_report(report)
         entry = {name: getattr(report, name) for name in ("study", "arm", "seed", "selection", "kind")}
         entry["settings"] = self._settings(entry)
         entry["base model"] = digest(base_model(self._config, report.study))
+        entry["base files"] = _rest(base_model(self._config, report.study))
         entry |= {name: found[name] for name in ("date", "hardware", "versions")}
         if report.kind == "perplexity":
             entry["rows"] = found["protocol"]["fingerprint"]
@@ -104,6 +125,37 @@ class Results:
         else:
             entry["results"] = found["results"]
         return entry
+
+    def _finished_report(self, report: Report) -> dict[str, Any]:
+        """The report of a finished evaluation. Raises `SettingsError` if it measured something else than the experiment
+        now asks for, such as before its settings were changed."""
+        try:
+            found = json.loads(report.path.read_text(encoding="utf-8"))
+            different = self._difference(report, found)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+            raise SettingsError(
+                f"output: {report.path} is not a report of launch/evaluate.py ({type(error).__name__}: {error}): "
+                "remove its folder, and the experiment evaluates again"
+            ) from None
+        if different:
+            raise SettingsError(
+                f"output: {report.path} measured something else than the experiment's settings ask for ({different}): "
+                "remove its folder, or choose another output"
+            )
+        return found
+
+    def _difference(self, report: Report, found: dict[str, Any]) -> str | None:
+        wanted = getattr(self._config.studies[report.study], report.kind)
+        if report.kind == "tasks":
+            labels = {label.removesuffix("-substitute"): entry["settings"] for label, entry in found["tasks"].items()}
+            tasks = build_tasks(wanted.names, wanted.values, length=wanted.length)
+            settings = {task.name: json.loads(json.dumps(task.settings())) for task in tasks}
+            pairs = [("tasks", labels, settings), ("examples", found["settings"]["examples"], wanted.examples)]
+        else:
+            measured = found["protocol"]
+            pairs = [(name, measured[name], getattr(wanted, name)) for name in ("split", "rows")]
+            pairs.append(("last tokens", measured["last tokens"], wanted.last_tokens))
+        return next((f"{name}: {there} there, {here} here" for name, there, here in pairs if there != here), None)
 
     def _settings(self, entry: dict[str, Any]) -> dict[str, Any]:
         """All settings that a result depends on: the base's run, its own run and the evaluation, without folders."""
@@ -143,12 +195,34 @@ def _normal(settings: Any) -> Any:
 def digest(model: Path) -> str | None:
     """A hash of a model's weights; None if the folder has none."""
     files = sorted(model.glob("*.safetensors"))
+    return remembered("sha256 of all", files, lambda: _sha256(files)) if files else None
+
+
+def _sha256(files: list[Path]) -> str:
     found = hashlib.sha256()
     for file in files:
         with file.open("rb") as content:
             while block := content.read(1 << 24):
                 found.update(block)
-    return found.hexdigest()[:32] if files else None
+    return found.hexdigest()[:32]
+
+
+def _rest(model: Path) -> str | None:
+    """A hash of a model's configuration, without names and paths, and of its tokenizer; None without weights."""
+    found = folder_identity(model)
+    return None if found is None else found["rest"][:32]
+
+
+def _validate_entry(name: str, entry: dict[str, Any]) -> None:
+    """Raises an error for an entry of results.json that lacks a key or has another kind of value."""
+    kinds = {"study": str, "arm": str, "selection": str, "kind": str, "settings": dict}
+    kinds["results"] = dict if entry["kind"] == "perplexity" else list
+    for key, kind in kinds.items():
+        if not isinstance(entry[key], kind):
+            raise ValueError(f"{key} of {name} is {entry[key]!r}")
+    if entry["kind"] not in ("perplexity", "tasks"):
+        raise ValueError(f"kind of {name} is {entry['kind']!r}")
+    entry["base model"], entry["seed"]  # `KeyError` without them
 
 
 def _brief(result: dict[str, Any]) -> dict[str, Any]:
