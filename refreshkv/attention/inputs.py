@@ -32,6 +32,8 @@ def validate_inputs(module: Any, inputs: dict[str, Any]) -> None:
 
     Raises `ValueError`. Reads no values on a GPU in a decoding step, so that the host does not wait for it there.
     """
+    if getattr(module.config, "is_causal", True) is False:
+        raise ValueError("the refresh attention is causal: config.is_causal=False is not supported")
     for name, way_out in NOT_RETURNED.items():
         wanted = inputs.get(name)
         if wanted is None:
@@ -45,7 +47,10 @@ def validate_inputs(module: Any, inputs: dict[str, Any]) -> None:
         return  # the model itself says what is wrong
     (rows, new), cache = tokens.shape[:2], inputs.get("past_key_values")
     if new == 0:
-        raise ValueError("the call has no tokens: give each row at least one that the cache does not hold")
+        raise ValueError(
+            "the call has no tokens that the cache does not hold: give each row at least one, and to begin another "
+            "text, call reset() first"
+        )
     _refuse_packing(inputs, rows, new)
     past = _past_length(cache, new)
     if past is None:

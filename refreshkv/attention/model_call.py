@@ -11,7 +11,9 @@ the call that the layer belonged to. A layer that cannot be identified is refuse
 """
 
 import inspect
+import itertools
 import threading
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +33,12 @@ NOT_OURS = (
     "another attention was set after refreshkv.enable(model), so neither a simulation nor a RefreshCache is followed: "
     "call refreshkv.enable(model) again"
 )
+
+TRACED: defaultdict[int, set[int]] = defaultdict(set)
+"""From the number of a `ModelCalls` to the layers that torch.compile traced with the refresh attention: compiled code
+runs no Python, so it cannot count them in each call."""
+
+_NUMBERS = itertools.count()
 
 KEYWORDS = ("simulation", "refresh", "trace")
 """What a model's call may be given; `refresh` is the older name of `simulation`."""
@@ -73,6 +81,8 @@ class ModelCalls:
         """From a pass's position embeddings to its simulation and trace, for as long as a backward pass may come."""
         self.had_gradients = False
         """Whether any simulated call had gradients."""
+        self.number = next(_NUMBERS)
+        """The key in `TRACED`."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {"windows": self.windows, "prompt_attention": self.prompt_attention}
@@ -120,10 +130,12 @@ class ModelCalls:
 
     def note(self, layer: int) -> None:
         """Counts a layer whose attention follows the running call's simulation or cache."""
-        if not torch.compiler.is_compiling() and (call := self.innermost()) is not None:
+        if torch.compiler.is_compiling():
+            _note_traced(self.number, layer)
+        elif (call := self.innermost()) is not None:
             call.layers.add(layer)
 
-    def end(self, owner: nn.Module, is_complete: bool) -> None:
+    def end(self, owner: Any, is_complete: bool) -> None:
         """Closes the call of `owner`, if it opened one; raises `RuntimeError` if it is complete and layers lacked."""
         call = self.innermost()
         if call is None or call.owner is not owner:
@@ -131,7 +143,8 @@ class ModelCalls:
         self.running.remove(call)
         if not is_complete or torch.compiler.is_compiling():
             return
-        missing = sorted(self.refreshable - call.layers)
+        traced = TRACED[self.number] if owner.config._attn_implementation == NAME else frozenset()
+        missing = sorted(self.refreshable - call.layers - traced)
         if missing and (call.simulation is not None or call.uses_cache):
             what = "the simulation" if call.simulation is not None else "decoding from the cache"
             raise RuntimeError(
@@ -139,6 +152,13 @@ class ModelCalls:
                 "through the attention interface in this pass; with activation checkpointing and a cache, call "
                 "model.eval() first"
             )
+
+
+@torch.compiler.assume_constant_result
+def _note_traced(number: int, layer: int) -> bool:
+    """Called while torch.compile traces a layer."""
+    TRACED[number].add(layer)
+    return True
 
 
 def attach(model: nn.Module, decoders: list[nn.Module], modules: list[Any], calls: ModelCalls) -> None:

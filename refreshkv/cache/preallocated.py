@@ -186,6 +186,19 @@ class PreallocatedLayer(CacheLayerMixin):
         if self.phase is Phase.DECODING:
             self.phase = Phase.CONTINUING
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which cannot hold what led to the tokens."""
+        self._validate_copy()
+        return vars(self)
+
+    def _validate_copy(self) -> None:
+        states = (value for value in vars(self).values() if isinstance(value, Tensor))
+        if any(state.requires_grad and not state.is_leaf for state in states):
+            raise ValueError(
+                "a cache that was filled with gradients cannot be copied: fill it under torch.no_grad(), or call "
+                "reset() first"
+            )
+
     # ---- buffers
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -261,7 +274,7 @@ class PreallocatedLayer(CacheLayerMixin):
 
     def _length_on_device(self) -> bool:
         if torch.compiler.is_compiling():
-            return True
+            return self.is_initialized
         return self.is_initialized and self.device.type == "cuda" and self.known_length != 0
 
     def get_max_length(self) -> int:
@@ -388,6 +401,8 @@ class PreallocatedCache(Cache):
         """How each batch row begins; None if not known. Later tokens have to go with it."""
         self.tokens: Tensor | None = None
         """(B, l): the first l tokens that the cache holds, as `generate` gave them; None if not known."""
+        self.tokens_are_compared = False
+        """Whether `generate` has compared its prompt with them."""
 
     @property
     def known_length(self) -> int | None:
