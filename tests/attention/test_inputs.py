@@ -73,7 +73,7 @@ USES = ("plain", "no cache", "simulation", "RefreshCache", "offloaded", "H2O")
 
 def call(inputs, use):
     uses = {
-        "plain": lambda: {},
+        "plain": dict,
         "no cache": lambda: {"use_cache": False},
         "simulation": lambda: {"simulation": Simulation(10, CONFIG)},
         "RefreshCache": lambda: {"past_key_values": RefreshCache(MODEL.config, 30)},
