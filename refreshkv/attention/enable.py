@@ -1,6 +1,8 @@
 """enable(): attaches the refresh attention to a model, through transformers' registries and torch's hooks."""
 
+import copy
 import inspect
+from typing import Any
 
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -57,12 +59,32 @@ def enable(
         kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
         if inspect.Parameter.VAR_KEYWORD not in kinds:
             raise SettingsError(f"{type(module).__name__} takes no further keywords, so no simulation can reach it")
+    _own_config(model)
     model.set_attn_implementation(NAME)
     model.config.refreshkv = config.to_dict()
-    refreshable = frozenset(number for number, window in enumerate(windows) if window is None)
-    attach(model, model.base_model, modules, ModelCalls(refreshable, prompt_attention))
+    attach(model, _decoders(model), modules, ModelCalls(windows, prompt_attention))
     announce_chunks(model)
     return model
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Gives `model` a copy of its configuration, so that other models with the same one stay as they are."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)  # which also notes the copies of the parts
+    for module in model.modules():
+        config = vars(module).get("config")
+        if config is not None and id(config) in copies:
+            module.config = copies[id(config)]
+
+
+def _decoders(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules within `model`, perhaps itself, that can be called with tokens and lead to its attention."""
+    inner = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and module is not model and attention_modules(module)
+    ]
+    return [model.base_model, *inner]
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:

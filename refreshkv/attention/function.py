@@ -63,14 +63,15 @@ def refresh_attention(
 
     Returns (B, T, H, D), and None in the place of attention weights.
     """
+    _validate_module(module, kwargs)
     factor: float = module.head_dim**-0.5 if scaling is None else scaling
     left_padding = padding_from_mask(attention_mask)
     dense = DenseAttention(module, left_padding, factor, dropout, sliding_window, prompt_attention, kwargs)
     if sliding_window is None and simulation is not None:
-        _begin_layer(module, query, dropout, kwargs)
+        _begin_layer(module, query, dropout, left_padding, kwargs)
         return _simulate(dense, query, key, value, simulation, trace, average_heads), None
     if sliding_window is None and refresh_cache is not None:
-        _begin_layer(module, query, dropout, kwargs)
+        _begin_layer(module, query, dropout, left_padding, kwargs)
         layer: Any = refresh_cache.layers[module.layer_idx]
         if layer.is_decoding:
             return layer.step(query, key, value, factor), None
@@ -79,11 +80,24 @@ def refresh_attention(
     return dense(query, key, value), None
 
 
-def _begin_layer(module: Any, query: Tensor, dropout: float, kwargs: dict[str, Any]) -> None:
+def _validate_module(module: Any, kwargs: dict[str, Any]) -> None:
+    """Refuses modules that `refreshkv.enable` has not seen, and attention in both directions."""
+    if not hasattr(module, "refreshkv_calls"):
+        raise RuntimeError(
+            f'a {type(module).__name__} has the attention "refreshkv" by its config, perhaps another model\'s, but '
+            "refreshkv.enable(model) has not seen its model: call it"
+        )
+    causal = (kwargs.get("is_causal"), getattr(module, "is_causal", None), getattr(module.config, "is_causal", None))
+    if any(value is False for value in causal):
+        raise ValueError("the refresh attention is causal: is_causal=False is not supported")
+
+
+def _begin_layer(
+    module: Any, query: Tensor, dropout: float, left_padding: Tensor | None, kwargs: dict[str, Any]
+) -> None:
     """Refuses what neither a simulation nor a cache can follow, and counts the layer as one that follows."""
-    _validate(query, dropout, kwargs)
-    if hasattr(module, "refreshkv_calls"):
-        module.refreshkv_calls.note(module.layer_idx)
+    _validate(query, dropout, left_padding, kwargs)
+    module.refreshkv_calls.note(module.layer_idx)
 
 
 def _simulate(
@@ -127,7 +141,7 @@ def _prompt_block(dense: DenseAttention, query: Tensor, key: Tensor, value: Tens
     return output
 
 
-def _validate(query: Tensor, dropout: float, kwargs: dict[str, Any]) -> None:
+def _validate(query: Tensor, dropout: float, left_padding: Tensor | None, kwargs: dict[str, Any]) -> None:
     """Refuses what neither a simulation nor a cache can follow."""
     if dropout:
         raise ValueError(f"attention dropout ({dropout}) is not simulated: set model.config.attention_dropout to 0")
@@ -135,9 +149,12 @@ def _validate(query: Tensor, dropout: float, kwargs: dict[str, Any]) -> None:
         if kwargs.get(name) is not None:
             raise ValueError(f"models whose attention uses {name} are not supported")
     if torch.compiler.is_compiling() and query.shape[2] > 1 and kwargs.get("position_ids") is not None:
-        consecutive = (kwargs["position_ids"].diff(dim=-1) == 1).all()
+        consecutive = kwargs["position_ids"].diff(dim=-1) == 1
+        if left_padding is not None:
+            columns = torch.arange(consecutive.shape[-1], device=consecutive.device)
+            consecutive = consecutive | (columns < left_padding[:, None])
         torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]  # has no public name
-            consecutive, "packed sequences are not supported: give each row one sequence"
+            consecutive.all(), "packed sequences are not supported: give each row one sequence"
         )
 
 

@@ -10,7 +10,10 @@ one. Each forward pass makes position embeddings of its own, and the repeated la
 the call that the layer belonged to. A layer that cannot be identified is refused, never computed with other settings.
 """
 
+import inspect
+import itertools
 import threading
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,17 +22,29 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.cache_utils import StaticLayer
 
-from refreshkv.cache.preallocated import PreallocatedCache
+from refreshkv.attention.inputs import validate_inputs, without_packing
+from refreshkv.cache.preallocated import PreallocatedCache, PreallocatedLayer
 from refreshkv.config import Simulation, Trace
 
 NAME = "refreshkv"
 """The name under which the attention is registered with transformers."""
 
+NOT_OURS = (
+    "another attention was set after refreshkv.enable(model), so neither a simulation nor a RefreshCache is followed: "
+    "call refreshkv.enable(model) again"
+)
+
+TRACED: defaultdict[int, set[int]] = defaultdict(set)
+"""From the number of a `ModelCalls` to the layers that torch.compile traced with the refresh attention: compiled code
+runs no Python, so it cannot count them in each call."""
+
+_NUMBERS = itertools.count()
+
 KEYWORDS = ("simulation", "refresh", "trace")
 """What a model's call may be given; `refresh` is the older name of `simulation`."""
 
 
-@dataclass
+@dataclass(eq=False)  # calls of several threads are told apart by identity
 class ModelCall:
     """One running call of a model."""
 
@@ -44,23 +59,33 @@ class ModelCall:
     layers: set[int] = field(default_factory=set)
     """Numbers of the layers whose attention followed the simulation or the cache so far."""
 
+    @property
+    def purpose(self) -> tuple[int, int, bool]:
+        """What tells a call from another one around it."""
+        return id(self.simulation), id(self.trace), self.uses_cache
+
 
 class ModelCalls:
     """The running calls of one model, shared by the model, its decoder and its attention modules.
 
-    refreshable: the numbers of the full-attention layers. prompt_attention: transformers' attention for prompts.
+    windows: for each layer its sliding window in tokens, None for full attention. prompt_attention: transformers'
+    attention for prompts.
     """
 
-    def __init__(self, refreshable: frozenset[int], prompt_attention: str):
-        self.refreshable, self.prompt_attention = refreshable, prompt_attention
+    def __init__(self, windows: list[int | None], prompt_attention: str):
+        self.windows, self.prompt_attention = windows, prompt_attention
+        self.refreshable = frozenset(number for number, window in enumerate(windows) if window is None)
+        """Numbers of the full-attention layers."""
         self.running: list[ModelCall] = []
         self.ended = WeakTensorKeyDictionary()
         """From a pass's position embeddings to its simulation and trace, for as long as a backward pass may come."""
         self.had_gradients = False
         """Whether any simulated call had gradients."""
+        self.number = next(_NUMBERS)
+        """The key in `TRACED`."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"refreshable": self.refreshable, "prompt_attention": self.prompt_attention}
+        return {"windows": self.windows, "prompt_attention": self.prompt_attention}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
@@ -73,9 +98,9 @@ class ModelCalls:
         return next((call for call in reversed(self.running) if call.thread == thread), None)
 
     def begin(self, call: ModelCall) -> None:
-        """Opens a call, unless the call around it has the same simulation and trace."""
+        """Opens a call, unless the call around it has the same simulation, trace and use of a cache."""
         around = self.innermost()
-        if around is None or around.simulation is not call.simulation or around.trace is not call.trace:
+        if around is None or around.purpose != call.purpose:
             self.running.append(call)
         if call.simulation is not None and call.has_gradients:
             self.had_gradients = True
@@ -87,15 +112,16 @@ class ModelCalls:
         """
         call = self.innermost()
         embeddings = _position_embeddings(keywords)
+        is_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if is_backward and embeddings is not None and embeddings in self.ended:  # even within another call
+            return self.ended[embeddings]
         if call is not None:
             if call.has_gradients and embeddings is not None and not torch.compiler.is_compiling():
                 self.ended[embeddings] = call.simulation, call.trace
             return call.simulation, call.trace
         if torch.compiler.is_compiling() or not self.had_gradients:
             return None, None
-        if embeddings is not None and embeddings in self.ended:
-            return self.ended[embeddings]
-        if torch._C._current_graph_task_id() == -1:  # not in a backward pass: the layer was called by itself
+        if not is_backward:  # the layer was called by itself
             return None, None
         raise RuntimeError(
             f"activation checkpointing: layer {module.layer_idx} is computed again without the position embeddings of "
@@ -104,17 +130,21 @@ class ModelCalls:
 
     def note(self, layer: int) -> None:
         """Counts a layer whose attention follows the running call's simulation or cache."""
-        if not torch.compiler.is_compiling() and (call := self.innermost()) is not None:
+        if torch.compiler.is_compiling():
+            _note_traced(self.number, layer)
+        elif (call := self.innermost()) is not None:
             call.layers.add(layer)
 
-    def end(self, owner: nn.Module, is_complete: bool) -> None:
+    def end(self, owner: Any, is_complete: bool) -> None:
         """Closes the call of `owner`, if it opened one; raises `RuntimeError` if it is complete and layers lacked."""
-        if not self.running or self.running[-1].owner is not owner:
+        call = self.innermost()
+        if call is None or call.owner is not owner:
             return
-        call = self.running.pop()
+        self.running.remove(call)
         if not is_complete or torch.compiler.is_compiling():
             return
-        missing = sorted(self.refreshable - call.layers)
+        traced = TRACED[self.number] if owner.config._attn_implementation == NAME else frozenset()
+        missing = sorted(self.refreshable - call.layers - traced)
         if missing and (call.simulation is not None or call.uses_cache):
             what = "the simulation" if call.simulation is not None else "decoding from the cache"
             raise RuntimeError(
@@ -124,9 +154,19 @@ class ModelCalls:
             )
 
 
-def attach(model: nn.Module, decoder: nn.Module, modules: list[Any], calls: ModelCalls) -> None:
-    """Registers the hooks on the model, its decoder (which may be the model itself) and its attention modules."""
-    hooks: dict[Any, Any] = {model: _begin_call, decoder: _begin_decoder_call}
+@torch.compiler.assume_constant_result
+def _note_traced(number: int, layer: int) -> bool:
+    """Called while torch.compile traces a layer."""
+    TRACED[number].add(layer)
+    return True
+
+
+def attach(model: nn.Module, decoders: list[nn.Module], modules: list[Any], calls: ModelCalls) -> None:
+    """Registers the hooks on the model, on its decoders and on its attention modules.
+
+    decoders: whatever within the model can be called with tokens, perhaps the model itself.
+    """
+    hooks: dict[Any, Any] = {model: _begin_call, **dict.fromkeys(decoders, _begin_decoder_call)}
     for module, begin in hooks.items():
         if not hasattr(module, "refreshkv_calls"):
             module.register_forward_pre_hook(begin, with_kwargs=True)
@@ -143,8 +183,9 @@ def attach(model: nn.Module, decoder: nn.Module, modules: list[Any], calls: Mode
 
 def _begin_call(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Before the model: opens a call. The keywords stay, for the decoder's hook."""
-    cache = kwargs.get("past_key_values")
-    _refuse_other_uses(module, cache, kwargs)
+    inputs = _by_name(module, args, kwargs)
+    cache = inputs.get("past_key_values")
+    _refuse_other_uses(module, cache, inputs)
     given = [name for name in KEYWORDS if name in kwargs]
     if torch.compiler.is_compiling() and not given:
         return  # a decoding step changes no state on the host; attention modules find the cache in their own keywords
@@ -154,7 +195,7 @@ def _begin_call(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     calls, is_ours = module.refreshkv_calls, isinstance(cache, PreallocatedCache)
     if simulation is not None and is_ours:
         raise ValueError("simulation=Simulation(...) and a RefreshCache exclude each other: pass one of them")
-    if given or calls.innermost() is None:
+    if given or is_ours or calls.innermost() is None:
         trace = kwargs.get("trace")
         calls.begin(ModelCall(module, simulation, trace, is_ours, torch.is_grad_enabled(), _thread()))
 
@@ -162,7 +203,7 @@ def _begin_call(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
 def _begin_decoder_call(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Before the decoder: opens a call, and takes the keywords out of it, which no layer knows."""
     _begin_call(module, args, kwargs)
-    return args, {name: value for name, value in kwargs.items() if name not in KEYWORDS}
+    return args, without_packing({name: value for name, value in kwargs.items() if name not in KEYWORDS})
 
 
 def _end_call(module: Any, args: tuple, output: Any) -> None:
@@ -182,17 +223,54 @@ def _add_keywords(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
     return args, {**kwargs, **added}
 
 
-def _refuse_other_uses(module: Any, cache: Any, kwargs: dict[str, Any]) -> None:
-    if isinstance(cache, PreallocatedCache):
-        if kwargs.get("use_cache") is False:
-            raise ValueError(f"use_cache=False and a {type(cache).__name__} exclude each other: leave one out")
-    elif module.config._attn_implementation == NAME and any(
-        isinstance(layer, StaticLayer) for layer in getattr(cache, "layers", ())
-    ):
+def _by_name(module: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by their names."""
+    if not args:
+        return kwargs
+    if torch.compiler.is_compiling():  # which cannot follow `signature`: the tokens come first in every model
+        return {"input_ids": args[0], **kwargs}
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _refuse_other_uses(module: Any, cache: Any, inputs: dict[str, Any]) -> None:
+    """Refuses caches and inputs that the model would not use, or not as they are meant."""
+    has_our_cache, has_our_attention = isinstance(cache, PreallocatedCache), module.config._attn_implementation == NAME
+    if has_our_cache and inputs.get("use_cache") is False:
+        raise ValueError(f"use_cache=False and a {type(cache).__name__} exclude each other: leave one out")
+    if not has_our_cache and has_our_attention and _is_static(cache):
         raise ValueError(
             "the refresh attention has no use for a static cache: pass past_key_values=RefreshCache(...), or for "
             'ordinary attention model.set_attn_implementation("sdpa")'
         )
+    if torch.compiler.is_compiling():  # what the prompt before the compiled steps was told holds for them too
+        if not has_our_attention and (has_our_cache or inputs.get("simulation") is not None):
+            raise RuntimeError(NOT_OURS)
+        return
+    if has_our_cache:
+        _validate_layers(cache, module.refreshkv_calls.windows)
+    if has_our_cache or has_our_attention:
+        validate_inputs(module, inputs)
+
+
+def _is_static(cache: Any) -> bool:
+    return any(isinstance(layer, StaticLayer) for layer in getattr(cache, "layers", ()))
+
+
+def _validate_layers(cache: PreallocatedCache, windows: list[int | None]) -> None:
+    """Refuses a cache that was made for a model of other layers."""
+    held = [None if isinstance(layer, PreallocatedLayer) else layer.sliding_window for layer in cache.layers]
+    if held != windows:
+        raise ValueError(
+            f"the {type(cache).__name__} is for a model of {_described(held)}, and this one has {_described(windows)}: "
+            "make one with this model's config"
+        )
+
+
+def _described(windows: list[int | None]) -> str:
+    sliding = [window for window in windows if window is not None]
+    more = f", {len(sliding)} of them with a window of {sliding[0]} tokens" if sliding else ""
+    return f"{len(windows)} layers{more}"
 
 
 def _is_compiled(module: Any) -> bool:

@@ -1,8 +1,9 @@
 """H2O: the tokens with the most accumulated attention, and the last ones.
 
 Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", NeurIPS 2023,
-https://arxiv.org/abs/2306.14048. As there, half of the budget is for heavy hitters and half for the last tokens. Here
-the attention that a position received is averaged over the query heads of its key/value head.
+https://arxiv.org/abs/2306.14048. As there, half of the budget is for heavy hitters and half for the last tokens. The
+attention that a query pays to a position is the maximum over the query heads of the position's key/value head, as in
+the RefreshKV paper (appendix A.1).
 
 Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `P` prompt length.
 """
@@ -47,7 +48,8 @@ class H2OLayer(CompactLayer):
 
 
 def accumulated_probabilities(query: Tensor, key: Tensor, left_padding: Tensor, scaling: float) -> Tensor:
-    """The attention that each position received from all later ones, mean over the group's heads: (B, Hkv, P) float32.
+    """The probabilities with which a position and all later ones attend to it, each the maximum over the group's heads,
+    summed: (B, Hkv, P) float32.
 
     query (B, H, P, D), key (B, Hkv, P, D). Costs one more pass over the prompt, in chunks of queries.
     """
@@ -64,7 +66,7 @@ def accumulated_probabilities(query: Tensor, key: Tensor, left_padding: Tensor, 
         logits = (queries @ key.to(wide).transpose(-1, -2) * scaling).unflatten(2, (-1, len(row)))
         probabilities = logits.masked_fill(~visible[:, None, None], -torch.inf).softmax(dim=-1)
         counted = (row >= left_padding[:, None])[:, None, None, :, None]
-        total += (probabilities * counted).mean(dim=2).sum(dim=2)
+        total += (probabilities * counted).amax(dim=2).sum(dim=2)
     return total.float()
 
 

@@ -217,6 +217,7 @@ class OffloadedLayer(RefreshLayer):
                 setattr(self, name, buffer.pin_memory())
 
     def __deepcopy__(self, memo: dict) -> "OffloadedLayer":
+        self._validate_copy()
         self.synchronize()
         other = self.__class__.__new__(self.__class__)
         memo[id(self)] = other

@@ -7,7 +7,7 @@ Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `
 
 from collections.abc import Callable
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -186,6 +186,19 @@ class PreallocatedLayer(CacheLayerMixin):
         if self.phase is Phase.DECODING:
             self.phase = Phase.CONTINUING
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which cannot hold what led to the tokens."""
+        self._validate_copy()
+        return vars(self)
+
+    def _validate_copy(self) -> None:
+        states = (value for value in vars(self).values() if isinstance(value, Tensor))
+        if any(state.requires_grad and not state.is_leaf for state in states):
+            raise ValueError(
+                "a cache that was filled with gradients cannot be copied: fill it under torch.no_grad(), or call "
+                "reset() first"
+            )
+
     # ---- buffers
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -339,6 +352,19 @@ class PreallocatedLayer(CacheLayerMixin):
             )
 
 
+class RowStart(NamedTuple):
+    """How a batch row of a cache begins, as the calls so far have said."""
+
+    padding: int | None
+    """Columns of padding before the row's first token; None if no mask said."""
+    offset: int | None
+    """Position of a token less its column; None if the row had no token yet, or only the device knows."""
+
+    def merged(self, later: "RowStart") -> "RowStart":
+        """What is known after a later call that agrees."""
+        return RowStart(*(old if new is None else new for old, new in zip(self, later, strict=True)))
+
+
 CANNOT_CROP = (
     "RefreshCache cannot take tokens back (a selection may rest on them), other than the last step after "
     "activate_past_recording(): use generate() without an assistant"
@@ -371,6 +397,22 @@ class PreallocatedCache(Cache):
         )
         self.capacity = max_cache_len
         self.undo: UndoLog | None = None
+        self.row_starts: list[RowStart] | None = None
+        """How each batch row begins; None if not known. Later tokens have to go with it."""
+        self.tokens: Tensor | None = None
+        """(B, l): the first l tokens that the cache holds, as `generate` gave them; None if not known."""
+        self.tokens_are_compared = False
+        """Whether `generate` has compared its prompt with them."""
+
+    @property
+    def known_length(self) -> int | None:
+        """Tokens so far; None after replayed steps, until `length` has asked the device."""
+        return self.preallocated_layers()[0].known_length
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether `load_prefix` put in the first tokens, and no block has followed yet."""
+        return self.preallocated_layers()[0].prefix_length > 0
 
     @property
     def length(self) -> int:
@@ -405,12 +447,38 @@ class PreallocatedCache(Cache):
 
     def reset(self) -> None:
         """Forgets all tokens and decisions; full-attention layers keep their buffers."""
-        self.undo = None
+        self.undo = self.row_starts = self.tokens = None
         for number, layer in enumerate(self.layers):
             if isinstance(layer, PreallocatedLayer):
                 layer.reset()
             elif isinstance(layer, DynamicSlidingWindowLayer):  # some releases of transformers cannot empty these
                 self.layers[number] = type(layer)(sliding_window=layer.sliding_window)
+
+    # ---- changes of the batch
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As `batch_select_indices`."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these batch rows, in this order: numbers (any,) or a mask (B,) bool."""
+        if self.known_length == 0:
+            return
+        indices = row_numbers(indices, self.batch_size)
+        super().batch_select_indices(indices)
+        self.tokens = None
+        # on a GPU the host does not wait for the numbers
+        known = self.row_starts if indices.device.type == "cpu" else None
+        self.row_starts = None if known is None else [known[row] for row in indices.tolist()]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each batch row `repeats` times, neighbours."""
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+            raise ValueError(f"repeats must be a whole number >= 1, got {repeats!r}")
+        super().batch_repeat_interleave(repeats)
+        self.tokens = None
+        if self.row_starts is not None:
+            self.row_starts = [start for start in self.row_starts for _ in range(repeats)]
 
     # ---- taking back the last step, by the names of transformers
 
@@ -438,9 +506,35 @@ class PreallocatedCache(Cache):
             raise NotImplementedError(CANNOT_CROP)
         if tokens_to_remove == -1:
             self.undo.take_back_step()
+            if self.tokens is not None:
+                self.tokens = self.tokens[:, : self.undo.length]
             self.undo = None
         else:
             self.undo.accept_step()
+
+
+def row_numbers(indices: Any, rows: int) -> Tensor:
+    """The numbers (any,) int64 of the batch rows that `indices`, numbers or a mask (B,) bool, chooses of `rows` rows.
+
+    Raises `ValueError` for others. Numbers on a GPU are not read by the host.
+    """
+    indices = torch.as_tensor(indices)
+    if indices.ndim != 1 or indices.is_floating_point() or indices.is_complex():
+        raise ValueError(
+            f"batch rows are chosen by a list of numbers or a mask, got {tuple(indices.shape)} {indices.dtype}"
+        )
+    if indices.dtype == torch.bool:
+        if len(indices) != rows:
+            raise ValueError(f"a mask of {len(indices)} batch rows does not fit a cache of {rows}")
+        indices = indices.nonzero().squeeze(1)
+    if len(indices) == 0:
+        raise ValueError("no batch row is chosen: to empty the cache, call reset()")
+    indices = indices.long()
+    if indices.device.type != "cpu":
+        return indices
+    if not bool(((indices >= -rows) & (indices < rows)).all()):
+        raise ValueError(f"batch rows {indices.tolist()} are not all in a cache of {rows} rows")
+    return indices % rows
 
 
 class UndoLog:

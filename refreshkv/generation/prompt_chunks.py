@@ -1,4 +1,6 @@
-"""Prompts in chunks, `generate(prefill_chunk_size=...)`: tells the cache which tokens belong to the prompt.
+"""What only `generate()` knows of a call: which tokens belong to the prompt, and all that the cache should hold.
+
+A prompt may come in chunks, `generate(prefill_chunk_size=...)`, and a cache may be left over from another text.
 
 The last chunk of a prompt may be a single token, which looks like a decoding step: the model is called with the same
 arguments. The one place where transformers says what a call is for is `prepare_inputs_for_generation`, the method of a
@@ -8,6 +10,8 @@ model that its generation loops call before each pass, and which models override
 from functools import partial, update_wrapper
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from refreshkv.cache.preallocated import PreallocatedCache
@@ -29,4 +33,30 @@ def _prepare_inputs(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     is_chunk = "next_sequence_length" not in kwargs and kwargs.get("is_first_iteration", True)
     if is_chunk and isinstance(cache, PreallocatedCache):
         cache.continue_prompt()
+    if isinstance(cache, PreallocatedCache):
+        ids = args[0] if args else kwargs["input_ids"]
+        new, has_embeddings = kwargs.get("next_sequence_length"), kwargs.get("inputs_embeds") is not None
+        _compare_tokens(cache, ids, None if has_embeddings else new, is_chunk or kwargs.get("is_first_iteration"))
     return type(model).prepare_inputs_for_generation(model, *args, **kwargs)
+
+
+def _compare_tokens(cache: PreallocatedCache, ids: Tensor, new: int | None, is_prompt: Any) -> None:
+    """Refuses a prompt that does not begin with the tokens in the cache, and remembers the tokens.
+
+    ids: (B, L), of which the last `new` are not in the cache yet; `new` is None where `ids` are not all tokens, as in a
+    chunk of a prompt. The comparison then comes with the first step. It makes the host wait once for each prompt.
+    """
+    if is_prompt:
+        cache.tokens_are_compared = False
+    past = cache.known_length
+    if new is None or past is None or ids.shape[1] != past + new:
+        return
+    known = cache.tokens
+    if known is not None and not cache.tokens_are_compared and len(known) == len(ids):
+        columns = min(known.shape[1], past)
+        if not torch.equal(known[:, :columns], ids[:, :columns].to(known.device)):
+            raise ValueError(
+                f"input_ids do not begin with the {past} tokens that the {type(cache).__name__} holds: to begin "
+                "another text, call reset() first"
+            )
+    cache.tokens, cache.tokens_are_compared = ids, True

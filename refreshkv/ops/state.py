@@ -197,7 +197,7 @@ class CompactState(NamedTuple):
     slots: Tensor
     """(B, Hkv) int64: the entry that the next token takes."""
     scores: Tensor
-    """(B, Hkv, E) float32: the entries' accumulated probability, for H2O."""
+    """(B, Hkv, E) float32: the entries' accumulated probability, maximum over the group at each query, for H2O."""
     positions: Tensor
     """(B, Hkv, E) int64: the entries' positions, for H2O."""
 

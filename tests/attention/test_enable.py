@@ -175,7 +175,7 @@ def test_a_simulation_takes_whole_rows():
     ],
 )
 def test_other_kinds_of_softmax_are_refused(settings, message):
-    module = tiny_model().model.layers[0].self_attn
+    module = tiny_enabled().model.layers[0].self_attn
     query, key = torch.randn(1, 4, 20, 8), torch.randn(1, 2, 20, 8)
     with pytest.raises(ValueError, match=message):
         refresh_attention(module, query, key, key, None, simulation=Simulation(10, FIXED), **settings)

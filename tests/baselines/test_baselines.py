@@ -33,7 +33,7 @@ def first_entries(name, query, key, value, budget, totals):
     tokens = list(range(PROMPT))
     for position in tokens:
         _, probabilities = attend(query[position], key, value, tokens[: position + 1])
-        totals[: position + 1] += probabilities.mean(0)
+        totals[: position + 1] += probabilities.amax(0)
     if "streaming" in name:
         sinks = 1 if "one sink" in name else 4
         return tokens if PROMPT <= budget else tokens[:sinks] + tokens[PROMPT - budget + sinks :]
@@ -62,7 +62,7 @@ def literal(name, query, key, value, budget):
         entries.append(position)
         output, probabilities = attend(query[position], key, value, entries)
         outputs.append(output)
-        totals[entries] += probabilities.mean(0)
+        totals[entries] += probabilities.amax(0)
         if len(entries) > budget:
             if name == "h2o":
                 old = [entry for entry in entries if entry <= position - budget // 2]

@@ -128,7 +128,7 @@ def compact_step(
     """Attention to a compact cache's entries and to the token, which takes its slot; arguments as in
     `refreshkv.ops.step.operators.compact_step`.
 
-    Returns (B, 1, H, D), and if `heavy` the entries' probabilities, mean over the group, (B, Hkv, E) float32.
+    Returns (B, 1, H, D), and if `heavy` the entries' probabilities, maximum over the group, (B, Hkv, E) float32.
     """
     keys, values, length, row_state, slots, *_ = state
     index = slots[..., None, None].expand(-1, -1, -1, keys.shape[-1])
@@ -143,7 +143,7 @@ def compact_step(
     wide = torch.promote_types(query.dtype, torch.float32)
     grouped = query.unflatten(1, (keys.shape[1], -1)).squeeze(3).to(wide)
     logits = (grouped @ keys.to(wide).transpose(-1, -2) * scaling).masked_fill(~visible.unsqueeze(2), -torch.inf)
-    return output, logits.softmax(dim=-1).mean(dim=2).float()
+    return output, logits.softmax(dim=-1).amax(dim=2).float()
 
 
 def decode(

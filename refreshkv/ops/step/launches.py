@@ -79,7 +79,8 @@ def full_step(
 def compact_step(
     query: Tensor, key: Tensor, value: Tensor, compact: CompactState, heavy: bool, scaling: float
 ) -> tuple[Tensor, Tensor | None]:
-    """`refreshkv.ops.naive.compact_step` by kernels: (B, 1, H, D), and the entries' probabilities (B, Hkv, E)."""
+    """`refreshkv.ops.naive.compact_step` by kernels: (B, 1, H, D), and the entries' probabilities,
+    maximum over the group, (B, Hkv, E)."""
     query, key, value = _unit_stride(query, key, value)
     state, slots = _undecided(*compact[:4]), compact.slots
     shares = attend(query, key, value, state, scaling, slots=slots, store=heavy)
@@ -91,7 +92,7 @@ def compact_step(
     lse = top + (shares.total * torch.exp2(shares.highest - top)).sum(-1, keepdim=True).log2()
     entry = torch.arange(state.keys.shape[2], device=state.keys.device)
     visible = (entry < state.row_state[:, ENTRIES_USED, None, None]) | (entry == slots.unsqueeze(-1))
-    probabilities = torch.exp2(shares.logits - lse).unflatten(1, (state.keys.shape[1], -1)).mean(dim=2)
+    probabilities = torch.exp2(shares.logits - lse).unflatten(1, (state.keys.shape[1], -1)).amax(dim=2)
     return output, probabilities.masked_fill(~visible, 0.0)
 
 

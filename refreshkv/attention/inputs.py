@@ -1,0 +1,186 @@
+"""Refuses calls of a model whose inputs disagree, whatever form they come in.
+
+transformers looks for packed sequences only without a mask and without a cache, compares no lengths when a mask is all
+ones, and leaves out in silence what an attention does not give. So the hooks look at the inputs before the pass:
+tokens, mask, positions and cache must be of one length, a batch row is one sequence, and what the attention cannot
+return is refused.
+
+Shapes: `B` batch rows, `n` tokens of the call, `L` tokens with the cached ones.
+"""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from refreshkv.attention.masks import padding_from_mask
+from refreshkv.cache.preallocated import PreallocatedCache, RowStart
+
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""Keywords that tell flash attention where the sequences of a packed row begin."""
+
+NOT_RETURNED = {
+    "output_attentions": 'leave it out, or call model.set_attn_implementation("eager") for such passes',
+    "head_mask": "leave it out",
+}
+"""What the refresh attention ignores, and the way out."""
+
+
+def validate_inputs(module: Any, inputs: dict[str, Any]) -> None:
+    """Refuses a call of `module` with these inputs, by name, if they disagree; notes in a cache how its rows begin.
+
+    Raises `ValueError`. Reads no values on a GPU in a decoding step, so that the host does not wait for it there.
+    """
+    if getattr(module.config, "is_causal", True) is False:
+        raise ValueError("the refresh attention is causal: config.is_causal=False is not supported")
+    for name, way_out in NOT_RETURNED.items():
+        wanted = inputs.get(name)
+        if wanted is None:
+            wanted = getattr(module.config, name, None)
+        if wanted is not None and wanted is not False:
+            raise ValueError(
+                f"{name} is not supported by the refresh attention, which has no weights to show: {way_out}"
+            )
+    tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if not isinstance(tokens, Tensor) or tokens.ndim < 2:
+        return  # the model itself says what is wrong
+    (rows, new), cache = tokens.shape[:2], inputs.get("past_key_values")
+    if new == 0:
+        raise ValueError(
+            "the call has no tokens that the cache does not hold: give each row at least one, and to begin another "
+            "text, call reset() first"
+        )
+    _refuse_packing(inputs, rows, new)
+    past = _past_length(cache, new)
+    if past is None:
+        return
+    mask = inputs.get("attention_mask")
+    mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+    _validate_mask_shape(mask, rows, new, past)
+    hidden = _hidden(mask, past + new)
+    starts = _validate_positions(inputs.get("position_ids"), hidden, rows, new, past)
+    if starts is not None and isinstance(cache, PreallocatedCache):
+        _validate_start(cache, starts, past, new)
+
+
+def without_packing(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs without the keywords of packed rows; `validate_inputs` has seen that each row is one sequence."""
+    return {name: value for name, value in inputs.items() if name not in PACKING}
+
+
+def _past_length(cache: Any, new: int) -> int | None:
+    """Tokens in the cache; None if only the device knows, and the host should not wait for it."""
+    if cache is None:
+        return 0
+    if isinstance(cache, PreallocatedCache):
+        return cache.length if new > 1 else cache.known_length
+    length = cache.get_seq_length() if isinstance(cache, Cache) else None
+    return length if isinstance(length, int) else None
+
+
+def _validate_mask_shape(mask: Any, rows: int, new: int, past: int) -> None:
+    if not isinstance(mask, Tensor):
+        return
+    if mask.ndim != 2:
+        padding_from_mask(mask)  # refuses all but what `left_padding_mask` returned
+        return
+    if mask.shape[1] != past + new:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns for {past + new} tokens: it covers the cached ones too, and "
+            "no others"
+        )
+    if mask.shape[0] != rows:
+        raise ValueError(f"attention_mask has {mask.shape[0]} rows, and the tokens have {rows}")
+
+
+def _hidden(mask: Any, columns: int) -> Tensor | None:
+    """(B, L) bool: which columns are padding; None without any known."""
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.ndim == 2:
+        return ~mask.bool()
+    if mask.dtype == torch.int64 and mask.shape[1:] == (1, 1, 1):  # what `left_padding_mask` returned
+        return torch.arange(columns, device=mask.device) < mask[:, 0, 0]
+    return None
+
+
+def _refuse_packing(inputs: dict[str, Any], rows: int, new: int) -> None:
+    """Refuses keywords that cut rows into several sequences."""
+    for name in PACKING:
+        value = inputs.get(name)
+        if value is None:
+            continue
+        if name.startswith("max_length"):
+            is_packed = int(value) != new
+        elif name == "seq_idx":
+            is_packed = bool((value != value[..., :1]).any())
+        else:
+            is_packed = value.tolist() != list(range(0, rows * new + 1, new))
+        if is_packed:
+            _refuse_packed_rows(f"{name} cuts rows into several sequences")
+
+
+def _refuse_packed_rows(found: str) -> NoReturn:
+    raise ValueError(f"{found}: packed sequences and custom masks are not supported: give each row one sequence")
+
+
+def _validate_positions(
+    positions: Tensor | None, hidden: Tensor | None, rows: int, new: int, past: int
+) -> list[RowStart] | None:
+    """Refuses positions that do not count up by one within a row; returns how the rows begin.
+
+    positions: (B or 1, n), or None for the model's own, which count columns. Positions of images, (3, B, n), are not
+    looked at. None is returned where the host would have to wait.
+    """
+    if positions is not None and positions.ndim != 2:
+        return None
+    if positions is not None and (positions.shape[0] not in (1, rows) or positions.shape[1] != new):
+        raise ValueError(
+            f"position_ids have shape {tuple(positions.shape)} for {rows} rows of {new} tokens that a cache of {past} "
+            "does not hold: give one position for each, and to begin another text, call reset() first"
+        )
+    on_device = any(tensor is not None and tensor.device.type != "cpu" for tensor in (positions, hidden))
+    if on_device and new == 1:
+        return None
+    if positions is not None and new > 1:
+        follows = positions.diff(dim=-1) == 1
+        if hidden is not None:
+            follows = follows | hidden[:, past:-1].to(follows.device)
+        if not bool(follows.all()):
+            _refuse_packed_rows("position_ids do not count up by one within a row")
+    if hidden is not None and bool((hidden.int().diff(dim=-1) > 0).any()):
+        return None  # the mask function refuses other padding than that on the left
+    last = [past + new - 1] * rows if positions is None else positions[:, -1].expand(rows).tolist()
+    padding: list[int | None] = [None] * rows if hidden is None else hidden.sum(dim=-1).tolist()
+    ends_hidden = [False] * rows if hidden is None else hidden[:, -1].tolist()
+    offsets = [None if is_hidden else end - (past + new - 1) for end, is_hidden in zip(last, ends_hidden, strict=True)]
+    return [RowStart(*row) for row in zip(padding, offsets, strict=True)]
+
+
+def _validate_start(cache: PreallocatedCache, starts: list[RowStart], past: int, new: int) -> None:
+    """Refuses tokens whose padding or positions are not those of the cached ones, and notes those of new rows."""
+    known = cache.row_starts if past > 0 else None
+    if past > 0 and known is None and cache.has_prefix:  # stored prompts are computed from position 0
+        known = [RowStart(None, -(start.padding or 0)) for start in starts]
+    if known is None or len(known) != len(starts):  # another number of rows is refused by the layers
+        # without a mask the first tokens have no padding
+        cache.row_starts = [start._replace(padding=start.padding or 0) for start in starts] if past == 0 else starts
+        return
+    # a step needs no mask, the layers know their padding; a block without a mask would attend to it
+    default = 0 if new > 1 else None
+    hidden = [default if start.padding is None else start.padding for start in starts]
+    expected = [start.padding for start in known]
+    if any(None not in pair and pair[0] != pair[1] for pair in zip(hidden, expected, strict=True)):
+        raise ValueError(
+            f"the attention_mask hides {hidden} tokens at the rows' beginnings, that of the tokens in the RefreshCache "
+            f"{expected}: it covers the cached ones too"
+        )
+    for row, (before, now) in enumerate(zip(known, starts, strict=True)):
+        if None not in (before.offset, now.offset) and before.offset != now.offset:
+            raise ValueError(
+                f"the position_ids of row {row} are {now.offset - before.offset:+} from those that follow the "
+                f"{past} tokens in the cache: give positions that count on (None counts columns, padding too), and to "
+                "begin another text, call reset() first"
+            )
+    cache.row_starts = [before.merged(now) for before, now in zip(known, starts, strict=True)]
