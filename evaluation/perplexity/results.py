@@ -36,6 +36,14 @@ class Result:
     """Most bytes that the GPU held during a batch, weights included; None also on a CPU."""
     row_losses: list[float] = field(default_factory=list)
     """Each sequence's mean loss over its scored tokens, in nats; empty if several processes shared the sequences."""
+    selecting_strides: dict[int, float | None] = field(default_factory=dict)
+    """Refreshed layer -> decoding steps per selecting step, over all sequences; empty without selecting steps."""
+    share_read: float | None = None
+    """Bytes of keys and values that a decoding step reads, as a share of those that full attention reads
+    (`refreshkv.evaluation.costs.share_read`). This and the next are None in reports of earlier versions."""
+    agreement: float | None = None
+    """Share of the scored positions where the most likely token is full attention's; None also without full
+    attention."""
 
     @property
     def is_full(self) -> bool:
@@ -57,6 +65,11 @@ class Result:
         """Decoding steps per full step over all layers; None for full attention, or if no step was full."""
         return effective_stride(list(self.effective_strides.values()))
 
+    @property
+    def selecting_stride(self) -> float | None:
+        """Decoding steps per selecting step over all layers; None if there was none."""
+        return effective_stride(list(self.selecting_strides.values()))
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -71,6 +84,8 @@ class Evaluation:
     """N, scored tokens of each sequence."""
     warnings: list[str] = field(default_factory=list)
     """Settings under which the figures mean less than they seem to."""
+    hardware: list[str] = field(default_factory=list)
+    """Where the sequences were computed; a resumed evaluation may have several places."""
 
     @property
     def full(self) -> Result:
@@ -92,7 +107,7 @@ class Evaluation:
         """Plain values for JSON, with the properties that readers look for (perplexity, ...)."""
         values = dataclasses.asdict(self)
         for result, entry in zip(self.results, values["results"], strict=True):
-            for name in ("loss", "perplexity", "effective_stride"):
+            for name in ("loss", "perplexity", "effective_stride", "selecting_stride"):
                 entry[name] = getattr(result, name)
         return values
 
@@ -105,9 +120,11 @@ class Evaluation:
             kept = {name: entry[name] for name in names if name in entry}
             if kept["config"] is not None:
                 kept["config"] = RefreshConfig.from_dict(kept["config"])
-            kept["effective_strides"] = {int(layer): stride for layer, stride in kept["effective_strides"].items()}
+            for name in ("effective_strides", "selecting_strides"):
+                kept[name] = {int(layer): stride for layer, stride in kept.get(name, {}).items()}
             results.append(Result(**kept))
-        return cls(results, *(values[name] for name in ("rows", "row_length", "last_tokens", "warnings")))
+        lengths = (values[name] for name in ("rows", "row_length", "last_tokens", "warnings"))
+        return cls(results, *lengths, values.get("hardware", []))
 
 
 def gap_closed(before: Evaluation, after: Evaluation) -> dict[str, float | None]:
