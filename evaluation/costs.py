@@ -93,6 +93,19 @@ def share_read(context: float, budget: int, full: float = 0.0, selecting: float 
     return full + (1 - full) * small + selecting * keys_of_both * score_bits / 16
 
 
+def share_computed(
+    context: float, budget: int, full: float = 0.0, selecting: float = 0.0, observation_window: int = 1
+) -> float:
+    """Operations of a decoding step's attention and scoring, as a share of those of full attention.
+
+    A query and a key cost 4 D operations per head where the query attends, 2 D where it only scores. A selecting step
+    scores the whole context with each observing query, a full step with each but its own, whose logits it has.
+    Arguments as in `share_read`.
+    """
+    small = min(budget, context) / context
+    return full * (1 + (observation_window - 1) / 2) + (1 - full) * small + selecting * observation_window / 2
+
+
 def step_rate(strides: Iterable[float | None]) -> float:
     """The share of decoding steps, mean over layers, from each layer's steps per such step (None: no such step)."""
     return fmean([1 / stride if stride else 0.0 for stride in strides] or [0.0])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from refreshkv.evaluation.costs import share_read, step_rate
+from refreshkv.evaluation.costs import share_computed, share_read, step_rate
 from refreshkv.evaluation.perplexity.losses import Measurement, SequenceRecord, SequenceRecords
 from refreshkv.evaluation.perplexity.results import Evaluation, Result
 from refreshkv.evaluation.strategies import Strategy
@@ -178,8 +178,8 @@ def _result(
         if kind in strides:
             strides[kind][layer] = sequences * len(losses) / count if count else None
     budget, agreeing = strategy.largest_budget(context.prompt_length), counts.get((AGREEING, 0))
-    bits = 16 if strategy.config is None else strategy.config.score_bits
-    rates = [step_rate(strides[kind].values()) for kind in (FULL_STEPS, SELECTING_STEPS)]
+    full, selecting = (step_rate(strides[kind].values()) for kind in (FULL_STEPS, SELECTING_STEPS))
+    costs = _costs(strategy, context.mean, budget, full, selecting)
     return Result(
         name=strategy.name,
         config=strategy.config,
@@ -193,9 +193,33 @@ def _result(
         peak_memory=max((r.peak_memory for r in records if r.peak_memory is not None), default=None),
         row_losses=own.mean(dim=1).tolist() if world == 1 else [],
         selecting_strides=strides[SELECTING_STEPS],
-        share_read=1.0 if budget is None else share_read(context.mean, budget, *rates, bits),
+        share_read=costs[0],
+        share_computed=costs[1],
         agreement=None if agreeing is None else agreeing / (sequences * len(losses)),
     )
+
+
+def _costs(
+    strategy: Strategy, context: float, budget: int | None, full: float, selecting: float
+) -> tuple[float, float | None]:
+    """`costs.share_read` and `costs.share_computed` of the decoding steps; no second for caches that evict, whose
+    scoring is not counted."""
+    if budget is None:
+        return 1.0, 1.0
+    config = strategy.config
+    if config is None:
+        return share_read(context, budget), None
+    read = share_read(context, budget, full, selecting, config.score_bits)
+    return read, share_computed(context, budget, full, selecting, config.observation_window)
+
+
+def is_finished(
+    model: nn.Module, rows: Dataset, strategy: Strategy, last_tokens: int, records: SequenceRecords
+) -> bool:
+    """Whether the records have all these sequences under this strategy, so that `evaluate` computes nothing."""
+    prompt_length = len(rows[0]["input_ids"]) - last_tokens
+    measurement = Measurement(cast(PreTrainedModel, model), rows, prompt_length, 1, False, records)
+    return not measurement.missing(strategy, list(range(len(rows))))
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -118,19 +118,20 @@ class Measurement:
     def records_of(self, strategy: Strategy, numbers: list[int], bar: tqdm) -> list[SequenceRecord]:
         """The records of the sequences with these numbers, in this order; computes those that no file has."""
         bar.set_description(strategy.name)
-        found, missing = {}, []
-        for number in numbers:
-            known = self.records and self.records.get(self._key(strategy, number))
-            if known:
-                found[number] = known
-            else:
-                missing.append(number)
+        missing = self.missing(strategy, numbers)
+        kept, records = set(numbers) - set(missing), self.records
+        found = {} if records is None else {number: records[self._key(strategy, number)] for number in kept}
         bar.update(len(found))
         for start in range(0, len(missing), self.batch_size):
             batch = missing[start : start + self.batch_size]
             found |= dict(zip(batch, self._batch(strategy, batch), strict=True))
             bar.update(len(batch))
         return [found[number] for number in numbers]
+
+    def missing(self, strategy: Strategy, numbers: list[int]) -> list[int]:
+        """Those of the sequences with these numbers that no file has under this strategy."""
+        records = self.records
+        return [n for n in numbers if records is None or records.get(self._key(strategy, n)) is None]
 
     def _batch(self, strategy: Strategy, numbers: list[int]) -> list[SequenceRecord]:
         ids = self.rows[numbers]["input_ids"].to(self.model.device)

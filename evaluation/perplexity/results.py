@@ -40,7 +40,10 @@ class Result:
     """Refreshed layer -> decoding steps per selecting step, over all sequences; empty without selecting steps."""
     share_read: float | None = None
     """Bytes of keys and values that a decoding step reads, as a share of those that full attention reads
-    (`refreshkv.evaluation.costs.share_read`). This and the next are None in reports of earlier versions."""
+    (`refreshkv.evaluation.costs.share_read`). This and the next two are None in reports of earlier versions."""
+    share_computed: float | None = None
+    """Operations of a decoding step's attention and scoring, as a share of full attention's
+    (`refreshkv.evaluation.costs.share_computed`); None also for caches that evict."""
     agreement: float | None = None
     """Share of the scored positions where the most likely token is full attention's; None also without full
     attention."""
@@ -123,8 +126,8 @@ class Evaluation:
             for name in ("effective_strides", "selecting_strides"):
                 kept[name] = {int(layer): stride for layer, stride in kept.get(name, {}).items()}
             results.append(Result(**kept))
-        lengths = (values[name] for name in ("rows", "row_length", "last_tokens", "warnings"))
-        return cls(results, *lengths, values.get("hardware", []))
+        shared = {name: values[name] for name in ("rows", "row_length", "last_tokens", "warnings")}
+        return cls(results, **shared, hardware=values.get("hardware", []))
 
 
 def gap_closed(before: Evaluation, after: Evaluation) -> dict[str, float | None]:

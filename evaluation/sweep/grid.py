@@ -45,7 +45,9 @@ class Grid:
             part = settings_from_dict(GridPart, values, prefix=f"parts[{number}].")
             unknown = [name for name in part.selections if name not in configs]
             if unknown:
-                raise SettingsError(f"parts[{number}].selections: there is no {unknown[0]}; known: {', '.join(configs)}")
+                raise SettingsError(
+                    f"parts[{number}].selections: there is no {unknown[0]}; known: {', '.join(configs)}"
+                )
             for strategy in _part_strategies(part, configs):
                 found.setdefault(strategy.name, strategy)
         return list(found.values())
