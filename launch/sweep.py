@@ -9,7 +9,7 @@ fixed schedules. Recommends the threshold that saves most full steps among those
 refreshing gains. With --tasks the report also shows their mean score under each schedule. Writes sweep.json, sweep.md
 and, with matplotlib (refreshkv[eval]), sweep.png. --resume continues an interrupted sweep.
 
-With --grid, a YAML file or a name such as recommend or selections (configs/experiments), it measures all strategies of
+With --grid, a YAML file or a name such as recommend or selections (configs/grids), it measures all strategies of
 the file on each text, and recommends the one that reads the fewest bytes of those whose perplexity is at most --within
 above full attention's on every text. Writes tradeoff.json, tradeoff.md and tradeoff.png. --stop-after SECONDS begins no
 further strategy then, and reports what is measured.
@@ -59,7 +59,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         action="append",
         help="folder of sequences that launch/prepare.py wrote; with --grid also several, each after a --data",
     )
-    parser.add_argument("--grid", help="YAML file, or name in configs/experiments, of the strategies to measure")
+    parser.add_argument("--grid", help="YAML file, or name in configs/grids, of the strategies to measure")
     parser.add_argument(
         "--within", type=float, help=f"with --grid: largest loss against full attention (default: {DEFAULT_WITHIN})"
     )

@@ -35,7 +35,7 @@ SHOWN_TRAINING = (
 INTRODUCTION = """\
 # {name}
 
-{origin} for decoding from a small KV cache that a full attention step refreshes now and then (RefreshKV). The
+{origin} for decoding from a small KV cache that is chosen anew every few tokens (RefreshKV). The
 schedule is saved in `config.json` under `refreshkv`. Without the library it is an ordinary transformers model with full
 attention."""
 

@@ -27,7 +27,7 @@ from refreshkv.settings import SettingsError, load_settings
 def sweep_grid(options: argparse.Namespace, command: str) -> str:
     """Measures a grid of strategies on one text or several; returns the text to print, recommendation included."""
     output = options.output or Path("reports", f"{Path(options.model).resolve().name}-sweep")
-    strategies = load_settings(Grid, options.grid, folders=("experiments",)).build_strategies()
+    strategies = load_settings(Grid, options.grid, folders=("grids",)).build_strategies()
     opened = {folder: open_split(folder, options.split, options.rows) for folder in options.data}
     texts = _named(opened)
     for rows in texts.values():

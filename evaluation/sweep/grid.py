@@ -1,4 +1,4 @@
-"""A grid of strategies in a YAML file (configs/experiments/selections.yaml): named selections, each under some
+"""A grid of strategies in a YAML file (configs/grids/selections.yaml): named selections, each under some
 strategies and budgets."""
 
 import dataclasses

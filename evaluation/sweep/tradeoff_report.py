@@ -107,7 +107,8 @@ def _markdown(tradeoff: Tradeoff, report: dict[str, Any], has_figure: bool) -> s
     parts = [f"# Strategies for {report['model']}", f"{text[0].upper()}{text[1:]}."]
     parts += ["![Loss against bytes read](tradeoff.png)"] if has_figure else []
     parts += [markdown_table(_cells(tradeoff)), explained]
-    parts += [f"Not measured, for the sweep was stopped: {', '.join(tradeoff.left_out)}."] if tradeoff.left_out else []
+    if tradeoff.left_out:
+        parts += [f"Stopped before {len(tradeoff.left_out)} further strategies, which tradeoff.json names."]
     parts += [f"**Warning:** {warning}." for warning in evaluation.warnings]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     details = {**report["settings"], "hardware": report["hardware"], "date": report["date"], "versions": versions}

@@ -1,5 +1,6 @@
 """The sweep of a grid: which strategies it has, what they read, what it recommends, and a run of the command."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -9,7 +10,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from refreshkv import NEVER, RefreshConfig
+from refreshkv import NEVER, RefreshConfig, Simulation
+from refreshkv.evaluation.commands import _changed_values
 from refreshkv.evaluation.costs import share_computed, share_read, step_rate
 from refreshkv.evaluation.perplexity.evaluation import evaluate
 from refreshkv.evaluation.perplexity.losses import SequenceRecords
@@ -85,8 +87,6 @@ def test_steps_and_agreement_of_one_pass_are_those_of_decoding(name):
 def test_agreement_is_the_share_of_equal_tokens():
     model, rows = tiny_enabled(CONFIG), as_rows(2)
     result = evaluate(model, rows, build_strategies(["full", "never"], CONFIG), LAST, progress=False).results[1]
-    from refreshkv import Simulation
-
     ids = random_ids(2, LENGTH)
     with torch.no_grad():
         plain = model(ids).logits.argmax(-1)
@@ -156,7 +156,7 @@ def test_bad_grids_are_refused_by_name(selections, part, message):
 
 @pytest.mark.parametrize("name", ["selections", "recommend"])
 def test_our_own_grids_load(name):
-    built = load_settings(Grid, find_config(name, ("experiments",))).build_strategies()
+    built = load_settings(Grid, find_config(name, ("grids",))).build_strategies()
     assert built[0].is_full and len(built) > 20
     recommended = RefreshConfig.recommended(budget=1024 if name == "selections" else 0.125)
     assert recommended in [item.config for item in built]
@@ -223,6 +223,13 @@ def test_a_stopped_sweep_has_what_is_finished(tmp_path):
 
 
 # ---- the command
+
+
+def test_a_preset_changes_all_settings_of_a_suite():
+    options = argparse.Namespace(budget="0.5", threshold=None, overrides=["refresh=recommended", "tasks.vt.x=1"])
+    assert _changed_values(options) == RefreshConfig.recommended(budget=0.5).to_dict()
+    options.overrides = ["refresh.select_stride=3"]
+    assert _changed_values(options) == {"budget": 0.5, "select_stride": 3}
 
 
 GRID = """
