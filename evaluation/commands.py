@@ -229,6 +229,8 @@ def _changed_values(options: argparse.Namespace) -> dict[str, Any]:
     flags = _flags(options)
     overrides = [text for text in options.overrides if not text.startswith("tasks.")]
     changed = changed_config(RefreshConfig(), overrides, **flags).to_dict()
+    if any(text.startswith("refresh=") for text in overrides):
+        return changed
     given = [key for key, value in flags.items() if value is not None]
     given += [text.removeprefix("refresh.").partition("=")[0] for text in overrides]
     return {key: changed[key] for key in given}

@@ -17,6 +17,18 @@ from refreshkv.settings import SettingsError, settings_from_dict
 NEVER = 2**31 - 1
 """A stride larger than any text: the small cache is selected once, after the prompt, and never refreshed. Written
 `never` in YAML and in config.json."""
+RECOMMENDED: dict[str, Any] = {
+    "stride": "never",
+    "select_stride": 2,
+    "score_bits": 4,
+    "pool_ahead": True,
+    "pool_kernel": 10,
+    "observation_window": 4,
+    "recent_window": 192,
+}
+"""What `RefreshConfig.recommended` changes in the paper's settings. docs/results.md says how it was chosen."""
+PRESETS = {"paper": {}, "recommended": RECOMMENDED}
+"""Named settings: `refresh: NAME` in YAML files, refresh=NAME on command lines, or `preset: NAME` beside others."""
 LARGEST_BUDGET = LARGEST_COUNT
 """Largest budget in tokens: kernels count tokens in 32 bits."""
 
@@ -89,6 +101,20 @@ class RefreshConfig:
     def is_readable_only(self) -> bool:
         """Whether a setting is used that the kernels of decoding steps do not know."""
         return self.select_stride is not None or self.pool_ahead
+
+    @classmethod
+    def recommended(cls, **changes: Any) -> "RefreshConfig":
+        """The settings that lose least for the bytes they read, by measurements on a real model (docs/results.md).
+
+        A selecting step at every second token, by keys of 4 bits, and no full steps. `changes` are further settings,
+        such as `budget=1024`. The defaults of the class stay the paper's.
+        """
+        return cls(**{**RECOMMENDED, **changes})
+
+    @staticmethod
+    def presets() -> dict[str, dict[str, Any]]:
+        """The named settings, for `settings_from_dict`: name -> values."""
+        return PRESETS
 
     @staticmethod
     def plain_values(values: dict[str, Any]) -> dict[str, Any]:

@@ -76,7 +76,10 @@ def add_budget(parser: argparse.ArgumentParser, **settings: Any) -> None:
 def add_overrides(parser: argparse.ArgumentParser, also: str = "") -> None:
     """Adds refresh.key=value arguments. also: other forms that the script takes, for the help."""
     parser.add_argument(
-        "overrides", nargs="*", metavar="refresh.key=value", help=f"refresh schedule and selection{also}"
+        "overrides",
+        nargs="*",
+        metavar="refresh.key=value",
+        help=f"refresh schedule and selection; refresh=recommended for a preset{also}",
     )
 
 
@@ -96,7 +99,9 @@ NUMBERS = {
     "strides": COUNT,
     "task_length": COUNT,
     "temperature": Range(1e-4, 1e4, hint="leave out --sample for the likeliest token"),
+    "stop_after": SECONDS,
     "top_p": Range(1e-6, 1),
+    "within": Range(0, 1e6, hint="it is a share of full attention's perplexity"),
 }
 """Range of every option that is a number or a list of numbers."""
 
@@ -127,9 +132,12 @@ def whole_numbers(text: str) -> list[int]:
 def changed_config(config: RefreshConfig, overrides: list[str], **flags: str | None) -> RefreshConfig:
     """`config` with the values of flags such as budget="0.25", then those of refresh.key=value overrides.
 
-    Overrides of tasks are passed over. Raises `SettingsError` for unknown keys and impossible values.
+    An override refresh=NAME replaces all of `config` by a preset; flags and other overrides change that. Overrides of
+    tasks are passed over. Raises `SettingsError` for unknown keys, presets and impossible values.
     """
-    values = [f"refresh.{key}={json.dumps(value)}" for key, value in config.to_dict().items()]
+    presets = [text for text in overrides if text.startswith("refresh=")]
+    overrides = [text for text in overrides if text not in presets]
+    values = presets or [f"refresh.{key}={json.dumps(value)}" for key, value in config.to_dict().items()]
     values += [f"refresh.{key}={value}" for key, value in flags.items() if value is not None]
     overrides = [override for override in overrides if not override.startswith("tasks.")]
     return load_settings(Overrides, None, [*values, *overrides]).refresh

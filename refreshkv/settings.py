@@ -101,7 +101,13 @@ def load_settings(
 
 
 def settings_from_dict(cls: type[Settings], values: dict[str, Any], prefix: str = "") -> Settings:
-    """Builds `cls` from nested plain values; `prefix` (such as `"training."`) is put before names in errors."""
+    """Builds `cls` from nested plain values; `prefix` (such as `"training."`) is put before names in errors.
+
+    Where the class has `presets`, a text in the place of the section names one, and so does the key `preset`: other
+    keys change its values.
+    """
+    if hasattr(cls, "presets"):
+        values = _without_preset(values, cast(Any, cls).presets(), prefix.rstrip("."))
     if not isinstance(values, dict):
         raise SettingsError(f"{prefix.rstrip('.') or 'the file'} must be a section with keys, got {show(values)}")
     if hasattr(cls, "plain_values"):  # a class may accept other spellings of its values
@@ -119,6 +125,18 @@ def settings_from_dict(cls: type[Settings], values: dict[str, Any], prefix: str 
             raise SettingsError(f"{prefix}{key} is missing")
     converted = {key: _convert(value, hints[key], f"{prefix}{key}") for key, value in values.items()}
     return cls(**converted)
+
+
+def _without_preset(values: Any, presets: dict[str, dict[str, Any]], name: str) -> Any:
+    """`values` with those of the preset that they name, by a text or by the key "preset", in its place."""
+    if isinstance(values, str):
+        values = {"preset": values}
+    if not isinstance(values, dict) or "preset" not in values:
+        return values
+    chosen = values["preset"]
+    if not isinstance(chosen, str) or chosen not in presets:
+        raise SettingsError(f"{name}: there is no preset {chosen!r}; known are {', '.join(presets)}")
+    return {**presets[chosen], **{key: value for key, value in values.items() if key != "preset"}}
 
 
 def settings_to_dict(settings: Any) -> dict[str, Any]:
@@ -163,6 +181,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     *sections, key = name.split(".")
     target = values
     for section in sections:
+        if isinstance(target.get(section), str):  # the name of a preset, of which this changes a setting
+            target[section] = {"preset": target[section]}
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
             raise SettingsError(f"cannot set {name}: {section} is a value, not a section")

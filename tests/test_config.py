@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from refreshkv import NEVER, RefreshConfig, Simulation
+from refreshkv.options import Overrides, changed_config
 from refreshkv.settings import SettingsError, load_settings, save_settings, settings_from_dict, settings_to_dict
 
 
@@ -101,6 +102,58 @@ def test_a_config_saved_before_there_were_selecting_steps_loads():
     new = ("select_stride", "score_bits", "pool_ahead")
     saved = {name: value for name, value in RefreshConfig(budget=64).to_dict().items() if name not in new}
     assert RefreshConfig.from_dict(saved) == RefreshConfig(budget=64)
+
+
+def test_the_recommended_settings():
+    config = RefreshConfig.recommended()
+    assert config.to_dict() == {
+        "budget": 0.125,
+        "stride": "never",
+        "threshold": None,
+        "pool_kernel": 10,
+        "observation_window": 4,
+        "recent_window": 192,
+        "sink_tokens": 0,
+        "select_stride": 2,
+        "score_bits": 4,
+        "pool_ahead": True,
+    }
+    changed = RefreshConfig.recommended(budget=64, select_stride=3, stride=10)
+    assert changed == dataclasses.replace(config, budget=64, select_stride=3, stride=10)
+    assert RefreshConfig.from_dict("recommended") == RefreshConfig.from_dict({"preset": "recommended"}) == config
+    assert RefreshConfig.from_dict("paper") == RefreshConfig()
+    assert RefreshConfig.from_dict(config.to_dict()) == config
+
+
+def test_presets_in_files_and_on_command_lines(tmp_path):
+    config, path = RefreshConfig.recommended(budget=64), tmp_path / "run.yaml"
+    for text in ("refresh: {preset: recommended, budget: 64}", "refresh: {budget: 64, preset: recommended}"):
+        path.write_text(text)
+        assert load_settings(Overrides, path).refresh == config
+    path.write_text("refresh: recommended")
+    assert load_settings(Overrides, path).refresh == RefreshConfig.recommended()
+    assert load_settings(Overrides, path, ["refresh.budget=64"]).refresh == config
+    path.write_text("refresh: {budget: 64, sink_tokens: 3}")
+    assert load_settings(Overrides, path, ["refresh=recommended"]).refresh == RefreshConfig.recommended()
+    for value in ("best", "{preset: 3}", "{preset: null}"):
+        path.write_text(f"refresh: {value}")
+        message = refusal(load_settings, Overrides, path)
+        assert message.startswith("refresh: there is no preset") and "known are paper, recommended" in message
+    path.write_text("refresh: 3")
+    assert "refresh must be a section with keys" in refusal(load_settings, Overrides, path)
+
+
+def test_a_preset_replaces_the_models_own_settings_but_not_the_flags():
+    own, recommended = RefreshConfig(budget=32, sink_tokens=4), RefreshConfig.recommended()
+    assert changed_config(own, ["refresh=recommended"]) == recommended
+    wanted = dataclasses.replace(recommended, budget=0.5, select_stride=3)
+    for overrides in (
+        ["refresh=recommended", "refresh.select_stride=3"],
+        ["refresh.select_stride=3", "refresh=recommended"],
+    ):
+        assert changed_config(own, overrides, budget="0.5", threshold=None) == wanted
+    assert changed_config(own, ["refresh.sink_tokens=5"]) == dataclasses.replace(own, sink_tokens=5)
+    assert "refresh: there is no preset 'best'" in refusal(changed_config, own, ["refresh=best"])
 
 
 def test_never_has_a_name_in_files():

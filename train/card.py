@@ -35,7 +35,7 @@ SHOWN_TRAINING = (
 INTRODUCTION = """\
 # {name}
 
-{origin} for decoding from a small KV cache that a full attention step refreshes now and then (RefreshKV). The
+{origin} for decoding from a small KV cache that is chosen anew every few tokens (RefreshKV). The
 schedule is saved in `config.json` under `refreshkv`. Without the library it is an ordinary transformers model with full
 attention."""
 
@@ -112,7 +112,8 @@ def _evaluation(report: dict[str, Any]) -> str:
             *warnings,
             f"Perplexity of the last {measured['last tokens']:,} tokens of {measured['rows']:,} rows of "
             f"{measured['row length']:,} tokens ({measured['split']} split). K: tokens in the small cache. Stride: "
-            "steps between two decision steps. Ratio and gap: to full attention of the same model.",
+            "steps between two decision steps. Ratio and gap: to full attention of the same model. Bytes read: keys "
+            "and values that a decoding step reads, of those that full attention reads.",
         ]
     )
 

@@ -8,7 +8,7 @@ Shapes: `B` sequences of a batch, `T` tokens of each, `N` last tokens that are s
 
 import math
 from statistics import fmean
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -17,10 +17,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from refreshkv.evaluation.costs import share_computed, share_read, step_rate
 from refreshkv.evaluation.perplexity.losses import Measurement, SequenceRecord, SequenceRecords
 from refreshkv.evaluation.perplexity.results import Evaluation, Result
 from refreshkv.evaluation.strategies import Strategy
 from refreshkv.settings import SettingsError
+
+FULL_STEPS, SELECTING_STEPS, AGREEING = "full steps", "selecting steps", "agreeing"
+CountKey = tuple[str, int]
+"""What is counted, one of the three above, and in which layer (0 for what has no layer)."""
 
 
 @torch.no_grad()
@@ -65,14 +70,15 @@ def evaluate(
         decoder = cast(PreTrainedModel, model)  # an engine passes its attributes on
         measurement = Measurement(decoder, rows, row_length - last_tokens, batch_size, stepwise, records)
         with tqdm(total=len(strategies) * len(own), unit=" rows", disable=not progress or rank != 0) as bar:
-            results = [
-                _result(item, measurement.prompt_length, measurement.records_of(item, own, bar), world, decoder.device)
-                for item in strategies
-            ]
+            records_of = {item.name: measurement.records_of(item, own, bar) for item in strategies}
     finally:
         model.train(was_training)
+    reference = next((records_of[item.name] for item in strategies if item.is_full), None)
+    context = Context(row_length - last_tokens, last_tokens)
+    results = [_result(item, context, records_of[item.name], reference, world, decoder.device) for item in strategies]
     warnings = budget_warnings(strategies, row_length, last_tokens)
-    return Evaluation(results, len(own) * world, row_length, last_tokens, warnings)
+    used = {record.hardware for own_records in records_of.values() for record in own_records if record.hardware}
+    return Evaluation(results, len(own) * world, row_length, last_tokens, warnings, sorted(used))
 
 
 def check_last_tokens(last_tokens: int, row_length: int) -> None:
@@ -103,51 +109,117 @@ def _check_rows(count: int, batch_size: int, world: int) -> None:
         raise SettingsError(f"batch size must be at least 1, got {batch_size}")
 
 
-def _summed(
-    losses: Tensor, full_steps: dict[int, int], world: int, device: torch.device
-) -> tuple[Tensor, float, float, int, dict[int, int]]:
-    """Sums over the sequences of all processes, from this one's losses (sequences, N) and full steps per layer.
+class Context(NamedTuple):
+    """The lengths that all sequences share."""
 
-    Returns the sums of: the losses (N,), each sequence's mean loss, its square, the sequences, the full steps.
+    prompt_length: int
+    last_tokens: int
+    """Scored tokens, N."""
+
+    @property
+    def mean(self) -> float:
+        """Tokens that full attention reads in a decoding step, the step's own included; mean over the N steps."""
+        return self.prompt_length + (self.last_tokens + 1) / 2
+
+
+def _summed(
+    losses: Tensor, counts: dict[CountKey, int], world: int, device: torch.device
+) -> tuple[Tensor, float, float, int, dict[CountKey, int]]:
+    """Sums over the sequences of all processes, from this one's losses (sequences, N) and counts.
+
+    All processes have the same counts. Returns the sums of: the losses (N,), each sequence's mean loss, its square, the
+    sequences, the counts.
     """
-    means, layers = losses.mean(dim=1), sorted(full_steps)
-    counts = [means.sum(), means.square().sum(), len(means), *(full_steps[layer] for layer in layers)]
-    sums = torch.cat([losses.sum(dim=0), torch.tensor(counts, dtype=torch.float64)])
+    means, names = losses.mean(dim=1), sorted(counts)
+    own = [means.sum(), means.square().sum(), len(means), *(counts[name] for name in names)]
+    sums = torch.cat([losses.sum(dim=0), torch.tensor(own, dtype=torch.float64)])
     if world > 1:
         sums = sums.to(device)  # NCCL reduces nothing that lies in main memory
         dist.all_reduce(sums)
         sums = sums.cpu()
     length = losses.shape[1]
-    mean, square, count, *steps = sums[length:].tolist()
-    return sums[:length], mean, square, int(count), dict(zip(layers, map(int, steps), strict=True))
+    mean, square, count, *totals = sums[length:].tolist()
+    return sums[:length], mean, square, int(count), dict(zip(names, map(int, totals), strict=True))
+
+
+def _count(records: list[SequenceRecord], reference: list[SequenceRecord] | None) -> dict[CountKey, int]:
+    """Sums over the sequences: full and selecting steps of each layer, and positions with the reference's greedy token,
+    if all records have greedy tokens."""
+    counts: dict[CountKey, int] = {}
+    for record in records:
+        for kind, steps in ((FULL_STEPS, record.full_steps), (SELECTING_STEPS, record.selecting_steps)):
+            for layer, count in (steps or {}).items():
+                counts[kind, layer] = counts.get((kind, layer), 0) + count
+    pairs = [(own.greedy, other.greedy) for own, other in zip(records, reference or records, strict=True)]
+    if reference is not None and all(own is not None and other is not None for own, other in pairs):
+        counts[AGREEING, 0] = sum(a == b for own, other in pairs for a, b in zip(own or [], other or [], strict=True))
+    return counts
 
 
 def _result(
-    strategy: Strategy, prompt_length: int, records: list[SequenceRecord], world: int, device: torch.device
+    strategy: Strategy,
+    context: Context,
+    records: list[SequenceRecord],
+    reference: list[SequenceRecord] | None,
+    world: int,
+    device: torch.device,
 ) -> Result:
-    """One strategy's result, from the records of this process's sequences, summed over all processes."""
+    """One strategy's result, from the records of this process's sequences, summed over all processes.
+
+    reference: full attention's records of the same sequences; None if it was not evaluated.
+    """
     own = torch.tensor([record.losses for record in records], dtype=torch.float64)
-    steps: dict[int, int] = {}
-    for record in records:
-        for layer, count in (record.full_steps or {}).items():
-            steps[layer] = steps.get(layer, 0) + count
-    losses, mean, square, sequences, steps = _summed(own, steps, world, device)
+    losses, mean, square, sequences, counts = _summed(own, _count(records, reference), world, device)
     if not losses.isfinite().all():
         raise SettingsError(f"{strategy.name}: the loss is not finite; try float32, and see whether the model is sound")
     variance = max(0.0, square - mean**2 / sequences) / (sequences - 1) if sequences > 1 else None
+    strides: dict[str, dict[int, float | None]] = {FULL_STEPS: {}, SELECTING_STEPS: {}}
+    for (kind, layer), count in counts.items():
+        if kind in strides:
+            strides[kind][layer] = sequences * len(losses) / count if count else None
+    budget, agreeing = strategy.largest_budget(context.prompt_length), counts.get((AGREEING, 0))
+    full, selecting = (step_rate(strides[kind].values()) for kind in (FULL_STEPS, SELECTING_STEPS))
+    costs = _costs(strategy, context.mean, budget, full, selecting)
     return Result(
         name=strategy.name,
         config=strategy.config,
-        budget=strategy.largest_budget(prompt_length),
+        budget=budget,
         losses=(losses / sequences).tolist(),
         standard_error=None if variance is None else math.sqrt(variance / sequences),
-        effective_strides={layer: sequences * len(losses) / count if count else None for layer, count in steps.items()},
+        effective_strides=strides[FULL_STEPS],
         prompt_seconds=_mean([record.prompt_seconds for record in records]),
         seconds=_mean([record.seconds for record in records]),
         cache_bytes=_mean([record.cache_bytes for record in records]),
         peak_memory=max((r.peak_memory for r in records if r.peak_memory is not None), default=None),
         row_losses=own.mean(dim=1).tolist() if world == 1 else [],
+        selecting_strides=strides[SELECTING_STEPS],
+        share_read=costs[0],
+        share_computed=costs[1],
+        agreement=None if agreeing is None else agreeing / (sequences * len(losses)),
     )
+
+
+def _costs(
+    strategy: Strategy, context: float, budget: int | None, full: float, selecting: float
+) -> tuple[float, float | None]:
+    """`costs.share_read` and `costs.share_computed` of the decoding steps; no second for caches that evict, whose
+    scoring is not counted."""
+    if budget is None:
+        return 1.0, 1.0
+    config = strategy.config
+    if config is None:
+        return share_read(context, budget), None
+    read = share_read(context, budget, full, selecting, config.score_bits)
+    return read, share_computed(context, budget, full, selecting, config.observation_window)
+
+
+def is_finished(
+    model: nn.Module, rows: Dataset, strategy: Strategy, last_tokens: int, records: SequenceRecords
+) -> bool:
+    """Whether the records have all these sequences under this strategy, so that `evaluate` computes nothing."""
+    prompt_length = len(rows[0]["input_ids"]) - last_tokens
+    measurement = Measurement(cast(PreTrainedModel, model), rows, prompt_length, 1, False, records)
+    return not measurement.missing(strategy, list(range(len(rows))))
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -125,7 +125,7 @@ def _styles(evaluation: Evaluation) -> dict[str, tuple[str, str]]:
         styles[result.name] = (STRIDE_COLOURS[colour], MARKERS[round_ % len(MARKERS)])
     others = [result for result in evaluation.results if not result.is_full and result.name not in styles]
     for result in others:
-        if result.config is not None and result.config.stride == NEVER:
+        if result.config is not None and result.config.stride == NEVER and result.config.select_stride is None:
             styles[result.name] = (NEVER_COLOUR, "")
         else:
             colours = BASELINE_COLOURS if result.config is None else SIMILARITY_COLOURS

@@ -18,6 +18,7 @@ from refreshkv.evaluation.caches import Caches
 from refreshkv.evaluation.inputs import vocabulary_size
 from refreshkv.evaluation.perplexity.stepwise import Decoded, decode_known
 from refreshkv.evaluation.records import RecordFile, record_key
+from refreshkv.evaluation.reports import hardware
 from refreshkv.evaluation.strategies import Strategy
 from refreshkv.identity import fingerprint
 from refreshkv.settings import SettingsError, settings_from_dict
@@ -45,6 +46,12 @@ class SequenceRecord:
     """Bytes of the batch's cache at the end, divided by its sequences."""
     peak_memory: int | None = None
     """Most bytes that the GPU held during the batch, weights included; None on a CPU."""
+    selecting_steps: dict[int, int] | None = None
+    """Refreshed layer -> selecting steps among the N decoding steps; None if there are none."""
+    greedy: list[int] | None = None
+    """(N,): the most likely token in the place of each scored token; None in records of earlier versions."""
+    hardware: str | None = None
+    """Where it was computed; None in records of earlier versions."""
 
 
 class SequenceRecords(RecordFile[SequenceRecord]):
@@ -68,11 +75,22 @@ def sequence_losses(
     simulation: None is full attention. trace: receives the simulation's full steps. The model computes the logits of
     the last n positions only, in its own dtype; at most `LOGITS_AT_ONCE` of them are converted to float32 at a time.
     """
+    return _losses(_last_logits(model, ids, simulation, last, trace), ids)
+
+
+def _last_logits(
+    model: nn.Module, ids: Tensor, simulation: Simulation | None, last: int | None, trace: Trace | None
+) -> Tensor:
+    """Logits (B, n, vocabulary) that predict the last n tokens; arguments as in `sequence_losses`."""
     count = ids.shape[1] - 1 if last is None else last
     extra = {} if simulation is None else {"simulation": simulation, "trace": trace}
-    logits = model(ids, use_cache=False, logits_to_keep=count + 1, **extra).logits[:, :-1]
+    return model(ids, use_cache=False, logits_to_keep=count + 1, **extra).logits[:, :-1]
+
+
+def _losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Losses (B, n) float32 of the last n tokens of ids (B, T), from their logits (B, n, vocabulary)."""
     chunk = max(1, LOGITS_AT_ONCE // (logits.shape[0] * logits.shape[2]))
-    parts = zip(logits.split(chunk, dim=1), ids[:, -count:].split(chunk, dim=1), strict=True)
+    parts = zip(logits.split(chunk, dim=1), ids[:, -logits.shape[1] :].split(chunk, dim=1), strict=True)
     return torch.cat(
         [F.cross_entropy(part.float().transpose(1, 2), targets, reduction="none") for part, targets in parts], dim=1
     )
@@ -99,19 +117,20 @@ class Measurement:
     def records_of(self, strategy: Strategy, numbers: list[int], bar: tqdm) -> list[SequenceRecord]:
         """The records of the sequences with these numbers, in this order; computes those that no file has."""
         bar.set_description(strategy.name)
-        found, missing = {}, []
-        for number in numbers:
-            known = self.records and self.records.get(self._key(strategy, number))
-            if known:
-                found[number] = known
-            else:
-                missing.append(number)
+        missing = self.missing(strategy, numbers)
+        kept, records = set(numbers) - set(missing), self.records
+        found = {} if records is None else {number: records[self._key(strategy, number)] for number in kept}
         bar.update(len(found))
         for start in range(0, len(missing), self.batch_size):
             batch = missing[start : start + self.batch_size]
             found |= dict(zip(batch, self._batch(strategy, batch), strict=True))
             bar.update(len(batch))
         return [found[number] for number in numbers]
+
+    def missing(self, strategy: Strategy, numbers: list[int]) -> list[int]:
+        """Those of the sequences with these numbers that no file has under this strategy."""
+        records = self.records
+        return [n for n in numbers if records is None or records.get(self._key(strategy, n)) is None]
 
     def _batch(self, strategy: Strategy, numbers: list[int]) -> list[SequenceRecord]:
         ids = self.rows[numbers]["input_ids"]
@@ -128,7 +147,10 @@ class Measurement:
         else:
             values = _token_by_token(decode_known(self.model, ids, self.prompt_length, strategy, self.caches))
         keys = [self._key(strategy, number) if self.records else "" for number in numbers]
-        made = [SequenceRecord(key, strategy.name, **own) for key, own in zip(keys, values, strict=True)]
+        made = [
+            SequenceRecord(key, strategy.name, hardware=hardware(), **own)
+            for key, own in zip(keys, values, strict=True)
+        ]
         if self.records:
             self.records.add(made)
         return made
@@ -140,19 +162,21 @@ class Measurement:
 
 
 def _in_one_pass(model: nn.Module, ids: Tensor, prompt_length: int, strategy: Strategy) -> list[dict[str, Any]]:
-    """Each sequence's losses and full steps, from a parallel pass."""
+    """Each sequence's losses, greedy tokens, full and selecting steps, from a parallel pass."""
     simulation = None if strategy.config is None else Simulation(prompt_length, strategy.config)
     trace = Trace()
-    losses = sequence_losses(model, ids, simulation, last=ids.shape[1] - prompt_length, trace=trace).tolist()
+    logits = _last_logits(model, ids, simulation, ids.shape[1] - prompt_length, trace)
+    scored = zip(_losses(logits, ids).tolist(), logits.argmax(-1).tolist(), strict=True)
+    values = [{"losses": losses, "full_steps": None, "greedy": greedy} for losses, greedy in scored]
     if simulation is None:
-        return [{"losses": own, "full_steps": None} for own in losses]
+        return values
     if not trace.full_steps:
         raise ValueError("the model took no notice of the simulation: call refreshkv.enable(model) before evaluate()")
-    counts = {layer: flags[:, prompt_length:].sum(1).tolist() for layer, flags in trace.full_steps.items()}
-    return [
-        {"losses": own, "full_steps": {layer: steps[i] for layer, steps in counts.items()}}
-        for i, own in enumerate(losses)
-    ]
+    for name, flags in (("full_steps", trace.full_steps), ("selecting_steps", trace.selecting_steps)):
+        counts = {layer: own[:, prompt_length:].sum(1).tolist() for layer, own in flags.items()}
+        for i, own in enumerate(values):
+            own[name] = {layer: steps[i] for layer, steps in counts.items()} if counts else None
+    return values
 
 
 def _token_by_token(decoded: Decoded) -> list[dict[str, Any]]:
@@ -162,10 +186,12 @@ def _token_by_token(decoded: Decoded) -> list[dict[str, Any]]:
         {
             "losses": own,
             "full_steps": decoded.full_steps[i],
+            "selecting_steps": decoded.selecting_steps[i],
+            "greedy": greedy,
             "prompt_seconds": decoded.prompt_seconds / count,
             "seconds": decoded.seconds / count,
             "cache_bytes": decoded.cache_bytes / count,
             "peak_memory": decoded.peak_memory,
         }
-        for i, own in enumerate(decoded.losses.tolist())
+        for i, (own, greedy) in enumerate(zip(decoded.losses.tolist(), decoded.greedy.tolist(), strict=True))
     ]

@@ -165,7 +165,9 @@ def _cells(report: dict[str, Any]) -> list[list[str]]:
     after, before = _evaluations(report)
     if before is None:
         header = ["strategy", "K", "stride", "perplexity", "ratio to full", "gap to full", "effective stride"]
-        lines = [[*_setting(r), *_figures(after, r), _number(r.effective_stride, 1)] for r in after.results]
+        header += ["effective select stride"] if _selects(after) else []
+        header += ["bytes read", "greedy agreement"]
+        lines = [[*_setting(r), *_figures(after, r), *_steps(after, r)] for r in after.results]
         if any(result.seconds is not None for result in after.results):
             header += ["prompt seconds", "decoding seconds", "cache MiB"]
             lines = [[*line, *_costs(result)] for line, result in zip(lines, after.results, strict=True)]
@@ -173,6 +175,8 @@ def _cells(report: dict[str, Any]) -> list[list[str]]:
     header = ["strategy", "K", "stride"]
     header += [f"{name} {when}" for name in ("perplexity", "ratio", "gap") for when in ("before", "after")]
     header += ["gap closed", "effective stride"]
+    header += ["effective select stride"] if _selects(after) else []
+    header += ["bytes read", "greedy agreement"]
     lines, earlier = [], {result.name: result for result in before.results}
     for new in after.results:
         old = earlier[new.name]
@@ -180,7 +184,7 @@ def _cells(report: dict[str, Any]) -> list[list[str]]:
         figures = [cell for pair in pairs for cell in pair]
         closed = report["gap_closed"].get(new.name)
         share = "-" if closed is None else f"{closed:.1%}"
-        lines.append([*_setting(new), *figures, share, _number(new.effective_stride, 1)])
+        lines.append([*_setting(new), *figures, share, *_steps(after, new)])
     return [header, *lines]
 
 
@@ -194,6 +198,22 @@ def _setting(result: Result) -> list[str]:
 def _figures(evaluation: Evaluation, result: Result) -> list[str]:
     gap = None if result.is_full else evaluation.gap(result)
     return [_number(result.perplexity), _number(evaluation.ratio(result)), _number(gap)]
+
+
+def _selects(evaluation: Evaluation) -> bool:
+    """Whether a strategy has selecting steps."""
+    return any(result.selecting_strides for result in evaluation.results)
+
+
+def _steps(evaluation: Evaluation, result: Result) -> list[str]:
+    """How often a step is full and selecting, what a step reads, how often the most likely token is the same."""
+    selecting = [_number(result.selecting_stride, 1)] if _selects(evaluation) else []
+    shares = [_percent(result.share_read), _percent(None if result.is_full else result.agreement)]
+    return [_number(result.effective_stride, 1), *selecting, *shares]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 def _costs(result: Result) -> list[str]:
@@ -231,7 +251,9 @@ def _markdown(report: dict[str, Any], has_figure: bool) -> str:
     parts = [title, markdown_table(report), *notes, *(f"**Warning:** {text}." for text in after.warnings)]
     parts.append(
         "K: tokens in the small cache. Stride: steps between two decision steps. Effective stride: steps per full "
-        "step. Gap: perplexity less full attention's of the same model."
+        "step; effective select stride: steps per selecting step. Gap: perplexity less full attention's of the same "
+        "model. Bytes read: keys and values that a decoding step reads, of those that full attention reads. Greedy "
+        "agreement: scored positions whose most likely token is full attention's."
     )
     parts += ["![Ratio to full attention, and effective stride per layer](report.png)"] if has_figure else []
     parts += ["## Settings", _list(report)]

@@ -11,6 +11,9 @@ from refreshkv.config import RefreshConfig
 from refreshkv.evaluation.costs import effective_stride
 from refreshkv.settings import settings_from_dict
 
+DERIVED = ("loss", "perplexity", "effective_stride", "selecting_stride")
+"""Properties of a `Result` that reports hold beside its fields."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -37,6 +40,17 @@ class Result:
     """Most bytes that the GPU held during a batch, weights included; None also on a CPU."""
     row_losses: list[float] = field(default_factory=list)
     """Each sequence's mean loss over its scored tokens, in nats; empty if several processes shared the sequences."""
+    selecting_strides: dict[int, float | None] = field(default_factory=dict)
+    """Refreshed layer -> decoding steps per selecting step, over all sequences; empty without selecting steps."""
+    share_read: float | None = None
+    """Bytes of keys and values that a decoding step reads, as a share of those that full attention reads
+    (`refreshkv.evaluation.costs.share_read`). This and the next two are None in reports of earlier versions."""
+    share_computed: float | None = None
+    """Operations of a decoding step's attention and scoring, as a share of full attention's
+    (`refreshkv.evaluation.costs.share_computed`); None also for caches that evict."""
+    agreement: float | None = None
+    """Share of the scored positions where the most likely token is full attention's; None also without full
+    attention."""
 
     @property
     def is_full(self) -> bool:
@@ -58,6 +72,11 @@ class Result:
         """Decoding steps per full step over all layers; None for full attention, or if no step was full."""
         return effective_stride(list(self.effective_strides.values()))
 
+    @property
+    def selecting_stride(self) -> float | None:
+        """Decoding steps per selecting step over all layers; None if there was none."""
+        return effective_stride(list(self.selecting_strides.values()))
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -72,6 +91,8 @@ class Evaluation:
     """N, scored tokens of each sequence."""
     warnings: list[str] = field(default_factory=list)
     """Settings under which the figures mean less than they seem to."""
+    hardware: list[str] = field(default_factory=list)
+    """Where the sequences were computed; a resumed evaluation may have several places."""
 
     @property
     def full(self) -> Result:
@@ -93,7 +114,7 @@ class Evaluation:
         """Plain values for JSON, with the properties that readers look for (perplexity, ...)."""
         values = dataclasses.asdict(self)
         for result, entry in zip(self.results, values["results"], strict=True):
-            for name in ("loss", "perplexity", "effective_stride"):
+            for name in DERIVED:
                 entry[name] = getattr(result, name)
         return values
 
@@ -103,8 +124,7 @@ class Evaluation:
 
         Raises `ValueError`, `KeyError`, `TypeError` or `AttributeError` for anything else.
         """
-        derived = ("loss", "perplexity", "effective_stride")
-        results = [{key: item for key, item in entry.items() if key not in derived} for entry in values["results"]]
+        results = [{key: item for key, item in entry.items() if key not in DERIVED} for entry in values["results"]]
         return settings_from_dict(cls, {**values, "results": results})
 
 

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from refreshkv import decode_ahead
 from refreshkv.evaluation.caches import GREEDY, Caches
-from refreshkv.evaluation.costs import Meter, count_full_steps, held_bytes
+from refreshkv.evaluation.costs import Meter, count_full_steps, count_selecting_steps, held_bytes
 from refreshkv.evaluation.strategies import Strategy
 from refreshkv.generation.inherited import without_own_settings
 
@@ -25,8 +25,12 @@ class Decoded:
 
     losses: Tensor
     """(B, N) float32: next-token losses of the last N tokens, in nats."""
+    greedy: Tensor
+    """(B, N) int64: the most likely token in the place of each of the last N tokens."""
     full_steps: list[dict[int, int] | None]
     """For each sequence: refreshed layer -> full steps after the prompt. None if the cache refreshes nothing."""
+    selecting_steps: list[dict[int, int] | None]
+    """Likewise, selecting steps. None if the cache has none."""
     prompt_seconds: float
     """Time for the whole batch's prompts."""
     seconds: float
@@ -67,9 +71,12 @@ def decode_known(
         )
     seconds, peak = meter.read()
     assert known.prompt_seconds is not None
+    decoded = [(cache, i, prompt_length, length - prompt_length) for i in range(sequences)]
     return Decoded(
         losses=torch.stack(known.losses, dim=1).cpu(),
-        full_steps=[count_full_steps(cache, i, prompt_length, length - prompt_length) for i in range(sequences)],
+        greedy=torch.stack(known.greedy, dim=1).cpu(),
+        full_steps=[count_full_steps(*part) for part in decoded],
+        selecting_steps=[count_selecting_steps(*part) for part in decoded],
         prompt_seconds=known.prompt_seconds,
         seconds=seconds - known.prompt_seconds,
         cache_bytes=held_bytes(cache),
@@ -84,6 +91,8 @@ class _KnownTokens(LogitsProcessor):
         self.ids, self.meter = ids, meter
         self.losses: list[Tensor] = []
         """One tensor (B,) float32 for each scored token, in nats."""
+        self.greedy: list[Tensor] = []
+        """One tensor (B,) int64 for each scored token: the most likely one."""
         self.prompt_seconds: float | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -94,4 +103,5 @@ class _KnownTokens(LogitsProcessor):
             return scores
         token = self.ids[:, position]
         self.losses.append(F.cross_entropy(scores, token, reduction="none"))
+        self.greedy.append(scores.argmax(-1))
         return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
