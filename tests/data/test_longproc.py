@@ -92,7 +92,7 @@ def test_the_search_is_longprocs():
     assert answer == SEARCH and list(lines) == SEARCH.split("\n")[1:12]
     lines, _ = written_search((3, 3, 7, 1), 15)
     assert any("(invalid operation). drop this branch." in line for line in lines)
-    lines, _ = written_search((50, 50, 3, 1), 4)
+    lines, _ = written_search((50, 50, 3, 1), 5)
     assert any("2500 exceeds the maximum intermediate result, drop this branch." in line for line in lines)
 
 
