@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from transformers import Cache, PretrainedConfig
 
 from refreshkv import RefreshCache, RefreshConfig
+from refreshkv.baselines.ablation import GROUPS, AblationCache
 from refreshkv.baselines.full import FullCache
 from refreshkv.baselines.h2o import H2OCache
 from refreshkv.baselines.snapkv import SnapKVCache
@@ -214,8 +215,33 @@ def _snapkv(config: RefreshConfig, arguments: list[str]) -> Strategy:
     return _evicting(name, SnapKVCache, budget=config.budget, **options)
 
 
+def _grouped(config: RefreshConfig, arguments: list[str]) -> Strategy:
+    usage = "grouped:GROUP:STRIDE, such as grouped:mean:10"
+    _at_most(arguments, 2, usage)
+    group = arguments[0] if arguments else None
+    if group not in GROUPS:
+        raise ValueError(f"GROUP must be one of {', '.join(GROUPS)}; it is written {usage}")
+    return _ablation(f"group's {group}", config, arguments[1:], group=group)
+
+
+def _without_refresh(config: RefreshConfig, arguments: list[str]) -> Strategy:
+    _at_most(arguments, 1, "without-refresh:STRIDE")
+    return _ablation("full steps without a refresh", config, arguments, selects=False)
+
+
+def _without_full_attention(config: RefreshConfig, arguments: list[str]) -> Strategy:
+    _at_most(arguments, 1, "without-full-attention:STRIDE")
+    return _ablation("refreshes without a full step", config, arguments, attends=False)
+
+
+def _ablation(name: str, config: RefreshConfig, arguments: list[str], **changed: Any) -> Strategy:
+    """RefreshKV with a fixed schedule and the paper's selection, and one part changed."""
+    stride = _number(int, "STRIDE", arguments[0]) if arguments else config.stride
+    return _evicting(f"{name} S={stride}", AblationCache, budget=config.budget, stride=stride, **changed)
+
+
 def _evicting(name: str, kind: Callable[..., Cache], **settings: Any) -> Strategy:
-    """A strategy whose cache keeps K tokens and evicts the others."""
+    """A strategy of a baseline's cache, which takes the settings as keywords."""
     return Strategy(name, {"cache": kind.__name__, **settings}, lambda model, tokens: kind(model, tokens, **settings))
 
 
@@ -244,5 +270,8 @@ STRATEGIES: dict[str, Builder] = {
     "streaming": _streaming,
     "h2o": _h2o,
     "snapkv": _snapkv,
+    "grouped": _grouped,
+    "without-refresh": _without_refresh,
+    "without-full-attention": _without_full_attention,
 }
 """All strategies. A new one needs an entry here, and nothing else."""

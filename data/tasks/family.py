@@ -47,6 +47,8 @@ class Family(ABC):
     """The smallest size of a problem."""
     answer_fits: ClassVar[bool] = True
     """Whether an answer of more than max_new_tokens tokens is an error, because it could not be generated."""
+    shortest_prompt: ClassVar[int] = 0
+    """Problems whose prompt has fewer tokens are left out; families that read files have it as a setting."""
     redraws: ClassVar[bool] = False
     """Whether problems are drawn until an answer fits, because the answers' lengths differ much."""
 
@@ -59,6 +61,11 @@ class Family(ABC):
                 f"length={self.length} is prompt and answer together, and max_new_tokens={self.max_new_tokens} leaves "
                 "no prompt: raise length"
             )
+
+    @property
+    def wording(self) -> Template:
+        """The template, before `template_file` replaces parts of it."""
+        return self.template
 
     @abstractmethod
     def draw(self, random: Random, size: int, index: int, template: Template) -> Problem:

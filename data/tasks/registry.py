@@ -8,6 +8,7 @@ from refreshkv.data.tasks.chain_of_key import ChainOfKey
 from refreshkv.data.tasks.countdown import Countdown
 from refreshkv.data.tasks.family import Family
 from refreshkv.data.tasks.html_table import HtmlTable
+from refreshkv.data.tasks.longproc import RELEASED
 from refreshkv.data.tasks.needles import Needles
 from refreshkv.data.tasks.path_traversal import PathTraversal
 from refreshkv.data.tasks.questions import Questions
@@ -56,7 +57,7 @@ GROUPS = {
 
 
 def build_task(name: str, values: dict[str, Any] | None = None) -> Task:
-    """The task `name` with its settings changed by `values`.
+    """The task `name` with its settings changed by `values`; LongProc's own problems if `data` is among them.
 
     Raises `SettingsError` for a name or a setting that does not exist, and for values that cannot work.
     """
@@ -64,6 +65,8 @@ def build_task(name: str, values: dict[str, Any] | None = None) -> Task:
         close = difflib.get_close_matches(name, TASKS, n=1)
         raise SettingsError(f"there is no task {name}" + (f"; did you mean {close[0]}?" if close else f": {_known()}"))
     family, preset = TASKS[name]
+    if (values or {}).get("data") is not None and name in RELEASED:
+        family = RELEASED[name]
     try:
         return Task(name, settings_from_dict(family, {**preset, **(values or {})}, prefix=""))
     except SettingsError as error:

@@ -28,6 +28,9 @@ class Summaries(Family):
     summary_column: str = "answers"
     """The column of the summary, or of a list of them."""
 
+    shortest_prompt: int = 0
+    """Documents whose prompt has fewer tokens are left out; the RefreshKV paper leaves out prompts under 10K tokens."""
+
     answer_fits: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

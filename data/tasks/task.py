@@ -1,5 +1,6 @@
 """A task: words a family's problems, and fits each prompt to a number of tokens."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,7 +52,7 @@ class Task:
     @cached_property
     def template(self) -> Template:
         """The wording, with the parts of `template_file` in place of the family's."""
-        return load_template(self.family.template, self.family.template_file, f"tasks.{self.name}.template_file")
+        return load_template(self.family.wording, self.family.template_file, f"tasks.{self.name}.template_file")
 
     def settings(self) -> dict[str, Any]:
         """The family's settings as JSON values."""
@@ -69,7 +70,7 @@ class Task:
         prompt_tokens: int | None = None,
         answer_tokens: int | None = None,
     ) -> Iterator[Example]:
-        """Yields the first `count` examples. Each prompt has the most units whose tokens fit.
+        """Yields the first `count` examples of at least `shortest_prompt` tokens; each has the most units that fit.
 
         Args:
             purpose: part of the seed, so that training and evaluation have different generated problems.
@@ -80,14 +81,19 @@ class Task:
         prompt_room = prompt_tokens or self.family.length - self.family.max_new_tokens
         answer_room = answer_tokens or self.family.max_new_tokens
         start, special = self.family.least_size, SpecialTokens(tokenizer, "--model")
-        for index in range(count):
+        yielded = 0
+        for index in itertools.count():
+            if yielded == count:
+                return
             try:
                 size, example = self._fitting(special, purpose, index, start, prompt_room, answer_room)
             except SettingsError as error:
                 own = str(error).startswith("tasks.")
                 raise SettingsError(str(error) if own else f"tasks.{self.name}.{error}") from None
             start = size if index == 0 else start  # the others have about the first one's size
-            yield example
+            if len(example.prompt_ids) >= self.family.shortest_prompt:
+                yielded += 1
+                yield example
 
     def _fitting(
         self, special: SpecialTokens, purpose: str, index: int, start: int, prompt: int, answer: int

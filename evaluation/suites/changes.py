@@ -58,8 +58,10 @@ def change(suite: Suite, changes: Changes) -> tuple[Suite, list[str]]:
     said += [
         f"{key} {value} instead of {before[key]}" for key, value in changes.refresh.items() if value != before[key]
     ]
-    columns = {label: column for label, column in suite.columns.items() if column.of not in changes.without}
-    if not columns:
+    columns = {
+        label: column for label, column in suite.columns.items() if not set(column.sources) & set(changes.without)
+    }
+    if not any(column.sources for column in columns.values()):
         raise SettingsError("--without leaves nothing to measure")
     return _rebuilt(suite, columns=columns, refresh={**suite.refresh, **changes.refresh}, **parts), said
 
@@ -91,7 +93,7 @@ def _change_tasks(benchmarks: dict[str, Benchmark], tasks: dict[str, Any]) -> li
     given = settings_by_task(tasks, [task for names in known.values() for task in names], "the suite's tasks")
     for name, benchmark in benchmarks.items():
         for task in known[name]:
-            values = given.pop(task, {})  # the first benchmark that has the task takes them
+            values = given.get(task, {})
             if values:
                 own = benchmark.settings.get(task, {})
                 benchmark.settings = {**benchmark.settings, task: {**own, **values}}

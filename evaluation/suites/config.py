@@ -26,6 +26,9 @@ class Corpus:
     """Tokens of a sequence in the paper. Other lengths are accepted, and the report says so."""
     rows: int = 100
     last_tokens: int = 256
+    """Tokens that are scored."""
+    decoded_tokens: int | None = None
+    """Tokens that are decoded, the scored ones last; None to score all that are decoded."""
     split: Literal["train", "validation", "test"] = "test"
     refresh: dict[str, Any] = field(default_factory=dict)
     """Settings of `RefreshConfig` for this one only."""
@@ -71,11 +74,17 @@ class Line:
 class Column:
     """A column of the table: one figure of one corpus or benchmark."""
 
-    of: str
-    """Name of a corpus or benchmark."""
+    of: str | list[str] | None
+    """Name of a corpus or benchmark; of several benchmarks for the mean of their scores; None if this project measures
+    nothing of it: the paper's numbers only."""
     value: Literal["perplexity", "score", "effective stride", "seconds", "cache MiB"]
     model: str | None = None
     """One of the suite's models, if columns are of different models."""
+
+    @property
+    def sources(self) -> list[str]:
+        """The corpora and benchmarks that the column's figures come from."""
+        return [] if self.of is None else [self.of] if isinstance(self.of, str) else self.of
 
 
 @dataclass
@@ -132,10 +141,13 @@ class Suite:
         if not self.rows or not self.columns or not self.paper.numbers:
             raise SettingsError("rows, columns and paper.numbers must not be empty")
         for label, column in self.columns.items():
-            if column.of not in {**self.corpora, **self.benchmarks}:
-                raise SettingsError(f"columns.{label}.of: there is no corpus or benchmark {column.of}")
-            if (column.value == "score") != (column.of in self.benchmarks) and column.value in ("score", "perplexity"):
-                raise SettingsError(f"columns.{label}.value: {column.of} has no {column.value}")
+            for of in column.sources:
+                if of not in {**self.corpora, **self.benchmarks}:
+                    raise SettingsError(f"columns.{label}.of: there is no corpus or benchmark {of}")
+                if (column.value == "score") != (of in self.benchmarks) and column.value in ("score", "perplexity"):
+                    raise SettingsError(f"columns.{label}.value: {of} has no {column.value}")
+            if len(column.sources) > 1 and column.value != "score":
+                raise SettingsError(f"columns.{label}.of: only scores have a mean, not {column.value}: name one")
         for kind, items in (("rows", self.rows), ("columns", self.columns)):
             for label, item in items.items():
                 if item.model is not None and item.model not in self.models:
@@ -170,12 +182,14 @@ class Suite:
 
     def shows_costs(self, of: str) -> bool:
         """Whether a column of this corpus or benchmark shows times or memory, which only decoding gives."""
-        return any(column.of == of and column.value in ("seconds", "cache MiB") for column in self.columns.values())
+        return any(
+            of in column.sources and column.value in ("seconds", "cache MiB") for column in self.columns.values()
+        )
 
     def strategies(self, of: str, model: str) -> list[Strategy]:
         """The strategies for one corpus or benchmark with one model, named after their table lines."""
         own = {**self.corpora, **self.benchmarks}[of].refresh
-        if not any(column.of == of and column.model in (None, model) for column in self.columns.values()):
+        if not any(of in column.sources and column.model in (None, model) for column in self.columns.values()):
             return []
         return [
             dataclasses.replace(build_strategy(line.strategy, self.config(own, line.refresh)), name=label)

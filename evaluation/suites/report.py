@@ -2,10 +2,11 @@
 
 import dataclasses
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from refreshkv.evaluation.reports import EXAMPLES_FILE, ROWS_FILE, drawn, provenance
-from refreshkv.evaluation.suites.config import Suite
+from refreshkv.evaluation.suites.config import Column, Suite
 from refreshkv.evaluation.suites.run import Measured
 from refreshkv.files import write_bytes, write_json, write_text
 from refreshkv.tables import column_table, markdown_table
@@ -102,7 +103,7 @@ def _table(suite: Suite, results: dict[str, Measured], model: str | None) -> lis
     papers = [name for name in suite.paper.numbers if _any_number(suite, name)]
     papers = papers or list(suite.paper.numbers)[:1]
     beside = [f"paper, {name}" if len(papers) > 1 else "paper" for name in papers]
-    titles = [_title(title, column.of, results) for title, column in suite.columns.items()]
+    titles = [_title(title, column.sources, results) for title, column in suite.columns.items()]
     table = [["", *(head for title in titles for head in (title, *beside))]]
     for label, own_line in suite.rows.items():
         cells = [label]
@@ -110,7 +111,7 @@ def _table(suite: Suite, results: dict[str, Measured], model: str | None) -> lis
             name = own_line.model or column.model or model
             assert name is not None  # `Suite` has checked it
             measured = results[name]
-            own = measured.figures.get(label, {}).get(column.of, {}).get(column.value)
+            own = _figure(column, measured.figures.get(label, {}))
             digits = DIGITS[column.value]
             cells.append(NOT_MEASURED if own is None else f"{own:,.{digits}f}")
             cells += [_printed(suite, paper, label, title) for paper in papers]
@@ -118,9 +119,17 @@ def _table(suite: Suite, results: dict[str, Measured], model: str | None) -> lis
     return table
 
 
-def _title(title: str, of: str, results: dict[str, Measured]) -> str:
+def _figure(column: Column, figures: dict[str, dict[str, float | None]]) -> float | None:
+    """A cell of the column from a line's figures by corpus or benchmark; None if it was not measured."""
+    found = [figures.get(of, {}).get(column.value) for of in column.sources]
+    measured = [value for value in found if value is not None]
+    return fmean(measured) if measured and len(measured) == len(found) else None
+
+
+def _title(title: str, sources: list[str], results: dict[str, Measured]) -> str:
     """The column's title, which says when its tasks run on substitutes."""
-    on_substitutes = any(task.substitutes for measured in results.values() for task in measured.tasks.get(of, []))
+    tasks = [task for measured in results.values() for of in sources for task in measured.tasks.get(of, [])]
+    on_substitutes = any(task.substitutes for task in tasks)
     return f"{title}-substitute" if on_substitutes else title
 
 
@@ -179,7 +188,10 @@ def _notes(report: dict[str, Any]) -> list[str]:
         if not any(number is not None for line in lines.values() for number in line.values()):
             notes.append(f"{model}: none of the paper's numbers is available offline")
     blank = [column for column in suite["columns"].values() if column["value"] in ("seconds", "cache MiB")]
-    if any(column["of"] in suite["corpora"] for column in blank) and not report["settings"]["decode"]:
+    if (
+        any(isinstance(column["of"], str) and column["of"] in suite["corpora"] for column in blank)
+        and not report["settings"]["decode"]
+    ):
         notes.append("seconds and MiB are of rows decoded token by token, else -: --decode measures them for all")
     return notes
 

@@ -3,6 +3,7 @@
 Files keep finished sequences and examples, so that an interrupted run can continue.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +91,12 @@ def _open_corpus(name: str, corpus: Corpus) -> tuple[Rows, Dataset]:
             f"--corpus {name}=FOLDER, or leave it out with --without {name}"
         )
     rows, split = open_split(corpus.data, corpus.split, corpus.rows)
-    check_last_tokens(corpus.last_tokens, len(split[0]["input_ids"]))
+    decoded = corpus.decoded_tokens or corpus.last_tokens
+    if decoded < corpus.last_tokens:
+        raise SettingsError(
+            f"{name}: decoded_tokens={decoded} must be at least the {corpus.last_tokens} scored tokens (--last-tokens)"
+        )
+    check_last_tokens(decoded, len(split[0]["input_ids"]))
     return rows, split
 
 
@@ -135,8 +141,10 @@ def run_suite(
         for of, (_, split) in corpora.items():
             decodes = suite.shows_costs(of) if stepwise is None else stepwise
             options = {"batch_size": batch_size, "stepwise": decodes, "records": sequence_records, "progress": progress}
-            last_tokens = suite.corpora[of].last_tokens
-            _add_perplexities(measured, of, evaluate(model, split, strategies[of], last_tokens, **options))
+            corpus = suite.corpora[of]
+            decoded = corpus.decoded_tokens or corpus.last_tokens
+            evaluation = evaluate(model, split, strategies[of], decoded, **options)
+            _add_perplexities(measured, of, evaluation, corpus.last_tokens)
         for of, examples in work.items():
             options = {"batch_size": batch_size, "progress": progress}
             assert tokenizer is not None
@@ -145,10 +153,12 @@ def run_suite(
     return results
 
 
-def _add_perplexities(measured: Measured, corpus: str, evaluation: Evaluation) -> None:
+def _add_perplexities(measured: Measured, corpus: str, evaluation: Evaluation, last_tokens: int) -> None:
+    """Adds the perplexity of the last `last_tokens` decoded tokens, and the costs of all decoded ones."""
     measured.evaluations[corpus] = evaluation
     for result in evaluation.results:
-        measured.figures.setdefault(result.name, {})[corpus] = {"perplexity": result.perplexity, **_costs(result)}
+        perplexity = math.exp(fmean(result.losses[-last_tokens:]))
+        measured.figures.setdefault(result.name, {})[corpus] = {"perplexity": perplexity, **_costs(result)}
         if result.effective_strides:
             measured.strides.setdefault(result.name, {})[corpus] = result.effective_strides
 

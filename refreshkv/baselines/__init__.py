@@ -4,9 +4,10 @@ refreshkv.enable(model, config)
 model.generate(..., past_key_values=SnapKVCache(model.config, max_cache_len, budget=0.125))
 """
 
+from refreshkv.baselines.ablation import AblationCache
 from refreshkv.baselines.full import FullCache
 from refreshkv.baselines.h2o import H2OCache
 from refreshkv.baselines.snapkv import SnapKVCache
 from refreshkv.baselines.streaming import StreamingCache
 
-__all__ = ["FullCache", "H2OCache", "SnapKVCache", "StreamingCache"]
+__all__ = ["AblationCache", "FullCache", "H2OCache", "SnapKVCache", "StreamingCache"]

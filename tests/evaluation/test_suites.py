@@ -1,6 +1,7 @@
 """Suites: the files in configs/suites, what a run measures, how it is laid out, resumed and made smaller."""
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -20,11 +21,13 @@ from refreshkv.evaluation.strategies import LATER_SETTINGS, build_strategies
 from refreshkv.evaluation.suites.changes import Changes, change
 from refreshkv.evaluation.suites.config import Suite, load_suite, named_models
 from refreshkv.settings import SettingsError, settings_from_dict
+from tests.evaluation.paper_tables import CHAIN_MODELS, CHAIN_OF_KEY, TABLES, numbers
+from tests.helpers.longproc import write_longproc
 from tests.helpers.models import tiny_model
 from tests.helpers.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = [f"paper-table-{number}" for number in (1, 2, 3, 4, 5, 8, 9)] + ["paper-figure-3", "paper-figure-4"]
+NAMES = [f"paper-table-{number}" for number in (1, 2, 3, 4, 5, 8, 9, 10, 13, 14)] + ["paper-figure-3", "paper-figure-4"]
 LENGTH, LAST = 60, 30
 
 SMALL = {
@@ -60,6 +63,11 @@ SMALL = {
 }
 
 
+@pytest.fixture(scope="module")
+def longproc(tmp_path_factory):
+    return write_longproc(tmp_path_factory.mktemp("longproc"))
+
+
 def small(**changes):
     return settings_from_dict(Suite, json.loads(json.dumps({**SMALL, **changes})), "")
 
@@ -72,7 +80,7 @@ def test_all_tables_are_there():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_suites_load_and_can_be_run(name):
+def test_suites_load_and_can_be_run(name, longproc):
     suite, path = load_suite(name)
     assert path.read_text().startswith("# "), "a comment says what is certain"
     for of in [*suite.corpora, *suite.benchmarks]:
@@ -80,8 +88,9 @@ def test_suites_load_and_can_be_run(name):
         assert {item.name for item in strategies} == {label for label, row in suite.rows.items() if row.strategy}
     for item in suite.benchmarks.values():
         files = {"gov_report", "qmsum", "novel_summary"} & set(item.tasks)
-        settings = {task: {"data_files": "x", **item.settings.get(task, {})} for task in files} | item.settings
-        settings |= {task: {**settings[task], "data_files": "x"} for task in files}
+        settings = dict(item.settings)
+        settings |= {task: {**settings.get(task, {}), "data_files": "x"} for task in files}
+        settings |= {task: {**own, "data": str(longproc)} for task, own in settings.items() if "data" in own}
         assert all(task.family.length == item.length for task in build_tasks(item.tasks, settings, length=item.length))
     for corpus in suite.corpora.values():
         config = corpus.prepare.split("--config ")[1].split()[0]
@@ -91,18 +100,17 @@ def test_suites_load_and_can_be_run(name):
         assert corpus.row_length == int(overrides.get("row_length", prepared["row_length"]))
 
 
-def test_numbers_of_the_paper():
-    """Those that must not change by accident, and the settings they were measured with."""
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_are_the_papers(name):
+    expected = numbers(TABLES[name])
+    if name == "paper-table-2":
+        expected |= numbers(CHAIN_OF_KEY, CHAIN_MODELS)
+    assert load_suite(name)[0].paper.numbers == expected
+
+
+def test_settings_of_the_paper():
+    """The settings that its numbers were measured with."""
     suite, _ = load_suite("paper-table-1")
-    numbers = suite.paper.numbers["Llama-3.1-8B"]
-    assert {row: (own["arXiv"], own["Books"]) for row, own in numbers.items()} == {
-        "Vanilla": (2.22, 7.07),
-        "StreamingLLM": (2.62, 7.94),
-        "H2O": (2.48, 7.60),
-        "SnapKV": (2.54, 7.78),
-        "RefreshKV QC=5": (2.27, 7.31),
-        "RefreshKV QC=10": (2.32, 7.41),
-    }
     settings = {item.name: item.settings for item in suite.strategies("arxiv", "any")}
     assert settings["Vanilla"] == {} and settings["H2O"]["budget"] == 2048
     assert settings["StreamingLLM"] == {"cache": "StreamingCache", "budget": 2048, "sink_tokens": 4}
@@ -111,6 +119,8 @@ def test_numbers_of_the_paper():
     assert RefreshConfig.from_dict(settings["RefreshKV QC=5"]).to_dict() == measured
     corpus = suite.corpora["arxiv"]
     assert (corpus.rows, corpus.row_length, corpus.last_tokens) == (100, 16384, 256)
+    budgets = load_suite("paper-table-5")[0].corpora
+    assert {name: item.refresh["budget"] for name, item in budgets.items()} == {"arxiv-8k": 1024, "arxiv-16k": 2048}
     (novels,) = {item.settings["budget"] for item in load_suite("paper-table-2")[0].strategies("novels", "")[1:]}
     assert novels == 4096
 
@@ -128,6 +138,7 @@ def test_numbers_of_the_paper():
         ({"columns": {"PPL": {"of": "books", "value": "perplexity"}}}, "no corpus or benchmark books"),
         ({"columns": {"PPL": {"of": "text", "value": "score"}}}, "columns.PPL.value: text has no score"),
         ({"columns": {"PPL": {"of": "chain", "value": "perplexity"}}}, "chain has no perplexity"),
+        ({"columns": {"PPL": {"of": ["text", "chain"], "value": "effective stride"}}}, "only scores have a mean"),
         ({"columns": {"PPL": {"of": "text", "value": "loss"}}}, "columns.PPL.value must be one of perplexity"),
         ({"models": {"a": "x"}}, "either all rows or all columns must say which model"),
         ({"rows": {"a": {"strategy": "full", "model": "b"}}}, "rows.a.model: b is not among the models"),
@@ -199,7 +210,7 @@ def test_models_by_name(tmp_path):
     }
     with pytest.raises(SettingsError, match="base comes twice; write NAME=y/base"):
         named_models(small(), ["x/base", "y/base"])
-    table, _ = load_suite("paper-table-4")
+    table, _ = load_suite("paper-table-5")
     with pytest.raises(SettingsError, match="give --model before=... .the untouched model. --model after=..."):
         named_models(table, ["before=x"])
 
@@ -290,6 +301,46 @@ def test_a_table_beside_the_papers(launch, place, ids, tmp_path, monkeypatch, ca
     monkeypatch.setattr("refreshkv.evaluation.tasks.scores.AnswerGenerator.generate", None)
     launch(["--model", str(place / "one"), *common, "--resume"])
     assert json.loads(Path("out/suite.json").read_text())["tables"] == report["tables"]
+
+
+def test_means_of_benchmarks_and_columns_of_the_paper_alone(launch, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chain = SMALL["benchmarks"]["chain"]
+    other = {"chain_of_key": {**chain["settings"]["chain_of_key"], "seed": 7}}
+    columns = {name: {"of": of, "value": "score"} for name, of in (("one", "chain"), ("both", ["chain", "more"]))}
+    columns["theirs"] = {"of": None, "value": "score"}
+    changes = {"corpora": {}, "rows": {"Vanilla": {"strategy": "full"}}, "columns": columns}
+    changes["paper"] = {"source": "x", "numbers": {"M": {"Vanilla": {"theirs": 7}}}}
+    suite = written(
+        tmp_path, benchmarks={"chain": chain, "more": {**chain, "examples": 1, "settings": other}}, **changes
+    )
+    scores = iter([{"score": 0.25}, {"score": 0.25}, {"score": 0.75}])
+    monkeypatch.setattr("refreshkv.data.tasks.chain_of_key.ChainOfKey.score", lambda *_: next(scores))
+    launch(["--model", str(place / "one"), "--suite", suite, "--device", "cpu", "--output", "out"])
+    _, vanilla = json.loads(Path("out/suite.json").read_text())["tables"]["one"]
+    assert vanilla == ["Vanilla", "25.0", "-", "50.0", "-", "-", "7"]
+
+
+def test_scored_tokens_at_the_end_of_a_longer_decoded_stretch(launch, place, ids, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    corpus = {**SMALL["corpora"]["text"], "data": str(place / "rows"), "last_tokens": 7, "decoded_tokens": LAST}
+    suite = written(
+        tmp_path,
+        corpora={"text": corpus},
+        benchmarks={},
+        rows={"S=10": {"strategy": "refresh:10"}},
+        columns={"PPL": {"of": "text", "value": "perplexity"}},
+        paper={"source": "x", "numbers": {"M": {"S=10": {"PPL": 1}}}},
+    )
+    launch(["--model", str(place / "one"), "--suite", suite, "--device", "cpu", "--output", "out"])
+    found = json.loads(Path("out/suite.json").read_text())["results"]["one"]["figures"]["S=10"]["text"]
+    config = RefreshConfig(budget=8, stride=10)
+    model = enable(type(tiny_model()).from_pretrained(place / "one"), config)
+    rows = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
+    (expected,) = evaluate(model, rows, build_strategies(["refresh:10"], config), LAST).results
+    assert found["perplexity"] == pytest.approx(math.exp(sum(expected.losses[-7:]) / 7), rel=1e-5)
+    with pytest.raises(SettingsError, match="decoded_tokens=30 must be at least the 40 scored tokens"):
+        launch(["--model", str(place / "one"), "--suite", suite, "--last-tokens", "40", "--output", "other"])
 
 
 def test_columns_of_substitutes_are_named_so(launch, place, tmp_path, monkeypatch):

@@ -32,16 +32,21 @@ def select(
     (B, Hkv, N, W) int64 by rank, best first, -1 past the end. Other forms may return all ranks but the `droppable`
     lowest in any order.
     """
-    budgets, left_padding = steps.budgets, steps.left_padding
+    left_padding = steps.left_padding
     chunk = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * options.observation_window * key.shape[2]))
     parts = []
     for here in steps.positions.split(chunk, dim=1):
         observers = observing_queries(query, here - (key.shape[2] - query.shape[2]), options.observation_window)
         scores = observed_scores(observers, key, here, left_padding, scaling)
         scores = pool(scores, here, left_padding, options.pool_kernel, options.pool_ahead)
-        ranking = _ranking_keys(scores, here, left_padding, options, own_first)
-        parts.append(_best(ranking, here, budgets, left_padding, steps.width))
+        parts.append(best_positions(scores, steps._replace(positions=here), options, own_first=own_first))
     return torch.cat(parts, dim=2)
+
+
+def best_positions(scores: Tensor, steps: FullSteps, options: SelectionOptions, *, own_first: bool = False) -> Tensor:
+    """The positions each step keeps, by rank, (B, Hkv, N, W) as in `select`: scores (B, Hkv, N, L), pooled."""
+    ranking = _ranking_keys(scores, steps.positions, steps.left_padding, options, own_first)
+    return _best(ranking, steps.positions, steps.budgets, steps.left_padding, steps.width)
 
 
 def observing_queries(query: Tensor, columns: Tensor, observation_window: int) -> Tensor:
