@@ -84,11 +84,6 @@ class RefreshConfig:
         if not isinstance(self.pool_ahead, bool):
             raise SettingsError(f"pool_ahead must be true or false, got {self.pool_ahead!r}")
 
-    @property
-    def is_readable_only(self) -> bool:
-        """Whether a setting is used that the kernels of decoding steps do not know."""
-        return self.select_stride is not None or self.pool_ahead
-
     @staticmethod
     def plain_values(values: dict[str, Any]) -> dict[str, Any]:
         """The settings `values`, with a budget such as "12.5%" as a share and a stride "never" as a number."""

@@ -14,8 +14,10 @@ computes what is decided in `choice`, once, by this table (16 bits: float16 and 
 | partial steps | `rows/partial_steps.py`: Triton | always |
 | `select`: full steps of a pass | `selection/ranking.py`: Triton | always |
 | `step.operators.*`: decoding steps | `step/launches.py`, `selection/step.py`: Triton | always |
+| selecting steps of decoding, between the two | `step/selecting/launches.py`: Triton | with `select_stride` |
+| `write_score_keys`: a prompt's | `selection/score_keys.py`: Triton | 8 or 4 bits |
 | `copy_tokens`, `gather_tokens`: host memory | `step/transfer.py`: Triton | always |
-| selecting steps, `pool_ahead` | `naive` alone; refused where kernels would run | always |
+| selecting steps, `pool_ahead` of a pass | `naive` alone; refused where kernels would run | always |
 
 *Uniform* means the fixed schedule without padding. Both selections are `selection/top_k.py`. Structs that operations
 take are in `state`; the schedule is in `schedule`.
@@ -94,6 +96,22 @@ def select(query: Tensor, key: Tensor, steps: FullSteps, options: SelectionOptio
 
         return ranking.select(query, key, steps, options, scaling)
     return naive.select(query, key, steps, options, scaling)
+
+
+def write_score_keys(key: Tensor, codes: Tensor, scales: Tensor, first: int) -> None:
+    """Stores the score keys of a prompt or a block of it (specification, section 10.5).
+
+    Args:
+        key: (B, Hkv, n, D).
+        codes, scales: as in `refreshkv.ops.state.SelectingState`, of 8 or 4 bits; changed in place at the positions
+            `first .. first + n - 1`.
+        first: position of the first token.
+    """
+    if CHOICE.uses_kernels(key):
+        from refreshkv.ops.selection import score_keys as form
+    else:
+        form = naive
+    form.write_score_keys(key, codes, scales, first)
 
 
 def copy_tokens(source: Tensor, target: Tensor, source_first: int, target_first: int, count: int) -> None:

@@ -96,7 +96,8 @@ class Choice:
             ("selection in training", "Triton, one program for a full step"),
             ("decoding steps", "Triton; selections of all layers in one launch, several programs for a row"),
             ("keys and values in host memory", "Triton, over the bus"),
-            ("select_stride, pool_ahead", "refused; with REFRESHKV_OPS=naive plain PyTorch"),
+            ("selecting steps in decoding", "Triton, three launches more a layer; 4-bit score keys by PTX on Hopper"),
+            ("select_stride, pool_ahead in training", "refused; with REFRESHKV_OPS=naive plain PyTorch"),
         ]
 
 

@@ -5,6 +5,7 @@ Faster forms have the same signatures and are tested against these.
 
 from refreshkv.ops.naive.attention import grouped_attention
 from refreshkv.ops.naive.rows import refresh_rows, visible_keys, whole_sequence
+from refreshkv.ops.naive.score_keys import empty_score_keys, write_score_keys
 from refreshkv.ops.naive.selection import select, selection_sizes
 from refreshkv.ops.naive.step import (
     compact_step,
@@ -21,6 +22,7 @@ __all__ = [
     "copy_tokens",
     "decode",
     "decode_step",
+    "empty_score_keys",
     "full_step",
     "gather_tokens",
     "grouped_attention",
@@ -30,4 +32,5 @@ __all__ = [
     "small_cache",
     "visible_keys",
     "whole_sequence",
+    "write_score_keys",
 ]

@@ -49,7 +49,7 @@ def decode_step(
     known, contents = state.keys[:, :, : position + 1], state.values[:, :, : position + 1]
     output = decode(query, known, contents, is_full, state.row_state, state.selected.long(), scaling)
     if options.select_stride is not None:
-        assert chosen is not None
+        assert chosen is not None and chosen.selecting_steps is not None
         _store_score_key(chosen, known[:, :, -1], position)
         is_selecting = (step % options.select_stride == 0) & ~is_full
         if bool(is_selecting.any()):
@@ -89,8 +89,7 @@ def _keep(state: LayerState, position: int, best: Tensor, where: Tensor) -> None
 def _store_score_key(chosen: SelectingState, key: Tensor, position: int) -> None:
     """Stores the score key of the token at `position`: key (B, Hkv, D)."""
     if chosen.codes is not None and chosen.scales is not None:
-        bits = 4 if chosen.codes.dtype == torch.uint8 else 8
-        chosen.codes[:, :, position], chosen.scales[:, :, position] = quantize(key, bits)
+        chosen.codes[:, :, position], chosen.scales[:, :, position] = quantize(key, chosen.bits)
 
 
 def _score_keys(chosen: SelectingState, known: Tensor) -> Tensor:

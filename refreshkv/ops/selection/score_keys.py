@@ -5,8 +5,6 @@ The definition is `refreshkv.ops.naive.score_keys`; codes and scales are equal t
 Shapes: `B` batch rows, `T` tokens of a prompt, `Hkv` key/value heads, `D` head size, `L` tokens the cache has room for.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -19,46 +17,15 @@ ROUND = tl.constexpr(12582912.0)
 """1.5 * 2^23: added to a float32 below 2^22 it leaves no fraction, so adding and subtracting rounds half to even."""
 
 
-class ScoreKeys(NamedTuple):
-    """A layer's score keys."""
-
-    codes: Tensor
-    """4 bits: (B, Hkv, L, D / 2) uint8; 8 bits: (B, Hkv, L, D) int8; 16 bits: the keys (B, Hkv, L, D) themselves."""
-    scales: Tensor
-    """(B, Hkv, L) float32; the keys again with 16 bits, which have no scales."""
-    bits: int
-
-    @classmethod
-    def empty(cls, keys: Tensor, bits: int) -> "ScoreKeys":
-        """Room for the score keys of a cache's keys (B, Hkv, L, D)."""
-        if bits not in (16, 8, 4):
-            raise ValueError(f"score_bits must be 16, 8 or 4, not {bits}")
-        if keys.shape[-1] % 2:
-            raise ValueError(f"score keys need an even head size, not {keys.shape[-1]}")
-        if bits == 16:
-            return cls(keys, keys, bits)
-        width, dtype = (keys.shape[-1], torch.int8) if bits == 8 else (keys.shape[-1] // 2, torch.uint8)
-        codes = torch.zeros(*keys.shape[:3], width, dtype=dtype, device=keys.device)
-        return cls(codes, torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device), bits)
-
-
-def write_score_keys(key: Tensor, score_keys: ScoreKeys, first: int) -> None:
-    """Stores the score keys of a prompt in one launch. With 16 bits there is nothing to do: the caller stores the keys.
-
-    Args:
-        key: (B, Hkv, T, D), the prompt's.
-        score_keys: changed in place, at positions `first .. first + T - 1`.
-        first: position of the first token.
-    """
-    if score_keys.bits == 16:
-        return
+def write_score_keys(key: Tensor, codes: Tensor, scales: Tensor, first: int) -> None:
+    """`refreshkv.ops.write_score_keys` in one launch."""
     key = key if key.stride(-1) == 1 else key.contiguous()
     batch, kv_heads, tokens, head_dim = key.shape
-    _write_score_keys[triton.cdiv(tokens, BLOCK), batch * kv_heads](
-        key, score_keys.codes, score_keys.scales, *key.stride()[:3], kv_heads, tokens, first,
-        score_keys.scales.shape[2],
-        D=head_dim, DH=padded_half(head_dim), BITS=score_keys.bits, BLOCK=BLOCK, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(key):
+        _write_score_keys[triton.cdiv(tokens, BLOCK), batch * kv_heads](
+            key, codes, scales, *key.stride()[:3], kv_heads, tokens, first, scales.shape[2],
+            D=head_dim, DH=padded_half(head_dim), BITS=4 if codes.dtype == torch.uint8 else 8, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
 
 
 def padded_half(head_dim: int) -> int:

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from refreshkv.ops.selection.top_k import PREFERRED
 from refreshkv.ops.step.selecting.bins import bin_of, top_bin
+from refreshkv.ops.step.selecting.overlap import wait_for_the_launch_before
 from refreshkv.ops.step.selecting.scoring import LEAST
 from refreshkv.ops.step.selecting.shares import share
 from refreshkv.ops.tiles import BUDGET, PADDING, ROW_COLUMNS
@@ -27,9 +28,11 @@ def _rank(
     kv_heads, room, splits, recent, sinks, reach,
     G: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, OBSERVERS: tl.constexpr, POOL: tl.constexpr,
     BEFORE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Ranks one share of the positions of one batch row and key/value head, (B, Hkv, L) int32, and counts the positions
     of each bin, (B, Hkv, BINS) int32. The scores before pooling, (B, Hkv, L) float32, stay in memory."""
+    wait_for_the_launch_before(OVERLAP)
     part, pair = tl.program_id(0), tl.program_id(1)
     batch = (pair // kv_heads).to(tl.int64)
     position = tl.load(selecting_ptr + batch)
