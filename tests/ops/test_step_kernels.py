@@ -67,7 +67,7 @@ SELECTING = {
     ),
     "beside the similarity schedule": (
         *(20, 16, 2, 2, 16, 5),
-        RefreshConfig(budget=10, stride=3, threshold=0.3, select_stride=2, score_bits=4),
+        RefreshConfig(budget=10, stride=2, threshold=0.0, select_stride=2, score_bits=4),
     ),
     "much at once": (
         *(20, 13, 3, 1, 24, 5),
