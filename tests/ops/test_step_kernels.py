@@ -73,8 +73,8 @@ SELECTING = {
         *(20, 13, 3, 1, 24, 5),
         RefreshConfig(
             budget=0.5,
-            stride=4,
-            threshold=0.1,
+            stride=3,
+            threshold=0.0,
             select_stride=3,
             score_bits=4,
             pool_kernel=4,
