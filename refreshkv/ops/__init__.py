@@ -12,7 +12,7 @@ computes what is decided in `choice`, once, by this table (16 bits: float16 and 
 | full steps | `rows/full_steps_cudnn.py` | uniform, 16 bits, shapes that recur |
 | full steps | `rows/full_steps.py`: Triton | otherwise |
 | partial steps | `rows/partial_steps.py`: Triton | always |
-| `select`: full steps of a pass | `selection/ranking.py`: Triton | always |
+| `select`: full steps of a pass | `selection/scores.py`, `selection/ranking.py`: Triton | always |
 | `step.operators.*`: decoding steps | `step/launches.py`, `selection/step.py`: Triton | always |
 | `copy_tokens`, `gather_tokens`: host memory | `step/transfer.py`: Triton | always |
 | selecting steps, `pool_ahead` | `naive` alone; refused where kernels would run | always |
