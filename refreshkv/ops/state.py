@@ -101,6 +101,8 @@ class Plan(NamedTuple):
     None without selecting steps."""
     score_bits: int = 16
     """Bits of the score keys."""
+    select_stride: int | None = None
+    """Decoding steps from one selecting step to the next, None without selecting steps."""
 
     @property
     def steps(self) -> FullSteps:
@@ -112,11 +114,10 @@ class Plan(NamedTuple):
         """What the selection of the selecting steps needs of the plan, which has some."""
         return self.steps._replace(positions=self.selecting_positions)
 
-    def for_kernels(self) -> tuple:
-        """The fields that the kernels know, up to `recurring`. Raises `ValueError` if there are selecting steps."""
-        if self.selecting_positions is not None:
-            raise ValueError(f"select_stride {READABLE_ONLY}")
-        return self[: self._fields.index("recurring") + 1]
+    @property
+    def selecting(self) -> int:
+        """E: how many steps at multiples of the select stride there are, those that are full included."""
+        return 0 if self.selecting_positions is None else self.selecting_positions.shape[1]
 
 
 class AttentionInputs(NamedTuple):
