@@ -99,7 +99,7 @@ def _forward(
     """The outputs and log-sum-exps of BLOCK_M rows."""
     interval, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    head, position, partial, left, number, anchor, budget = _interval(
+    head, position, partial, left, which, anchor, budget = _interval(
         anchor_ptr, start_ptr, latest_ptr, budget_ptr, padding_ptr, batch, interval, tile, anchors, intervals, full,
         G, BLOCK_M,
     )  # fmt: skip
@@ -116,7 +116,7 @@ def _forward(
 
     keys = key_ptr + batch * key_b + kv_head.to(tl.int64) * key_h
     values = value_ptr + batch * value_b + kv_head.to(tl.int64) * value_h
-    chosen = selected_ptr + ((batch * kv_heads + kv_head) * anchors + number) * width
+    chosen = selected_ptr + ((batch * kv_heads + kv_head) * anchors + which) * width
     highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     result = tl.zeros([BLOCK_M, DP], tl.float32)
@@ -188,7 +188,7 @@ def _backward(
     split = tl.program_id(0) % SPLITS
     interval, tile = tl.program_id(0) // SPLITS // tiles, tl.program_id(0) // SPLITS % tiles
     kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    head, position, partial, left, number, anchor, budget = _interval(
+    head, position, partial, left, which, anchor, budget = _interval(
         anchor_ptr, start_ptr, latest_ptr, budget_ptr, padding_ptr, batch, interval, tile, anchors, intervals, full,
         G, BLOCK_M,
     )  # fmt: skip
@@ -214,7 +214,7 @@ def _backward(
     values = value_ptr + batch * value_b + kv_head.to(tl.int64) * value_h
     sums = batch * sums_b + kv_head.to(tl.int64) * sums_h
     key_grads, value_grads = key_grad_ptr + sums, value_grad_ptr + sums
-    chosen = selected_ptr + ((batch * kv_heads + kv_head) * anchors + number) * width
+    chosen = selected_ptr + ((batch * kv_heads + kv_head) * anchors + which) * width
     query_grad = zero_parts(BLOCK_M, WIDTH, PARTS)
     whole = seen_by_all // BLOCK_N * BLOCK_N
     share = tl.cdiv(tl.cdiv(end, BLOCK_N), SPLITS) * BLOCK_N
