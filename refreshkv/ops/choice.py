@@ -92,11 +92,14 @@ class Choice:
             ("prompt in a cache", f"cuDNN from {FEWEST_QUERIES} tokens on, 16 bits, no padding; else torch's fastest"),
             ("whole training sequence", f"one cuDNN attention if at most 1/{TAIL_SHARE} of it decodes; {uniform}"),
             ("full steps in training", f"cuDNN if Simulation.recurring; {uniform}; else Triton"),
-            ("partial steps in training", "Triton"),
-            ("selection in training", "Triton, one program for a full step"),
+            (
+                "selecting and partial steps in training",
+                "Triton; in short segments, several gather their keys together",
+            ),
+            ("selection in training", "Triton, one program for a full or selecting step"),
             ("decoding steps", "Triton; selections of all layers in one launch, several programs for a row"),
             ("keys and values in host memory", "Triton, over the bus"),
-            ("select_stride, pool_ahead", "refused; with REFRESHKV_OPS=naive plain PyTorch"),
+            ("select_stride, pool_ahead in decoding", "refused; with REFRESHKV_OPS=naive plain PyTorch"),
         ]
 
 

@@ -5,10 +5,10 @@ import logging
 import pytest
 import torch
 
-from refreshkv import RefreshCache, RefreshConfig, Simulation, ops
+from refreshkv import RefreshCache, RefreshConfig
 from refreshkv.ops import choice
 from refreshkv.ops.choice import CHOICE, Choice
-from tests.helpers.models import random_ids, tiny_enabled
+from tests.helpers.models import tiny_enabled
 
 
 @pytest.mark.parametrize(("value", "is_naive"), [(None, False), ("", False), ("kernels", False), ("naive", True)])
@@ -52,18 +52,12 @@ def test_each_operation_is_described(monkeypatch):
     ],
 )
 def test_kernels_refuse_what_they_do_not_know(monkeypatch, name, config):
-    """A pass, a cache, and the operations themselves: none falls back to another form in silence."""
+    """Decoding steps, so far: neither a cache nor the operation falls back to another form in silence."""
     monkeypatch.setattr(Choice, "uses_kernels", lambda self, tensor: True)
     message = f"^{name} is computed by the readable form only so far: set REFRESHKV_OPS=naive in the environment$"
-    model, ids = tiny_enabled(), random_ids(2, 30)
-    query, key = torch.zeros(1, 2, 30, 8), torch.zeros(1, 1, 30, 8)
-    plan, options = config.plan(query, 20), config.selection_options()
-    with pytest.raises(ValueError, match=message):
-        model(ids, simulation=Simulation(20, config))
+    model = tiny_enabled()
     with pytest.raises(ValueError, match=message):
         model(ids, past_key_values=RefreshCache(model.config, 60, config))
-    with pytest.raises(ValueError, match=message):
-        ops.refresh_rows(query[:, :, 19:], key, key, plan, options, 1.0)
     with pytest.raises(ValueError, match=message):
         config.step_options().flat()
 

@@ -14,20 +14,21 @@ import triton.language as tl
 from torch import Tensor
 
 from refreshkv.ops.rows.key_lists import LARGEST_BLOCK, key_lists
-from refreshkv.ops.rows.partial_steps import MANY_SPLITS, tile_backward
+from refreshkv.ops.rows.partial_steps import MANY_SPLITS
 from refreshkv.ops.rows.segments import Segments
 from refreshkv.ops.state import AttentionInputs, Plan
 from refreshkv.ops.tiles import (
     LOG2E,
     MANY_PROGRAMS,
+    add_parts,
     attend,
     block_sizes,
+    dot_parts,
     index_type,
     load_parts,
     load_rows,
     padded_head,
     precision,
-    zero_parts,
 )
 
 
@@ -36,20 +37,19 @@ def _rows(block, positions, prompt, length, kv_head, G: tl.constexpr, BLOCK_M: t
     """The rows of a block: each one's bit in the masks, query head and position after the prompt, and if it exists."""
     row = tl.arange(0, BLOCK_M)
     bit = row // G
-    decoded = block * positions + bit
-    exists = (bit < positions) & (decoded < length - prompt)
+    decoded = block * positions + bit - 1
+    exists = (bit < positions) & (decoded >= 0) & (decoded < length - prompt)
     return bit, kv_head * G + row % G, decoded.to(tl.int64), exists
 
 
 @triton.jit
-def _listed(tokens, masks, start, count, bit, BLOCK_N: tl.constexpr):
-    """The tokens [BLOCK_N] at some numbers of a list, whose last is repeated past the end; and which of them each row
-    sees: [BLOCK_M, BLOCK_N]."""
+def _listed(tokens, masks, start, count, BLOCK_N: tl.constexpr):
+    """The tokens at some numbers of a list, whose last is repeated past the end, and their masks: twice [BLOCK_N]."""
     number = start + tl.arange(0, BLOCK_N)
     # [BLOCK_N] twice
     token = tl.load(tokens + tl.minimum(number, count - 1))
     mask = tl.load(masks + number, mask=number < count, other=0)
-    return token, ((mask[None, :] >> bit[:, None]) & 1) != 0
+    return token, mask
 
 
 @triton.jit(do_not_specialize=["prompt", "shift", "first", "blocks"])
@@ -77,8 +77,9 @@ def _forward(
     total = tl.zeros([BLOCK_M], tl.float32)
     result = tl.zeros([BLOCK_M, DP], tl.float32)
     for start in range(0, count, BLOCK_N):
-        token, visible = _listed(tokens, masks, start, count, bit, BLOCK_N)
+        token, mask = _listed(tokens, masks, start, count, BLOCK_N)
         token = token.to(INDEX)
+        visible = ((mask[None, :] >> bit[:, None]) & 1) != 0
         # [BLOCK_N, DP] twice
         key = load_rows(keys + token * key_t, column, token >= 0, D, DP, False)
         value = load_rows(values + token * value_t, column, token >= 0, D, DP, False)
@@ -94,6 +95,30 @@ def _forward(
     tl.store(output_row[:, None] + column[None, :], result.to(output_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _tile_backward(
+    query, upstream, lse, delta, query_grad, key_row, value_row, key_grad_row, value_grad_row, column, exists, visible,
+    scale, softmax_scale, D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds one tile's part to the gradients of its keys and values in memory; returns the sum of the transposed query
+    gradient, PARTS times [WIDTH, BLOCK_M]."""
+    # PARTS times [BLOCK_N, WIDTH], twice
+    key = load_parts(key_row, column, exists, D, WIDTH, PARTS, False)
+    value = load_parts(value_row, column, exists, D, WIDTH, PARTS, False)
+    # [BLOCK_N, BLOCK_M]
+    weight = tl.exp2(dot_parts(key, query, PARTS, PRECISION) * scale - lse[None, :])
+    weight = tl.where(visible, weight, 0.0)
+    weight_grad = dot_parts(value, upstream, PARTS, PRECISION)
+    rounded = weight.to(upstream[0].dtype)
+    add_parts(value_grad_row, column, exists, rounded, upstream, D, WIDTH, PARTS, False, PRECISION)
+    logit_grad = (weight * (weight_grad - delta[None, :]) * softmax_scale).to(key[0].dtype)
+    sums = ()
+    for part in tl.static_range(PARTS):
+        sums = sums + (tl.dot(tl.trans(key[part]), logit_grad, query_grad[part], input_precision=PRECISION),)
+    add_parts(key_grad_row, column, exists, logit_grad, query, D, WIDTH, PARTS, False, PRECISION)
+    return sums
+
+
 @triton.jit(do_not_specialize=["prompt", "shift", "first", "blocks"])
 def _backward(
     query_ptr, key_ptr, value_ptr, token_ptr, mask_ptr, count_ptr, lse_ptr, delta_ptr, upstream_ptr,
@@ -104,7 +129,8 @@ def _backward(
     G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As `partial_steps._backward`, for the rows of one block."""
+    """As `partial_steps._backward`, for the rows of one block. Products are keys by rows, [BLOCK_N, BLOCK_M], so that a
+    tensor core's tile is filled by keys where a block has few rows."""
     split, block = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
     kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_heads, rows = tl.num_programs(1), length - prompt
@@ -125,38 +151,41 @@ def _backward(
     key_grads, value_grads = key_grad_ptr + sums, value_grad_ptr + sums
     row = (batch * kv_heads + kv_head) * blocks + block
     tokens, masks, count = token_ptr + row * length, mask_ptr + row * length, tl.load(count_ptr + row)
-    query_grad = zero_parts(BLOCK_M, WIDTH, PARTS)
+    query_grad = ()
+    for _ in tl.static_range(PARTS):
+        query_grad = query_grad + (tl.zeros([WIDTH, BLOCK_M], tl.float32),)
     share = tl.cdiv(tl.cdiv(count, BLOCK_N), SPLITS) * BLOCK_N
     for start in range(split * share, tl.minimum(count, (split + 1) * share), BLOCK_N):
-        token, visible = _listed(tokens, masks, start, count, bit, BLOCK_N)
+        token, mask = _listed(tokens, masks, start, count, BLOCK_N)
         token = token.to(INDEX)
-        query_grad = tile_backward(
+        visible = ((mask[:, None] >> bit[None, :]) & 1) != 0
+        query_grad = _tile_backward(
             query, upstream, lse, delta, query_grad,
             keys + token * key_t, values + token * value_t, key_grads + token * sums_t, value_grads + token * sums_t,
-            column, token >= 0, visible, scale, softmax_scale, D, WIDTH, PARTS, False, PRECISION,
+            column, token >= 0, visible, scale, softmax_scale, D, WIDTH, PARTS, PRECISION,
         )  # fmt: skip
     seen = exists & (lse < float("inf"))
     grad_row = query_grad_ptr + batch * grad_b + head.to(tl.int64) * grad_h + decoded * grad_t
     for part in tl.static_range(PARTS):
         columns = part * WIDTH + column
-        mask = seen[:, None] & (columns < D)[None, :]
+        mask = seen[None, :] & (columns < D)[:, None]
         result = query_grad[part].to(query_grad_ptr.dtype.element_ty)
         if SPLITS > 1:
-            tl.atomic_add(grad_row[:, None] + columns[None, :], result, mask=mask, sem="relaxed")
+            tl.atomic_add(grad_row[None, :] + columns[:, None], result, mask=mask, sem="relaxed")
         else:
-            tl.store(grad_row[:, None] + columns[None, :], result, mask=mask)
+            tl.store(grad_row[None, :] + columns[:, None], result, mask=mask)
 
 
-def block_positions(query: Tensor, key: Tensor) -> int:
-    """Positions of a block: as many as fill a tile of rows."""
-    group = query.shape[1] // key.shape[1]
-    return max(1, min(LARGEST_BLOCK, block_sizes("block_forward", query)["BLOCK_M"] // group))
+def block_positions(query: Tensor, key: Tensor, segments: Segments) -> int:
+    """Positions of a block: as many whole segments as fill a tile of rows; 0 if not even one does."""
+    most = block_sizes("block_forward", query)["BLOCK_M"] // (query.shape[1] // key.shape[1])
+    return min(LARGEST_BLOCK, most) // segments.longest * segments.longest
 
 
 def takes(query: Tensor, key: Tensor, segments: Segments) -> bool:
     """True if segments are so short that these kernels are the faster ones."""
     has_partial = segments.longest > 1 or segments.anchors.shape[1] > segments.full
-    return has_partial and 2 * segments.longest <= block_positions(query, key)
+    return has_partial and 2 * segments.longest <= block_positions(query, key, segments)
 
 
 def forward(inputs: AttentionInputs, plan: Plan, segments: Segments, selected: Tensor, output: Tensor) -> Tensor:
@@ -165,7 +194,7 @@ def forward(inputs: AttentionInputs, plan: Plan, segments: Segments, selected: T
     batch, heads, _, head_dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
     lse = torch.empty(batch, heads, length - plan.prompt_length, dtype=torch.float32, device=query.device)
-    sizes, positions = block_sizes("block_forward", query), block_positions(query, key)
+    sizes, positions = block_sizes("block_forward", query), block_positions(query, key, segments)
     sizes["BLOCK_M"] = rows_of(positions * (heads // kv_heads))
     for lists in key_lists(plan, segments, selected, length, positions):
         blocks = lists.counts.shape[2]
@@ -194,10 +223,10 @@ def backward(
     query_grad, key_grad, value_grad = gradients
     batch, heads, _, head_dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
-    group, positions = heads // kv_heads, block_positions(query, key)
+    group, positions = heads // kv_heads, block_positions(query, key, segments)
     sizes = block_sizes("block_backward", query)
     sizes["BLOCK_M"] = rows_of(positions * group)
-    programs = triton.cdiv(length - plan.prompt_length, positions) * kv_heads * batch
+    programs = triton.cdiv(length - plan.prompt_length + 1, positions) * kv_heads * batch
     splits = max(1, min(MANY_SPLITS, MANY_PROGRAMS // (4 * programs)))
     # several programs add to one row: in float32, joined with the full steps' rows afterwards
     sums = query_grad if splits == 1 else torch.zeros(query_grad.shape, dtype=torch.float32, device=query.device)

@@ -1,8 +1,8 @@
 """Lists of the keys that blocks of neighbouring positions attend to, for partial and selecting steps.
 
-A *block* is a few neighbouring positions. Its list names each key that any of them sees once, with a bit mask that says
-which of them do: bit `i` for the block's `i`-th position. Short segments share most of what they chose, so their keys
-are gathered once for the whole block. Full steps see nothing in a list.
+A *block* is a few neighbouring positions, from the prompt's end on. Its list names each key that any of them sees
+once, with a bit mask that says which of them do: bit `i` for the block's `i`-th position. Short segments share most of
+what they chose, so their keys are gathered once for the whole block. Full steps see nothing in a list.
 
 Shapes: `B` batch rows, `T` positions, `P` prompt length, `Hkv` key/value heads, `A` anchors, `N` intervals, `W` slots
 of a selection, `J` blocks of a chunk.
@@ -40,7 +40,7 @@ class KeyLists(NamedTuple):
     counts: Tensor
     """(B, Hkv, J) int32: how many keys are listed."""
     first: int
-    """Number of the first of these blocks; block `j` begins at position `P + j * positions`."""
+    """Number of the first of these blocks; block `j` begins at position `P - 1 + j * positions`."""
     positions: int
     """Positions of a block."""
 
@@ -51,7 +51,7 @@ def key_lists(plan: Plan, segments: Segments, selected: Tensor, length: int, pos
     selected (B, Hkv, A, W) int32: as `refreshkv.ops.selection.ranking.select_all` gives it.
     """
     batch, kv_heads, anchors, width = selected.shape
-    blocks = triton.cdiv(length - plan.prompt_length, positions)
+    blocks = triton.cdiv(length - plan.prompt_length + 1, positions)
     chunk = min(blocks, max(1, MAX_MASKS // (batch * kv_heads * length)))
     memory = torch.empty(2, batch * kv_heads * chunk * length, dtype=torch.int32, device=selected.device)
     within = _first_intervals(segments.starts, plan.prompt_length, positions, blocks)
@@ -72,7 +72,7 @@ def key_lists(plan: Plan, segments: Segments, selected: Tensor, length: int, pos
 def _first_intervals(starts: Tensor, prompt_length: int, positions: int, blocks: int) -> Tensor:
     """The number of the interval in which each block begins: (blocks + 1,) int64. All layers share it."""
     with torch.inference_mode(False):
-        begins = prompt_length + positions * torch.arange(blocks + 1, device=starts.device)
+        begins = prompt_length - 1 + positions * torch.arange(blocks + 1, device=starts.device)
         return torch.searchsorted(starts[:-1], begins, right=True) - 1
 
 
@@ -94,7 +94,7 @@ def _list_keys(
     pair = batch * tl.num_programs(1) + kv_head
     row = pair * tl.num_programs(0) + block
     tokens, masks = token_ptr + row * length, mask_ptr + row * length
-    begin = prompt + (first_block + block) * positions
+    begin = prompt - 1 + (first_block + block) * positions
     end = tl.minimum(begin + positions, length)
     budget = tl.load(budget_ptr + batch).to(tl.int32)
     padding = tl.load(padding_ptr + batch).to(tl.int32)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refreshkv.ops.naive import selection_sizes
 from refreshkv.ops.selection.score_keys import quantized
 from refreshkv.ops.selection.scores import ScoredKeys, log_sum_exp, write_scores
 from refreshkv.ops.selection.top_k import (
@@ -19,7 +20,7 @@ from refreshkv.ops.selection.top_k import (
     bracket,
     can_resolve,
     collect,
-    entry_of,
+    ranking_of,
     resolve,
     sample_size,
     search,
@@ -91,16 +92,16 @@ def _collect(
     decisions, first_decision, length, width, kv_heads, recent, sinks,
     POOL: tl.constexpr, AHEAD: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """What is above goes into the lists of chosen entries (B, Hkv, steps, 2, W), the candidates into theirs
-    (B, Hkv, steps, 2, CANDIDATES). Counts of both: (B, Hkv, steps, 2)."""
+    """What is above goes into the lists of chosen entries (B, Hkv, steps, W) int64, the candidates into theirs
+    (B, Hkv, steps, CANDIDATES). Counts of both: (B, Hkv, steps, 2)."""
     first, last, keep, row = _full_step(position_ptr, padding_ptr, budget_ptr, decisions, first_decision, kv_heads)
     if last < 0:
         return
-    scores, chosen = score_ptr + row * length, chosen_ptr + row * 2 * width
-    candidates = candidate_ptr + row * 2 * CANDIDATES
+    scores, chosen = score_ptr + row * length, chosen_ptr + row * width
+    candidates = candidate_ptr + row * CANDIDATES
     low, high = tl.load(bracket_ptr + 2 * row), tl.load(bracket_ptr + 2 * row + 1)
     above, between = collect(
-        scores, first, last, recent, sinks, low, high, None, keep, chosen, chosen + width, candidates,
+        scores, first, last, recent, sinks, low, high, None, keep, chosen, None, candidates,
         POOL, CANDIDATES, BLOCK, AHEAD, OWN,
     )  # fmt: skip
     tl.store(count_ptr + 2 * row, above)
@@ -117,59 +118,55 @@ def _resolve(
     first, last, keep, row = _full_step(position_ptr, padding_ptr, budget_ptr, decisions, first_decision, kv_heads)
     if last < 0:
         return
-    chosen, candidates = chosen_ptr + row * 2 * width, candidate_ptr + row * 2 * CANDIDATES
+    chosen, candidates = chosen_ptr + row * width, candidate_ptr + row * CANDIDATES
     above, between = tl.load(count_ptr + 2 * row), tl.load(count_ptr + 2 * row + 1)
     low, high = tl.load(bracket_ptr + 2 * row), tl.load(bracket_ptr + 2 * row + 1)
     if can_resolve(above, between, keep, CANDIDATES):
         if above < keep:
             if between <= CANDIDATES // 2:
-                _resolve_listed(candidates, between, above, keep, low, high, chosen, width, CANDIDATES // 2, CANDIDATES)
+                _resolve_listed(candidates, between, above, keep, low, high, chosen, CANDIDATES // 2)
             else:
-                _resolve_listed(candidates, between, above, keep, low, high, chosen, width, CANDIDATES, CANDIDATES)
+                _resolve_listed(candidates, between, above, keep, low, high, chosen, CANDIDATES)
     else:
         search(
             score_ptr + row * length, first, last, recent, sinks, low, high, above, between, keep, chosen,
-            chosen + width, candidates, POOL, CANDIDATES, BLOCK, AHEAD, OWN,
+            None, candidates, POOL, CANDIDATES, BLOCK, AHEAD, OWN,
         )  # fmt: skip
 
 
 @triton.jit
-def _resolve_listed(
-    candidates, between, above, keep, low, high, chosen, width, SIZE: tl.constexpr, CANDIDATES: tl.constexpr
-):  # fmt: skip
+def _resolve_listed(candidates, between, above, keep, low, high, chosen, SIZE: tl.constexpr):
     """`resolve` of up to SIZE candidates."""
     number = tl.arange(0, SIZE)
     exists = number < between
-    # [SIZE] twice
-    token = tl.load(candidates + number, mask=exists, other=0)
-    ranking = tl.load(candidates + CANDIDATES + number, mask=exists, other=-1)
-    resolve(token, ranking, exists, between, above, keep, low, high, chosen, chosen + width, None)
+    # [SIZE]
+    entry = tl.load(candidates + number, mask=exists, other=-1)
+    resolve(token_of(entry), ranking_of(entry), exists, between, above, keep, low, high, chosen, None, None)
 
 
-@triton.jit(do_not_specialize=["selected_pair", "first_decision", "steps"])
+@triton.jit(do_not_specialize=["decisions", "first_decision", "selected_pair"])
 def _order(
-    chosen_ptr, selected_ptr, selected_pair, first_decision, steps, width,
+    position_ptr, padding_ptr, budget_ptr, chosen_ptr, selected_ptr,
+    decisions, first_decision, width, kv_heads, selected_pair,
     WIDTH: tl.constexpr, DROPPABLE: tl.constexpr,
 ):  # fmt: skip
     """Positions by rank, best first, -1 past the end: (B, Hkv, C, W) int32. Only the last DROPPABLE ranks are put in
     order, one by one, if that is less work than a sort."""
-    step, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    slot = tl.arange(0, WIDTH)
-    chosen = chosen_ptr + (pair * steps + step) * 2 * width
-    # [WIDTH] twice
-    token = tl.load(chosen + slot, mask=slot < width, other=-1)
-    ranking = tl.load(chosen + width + slot, mask=slot < width, other=0)
-    exists = token >= 0
-    selected = selected_ptr + pair * selected_pair + (first_decision + step) * width
+    _, _, keep, row = _full_step(position_ptr, padding_ptr, budget_ptr, decisions, first_decision, kv_heads)
+    slot, size = tl.arange(0, WIDTH), tl.maximum(keep, 0)
+    selected = selected_ptr + tl.program_id(1).to(tl.int64) * selected_pair
+    selected += (first_decision + tl.program_id(0)) * width
+    exists = slot < size
     if DROPPABLE >= WIDTH:
-        entry = tl.sort(tl.where(exists, entry_of(ranking, token), -1), descending=True)
+        # [WIDTH]
+        entry = tl.sort(tl.load(chosen_ptr + row * width + slot, mask=exists, other=-1), descending=True)
         tl.store(selected + slot, tl.where(entry >= 0, token_of(entry), -1), mask=slot < width)
     else:
-        size = tl.sum(exists.to(tl.int32), 0)
-        entry = tl.where(exists, entry_of(ranking, token), BEYOND)
+        # [WIDTH]
+        entry = tl.load(chosen_ptr + row * width + slot, mask=exists, other=BEYOND)
         stays = exists & (entry > store_lowest(entry, tl.minimum(size, DROPPABLE), selected, None, size))
         place = tl.cumsum(stays.to(tl.int32), 0) - 1
-        tl.store(selected + place, token, mask=stays)
+        tl.store(selected + place, token_of(entry), mask=stays)
         tl.store(selected + slot, tl.full([WIDTH], -1, tl.int32), mask=(slot >= size) & (slot < width))
 
 
@@ -226,7 +223,8 @@ def select(
     pairs = batch * kv_heads
     chunk = min(decisions, max(1, MAX_SCORES // (pairs * length)))
     score = torch.empty(pairs * chunk * length, dtype=torch.float32, device=query.device)
-    candidates = torch.empty(pairs * chunk * 2 * CANDIDATES, dtype=torch.int32, device=query.device)
+    candidates = torch.empty(pairs * chunk * CANDIDATES, dtype=torch.int64, device=query.device)
+    chosen = torch.empty(pairs * chunk * width, dtype=torch.int64, device=query.device)
     brackets, counts = (torch.empty(pairs * chunk * 2, dtype=torch.int32, device=query.device) for _ in range(2))
     block = min(BLOCK, triton.next_power_of_2(length))
     sample = sample_size(length, width, SAMPLE, CANDIDATES, MARGIN)
@@ -234,7 +232,6 @@ def select(
     kind = {"POOL": options.pool_kernel, "AHEAD": options.pool_ahead, "OWN": own_first}
     for first in range(0, decisions, chunk):
         count = min(chunk, decisions - first)
-        chosen = torch.full((batch, kv_heads, count, 2, width), -1, dtype=torch.int32, device=query.device)
         write_scores(query, keys, steps, lse, score, first, count, scaling)
         rows = (score, positions, left_padding, budgets, brackets)
         _bracket[count, pairs](
@@ -247,17 +244,21 @@ def select(
         if width <= LARGEST_SORT:
             padded = triton.next_power_of_2(width)
             _order[count, pairs](
-                chosen, into, into.stride(1), first, count, width,
+                positions, left_padding, budgets, chosen, into, decisions, first, width, kv_heads, into.stride(1),
                 WIDTH=padded, DROPPABLE=droppable if droppable <= LARGEST_ORDER else padded,
                 num_warps=8 if width >= 1024 else 4,
             )  # fmt: skip
         else:
-            into[:, :, first : first + count] = _sorted(*chosen.unbind(3))
+            here = slice(first, first + count)
+            sizes = selection_sizes(positions[:, here], budgets, left_padding)
+            into[:, :, here] = _sorted(chosen[: pairs * count * width].view(batch, kv_heads, count, width), sizes)
     return into
 
 
-def _sorted(tokens: Tensor, rankings: Tensor) -> Tensor:
-    """What `_order` gives with all ranks in order, by torch: two (B, Hkv, steps, W) int32 -> the same."""
-    entries = (rankings.long() << 32) + (0x7FFFFFFF - tokens)
-    order = torch.where(tokens >= 0, entries, -1).sort(dim=-1, descending=True).values
+def _sorted(entries: Tensor, sizes: Tensor) -> Tensor:
+    """What `_order` gives with all ranks in order, by torch: entries (B, Hkv, steps, W) int64, of which the first of
+    each step's `sizes` (B, steps) exist -> (B, Hkv, steps, W) int32."""
+    slot = torch.arange(entries.shape[-1], device=entries.device)
+    exists = slot < sizes[:, None, :, None]
+    order = entries.masked_fill(~exists, -1).sort(dim=-1, descending=True).values
     return torch.where(order >= 0, 0x7FFFFFFF - (order & 0x7FFFFFFF), -1).to(torch.int32)

@@ -16,7 +16,8 @@ Training launches 1, 2 and 3 one by one, one program for a full step, and pools 
 (POOL > 0). Decoding does all in one launch, reads stored rankings (POOL = 0), and may share a row among several
 programs.
 
-A list of N entries is two arrays in memory: N tokens, then their N rankings, both int32. A kernel that ranks must be
+A list of N entries is two arrays in memory, N tokens, then their N rankings, both int32; in training, whose tokens are
+stored anew when they are in order, it is one array of int64, which takes half the stores. A kernel that ranks must be
 compiled without fused multiply-add: see `SAME_IN_ALL_THREADS` in `refreshkv/ops/tiles.py`.
 """
 
@@ -67,6 +68,22 @@ def entry_of(ranking, token):
 def token_of(entry):
     """The token of an entry."""
     return ((entry & HIGHEST) ^ HIGHEST).to(tl.int32)
+
+
+@triton.jit
+def ranking_of(entry):
+    """The ranking of an entry."""
+    return (entry >> 32).to(tl.int32)
+
+
+@triton.jit
+def store_entries(tokens, rankings, slot, token, ranking, mask):
+    """Stores entries in some slots of a list. rankings: None if `tokens` points to a list of int64."""
+    if rankings is None:
+        tl.store(tokens + slot, entry_of(ranking, token), mask=mask)
+    else:
+        tl.store(tokens + slot, token, mask=mask)
+        tl.store(rankings + slot, ranking, mask=mask)
 
 
 @triton.jit
@@ -166,7 +183,8 @@ def collect(
     `low .. high - 1` are listed in `candidates`, in order, as far as there is room. Returns how many are above, and how
     many candidates there are.
 
-    ties: so many of the candidates go to the last slots instead; None: none of them.
+    ties: so many of the candidates go to the last slots instead; None: none of them. rankings: None if the lists are of
+    int64.
     """
     above, between = keep * 0, keep * 0
     for start in range(first // BLOCK * BLOCK, last + 1, BLOCK):
@@ -180,11 +198,12 @@ def collect(
             is_chosen = is_above | (is_between & (nth < ties))
             slot = tl.where(is_above, slot, keep - ties + nth)
         is_chosen = is_chosen & (slot < keep)
-        tl.store(tokens + slot, token, mask=is_chosen)
-        tl.store(rankings + slot, ranking, mask=is_chosen)
+        store_entries(tokens, rankings, slot, token, ranking, is_chosen)
         is_listed = is_between & (nth < CANDIDATES)
-        tl.store(candidates + nth, token, mask=is_listed)
-        tl.store(candidates + CANDIDATES + nth, ranking, mask=is_listed)
+        if rankings is None:
+            store_entries(candidates, None, nth, token, ranking, is_listed)
+        else:
+            store_entries(candidates, candidates + CANDIDATES, nth, token, ranking, is_listed)
         total = tl.sum(both, 0)
         above += total & 0xFFFF
         between += total >> 16
@@ -219,7 +238,7 @@ def store_lowest(entry, count, tokens, rankings, end):
         reached = tl.min(tl.where(entry > reached, entry, BEYOND), 0)
         tl.store(tokens + end - 1 - nth, token_of(reached))
         if rankings is not None:
-            tl.store(rankings + end - 1 - nth, (reached >> 32).to(tl.int32))
+            tl.store(rankings + end - 1 - nth, ranking_of(reached))
     return reached
 
 
@@ -241,8 +260,7 @@ def resolve(token, ranking, exists, between, above, keep, low, high, tokens, ran
         entry = tl.where(taken, entry_of(ranking, token), BEYOND)
         taken = taken & (entry > store_lowest(entry, ordered, tokens, rankings, keep))
     slot = above + tl.cumsum(taken.to(tl.int32), 0) - 1
-    tl.store(tokens + slot, token, mask=taken)
-    tl.store(rankings + slot, ranking, mask=taken)
+    store_entries(tokens, rankings, slot, token, ranking, taken)
     return ordered
 
 
