@@ -222,7 +222,7 @@ def rows(args: argparse.Namespace, config: RunConfig, rank: int, world: int) -> 
 KINDS = {
     "communication": "nccl",
     "attention": "fmha|flash|sdpa|attention|cudnn_generated|^_(forward|backward|dot_rows|merge)",
-    "selection": "^_(scores|log_sum_exp|guess|collect|settle|search|order)",
+    "selection": "^_(scores|log_sum_exp|bracket|collect|resolve|order)",
     "products": "gemm|cutlass|nvjet|xmma|cublas|::mm|::addmm",
     "optimizer": "multi_tensor_apply|foreach|adam",
     "copies": "memcpy|memset|copy|cat",

@@ -18,9 +18,6 @@ A compact cache counts the entries ever used in column 0 and leaves the last two
 ENTRIES_USED = LAST_FULL
 """Column 0 of a compact cache's `row_state`."""
 
-READABLE_ONLY = "is computed by the readable form only so far: set REFRESHKV_OPS=naive in the environment"
-"""How an error about a setting ends that the GPU's kernels do not compute."""
-
 UNBOUNDED = 2**31 - 1
 """More steps than any text has."""
 
@@ -41,12 +38,6 @@ class SelectionOptions(NamedTuple):
     def pooled_before(self) -> int:
         """Positions of the pooling window that lie before its own position."""
         return self.pool_kernel - 1 if self.pool_ahead else self.pool_kernel // 2
-
-    def for_kernels(self) -> tuple[int, int, int, int]:
-        """The options that the kernels of whole passes know. Raises `ValueError` if another one is set."""
-        if self.pool_ahead:
-            raise ValueError(f"pool_ahead {READABLE_ONLY}")
-        return self.pool_kernel, self.observation_window, self.recent_window, self.sink_tokens
 
 
 class StepOptions(NamedTuple):
@@ -112,6 +103,8 @@ class Plan(NamedTuple):
     None without selecting steps."""
     score_bits: int = 16
     """Bits of the score keys."""
+    select_stride: int | None = None
+    """Decoding steps from one selecting step to the next, None without selecting steps."""
 
     @property
     def steps(self) -> FullSteps:
@@ -123,11 +116,10 @@ class Plan(NamedTuple):
         """What the selection of the selecting steps needs of the plan, which has some."""
         return self.steps._replace(positions=self.selecting_positions)
 
-    def for_kernels(self) -> tuple:
-        """The fields that the kernels know, up to `recurring`. Raises `ValueError` if there are selecting steps."""
-        if self.selecting_positions is not None:
-            raise ValueError(f"select_stride {READABLE_ONLY}")
-        return self[: self._fields.index("recurring") + 1]
+    @property
+    def selecting(self) -> int:
+        """E: how many steps at multiples of the select stride there are, those that are full included."""
+        return 0 if self.selecting_positions is None else self.selecting_positions.shape[1]
 
 
 class AttentionInputs(NamedTuple):

@@ -21,11 +21,32 @@ def write_score_keys(key: Tensor, codes: Tensor, scales: Tensor, first: int) -> 
     """`refreshkv.ops.write_score_keys` in one launch."""
     key = key if key.stride(-1) == 1 else key.contiguous()
     batch, kv_heads, tokens, head_dim = key.shape
+    bits = 4 if codes.dtype == torch.uint8 else 8
     with torch.cuda.device_of(key):
         _write_score_keys[triton.cdiv(tokens, BLOCK), batch * kv_heads](
             key, codes, scales, *key.stride()[:3], kv_heads, tokens, first, scales.shape[2],
-            D=head_dim, DH=padded_half(head_dim), BITS=4 if codes.dtype == torch.uint8 else 8, BLOCK=BLOCK, num_warps=4,
+            D=head_dim, DH=padded_half(head_dim), BITS=bits, PACKED=bits == 4, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
+
+
+def quantized(key: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The score keys of all known tokens: codes (B, Hkv, T, D) in the key's dtype, which holds them exactly, and scales
+    (B, Hkv, T) float32.
+
+    Args:
+        key: (B, Hkv, T, D), in any layout whose last dimension is packed.
+        bits: 8 or 4.
+    """
+    batch, kv_heads, tokens, head_dim = key.shape
+    if head_dim % 2:
+        raise ValueError(f"score keys need an even head size, not {head_dim}")
+    codes = torch.empty(key.shape, dtype=key.dtype, device=key.device)
+    scales = torch.empty(key.shape[:3], dtype=torch.float32, device=key.device)
+    _write_score_keys[triton.cdiv(tokens, BLOCK), batch * kv_heads](
+        key, codes, scales, *key.stride()[:3], kv_heads, tokens, 0, tokens,
+        D=head_dim, DH=padded_half(head_dim), BITS=bits, PACKED=False, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return codes, scales
 
 
 def padded_half(head_dim: int) -> int:
@@ -57,16 +78,16 @@ def store_codes(codes, token, column, mask, low, high, D: tl.constexpr, BITS: tl
         tl.store(codes + token.to(tl.int64)[:, None] * (D // 2) + column[None, :], byte.to(tl.uint8), mask=mask)
     else:
         place = token.to(tl.int64)[:, None] * D + column[None, :]
-        tl.store(codes + place, low.to(tl.int8), mask=mask)
-        tl.store(codes + place + D // 2, high.to(tl.int8), mask=mask)
+        tl.store(codes + place, low.to(codes.dtype.element_ty), mask=mask)
+        tl.store(codes + place + D // 2, high.to(codes.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _write_score_keys(
     key_ptr, code_ptr, scale_ptr, key_b, key_h, key_t, kv_heads, tokens, first, capacity,
-    D: tl.constexpr, DH: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, DH: tl.constexpr, BITS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Quantises BLOCK keys of one batch row and key/value head."""
+    """Quantises BLOCK keys of one batch row and key/value head. PACKED: two codes of 4 bits share a byte."""
     pair = tl.program_id(1)
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
     token, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DH)
@@ -78,8 +99,8 @@ def _write_score_keys(
     high = tl.load(keys + D // 2, mask=mask, other=0.0).to(tl.float32)
     low, high, scale = quantize_halves(low, high, BITS)
     row = pair.to(tl.int64) * capacity
-    codes = code_ptr + row * (D // 2 if BITS == 4 else D)
-    store_codes(codes, first + token, column, mask, low, high, D, BITS)
+    codes = code_ptr + row * (D // 2 if PACKED else D)
+    store_codes(codes, first + token, column, mask, low, high, D, 4 if PACKED else 8)
     tl.store(scale_ptr + row + first + token, scale, mask=exists)
 
 

@@ -27,7 +27,6 @@ from refreshkv.ops.step import attention
 from refreshkv.ops.step import observers as observing
 from refreshkv.ops.step.selecting import bins, scoring
 from refreshkv.ops.step.selecting.launches import choose_and_attend
-from refreshkv.ops.step.selecting.overlap import overlap_of
 from refreshkv.ops.step.selecting.state import SelectingScratch
 from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, padded_head, precision
 
@@ -190,7 +189,6 @@ def attend(
         SELECTS=selecting is not None, DH=padded_half(head_dim), MR=max(8, triton.next_power_of_2(group * observers)),
         BITS=16 if selecting is None else selecting.state.bits, BINS=bins.BINS, ASM=scoring.unpacks_by_ptx(query),
         **scoring.tile_of(query, 16 if selecting is None else selecting.state.bits), **attention.tile_of(query),
-        **overlap_of(query, wanted=selecting is not None),
     )  # fmt: skip
     return shares
 
@@ -231,7 +229,7 @@ def finish(
         RANK=scratch is not None, OBSERVED=options.observation_window > 1, BLOCK=attention.RANKED,
         SELECTS=selecting is not None, CNP=max(2, triton.next_power_of_2(_list_sizes(selecting)[0])),
         ORDERED=selecting is not None and last_ranks(selecting.options) > 0,
-        num_warps=4, **SAME_IN_ALL_THREADS, **overlap_of(output, wanted=selecting is not None),
+        num_warps=4, **SAME_IN_ALL_THREADS,
     )  # fmt: skip
 
 

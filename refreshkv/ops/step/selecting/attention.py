@@ -7,7 +7,6 @@ DP, `N` shares.
 import triton
 import triton.language as tl
 
-from refreshkv.ops.step.selecting.overlap import wait_for_the_launch_before
 from refreshkv.ops.step.selecting.shares import place_in_list
 from refreshkv.ops.step.selecting.threshold import CHOICE_COLUMNS, LIMIT, THRESHOLD
 from refreshkv.ops.tiles import PADDING, ROW_COLUMNS
@@ -29,7 +28,6 @@ def _attend_to_chosen(
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, RUN: tl.constexpr, LISTED: tl.constexpr,
     LIST_STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Attends to one share of the chosen positions of one batch row and key/value head: maximum and sum (B, H, N),
     output (B, H, N, D).
@@ -37,7 +35,6 @@ def _attend_to_chosen(
     A share is every N-th run of RUN positions. The program first lists the chosen ones in its own part of the memory
     (B, Hkv, N, .), and counts them (B, Hkv, N).
     """
-    wait_for_the_launch_before(OVERLAP)
     split, pair = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads

@@ -11,7 +11,6 @@ from torch import Tensor
 from refreshkv.ops.state import LayerState, SelectionOptions
 from refreshkv.ops.step.attention import tile_of
 from refreshkv.ops.step.selecting import attention, bins, ranking, shares, threshold
-from refreshkv.ops.step.selecting.overlap import overlap_of
 from refreshkv.ops.step.selecting.state import SelectingScratch
 from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, padded_head, precision
 
@@ -50,7 +49,7 @@ def rank(state: LayerState, scratch: SelectingScratch, options: SelectionOptions
         G=group, MP=triton.next_power_of_2(rows), NP=max(2, triton.next_power_of_2(splits)),
         OBSERVERS=options.observation_window, POOL=options.pool_kernel, BEFORE=options.pooled_before,
         BLOCK=shares.RANKED, BINS=bins.BINS, FINE=bins.FINE, BIN_BITS=bins.BIN_BITS, num_warps=warps,
-        **SAME_IN_ALL_THREADS, **overlap_of(scratch.rankings),
+        **SAME_IN_ALL_THREADS,
     )  # fmt: skip
 
 
@@ -70,7 +69,6 @@ def find_threshold(
         scratch.choices, kv_heads, room, float(group * options.pool_kernel),
         BINS=bins.BINS, FINE=bins.FINE, BIN_BITS=bins.BIN_BITS, CANDIDATES=candidates, BLOCK=shares.RANKED,
         SEARCHED=threshold.SEARCHED, num_warps=warps or threshold.warps_of(candidates),
-        **overlap_of(scratch.rankings),
     )  # fmt: skip
 
 
@@ -92,5 +90,5 @@ def attend(query: Tensor, state: LayerState, scratch: SelectingScratch, scaling:
         G=group, D=head_dim, DP=padded_head(head_dim), MP=max(16, triton.next_power_of_2(group)), RUN=shares.RUN,
         LISTED=min(attention.MOST_LISTED, triton.next_power_of_2(list_room)), LIST_STAGES=attention.LIST_STAGES,
         PRECISION=precision(query),
-        **(tile_of(query) | tile), **overlap_of(query),
+        **(tile_of(query) | tile),
     )  # fmt: skip
