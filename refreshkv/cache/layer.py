@@ -86,9 +86,13 @@ class RefreshLayer(PreallocatedLayer):
 
     def _store(self, key_states: Tensor, value_states: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         stored = super()._store(key_states, value_states, start, end)
-        if self.score_state:
-            ops.write_score_keys(key_states.detach(), self.score_codes, self.score_scales, start)
+        self._store_score_keys(key_states, start)
         return stored
+
+    def _store_score_keys(self, key: Tensor, first: int) -> None:
+        """Stores the score keys of the keys (B, Hkv, n, D) from position `first` on."""
+        if self.score_state:
+            ops.write_score_keys(key.detach(), self.score_codes, self.score_scales, first)
 
     def wait_for(self, stream: torch.cuda.Stream) -> None:
         for name in self.score_state:

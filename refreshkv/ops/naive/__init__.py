@@ -8,16 +8,19 @@ from refreshkv.ops.naive.rows import refresh_rows, visible_keys, whole_sequence
 from refreshkv.ops.naive.score_keys import empty_score_keys, write_score_keys
 from refreshkv.ops.naive.selection import select, selection_sizes
 from refreshkv.ops.naive.step import (
+    choose_step,
     compact_step,
     copy_tokens,
     decode,
     decode_step,
     full_step,
     gather_tokens,
+    place_chosen,
     small_cache,
 )
 
 __all__ = [
+    "choose_step",
     "compact_step",
     "copy_tokens",
     "decode",
@@ -26,6 +29,7 @@ __all__ = [
     "full_step",
     "gather_tokens",
     "grouped_attention",
+    "place_chosen",
     "refresh_rows",
     "select",
     "selection_sizes",

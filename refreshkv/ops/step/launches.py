@@ -50,6 +50,21 @@ def decode_step(
     return output
 
 
+def choose_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: LayerState,
+    options: StepOptions,
+    scaling: float,
+    chosen: SelectingState,
+) -> None:
+    """`refreshkv.ops.naive.choose_step` by kernels."""
+    scratch = SelectionScratch.empty(query.shape[:1], *state.keys.shape[1:], query.device)
+    attend_and_rank(query, key, value, state, scratch, options, scaling, chosen, attends=False)
+    select(scratch, state.length, state.decisions, options)
+
+
 def attend_and_rank(
     query: Tensor,
     key: Tensor,
@@ -59,9 +74,11 @@ def attend_and_rank(
     options: StepOptions,
     scaling: float,
     chosen: SelectingState | None = None,
+    *,
+    attends: bool = True,
 ) -> Tensor:
     """A step without the selection of full steps, which `select` makes from what this writes into `scratch`:
-    (B, 1, H, D). A selecting step makes its own."""
+    (B, 1, H, D). A selecting step makes its own; unless it `attends`, its output has no meaning."""
     query, key, value = _unit_stride(query, key, value)
     selecting = None
     if options.select_stride is not None:
@@ -72,7 +89,7 @@ def attend_and_rank(
     if options.selection.observation_window > 1:
         scores = _observed_scores(state, scratch.full, shares.splits, scaling)
     if selecting is not None:
-        choose_and_attend(query, state, selecting.scratch, options.selection, scaling)
+        choose_and_attend(query, state, selecting.scratch, options.selection, scaling, attends=attends)
     output = query.new_empty(query.shape[0], 1, *query.shape[1::2])
     finish(shares, output, state, scores, options.selection, scratch, selecting)
     return output

@@ -92,6 +92,30 @@ def _decode_step(
     return naive.decode_step(query, key, value, state, options, scaling, chosen)
 
 
+@torch.no_grad()
+def choose_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: LayerState,
+    options: StepOptions,
+    scaling: float,
+    chosen: SelectingState,
+) -> None:
+    """A selecting step of all batch rows without its attention: stores and counts the token, and makes its choice the
+    selection. For caches whose keys and values are far away; not for compiled models.
+
+    Args as in `decode_step`.
+    """
+    if CHOICE.uses_kernels(query):
+        from refreshkv.ops.step import launches
+
+        with torch.cuda.device_of(query):
+            launches.choose_step(query, key, value, state, options, scaling, chosen)
+    else:
+        naive.choose_step(query, key, value, state, options, scaling, chosen)
+
+
 def attend_step(
     query: Tensor,
     key: Tensor,

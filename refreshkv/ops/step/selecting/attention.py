@@ -26,14 +26,14 @@ def _attend_to_chosen(
     query_ptr, keys_ptr, values_ptr, row_ptr, selecting_ptr, ranking_ptr, choice_ptr, list_ptr, count_ptr,
     partial_ptr, highest_ptr, total_ptr, query_b, query_h, kv_heads, capacity, ranking_room, list_room, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, RUN: tl.constexpr, LISTED: tl.constexpr,
-    LIST_STAGES: tl.constexpr,
+    LIST_STAGES: tl.constexpr, ATTENDS: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attends to one share of the chosen positions of one batch row and key/value head: maximum and sum (B, H, N),
     output (B, H, N, D).
 
     A share is every N-th run of RUN positions. The program first lists the chosen ones in its own part of the memory
-    (B, Hkv, N, .), and counts them (B, Hkv, N).
+    (B, Hkv, N, .), and counts them (B, Hkv, N). Without ATTENDS it does no more.
     """
     split, pair = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
@@ -67,32 +67,33 @@ def _attend_to_chosen(
             tl.store(listed + count + slot, token, mask=is_chosen)
             count += chosen
         tl.store(count_ptr + pair * splits + split, count)
-        tl.debug_barrier()  # a thread reads entries that others have listed
-        keys = keys_ptr + pair.to(tl.int64) * capacity * D
-        values = values_ptr + pair.to(tl.int64) * capacity * D
-        highest = tl.full([MP], -float("inf"), tl.float32)
-        total = tl.zeros([MP], tl.float32)
-        result = tl.zeros([MP, DP], tl.float32)
-        for start in range(0, count, BLOCK_N):
-            entry = start + tl.arange(0, BLOCK_N)
-            exists = entry < count
-            # [BLOCK_N]
-            token = tl.load(listed + entry, mask=exists, other=0)
-            place = token.to(tl.int64)[:, None] * D + column[None, :]
-            here = exists[:, None] & in_head[None, :]
-            # [BLOCK_N, DP] twice
-            key = tl.load(keys + place, mask=here, other=0.0)
-            value = tl.load(values + place, mask=here, other=0.0)
-            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-            logits = tl.where(exists[None, :], logits, -float("inf"))
-            higher = tl.maximum(highest, tl.max(logits, 1))
-            weight = tl.exp2(logits - higher[:, None])
-            shrink = tl.exp2(highest - higher)
-            total = total * shrink + tl.sum(weight, 1)
-            result = result * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
-            highest = higher
-        place = (batch * kv_heads * G + kv_head * G + row) * splits + split
-        tl.store(highest_ptr + place, highest, mask=row < G)
-        tl.store(total_ptr + place, total, mask=row < G)
-        if count > 0:
-            tl.store(partial_ptr + place[:, None] * D + column[None, :], result, mask=mask)
+        if ATTENDS:
+            tl.debug_barrier()  # a thread reads entries that others have listed
+            keys = keys_ptr + pair.to(tl.int64) * capacity * D
+            values = values_ptr + pair.to(tl.int64) * capacity * D
+            highest = tl.full([MP], -float("inf"), tl.float32)
+            total = tl.zeros([MP], tl.float32)
+            result = tl.zeros([MP, DP], tl.float32)
+            for start in range(0, count, BLOCK_N):
+                entry = start + tl.arange(0, BLOCK_N)
+                exists = entry < count
+                # [BLOCK_N]
+                token = tl.load(listed + entry, mask=exists, other=0)
+                place = token.to(tl.int64)[:, None] * D + column[None, :]
+                here = exists[:, None] & in_head[None, :]
+                # [BLOCK_N, DP] twice
+                key = tl.load(keys + place, mask=here, other=0.0)
+                value = tl.load(values + place, mask=here, other=0.0)
+                logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+                logits = tl.where(exists[None, :], logits, -float("inf"))
+                higher = tl.maximum(highest, tl.max(logits, 1))
+                weight = tl.exp2(logits - higher[:, None])
+                shrink = tl.exp2(highest - higher)
+                total = total * shrink + tl.sum(weight, 1)
+                result = result * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
+                highest = higher
+            place = (batch * kv_heads * G + kv_head * G + row) * splits + split
+            tl.store(highest_ptr + place, highest, mask=row < G)
+            tl.store(total_ptr + place, total, mask=row < G)
+            if count > 0:
+                tl.store(partial_ptr + place[:, None] * D + column[None, :], result, mask=mask)

@@ -16,7 +16,13 @@ from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, padded_head, precisi
 
 
 def choose_and_attend(
-    query: Tensor, state: LayerState, scratch: SelectingScratch, options: SelectionOptions, scaling: float
+    query: Tensor,
+    state: LayerState,
+    scratch: SelectingScratch,
+    options: SelectionOptions,
+    scaling: float,
+    *,
+    attends: bool = True,
 ) -> None:
     """Three launches: ranks the positions by their logits, finds the threshold, and attends to the chosen ones.
 
@@ -26,10 +32,11 @@ def choose_and_attend(
         scratch: what the first launch of the step wrote; afterwards the choice, and the shares of the attention.
         options: how positions rank.
         scaling: factor of the logits.
+        attends: whether to attend to them, or only to list them.
     """
     rank(state, scratch, options)
     find_threshold(state, scratch, options)
-    attend(query, state, scratch, scaling)
+    attend(query, state, scratch, scaling, attends=attends)
 
 
 def rank(state: LayerState, scratch: SelectingScratch, options: SelectionOptions, warps: int = 4) -> None:
@@ -72,12 +79,12 @@ def find_threshold(
     )  # fmt: skip
 
 
-def attend(query: Tensor, state: LayerState, scratch: SelectingScratch, scaling: float, **tile: int) -> None:
-    """The fourth launch of a step: attends to the chosen positions, in shares.
+def attend(
+    query: Tensor, state: LayerState, scratch: SelectingScratch, scaling: float, *, attends: bool = True
+) -> None:
+    """The fourth launch of a step: lists the chosen positions and attends to them, in shares.
 
-    Args:
-        query, state, scratch, scaling: as in `choose_and_attend`.
-        tile: entries of `refreshkv.ops.step.attention.TILE` to change.
+    Args as in `choose_and_attend`.
     """
     batch, heads, _, head_dim = query.shape
     kv_heads, capacity = state.keys.shape[1:3]
@@ -90,5 +97,5 @@ def attend(query: Tensor, state: LayerState, scratch: SelectingScratch, scaling:
         G=group, D=head_dim, DP=padded_head(head_dim), MP=max(16, triton.next_power_of_2(group)), RUN=shares.RUN,
         LISTED=min(attention.MOST_LISTED, triton.next_power_of_2(list_room)), LIST_STAGES=attention.LIST_STAGES,
         PRECISION=precision(query),
-        **(tile_of(query) | tile),
+        ATTENDS=attends, **tile_of(query),
     )  # fmt: skip
