@@ -8,17 +8,21 @@ compiles the step and captures it into a CUDA graph, with our loop and with tran
 the uncompiled step: quicker to set up. Without --loop our strategies take our loop and transformers' caches theirs. A
 text may end early as far as the loops know, but never does.
 
-Strategies: full, refresh (fixed schedule), similarity (the same full steps, decided by comparing queries), offloaded
-(refresh with the full keys and values in host memory; its bound leaves the bus out), streaming, h2o, snapkv; static and
-dynamic are transformers' own caches. Prints a line for each, pieces of the step with --pieces, and a table at the end;
+Strategies: full, refresh (fixed schedule), similarity (the same full steps, decided by comparing queries),
+select:2:4bit (no full steps; a selecting step every 2 tokens by score keys of 4 bits, or other numbers), offloaded and
+offloaded-select:2:4bit (refresh or select with the full keys and values in host memory; the bound leaves the bus out),
+streaming, h2o, snapkv; static and dynamic are transformers' own caches. `GB moved` is what a token's step has to read.
+Prints a line for each, pieces of the step with --pieces, and a table at the end;
 --output DIR writes decode.json after each line, and decode.png.
 """
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,6 +48,8 @@ from refreshkv.tables import column_table
 CASES = "32768:1,32768:8,131072:1,16384:32"
 REFRESHING = ("refresh", "similarity", "offloaded")
 OURS = ("full", *REFRESHING, "streaming", "h2o", "snapkv")
+SELECTING = re.compile(r"(?P<offloaded>offloaded-)?select:(?P<stride>\d+):(?P<bits>\d+)bit")
+"""Strategies with selecting steps."""
 
 
 def main() -> None:
@@ -100,8 +106,23 @@ def refresh_config(args: argparse.Namespace, threshold: float | None = None) -> 
     return RefreshConfig(budget=args.budget, stride=args.stride, threshold=threshold, observation_window=window)
 
 
+def selecting_config(strategy: str, args: argparse.Namespace) -> RefreshConfig | None:
+    """The configuration of a strategy with selecting steps, None for others."""
+    found = SELECTING.fullmatch(strategy)
+    if found is None:
+        return None
+    stride, bits = int(found["stride"]), int(found["bits"])
+    return replace(refresh_config(args), stride=NEVER, select_stride=stride, score_bits=cast(Any, bits))
+
+
+def is_ours(strategy: str) -> bool:
+    return strategy in OURS or SELECTING.fullmatch(strategy) is not None
+
+
 def make_cache(model: LlamaForCausalLM, strategy: str, capacity: int, budget: int, args: argparse.Namespace):
-    config = model.config
+    config, selecting = model.config, selecting_config(strategy, args)
+    if selecting is not None:
+        return RefreshCache(config, capacity, selecting, offload=strategy.startswith("offloaded"))
     makers = {
         "full": lambda: FullCache(config, capacity),
         "refresh": lambda: RefreshCache(config, capacity, refresh_config(args)),
@@ -156,9 +177,12 @@ def time_strategy(
 ) -> dict[str, object]:
     forget()
     torch.cuda.reset_peak_memory_stats()
+    selecting = selecting_config(strategy, args)
     stride, steps = args.stride, args.stride * (args.cycles + 2)
+    # every `period`-th step is full or selecting
+    period = stride if selecting is None or selecting.select_stride is None else selecting.select_stride
     budget = RefreshConfig(budget=args.budget).largest_budget(context)
-    model.set_attn_implementation("refreshkv" if strategy in OURS else "sdpa")
+    model.set_attn_implementation("refreshkv" if is_ours(strategy) else "sdpa")
     cache = make_cache(model, strategy, context + steps + 8, budget, args)
     length = fill(cache, model, batch, context, budget)
     begun = time.perf_counter()
@@ -170,16 +194,16 @@ def time_strategy(
     seconds = time.perf_counter() - begun
     # times[j] is that of step j + 2 after the prompt; two strides warm up
     timed = [(step, ms) for step, ms in enumerate(times, start=2) if step > 2 * stride]
-    timed = timed[: len(timed) // stride * stride]
-    full = [ms for step, ms in timed if step % stride == 0]
-    partial = [ms for step, ms in timed if step % stride != 0]
-    refreshes = strategy in REFRESHING
-    bytes_full, bytes_partial = bytes_moved(model, context, batch, budget, strategy)
-    mean_bytes = (bytes_full + (stride - 1) * bytes_partial) / stride if refreshes else bytes_full
+    timed = timed[: len(timed) // period * period]
+    long = [ms for step, ms in timed if step % period == 0]
+    partial = [ms for step, ms in timed if step % period != 0]
+    refreshes = strategy in REFRESHING or selecting is not None
+    bytes_long, bytes_partial = bytes_moved(model, context, batch, budget, strategy, selecting)
+    mean_bytes = (bytes_long + (period - 1) * bytes_partial) / period if refreshes else bytes_long
     # medians weighted as they occur: a hiccup of the host is not the method's
-    typical = statistics.median(full + partial)
-    if refreshes:
-        typical = (statistics.median(full) + (stride - 1) * statistics.median(partial)) / stride
+    typical = statistics.median(long + partial)
+    if refreshes and partial:
+        typical = (statistics.median(long) + (period - 1) * statistics.median(partial)) / period
     bound = mean_bytes / bandwidth * 1e3
     return {
         "context": context,
@@ -189,8 +213,9 @@ def time_strategy(
         "tuned": args.tuned,
         "ms": round(typical, 3),
         "mean ms": round(statistics.mean(ms for _, ms in timed), 3),
-        "full step": round(statistics.median(full), 3) if refreshes else None,
-        "partial step": round(statistics.median(partial), 3) if refreshes else None,
+        "full step": round(statistics.median(long), 3) if refreshes and selecting is None else None,
+        "selecting step": round(statistics.median(long), 3) if selecting is not None else None,
+        "partial step": round(statistics.median(partial), 3) if refreshes and partial else None,
         "tokens/s": round(batch / typical * 1e3, 1),
         "GB moved": round(mean_bytes / 1e9, 2),
         "bound ms": round(bound, 2),
@@ -202,8 +227,9 @@ def time_strategy(
 
 def loop_of(strategy: str, asked: str | None) -> str:
     """The loop that a strategy is timed in; what the host decides cannot be captured into a graph."""
-    own = "ahead" if strategy in OURS else "generate"
-    return own if asked is None or (asked == "graph" and strategy in ("dynamic", "offloaded")) else asked
+    own = "ahead" if is_ours(strategy) else "generate"
+    is_led_by_host = strategy == "dynamic" or strategy.startswith("offloaded")
+    return own if asked is None or (asked == "graph" and is_led_by_host) else asked
 
 
 class Clock(LogitsProcessor):
@@ -267,13 +293,27 @@ def run_graph(model: LlamaForCausalLM, cache, batch: int, length: int, steps: in
     return clock.times()
 
 
-def bytes_moved(model: LlamaForCausalLM, context: int, batch: int, budget: int, strategy: str) -> tuple[float, float]:
-    """What a full and a partial step have to read: weights but for the embedding, and the keys and values."""
+def bytes_moved(
+    model: LlamaForCausalLM,
+    context: int,
+    batch: int,
+    budget: int,
+    strategy: str,
+    selecting: RefreshConfig | None,
+) -> tuple[float, float]:
+    """What a full or selecting step and a partial one have to read: weights but for the embedding, keys and values, and
+    at selecting steps the score keys of all tokens."""
     config, (_, kv_heads, head_dim) = model.config, head_shape(model)
-    weights = sum(parameter.numel() for parameter in model.parameters()) - config.vocab_size * config.hidden_size
-    token = 2 * config.num_hidden_layers * kv_heads * head_dim * batch
+    weights = 2.0 * (
+        sum(parameter.numel() for parameter in model.parameters()) - config.vocab_size * config.hidden_size
+    )
+    heads = config.num_hidden_layers * kv_heads * batch
+    token = 4 * heads * head_dim
+    if selecting is not None:
+        score_key = head_dim * selecting.score_bits // 8 + (4 if selecting.score_bits < 16 else 0)
+        return weights + token * budget + heads * score_key * context, weights + token * budget
     whole = budget if strategy in ("streaming", "h2o", "snapkv") else context
-    return 2.0 * (weights + token * whole), 2.0 * (weights + token * budget)
+    return weights + token * whole, weights + token * budget
 
 
 @torch.no_grad()
@@ -322,7 +362,7 @@ def time_pieces(model: LlamaForCausalLM, context: int, batch: int, args: argpars
 
     # any: transformers annotates the layers as its own
     layers, counter = cast(list[Any], cache.layers), torch.zeros((), dtype=torch.int64, device="cuda")
-    stack = layers[0].stack
+    stack = layers[0].joint
     whole, small = apart(1), apart(NEVER)
     finish(layers[0], *whole)
     rankings = whole[1].rankings

@@ -3,10 +3,10 @@
     python benchmarks/selecting.py [--cases 32768:1,131072:1,32768:8,16384:32] [--bits 4] [--heads 32] ...
 
 A case is CONTEXT:BATCH. Keys, values and queries are random; each layer has its own, so that they do not all stay in
-the L2 cache. Times are medians of CUDA graph replays over all layers. `idle` are the same launches at a step that is
-not a selecting one. The table at the end also has the least times that the memory's bandwidth allows: `bound` for the
-score keys of the launch before it, or for the chosen keys and values. Needs a GPU; tests/ops/test_selecting_kernels.py
-tests the kernels without one.
+the L2 cache. Times are medians of CUDA graph replays over all layers. `partial step` are the same launches at a step
+that is not a selecting one, `mean` is that of both; `plain` are steps of a cache without selecting steps. The table at
+the end also has the least times that the memory's bandwidth allows: `bound` for the score keys of the launch before it,
+or for the chosen keys and values. Needs a GPU; tests/ops/test_selecting_kernels.py tests the kernels without one.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from measuring import copy_bandwidth, free_memory, milliseconds
 from refreshkv import NEVER
-from refreshkv.ops.selection.score_keys import ScoreKeys, write_score_keys
-from refreshkv.ops.state import LayerState, SelectionOptions, SelectionScratch, StepOptions
-from refreshkv.ops.step.launches import attend_and_rank
+from refreshkv.ops import naive, write_score_keys
+from refreshkv.ops.state import LayerState, SelectingState, SelectionOptions, SelectionScratch, StepOptions
+from refreshkv.ops.step import launches
 from refreshkv.ops.step.selecting import launches as selecting
-from refreshkv.ops.step.selecting.state import SelectingCache, SelectingOptions, SelectingScratch
+from refreshkv.ops.step.selecting.state import SelectingScratch
 from refreshkv.tables import column_table
 
 SHAPE = {"layers": 32, "heads": 32, "kv-heads": 8, "head-dim": 128}
@@ -39,9 +39,9 @@ class Layer:
     """One layer's caches and the token of its step."""
 
     token: tuple[Tensor, Tensor, Tensor]
-    cache: SelectingCache
     state: LayerState
-    selection_scratch: SelectionScratch
+    chosen: SelectingState
+    scratch: SelectionScratch
 
 
 @dataclass
@@ -50,11 +50,18 @@ class Case:
 
     layers: list[Layer]
     length: Tensor
-    """() int64: of the caches. `merge` counts the token in `counter` instead, so that all layers step alike."""
+    """() int64: of the caches. The last launch counts the token in `counter` instead, so that all layers step alike."""
     counter: Tensor
     scratch: SelectingScratch
     output: Tensor
     scaling: float
+
+    def selecting(self, layer: Layer, select_stride: int = 1) -> launches.Selecting:
+        return launches.Selecting(layer.chosen, self.scratch, step_options(select_stride))
+
+
+def step_options(select_stride: int | None, stride: int = NEVER) -> StepOptions:
+    return StepOptions(stride, None, SELECTION, select_stride)
 
 
 def make_case(context: int, batch: int, args: argparse.Namespace, device: str = "cuda") -> Case:
@@ -70,74 +77,69 @@ def make_case(context: int, batch: int, args: argparse.Namespace, device: str = 
 
     layers = []
     for _ in range(count):
-        keys, values = random(args.kv_heads, capacity), random(args.kv_heads, capacity)
-        score_keys = ScoreKeys.empty(keys, args.bits)
-        write_score_keys(keys, score_keys, 0)
-        cache = SelectingCache(keys, values, score_keys, length, row_state, random(args.heads, 1))
+        keys, values, observers = (
+            random(args.kv_heads, capacity),
+            random(args.kv_heads, capacity),
+            random(args.heads, 1),
+        )
+        flags = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
+        chosen = SelectingState(None, None, flags)
+        if args.bits < 16:
+            chosen = SelectingState(*naive.empty_score_keys(keys, args.bits), flags)
+            assert chosen.codes is not None and chosen.scales is not None
+            write_score_keys(keys, chosen.codes, chosen.scales, 0)
         selected = torch.rand(batch, args.kv_heads, context, device=device).topk(budget, sorted=False).indices.int()
         mean_query = torch.zeros(batch, args.head_dim, device=device)
-        full_steps = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
-        state = LayerState(
-            keys, values, length, row_state, selected, selected, mean_query, cache.observers, full_steps
-        )  # fmt: skip
+        decided = {"row_state": row_state, "selected": selected, "ranking": selected.clone(), "full_steps": flags}
+        state = LayerState(keys, values, length, mean_query=mean_query, observers=observers, **decided)
         token = (random(args.heads, 1), random(args.kv_heads, 1), random(args.kv_heads, 1))
-        selection_scratch = SelectionScratch.empty((batch,), args.kv_heads, capacity, args.head_dim, keys.device)
-        layers.append(Layer(token, cache, state, selection_scratch))
+        scratch = SelectionScratch.empty((batch,), args.kv_heads, capacity, args.head_dim, keys.device)
+        layers.append(Layer(token, state, chosen, scratch))
     output = torch.empty(batch, 1, args.heads, args.head_dim, device=device, dtype=torch.bfloat16)
-    scratch = SelectingScratch.empty(layers[0].cache.keys, layers[0].cache.observers)
+    scratch = SelectingScratch.empty(layers[0].state.keys, layers[0].state.observers)
     return Case(layers, length, length.clone(), scratch, output, args.head_dim**-0.5)
 
 
-def options(select_stride: int = 1) -> SelectingOptions:
-    return SelectingOptions(
-        NEVER,
-        select_stride,
-        SELECTION.pool_kernel,
-        SELECTION.pool_ahead,
-        SELECTION.recent_window,
-        SELECTION.sink_tokens,
+def score(case: Case, layer: Layer, select_stride: int = 1) -> launches.Shares:
+    used = case.selecting(layer, select_stride)
+    return launches.attend(
+        *layer.token, layer.state, case.scaling, options=used.options, scratch=layer.scratch, selecting=used
     )
 
 
-def score(case: Case, layer: Layer, select_stride: int = 1, **tile) -> None:
-    selecting.score(*layer.token, layer.cache, case.scratch, options(select_stride), case.scaling, **tile)
-
-
-def rank(case: Case, layer: Layer, **tile) -> None:
-    selecting.rank(layer.cache, case.scratch, options(), **tile)
-
-
-def find_threshold(case: Case, layer: Layer, **tile) -> None:
-    selecting.find_threshold(layer.cache, case.scratch, options(), **tile)
-
-
-def rank_alone(case: Case, layer: Layer, **tile) -> None:
+def rank(case: Case, layer: Layer) -> None:
     """Ranks the last layer's logits once more."""
     case.scratch.histogram.zero_()
-    rank(case, layer, **tile)
+    selecting.rank(layer.state, case.scratch, SELECTION)
 
 
-def threshold_alone(case: Case, layer: Layer, **tile) -> None:
+def find_threshold(case: Case, layer: Layer) -> None:
     case.scratch.counters.zero_()
-    find_threshold(case, layer, **tile)
+    selecting.find_threshold(layer.state, case.scratch, SELECTION)
 
 
-def attend(case: Case, layer: Layer, **tile) -> tuple[Tensor, Tensor, Tensor]:
-    return selecting.attend(layer.token[0], layer.cache, case.scratch, case.scaling, **tile)
+def attend(case: Case, layer: Layer) -> None:
+    selecting.attend(layer.token[0], layer.state, case.scratch, case.scaling)
+
+
+def finish(case: Case, layer: Layer, shares: launches.Shares, used: launches.Selecting | None) -> None:
+    state = layer.state._replace(length=case.counter)
+    launches.finish(shares, case.output, state, shares.logits, SELECTION, layer.scratch, used)
 
 
 def whole_step(case: Case, layer: Layer, select_stride: int = 1) -> None:
-    score(case, layer, select_stride)
-    rank(case, layer)
-    find_threshold(case, layer)
-    selecting.merge(*attend(case, layer), case.output, case.counter, case.scratch)
+    shares = score(case, layer, select_stride)
+    used = case.selecting(layer, select_stride)
+    selecting.choose_and_attend(layer.token[0], layer.state, case.scratch, SELECTION, case.scaling)
+    finish(case, layer, shares, used)
 
 
-def other_step(case: Case, layer: Layer, stride: int) -> None:
-    """A full step if stride is 1, else a partial one, without the selection at the step's end."""
-    step = StepOptions(stride, None, SELECTION)
-    attend_and_rank(*layer.token, layer.state, layer.selection_scratch, step, case.scaling)
-    case.length.copy_(case.counter)
+def plain_step(case: Case, layer: Layer, stride: int) -> None:
+    """A full step if stride is 1, else a partial one, of a cache without selecting steps; without the selection at the
+    step's end."""
+    options = step_options(None, stride)
+    shares = launches.attend(*layer.token, layer.state, case.scaling, options=options, scratch=layer.scratch)
+    finish(case, layer, shares, None)
 
 
 def per_layer(case: Case, work: Callable[[Case, Layer], object], repeat: int = 9) -> float:
@@ -155,32 +157,27 @@ def per_layer(case: Case, work: Callable[[Case, Layer], object], repeat: int = 9
 def time_case(context: int, batch: int, args: argparse.Namespace) -> dict[str, object]:
     case = make_case(context, batch, args)
     zeros = per_layer(case, lambda case, layer: case.scratch.counters.zero_())
-    copy = per_layer(case, lambda case, layer: case.length.copy_(case.counter))
     bandwidth = args.bandwidth
     tokens = batch * args.kv_heads * context
-    score_bytes = tokens * (args.head_dim * args.bits / 8 + 4)
+    score_bytes = tokens * (args.head_dim * args.bits / 8 + (4 if args.bits < 16 else 0))
     result = {
         "case": f"{context // 1024}K,{batch}",
         "layers": len(case.layers),
         "score": per_layer(case, score),
         "bound": round(score_bytes / bandwidth * 1e6, 1),
     }
-    case.counter.fill_(context)
-    score(case, case.layers[0])
-    result["rank"] = round(per_layer(case, rank_alone) - zeros, 2)
-    result["threshold"] = round(per_layer(case, threshold_alone) - zeros, 2)
+    shares = score(case, case.layers[0])
+    result["rank"] = round(per_layer(case, rank) - zeros, 2)
+    result["threshold"] = round(per_layer(case, find_threshold) - zeros, 2)
     result["attend"] = per_layer(case, attend)
     result["bound "] = round(tokens / 8 * args.head_dim * 4 / bandwidth * 1e6, 1)
-    shares = attend(case, case.layers[0])
-    result["merge"] = per_layer(
-        case, lambda case, layer: selecting.merge(*shares, case.output, case.counter, case.scratch)
-    )
+    used = case.selecting(case.layers[0])
+    result["finish"] = per_layer(case, lambda case, layer: finish(case, layer, shares, used))
     result["selecting step"] = per_layer(case, whole_step)
-    result["idle"] = per_layer(case, lambda case, layer: whole_step(case, layer, 7))
-    case.counter.fill_(context)
-    case.length.fill_(context)
-    result["partial step"] = round(per_layer(case, lambda case, layer: other_step(case, layer, NEVER)) - copy, 2)
-    result["full step"] = round(per_layer(case, lambda case, layer: other_step(case, layer, 1)) - copy, 2)
+    result["partial step"] = per_layer(case, lambda case, layer: whole_step(case, layer, 7))
+    result["plain partial"] = per_layer(case, lambda case, layer: plain_step(case, layer, NEVER))
+    result["plain full"] = per_layer(case, lambda case, layer: plain_step(case, layer, 1))
+    result["mean"] = round((result["selecting step"] + result["partial step"]) / 2, 2)
     return result
 
 

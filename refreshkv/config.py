@@ -97,11 +97,6 @@ class RefreshConfig:
         if not isinstance(self.pool_ahead, bool):
             raise SettingsError(f"pool_ahead must be true or false, got {self.pool_ahead!r}")
 
-    @property
-    def is_readable_only(self) -> bool:
-        """Whether a setting is used that the kernels of decoding steps do not know."""
-        return self.select_stride is not None or self.pool_ahead
-
     @classmethod
     def recommended(cls, **changes: Any) -> "RefreshConfig":
         """The settings that lose least for the bytes they read, by measurements on a real model (docs/results.md).
@@ -164,13 +159,15 @@ class RefreshConfig:
             query.detach(), prompt_length, self.stride, self.threshold, average_heads
         )
         padding = full_positions.new_zeros(len(query)) if left_padding is None else left_padding
+        segment = min(self.stride if self.threshold is None else length, self.select_stride or length)
         shape = {
             "stride": min(self.stride, length),
             "width": min(self.largest_budget(prompt_length), length),
-            "droppable": min(self.stride if self.threshold is None else length, length - prompt_length),
+            "droppable": min(segment, length - prompt_length),
             "uniform": self.threshold is None and left_padding is None,
             "recurring": recurring,
             "score_bits": self.score_bits,
+            "select_stride": self.select_stride,
         }
         if self.select_stride is not None:
             shape["selecting_positions"] = schedule.selecting_positions(

@@ -124,7 +124,7 @@ def _settings(run: RunConfig, state: State) -> str:
     parallel = {"ranks": state.world_size, "ZeRO stage": state.zero_stage}
     simulation = dataclasses.asdict(run.simulation)
     if run.simulation.pattern != "whole":
-        del simulation["prompt_length"]
+        del simulation["prompt_length"], simulation["select_stride"]
     if run.simulation.pattern == "off":
         simulation = {"pattern": "off"}
     return "\n\n".join(
@@ -133,7 +133,7 @@ def _settings(run: RunConfig, state: State) -> str:
             "Schedule and selection, the defaults when generating:",
             _table({key: _never(value) for key, value in run.refresh.to_dict().items()}),
             "Simulated in training:",
-            _table(simulation),
+            _table({key: _never(value) for key, value in simulation.items()}),
             "Training:",
             _table({**steps, **training, **parallel}),
         ]
@@ -141,6 +141,8 @@ def _settings(run: RunConfig, state: State) -> str:
 
 
 def _never(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_never(item) for item in value]
     return "never" if value == NEVER else value
 
 

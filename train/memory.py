@@ -104,7 +104,8 @@ def _refresh(job: Job) -> float:
     if simulation is None:
         return 0.0
     length, prompt_length = job.config.data.row_length, simulation.prompt_length
-    selections = 1 + (length - prompt_length) // simulation.config.stride
+    decoded, select_stride = length - prompt_length, simulation.config.select_stride
+    selections = 1 + decoded // simulation.config.stride + (decoded // select_stride if select_stride else 0)
     width = min(simulation.config.largest_budget(prompt_length), length)
     kv_heads = max(1, job.shape.kv_heads // job.sequence_parallel_size)
     selected = 4 * selections * width * kv_heads * job.config.training.micro_batch

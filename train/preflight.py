@@ -25,6 +25,8 @@ def report(job: Job, available: float | None, rate: float) -> str:
     kind = "full attention" if simulation is None else f"at most P={simulation.prompt_length:,}, K="
     if simulation is not None:
         kind += f"{simulation.config.largest_budget(simulation.prompt_length):,}"
+        if simulation.config.select_stride is not None:
+            kind += f", selecting at least every {simulation.config.select_stride} tokens"
     lines = [
         f"model       {job.shape.parameters:,} parameters, {job.shape.layers} layers, {config.training.dtype}",
         f"job         {job.world} GPUs, {job.sequence_parallel_size} per row, ZeRO {job.zero_stage}, "

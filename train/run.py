@@ -23,7 +23,7 @@ from refreshkv.train.log import peak_memory
 from refreshkv.train.mock import mock_step
 from refreshkv.train.order import RowOrder
 from refreshkv.train.run_folder import State, finished_checkpoints, run_id
-from refreshkv.train.simulation import draw_simulation, new_trace
+from refreshkv.train.simulation import draw_simulation, effective_strides, new_trace
 from refreshkv.train.step import NotFinite, train_step
 
 
@@ -88,7 +88,9 @@ class Run:
         except NotFinite as error:
             raise TrainingStopped(f"the {error} of step {step} is not finite; {_advice(job.output)}") from None
         self.tokens_seen += int(values.pop("tokens"))
-        return {**values, "learning rate": learning_rate, **self._speed(time.perf_counter() - began, simulation, trace)}
+        strides = effective_strides(simulation, config.data.row_length, trace)
+        speed = self._speed(time.perf_counter() - began, simulation, trace)
+        return {**values, **strides, "learning rate": learning_rate, **speed}
 
     def _speed(self, seconds: float, simulation: Simulation | None, trace: Trace | None) -> dict[str, float]:
         """Tokens per second, the share of the GPUs' peak that went into model work, and memory."""

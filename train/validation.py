@@ -114,10 +114,15 @@ def micro_batches(config: RunConfig, world: int) -> int:
 
 def setting_warnings(config: RunConfig) -> list[str]:
     """One line for each setting that is allowed but surely a mistake."""
-    length = config.data.row_length
-    if config.simulation.pattern != "off" and config.refresh.largest_budget(1) >= length:
-        return [
+    length, simulation, found = config.data.row_length, config.simulation, []
+    if simulation.pattern != "off" and config.refresh.largest_budget(1) >= length:
+        found.append(
             f"warning: refresh.budget={config.refresh.budget} is never smaller than the context "
             f"(data.row_length={length}): nothing is simulated"
-        ]
-    return []
+        )
+    if simulation.pattern == "whole" and config.refresh.select_stride and simulation.select_strides == [None]:
+        found.append(
+            f"warning: refresh.select_stride={config.refresh.select_stride}, but simulation.select_stride is null: "
+            "selecting steps are evaluated and exported, not trained for"
+        )
+    return found

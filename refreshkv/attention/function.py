@@ -112,7 +112,6 @@ def _simulate(
     """Attention of all positions of known tokens in one pass (specification, section 8): returns (B, T, H, D)."""
     length, prompt, config = query.shape[2], simulation.prompt_length, simulation.config
     _validate_prompt(simulation, length, key.shape[2], dense.left_padding)
-    CHOICE.refuse_readable_only(query, config.select_stride, config.pool_ahead)
     plan = config.plan(query, prompt, dense.left_padding, recurring=simulation.recurring, average_heads=average_heads)
     if trace is not None:
         trace.full_steps[dense.module.layer_idx] = position_flags(plan.full_positions, length)

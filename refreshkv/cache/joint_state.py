@@ -15,7 +15,7 @@ from torch import Tensor
 
 from refreshkv.config import RefreshConfig
 from refreshkv.ops.choice import CHOICE
-from refreshkv.ops.state import Decisions, LayerState, SelectionScratch
+from refreshkv.ops.state import Decisions, LayerState, SelectingState, SelectionScratch
 from refreshkv.ops.step.operators import attend_step, select_step
 
 
@@ -31,6 +31,8 @@ class JoinableLayer(Protocol):
     observers: Tensor
     joint: "JointState | None"
     number: int
+
+    def selecting_state(self) -> SelectingState | None: ...
 
 
 class JointState:
@@ -74,7 +76,8 @@ class JointState:
         options, length = layer.config.step_options(), layer.cumulative_length
         buffers = {"keys": layer.keys, "values": layer.values, "length": length, "observers": layer.observers}
         state = LayerState(**buffers, **decisions._asdict())
-        output = attend_step(query, key, value, state, self.scratch, layer.number, options, scaling)
+        chosen = layer.selecting_state()
+        output = attend_step(query, key, value, state, self.scratch, layer.number, options, scaling, chosen)
         if layer.number == len(self.row_state) - 1:
             select_step(self.scratch, length, decisions, options)
         return output

@@ -14,11 +14,10 @@ from refreshkv.cache.joint_state import JointState, join_layers
 from refreshkv.cache.preallocated import Phase, PreallocatedLayer
 from refreshkv.config import RefreshConfig
 from refreshkv.ops import naive
-from refreshkv.ops.choice import CHOICE
-from refreshkv.ops.naive.score_keys import quantize
 from refreshkv.ops.schedule import mean_query
 from refreshkv.ops.state import TAIL, Decisions, FullSteps, LayerState, SelectingState
 from refreshkv.ops.step.operators import decode_step
+from refreshkv.settings import SettingsError
 
 
 class RefreshLayer(PreallocatedLayer):
@@ -38,7 +37,7 @@ class RefreshLayer(PreallocatedLayer):
         super().__init__(max_cache_len)
         self.config = config
         self.last_queries = config.observation_window
-        self.drops_many = config.threshold is not None or config.stride > TAIL
+        self.drops_many = config.step_options().longest_segment > TAIL
         """Whether more ranks may drop before the next full step than the kernels put in order at a time."""
         self.width = min(config.largest_budget(max_cache_len), max_cache_len)
         self.has_selecting_steps = config.select_stride is not None
@@ -46,8 +45,6 @@ class RefreshLayer(PreallocatedLayer):
         """Names of the buffers of the score keys."""
         if self.has_selecting_steps:
             self.batch_state = (*self.batch_state, *self.score_state, "selecting_steps")
-        if config.is_readable_only:
-            self.is_compileable = False  # the readable form reads decisions back to the host
         self.prompt_length = 0
         """Tokens before the first decoding step. Later tokens have other keys and values than under full attention."""
         self.earlier_layers: tuple[RefreshLayer, ...] = ()
@@ -68,7 +65,6 @@ class RefreshLayer(PreallocatedLayer):
         return min(self.prompt_length, self.length)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        CHOICE.refuse_readable_only(key_states, self.config.select_stride, self.config.pool_ahead)
         super().lazy_initialization(key_states, value_states)
         batch, kv_heads, _, head_dim = key_states.shape
         self.full_steps = torch.zeros(batch, self.max_cache_len, dtype=torch.bool, device=self.device)
@@ -77,20 +73,26 @@ class RefreshLayer(PreallocatedLayer):
         self.ranking = torch.zeros_like(self.selected)
         self.mean_query = torch.zeros(batch, head_dim, dtype=torch.float32, device=self.device)
         if self.has_selecting_steps:
-            self.selecting_steps = torch.zeros_like(self.full_steps)
-        for name, empty in zip(self.score_state, self._quantize(key_states[:, :, :0]), strict=False):
-            shape = (batch, kv_heads, self.max_cache_len, *empty.shape[3:])
-            setattr(self, name, torch.zeros(shape, dtype=empty.dtype, device=self.device))
+            self._make_score_keys(key_states)
 
-    def _quantize(self, key: Tensor) -> tuple[Tensor, Tensor] | tuple[()]:
-        """What the score keys of the keys (B, Hkv, n, D) are stored as: one tensor for each name in `score_state`."""
-        return quantize(key.detach(), self.config.score_bits) if self.score_state else ()
+    def _make_score_keys(self, key_states: Tensor) -> None:
+        """Makes the buffers of selecting steps, for keys (B, Hkv, any, D)."""
+        if key_states.shape[-1] % 2:
+            raise SettingsError(f"select_stride needs an even head size, and the model's is {key_states.shape[-1]}")
+        self.selecting_steps = torch.zeros_like(self.full_steps)
+        if self.score_state:
+            whole = key_states[:, :, :1].detach().expand(-1, -1, self.max_cache_len, -1)
+            self.score_codes, self.score_scales = naive.empty_score_keys(whole, self.config.score_bits)
 
     def _store(self, key_states: Tensor, value_states: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         stored = super()._store(key_states, value_states, start, end)
-        for name, part in zip(self.score_state, self._quantize(key_states), strict=True):
-            getattr(self, name)[:, :, start:end] = part
+        self._store_score_keys(key_states, start)
         return stored
+
+    def _store_score_keys(self, key: Tensor, first: int) -> None:
+        """Stores the score keys of the keys (B, Hkv, n, D) from position `first` on."""
+        if self.score_state:
+            ops.write_score_keys(key.detach(), self.score_codes, self.score_scales, first)
 
     def wait_for(self, stream: torch.cuda.Stream) -> None:
         for name in self.score_state:
@@ -150,20 +152,15 @@ class RefreshLayer(PreallocatedLayer):
         self.phase = Phase.DECODING
         if self.joint is not None:
             return self.joint.step(self, query, key, value, scaling)
-        if self.config.is_readable_only:
-            return self._readable_step(  # pyright: ignore[reportAttributeAccessIssue]  # disable()
-                query, key, value, scaling
-            )
-        return self.operator(decode_step)(query, key, value, self.state(), self.config.step_options(), scaling)
+        operator = self.operator(decode_step)
+        return operator(query, key, value, self.state(), self.config.step_options(), scaling, self.selecting_state())
 
-    @torch.compiler.disable
-    def _readable_step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """`step` in plain PyTorch, with the settings that the kernels do not know."""
-        chosen = None
-        if self.has_selecting_steps:
-            codes, scales = (getattr(self, name) for name in self.score_state) if self.score_state else (None, None)
-            chosen = SelectingState(codes, scales, self.selecting_steps)
-        return naive.decode_step(query, key, value, self.state(), self.config.step_options(), scaling, chosen)
+    def selecting_state(self) -> SelectingState | None:
+        """What the layer holds for selecting steps; None if it has none."""
+        if not self.has_selecting_steps:
+            return None
+        codes, scales = (self.score_codes, self.score_scales) if self.score_state else (None, None)
+        return SelectingState(codes, scales, self.selecting_steps)
 
     def state(self) -> LayerState:
         """The layer's state, as a decoding step takes it."""
@@ -195,7 +192,7 @@ class RefreshLayer(PreallocatedLayer):
         step."""
         keys = self._known_keys()
         _, budgets, left_padding, _ = (column.contiguous() for column in self.row_state.unbind(1))
-        droppable = self.width if self.drops_many else self.config.stride
+        droppable = self.width if self.drops_many else self.config.step_options().longest_segment
         steps = FullSteps(last.unsqueeze(-1), budgets, left_padding, self.width, droppable)
         return ops.select(observers, keys, steps, self.config.selection_options(), scaling).squeeze(2)
 

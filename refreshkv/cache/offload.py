@@ -2,14 +2,18 @@
 
 A decision step reads the host's buffers over the bus, in place, with the same operator as `RefreshLayer`; what it
 selected then moves to the GPU. The steps between read GPU memory only. There, near buffers hold the selected tokens in
-slots `0 .. W-1`, by rank, and behind them the tokens since the last full step. To the operator the near buffers are a
-cache like any other, in which the selected tokens happen to be the first ones: token `t` is at `t - base`. The number
-of selected tokens and the steps since the last full one are unchanged, and so is the queue (specification, section 4).
+slots `0 .. W-1`, and behind them the tokens since the last selection. To the operator the near buffers are a cache like
+any other, in which the selected tokens happen to be the first ones: a later token `t` is at `t - base`. The number of
+selected tokens and the steps since the last selection are unchanged, and so is the queue (specification, section 4).
 
-The host knows from the step counter which steps are decision steps; it never reads back what they decided. Steps are
-not captured into a CUDA graph. With an observation window a decision step reads the keys twice more. Batch rows that
-change places, as in a beam search, are copied in host memory, whole. torch rounds each pinned buffer up to a power of
-two; PYTORCH_CUDA_ALLOC_CONF has settings for that.
+Score keys of 8 or 4 bits are on the GPU, so that a selecting step reads none of the host's keys to choose. Of what it
+chose, only those tokens move over the bus that the near buffers do not hold yet; they take the slots of those that are
+not chosen any more. Then it attends to the near buffers. With `score_bits=16` it scores by the host's keys.
+
+The host knows from the step counter which steps are decision or selecting steps; it never reads back what they decided.
+Steps are not captured into a CUDA graph. With an observation window a decision step reads the keys twice more. Batch
+rows that change places, as in a beam search, are copied in host memory, whole. torch rounds each pinned buffer up to a
+power of two; PYTORCH_CUDA_ALLOC_CONF has settings for that.
 
 Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `W` slots of a selection, `C` slots of
 the near buffers.
@@ -26,9 +30,10 @@ from refreshkv import ops
 from refreshkv.cache.layer import RefreshLayer
 from refreshkv.cache.preallocated import Phase
 from refreshkv.config import NEVER, RefreshConfig
+from refreshkv.ops import naive
 from refreshkv.ops.choice import CHOICE
 from refreshkv.ops.state import LAST_FULL, LayerState, SelectionOptions, StepOptions
-from refreshkv.ops.step.operators import decode_step
+from refreshkv.ops.step.operators import choose_step, decode_step
 from refreshkv.settings import SettingsError
 
 SLACK = 256
@@ -39,19 +44,20 @@ class OffloadedLayer(RefreshLayer):
     """A `RefreshLayer` whose `keys` and `values` are host memory.
 
     Further state, on the device: `near_keys`, `near_values` (B, Hkv, C, D): the small cache; `near_row_state` (B, 4),
-    `near_selected` (B, Hkv, W), `near_length` (): as `refreshkv.ops.step.operators.decode_step` takes them.
+    `near_selected` (B, Hkv, W), `near_length` (): as `refreshkv.ops.step.operators.decode_step` takes them;
+    `near_positions` (B, Hkv, W) int32: the positions of the tokens in slots `0 .. W-1`.
     """
 
-    near_state = ("near_keys", "near_values", "near_row_state", "near_selected")
+    near_state = ("near_keys", "near_values", "near_row_state", "near_selected", "near_positions")
     batch_state = (*RefreshLayer.batch_state, *near_state)
     is_croppable = False  # the host has moved tokens
 
     def __init__(self, max_cache_len: int, config: RefreshConfig):
         super().__init__(max_cache_len, config)
         self.is_compileable = False  # the host decides which buffers a step reads
-        steps = max_cache_len if config.threshold is not None else min(config.stride, max_cache_len)
+        steps = min(config.step_options().longest_segment, max_cache_len)
         self.visible = min(self.width, steps) + 1
-        """Most tokens since a full step that a queue holds, plus one for the token itself."""
+        """Most tokens since a selection that a queue holds, plus one for the token itself."""
 
     def _new_buffer(self, like: Tensor) -> Tensor:
         if like.is_cuda and not CHOICE.uses_kernels(like):
@@ -67,7 +73,7 @@ class OffloadedLayer(RefreshLayer):
         shape = (batch, kv_heads, self.width + self.visible + SLACK, head_dim)
         self.near_keys, self.near_values = key_states.new_zeros(shape), key_states.new_zeros(shape)
         self.near_row_state = torch.zeros_like(self.row_state)
-        self.near_selected = torch.zeros_like(self.selected)
+        self.near_selected, self.near_positions = torch.zeros_like(self.selected), torch.zeros_like(self.selected)
         self.near_length = torch.zeros((), dtype=torch.int64, device=self.device)
 
     @torch.compiler.disable
@@ -79,6 +85,7 @@ class OffloadedLayer(RefreshLayer):
             self._flush(start)
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             ops.copy_tokens(states, buffer, 0, start, end - start)
+        self._store_score_keys(key_states, start)
         if start > 0:  # a later block attends to all tokens: they are on the device until its attention ends
             key_states, value_states = (self._to_device(buffer, end) for buffer in (self.keys, self.values))
         self.block = (key_states, value_states)
@@ -111,6 +118,7 @@ class OffloadedLayer(RefreshLayer):
         del self.block
         self.base = self.length - self.width
         self.near_length.fill_(self.width)
+        self._hold_in_order(every)
         self._describe()
 
     @torch.compiler.disable
@@ -120,34 +128,79 @@ class OffloadedLayer(RefreshLayer):
         self._make_room(position)
         if self._is_decision_step(position):
             return self._decision_step(query, key, value, position, scaling)
+        if self._is_at_select_stride(position):
+            return self._selecting_step(query, key, value, position, scaling)
         self.phase = Phase.DECODING
         self.cumulative_length += 1
         window = self.config.observation_window
         self.observers[:, :, position % window] = query[:, :, 0]
-        state = (self.near_keys, self.near_values, self.near_length, self.near_row_state, self.near_selected)
+        return self._near_step(query, key, value, self.near_selected, scaling)
+
+    def _near_step(self, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, scaling: float) -> Tensor:
+        """A partial step on the near buffers, with the selection of slots `selected`."""
+        state = (self.near_keys, self.near_values, self.near_length, self.near_row_state, selected)
         # the rest is changed by full steps only, and this is none; a slot for the one observer
         state = LayerState(*state, self.ranking, self.mean_query, query.clone(), self.full_steps)
         return decode_step(query, key, value, state, StepOptions(NEVER, None, SelectionOptions(1, 1, 0, 0)), scaling)
 
     def _decision_step(self, query: Tensor, key: Tensor, value: Tensor, position: int, scaling: float) -> Tensor:
-        """A step that may be full, on the host's buffers. Batch rows for which it was full then change their small
-        caches."""
+        """A step that may be full, on the host's buffers. Batch rows for which it was full, or a selecting step, then
+        change their small caches."""
         self._flush(position)
         output = super().step(query, key, value, scaling)
         if self.drops_many and CHOICE.uses_kernels(query):
             self._sort()
         self.flushed = position + 1
-        full = self.row_state[:, LAST_FULL] == position
+        chose = self.row_state[:, LAST_FULL] == position
         slot = position - self.base
         for source, token, target in (
             (self.keys, key, self.near_keys),
             (self.values, value, self.near_values),
         ):
             ops.copy_tokens(token, target, 0, slot, 1)
-            ops.gather_tokens(source, self.selected, full, target)
+            ops.gather_tokens(source, self.selected, chose, target)
         self.near_length += 1
+        self._hold_in_order(chose)
         self._describe()
         return output
+
+    def _selecting_step(self, query: Tensor, key: Tensor, value: Tensor, position: int, scaling: float) -> Tensor:
+        """A selecting step of all batch rows: chooses by the score keys, fetches what the near buffers do not hold, and
+        attends to them."""
+        self._flush(position)
+        self.phase = Phase.DECODING
+        chosen, options = self.selecting_state(), self.config.step_options()
+        choose_step(query, key, value, self.state(), options, scaling, chosen)
+        if self.drops_many and CHOICE.uses_kernels(query):
+            self._sort()
+        self.flushed = position + 1
+        _, budgets, padding, _ = self.row_state.unbind(1)
+        kept = torch.minimum(position + 1 - padding, budgets)
+        slots, fetched = naive.place_chosen(self.selected, kept, self.near_positions, self.max_cache_len)
+        every = torch.ones_like(kept, dtype=torch.bool)
+        for source, target in ((self.keys, self.near_keys), (self.values, self.near_values)):
+            ops.gather_tokens(source, fetched, every, target)
+        # The token itself is attended to as the newest one; the last slot takes its place among the chosen.
+        near = position - self.base
+        last = slots.gather(2, (kept - 1)[:, None, None].expand(-1, slots.shape[1], 1))
+        others = torch.where(self.selected == position, last, slots)
+        before = torch.full_like(kept, near - 1)
+        self.near_row_state.copy_(torch.stack([before, budgets, near + 1 - kept, torch.zeros_like(kept)], dim=1))
+        output = self._near_step(query, key, value, others, scaling)
+        self.near_selected.copy_(slots)
+        self.near_positions.copy_(torch.where(fetched >= 0, fetched, self.near_positions))
+        self._describe()
+        return output
+
+    def _hold_in_order(self, rows: Tensor) -> None:
+        """Notes that slots `0 .. W-1` of the batch rows (B,) bool now hold the selection in its own order."""
+        rows = rows[:, None, None]
+        slot = torch.arange(self.width, dtype=torch.int32, device=self.device)
+        self.near_selected.copy_(torch.where(rows, slot, self.near_selected))
+        anchors, budgets, padding, _ = self.row_state.unbind(1)
+        exists = slot < torch.minimum(anchors + 1 - padding, budgets)[:, None, None]
+        held = torch.where(exists, self.selected, -1)
+        self.near_positions.copy_(torch.where(rows, held, self.near_positions))
 
     def _sort(self) -> None:
         """Sorts the selections by rank. The kernels sort the lowest ranks only, shortly before they drop out; but the
@@ -161,7 +214,7 @@ class OffloadedLayer(RefreshLayer):
             state.copy_(state.gather(2, order))
 
     def _describe(self) -> None:
-        """Writes `near_row_state` and `near_selected`, which describe the near buffers to the operator.
+        """Writes `near_row_state`, which with `near_selected` describes the near buffers to the operator.
 
         The padding is chosen so that `min(budget, a + 1 - padding)` is the number of selected tokens.
         """
@@ -169,8 +222,6 @@ class OffloadedLayer(RefreshLayer):
         kept = torch.minimum(anchors + 1 - padding, budgets)
         near = anchors - self.base
         self.near_row_state.copy_(torch.stack([near, budgets, near + 1 - kept, torch.zeros_like(near)], dim=1))
-        slot = torch.arange(self.width, dtype=torch.int32, device=self.device)
-        self.near_selected.copy_(torch.where(slot < kept[:, None, None], slot, -1).expand_as(self.near_selected))
 
     def _make_room(self, position: int) -> None:
         """Before the token at `position`: if the near buffers are full, moves the visible tokens forward."""
@@ -186,9 +237,14 @@ class OffloadedLayer(RefreshLayer):
         self._describe()
 
     def _flush(self, position: int) -> None:
-        """Copies the tokens before `position` that only the near buffers have to the host."""
+        """Copies the tokens before `position` that only the near buffers have to the host, and stores their score
+        keys."""
+        if position == self.flushed:
+            return
+        first = self.flushed - self.base
         for buffer, near in ((self.keys, self.near_keys), (self.values, self.near_values)):
-            ops.copy_tokens(near, buffer, self.flushed - self.base, self.flushed, position - self.flushed)
+            ops.copy_tokens(near, buffer, first, self.flushed, position - self.flushed)
+        self._store_score_keys(self.near_keys[:, :, first : position - self.base], self.flushed)
         self.flushed = position
 
     def _length_on_device(self) -> bool:

@@ -62,8 +62,6 @@ class RefreshCache(PreallocatedCache):
         if model_config is None:
             raise SettingsError("RefreshCache needs config=model.config")
         self.config = refresh or saved_config(model_config, "refresh")
-        if offload and self.config.select_stride is not None:
-            raise SettingsError("offload=True knows no selecting steps yet: leave it out, or set select_stride=None")
         make_layer = OffloadedLayer if offload else RefreshLayer
         super().__init__(model_config, max_cache_len, lambda: make_layer(max_cache_len, self.config))
         layers = self._refresh_layers()

@@ -8,14 +8,16 @@ computes what is decided in `choice`, once, by this table (16 bits: float16 and 
 | all | `naive` | on CPUs, in float64, with REFRESHKV_OPS=naive in the environment |
 | `prompt_block`: a prompt, no gradient | `rows/cudnn.py` | 256 queries or more, 16 bits, no padding, eager |
 | `whole_sequence`: all positions | `rows/whole_sequence.py` | at most 1/64 of it decoded, uniform, 16 bits, eager |
-| `refresh_rows`: decoded positions | `rows/after_prompt.py`, of the following three: | otherwise |
+| `refresh_rows`: decoded positions | `rows/after_prompt.py`, of the following four: | otherwise |
 | full steps | `rows/full_steps_cudnn.py` | uniform, 16 bits, shapes that recur |
 | full steps | `rows/full_steps.py`: Triton | otherwise |
-| partial steps | `rows/partial_steps.py`: Triton | always |
-| `select`: full steps of a pass | `selection/scores.py`, `selection/ranking.py`: Triton | always |
+| selecting, partial steps | `rows/block_steps.py`, `rows/key_lists.py`: Triton | short segments |
+| selecting, partial steps | `rows/partial_steps.py`: Triton | otherwise |
+| `select`: full, selecting steps of a pass | `selection/scores.py`, `selection/ranking.py`: Triton | always |
 | `step.operators.*`: decoding steps | `step/launches.py`, `selection/step.py`: Triton | always |
+| selecting steps of decoding, between the two | `step/selecting/launches.py`: Triton | with `select_stride` |
+| `write_score_keys`: a prompt's | `selection/score_keys.py`: Triton | 8 or 4 bits |
 | `copy_tokens`, `gather_tokens`: host memory | `step/transfer.py`: Triton | always |
-| selecting steps, `pool_ahead` | `naive` alone; refused where kernels would run | always |
 
 *Uniform* means the fixed schedule without padding. Both selections are `selection/top_k.py`. Structs that operations
 take are in `state`; the schedule is in `schedule`.
@@ -94,6 +96,22 @@ def select(query: Tensor, key: Tensor, steps: FullSteps, options: SelectionOptio
 
         return ranking.select(query, key, steps, options, scaling)
     return naive.select(query, key, steps, options, scaling)
+
+
+def write_score_keys(key: Tensor, codes: Tensor, scales: Tensor, first: int) -> None:
+    """Stores the score keys of a prompt or a block of it (specification, section 10.5).
+
+    Args:
+        key: (B, Hkv, n, D).
+        codes, scales: as in `refreshkv.ops.state.SelectingState`, of 8 or 4 bits; changed in place at the positions
+            `first .. first + n - 1`.
+        first: position of the first token.
+    """
+    if CHOICE.uses_kernels(key):
+        from refreshkv.ops.selection import score_keys as form
+    else:
+        form = naive
+    form.write_score_keys(key, codes, scales, first)
 
 
 def copy_tokens(source: Tensor, target: Tensor, source_first: int, target_first: int, count: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
-from refreshkv.ops.state import READABLE_ONLY, Plan
+from refreshkv.ops.state import Plan
 
 KERNEL_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 CUDNN_TYPES = (torch.float16, torch.bfloat16)
@@ -49,12 +49,6 @@ class Choice:
         if not torch.compiler.is_compiling():
             _log_once()
         return tensor.is_cuda and tensor.dtype in KERNEL_TYPES and not self.naive_only
-
-    def refuse_readable_only(self, tensor: Tensor, select_stride: int | None, pool_ahead: bool) -> None:
-        """Raises `ValueError` if kernels would compute the operations on this tensor and do not know these settings."""
-        for name, is_set in (("select_stride", select_stride is not None), ("pool_ahead", pool_ahead)):
-            if is_set and self.uses_kernels(tensor):
-                raise ValueError(f"{name} {READABLE_ONLY}")
 
     def takes_whole_sequence(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> bool:
         """True if `ops.whole_sequence` is the faster way for query (B, H, T, D), key and value (B, Hkv, T, D)."""
@@ -92,11 +86,14 @@ class Choice:
             ("prompt in a cache", f"cuDNN from {FEWEST_QUERIES} tokens on, 16 bits, no padding; else torch's fastest"),
             ("whole training sequence", f"one cuDNN attention if at most 1/{TAIL_SHARE} of it decodes; {uniform}"),
             ("full steps in training", f"cuDNN if Simulation.recurring; {uniform}; else Triton"),
-            ("partial steps in training", "Triton"),
-            ("selection in training", "Triton, one program for a full step"),
+            (
+                "selecting and partial steps in training",
+                "Triton; in short segments, several gather their keys together",
+            ),
+            ("selection in training", "Triton, one program for a full or selecting step"),
             ("decoding steps", "Triton; selections of all layers in one launch, several programs for a row"),
             ("keys and values in host memory", "Triton, over the bus"),
-            ("select_stride, pool_ahead", "refused; with REFRESHKV_OPS=naive plain PyTorch"),
+            ("selecting steps in decoding", "Triton, three launches more a layer; 4-bit score keys by PTX on Hopper"),
         ]
 
 

@@ -18,8 +18,8 @@ A compact cache counts the entries ever used in column 0 and leaves the last two
 ENTRIES_USED = LAST_FULL
 """Column 0 of a compact cache's `row_state`."""
 
-READABLE_ONLY = "is computed by the readable form only so far: set REFRESHKV_OPS=naive in the environment"
-"""How an error about a setting ends that the GPU's kernels do not compute."""
+UNBOUNDED = 2**31 - 1
+"""More steps than any text has."""
 
 TAIL = 16
 """Lowest ranks that the kernels of a decoding step put in order at a time: a queue drops them one by one."""
@@ -34,11 +34,10 @@ class SelectionOptions(NamedTuple):
     sink_tokens: int
     pool_ahead: bool = False
 
-    def for_kernels(self) -> tuple[int, int, int, int]:
-        """The options that the kernels know. Raises `ValueError` if another one is set."""
-        if self.pool_ahead:
-            raise ValueError(f"pool_ahead {READABLE_ONLY}")
-        return self.pool_kernel, self.observation_window, self.recent_window, self.sink_tokens
+    @property
+    def pooled_before(self) -> int:
+        """Positions of the pooling window that lie before its own position."""
+        return self.pool_kernel - 1 if self.pool_ahead else self.pool_kernel // 2
 
 
 class StepOptions(NamedTuple):
@@ -50,11 +49,14 @@ class StepOptions(NamedTuple):
     select_stride: int | None = None
 
     def flat(self) -> tuple:
-        """stride, threshold and the four selection options, for an operator. Raises `ValueError` if an option is set
-        that the kernels do not know."""
-        if self.select_stride is not None:
-            raise ValueError(f"select_stride {READABLE_ONLY}")
-        return self.stride, self.threshold, *self.selection.for_kernels()
+        """stride, threshold, the selection's options and select_stride, for an operator."""
+        return self.stride, self.threshold, *self.selection, self.select_stride
+
+    @property
+    def longest_segment(self) -> int:
+        """Most steps from one selection to the next."""
+        stride = self.stride if self.threshold is None else UNBOUNDED
+        return min(stride, UNBOUNDED if self.select_stride is None else self.select_stride)
 
 
 class FullSteps(NamedTuple):
@@ -101,6 +103,8 @@ class Plan(NamedTuple):
     None without selecting steps."""
     score_bits: int = 16
     """Bits of the score keys."""
+    select_stride: int | None = None
+    """Decoding steps from one selecting step to the next, None without selecting steps."""
 
     @property
     def steps(self) -> FullSteps:
@@ -112,11 +116,10 @@ class Plan(NamedTuple):
         """What the selection of the selecting steps needs of the plan, which has some."""
         return self.steps._replace(positions=self.selecting_positions)
 
-    def for_kernels(self) -> tuple:
-        """The fields that the kernels know, up to `recurring`. Raises `ValueError` if there are selecting steps."""
-        if self.selecting_positions is not None:
-            raise ValueError(f"select_stride {READABLE_ONLY}")
-        return self[: self._fields.index("recurring") + 1]
+    @property
+    def selecting(self) -> int:
+        """E: how many steps at multiples of the select stride there are, those that are full included."""
+        return 0 if self.selecting_positions is None else self.selecting_positions.shape[1]
 
 
 class AttentionInputs(NamedTuple):
@@ -171,15 +174,25 @@ class LayerState(NamedTuple):
 
 
 class SelectingState(NamedTuple):
-    """What a layer's cache holds besides, if it has selecting steps."""
+    """What a layer's cache holds besides, if it has selecting steps: its score keys, and which steps were selecting.
+
+    All three are None in an operator's arguments if it has none.
+    """
 
     codes: Tensor | None
     """The stored codes of the score keys, as `refreshkv.ops.naive.score_keys.quantize` makes them: (B, Hkv, L, D) int8
     or (B, Hkv, L, D / 2) uint8. None with 16 bits: the keys themselves are the score keys."""
     scales: Tensor | None
     """(B, Hkv, L) float32, or None."""
-    selecting_steps: Tensor
+    selecting_steps: Tensor | None
     """(B, L) bool: which positions were selecting steps."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of the score keys."""
+        if self.codes is None:
+            return 16
+        return 4 if self.codes.dtype == torch.uint8 else 8
 
 
 class CompactState(NamedTuple):

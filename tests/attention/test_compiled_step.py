@@ -5,13 +5,15 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
-from refreshkv import RefreshCache, RefreshConfig
+from refreshkv import NEVER, RefreshCache, RefreshConfig
 from tests.helpers.marks import slow_unless
 from tests.helpers.models import random_ids, tiny_enabled
 
 CONFIGS = {
     "fixed": RefreshConfig(budget=6, stride=4),
     "similarity": RefreshConfig(budget=0.3, stride=3, threshold=0.1, observation_window=4, recent_window=2),
+    "selecting": RefreshConfig(budget=6, stride=NEVER, select_stride=2, score_bits=4, pool_ahead=True),
+    "selecting beside similarity": RefreshConfig(budget=0.3, stride=3, threshold=0.1, select_stride=2),
 }
 
 
@@ -38,7 +40,9 @@ def fresh_compiler():
     counters.clear()
 
 
-@pytest.mark.parametrize("case", slow_unless([("similarity", 7)], [(name, pad) for name in CONFIGS for pad in (0, 7)]))
+@pytest.mark.parametrize(
+    "case", slow_unless([("similarity", 7), ("selecting", 7)], [(name, pad) for name in CONFIGS for pad in (0, 7)])
+)
 def test_compiled_steps_give_the_same_tokens(case):
     (name, padding), model = case, tiny_enabled()
     ids, mask = left_padded(random_ids(2, 20), (0, padding))
@@ -46,6 +50,7 @@ def test_compiled_steps_give_the_same_tokens(case):
     found, cache = generate(model, ids, mask, CONFIGS[name], compiled=True)
     assert torch.equal(found, expected)
     assert torch.equal(cache.full_steps, eager.full_steps)
+    assert torch.equal(cache.selecting_steps, eager.selecting_steps)
     assert cache.get_seq_length() == 33
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 

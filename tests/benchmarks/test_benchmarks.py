@@ -25,13 +25,14 @@ def script(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "strategy", ["full", "refresh", "similarity", "offloaded", "streaming", "h2o", "snapkv", "static", "dynamic"]
+    "strategy",
+    ["full", "refresh", "similarity", "select:2:4bit", "offloaded", "streaming", "h2o", "snapkv", "static", "dynamic"],
 )
 @pytest.mark.parametrize("context", [96, 40])
 def test_a_filled_cache_decodes(script, strategy, context):
     model = tiny_enabled()
     args = argparse.Namespace(budget=0.25, stride=3, observation_window=2)
-    model.set_attn_implementation("refreshkv" if strategy in script.OURS else "sdpa")
+    model.set_attn_implementation("refreshkv" if script.is_ours(strategy) else "sdpa")
     cache = script.make_cache(model, strategy, context + 9, context // 4, args)
     length = script.fill(cache, model, 2, context, context // 4)
     assert length == (context // 4 if strategy in ("streaming", "h2o", "snapkv") else context)
@@ -46,7 +47,10 @@ def test_a_filled_cache_decodes(script, strategy, context):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
     ("strategies", "options"),
-    [("full,refresh,offloaded,snapkv,static,dynamic", []), ("full,refresh,similarity,h2o", ["--loop", "graph"])],
+    [
+        ("full,refresh,offloaded,snapkv,static,dynamic", []),
+        ("full,refresh,similarity,select:2:4bit,h2o", ["--loop", "graph"]),
+    ],
 )
 def test_it_runs_to_the_table(tmp_path, strategies, options):
     command = [sys.executable, str(BENCHMARKS / "decode.py"), *SHAPE, "--cases", "512:2", "--cycles", "1", *options]

@@ -12,11 +12,15 @@ from refreshkv.cache.offload import OffloadedLayer
 from refreshkv.ops import naive
 from refreshkv.ops.choice import Choice
 from tests.attention.test_parity import CASES as PARITY_CASES
+from tests.attention.test_parity import SELECTING as SELECTING_PARITY_CASES
 from tests.attention.test_parity import assert_parity
-from tests.generation.test_generate import FIXED, SIMILAR, generate, left_padded
+from tests.generation.test_generate import BESIDE, BOTH, FIXED, SELECTING, SIMILAR, generate, left_padded
 from tests.helpers.marks import slow_unless
 from tests.helpers.models import decode_logits, random_ids, tiny_enabled, tiny_model
 from tests.ops.test_step_kernels import CASES, drawn
+from tests.ops.test_step_kernels import SELECTING as SELECTING_CASES
+
+EVERY_CASE = {**CASES, **{f"selecting, {name}": case for name, case in SELECTING_CASES.items()}}
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -58,21 +62,23 @@ def check(outputs, layers, tolerance):
     for name in kept + ["observers"] * (ours.config.observation_window > 1):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
     ours._flush(ours.length)
+    for name in set(ours.batch_state) & {"selecting_steps", "score_codes", "score_scales"}:
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert ours.keys.device.type == ours.values.device.type == "cpu"
     assert torch.equal(ours.keys.to(DEVICE), theirs.keys) and torch.equal(ours.values.to(DEVICE), theirs.values)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EVERY_CASE)
 def test_every_step_equals_the_device_layers(name):
-    check(*both_layers(CASES[name], steps=3 * CASES[name][1]), tolerance=1e-5)
+    check(*both_layers(EVERY_CASE[name], steps=3 * EVERY_CASE[name][1]), tolerance=1e-5)
 
 
-@pytest.mark.parametrize("name", slow_unless(("fixed",), CASES))
+@pytest.mark.parametrize("name", slow_unless(("fixed", "selecting, every second, four bits"), EVERY_CASE))
 def test_by_kernels(monkeypatch, name):
     """On a GPU, or under Triton's interpreter."""
     pytest.importorskip("triton")
     monkeypatch.setattr(Choice, "uses_kernels", lambda choice, tensor: True)
-    outputs, layers = both_layers(CASES[name], steps=6)
+    outputs, layers = both_layers(EVERY_CASE[name], steps=6)
     check(outputs, layers, tolerance=1e-4)
 
 
@@ -104,6 +110,35 @@ def test_moving_tokens(monkeypatch):
     assert not results[0][0, :, :19].any() and results[0][1, :, :19].any()
 
 
+def test_chosen_tokens_that_are_held_stay_where_they_are():
+    """Against a dictionary of slots, with rows of several sizes."""
+    generator = torch.Generator().manual_seed(0)
+    width, columns, held = 9, 30, torch.full((2, 2, 9), -1, dtype=torch.int32)
+    for turn in range(6):
+        sizes = torch.tensor([width, 4 + turn % 3])
+        selected = torch.rand(2, 2, columns, generator=generator).argsort(-1)[..., :width].int()
+        slots, fetched = naive.place_chosen(selected, sizes, held, columns)
+        for row, size in enumerate(sizes.tolist()):
+            for head in range(2):
+                before, moved = held[row, head].tolist(), fetched[row, head].tolist()
+                wanted, where = selected[row, head, :size].tolist(), slots[row, head, :size].tolist()
+                after = [new if new >= 0 else old for old, new in zip(before, moved, strict=True)]
+                assert [after[slot] for slot in where] == wanted and len(set(where)) == size
+                assert {position for position in moved if position >= 0} == set(wanted) - set(before)
+        held = torch.where(fetched >= 0, fetched, held)
+    assert (fetched < 0).any() and (fetched >= 0).any()
+
+
+@pytest.mark.parametrize("case", range(len(SELECTING_PARITY_CASES)))
+def test_selecting_steps_equal_training(case):
+    prompt, config = SELECTING_PARITY_CASES[case]
+    model, ids = tiny_enabled(groups=2, seed=3), random_ids(3, 45, seed=4)
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate([0, prompt // 3, prompt - 1]):
+        mask[row, :padding] = 0
+    assert_parity(model, ids, prompt, config, mask, offload=True)
+
+
 @pytest.mark.parametrize("case", slow_unless(range(0, len(PARITY_CASES), 3), range(len(PARITY_CASES))))
 def test_parity_with_training(case):
     prompt, config = PARITY_CASES[case]
@@ -114,7 +149,9 @@ def test_parity_with_training(case):
     assert_parity(model, ids, prompt, config, mask, offload=True)
 
 
-@pytest.mark.parametrize("config", [FIXED, SIMILAR], ids=["fixed", "similarity"])
+@pytest.mark.parametrize(
+    "config", [FIXED, SIMILAR, SELECTING, BOTH, BESIDE], ids=["fixed", "similarity", "selecting", "both", "beside"]
+)
 @pytest.mark.parametrize(
     "settings", [{}, {"num_beams": 3}, {"prefill_chunk_size": 7}], ids=["greedy", "beams", "chunks"]
 )
@@ -128,10 +165,11 @@ def test_generate(config, settings):
     assert torch.equal(generate(model, ids, cache=cache, **settings), expected)
 
 
-def test_a_second_turn():
+@pytest.mark.parametrize("selecting", [{}, {"select_stride": 3, "score_bits": 4}], ids=["plain", "selecting"])
+def test_a_second_turn(selecting):
     """No mask, so nothing waits for the GPU in between."""
     dtype = torch.float32 if DEVICE == "cuda" else torch.float64
-    config, ids = RefreshConfig(budget=7, stride=5), random_ids(2, 60).to(DEVICE)
+    config, ids = RefreshConfig(budget=7, stride=5, **selecting), random_ids(2, 60).to(DEVICE)
     model = tiny_enabled(layers=4, head_dim=16, dtype=dtype).to(DEVICE)
     caches = [RefreshCache(model.config, 60, config, offload=offloaded) for offloaded in (False, True)]
     bounds = [0, 20, *range(21, 30), 45, *range(46, 61)]
@@ -144,7 +182,8 @@ def test_a_second_turn():
 @pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_compiled_model_and_copies_of_a_cache(is_compiled):
     """A user's own torch.compile gives the same numbers; a copied cache goes on by itself."""
-    config, model, ids = RefreshConfig(budget=7, stride=5), tiny_enabled(), random_ids(1, 40)
+    config, model = RefreshConfig(budget=7, stride=5, select_stride=2, score_bits=4), tiny_enabled()
+    ids = random_ids(1, 40)
     expected, _ = decode_logits(model, ids, 20, config)
     cache = RefreshCache(model.config, 60, config, offload=True)
     compiled = torch.compile(model, backend="eager") if is_compiled else model

@@ -541,10 +541,6 @@ def test_the_last_step_can_be_taken_back(config):
     model(random_ids(2, 3), past_key_values=cache)
     with pytest.raises(NotImplementedError, match="cannot take tokens back"):
         cache.crop(0)
-    if config.select_stride is not None:
-        with pytest.raises(SettingsError, match="offload=True knows no selecting steps yet"):
-            RefreshCache(model.config, 60, config, offload=True)
-        return
     offloaded = RefreshCache(model.config, 60, config, offload=True)
     assert not offloaded.is_croppable
     with pytest.raises(NotImplementedError, match="cannot take tokens back"):

@@ -23,7 +23,7 @@ from refreshkv.evaluation.perplexity.stepwise import decode_known
 from refreshkv.evaluation.strategies import build_strategies
 from refreshkv.ops import naive
 from refreshkv.ops.choice import CHOICE
-from tests.attention.test_parity import CASES
+from tests.attention.test_parity import CASES, SELECTING
 from tests.helpers.models import FAMILIES, decode_logits, random_ids, tiny_enabled
 
 if not torch.cuda.is_available():
@@ -43,6 +43,14 @@ SIZES = [
     (4097, 8, 256, RefreshConfig(budget=700, stride=3)),
     (2049, 4, 128, RefreshConfig(budget=0.125, stride=3, observation_window=16, recent_window=64)),
     (9001, 2, 64, RefreshConfig(budget=9000, stride=2)),
+    (63, 1, 64, RefreshConfig(budget=20, stride=NEVER, select_stride=2, score_bits=4)),
+    (1023, 3, 64, RefreshConfig(budget=100, stride=5, select_stride=2, score_bits=8)),
+    (1023, 7, 128, RefreshConfig(budget=100, stride=NEVER, select_stride=1, score_bits=16)),
+    (4097, 4, 128, RefreshConfig(budget=0.125, stride=NEVER, select_stride=2, score_bits=4, recent_window=30)),
+    (4097, 8, 256, RefreshConfig(budget=700, stride=4, threshold=0.5, select_stride=3, score_bits=4)),
+    (2049, 4, 128, RefreshConfig(budget=0.2, stride=5, select_stride=2, score_bits=4, observation_window=16)),
+    (40001, 4, 128, RefreshConfig(budget=0.125, stride=NEVER, select_stride=1, score_bits=4)),
+    (9001, 2, 64, RefreshConfig(budget=9000, stride=NEVER, select_stride=2, score_bits=4)),
 ]
 
 
@@ -71,14 +79,17 @@ def test_steps_equal_the_naive_form(size, dtype):
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     for step in range(8):
         token = draw(1)
-        found = decode_kernels.decode_step(*token, ours.state(), *options)
-        expected = naive.decode_step(*token, theirs.state(), *options)
+        found = decode_kernels.decode_step(*token, ours.state(), *options, ours.selecting_state())
+        expected = naive.decode_step(*token, theirs.state(), *options, theirs.selecting_state())
         error = (found.double() - expected.double()).norm() / expected.double().norm()
         assert error < tolerance, (step, error)
         assert torch.equal(ours.row_state, theirs.row_state) and torch.equal(ours.full_steps, theirs.full_steps)
-        assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+        for name in ("keys", "values", *ours.batch_state):
+            if name in ("keys", "values", "selecting_steps", "score_codes", "score_scales"):
+                assert torch.equal(getattr(ours, name), getattr(theirs, name)), (step, name)
         if dtype == torch.float32:
-            assert seen_of(ours) == seen_of(theirs), step
+            if (step + 2) % (config.select_stride or NEVER):  # else the next step chooses anew
+                assert seen_of(ours) == seen_of(theirs), step
         else:  # near ties at the cut may fall either way: go on from the same selection
             theirs.selected.copy_(ours.selected)
 
@@ -96,7 +107,7 @@ def test_the_selection_is_exact(length, budget, distinct):
 def test_parity_of_kernels_and_naive_form(monkeypatch, padded, dtype):
     model = tiny_enabled(dtype=dtype, head_dim=16).cuda()
     ids = random_ids(2, 70).cuda()
-    for prompt, config in CASES:
+    for prompt, config in CASES + SELECTING:
         mask = None
         if padded:
             mask = torch.ones_like(ids)
@@ -110,6 +121,7 @@ def test_parity_of_kernels_and_naive_form(monkeypatch, padded, dtype):
             continue  # a selection may differ by a near tie; test_steps_equal_the_naive_form goes step by step
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4, msg=lambda m, c=config: f"{c}: {m}")
         assert torch.equal(cache.full_steps, wanted.full_steps), config
+        assert torch.equal(cache.selecting_steps, wanted.selecting_steps), config
 
 
 CACHES = {
@@ -117,6 +129,15 @@ CACHES = {
     "never": lambda config: RefreshCache(config, 90, RefreshConfig(budget=6, stride=NEVER)),
     "similarity": lambda config: RefreshCache(
         config, 90, RefreshConfig(budget=0.3, stride=3, threshold=0.1, observation_window=4, recent_window=2)
+    ),
+    "selecting": lambda config: RefreshCache(
+        config, 90, RefreshConfig(budget=6, stride=NEVER, select_stride=2, score_bits=4)
+    ),
+    "selecting beside full steps": lambda config: RefreshCache(
+        config, 90, RefreshConfig(budget=0.3, stride=7, select_stride=5, score_bits=8, observation_window=4)
+    ),
+    "selecting beside similarity": lambda config: RefreshCache(
+        config, 90, RefreshConfig(budget=6, stride=3, threshold=0.1, select_stride=2, score_bits=16)
     ),
     "full": lambda config: FullCache(config, 90),
     "streaming": lambda config: StreamingCache(config, 90, 8),
@@ -149,12 +170,21 @@ def test_generate_captures_the_step_by_itself(name, padding):
 
 
 @pytest.mark.parametrize("compile_config", [None, tuned_compilation()], ids=["default", "tuned"])
-@pytest.mark.parametrize("settings", [{}, {"observation_window": 16, "recent_window": 64}, {"threshold": 0.9}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"observation_window": 16, "recent_window": 64},
+        {"threshold": 0.9},
+        {"stride": NEVER, "select_stride": 2, "score_bits": 4},
+        {"select_stride": 4, "score_bits": 8, "observation_window": 4},
+    ],
+)
 def test_a_trained_model_goes_on_with_the_same_tokens(monkeypatch, settings, compile_config):
     """Greedily, 256 tokens in bfloat16, by kernels in a CUDA graph and by the naive form. Up to where they part, if
     they do, both are as near to what float32 gives after the same tokens: their rounding differs, and with it what is
     selected."""
-    config = RefreshConfig(budget=0.125, stride=10, **settings)
+    config = RefreshConfig(**{"budget": 0.125, "stride": 10, **settings})
     folder = ROOT / "base" / "python-4m"
     model = enable(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda(), config)
     exact = enable(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda(), config)
@@ -237,11 +267,12 @@ def test_a_full_cache_says_so():
         model.generate(ids, past_key_values=cache, max_new_tokens=30, eos_token_id=None)
 
 
-def test_turns_chunks_and_a_reset():
+@pytest.mark.parametrize("selecting", [{}, {"select_stride": 3, "score_bits": 4}])
+def test_turns_chunks_and_a_reset(selecting):
     """The same cache again: other prompt lengths, chunks, a second turn. Naive steps in float64 say what is right."""
     model = tiny_enabled(dtype=torch.float64, head_dim=16).cuda()
     fast = tiny_enabled(dtype=torch.float32, head_dim=16).cuda()
-    config = RefreshConfig(budget=0.3, stride=4, observation_window=5)
+    config = RefreshConfig(budget=0.3, stride=4, observation_window=5, **selecting)
     cache = RefreshCache(fast.config, 90, config)
     for length, chunk in ((20, None), (31, 8), (13, None)):
         settings = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 12, "prefill_chunk_size": chunk}

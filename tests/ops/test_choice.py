@@ -5,10 +5,9 @@ import logging
 import pytest
 import torch
 
-from refreshkv import RefreshCache, RefreshConfig, Simulation, ops
+from refreshkv import RefreshConfig
 from refreshkv.ops import choice
 from refreshkv.ops.choice import CHOICE, Choice
-from tests.helpers.models import random_ids, tiny_enabled
 
 
 @pytest.mark.parametrize(("value", "is_naive"), [(None, False), ("", False), ("kernels", False), ("naive", True)])
@@ -42,30 +41,6 @@ def test_each_operation_is_described(monkeypatch):
     described = dict(Choice(naive_only=False).describe())
     assert {"full steps in training", "decoding steps", "prompt in a cache"} <= described.keys()
     assert Choice(naive_only=True).describe() == [("everything", "plain PyTorch, because REFRESHKV_OPS=naive is set")]
-
-
-@pytest.mark.parametrize(
-    ("name", "config"),
-    [
-        ("select_stride", RefreshConfig(budget=6, stride=4, select_stride=2, score_bits=4)),
-        ("pool_ahead", RefreshConfig(budget=6, stride=4, pool_ahead=True)),
-    ],
-)
-def test_kernels_refuse_what_they_do_not_know(monkeypatch, name, config):
-    """A pass, a cache, and the operations themselves: none falls back to another form in silence."""
-    monkeypatch.setattr(Choice, "uses_kernels", lambda self, tensor: True)
-    message = f"^{name} is computed by the readable form only so far: set REFRESHKV_OPS=naive in the environment$"
-    model, ids = tiny_enabled(), random_ids(2, 30)
-    query, key = torch.zeros(1, 2, 30, 8), torch.zeros(1, 1, 30, 8)
-    plan, options = config.plan(query, 20), config.selection_options()
-    with pytest.raises(ValueError, match=message):
-        model(ids, simulation=Simulation(20, config))
-    with pytest.raises(ValueError, match=message):
-        model(ids, past_key_values=RefreshCache(model.config, 60, config))
-    with pytest.raises(ValueError, match=message):
-        ops.refresh_rows(query[:, :, 19:], key, key, plan, options, 1.0)
-    with pytest.raises(ValueError, match=message):
-        config.step_options().flat()
 
 
 def test_full_steps_go_to_cudnn_by_configuration_alone(monkeypatch):

@@ -51,7 +51,31 @@ CASES = {
     ),
     "short prompt, many observers": (1, 40, 3, 2, 1, 16, RefreshConfig(budget=9, stride=5, observation_window=9), 0),
     "windows beyond the budget": (1, 40, 21, 2, 1, 16, RefreshConfig(budget=4, stride=5, recent_window=9), 0),
-}
+    "selecting": (2, 63, 20, 2, 2, 16, RefreshConfig(budget=8, stride=NEVER, select_stride=3), 5),
+    "selecting by 4 bits, pooling ahead": (
+        1, 50, 21, 3, 2, 16,
+        RefreshConfig(budget=9, stride=NEVER, select_stride=2, score_bits=4, pool_ahead=True, pool_kernel=4), 0,
+    ),
+    "selecting at every step by 8 bits": (
+        1, 40, 17, 2, 1, 16, RefreshConfig(budget=5, stride=NEVER, select_stride=1, score_bits=8, pool_kernel=1), 0,
+    ),
+    "selecting between full steps, observers and windows": (
+        2, 63, 20, 2, 1, 24,
+        RefreshConfig(
+            budget=0.4, stride=10, select_stride=4, score_bits=4, observation_window=3, recent_window=2, sink_tokens=1
+        ),
+        5,
+    ),
+    "selecting beside similarity": (
+        2, 90, 20, 2, 2, 16, RefreshConfig(budget=10, stride=3, threshold=0.3, select_stride=2, score_bits=8), 5,
+    ),
+    "selecting, a budget beyond the row": (2, 45, 12, 2, 2, 16, RefreshConfig(budget=1000, select_stride=7), 4),
+    "selecting with one key": (1, 40, 9, 2, 2, 16, RefreshConfig(budget=1, stride=NEVER, select_stride=5), 0),
+    "selecting beyond the row": (1, 40, 21, 2, 1, 16, RefreshConfig(budget=6, stride=7, select_stride=50), 0),
+    "selecting in segments longer than the budget": (
+        1, 70, 21, 2, 1, 16, RefreshConfig(budget=5, stride=NEVER, select_stride=23, score_bits=4), 0,
+    ),
+}  # fmt: skip
 
 
 def inputs(rows, length, groups, kv_heads, head_dim, seed=0, dtype=torch.float32):
@@ -96,7 +120,8 @@ def compare(case, dtype=torch.float32, tolerance=1e-4, seed=0):
         assert error < tolerance, f"{name}: {error:.2e}"
 
 
-QUICK = ("fixed", "a fraction of padded rows", "never refreshed", "observers and windows")
+QUICK = ("fixed", "a fraction of padded rows", "never refreshed", "observers and windows", "selecting")
+QUICK += ("selecting by 4 bits, pooling ahead", "selecting between full steps, observers and windows")
 
 
 @pytest.mark.parametrize("name", slow_unless(QUICK, CASES))

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from refreshkv import RefreshConfig
+from refreshkv.cache.layer import RefreshLayer
 from refreshkv.ops.naive import score_keys as naive
 
 pytest.importorskip("triton")
 
-from refreshkv.ops.selection.score_keys import ScoreKeys, write_score_keys
+from refreshkv.ops.selection.score_keys import write_score_keys
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -48,15 +50,19 @@ def test_every_code_survives_packing():
 @pytest.mark.parametrize(("tokens", "head_dim"), [(1, 16), (70, 64), (65, 24), (3, 128)])
 def test_kernel_stores_the_same_bits(tokens, head_dim, bits, dtype):
     key = keys_of(max(tokens, 2), head_dim, dtype)[:, :, :tokens]
-    stored = ScoreKeys.empty(torch.zeros(2, 3, tokens + 9, head_dim, device=DEVICE), bits)
-    write_score_keys(key, stored, first=5)
+    room = torch.zeros(2, 3, tokens + 9, head_dim, device=DEVICE)
+    found, expected = (naive.empty_score_keys(room, bits) for _ in range(2))
+    write_score_keys(key, *found, first=5)
+    naive.write_score_keys(key, *expected, first=5)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
     codes, scale = naive.quantize(key, bits)
-    assert torch.equal(stored.codes[:, :, 5 : 5 + tokens], codes)
-    assert torch.equal(stored.scales[:, :, 5 : 5 + tokens], scale)
-    assert not stored.scales[:, :, :5].any() and not stored.scales[:, :, 5 + tokens :].any()
+    assert torch.equal(expected[0][:, :, 5 : 5 + tokens], codes)
+    assert torch.equal(expected[1][:, :, 5 : 5 + tokens], scale)
+    assert not expected[1][:, :, :5].any() and not expected[1][:, :, 5 + tokens :].any()
 
 
-@pytest.mark.parametrize(("head_dim", "bits"), [(16, 5), (15, 4)])
-def test_impossible_score_keys_are_refused(head_dim, bits):
-    with pytest.raises(ValueError, match="score"):
-        ScoreKeys.empty(torch.zeros(1, 1, 4, head_dim), bits)
+def test_odd_heads_are_refused():
+    layer = RefreshLayer(8, RefreshConfig(select_stride=2))
+    with pytest.raises(ValueError, match="select_stride needs an even head size, and the model's is 15"):
+        layer.update(*torch.zeros(2, 1, 1, 4, 15))

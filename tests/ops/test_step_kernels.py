@@ -52,6 +52,73 @@ CASES = {
     ),
     "short prompt, many observers": (3, 14, 2, 1, 16, 1, RefreshConfig(budget=9, stride=5, observation_window=9)),
     "windows beyond the budget": (21, 9, 2, 1, 16, 4, RefreshConfig(budget=4, stride=4, recent_window=9)),
+    "pooling ahead": (21, 9, 2, 2, 16, 4, RefreshConfig(budget=7, stride=3, pool_kernel=4, pool_ahead=True)),
+}
+
+# the same with selecting steps
+SELECTING = {
+    "every second, four bits": (
+        *(20, 7, 2, 2, 16, 5),
+        RefreshConfig(budget=8, stride=NEVER, select_stride=2, score_bits=4),
+    ),
+    "beside full steps": (
+        *(20, 13, 3, 1, 24, 5),
+        RefreshConfig(budget=9, stride=6, select_stride=4, score_bits=8, pool_ahead=True, pool_kernel=4),
+    ),
+    "beside the similarity schedule": (
+        *(20, 16, 2, 2, 16, 5),
+        RefreshConfig(budget=10, stride=2, threshold=0.0, select_stride=2, score_bits=4),
+    ),
+    "much at once": (
+        *(20, 13, 3, 1, 24, 5),
+        RefreshConfig(
+            budget=0.5,
+            stride=3,
+            threshold=0.0,
+            select_stride=3,
+            score_bits=4,
+            pool_kernel=4,
+            pool_ahead=True,
+            observation_window=4,
+            recent_window=3,
+            sink_tokens=2,
+        ),
+    ),
+    "keys themselves": (20, 8, 2, 2, 16, 5, RefreshConfig(budget=8, stride=5, select_stride=2)),
+    "three heads to a group of 64": (
+        *(45, 4, 3, 3, 64, 0),
+        RefreshConfig(budget=9, stride=NEVER, select_stride=1, score_bits=4, pool_ahead=True),
+    ),
+    "every query's own top": (
+        *(33, 3, 1, 1, 24, 7),
+        RefreshConfig(budget=5, stride=NEVER, select_stride=1, score_bits=4, pool_kernel=1),
+    ),
+    "windows": (
+        *(50, 6, 2, 2, 16, 11),
+        RefreshConfig(budget=12, stride=5, select_stride=2, score_bits=4, recent_window=5, sink_tokens=3),
+    ),
+    "windows beyond the budget": (
+        *(40, 6, 2, 1, 16, 4),
+        RefreshConfig(budget=4, stride=5, select_stride=2, score_bits=4, recent_window=9, sink_tokens=2),
+    ),
+    "observers": (
+        *(40, 9, 2, 2, 16, 5),
+        RefreshConfig(budget=9, stride=NEVER, select_stride=2, score_bits=8, observation_window=4, recent_window=3),
+    ),
+    "short prompt, many observers": (
+        *(2, 8, 2, 1, 16, 1),
+        RefreshConfig(budget=3, stride=7, select_stride=1, score_bits=4, observation_window=5, pool_kernel=3),
+    ),
+    "one key": (20, 9, 2, 1, 16, 3, RefreshConfig(budget=1, stride=7, select_stride=3, score_bits=4)),
+    "a budget beyond the row": (
+        *(12, 8, 2, 2, 16, 4),
+        RefreshConfig(budget=1000, stride=7, select_stride=3, score_bits=4),
+    ),
+    "a prompt of one token": (1, 9, 2, 1, 16, 0, RefreshConfig(budget=3, stride=5, select_stride=2, score_bits=4)),
+    "few selections": (
+        *(40, 50, 2, 1, 16, 5),
+        RefreshConfig(budget=30, stride=NEVER, select_stride=24, score_bits=4),
+    ),
 }
 
 
@@ -83,18 +150,20 @@ def compare(case, dtype=torch.float32, tolerance=1e-4, seed=0):
     options = (config.step_options(), head_dim**-0.5)
     for step in range(steps):
         token = [drawn(generator, count, 1, head_dim, dtype) for count in heads]
-        found = decode_kernels.decode_step(*token, ours.state(), *options)
-        expected = naive.decode_step(*token, theirs.state(), *options)
+        found = decode_kernels.decode_step(*token, ours.state(), *options, ours.selecting_state())
+        expected = naive.decode_step(*token, theirs.state(), *options, theirs.selecting_state())
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, s=step: f"{s}: {m}")
         kept = ["keys", "values", "full_steps", "cumulative_length"]
+        kept += [name for name in ours.batch_state if name in ("selecting_steps", "score_codes", "score_scales")]
         # a single observer is the step's own query
         for name in kept + ["observers"] * (config.observation_window > 1):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), (step, name)
         assert torch.equal(ours.row_state, theirs.row_state), (step, "row_state")
         if config.threshold is not None:
             torch.testing.assert_close(ours.mean_query, theirs.mean_query)
-        assert seen_of(ours) == seen_of(theirs), (step, "selected")
-    return theirs.full_steps
+        if (step + 2) % (config.select_stride or NEVER):  # else the next step chooses anew
+            assert seen_of(ours) == seen_of(theirs), (step, "selected")
+    return theirs
 
 
 QUICK = ("fixed", "a fraction of padded rows", "seven heads to a group", "similarity", "observers and windows")
@@ -102,21 +171,35 @@ QUICK = ("fixed", "a fraction of padded rows", "seven heads to a group", "simila
 
 @pytest.mark.parametrize("name", slow_unless(QUICK, CASES))
 def test_steps_equal_the_naive_form(name):
-    full_steps = compare(CASES[name])
+    layer = compare(CASES[name])
     if "similarity" in name:
-        assert len({tuple(row) for row in full_steps.tolist()}) == 2, "rows refresh together: the test shows less"
+        assert len({tuple(row) for row in layer.full_steps.tolist()}) == 2, "rows refresh together: the test shows less"
 
 
-TOGETHER = ("fixed", "similarity", "long intervals", "observers and windows")
+QUICK_SELECTING = ("every second, four bits", "much at once", "keys themselves")
 
 
-@pytest.mark.parametrize("name", slow_unless(("observers and windows",), TOGETHER))
+@pytest.mark.parametrize("name", slow_unless(QUICK_SELECTING, SELECTING))
+def test_selecting_steps_equal_the_naive_form(name):
+    layer = compare(SELECTING[name])
+    prompt, steps = SELECTING[name][:2]
+    config, step = layer.config, torch.arange(prompt + steps, device=DEVICE) - (prompt - 1)
+    expected = (step > 0) & (step % config.select_stride == 0) & ~layer.full_steps
+    assert torch.equal(layer.selecting_steps, expected) and expected.any()
+    if config.threshold is not None:
+        assert len({tuple(row) for row in expected.tolist()}) == 2, "rows select together: the test shows less"
+
+
+TOGETHER = ("fixed", "similarity", "long intervals", "observers and windows", "beside full steps", "much at once")
+
+
+@pytest.mark.parametrize("name", slow_unless(("observers and windows", "much at once"), TOGETHER))
 @pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_layers_that_select_together(monkeypatch, name, parts):
     """Steps of three layers whose selections are one launch, and of each by itself; rows change places in between."""
     monkeypatch.setattr(joint_state, "CHOICE", KERNELS)
     monkeypatch.setattr(decode_selection, "parts_of", lambda pairs, capacity: parts)
-    prompt, _, groups, kv_heads, head_dim, padding, config = CASES[name]
+    prompt, _, groups, kv_heads, head_dim, padding, config = (CASES | SELECTING)[name]
     steps = 6
     generator, padding = torch.Generator().manual_seed(3), torch.tensor([0, padding], device=DEVICE)
     heads = (groups * kv_heads, kv_heads, kv_heads)
@@ -136,7 +219,8 @@ def test_layers_that_select_together(monkeypatch, name, parts):
             token = [drawn(generator, count, 1, head_dim, rows=rows) for count in heads]
             ours.update(*token[1:])
             found = ours.step(*token, head_dim**-0.5)
-            assert torch.equal(found, decode_kernels.decode_step(*token, theirs.state(), *options)), step
+            expected = decode_kernels.decode_step(*token, theirs.state(), *options, theirs.selecting_state())
+            assert torch.equal(found, expected), step
         for ours, theirs in zip(together, alone, strict=True):
             for ours_state, theirs_state, state in zip(ours.state(), theirs.state(), LayerState._fields, strict=True):
                 if state != "observers" or config.observation_window > 1:

@@ -10,7 +10,7 @@ import yaml
 
 from refreshkv import NEVER, RefreshConfig, Simulation, Trace
 from refreshkv.settings import settings_from_dict
-from refreshkv.train.config import RunConfig
+from refreshkv.train.config import RunConfig, SimulationConfig
 from refreshkv.train.flops import Work, model_work, step_flops, visible_keys
 from refreshkv.train.job import resolve
 from refreshkv.train.memory import allocated, memory_needed
@@ -181,6 +181,18 @@ def test_the_advice_fits(tmp_path, monkeypatch):
     assert "faster: training.activation_checkpointing=false" in report(job, 900e9, 700e12)
     assert "faster: training.activation_checkpointing=0.5" in report(job, 85e9, 700e12)
     assert "--gpu-memory" in report(job, None, 700e12)
+
+
+def test_selecting_steps_are_in_the_report_and_in_the_memory():
+    config = deepcopy(JOB.config)
+    config.simulation = SimulationConfig(stride=NEVER, select_stride=[None, 7, 2])
+    selecting = JOB.with_settings(config)
+    assert "selecting at least every 2 tokens" in report(selecting, None, 700e12)
+    config = deepcopy(config)
+    config.simulation = SimulationConfig(stride=NEVER)
+    without = JOB.with_settings(config)
+    assert "selecting" not in report(without, None, 700e12)
+    assert sum(memory_needed(selecting).values()) > sum(memory_needed(without).values())
 
 
 @pytest.mark.parametrize(

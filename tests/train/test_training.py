@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from refreshkv import NEVER, RefreshConfig, Simulation
+from refreshkv import NEVER, RefreshConfig, Simulation, Trace
 from refreshkv.settings import SettingsError, settings_from_dict
 from refreshkv.train.batch import make_batch
 from refreshkv.train.config import RunConfig, SimulationConfig
@@ -26,7 +26,7 @@ from refreshkv.train.mock import mock_step
 from refreshkv.train.order import RowOrder
 from refreshkv.train.resume import needs_conversion
 from refreshkv.train.run_folder import State, claim_output, finished_checkpoints, read_run, run_id, validate_output
-from refreshkv.train.simulation import draw_simulation
+from refreshkv.train.simulation import draw_simulation, effective_strides
 from refreshkv.train.step import train_step
 from refreshkv.train.validation import setting_warnings, validate_preparation, validate_settings
 from tests.helpers.jobs import (
@@ -409,6 +409,11 @@ def test_settings_that_contradict_each_other():
         ({"refresh": {"budget": -1}}, "budget"),
         ({"simulation": {"stride": []}}, "simulation.stride"),
         ({"simulation": {"stride": [5, 0]}}, "simulation.stride"),
+        ({"simulation": {"stride": "ever"}}, "simulation.stride"),
+        ({"simulation": {"select_stride": []}}, "simulation.select_stride"),
+        ({"simulation": {"select_stride": [2, 0]}}, "simulation.select_stride"),
+        ({"simulation": {"select_stride": 1.5}}, "simulation.select_stride"),
+        ({"simulation": {"pattern": "paper", "prompt_length": None, "select_stride": 2}}, "simulation.select_stride"),
         ({"simulation": {"prompt_length": [8, ROW_LENGTH]}}, "simulation.prompt_length"),
         ({"simulation": {"prompt_length": 0}}, "simulation.prompt_length"),
         ({"simulation": {"pattern": "off"}}, "simulation.prompt_length"),
@@ -448,6 +453,13 @@ def test_a_budget_beyond_the_context_is_warned_of():
     assert "refresh.budget" in setting_warnings(run_config(refresh={"budget": ROW_LENGTH}))[0]
 
 
+def test_selecting_steps_that_are_not_trained_for_are_warned_of():
+    refresh = {"budget": 8, "select_stride": 2}
+    (warning,) = setting_warnings(run_config(refresh=refresh))
+    assert "simulation.select_stride is null" in warning
+    assert setting_warnings(run_config(refresh=refresh, simulation={"select_stride": [2, None]})) == []
+
+
 def test_simulations_follow_from_seed_and_step():
     settings = SimulationConfig(prompt_length=[8, 30], stride=[2, 5, 10])
     refresh = RefreshConfig(budget=8, stride=3, sink_tokens=1)
@@ -466,6 +478,46 @@ def test_simulations_follow_from_seed_and_step():
     paper = draw_simulation(SimulationConfig(pattern="paper", stride=10), refresh, ROW_LENGTH, 7, 1)
     assert (paper.prompt_length, paper.config.stride) == (ROW_LENGTH - 10, NEVER)
     assert draw_simulation(SimulationConfig(pattern="off"), refresh, ROW_LENGTH, 7, 1) is None
+
+
+def test_select_strides_are_drawn_apart():
+    """Prompt lengths and strides stay what they are without; score keys belong to selecting steps alone."""
+    refresh = RefreshConfig(budget=8, select_stride=2, score_bits=4, pool_ahead=True)
+    settings = {"prompt_length": [8, 30], "stride": [10, "never"], "select_stride": [1, 3, None]}
+    settings = settings_from_dict(SimulationConfig, settings)
+    drawn = [draw_simulation(settings, refresh, ROW_LENGTH, 7, step) for step in range(90)]
+    without = replace(settings, select_stride=None)
+    for step, simulation in enumerate(drawn):
+        plain, config = draw_simulation(without, refresh, ROW_LENGTH, 7, step), simulation.config
+        assert (plain.prompt_length, plain.config.stride) == (simulation.prompt_length, config.stride)
+        assert (plain.config.select_stride, plain.config.score_bits) == (None, 16)
+        assert config.score_bits == (16 if config.select_stride is None else 4) and config.pool_ahead
+    assert len({(s.config.stride, s.config.select_stride) for s in drawn}) == 6
+    assert drawn == [draw_simulation(settings, refresh, ROW_LENGTH, 7, step) for step in range(90)]
+    paper = draw_simulation(SimulationConfig(pattern="paper", stride=10), refresh, ROW_LENGTH, 7, 1)
+    assert (paper.config.select_stride, paper.config.score_bits) == (None, 16), "the recipe knows none"
+
+
+def test_a_stride_beyond_the_row_leaves_the_drawn_prompts_as_they_are():
+    fits, never = (settings_from_dict(SimulationConfig, {"stride": s}) for s in ([5, 10], [5, 10, "never"]))
+    assert fits.prompt_range(ROW_LENGTH) == never.prompt_range(ROW_LENGTH)
+    alone = settings_from_dict(SimulationConfig, {"stride": "never", "select_stride": 2})
+    assert alone.prompt_range(ROW_LENGTH) == (ROW_LENGTH // 4, ROW_LENGTH - 1)
+
+
+@pytest.mark.parametrize("schedule", [{"stride": 10}, {"stride": 4, "threshold": 0.1}, {"stride": NEVER}])
+def test_effective_strides_are_those_of_the_steps_taken(schedule):
+    simulation, trace = Simulation(9, RefreshConfig(budget=6, select_stride=4, **schedule)), Trace()
+    tiny_enabled(dtype=torch.float32)(random_ids(2, 50), simulation=simulation, trace=trace, use_cache=False)
+    wanted = {}
+    for name, layers in (("effective stride", trace.full_steps), ("effective select stride", trace.selecting_steps)):
+        steps = sum(float(flags[:, 9:].sum()) for flags in layers.values()) / (2 * len(layers))
+        wanted |= {name: 41 / steps} if steps else {}
+    assert len(wanted) == (1 if schedule["stride"] == NEVER else 2)
+    assert effective_strides(simulation, 50, trace) == pytest.approx(wanted)
+    if "threshold" not in schedule:
+        assert effective_strides(simulation, 50) == pytest.approx(wanted)
+    assert effective_strides(None, 50) == {}
 
 
 def test_every_row_once_an_epoch_whatever_the_layout():

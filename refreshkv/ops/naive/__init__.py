@@ -5,29 +5,36 @@ Faster forms have the same signatures and are tested against these.
 
 from refreshkv.ops.naive.attention import grouped_attention
 from refreshkv.ops.naive.rows import refresh_rows, visible_keys, whole_sequence
+from refreshkv.ops.naive.score_keys import empty_score_keys, write_score_keys
 from refreshkv.ops.naive.selection import select, selection_sizes
 from refreshkv.ops.naive.step import (
+    choose_step,
     compact_step,
     copy_tokens,
     decode,
     decode_step,
     full_step,
     gather_tokens,
+    place_chosen,
     small_cache,
 )
 
 __all__ = [
+    "choose_step",
     "compact_step",
     "copy_tokens",
     "decode",
     "decode_step",
+    "empty_score_keys",
     "full_step",
     "gather_tokens",
     "grouped_attention",
+    "place_chosen",
     "refresh_rows",
     "select",
     "selection_sizes",
     "small_cache",
     "visible_keys",
     "whole_sequence",
+    "write_score_keys",
 ]

@@ -26,6 +26,21 @@ def quantize(key: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return (codes if bits == 8 else pack(codes)), scale
 
 
+def empty_score_keys(keys: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales, all zero, for the score keys of 8 or 4 bits of a cache's keys (B, Hkv, L, D), or of their
+    shape."""
+    codes, scales = quantize(keys[:, :, :0], bits)
+    shape = (*keys.shape[:3], codes.shape[-1])
+    return codes.new_zeros(shape), scales.new_zeros(shape[:3])
+
+
+def write_score_keys(key: Tensor, codes: Tensor, scales: Tensor, first: int) -> None:
+    """As `refreshkv.ops.write_score_keys`."""
+    end = first + key.shape[2]
+    bits = 4 if codes.dtype == torch.uint8 else 8
+    codes[:, :, first:end], scales[:, :, first:end] = quantize(key.detach(), bits)
+
+
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     """The score keys that `quantize` stored: (..., D) float32."""
     codes = unpack(codes) if codes.dtype == torch.uint8 else codes

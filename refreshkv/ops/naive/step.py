@@ -49,7 +49,7 @@ def decode_step(
     known, contents = state.keys[:, :, : position + 1], state.values[:, :, : position + 1]
     output = decode(query, known, contents, is_full, state.row_state, state.selected.long(), scaling)
     if options.select_stride is not None:
-        assert chosen is not None
+        assert chosen is not None and chosen.selecting_steps is not None
         _store_score_key(chosen, known[:, :, -1], position)
         is_selecting = (step % options.select_stride == 0) & ~is_full
         if bool(is_selecting.any()):
@@ -64,6 +64,29 @@ def decode_step(
         state.full_steps[:, position] = is_full
     state.length.add_(1)
     return output.transpose(1, 2)
+
+
+@torch.no_grad()
+def choose_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: LayerState,
+    options: StepOptions,
+    scaling: float,
+    chosen: SelectingState,
+) -> None:
+    """As `refreshkv.ops.step.operators.choose_step`."""
+    assert chosen.selecting_steps is not None
+    position = int(state.length)
+    state.keys[:, :, position], state.values[:, :, position] = key[:, :, 0], value[:, :, 0]
+    state.observers[:, :, position % options.selection.observation_window] = query[:, :, 0]
+    known = state.keys[:, :, : position + 1]
+    _store_score_key(chosen, known[:, :, -1], position)
+    best = _select(state, position, _score_keys(chosen, known), options, scaling, own_first=True)
+    _keep(state, position, best, torch.ones_like(chosen.selecting_steps[:, position]))
+    chosen.selecting_steps[:, position] = True
+    state.length.add_(1)
 
 
 def _select(
@@ -89,8 +112,7 @@ def _keep(state: LayerState, position: int, best: Tensor, where: Tensor) -> None
 def _store_score_key(chosen: SelectingState, key: Tensor, position: int) -> None:
     """Stores the score key of the token at `position`: key (B, Hkv, D)."""
     if chosen.codes is not None and chosen.scales is not None:
-        bits = 4 if chosen.codes.dtype == torch.uint8 else 8
-        chosen.codes[:, :, position], chosen.scales[:, :, position] = quantize(key, bits)
+        chosen.codes[:, :, position], chosen.scales[:, :, position] = quantize(key, chosen.bits)
 
 
 def _score_keys(chosen: SelectingState, known: Tensor) -> Tensor:
@@ -183,6 +205,37 @@ def small_cache(position: int, row_state: Tensor, selected: Tensor) -> Tensor:
     oldest = torch.maximum(last_full + 1, position - budgets)
     local = local.masked_fill(local < oldest.unsqueeze(-1), -1)
     return torch.cat([kept, local.unsqueeze(1).expand(-1, selected.shape[1], -1)], dim=-1)
+
+
+def place_chosen(selected: Tensor, sizes: Tensor, held: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Slots for newly chosen tokens, of which some are held already: those stay where they are, the others take, in
+    order, the slots of tokens that are not chosen any more.
+
+    Args:
+        selected: (B, Hkv, W) int32: the chosen positions.
+        sizes: (B,) int64: how many of them there are.
+        held: (B, Hkv, W) int32: the position of the token in each slot, -1 for none.
+        columns: more than any position.
+
+    Returns the slot of each chosen position, and the position that each slot has to fetch, -1 for none: two
+    (B, Hkv, W) int32.
+    """
+    width = selected.shape[-1]
+    slot = torch.arange(width, device=selected.device).expand_as(selected)
+    exists = slot < sizes[:, None, None]
+    position = selected.long().masked_fill(~exists, columns)
+    slot_of = torch.full((*selected.shape[:2], columns + 1), -1, device=selected.device)
+    slot_of.scatter_(2, held.long().masked_fill(held < 0, columns), slot)
+    slot_of[..., columns] = -1
+    slots = slot_of.gather(2, position)
+    missing = exists & (slots < 0)
+    spare = torch.zeros(*selected.shape[:2], width + 1, dtype=torch.int64, device=selected.device)
+    stays = spare.bool().scatter(2, slots.masked_fill(slots < 0, width), True)[..., :width]
+    # the n-th missing token takes the n-th free slot
+    free = spare.scatter(2, ((~stays).cumsum(-1) - 1).masked_fill(stays, width), slot)
+    slots = torch.where(missing, free.gather(2, (missing.cumsum(-1) - 1).clamp(min=0)), slots)
+    fetched = (spare - 1).scatter(2, slots.masked_fill(~missing, width), position)[..., :width]
+    return slots.int(), fetched.int()
 
 
 def copy_tokens(source: Tensor, target: Tensor, source_first: int, target_first: int, count: int) -> None:

@@ -1,12 +1,14 @@
-"""Attention of all positions after the prompt by kernels: full steps, selection, partial steps, and their gradients.
+"""Attention of all positions after the prompt by kernels: full steps, selections, selecting and partial steps, and
+their gradients.
 
 torch.compile sees two operators of torch, one for each direction; without it the functions are called directly, which
 costs less time on the host.
 
-Shapes: `B` batch rows, `T` positions, `P` prompt length, `R = T - P`, `C` decision steps, `H` query heads, `Hkv`
-key/value heads, `D` head size, `W` slots of a selection.
+Shapes: `B` batch rows, `T` positions, `P` prompt length, `R = T - P`, `C` decision steps, `A` full and selecting
+steps, `H` query heads, `Hkv` key/value heads, `D` head size, `W` slots of a selection.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,13 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from refreshkv.ops.choice import CHOICE
-from refreshkv.ops.rows import full_steps, full_steps_cudnn, partial_steps
+from refreshkv.ops.rows import block_steps, full_steps, full_steps_cudnn, partial_steps
+from refreshkv.ops.rows.segments import Segments, segments_of
 from refreshkv.ops.selection import ranking
 from refreshkv.ops.state import AttentionInputs, Plan, SelectionOptions
 from refreshkv.ops.tiles import on_its_device, padded_head
 
-PLAN_NUMBERS = 7
-"""Where the operators' arguments change from tensors, query, key, value and four of the plan, to six of its numbers."""
+PLAN, OPTIONS = 3, 3 + len(Plan._fields)
+"""Where the plan and the options begin among the operators' arguments, after query, key and value."""
+
+OTHERS = len(Plan._fields) + len(SelectionOptions._fields) + 1
+"""How many arguments follow query, key and value; they have no gradient."""
 
 
 def refresh_rows(
@@ -30,7 +36,7 @@ def refresh_rows(
     """`refreshkv.ops.naive.refresh_rows` by kernels, differentiable in query, key and value: (B, R, H, D)."""
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
     run = _forward_operator if torch.compiler.is_compiling() else _Rows.apply
-    output, *_ = run(query, key, value, *plan.for_kernels(), *options.for_kernels(), scaling)
+    output, *_ = run(query, key, value, *plan, *options, scaling)
     return output
 
 
@@ -49,18 +55,23 @@ def _forward(
     droppable: int,
     uniform: bool,
     recurring: bool,
+    selecting_positions: Tensor | None,
+    score_bits: int,
+    select_stride: int | None,
     pool_kernel: int,
     observation_window: int,
     recent_window: int,
     sink_tokens: int,
+    pool_ahead: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A `Plan` and `SelectionOptions`, flat for torch. Returns the output (B, R, H, D), and for the gradients the
     log-sum-exp of the full steps (B, H, C) and of the partial steps (B, H, R), float32, and the selections
-    (B, Hkv, C, W) int32."""
+    (B, Hkv, A, W) int32."""
     schedule = (full_positions, latest, budgets, left_padding, prompt_length, stride)
-    plan = Plan(*schedule, width, droppable, uniform, recurring)
-    options = SelectionOptions(pool_kernel, observation_window, recent_window, sink_tokens)
+    shape = (width, droppable, uniform, recurring)
+    plan = Plan(*schedule, *shape, selecting_positions, score_bits, select_stride)
+    options = SelectionOptions(pool_kernel, observation_window, recent_window, sink_tokens, pool_ahead)
     inputs = AttentionInputs(query, key, value, scaling)
     output = _output_like(query, key, prompt_length)
     full_lse = known = None
@@ -68,9 +79,15 @@ def _forward(
         by_cudnn = CHOICE.takes_full_steps_by_cudnn(query, key, value, plan)
         full_lse = (full_steps_cudnn if by_cudnn else full_steps).forward(inputs, plan, output)
         known = full_lse.unsqueeze(-1) if observation_window == 1 else None
-    selected = ranking.select(query, key, plan.steps, options, scaling, lse=known)
-    lse = partial_steps.forward(inputs, plan, selected, output)
+    selected = ranking.select_all(query, key, plan, options, scaling, lse=known)
+    segments = segments_of(plan, key.shape[2])
+    lse = _form(query, key, segments).forward(inputs, plan, segments, selected, output)
     return output, _lse_like(query, full_positions) if full_lse is None else full_lse, lse, selected
+
+
+def _form(query: Tensor, key: Tensor, segments: Segments) -> ModuleType:
+    """The kernels that compute the partial and selecting steps."""
+    return block_steps if block_steps.takes(query, key, segments) else partial_steps
 
 
 def _output_like(query: Tensor, key: Tensor, prompt_length: int) -> Tensor:
@@ -92,6 +109,7 @@ def _backward(
     latest: Tensor,
     budgets: Tensor,
     left_padding: Tensor,
+    selecting_positions: Tensor | None,
     selected: Tensor,
     output: Tensor,
     full_lse: Tensor,
@@ -102,11 +120,14 @@ def _backward(
     droppable: int,
     uniform: bool,
     recurring: bool,
+    score_bits: int,
+    select_stride: int | None,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of query (B, H, Q, D), key and value (B, Hkv, T, D)."""
     schedule = (full_positions, latest, budgets, left_padding, prompt_length, stride)
-    plan = Plan(*schedule, width, droppable, uniform, recurring)
+    shape = (width, droppable, uniform, recurring)
+    plan = Plan(*schedule, *shape, selecting_positions, score_bits, select_stride)
     inputs = AttentionInputs(query, key, value, scaling)
     upstream = upstream if upstream.stride(-1) == 1 else upstream.contiguous()
     delta = dot_rows(output, upstream)
@@ -118,7 +139,9 @@ def _backward(
         key_grad, value_grad = full_steps_cudnn.backward(inputs, plan, full_lse, output, upstream, decoded_grad)
     else:
         key_grad, value_grad = full_steps.backward(inputs, plan, full_lse, delta, upstream, decoded_grad)
-    partial_steps.backward(inputs, plan, selected, lse, delta, upstream, (decoded_grad, key_grad, value_grad))
+    segments = segments_of(plan, key.shape[2])
+    gradients = (decoded_grad, key_grad, value_grad)
+    _form(query, key, segments).backward(inputs, plan, segments, selected, lse, delta, upstream, gradients)
     return query_grad, rounded(key_grad, key), rounded(value_grad, value)
 
 
@@ -130,8 +153,10 @@ def rounded(gradient: Tensor, tensor: Tensor) -> Tensor:
 def _keep_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     decoded, full_lse, lse, selected = output
     ctx.mark_non_differentiable(full_lse, lse, selected)
-    ctx.save_for_backward(*inputs[:PLAN_NUMBERS], selected, decoded, full_lse, lse)
-    ctx.numbers = (*inputs[PLAN_NUMBERS : PLAN_NUMBERS + 6], inputs[-1])  # the plan's, and the scaling
+    plan = Plan(*inputs[PLAN:OPTIONS])
+    tensors = (*plan[:4], plan.selecting_positions)
+    ctx.save_for_backward(*inputs[:PLAN], *tensors, selected, decoded, full_lse, lse)
+    ctx.numbers = (*plan[4:10], plan.score_bits, plan.select_stride, inputs[-1])  # the plan's, and the scaling
 
 
 class _Rows(torch.autograd.Function):
@@ -143,7 +168,7 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward(upstream, *ctx.saved_tensors, *ctx.numbers), *[None] * 15)
+        return (*_backward(upstream, *ctx.saved_tensors, *ctx.numbers), *[None] * OTHERS)
 
 
 _forward_operator = torch.library.custom_op("refreshkv::rows", _forward, mutates_args=())
@@ -151,11 +176,12 @@ _backward_operator = torch.library.custom_op("refreshkv::rows_backward", _backwa
 
 
 @_forward_operator.register_fake
-def _(query, key, value, full_positions, latest, budgets, left_padding, prompt_length, stride, width, *numbers):
-    batch, heads, _, _ = query.shape
-    lse = query.new_empty(batch, heads, key.shape[2] - prompt_length, dtype=torch.float32)
-    selected = query.new_empty(batch, key.shape[1], full_positions.shape[1], width, dtype=torch.int32)
-    return _output_like(query, key, prompt_length), _lse_like(query, full_positions), lse, selected
+def _(query, key, value, *others):
+    plan, (batch, heads, _, _) = Plan(*others[: len(Plan._fields)]), query.shape
+    lse = query.new_empty(batch, heads, key.shape[2] - plan.prompt_length, dtype=torch.float32)
+    anchors = plan.full_positions.shape[1] + plan.selecting
+    selected = query.new_empty(batch, key.shape[1], anchors, plan.width, dtype=torch.int32)
+    return _output_like(query, key, plan.prompt_length), _lse_like(query, plan.full_positions), lse, selected
 
 
 @_backward_operator.register_fake
@@ -164,7 +190,7 @@ def _(upstream, query, key, value, *rest):
 
 
 def _operator_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward_operator(upstream, *ctx.saved_tensors, *ctx.numbers), *[None] * 15)
+    return (*_backward_operator(upstream, *ctx.saved_tensors, *ctx.numbers), *[None] * OTHERS)
 
 
 _forward_operator.register_autograd(_operator_gradients, setup_context=_keep_for_backward)

@@ -1,16 +1,15 @@
 """Triton kernels for the partial steps: each attends to its segment's selected keys and to the recent ones.
 
-Interval `c` holds the positions `P - 1 + c * S .. P - 1 + (c + 1) * S - 1`, of which the first is a decision step. All
-positions after it decode from the selection of one full step, the latest at or before the decision step, and so does
-the decision step itself if it was not full. A program computes rows of one interval, pairs (position, head of the
-group). The grid is the same for every schedule.
+All positions of an interval (`segments.py`) decode from the selection of one anchor, but the anchor itself if it is a
+full step. A program computes rows of one interval, pairs (position, head of the group). The grid is the same for every
+schedule.
 
 The keys of a tile of rows are one list: the selected ones by rank, then the recent ones by position. The tiles of keys
 that every row sees whole come first and need no mask; the rest follows in a second loop.
 
-Shapes: `B` batch rows, `T` positions, `P` prompt length, `R = T - P`, `C` decision steps, `S` stride, `H` query heads,
-`Hkv` key/value heads, `G = H / Hkv`, `D` head size, `W` slots of a selection; a program has BLOCK_M rows and takes
-BLOCK_N keys at a time.
+Shapes: `B` batch rows, `T` positions, `P` prompt length, `R = T - P`, `A` anchors, `H` query heads, `Hkv` key/value
+heads, `G = H / Hkv`, `D` head size, `W` slots of a selection; a program has BLOCK_M rows and takes BLOCK_N keys at a
+time.
 """
 
 import torch
@@ -18,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refreshkv.ops.rows.segments import Segments
 from refreshkv.ops.state import AttentionInputs, Plan
 from refreshkv.ops.tiles import (
     LOG2E,
@@ -38,22 +38,22 @@ from refreshkv.ops.tiles import (
 
 @triton.jit
 def _interval(
-    full_ptr, latest_ptr, budget_ptr, padding_ptr, batch, interval, tile, decisions, length, prompt, stride,
+    anchor_ptr, start_ptr, latest_ptr, budget_ptr, padding_ptr, batch, interval, tile, anchors, intervals, full,
     G: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The rows of a tile: each one's head of the group and position, whether it is partial, and how many ranks its
-    queue still holds; then the decision step and the position of the full step that they decode from; the budget."""
+    """The rows of a tile: each one's head of the group and position, whether it decodes from a selection, and how many
+    ranks its queue still holds; then the number and the position of the anchor; the budget."""
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    offset = row // G
-    segment = tl.load(latest_ptr + batch * decisions + interval).to(tl.int32)
-    anchor = tl.load(full_ptr + batch * decisions + segment).to(tl.int32)
+    number = tl.load(latest_ptr + batch * intervals + interval).to(tl.int32)
+    anchor = tl.load(anchor_ptr + batch * anchors + number).to(tl.int32)
     budget = tl.load(budget_ptr + batch).to(tl.int32)
     padding = tl.load(padding_ptr + batch).to(tl.int32)
-    position = prompt - 1 + interval * stride + offset
-    partial = (offset < stride) & (position < length) & (position > anchor)
+    position = tl.load(start_ptr + interval).to(tl.int32) + row // G
+    end = tl.load(start_ptr + interval + 1).to(tl.int32)
+    partial = (position < end) & (position >= tl.where(number >= full, anchor, anchor + 1))
     selected = tl.minimum(budget, anchor + 1 - padding)
     left = selected - tl.maximum(selected + position - anchor - 1 - budget, 0)
-    return row % G, position, partial, left, segment, anchor, budget
+    return row % G, position, partial, left, number, anchor, budget
 
 
 @triton.jit
@@ -87,32 +87,22 @@ def _visible(bounded, is_chosen, position, left, budget):
     return (bounded[None, :] >= lowest) & (bounded[None, :] < beyond)
 
 
-@triton.jit(do_not_specialize=["prompt", "shift", "stride", "decisions", "tiles"])
+@triton.jit(do_not_specialize=["prompt", "shift", "anchors", "intervals", "full", "tiles"])
 def _forward(
-    query_ptr, key_ptr, value_ptr, full_ptr, latest_ptr, selected_ptr, budget_ptr, padding_ptr, output_ptr, lse_ptr,
+    query_ptr, key_ptr, value_ptr, anchor_ptr, start_ptr, latest_ptr, selected_ptr, budget_ptr, padding_ptr,
+    output_ptr, lse_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_t, output_h,
-    decisions, tiles, width, length, prompt, shift, stride, scale,
+    anchors, intervals, full, tiles, width, length, prompt, shift, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The outputs and log-sum-exps of BLOCK_M rows."""
     interval, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    head, position, partial, left, segment, anchor, budget = _interval(
-        full_ptr,
-        latest_ptr,
-        budget_ptr,
-        padding_ptr,
-        batch,
-        interval,
-        tile,
-        decisions,
-        length,
-        prompt,
-        stride,
-        G,
-        BLOCK_M,
-    )
+    head, position, partial, left, which, anchor, budget = _interval(
+        anchor_ptr, start_ptr, latest_ptr, budget_ptr, padding_ptr, batch, interval, tile, anchors, intervals, full,
+        G, BLOCK_M,
+    )  # fmt: skip
     most, seen_by_all, first, end = _key_list(partial, position, left, anchor, budget, length)
     if end <= 0:
         return
@@ -126,7 +116,7 @@ def _forward(
 
     keys = key_ptr + batch * key_b + kv_head.to(tl.int64) * key_h
     values = value_ptr + batch * value_b + kv_head.to(tl.int64) * value_h
-    chosen = selected_ptr + ((batch * kv_heads + kv_head) * decisions + segment) * width
+    chosen = selected_ptr + ((batch * kv_heads + kv_head) * anchors + which) * width
     highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     result = tl.zeros([BLOCK_M, DP], tl.float32)
@@ -180,13 +170,13 @@ def _tile_backward(
     return sums
 
 
-@triton.jit(do_not_specialize=["prompt", "shift", "stride", "decisions", "tiles"])
+@triton.jit(do_not_specialize=["prompt", "shift", "anchors", "intervals", "full", "tiles"])
 def _backward(
-    query_ptr, key_ptr, value_ptr, full_ptr, latest_ptr, selected_ptr, budget_ptr, padding_ptr, lse_ptr, delta_ptr,
-    upstream_ptr, query_grad_ptr, key_grad_ptr, value_grad_ptr,
+    query_ptr, key_ptr, value_ptr, anchor_ptr, start_ptr, latest_ptr, selected_ptr, budget_ptr, padding_ptr,
+    lse_ptr, delta_ptr, upstream_ptr, query_grad_ptr, key_grad_ptr, value_grad_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
     upstream_b, upstream_t, upstream_h, grad_b, grad_h, grad_t, sums_b, sums_h, sums_t,
-    decisions, tiles, width, length, prompt, shift, stride, scale, softmax_scale,
+    anchors, intervals, full, tiles, width, length, prompt, shift, scale, softmax_scale,
     G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -198,21 +188,10 @@ def _backward(
     split = tl.program_id(0) % SPLITS
     interval, tile = tl.program_id(0) // SPLITS // tiles, tl.program_id(0) // SPLITS % tiles
     kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    head, position, partial, left, segment, anchor, budget = _interval(
-        full_ptr,
-        latest_ptr,
-        budget_ptr,
-        padding_ptr,
-        batch,
-        interval,
-        tile,
-        decisions,
-        length,
-        prompt,
-        stride,
-        G,
-        BLOCK_M,
-    )
+    head, position, partial, left, which, anchor, budget = _interval(
+        anchor_ptr, start_ptr, latest_ptr, budget_ptr, padding_ptr, batch, interval, tile, anchors, intervals, full,
+        G, BLOCK_M,
+    )  # fmt: skip
     most, seen_by_all, first, end = _key_list(partial, position, left, anchor, budget, length)
     if end <= 0:
         return
@@ -235,7 +214,7 @@ def _backward(
     values = value_ptr + batch * value_b + kv_head.to(tl.int64) * value_h
     sums = batch * sums_b + kv_head.to(tl.int64) * sums_h
     key_grads, value_grads = key_grad_ptr + sums, value_grad_ptr + sums
-    chosen = selected_ptr + ((batch * kv_heads + kv_head) * decisions + segment) * width
+    chosen = selected_ptr + ((batch * kv_heads + kv_head) * anchors + which) * width
     query_grad = zero_parts(BLOCK_M, WIDTH, PARTS)
     whole = seen_by_all // BLOCK_N * BLOCK_N
     share = tl.cdiv(tl.cdiv(end, BLOCK_N), SPLITS) * BLOCK_N
@@ -273,11 +252,6 @@ MANY_SPLITS = 8
 """Most programs that share the keys of a tile of rows, where there are few such tiles."""
 
 
-def _interval_rows(query: Tensor, key: Tensor, prompt_length: int, stride: int) -> int:
-    """How many rows the longest interval has: its positions times the heads of a group."""
-    return min(stride, key.shape[2] - prompt_length + 1) * (query.shape[1] // key.shape[1])
-
-
 def _backward_kernel(rows: int, intervals: int, device: torch.device) -> str:
     """The tiles of the backward pass. Larger ones add to memory less often, and are taken if they fit and are enough of
     them to fill the GPU."""
@@ -288,24 +262,23 @@ def _backward_kernel(rows: int, intervals: int, device: torch.device) -> str:
     return "partial_backward_64"
 
 
-def forward(inputs: AttentionInputs, plan: Plan, selected: Tensor, output: Tensor) -> Tensor:
+def forward(inputs: AttentionInputs, plan: Plan, segments: Segments, selected: Tensor, output: Tensor) -> Tensor:
     """Writes the partial steps' positions into `output` (B, R, H, D); the full steps' positions stay untouched.
 
-    selected (B, Hkv, C, W) int32. Returns the positions' log-sum-exp (B, H, R) float32, in units of log 2.
+    selected (B, Hkv, A, W) int32. Returns the positions' log-sum-exp (B, H, R) float32, in units of log 2.
     """
     query, key, value, scaling = inputs
     batch, heads, _, head_dim = query.shape
-    kv_heads, length, decisions = key.shape[1], key.shape[2], plan.full_positions.shape[1]
+    kv_heads, length = key.shape[1], key.shape[2]
     lse = torch.empty(batch, heads, length - plan.prompt_length, dtype=torch.float32, device=query.device)
-    rows = _interval_rows(query, key, plan.prompt_length, plan.stride)
     sizes = block_sizes("partial_forward", query)
-    tiles = triton.cdiv(rows, sizes["BLOCK_M"])
-    _forward[decisions * tiles, kv_heads, batch](
-        query, key, value, plan.full_positions, plan.latest, selected, plan.budgets, plan.left_padding, output, lse,
+    tiles = triton.cdiv(segments.longest * (heads // kv_heads), sizes["BLOCK_M"])
+    _forward[segments.count * tiles, kv_heads, batch](
+        query, key, value, *segments[:3], selected, plan.budgets, plan.left_padding, output, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
-        decisions, tiles, selected.shape[-1], length, plan.prompt_length, length - query.shape[2], plan.stride,
-        scaling * LOG2E,
-        G=heads // kv_heads, D=head_dim, DP=padded_head(head_dim), INDEX=index_type(key, value),
+        segments.anchors.shape[1], segments.count, segments.full, tiles, selected.shape[-1], length,
+        plan.prompt_length, length - query.shape[2],
+        scaling * LOG2E, G=heads // kv_heads, D=head_dim, DP=padded_head(head_dim), INDEX=index_type(key, value),
         PRECISION=precision(query), **sizes,
     )  # fmt: skip
     return lse
@@ -314,6 +287,7 @@ def forward(inputs: AttentionInputs, plan: Plan, selected: Tensor, output: Tenso
 def backward(
     inputs: AttentionInputs,
     plan: Plan,
+    segments: Segments,
     selected: Tensor,
     lse: Tensor,
     delta: Tensor,
@@ -329,20 +303,21 @@ def backward(
     query, key, value, scaling = inputs
     query_grad, key_grad, value_grad = gradients
     batch, heads, _, head_dim = query.shape
-    kv_heads, length, decisions = key.shape[1], key.shape[2], plan.full_positions.shape[1]
+    kv_heads, length = key.shape[1], key.shape[2]
     group = heads // kv_heads
-    rows = _interval_rows(query, key, plan.prompt_length, plan.stride)
-    sizes = block_sizes(_backward_kernel(rows, decisions * kv_heads * batch, query.device), query)
+    rows, intervals = segments.longest * group, segments.count * kv_heads * batch
+    sizes = block_sizes(_backward_kernel(rows, intervals, query.device), query)
     tiles = triton.cdiv(rows, sizes["BLOCK_M"])
-    splits = max(1, min(MANY_SPLITS, MANY_PROGRAMS // (4 * decisions * tiles * kv_heads * batch)))
+    splits = max(1, min(MANY_SPLITS, MANY_PROGRAMS // (4 * intervals * tiles)))
     # several programs add to one row: in float32, joined with the full steps' rows afterwards
     sums = query_grad if splits == 1 else torch.zeros(query_grad.shape, dtype=torch.float32, device=query.device)
-    _backward[decisions * tiles * splits, kv_heads, batch](
-        query, key, value, plan.full_positions, plan.latest, selected, plan.budgets, plan.left_padding, lse, delta,
+    _backward[segments.count * tiles * splits, kv_heads, batch](
+        query, key, value, *segments[:3], selected, plan.budgets, plan.left_padding, lse, delta,
         upstream, sums, key_grad, value_grad,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *upstream.stride()[:3], *sums.stride()[:3],
         *key_grad.stride()[:3],
-        decisions, tiles, selected.shape[-1], length, plan.prompt_length, length - query.shape[2], plan.stride,
+        segments.anchors.shape[1], segments.count, segments.full, tiles, selected.shape[-1], length,
+        plan.prompt_length, length - query.shape[2],
         scaling * LOG2E, scaling,
         G=group, D=head_dim, INDEX=index_type(key, value, key_grad), PRECISION=precision(query),
         PARTS=padded_head(head_dim) // sizes["WIDTH"], SPLITS=splits, **sizes,

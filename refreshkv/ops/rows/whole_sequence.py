@@ -16,6 +16,7 @@ from torch import Tensor
 
 from refreshkv.ops.rows import cudnn, partial_steps
 from refreshkv.ops.rows.after_prompt import dot_rows, rounded
+from refreshkv.ops.rows.segments import segments_of
 from refreshkv.ops.selection import ranking
 from refreshkv.ops.state import AttentionInputs, Plan, SelectionOptions
 from refreshkv.ops.tiles import LOG2E, on_its_device
@@ -27,7 +28,6 @@ def whole_sequence(
 ) -> Tensor:
     """`refreshkv.ops.naive.whole_sequence` where `Choice.takes_whole_sequence` allows it, differentiable in query, key
     and value: (B, T, H, D)."""
-    plan.for_kernels(), options.for_kernels()  # refuse what the kernels do not know
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
     return _WholeSequence.apply(query, key, value, plan, options, scaling)
 
@@ -41,11 +41,12 @@ class _WholeSequence(torch.autograd.Function):
         output, lse = cudnn.attend(query, key, value, True, scaling)
         late = query[:, :, max(0, prompt - options.observation_window) :]
         known = lse[:, :, prompt - 1 :: stride, None] * LOG2E if options.observation_window == 1 else None
-        selected = ranking.select(late, key, plan.steps, options, scaling, lse=known)
+        selected = ranking.select_all(late, key, plan, options, scaling, lse=known)
         rows = output.transpose(1, 2)[:, prompt:]
-        rows_lse = partial_steps.forward(AttentionInputs(late, key, value, scaling), plan, selected, rows)
+        segments, inputs = segments_of(plan, key.shape[2]), AttentionInputs(late, key, value, scaling)
+        rows_lse = partial_steps.forward(inputs, plan, segments, selected, rows)
         ctx.save_for_backward(query, key, value, output, _hide_partial(lse, prompt, stride), rows_lse, selected)
-        ctx.plan, ctx.scaling = plan, scaling
+        ctx.plan, ctx.segments, ctx.scaling = plan, segments, scaling
         return output.transpose(1, 2)
 
     @staticmethod
@@ -62,7 +63,7 @@ class _WholeSequence(torch.autograd.Function):
         inputs = AttentionInputs(query[:, :, prompt:], key, value, scaling)
         gradients = (query_grad[:, :, prompt:], key_grad, value_grad)
         delta = dot_rows(rows, rows_upstream)
-        partial_steps.backward(inputs, plan, selected, rows_lse, delta, rows_upstream, gradients)
+        partial_steps.backward(inputs, plan, ctx.segments, selected, rows_lse, delta, rows_upstream, gradients)
         return query_grad, rounded(key_grad, key), rounded(value_grad, value), None, None, None
 
 

@@ -5,8 +5,6 @@ The definition is `refreshkv.ops.naive.score_keys`; codes and scales are equal t
 Shapes: `B` batch rows, `T` tokens of a prompt, `Hkv` key/value heads, `D` head size, `L` tokens the cache has room for.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -19,46 +17,36 @@ ROUND = tl.constexpr(12582912.0)
 """1.5 * 2^23: added to a float32 below 2^22 it leaves no fraction, so adding and subtracting rounds half to even."""
 
 
-class ScoreKeys(NamedTuple):
-    """A layer's score keys."""
-
-    codes: Tensor
-    """4 bits: (B, Hkv, L, D / 2) uint8; 8 bits: (B, Hkv, L, D) int8; 16 bits: the keys (B, Hkv, L, D) themselves."""
-    scales: Tensor
-    """(B, Hkv, L) float32; the keys again with 16 bits, which have no scales."""
-    bits: int
-
-    @classmethod
-    def empty(cls, keys: Tensor, bits: int) -> "ScoreKeys":
-        """Room for the score keys of a cache's keys (B, Hkv, L, D)."""
-        if bits not in (16, 8, 4):
-            raise ValueError(f"score_bits must be 16, 8 or 4, not {bits}")
-        if keys.shape[-1] % 2:
-            raise ValueError(f"score keys need an even head size, not {keys.shape[-1]}")
-        if bits == 16:
-            return cls(keys, keys, bits)
-        width, dtype = (keys.shape[-1], torch.int8) if bits == 8 else (keys.shape[-1] // 2, torch.uint8)
-        codes = torch.zeros(*keys.shape[:3], width, dtype=dtype, device=keys.device)
-        return cls(codes, torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device), bits)
-
-
-def write_score_keys(key: Tensor, score_keys: ScoreKeys, first: int) -> None:
-    """Stores the score keys of a prompt in one launch. With 16 bits there is nothing to do: the caller stores the keys.
-
-    Args:
-        key: (B, Hkv, T, D), the prompt's.
-        score_keys: changed in place, at positions `first .. first + T - 1`.
-        first: position of the first token.
-    """
-    if score_keys.bits == 16:
-        return
+def write_score_keys(key: Tensor, codes: Tensor, scales: Tensor, first: int) -> None:
+    """`refreshkv.ops.write_score_keys` in one launch."""
     key = key if key.stride(-1) == 1 else key.contiguous()
     batch, kv_heads, tokens, head_dim = key.shape
+    bits = 4 if codes.dtype == torch.uint8 else 8
+    with torch.cuda.device_of(key):
+        _write_score_keys[triton.cdiv(tokens, BLOCK), batch * kv_heads](
+            key, codes, scales, *key.stride()[:3], kv_heads, tokens, first, scales.shape[2],
+            D=head_dim, DH=padded_half(head_dim), BITS=bits, PACKED=bits == 4, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+
+
+def quantized(key: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The score keys of all known tokens: codes (B, Hkv, T, D) in the key's dtype, which holds them exactly, and scales
+    (B, Hkv, T) float32.
+
+    Args:
+        key: (B, Hkv, T, D), in any layout whose last dimension is packed.
+        bits: 8 or 4.
+    """
+    batch, kv_heads, tokens, head_dim = key.shape
+    if head_dim % 2:
+        raise ValueError(f"score keys need an even head size, not {head_dim}")
+    codes = torch.empty(key.shape, dtype=key.dtype, device=key.device)
+    scales = torch.empty(key.shape[:3], dtype=torch.float32, device=key.device)
     _write_score_keys[triton.cdiv(tokens, BLOCK), batch * kv_heads](
-        key, score_keys.codes, score_keys.scales, *key.stride()[:3], kv_heads, tokens, first,
-        score_keys.scales.shape[2],
-        D=head_dim, DH=padded_half(head_dim), BITS=score_keys.bits, BLOCK=BLOCK, num_warps=4,
+        key, codes, scales, *key.stride()[:3], kv_heads, tokens, 0, tokens,
+        D=head_dim, DH=padded_half(head_dim), BITS=bits, PACKED=False, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
+    return codes, scales
 
 
 def padded_half(head_dim: int) -> int:
@@ -90,16 +78,16 @@ def store_codes(codes, token, column, mask, low, high, D: tl.constexpr, BITS: tl
         tl.store(codes + token.to(tl.int64)[:, None] * (D // 2) + column[None, :], byte.to(tl.uint8), mask=mask)
     else:
         place = token.to(tl.int64)[:, None] * D + column[None, :]
-        tl.store(codes + place, low.to(tl.int8), mask=mask)
-        tl.store(codes + place + D // 2, high.to(tl.int8), mask=mask)
+        tl.store(codes + place, low.to(codes.dtype.element_ty), mask=mask)
+        tl.store(codes + place + D // 2, high.to(codes.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _write_score_keys(
     key_ptr, code_ptr, scale_ptr, key_b, key_h, key_t, kv_heads, tokens, first, capacity,
-    D: tl.constexpr, DH: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, DH: tl.constexpr, BITS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Quantises BLOCK keys of one batch row and key/value head."""
+    """Quantises BLOCK keys of one batch row and key/value head. PACKED: two codes of 4 bits share a byte."""
     pair = tl.program_id(1)
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
     token, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DH)
@@ -111,8 +99,8 @@ def _write_score_keys(
     high = tl.load(keys + D // 2, mask=mask, other=0.0).to(tl.float32)
     low, high, scale = quantize_halves(low, high, BITS)
     row = pair.to(tl.int64) * capacity
-    codes = code_ptr + row * (D // 2 if BITS == 4 else D)
-    store_codes(codes, first + token, column, mask, low, high, D, BITS)
+    codes = code_ptr + row * (D // 2 if PACKED else D)
+    store_codes(codes, first + token, column, mask, low, high, D, 4 if PACKED else 8)
     tl.store(scale_ptr + row + first + token, scale, mask=exists)
 
 

@@ -4,6 +4,8 @@ Shapes: `B` batch rows, `C` decision steps, `O` observing queries, `H` query hea
 `G = H / Hkv`, `D` head size, `L` keys.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,11 +15,24 @@ from refreshkv.ops.state import FullSteps
 from refreshkv.ops.tiles import LOG2E, MANY_PROGRAMS, block_sizes, padded_head, precision
 
 
+class ScoredKeys(NamedTuple):
+    """The keys that scores are taken from."""
+
+    key: Tensor
+    """(B, Hkv, L, D) in the query's dtype: the keys, or the codes of score keys, which are small whole numbers."""
+    scales: Tensor | None
+    """(B, Hkv, L) float32: the factor of each key; None: they are all 1."""
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """The keys, and their scales or, in their place, a tensor that is not read."""
+        return self.key, self.key if self.scales is None else self.scales
+
+
 @triton.jit(do_not_specialize=["shift", "decisions", "splits"])
 def _log_sum_exp(
-    query_ptr, key_ptr, position_ptr, padding_ptr, lse_ptr,
-    query_b, query_h, query_t, key_b, key_h, key_t, decisions, splits, shift, scale,
-    G: tl.constexpr, OBSERVERS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    query_ptr, key_ptr, scale_ptr, position_ptr, padding_ptr, lse_ptr,
+    query_b, query_h, query_t, key_b, key_h, key_t, decisions, splits, length, shift, scale,
+    SCALED: tl.constexpr, G: tl.constexpr, OBSERVERS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes the log-sum-exp of every observing query of every full step over each split of its keys:
@@ -52,6 +67,10 @@ def _log_sum_exp(
         # [BLOCK_N, DP]
         key = tl.load(keys + token.to(tl.int64)[:, None] * key_t + column[None, :], mask=here, other=0.0)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        if SCALED:
+            # [BLOCK_N]
+            factor = tl.load(scale_ptr + (batch * tl.num_programs(1) + kv_head) * length + token, mask=token <= last)
+            logits *= factor[None, :]
         visible = token[None, :] <= position[:, None]
         logits = tl.where(visible, logits, -float("inf"))
         higher = tl.maximum(highest, tl.max(logits, 1))
@@ -82,9 +101,9 @@ def _merge_splits(split_ptr, lse_ptr, rows, splits, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["shift", "decisions", "first", "steps"])
 def _scores(
-    query_ptr, key_ptr, position_ptr, padding_ptr, lse_ptr, score_ptr,
+    query_ptr, key_ptr, scale_ptr, position_ptr, padding_ptr, lse_ptr, score_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, decisions, first, steps, length, kv_heads, shift, scale,
-    G: tl.constexpr, OBSERVERS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    SCALED: tl.constexpr, G: tl.constexpr, OBSERVERS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes the scores of a chunk of decision steps: probabilities, their maximum over the group, its mean over the
@@ -106,6 +125,10 @@ def _scores(
     here = (token < length)[:, None] & in_head[None, :]
     # [BLOCK_N, DP]
     key = tl.load(keys + token.to(tl.int64)[:, None] * key_t + column[None, :], mask=here, other=0.0)
+    factor = scale
+    if SCALED:
+        # [1, BLOCK_N]
+        factor = scale * tl.load(scale_ptr + pair.to(tl.int64) * length + token, mask=token < length)[None, :]
     score = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for observer in range(OBSERVERS):
         position = anchor - (OBSERVERS - 1) + observer
@@ -118,7 +141,7 @@ def _scores(
             query = tl.load(query_row[:, None] + column[None, :], mask=exists[:, None] & in_head[None, :], other=0.0)
             place = ((batch * kv_heads * G + head) * decisions + decision) * OBSERVERS + observer
             lse = tl.load(lse_ptr + place, mask=exists, other=0.0)
-            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * factor
             best = tl.maximum(best, logits - lse[:, None])
         visible = (token[None, :] <= position[:, None]) & exists[:, None]
         score += tl.where(visible, tl.exp2(best), 0.0)
@@ -130,12 +153,13 @@ def _scores(
 
 
 def log_sum_exp(
-    query: Tensor, key: Tensor, positions: Tensor, left_padding: Tensor, observation_window: int, scaling: float
+    query: Tensor, keys: ScoredKeys, positions: Tensor, left_padding: Tensor, observation_window: int, scaling: float
 ) -> Tensor:
     """The observing queries' log-sum-exp over their own keys: (B, H, C, O) float32, in units of log 2.
 
-    query (B, H, Q, D): the last Q positions; key (B, Hkv, L, D); positions (B, C); left_padding (B,).
+    query (B, H, Q, D): the last Q positions; positions (B, C); left_padding (B,).
     """
+    key = keys.key
     batch, heads, queries, head_dim = query.shape
     kv_heads, decisions = key.shape[1], positions.shape[1]
     group = heads // kv_heads
@@ -145,9 +169,11 @@ def log_sum_exp(
     splits = max(1, min(MANY_PROGRAMS // (tiles * kv_heads * batch), triton.cdiv(key.shape[2], sizes["BLOCK_N"])))
     lse = query.new_empty(splits, batch, heads, decisions, observation_window, dtype=torch.float32)
     _log_sum_exp[tiles * splits, kv_heads, batch](
-        query, key, positions, left_padding, lse,
-        *query.stride()[:3], *key.stride()[:3], decisions, splits, key.shape[2] - queries, scaling * LOG2E,
-        G=group, OBSERVERS=observation_window, D=head_dim, DP=padded_head(head_dim), PRECISION=precision(query),
+        query, *keys.flat(), positions, left_padding, lse,
+        *query.stride()[:3], *key.stride()[:3], decisions, splits, key.shape[2], key.shape[2] - queries,
+        scaling * LOG2E,
+        SCALED=keys.scales is not None, G=group,
+        OBSERVERS=observation_window, D=head_dim, DP=padded_head(head_dim), PRECISION=precision(query),
         **sizes,
     )  # fmt: skip
     if splits == 1:
@@ -158,19 +184,28 @@ def log_sum_exp(
 
 
 def write_scores(
-    query: Tensor, key: Tensor, steps: FullSteps, lse: Tensor, score: Tensor, first: int, count: int, scaling: float
+    query: Tensor,
+    keys: ScoredKeys,
+    steps: FullSteps,
+    lse: Tensor,
+    score: Tensor,
+    first: int,
+    count: int,
+    scaling: float,
 ) -> None:
-    """Writes the scores of the decision steps `first .. first + count - 1` into `score`: (B, Hkv, count, L) float32.
+    """Writes the scores of the steps `first .. first + count - 1` into `score`: (B, Hkv, count, L) float32.
 
-    query (B, H, Q, D): the last Q positions; key (B, Hkv, L, D); lse (B, H, C, O): what `log_sum_exp` gives.
+    query (B, H, Q, D): the last Q positions; lse (B, H, C, O): what `log_sum_exp` gives.
     """
+    key = keys.key
     batch, heads, queries, head_dim = query.shape
     kv_heads, length = key.shape[1:3]
     sizes = block_sizes("scores", query)
     grid = (triton.cdiv(length, sizes["BLOCK_N"]), triton.cdiv(count, sizes["BLOCK_M"]), batch * kv_heads)
     _scores[grid](
-        query, key, steps.positions, steps.left_padding, lse, score, *query.stride()[:3], *key.stride()[:3],
+        query, *keys.flat(), steps.positions, steps.left_padding, lse, score, *query.stride()[:3], *key.stride()[:3],
         steps.positions.shape[1], first, count, length, kv_heads, length - queries, scaling * LOG2E,
-        G=heads // kv_heads, OBSERVERS=lse.shape[3], D=head_dim, DP=padded_head(head_dim),
+        SCALED=keys.scales is not None, G=heads // kv_heads,
+        OBSERVERS=lse.shape[3], D=head_dim, DP=padded_head(head_dim),
         PRECISION=precision(query), **sizes,
     )  # fmt: skip

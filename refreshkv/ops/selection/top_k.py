@@ -10,11 +10,14 @@ A ranking is an integer of 31 bits, the higher the better; equal ones go to the 
 4. `search`: where the sample misled (too many above, too few in all, or more candidates than the list holds), the
    threshold is found by bisection over the whole row, one *pivot* a pass.
 
+OWN and AHEAD are the choice of a selecting step and the pooling of `pool_ahead` (specification, section 10).
+
 Training launches 1, 2 and 3 one by one, one program for a full step, and pools its rankings from scores on the fly
 (POOL > 0). Decoding does all in one launch, reads stored rankings (POOL = 0), and may share a row among several
 programs.
 
-A list of N entries is two arrays in memory: N tokens, then their N rankings, both int32. A kernel that ranks must be
+A list of N entries is two arrays in memory, N tokens, then their N rankings, both int32; in training, whose tokens are
+stored anew when they are in order, it is one array of int64, which takes half the stores. A kernel that ranks must be
 compiled without fused multiply-add: see `SAME_IN_ALL_THREADS` in `refreshkv/ops/tiles.py`.
 """
 
@@ -28,6 +31,9 @@ HIGHEST = tl.constexpr(0x7FFFFFFF)
 
 PREFERRED = tl.constexpr(1 << 30)
 """Added to the rankings of the recent window and of the sinks: above the bits of every probability."""
+
+FIRST = tl.constexpr(0x7FFFFFFE)
+"""The ranking of a selecting step's own position: above every other."""
 
 BEYOND = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 """Above every entry."""
@@ -65,13 +71,36 @@ def token_of(entry):
 
 
 @triton.jit
-def pooled_rankings(scores, token, first, last, recent, sinks, POOL: tl.constexpr, INSIDE: tl.constexpr):
+def ranking_of(entry):
+    """The ranking of an entry."""
+    return (entry >> 32).to(tl.int32)
+
+
+@triton.jit
+def store_entries(tokens, rankings, slot, token, ranking, mask):
+    """Stores entries in some slots of a list. rankings: None if `tokens` points to a list of int64."""
+    if rankings is None:
+        tl.store(tokens + slot, entry_of(ranking, token), mask=mask)
+    else:
+        tl.store(tokens + slot, token, mask=mask)
+        tl.store(rankings + slot, ranking, mask=mask)
+
+
+@triton.jit
+def pooled_rankings(
+    scores, token, first, last, recent, sinks,
+    POOL: tl.constexpr, AHEAD: tl.constexpr, OWN: tl.constexpr, INSIDE: tl.constexpr,
+):  # fmt: skip
     """Rankings of tokens from scores, the positions `first .. last` of a row: a float32 >= 0 orders like its own bits,
-    and the recent window and the sinks come first. INSIDE: all neighbours exist; else positions are clamped to the row,
-    whose ends are then pooled twice, to no effect."""
+    and the recent window and the sinks come first; with OWN the last position comes before them.
+
+    Windows of POOL positions are centred or, if AHEAD, end at the token. INSIDE: all neighbours exist; else positions
+    are clamped to the row, whose ends are then pooled twice, to no effect.
+    """
+    BEFORE: tl.constexpr = POOL - 1 if AHEAD else POOL // 2
     pooled = tl.zeros(token.shape, tl.float32)
     pointer = scores + token
-    for away in tl.static_range(-(POOL // 2), POOL // 2 + 1):
+    for away in tl.static_range(-BEFORE, POOL - BEFORE):
         if INSIDE:
             near = pointer + away
         else:
@@ -79,11 +108,17 @@ def pooled_rankings(scores, token, first, last, recent, sinks, POOL: tl.constexp
         # as token
         pooled = tl.maximum(pooled, tl.load(near))
     preferred = (token > last - recent) | (token - first < sinks)
-    return pooled.to(tl.int32, bitcast=True) + tl.where(preferred, PREFERRED, 0)
+    ranking = pooled.to(tl.int32, bitcast=True) + tl.where(preferred, PREFERRED, 0)
+    if OWN:
+        ranking = tl.where(token == last, FIRST, ranking)
+    return ranking
 
 
 @triton.jit
-def block_rankings(source, start, first, last, recent, sinks, POOL: tl.constexpr, BLOCK: tl.constexpr):
+def block_rankings(
+    source, start, first, last, recent, sinks,
+    POOL: tl.constexpr, AHEAD: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """BLOCK tokens from `start` on and their rankings, -1 outside `first .. last`. source: scores, or with POOL = 0 the
     rankings themselves."""
     token = start + tl.arange(0, BLOCK)
@@ -91,17 +126,18 @@ def block_rankings(source, start, first, last, recent, sinks, POOL: tl.constexpr
         # [BLOCK]
         ranking = tl.load(source + token, mask=(token >= first) & (token <= last), other=-1)
     else:
-        if (start >= first + POOL // 2) & (start + BLOCK + POOL // 2 <= last + 1):
-            ranking = pooled_rankings(source, token, first, last, recent, sinks, POOL, True)
+        if (start >= first + POOL - 1) & (start + BLOCK + POOL - 1 <= last + 1):
+            ranking = pooled_rankings(source, token, first, last, recent, sinks, POOL, AHEAD, OWN, True)
         else:
-            ranking = pooled_rankings(source, token, first, last, recent, sinks, POOL, False)
+            ranking = pooled_rankings(source, token, first, last, recent, sinks, POOL, AHEAD, OWN, False)
             ranking = tl.where((token >= first) & (token <= last), ranking, -1)
     return token, ranking
 
 
 @triton.jit
 def bracket(
-    source, first, last, keep, margin, recent, sinks, POOL: tl.constexpr, SAMPLE: tl.constexpr, BITS: tl.constexpr
+    source, first, last, keep, margin, recent, sinks, POOL: tl.constexpr, SAMPLE: tl.constexpr, BITS: tl.constexpr,
+    AHEAD: tl.constexpr = False, OWN: tl.constexpr = False,
 ):  # fmt: skip
     """`low, high`: the `keep`-th highest ranking of `first .. last` is almost surely in `low .. high - 1`.
 
@@ -118,7 +154,7 @@ def bracket(
         # [SAMPLE]
         ranking = tl.load(source + token, mask=number < drawn, other=-1)
     else:
-        ranking = pooled_rankings(source, token, first, last, recent, sinks, POOL, False)
+        ranking = pooled_rankings(source, token, first, last, recent, sinks, POOL, AHEAD, OWN, False)
         ranking = tl.where(number < drawn, ranking, -1)
     share = keep.to(tl.float32) / count
     expected = share * drawn
@@ -140,17 +176,19 @@ def bracket(
 @triton.jit
 def collect(
     source, first, last, recent, sinks, low, high, ties, keep, tokens, rankings, candidates,
-    POOL: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
+    POOL: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr = False,
+    OWN: tl.constexpr = False,
 ):  # fmt: skip
     """Positions ranked `high` or more go to the first of `keep` slots of `tokens` and `rankings`, in order; those in
     `low .. high - 1` are listed in `candidates`, in order, as far as there is room. Returns how many are above, and how
     many candidates there are.
 
-    ties: so many of the candidates go to the last slots instead; None: none of them.
+    ties: so many of the candidates go to the last slots instead; None: none of them. rankings: None if the lists are of
+    int64.
     """
     above, between = keep * 0, keep * 0
     for start in range(first // BLOCK * BLOCK, last + 1, BLOCK):
-        token, ranking = block_rankings(source, start, first, last, recent, sinks, POOL, BLOCK)
+        token, ranking = block_rankings(source, start, first, last, recent, sinks, POOL, AHEAD, OWN, BLOCK)
         is_above, is_between = ranking >= high, (ranking >= low) & (ranking < high)
         both = is_above.to(tl.int32) + (is_between.to(tl.int32) << 16)  # in one scan: a block has less than 2^16
         order = tl.cumsum(both, 0) - both
@@ -160,11 +198,12 @@ def collect(
             is_chosen = is_above | (is_between & (nth < ties))
             slot = tl.where(is_above, slot, keep - ties + nth)
         is_chosen = is_chosen & (slot < keep)
-        tl.store(tokens + slot, token, mask=is_chosen)
-        tl.store(rankings + slot, ranking, mask=is_chosen)
+        store_entries(tokens, rankings, slot, token, ranking, is_chosen)
         is_listed = is_between & (nth < CANDIDATES)
-        tl.store(candidates + nth, token, mask=is_listed)
-        tl.store(candidates + CANDIDATES + nth, ranking, mask=is_listed)
+        if rankings is None:
+            store_entries(candidates, None, nth, token, ranking, is_listed)
+        else:
+            store_entries(candidates, candidates + CANDIDATES, nth, token, ranking, is_listed)
         total = tl.sum(both, 0)
         above += total & 0xFFFF
         between += total >> 16
@@ -199,7 +238,7 @@ def store_lowest(entry, count, tokens, rankings, end):
         reached = tl.min(tl.where(entry > reached, entry, BEYOND), 0)
         tl.store(tokens + end - 1 - nth, token_of(reached))
         if rankings is not None:
-            tl.store(rankings + end - 1 - nth, (reached >> 32).to(tl.int32))
+            tl.store(rankings + end - 1 - nth, ranking_of(reached))
     return reached
 
 
@@ -221,17 +260,19 @@ def resolve(token, ranking, exists, between, above, keep, low, high, tokens, ran
         entry = tl.where(taken, entry_of(ranking, token), BEYOND)
         taken = taken & (entry > store_lowest(entry, ordered, tokens, rankings, keep))
     slot = above + tl.cumsum(taken.to(tl.int32), 0) - 1
-    tl.store(tokens + slot, token, mask=taken)
-    tl.store(rankings + slot, ranking, mask=taken)
+    store_entries(tokens, rankings, slot, token, ranking, taken)
     return ordered
 
 
 @triton.jit
-def count_reaching(source, first, last, recent, sinks, pivot, POOL: tl.constexpr, BLOCK: tl.constexpr):
+def count_reaching(
+    source, first, last, recent, sinks, pivot,
+    POOL: tl.constexpr, AHEAD: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """How many of the positions `first .. last` are ranked `pivot`, which is positive, or more."""
     count = tl.zeros([BLOCK], tl.int32)
     for start in range(first // BLOCK * BLOCK, last + 1, BLOCK):
-        _, ranking = block_rankings(source, start, first, last, recent, sinks, POOL, BLOCK)
+        _, ranking = block_rankings(source, start, first, last, recent, sinks, POOL, AHEAD, OWN, BLOCK)
         count += (ranking >= pivot).to(tl.int32)
     return tl.sum(count, 0)
 
@@ -239,7 +280,8 @@ def count_reaching(source, first, last, recent, sinks, pivot, POOL: tl.constexpr
 @triton.jit
 def search(
     source, first, last, recent, sinks, low, high, above, between, keep, tokens, rankings, candidates,
-    POOL: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
+    POOL: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr = False,
+    OWN: tl.constexpr = False,
 ):  # fmt: skip
     """The whole choice, by bisection over the row, where the candidates cannot be resolved. low, high, above, between:
     what `bracket` and `collect` returned; the brackets are used if the threshold is between them."""
@@ -248,12 +290,12 @@ def search(
     reached = keep * 0 - 1
     while (high - low > 1) & (reached != keep):
         pivot = low + (high - low) // 2
-        count = count_reaching(source, first, last, recent, sinks, pivot, POOL, BLOCK)
+        count = count_reaching(source, first, last, recent, sinks, pivot, POOL, AHEAD, OWN, BLOCK)
         low = tl.where(count >= keep, pivot, low)
         reached = tl.where(count >= keep, count, reached)
         high = tl.where(count >= keep, high, pivot)
-    higher = count_reaching(source, first, last, recent, sinks, low + 1, POOL, BLOCK)
+    higher = count_reaching(source, first, last, recent, sinks, low + 1, POOL, AHEAD, OWN, BLOCK)
     collect(
         source, first, last, recent, sinks, low, low + 1, keep - higher, keep, tokens, rankings, candidates,
-        POOL, CANDIDATES, BLOCK,
+        POOL, CANDIDATES, BLOCK, AHEAD, OWN,
     )  # fmt: skip

@@ -5,8 +5,12 @@ from device memory whether the step is full, and writes a softmax over its share
 the token's key and value into the cache. `_finish` merges the shares and, at full steps, ranks the positions for the
 selection.
 
+A cache with selecting steps (SELECTS) has three more launches between the two, `refreshkv.ops.step.selecting`. Where
+the step is a selecting one, `_attend` scores the positions in place of attending to them, and `_finish` merges what the
+launches between attended to, and keeps their choice.
+
 Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `G = H / Hkv`, `D` head size, `L` tokens the cache has
-room for, `W` slots of a selection, `N` splits, `O` observing queries.
+room for, `L'` a few more, `W` slots of a selection, `N` splits, `O` observing queries.
 """
 
 import torch
@@ -15,6 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from refreshkv.ops.selection.top_k import PREFERRED
+from refreshkv.ops.step.selecting.keeping import keep_choice
+from refreshkv.ops.step.selecting.scoring import score_share, store_own_score_key
 from refreshkv.ops.tiles import BUDGET, LAST_FULL, PADDING, PROMPT_LENGTH, ROW_COLUMNS, padded_head
 
 REFRESH, FULL, COMPACT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -75,12 +81,13 @@ def _ranks_left(last_full, budget, padding, since):
 def _walk(
     query, keys, values, selected, logits_row, first, last, left, oldest, slot, highest, total, result, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, BLOCK_N: tl.constexpr,
-    capacity, WHOLE: tl.constexpr, STORE: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
+    line, WHOLE: tl.constexpr, STORE: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Takes the entries `first .. last - 1` of a batch row into the running softmax.
 
     WHOLE: entry `i` is position `oldest + i`; else the first `left` entries are the selection's, and those after them
-    the positions from `oldest` on. STORE writes the logits at their positions; SKIP passes over `slot`.
+    the positions from `oldest` on. STORE writes the logits at their positions, into lines of `line` numbers; SKIP
+    passes over `slot`.
     """
     column, row = tl.arange(0, DP), tl.arange(0, MP)
     in_head = column < D
@@ -102,7 +109,7 @@ def _walk(
         value = tl.load(values + place, mask=here, other=0.0)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         if STORE:
-            place = row.to(tl.int64)[:, None] * capacity + token[None, :]
+            place = row.to(tl.int64)[:, None] * line + token[None, :]
             tl.store(logits_row + place, logits, mask=(row < G)[:, None] & exists[None, :])
         logits = tl.where(exists[None, :], logits, -float("inf"))
         higher = tl.maximum(highest, tl.max(logits, 1))
@@ -119,13 +126,16 @@ def _walk(
 def _attend(
     query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, length_ptr, row_ptr, slot_ptr, selected_ptr, then_ptr,
     observer_ptr, full_ptr, now_ptr, arrived_ptr, logit_ptr, partial_ptr, highest_ptr, total_ptr,
-    query_b, query_h, key_b, key_h, value_b, value_h, kv_heads, capacity, width, stride, threshold, scale,
+    code_ptr, token_scale_ptr, selecting_ptr, histogram_ptr, counter_ptr, score_highest_ptr, score_total_ptr,
+    query_b, query_h, key_b, key_h, value_b, value_h, kv_heads, capacity, room, width, stride, select_stride, threshold,
+    scale,
     G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr,
     OBSERVERS: tl.constexpr, MODE: tl.constexpr, SIMILARITY: tl.constexpr, STORE: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, SELECTS: tl.constexpr, DH: tl.constexpr, MR: tl.constexpr,
+    BITS: tl.constexpr, BINS: tl.constexpr, SCORED: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One share of the keys of one batch row and key/value head: its maximum and sum (B, H, N), its output
-    (B, H, N, D)."""
+    (B, H, N, D). At selecting steps the logits of the share by the score keys instead."""
     split, pair = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
@@ -133,9 +143,10 @@ def _attend(
     in_head = column < D
     mask = (row < G)[:, None] & in_head[None, :]
     query_ptr += batch * query_b
+    key_ptr += batch * key_b + kv_head * key_h
     # [MP, DP], then [DP] twice
     query = tl.load(query_ptr + (kv_head * G + row)[:, None] * query_h + column[None, :], mask=mask, other=0.0)
-    new_key = tl.load(key_ptr + batch * key_b + kv_head * key_h + column, mask=in_head, other=0.0)
+    new_key = tl.load(key_ptr + column, mask=in_head, other=0.0)
     new_value = tl.load(value_ptr + batch * value_b + kv_head * value_h + column, mask=in_head, other=0.0)
     position = tl.minimum(tl.load(length_ptr), capacity).to(tl.int32)
     row_state = row_ptr + batch * ROW_COLUMNS
@@ -167,45 +178,86 @@ def _attend(
                 if full:
                     mean = _mean_query(query_ptr, query_h, H, D, HP, DP)
                     tl.store(now_ptr + batch * D + column, mean, mask=in_head)
-    share = tl.cdiv(tl.cdiv(count, splits), 8) * 8
-    first = tl.minimum(split * share, count)
-    last = tl.minimum(first + share, count)
+        if SELECTS:
+            # a step beyond the cache's room goes the partial step's way
+            selecting = ((position - (prompt - 1)) % select_stride == 0) & (full == 0) & (position < capacity)
+            if (split == 0) & (kv_head == 0):
+                tl.store(selecting_ptr + batch, tl.where(selecting, position, -1))
 
     # the first share begins with the token itself, and writes its key and value into the cache
     own = split == 0
     keys = keys_ptr + pair.to(tl.int64) * capacity * D
     values = values_ptr + pair.to(tl.int64) * capacity * D
-    logits_row = logit_ptr + (batch * H + kv_head * G) * capacity
+    line = room if SELECTS else capacity  # of logits
+    logits_row = logit_ptr + (batch * H + kv_head * G) * line
     logit = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
-    highest = tl.where(own, logit, -float("inf"))
-    total = tl.where(own, 1.0, 0.0) + tl.zeros([MP], tl.float32)
-    result = tl.where(own, new_value.to(tl.float32), 0.0)[None, :] + tl.zeros([MP, DP], tl.float32)
     if own:
         if slot < capacity:
             place = slot.to(tl.int64) * D + column
             tl.store(keys + place, new_key, mask=in_head)
             tl.store(values + place, new_value, mask=in_head)
+            if BITS < 16:
+                store_own_score_key(key_ptr, code_ptr, token_scale_ptr, capacity, pair, position, D, DH, BITS)
             if STORE:
                 if full:
-                    tl.store(logits_row + row.to(tl.int64) * capacity + slot, logit, mask=row < G)
+                    tl.store(logits_row + row.to(tl.int64) * line + slot, logit, mask=row < G)
         if OBSERVERS > 1:
             observer = (batch * H + kv_head * G + row) * OBSERVERS + position % OBSERVERS
             tl.store(observer_ptr + observer[:, None] * D + column[None, :], query, mask=mask)
+
+    if SELECTS:
+        if selecting:
+            score_share(
+                query_ptr, key_ptr, code_ptr, token_scale_ptr, observer_ptr, histogram_ptr, counter_ptr, logit_ptr,
+                score_highest_ptr, score_total_ptr, query_h, kv_heads, capacity, room, scale, pair, position, padding,
+                split, splits, G, D, DH, MR, OBSERVERS, BITS, BINS, SCORED, PRECISION, ASM, STAGES,
+            )  # fmt: skip
+        else:
+            _attend_share(
+                query, logit, new_value, keys, values, selected_ptr + pair.to(tl.int64) * width, logits_row,
+                partial_ptr, highest_ptr, total_ptr, batch * H + kv_head * G, split, splits, full, count, left, oldest,
+                slot, capacity, line, scale, G, D, DP, MP, BLOCK_N, MODE, STORE, PRECISION,
+            )  # fmt: skip
+    else:
+        _attend_share(
+            query, logit, new_value, keys, values, selected_ptr + pair.to(tl.int64) * width, logits_row, partial_ptr,
+            highest_ptr, total_ptr, batch * H + kv_head * G, split, splits, full, count, left, oldest, slot, capacity,
+            line, scale, G, D, DP, MP, BLOCK_N, MODE, STORE, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _attend_share(
+    query, logit, new_value, keys, values, selected, logits_row, partial_ptr, highest_ptr, total_ptr, first_head,
+    split, splits, full, count, left, oldest, slot, capacity, line, scale,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, BLOCK_N: tl.constexpr, MODE: tl.constexpr,
+    STORE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention to one share of `count` entries, and of the first share to the token itself, whose logits and value are
+    known: maximum and sum (B, H, N), output (B, H, N, D), of the group's heads from `first_head` on."""
+    row, column = tl.arange(0, MP), tl.arange(0, DP)
+    mask = (row < G)[:, None] & (column < D)[None, :]
+    own = split == 0
+    share = tl.cdiv(tl.cdiv(count, splits), 8) * 8
+    first = tl.minimum(split * share, count)
+    last = tl.minimum(first + share, count)
+    highest = tl.where(own, logit, -float("inf"))
+    total = tl.where(own, 1.0, 0.0) + tl.zeros([MP], tl.float32)
+    result = tl.where(own, new_value.to(tl.float32), 0.0)[None, :] + tl.zeros([MP, DP], tl.float32)
+    if own:
         if slot >= capacity:
             total = total * float("nan")  # beyond the cache's room: a token that was not kept must not pass for one
-
-    selected = selected_ptr + pair.to(tl.int64) * width
     if full:
         highest, total, result = _walk(
-            query, keys, values, selected, logits_row, first, last, left, oldest, slot, highest, total, result, scale,
-            G, D, DP, MP, BLOCK_N, capacity, True, STORE, MODE == COMPACT, PRECISION,
+            query, keys, values, selected, logits_row, first, last, left, oldest, slot, highest, total, result,
+            scale, G, D, DP, MP, BLOCK_N, line, True, STORE, MODE == COMPACT, PRECISION,
         )  # fmt: skip
     else:
         highest, total, result = _walk(
-            query, keys, values, selected, logits_row, first, last, left, oldest, slot, highest, total, result, scale,
-            G, D, DP, MP, BLOCK_N, capacity, False, False, False, PRECISION,
+            query, keys, values, selected, logits_row, first, last, left, oldest, slot, highest, total, result,
+            scale, G, D, DP, MP, BLOCK_N, line, False, False, False, PRECISION,
         )  # fmt: skip
-    place = (batch * H + kv_head * G + row) * splits + split
+    place = (first_head + row) * splits + split
     tl.store(highest_ptr + place, highest, mask=row < G)
     tl.store(total_ptr + place, total, mask=row < G)
     if own | (first < last):
@@ -236,20 +288,35 @@ def merge_shares(
 @triton.jit
 def _finish(
     partial_ptr, highest_ptr, total_ptr, output_ptr, length_ptr, row_ptr, full_ptr, logit_ptr, score_ptr, ranking_ptr,
-    kv_heads, capacity, splits, recent, sinks,
+    selecting_ptr, chosen_partial_ptr, chosen_highest_ptr, chosen_total_ptr, list_ptr, count_ptr, chosen_ranking_ptr,
+    selected_ptr, kept_ranking_ptr, flag_ptr,
+    kv_heads, capacity, room, splits, chosen_splits, list_room, width, recent, sinks,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr, POOL: tl.constexpr,
-    RANK: tl.constexpr, OBSERVED: tl.constexpr, BLOCK: tl.constexpr,
+    BEFORE: tl.constexpr, RANK: tl.constexpr, OBSERVED: tl.constexpr, BLOCK: tl.constexpr,
+    SELECTS: tl.constexpr, CNP: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     """The first G programs of a batch row and key/value head merge the shares of one query head each, in fixed order.
     The others, where the step is full, rank the positions of the cache, (B, Hkv, L) int32: the recent window and the
-    sinks first, then the pooled score's own bits, which order as the float >= 0 does."""
+    sinks first, then the pooled score's own bits, which order as the float >= 0 does. Where it is a selecting one, they
+    keep its choice."""
     part, pair = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
     heads = kv_heads * G
     number = tl.arange(0, NP)
+    if SELECTS:
+        selecting = tl.load(selecting_ptr + batch)
     if part < G:
         head = batch * heads + kv_head * G + part
-        merge_shares(partial_ptr, highest_ptr, total_ptr, output_ptr, head, splits, D, DP, NP)
+        if SELECTS:
+            if selecting >= 0:
+                merge_shares(
+                    chosen_partial_ptr, chosen_highest_ptr, chosen_total_ptr, output_ptr, head, chosen_splits, D, DP,
+                    CNP,
+                )  # fmt: skip
+            else:
+                merge_shares(partial_ptr, highest_ptr, total_ptr, output_ptr, head, splits, D, DP, NP)
+        else:
+            merge_shares(partial_ptr, highest_ptr, total_ptr, output_ptr, head, splits, D, DP, NP)
         if (part == 0) & (pair == 0):
             tl.store(length_ptr, tl.load(length_ptr) + 1)
     elif RANK:
@@ -267,7 +334,8 @@ def _finish(
             total = tl.sum(total * tl.exp2(highest - top[:, None]), 1)
             lse = top + tl.log2(tl.where(member < G, total, 1.0))
             padding = tl.load(row_ptr + batch * ROW_COLUMNS + PADDING).to(tl.int32)
-            rows = logit_ptr + (batch * heads + kv_head * G) * capacity
+            line = room if SELECTS else capacity  # of logits
+            rows = logit_ptr + (batch * heads + kv_head * G) * line
             scores = score_ptr + pair.to(tl.int64) * capacity
             rankings = ranking_ptr + pair.to(tl.int64) * capacity
             first = padding // BLOCK * BLOCK
@@ -276,7 +344,7 @@ def _finish(
                 token = start + tl.arange(0, BLOCK)
                 if OBSERVED:
                     best = tl.zeros([BLOCK], tl.float32)
-                    for away in tl.static_range(-(POOL // 2), POOL // 2 + 1):
+                    for away in tl.static_range(-BEFORE, POOL - BEFORE):
                         near = token + away
                         near_exists = (near >= padding) & (near <= position)
                         # [BLOCK]
@@ -285,8 +353,8 @@ def _finish(
                     best = tl.full([BLOCK], -float("inf"), tl.float32)
                     for group in range(G):
                         shift = tl.sum(tl.where(member == group, lse, 0.0), 0)
-                        logits = rows + group * capacity
-                        for away in tl.static_range(-(POOL // 2), POOL // 2 + 1):
+                        logits = rows + group * line
+                        for away in tl.static_range(-BEFORE, POOL - BEFORE):
                             near = token + away
                             near_exists = (near >= padding) & (near <= position)
                             # [BLOCK]
@@ -296,6 +364,15 @@ def _finish(
                 preferred = (token > position - recent) | (token - padding < sinks)
                 ranking = best.to(tl.int32, bitcast=True) + tl.where(preferred, PREFERRED, 0)
                 tl.store(rankings + token, ranking, mask=(token >= padding) & (token <= position))
+        if SELECTS:
+            if selecting >= 0:
+                keep_choice(
+                    list_ptr, count_ptr, chosen_ranking_ptr, selected_ptr, kept_ranking_ptr, pair, part - G,
+                    tl.num_programs(0) - G, chosen_splits, list_room, room, width, BLOCK, CNP, ORDERED,
+                )  # fmt: skip
+                if (part == G) & (kv_head == 0):
+                    tl.store(row_ptr + batch * ROW_COLUMNS + LAST_FULL, selecting.to(tl.int64))
+                    tl.store(flag_ptr + batch * capacity + selecting, tl.full([], 1, tl.int1))
 
 
 def splits_of(pairs: int, device: torch.device, per_processor: int = PROGRAMS_PER_PROCESSOR) -> int:

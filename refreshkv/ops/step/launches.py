@@ -4,23 +4,30 @@ Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `
 entries of a compact cache.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 
 from refreshkv.ops.selection import step as selection
+from refreshkv.ops.selection.score_keys import padded_half
 from refreshkv.ops.state import (
     ENTRIES_USED,
     TAIL,
     CompactState,
     Decisions,
     LayerState,
+    SelectingState,
     SelectionOptions,
     SelectionScratch,
     StepOptions,
 )
 from refreshkv.ops.step import attention
 from refreshkv.ops.step import observers as observing
+from refreshkv.ops.step.selecting import bins, scoring
+from refreshkv.ops.step.selecting.launches import choose_and_attend
+from refreshkv.ops.step.selecting.state import SelectingScratch
 from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, padded_head, precision
 
 RANKING_PROGRAMS = 1024
@@ -28,13 +35,34 @@ RANKING_PROGRAMS = 1024
 
 
 def decode_step(
-    query: Tensor, key: Tensor, value: Tensor, state: LayerState, options: StepOptions, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: LayerState,
+    options: StepOptions,
+    scaling: float,
+    chosen: SelectingState | None = None,
 ) -> Tensor:
     """`refreshkv.ops.naive.decode_step` by kernels: (B, 1, H, D)."""
     scratch = SelectionScratch.empty(query.shape[:1], *state.keys.shape[1:], query.device)
-    output = attend_and_rank(query, key, value, state, scratch, options, scaling)
+    output = attend_and_rank(query, key, value, state, scratch, options, scaling, chosen)
     select(scratch, state.length, state.decisions, options)
     return output
+
+
+def choose_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: LayerState,
+    options: StepOptions,
+    scaling: float,
+    chosen: SelectingState,
+) -> None:
+    """`refreshkv.ops.naive.choose_step` by kernels."""
+    scratch = SelectionScratch.empty(query.shape[:1], *state.keys.shape[1:], query.device)
+    attend_and_rank(query, key, value, state, scratch, options, scaling, chosen, attends=False)
+    select(scratch, state.length, state.decisions, options)
 
 
 def attend_and_rank(
@@ -45,15 +73,25 @@ def attend_and_rank(
     scratch: SelectionScratch,
     options: StepOptions,
     scaling: float,
+    chosen: SelectingState | None = None,
+    *,
+    attends: bool = True,
 ) -> Tensor:
-    """A step without its selection, which `select` makes from what this writes into `scratch`: (B, 1, H, D)."""
+    """A step without the selection of full steps, which `select` makes from what this writes into `scratch`:
+    (B, 1, H, D). A selecting step makes its own; unless it `attends`, its output has no meaning."""
     query, key, value = _unit_stride(query, key, value)
-    shares = attend(query, key, value, state, scaling, options=options, scratch=scratch)
+    selecting = None
+    if options.select_stride is not None:
+        assert chosen is not None
+        selecting = Selecting(chosen, SelectingScratch.empty(state.keys, state.observers), options)
+    shares = attend(query, key, value, state, scaling, options=options, scratch=scratch, selecting=selecting)
     scores = shares.logits
     if options.selection.observation_window > 1:
         scores = _observed_scores(state, scratch.full, shares.splits, scaling)
+    if selecting is not None:
+        choose_and_attend(query, state, selecting.scratch, options.selection, scaling, attends=attends)
     output = query.new_empty(query.shape[0], 1, *query.shape[1::2])
-    finish(shares, output, state, scores, options.selection, scratch)
+    finish(shares, output, state, scores, options.selection, scratch, selecting)
     return output
 
 
@@ -102,10 +140,18 @@ def _undecided(keys: Tensor, values: Tensor, length: Tensor, row_state: Tensor) 
     return LayerState(keys, values, length, row_state, observers=keys, **unread)
 
 
+class Selecting(NamedTuple):
+    """What the launches of a step need besides, if the cache has selecting steps."""
+
+    state: SelectingState
+    scratch: SelectingScratch
+    options: StepOptions
+
+
 class Shares:
     """What `attend` writes for `finish`: the output, maximum and sum of each share of the keys."""
 
-    def __init__(self, query: Tensor, splits: int, capacity: int, store: bool):
+    def __init__(self, query: Tensor, splits: int, logits: Tensor | None):
         batch, heads, _, head_dim = query.shape
 
         def buffer(*shape: int) -> Tensor:
@@ -114,7 +160,7 @@ class Shares:
         self.splits = splits
         self.partial = buffer(batch, heads, splits, head_dim)
         self.highest, self.total = buffer(batch, heads, splits), buffer(batch, heads, splits)
-        self.logits = buffer(batch, heads, capacity) if store else self.total
+        self.logits = self.total if logits is None else logits
 
 
 def attend(
@@ -128,9 +174,11 @@ def attend(
     scratch: SelectionScratch | None = None,
     slots: Tensor | None = None,
     store: bool = False,
+    selecting: Selecting | None = None,
 ) -> Shares:
-    """The first launch of a step. A cache that refreshes comes with `options` and `scratch`; a compact one with `slots`
-    (B, Hkv) int64, the entries that the token takes, and `store` if it wants the logits; another is read whole."""
+    """The first launch of a step. A cache that refreshes comes with `options` and `scratch`, and with `selecting` if it
+    has selecting steps; a compact one with `slots` (B, Hkv) int64, the entries that the token takes, and `store` if it
+    wants the logits; another is read whole."""
     batch, heads, _, head_dim = query.shape
     kv_heads, capacity = state.keys.shape[1], state.keys.shape[2]
     group = heads // kv_heads
@@ -139,20 +187,38 @@ def attend(
     if options is not None:
         mode, stride, threshold, observers = attention.REFRESH, *options[:2], options.selection.observation_window
         store = observers == 1
-    shares = Shares(query, splits, capacity, store)
+    if selecting is not None:
+        logits = selecting.scratch.logits
+    else:
+        logits = query.new_empty(batch, heads, capacity, dtype=torch.float32) if store else None
+    shares = Shares(query, splits, logits)
     full, arrived, now = (shares.total,) * 3 if scratch is None else (scratch.full, scratch.arrived, scratch.now)
     attention._attend[splits, batch * kv_heads](
         query, key, value, state.keys, state.values, state.length, state.row_state,
         state.row_state if slots is None else slots, state.selected, state.mean_query, state.observers,
         full, now, arrived, shares.logits, shares.partial, shares.highest, shares.total,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], kv_heads, capacity, state.selected.shape[-1],
-        stride, threshold or 0.0, scaling * LOG2E,
+        *_score_buffers(selecting, state.keys, shares.total),
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], kv_heads, capacity, shares.logits.shape[-1],
+        state.selected.shape[-1], stride, options.select_stride or 1 if options else 1, threshold or 0.0,
+        scaling * LOG2E,
         G=group, H=heads, D=head_dim, HP=triton.next_power_of_2(heads), DP=padded_head(head_dim),
         MP=max(16, triton.next_power_of_2(group)), OBSERVERS=observers,
         MODE=mode.value, SIMILARITY=threshold is not None, STORE=store, PRECISION=precision(query),
-        **attention.tile_of(query),
+        SELECTS=selecting is not None, DH=padded_half(head_dim), MR=max(8, triton.next_power_of_2(group * observers)),
+        BITS=16 if selecting is None else selecting.state.bits, BINS=bins.BINS, ASM=scoring.unpacks_by_ptx(query),
+        **scoring.tile_of(query, 16 if selecting is None else selecting.state.bits), **attention.tile_of(query),
     )  # fmt: skip
     return shares
+
+
+def _score_buffers(selecting: Selecting | None, keys: Tensor, unused: Tensor) -> tuple[Tensor, ...]:
+    """The buffers of the score keys and of what `_attend` writes for the launches of a selecting step."""
+    if selecting is None:
+        return (unused,) * 7
+    codes, scales, _ = selecting.state
+    scratch = selecting.scratch
+    stored = (keys if codes is None else codes, unused if scales is None else scales)
+    return (*stored, scratch.selecting, scratch.histogram, scratch.counters, scratch.highest, scratch.total)
 
 
 def finish(
@@ -162,22 +228,43 @@ def finish(
     scores: Tensor,
     options: SelectionOptions | None = None,
     scratch: SelectionScratch | None = None,
+    selecting: Selecting | None = None,
 ) -> None:
-    """The second launch: merges the shares into output (B, 1, H, D) and counts the token. With `options` and `scratch`
+    """The last launch: merges the shares into output (B, 1, H, D) and counts the token. With `options` and `scratch`
     it ranks the positions of full batch rows, from the logits (B, H, L) of a single observer, or from the `scores`
-    (B, Hkv, L) of several."""
+    (B, Hkv, L) of several; with `selecting` it keeps the choice of the batch rows that had a selecting step."""
     batch, kv_heads, capacity, head_dim = state.keys.shape
     group = output.shape[2] // kv_heads
     full, rankings = (shares.total,) * 2 if scratch is None else (scratch.full, scratch.rankings)
-    pool_kernel, window, recent_window, sink_tokens = options.for_kernels() if options else (1, 1, 0, 0)
+    options = options or SelectionOptions(1, 1, 0, 0)
     programs = min(triton.cdiv(capacity, attention.RANKED), max(1, RANKING_PROGRAMS // (batch * kv_heads)))
     attention._finish[group + (0 if scratch is None else programs), batch * kv_heads](
         shares.partial, shares.highest, shares.total, output, state.length, state.row_state, full, shares.logits,
-        scores, rankings, kv_heads, capacity, shares.splits, recent_window, sink_tokens,
+        scores, rankings, *_choice_buffers(selecting, state, shares.total), kv_heads, capacity, shares.logits.shape[-1],
+        shares.splits, *_list_sizes(selecting), state.selected.shape[-1], options.recent_window, options.sink_tokens,
         G=group, GP=triton.next_power_of_2(group), D=head_dim, DP=padded_head(head_dim),
-        NP=max(2, triton.next_power_of_2(shares.splits)), POOL=pool_kernel, RANK=scratch is not None,
-        OBSERVED=window > 1, BLOCK=attention.RANKED, num_warps=4, **SAME_IN_ALL_THREADS,
+        NP=max(2, triton.next_power_of_2(shares.splits)), POOL=options.pool_kernel, BEFORE=options.pooled_before,
+        RANK=scratch is not None, OBSERVED=options.observation_window > 1, BLOCK=attention.RANKED,
+        SELECTS=selecting is not None, CNP=max(2, triton.next_power_of_2(_list_sizes(selecting)[0])),
+        ORDERED=selecting is not None and last_ranks(selecting.options) > 0,
+        num_warps=4, **SAME_IN_ALL_THREADS,
     )  # fmt: skip
+
+
+def _choice_buffers(selecting: Selecting | None, state: LayerState, unused: Tensor) -> tuple[Tensor, ...]:
+    """The buffers of what a selecting step chose, and of where `_finish` keeps it."""
+    if selecting is None:
+        return (unused,) * 10
+    scratch, flags = selecting.scratch, selecting.state.selecting_steps
+    assert flags is not None
+    shares = (scratch.partial, scratch.chosen_highest, scratch.chosen_total)
+    lists = (scratch.listed, scratch.counts, scratch.rankings)
+    return (scratch.selecting, *shares, *lists, state.selected, state.ranking, flags)
+
+
+def _list_sizes(selecting: Selecting | None) -> tuple[int, int]:
+    """How many lists of chosen positions there are for a batch row and key/value head, and the room of each."""
+    return (1, 1) if selecting is None else (selecting.scratch.listed.shape[2], selecting.scratch.listed.shape[3])
 
 
 def select(scratch: SelectionScratch, length: Tensor, decisions: Decisions, options: StepOptions) -> None:
@@ -197,7 +284,7 @@ def select(scratch: SelectionScratch, length: Tensor, decisions: Decisions, opti
         scratch.full, full_steps, scratch.now, mean_query,
         kv_heads, capacity, selected.shape[2], room, selection.MARGIN,
         D=head_dim, DP=padded_head(head_dim), SIMILARITY=options.threshold is not None, TAIL=TAIL,
-        LAST_RANKS=last_ranks(options), num_warps=selection.WARPS, **sizes,
+        LAST_RANKS=last_ranks(options), SELECTS=options.select_stride is not None, num_warps=selection.WARPS, **sizes,
     )  # fmt: skip
 
 
@@ -228,7 +315,9 @@ def _observed_scores(state: LayerState, full: Tensor, splits: int, scaling: floa
 
 def last_ranks(options: StepOptions) -> int:
     """How many of the lowest ranks a selection keeps in order at a time."""
-    return min(options.stride, TAIL) if options.threshold is None else TAIL
+    if options.select_stride is not None:  # the queue drops none at the first step of a segment, and then one a step
+        return min(max(options.longest_segment - 2, 0), TAIL)
+    return min(options.longest_segment, TAIL)
 
 
 def _unit_stride(*tensors: Tensor) -> list[Tensor]:

@@ -19,31 +19,41 @@ from refreshkv.ops.state import (
     CompactState,
     Decisions,
     LayerState,
+    SelectingState,
     SelectionOptions,
     SelectionScratch,
     StepOptions,
 )
 
+NO_SELECTING_STEPS = SelectingState(None, None, None)
+
 
 def decode_step(
-    query: Tensor, key: Tensor, value: Tensor, state: LayerState, options: StepOptions, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: LayerState,
+    options: StepOptions,
+    scaling: float,
+    chosen: SelectingState | None = None,
 ) -> Tensor:
-    """Appends one token to a layer's cache and attends with its query (specification, sections 2 to 4).
+    """Appends one token to a layer's cache and attends with its query (specification, sections 2 to 4 and 10).
 
     Args:
         query: (B, H, 1, D), the token's.
         key, value: (B, Hkv, 1, D), the token's.
         state: the layer's state, changed in place. Its keys and values may be pinned host memory, which the kernels
             read and write over the bus. The caller makes sure that there is room; without room the output is nan.
-        options: when the step is full, and what it then keeps.
+        options: when the step is full or selecting, and what it then keeps.
         scaling: factor of the logits.
+        chosen: changed in place as well; needed if `options.select_stride` is set.
 
     Returns (B, 1, H, D).
     """
-    return _decode_step(query, key, value, *state, *options.flat(), scaling)
+    return _decode_step(query, key, value, *state, *(chosen or NO_SELECTING_STEPS), *options.flat(), scaling)
 
 
-@torch.library.custom_op("refreshkv::decode_step", mutates_args=LayerState._fields)
+@torch.library.custom_op("refreshkv::decode_step", mutates_args=(*LayerState._fields, *SelectingState._fields))
 def _decode_step(
     query: Tensor,
     key: Tensor,
@@ -57,23 +67,53 @@ def _decode_step(
     mean_query: Tensor,
     observers: Tensor,
     full_steps: Tensor,
+    codes: Tensor | None,
+    scales: Tensor | None,
+    selecting_steps: Tensor | None,
     stride: int,
     threshold: float | None,
     pool_kernel: int,
     observation_window: int,
     recent_window: int,
     sink_tokens: int,
+    pool_ahead: bool,
+    select_stride: int | None,
     scaling: float,
 ) -> Tensor:
     state = LayerState(keys, values, length, row_state, selected, ranking, mean_query, observers, full_steps)
-    selection = SelectionOptions(pool_kernel, observation_window, recent_window, sink_tokens)
-    options = StepOptions(stride, threshold, selection)
+    chosen = SelectingState(codes, scales, selecting_steps)
+    selection = SelectionOptions(pool_kernel, observation_window, recent_window, sink_tokens, pool_ahead)
+    options = StepOptions(stride, threshold, selection, select_stride)
     if CHOICE.uses_kernels(query):
         from refreshkv.ops.step import launches  # imports Triton, which machines without a GPU may lack
 
         with torch.cuda.device_of(query):
-            return launches.decode_step(query, key, value, state, options, scaling)
-    return naive.decode_step(query, key, value, state, options, scaling)
+            return launches.decode_step(query, key, value, state, options, scaling, chosen)
+    return naive.decode_step(query, key, value, state, options, scaling, chosen)
+
+
+@torch.no_grad()
+def choose_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: LayerState,
+    options: StepOptions,
+    scaling: float,
+    chosen: SelectingState,
+) -> None:
+    """A selecting step of all batch rows without its attention: stores and counts the token, and makes its choice the
+    selection. For caches whose keys and values are far away; not for compiled models.
+
+    Args as in `decode_step`.
+    """
+    if CHOICE.uses_kernels(query):
+        from refreshkv.ops.step import launches
+
+        with torch.cuda.device_of(query):
+            launches.choose_step(query, key, value, state, options, scaling, chosen)
+    else:
+        naive.choose_step(query, key, value, state, options, scaling, chosen)
 
 
 def attend_step(
@@ -85,28 +125,32 @@ def attend_step(
     layer: int,
     options: StepOptions,
     scaling: float,
+    chosen: SelectingState | None = None,
 ) -> Tensor:
-    """`decode_step` of one of N layers by kernels, without the selection, which `select_step` makes for all of them.
+    """`decode_step` of one of N layers by kernels, without the selection of full steps, which `select_step` makes for
+    all of them.
 
     Args:
         query, key, value: as in `decode_step`.
         state: the layer's keys, values, length and observers, and the decisions of all layers, (N, ...).
         scratch: that of all layers, (N, ...); this layer writes its part.
         layer: which of the N layers this is.
-        options, scaling: as in `decode_step`.
+        options, scaling, chosen: as in `decode_step`.
 
-    Returns (B, 1, H, D). scratch is left out of `mutates_args` on purpose: declared, functionalization would clone it.
-    That is safe because only `select_step` reads it, after every `attend_step`, for it takes the `length` that the
-    last of them changes.
+    Returns (B, 1, H, D). scratch, and the decisions, which a selecting step changes, are left out of `mutates_args` on
+    purpose: declared, functionalization would clone them. That is safe because only `select_step` and later steps read
+    them, after every `attend_step`, for it takes the `length` that the last of them changes.
     """
-    keys, values, length, row_state, selected, _, mean_query, observers, _ = state
+    keys, values, length, row_state, selected, ranking, mean_query, observers, _ = state
     return _attend_step(
-        query, key, value, keys, values, length, observers, row_state, selected, mean_query, list(scratch), layer,
-        *options.flat(), scaling,
+        query, key, value, keys, values, length, observers, *(chosen or NO_SELECTING_STEPS), row_state, selected,
+        ranking, mean_query, list(scratch), layer, *options.flat(), scaling,
     )  # fmt: skip
 
 
-@torch.library.custom_op("refreshkv::attend_step", mutates_args=("keys", "values", "length", "observers"))
+@torch.library.custom_op(
+    "refreshkv::attend_step", mutates_args=("keys", "values", "length", "observers", *SelectingState._fields)
+)
 def _attend_step(
     query: Tensor,
     key: Tensor,
@@ -115,8 +159,12 @@ def _attend_step(
     values: Tensor,
     length: Tensor,
     observers: Tensor,
+    codes: Tensor | None,
+    scales: Tensor | None,
+    selecting_steps: Tensor | None,
     row_state: Tensor,
     selected: Tensor,
+    ranking: Tensor,
     mean_query: Tensor,
     scratch: list[Tensor],
     layer: int,
@@ -126,22 +174,26 @@ def _attend_step(
     observation_window: int,
     recent_window: int,
     sink_tokens: int,
+    pool_ahead: bool,
+    select_stride: int | None,
     scaling: float,
 ) -> Tensor:
     from refreshkv.ops.step import launches
 
-    # an attending layer neither reads nor writes rankings and flags: `selected` and `row_state` stand in their places
-    row_state, selected, mean_query = row_state[layer], selected[layer], mean_query[layer]
-    state = LayerState(keys, values, length, row_state, selected, selected, mean_query, observers, row_state)
-    selection = SelectionOptions(pool_kernel, observation_window, recent_window, sink_tokens)
-    options = StepOptions(stride, threshold, selection)
+    # an attending layer neither reads nor writes the flags of full steps: `row_state` stands in their place
+    own_state = (part[layer] for part in (row_state, selected, ranking, mean_query))
+    state = LayerState(keys, values, length, *own_state, observers, row_state)
+    chosen = SelectingState(codes, scales, selecting_steps)
+    selection = SelectionOptions(pool_kernel, observation_window, recent_window, sink_tokens, pool_ahead)
+    options = StepOptions(stride, threshold, selection, select_stride)
     with torch.cuda.device_of(query):
         own = SelectionScratch(*scratch).of(layer)
-        return launches.attend_and_rank(query, key, value, state, own, options, scaling)
+        return launches.attend_and_rank(query, key, value, state, own, options, scaling, chosen)
 
 
 def select_step(scratch: SelectionScratch, length: Tensor, decisions: Decisions, options: StepOptions) -> None:
-    """Ends a step of N layers: the selections of all that were full, in one launch.
+    """Ends a step of N layers: the selections of all that were full, in one launch. Of selections that selecting steps
+    have made, it puts the ranks in order that drop first.
 
     Args:
         scratch: what `attend_step` wrote, (N, ...).
@@ -167,15 +219,17 @@ def _select_step(
     observation_window: int,
     recent_window: int,
     sink_tokens: int,
+    pool_ahead: bool,
+    select_stride: int | None,
 ) -> None:
     from refreshkv.ops.step import launches
 
     decisions = Decisions(row_state, selected, ranking, mean_query, full_steps)
     decisions = Decisions(*(tensor.flatten(0, 1) for tensor in decisions))
-    selection = SelectionOptions(pool_kernel, observation_window, recent_window, sink_tokens)
+    selection = SelectionOptions(pool_kernel, observation_window, recent_window, sink_tokens, pool_ahead)
     with torch.cuda.device_of(selected):
         whole = SelectionScratch(*(part.flatten(0, 1) for part in scratch))
-        launches.select(whole, length, decisions, StepOptions(stride, threshold, selection))
+        launches.select(whole, length, decisions, StepOptions(stride, threshold, selection, select_stride))
 
 
 @_select_step.register_fake

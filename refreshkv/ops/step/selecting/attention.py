@@ -1,37 +1,39 @@
-"""The last two kernels of a selecting step: attention to the chosen positions, in shares, and the merge of the shares.
+"""The fourth kernel of a selecting step: attention to the chosen positions, in shares.
 
 Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `G = H / Hkv`, padded to MP, `D` head size, padded to
-DP, `N` shares, padded to NP.
+DP, `N` shares.
 """
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from refreshkv.ops.step import attention
-from refreshkv.ops.step.attention import merge_shares
 from refreshkv.ops.step.selecting.shares import place_in_list
 from refreshkv.ops.step.selecting.threshold import CHOICE_COLUMNS, LIMIT, THRESHOLD
 from refreshkv.ops.tiles import PADDING, ROW_COLUMNS
 
 PROGRAMS_PER_PROCESSOR = 4
-"""Programs of `_attend` for each multiprocessor: all run at once."""
+"""Programs of `_attend_to_chosen` for each multiprocessor: all run at once."""
 
-MOST_LISTED = 4096
-"""Most positions of its share that a program of `_attend` compares with the threshold at once."""
+MOST_LISTED = 1024
+"""Most positions of its share that a program of `_attend_to_chosen` compares with the threshold at once."""
+
+LIST_STAGES = 2
+"""Tiles of these positions that are on their way at once."""
 
 
 @triton.jit
-def _attend(
-    query_ptr, keys_ptr, values_ptr, row_ptr, selecting_ptr, ranking_ptr, choice_ptr, list_ptr,
+def _attend_to_chosen(
+    query_ptr, keys_ptr, values_ptr, row_ptr, selecting_ptr, ranking_ptr, choice_ptr, list_ptr, count_ptr,
     partial_ptr, highest_ptr, total_ptr, query_b, query_h, kv_heads, capacity, ranking_room, list_room, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, RUN: tl.constexpr, LISTED: tl.constexpr,
+    LIST_STAGES: tl.constexpr, ATTENDS: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attends to one share of the chosen positions of one batch row and key/value head: maximum and sum (B, H, N),
     output (B, H, N, D).
 
-    A share is every N-th run of RUN positions. The program first lists the chosen ones in its own part of the memory.
+    A share is every N-th run of RUN positions. The program first lists the chosen ones in its own part of the memory
+    (B, Hkv, N, .), and counts them (B, Hkv, N). Without ATTENDS it does no more.
     """
     split, pair = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
@@ -54,7 +56,7 @@ def _attend(
         own = tl.cdiv(tl.maximum(runs - split, 0), splits) * RUN
         count = position * 0
         line = tl.arange(0, LISTED // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
-        for start in range(0, own, LISTED):
+        for start in tl.range(0, own, LISTED, num_stages=LIST_STAGES):
             number = start + line
             token = base + (number // RUN * splits + split) * RUN + number % RUN
             exists = (number < own) & (token >= padding) & (token <= position)
@@ -64,53 +66,34 @@ def _attend(
             slot, chosen = place_in_list(is_chosen)
             tl.store(listed + count + slot, token, mask=is_chosen)
             count += chosen
-        tl.debug_barrier()  # a thread reads entries that others have listed
-        keys = keys_ptr + pair.to(tl.int64) * capacity * D
-        values = values_ptr + pair.to(tl.int64) * capacity * D
-        highest = tl.full([MP], -float("inf"), tl.float32)
-        total = tl.zeros([MP], tl.float32)
-        result = tl.zeros([MP, DP], tl.float32)
-        for start in range(0, count, BLOCK_N):
-            entry = start + tl.arange(0, BLOCK_N)
-            exists = entry < count
-            # [BLOCK_N]
-            token = tl.load(listed + entry, mask=exists, other=0)
-            place = token.to(tl.int64)[:, None] * D + column[None, :]
-            here = exists[:, None] & in_head[None, :]
-            # [BLOCK_N, DP] twice
-            key = tl.load(keys + place, mask=here, other=0.0)
-            value = tl.load(values + place, mask=here, other=0.0)
-            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-            logits = tl.where(exists[None, :], logits, -float("inf"))
-            higher = tl.maximum(highest, tl.max(logits, 1))
-            weight = tl.exp2(logits - higher[:, None])
-            shrink = tl.exp2(highest - higher)
-            total = total * shrink + tl.sum(weight, 1)
-            result = result * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
-            highest = higher
-        place = (batch * kv_heads * G + kv_head * G + row) * splits + split
-        tl.store(highest_ptr + place, highest, mask=row < G)
-        tl.store(total_ptr + place, total, mask=row < G)
-        if count > 0:
-            tl.store(partial_ptr + place[:, None] * D + column[None, :], result, mask=mask)
-
-
-@triton.jit
-def _merge(
-    partial_ptr, highest_ptr, total_ptr, output_ptr, length_ptr, selecting_ptr, kv_heads, splits,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr,
-):  # fmt: skip
-    """Merges the shares of one query head into the output (B, 1, H, D), where the step is a selecting one; the first
-    program counts the token."""
-    member, pair = tl.program_id(0), tl.program_id(1)
-    batch = (pair // kv_heads).to(tl.int64)
-    head = pair.to(tl.int64) * G + member
-    if tl.load(selecting_ptr + batch) >= 0:
-        merge_shares(partial_ptr, highest_ptr, total_ptr, output_ptr, head, splits, D, DP, NP)
-    if (member == 0) & (pair == 0):
-        tl.store(length_ptr, tl.load(length_ptr) + 1)
-
-
-def tile_of(query: Tensor, **changes: int) -> dict[str, int]:
-    """The tile of `_attend`, that of other steps, with some of its entries changed."""
-    return attention.tile_of(query) | changes
+        tl.store(count_ptr + pair * splits + split, count)
+        if ATTENDS:
+            tl.debug_barrier()  # a thread reads entries that others have listed
+            keys = keys_ptr + pair.to(tl.int64) * capacity * D
+            values = values_ptr + pair.to(tl.int64) * capacity * D
+            highest = tl.full([MP], -float("inf"), tl.float32)
+            total = tl.zeros([MP], tl.float32)
+            result = tl.zeros([MP, DP], tl.float32)
+            for start in range(0, count, BLOCK_N):
+                entry = start + tl.arange(0, BLOCK_N)
+                exists = entry < count
+                # [BLOCK_N]
+                token = tl.load(listed + entry, mask=exists, other=0)
+                place = token.to(tl.int64)[:, None] * D + column[None, :]
+                here = exists[:, None] & in_head[None, :]
+                # [BLOCK_N, DP] twice
+                key = tl.load(keys + place, mask=here, other=0.0)
+                value = tl.load(values + place, mask=here, other=0.0)
+                logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+                logits = tl.where(exists[None, :], logits, -float("inf"))
+                higher = tl.maximum(highest, tl.max(logits, 1))
+                weight = tl.exp2(logits - higher[:, None])
+                shrink = tl.exp2(highest - higher)
+                total = total * shrink + tl.sum(weight, 1)
+                result = result * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
+                highest = higher
+            place = (batch * kv_heads * G + kv_head * G + row) * splits + split
+            tl.store(highest_ptr + place, highest, mask=row < G)
+            tl.store(total_ptr + place, total, mask=row < G)
+            if count > 0:
+                tl.store(partial_ptr + place[:, None] * D + column[None, :], result, mask=mask)

@@ -11,14 +11,11 @@ of the logits, padded to NP, `O` observing queries, `R = O * G` rows of logits, 
 import triton
 import triton.language as tl
 
-from refreshkv.ops.selection.top_k import PREFERRED
+from refreshkv.ops.selection.top_k import FIRST, PREFERRED
 from refreshkv.ops.step.selecting.bins import bin_of, top_bin
 from refreshkv.ops.step.selecting.scoring import LEAST
 from refreshkv.ops.step.selecting.shares import share
 from refreshkv.ops.tiles import BUDGET, PADDING, ROW_COLUMNS
-
-ITSELF = tl.constexpr(0x7FFFFFFE)
-"""The ranking of the step's own position: above all others."""
 
 
 @triton.jit
@@ -85,7 +82,7 @@ def _rank(
                 best = tl.maximum(best, tl.load(scores + near, mask=near_exists, other=0.0))
             preferred = (token > position - recent) | (token - padding < sinks)
             ranking = best.to(tl.int32, bitcast=True) + tl.where(preferred, PREFERRED, 0)
-            ranking = tl.where(token == position, ITSELF, ranking)
+            ranking = tl.where(token == position, FIRST, ranking)
             tl.store(rankings + token, ranking, mask=exists)
             counts += tl.histogram(bin_of(ranking, top, BINS, FINE, BIN_BITS), BINS, mask=exists)
         tl.atomic_add(histogram_ptr + pair * BINS + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")

@@ -16,8 +16,8 @@ CHOOSE_PROGRAMS = 528
 """Programs of `_rank`, and of `_find_threshold`, that a GPU runs at once."""
 
 RUN = 64
-"""Neighbouring positions that `_attend` gives to the same program. Runs go to the programs in turn, so that all
-programs share the stretches of a row where many positions are chosen."""
+"""Neighbouring positions that `_attend_to_chosen` gives to the same program. Runs go to the programs in turn, so that
+all programs share the stretches of a row where many positions are chosen."""
 
 
 def parts_of(pairs: int, capacity: int, pool_kernel: int) -> int:
@@ -32,7 +32,7 @@ def parts_of(pairs: int, capacity: int, pool_kernel: int) -> int:
 
 
 def list_room(capacity: int, splits: int) -> int:
-    """Most positions that one of `splits` programs of `_attend` goes through: what its list must have room for."""
+    """Most positions that one of `splits` programs of `_attend_to_chosen` goes through: the room of its list."""
     return triton.cdiv(triton.cdiv(capacity, RUN) + 1, splits) * RUN
 
 

@@ -1,8 +1,8 @@
-"""The structs that the launches of a selecting step take, and the memory in which they hand results on.
+"""The memory in which the launches of a selecting step hand results on.
 
 Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `L` tokens the cache has room for, `L'` a
-few more, so that the last tile may be read whole, `N` shares of the positions, `O` observing queries, `R = O * H / Hkv`
-rows of logits, `C` candidates.
+few more, so that the last tile may be read whole, `N` shares of the positions, `M` of the attention to the chosen ones,
+`O` observing queries, `R = O * H / Hkv` rows of logits, `C` candidates.
 """
 
 from typing import NamedTuple
@@ -11,36 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
-from refreshkv.ops.selection.score_keys import ScoreKeys
-from refreshkv.ops.step.attention import splits_of
-from refreshkv.ops.step.selecting import attention, bins, scoring, shares, threshold
-
-
-class SelectingOptions(NamedTuple):
-    """When a decoding step is a selecting one, and what it then chooses; `RefreshConfig` documents the fields."""
-
-    stride: int
-    select_stride: int
-    pool_kernel: int
-    pool_ahead: bool
-    recent_window: int
-    sink_tokens: int
-
-
-class SelectingCache(NamedTuple):
-    """The state of one layer's cache that a selecting step reads and changes in place."""
-
-    keys: Tensor
-    """(B, Hkv, L, D)."""
-    values: Tensor
-    """(B, Hkv, L, D)."""
-    score_keys: ScoreKeys
-    length: Tensor
-    """() int64: tokens so far."""
-    row_state: Tensor
-    """(B, 4) int64, by the columns of `refreshkv.ops.state`."""
-    observers: Tensor
-    """(B, H, O, D): the last queries, position `p` in slot `p % O`."""
+from refreshkv.ops.step import attention as every_step
+from refreshkv.ops.step.selecting import attention, bins, shares, threshold
 
 
 class SelectingScratch(NamedTuple):
@@ -67,33 +39,45 @@ class SelectingScratch(NamedTuple):
     choices: Tensor
     """(B, Hkv, 2) int32, by the columns of `threshold.py`: what the step chose."""
     listed: Tensor
-    """(B, Hkv, N, .) int32: the positions that each program of `_attend` attends to."""
+    """(B, Hkv, M, .) int32: the positions that each program of `_attend_to_chosen` attends to."""
+    counts: Tensor
+    """(B, Hkv, M) int32: how many these are."""
+    partial: Tensor
+    """(B, H, M, D) float32: the output of each share of the attention; that of an empty share is undefined."""
+    chosen_highest: Tensor
+    """(B, H, M) float32: the maximum of each share of the attention."""
+    chosen_total: Tensor
+    """(B, H, M) float32: the sum of each share, relative to its maximum."""
 
     @classmethod
     def empty(cls, keys: Tensor, observers: Tensor) -> "SelectingScratch":
-        """Uninitialised memory for a cache with such keys and observers."""
-        batch, kv_heads, capacity, _ = keys.shape
-        pairs, device = batch * kv_heads, keys.device
-        splits = splits_of(pairs, device, attention.PROGRAMS_PER_PROCESSOR)
-        score_splits = splits_of(pairs, device, scoring.PROGRAMS_PER_PROCESSOR)
-        rows = observers.shape[1] // kv_heads * observers.shape[2]
-        room = triton.cdiv(capacity, 16) * 16 + shares.RANKED
+        """Uninitialised memory for a cache with such keys (B, Hkv, L, D) and observers (B, H, O, D)."""
+        batch, kv_heads, capacity, head_dim = keys.shape
+        heads, window, device = *observers.shape[1:3], observers.device
+        splits = every_step.splits_of(batch * kv_heads, device)
+        chosen_splits = every_step.splits_of(batch * kv_heads, device, attention.PROGRAMS_PER_PROCESSOR)
+        rows = heads // kv_heads * window
+        room = room_of(capacity)
 
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.empty(batch, kv_heads, *shape, dtype=dtype, device=device)
+            return torch.empty(batch, *shape, dtype=dtype, device=device)
 
         return cls(
-            selecting=torch.empty(batch, dtype=torch.int32, device=device),
-            logits=buffer(rows, room, dtype=torch.float32),
-            highest=buffer(rows, score_splits, dtype=torch.float32),
-            total=buffer(rows, score_splits, dtype=torch.float32),
-            scores=buffer(room, dtype=torch.float32),
-            rankings=buffer(room),
-            histogram=buffer(bins.BINS),
-            counters=buffer(threshold.COUNTERS.value),
-            candidates=buffer(2, threshold.candidates_of(capacity)),
-            choices=buffer(threshold.CHOICE_COLUMNS.value),
-            listed=buffer(splits, shares.list_room(capacity, splits)),
+            selecting=buffer(),
+            logits=buffer(kv_heads, rows, room, dtype=torch.float32),
+            highest=buffer(kv_heads, rows, splits, dtype=torch.float32),
+            total=buffer(kv_heads, rows, splits, dtype=torch.float32),
+            scores=buffer(kv_heads, room, dtype=torch.float32),
+            rankings=buffer(kv_heads, room),
+            histogram=buffer(kv_heads, bins.BINS),
+            counters=buffer(kv_heads, threshold.COUNTERS.value),
+            candidates=buffer(kv_heads, 2, threshold.candidates_of(capacity)),
+            choices=buffer(kv_heads, threshold.CHOICE_COLUMNS.value),
+            listed=buffer(kv_heads, chosen_splits, shares.list_room(capacity, chosen_splits)),
+            counts=buffer(kv_heads, chosen_splits),
+            partial=buffer(heads, chosen_splits, head_dim, dtype=torch.float32),
+            chosen_highest=buffer(heads, chosen_splits, dtype=torch.float32),
+            chosen_total=buffer(heads, chosen_splits, dtype=torch.float32),
         )
 
     def chosen(self, left_padding: Tensor) -> Tensor:
@@ -105,3 +89,8 @@ class SelectingScratch(NamedTuple):
         least, limit = self.choices.unsqueeze(-1).unbind(2)
         exists = (token >= left_padding[:, None, None]) & (token <= self.selecting[:, None, None])
         return exists & ((self.rankings > least) | ((self.rankings == least) & (token <= limit)))
+
+
+def room_of(capacity: int) -> int:
+    """L': the tokens of a row of logits, scores or rankings, for a cache with room for `capacity` tokens."""
+    return triton.cdiv(capacity, 16) * 16 + shares.RANKED

@@ -1,7 +1,7 @@
 """The third kernel of a selecting step: it finds the threshold, the ranking of the last chosen position.
 
 A position is chosen if it ranks above the threshold, or at the threshold and lies at `limit` or before. These two
-numbers are the whole choice of a batch row and key/value head; `_attend` needs no list.
+numbers are the whole choice of a batch row and key/value head; `_attend_to_chosen` needs no list.
 
 The histogram of the rankings says which bin holds the threshold. The positions in that bin are the *candidates*. The
 programs that share the row list them; the program that arrives last resolves the threshold among them by bisection, or,
@@ -54,29 +54,33 @@ def _find_threshold(
         else:
             rankings = ranking_ptr + pair.to(tl.int64) * room
             candidates = candidate_ptr + pair.to(tl.int64) * (2 * CANDIDATES)
+            begin, end = share(padding, position + 1, part, parts)
+            line = tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+            # [BLOCK / 4, 4]: on its way while the histogram is read
+            ranking = tl.load(rankings + begin + line, mask=begin + line < end, other=-1)
             number = tl.arange(0, BINS)
             # [BINS], the highest bin first: how many positions are in it or above
             reached = tl.cumsum(tl.load(histogram_ptr + pair * BINS + BINS - 1 - number), 0)
-            bins_above = tl.sum((reached < budget).to(tl.int32), 0)
-            above = tl.max(tl.where(reached < budget, reached, 0), 0)
-            within = tl.sum(tl.where(number == bins_above, reached, 0), 0) - above
+            # the last bin that too few positions reach, and how many do, in one number: one reduction
+            last_above = tl.max(tl.where(reached < budget, ((number + 1).to(tl.int64) << 32) + reached, 0), 0)
+            bins_above, above = (last_above >> 32).to(tl.int32), last_above.to(tl.int32)
             top = top_bin(reach, budget, BIN_BITS)
             low, high = bounds_of_bin(BINS - 1 - bins_above, top, BINS, FINE, BIN_BITS)
-            begin, end = share(padding, position + 1, part, parts)
-            line = tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
             for start in range(begin, end, BLOCK):
                 token = start + line
-                # [BLOCK / 4, 4]
-                ranking = tl.load(rankings + token)
-                is_near = (ranking >= low) & (ranking < high) & (token >= padding) & (token < end)
+                is_near = (ranking >= low) & (ranking < high) & (token >= padding)
+                # [BLOCK / 4, 4]: the next ones
+                following = tl.load(rankings + token + BLOCK, mask=token + BLOCK < end, other=-1)
                 slot, count = place_in_list(is_near)
                 slot += tl.atomic_add(counter_ptr + COUNTERS * pair + LISTED, count, sem="relaxed")
                 is_near = is_near & (slot < CANDIDATES)
                 tl.store(candidates + slot, token, mask=is_near)
                 tl.store(candidates + CANDIDATES + slot, ranking, mask=is_near)
+                ranking = following
             tl.debug_barrier()  # what all threads have written is there before the program counts as arrived
             if tl.atomic_add(counter_ptr + COUNTERS * pair + ARRIVED, 1, sem="acq_rel") == parts - 1:
                 threshold, limit = low, position
+                within = tl.load(histogram_ptr + pair * BINS + BINS - 1 - bins_above)
                 if within <= CANDIDATES:
                     threshold, limit = _resolve(candidates, within, budget - above, low, high, position, CANDIDATES)
                 else:
@@ -95,11 +99,17 @@ def _resolve(candidates, count, keep, low, high, last, CANDIDATES: tl.constexpr)
     ranking = tl.load(candidates + CANDIDATES + entry, mask=entry < count, other=-1, cache_modifier=".cg")
     reached, limit = count, last
     while (high - low > 1) & (reached != keep):
-        middle = low + (high - low) // 2
-        reach = tl.sum((ranking >= middle).to(tl.int32), 0)
-        low = tl.where(reach >= keep, middle, low)
-        reached = tl.where(reach >= keep, reach, reached)
-        high = tl.where(reach >= keep, high, middle)
+        # three pivots at once, their counts in one number: a pass takes as long as its reductions
+        quarter = tl.maximum((high - low) // 4, 1)
+        first, second, third = low + quarter, low + 2 * quarter, low + 3 * quarter
+        counts = (ranking >= first).to(tl.int64) + ((ranking >= second).to(tl.int64) << 16)
+        counts = tl.sum(counts + ((ranking >= third).to(tl.int64) << 32), 0)
+        lowest, middle, highest = counts & 0xFFFF, (counts >> 16) & 0xFFFF, counts >> 32
+        passed = (lowest >= keep).to(tl.int32) + (middle >= keep).to(tl.int32) + (highest >= keep).to(tl.int32)
+        high = tl.where(passed < 3, tl.minimum(low + (passed + 1) * quarter, high), high)
+        low += passed * quarter
+        at_low = tl.where(passed == 1, lowest, tl.where(passed == 2, middle, highest))
+        reached = tl.where(passed > 0, at_low.to(tl.int32), reached)
     if reached != keep:
         ties = keep - tl.sum((ranking > low).to(tl.int32), 0)
         limit = tl.max(tl.where(ranking == low, token, -1), 0)
