@@ -30,6 +30,7 @@ import refreshkv
 from refreshkv.attention import sequence_parallel
 from refreshkv.data.rows import load_rows
 from refreshkv.settings import settings_from_dict
+from refreshkv.simulation.draw import draw_simulation
 from refreshkv.tables import markdown_table
 from refreshkv.train.batch import Batch, make_batch
 from refreshkv.train.config import RunConfig
@@ -41,7 +42,6 @@ from refreshkv.train.loss import CausalLossModel
 from refreshkv.train.memory import allocated, memory_needed
 from refreshkv.train.mock import mock_step
 from refreshkv.train.recomputation import recompute_layers
-from refreshkv.train.simulation import draw_simulation
 from refreshkv.train.step import train_step
 from refreshkv.train.step_time import matmul_rate, step_seconds
 

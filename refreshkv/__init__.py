@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from refreshkv.generation.compilation import tuned_compilation
     from refreshkv.generation.decode_ahead import decode_ahead
     from refreshkv.settings import SettingsError
+    from refreshkv.simulation.settings import SimulationConfig
+    from refreshkv.simulation.simulate import simulate
 
 try:
     __version__ = version("refreshkv")
@@ -26,10 +28,12 @@ __all__ = [
     "RefreshConfig",
     "SettingsError",
     "Simulation",
+    "SimulationConfig",
     "Trace",
     "__version__",
     "decode_ahead",
     "enable",
+    "simulate",
     "tuned_compilation",
 ]
 
@@ -39,9 +43,11 @@ _MODULES = {
     "RefreshConfig": "refreshkv.config",
     "SettingsError": "refreshkv.settings",
     "Simulation": "refreshkv.config",
+    "SimulationConfig": "refreshkv.simulation.settings",
     "Trace": "refreshkv.config",
     "decode_ahead": "refreshkv.generation.decode_ahead",
     "enable": "refreshkv.attention.enable",
+    "simulate": "refreshkv.simulation.simulate",
     "tuned_compilation": "refreshkv.generation.compilation",
 }
 

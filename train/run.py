@@ -15,6 +15,7 @@ from refreshkv.evaluation.perplexity import evaluate
 from refreshkv.evaluation.strategies import full_attention, refreshing
 from refreshkv.loading import find_tokenizer
 from refreshkv.settings import SettingsError
+from refreshkv.simulation.draw import draw_simulation, effective_strides, new_trace
 from refreshkv.train.batch import Batch, make_batch
 from refreshkv.train.checkpoint import save_checkpoint
 from refreshkv.train.flops import peak_flops, step_flops
@@ -23,7 +24,6 @@ from refreshkv.train.log import peak_memory
 from refreshkv.train.mock import mock_step
 from refreshkv.train.order import RowOrder
 from refreshkv.train.run_folder import State, finished_checkpoints, run_id
-from refreshkv.train.simulation import draw_simulation, effective_strides, new_trace
 from refreshkv.train.step import NotFinite, train_step
 
 

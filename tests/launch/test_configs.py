@@ -8,9 +8,9 @@ import pytest
 from refreshkv.config import RefreshConfig
 from refreshkv.data.tasks.rows import training_tasks
 from refreshkv.settings import load_settings
+from refreshkv.simulation.draw import draw_simulation
 from refreshkv.train.config import RunConfig
 from refreshkv.train.deepspeed_json import read_deepspeed_json, zero_stage
-from refreshkv.train.simulation import draw_simulation
 from refreshkv.train.validation import setting_warnings, validate_settings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,6 +16,7 @@ import yaml
 
 from refreshkv import NEVER, RefreshConfig, Simulation, Trace
 from refreshkv.settings import SettingsError, settings_from_dict
+from refreshkv.simulation.draw import draw_simulation, effective_strides
 from refreshkv.train.batch import make_batch
 from refreshkv.train.config import RunConfig, SimulationConfig
 from refreshkv.train.engine import build_engine, init_processes
@@ -26,7 +27,6 @@ from refreshkv.train.mock import mock_step
 from refreshkv.train.order import RowOrder
 from refreshkv.train.resume import needs_conversion
 from refreshkv.train.run_folder import State, claim_output, finished_checkpoints, read_run, run_id, validate_output
-from refreshkv.train.simulation import draw_simulation, effective_strides
 from refreshkv.train.step import train_step
 from refreshkv.train.validation import setting_warnings, validate_preparation, validate_settings
 from tests.helpers.jobs import (

@@ -1,0 +1,90 @@
+"""Draws what each training step simulates, from the seed and the step alone."""
+
+import math
+import random
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from refreshkv.config import NEVER, RefreshConfig, Simulation, Trace
+from refreshkv.simulation.settings import SimulationConfig
+
+PURPOSE = "simulation"
+"""Part of the random seed, so that these draws are independent of every other draw of the run."""
+
+
+def draw_simulation(
+    settings: SimulationConfig, refresh: RefreshConfig, row_length: int, seed: int, step: int
+) -> Simulation | None:
+    """The simulation of one optimizer step, the same on every rank; None for a plain step.
+
+    whole: prompt length, stride and select stride are drawn independently and uniformly. paper: the last `stride`
+    tokens of the row are partial and never refreshed (appendix A.1). Raises `SettingsError` if the prompt does not lie
+    inside the row.
+    """
+    if settings.pattern == "off" or random.Random(f"{PURPOSE}, plain:{seed}:{step}").random() < settings.plain_share:
+        return None
+    draw = random.Random(f"{PURPOSE}:{seed}:{step}")
+    stride = draw.choice(settings.strides)
+    if settings.pattern == "paper":
+        return simulation_of(settings, row_length - stride, never_refreshed(refresh))
+    least, most = settings.prompt_range(row_length)
+    prompt_length = draw.randint(least, most)
+    # a draw of its own, so that the others stay what they were without it
+    select_stride = random.Random(f"{PURPOSE}, select:{seed}:{step}").choice(settings.select_strides)
+    drawn = with_strides(refresh, stride, settings.threshold, select_stride)
+    return simulation_of(settings, prompt_length, drawn)
+
+
+def with_strides(
+    refresh: RefreshConfig, stride: int, threshold: float | None, select_stride: int | None
+) -> RefreshConfig:
+    """The settings with other strides. Without selecting steps there are no score keys either."""
+    bits = 16 if select_stride is None else refresh.score_bits
+    return replace(refresh, stride=stride, threshold=threshold, select_stride=select_stride, score_bits=bits)
+
+
+def never_refreshed(refresh: RefreshConfig) -> RefreshConfig:
+    return with_strides(refresh, NEVER, None, None)
+
+
+def simulation_of(settings: SimulationConfig, prompt_length: int, refresh: RefreshConfig) -> Simulation:
+    """A simulation; few shapes recur if the prompt length is fixed, or follows from the stride as under paper."""
+    recurring = settings.pattern == "paper" or isinstance(settings.prompt_length, int)
+    return Simulation(prompt_length, refresh, recurring=recurring)
+
+
+def effective_strides(simulation: Simulation | None, length: int, trace: Trace | None = None) -> dict[str, float]:
+    """Decoded tokens for each full step, and for each selecting step, of sequences of `length` tokens: the means over
+    layers and sequences by readable name, without those that the simulation has none of.
+
+    trace: the steps that were taken under the similarity schedule, after the prompt's end; None for the fixed schedule.
+    """
+    if simulation is None:
+        return {}
+    decoded, stride, select_stride = (
+        length - simulation.prompt_length,
+        simulation.config.stride,
+        simulation.config.select_stride,
+    )
+    if trace is not None and trace.full_steps:
+        full = _mean_steps(trace.full_steps, simulation.prompt_length)
+        selecting = _mean_steps(trace.selecting_steps, simulation.prompt_length)
+    else:
+        full, selecting = decoded // stride, 0
+        if select_stride is not None:
+            selecting = decoded // select_stride - decoded // math.lcm(stride, select_stride)
+    counts = {"effective stride": full, "effective select stride": selecting}
+    return {name: decoded / count for name, count in counts.items() if count}
+
+
+def _mean_steps(flags: dict[int, Tensor], prompt_length: int) -> float:
+    """How many positions after the prompt are flagged, on average: flags of each layer (B, T) bool."""
+    after = [layer[:, prompt_length:].sum(dim=1).double().mean() for layer in flags.values()]
+    return float(torch.stack(after).mean()) if after else 0.0
+
+
+def new_trace(simulation: Simulation | None) -> Trace | None:
+    """A trace for the full steps of a pass under the similarity schedule; None where they are known beforehand."""
+    return Trace() if simulation is not None and simulation.config.threshold is not None else None
