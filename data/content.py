@@ -84,7 +84,7 @@ def _read(splits: DatasetDict, row_length: int) -> dict[str, Any]:
 
 
 def _chunks(table: Dataset, name: str) -> list[pa.Array]:
-    return table.data.column(name).chunks
+    return table.data.column(name).chunks if len(table) else []  # an empty column may have no type
 
 
 def _tokens(part: Any, row_length: int) -> np.ndarray:

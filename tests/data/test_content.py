@@ -47,10 +47,11 @@ def foreign_file(rows, other):
 def rewrite(rows, change):
     """Writes all splits anew. change: (a sequence as plain values, its number in its split) -> the new one."""
     splits = load_from_disk(rows)
-    changed = {
-        name: Dataset.from_list([change(row, number) for number, row in enumerate(split.to_list())], split.features)
-        for name, split in splits.items()
-    }
+    changed = {}
+    for name, split in splits.items():
+        found = [change(row, number) for number, row in enumerate(split.to_list())]
+        columns = {column: [row[column] for row in found] for column in split.column_names}
+        changed[name] = Dataset.from_dict(columns, split.features)
     for name in changed:
         shutil.rmtree(rows / name)
     DatasetDict(changed).save_to_disk(rows, num_shards=dict.fromkeys(changed, 1))

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
 from refreshkv import NEVER, RefreshConfig, Simulation
-from refreshkv.data.folder import INFO_FILE
 from refreshkv.data.tokenizer import train_tokenizer
 from refreshkv.evaluation.perplexity import losses as losses_module
 from refreshkv.evaluation.perplexity.evaluation import budget_warnings, evaluate
@@ -34,6 +33,7 @@ from refreshkv.evaluation.reports import open_output
 from refreshkv.evaluation.strategies import build_strategies, default_strategies, full_attention, refreshing
 from refreshkv.settings import SettingsError
 from tests.helpers.models import VOCABULARY, decode_logits, random_ids, tiny_enabled, tiny_model
+from tests.helpers.rows import save_rows
 from tests.helpers.scripts import load_script
 
 LENGTH, LAST = 60, 40
@@ -338,17 +338,8 @@ def folders(tmp_path_factory):
     tiny_model(dtype=torch.float32).save_pretrained(root / "plain")
     tiny_enabled(RefreshConfig(budget=9, threshold=0.5), seed=1).float().save_pretrained(root / "adapted" / "model")
     splits = {"train": 2, "validation": 0, "test": 5}
-    rows = {split: {"input_ids": random_ids(count, LENGTH).tolist()} for split, count in splits.items()}
-    DatasetDict({split: Dataset.from_dict(values) for split, values in rows.items()}).save_to_disk(
-        root / "rows", num_shards=dict.fromkeys(rows, 1)
-    )
-    info = {
-        "splits": {split: {"rows": count} for split, count in splits.items()},
-        "largest_token_id": VOCABULARY - 1,
-        "vocabulary_size": VOCABULARY,
-        "fingerprint": "abc",
-    }
-    (root / "rows" / INFO_FILE).write_text(json.dumps(info))
+    rows = {split: random_ids(count, LENGTH).tolist() for split, count in splits.items()}
+    save_rows(root / "rows", rows, VOCABULARY)
     return root
 
 

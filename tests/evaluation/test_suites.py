@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
 from refreshkv import RefreshConfig, enable
-from refreshkv.data.folder import INFO_FILE
 from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.data.tasks.words import coined_words
 from refreshkv.data.tokenizer import train_tokenizer
@@ -21,6 +20,7 @@ from refreshkv.evaluation.suites.changes import Changes, change
 from refreshkv.evaluation.suites.config import Suite, load_suite, named_models
 from refreshkv.settings import SettingsError, settings_from_dict
 from tests.helpers.models import tiny_model
+from tests.helpers.rows import save_rows
 from tests.helpers.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,15 +228,7 @@ def place(tmp_path_factory, ids):
         tiny_model(dtype=torch.float32, **settings).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     rows = {"train": ids[:1], "validation": ids[:0], "test": ids}
-    rows = DatasetDict({split: Dataset.from_dict({"input_ids": own.tolist()}) for split, own in rows.items()})
-    rows.save_to_disk(root / "rows", num_shards=dict.fromkeys(rows, 1))
-    info = {
-        "splits": {split: {"rows": len(own)} for split, own in rows.items()},
-        "largest_token_id": 299,
-        "vocabulary_size": len(tokenizer),
-        "fingerprint": "abc",
-    }
-    (root / "rows" / INFO_FILE).write_text(json.dumps(info))
+    save_rows(root / "rows", {split: own.tolist() for split, own in rows.items()}, len(tokenizer))
     return root
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from refreshkv import NEVER, RefreshConfig, enable
-from refreshkv.data.folder import INFO_FILE
 from refreshkv.data.tasks.chain_of_key import ChainOfKey
 from refreshkv.data.tasks.words import coined_words
 from refreshkv.data.tokenizer import train_tokenizer
@@ -20,6 +19,7 @@ from refreshkv.evaluation.perplexity.results import Evaluation, Result
 from refreshkv.evaluation.sweep.recommendation import Sweep, sweep_strategies
 from refreshkv.settings import SettingsError
 from tests.helpers.models import VOCABULARY, random_ids, tiny_model
+from tests.helpers.rows import save_rows
 from tests.helpers.scripts import load_script
 
 LENGTH = 70
@@ -117,17 +117,8 @@ def place(tmp_path_factory):
     tiny_model(dtype=torch.float32, **settings).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     splits = {"train": 1, "validation": 4, "test": 0}
-    rows = {
-        name: Dataset.from_dict({"input_ids": random_ids(count, LENGTH).tolist()}) for name, count in splits.items()
-    }
-    DatasetDict(rows).save_to_disk(root / "rows", num_shards=dict.fromkeys(rows, 1))
-    info = {
-        "splits": {name: {"rows": count} for name, count in splits.items()},
-        "largest_token_id": VOCABULARY - 1,
-        "vocabulary_size": VOCABULARY,
-        "fingerprint": "abc",
-    }
-    (root / "rows" / INFO_FILE).write_text(json.dumps(info))
+    rows = {name: random_ids(count, LENGTH).tolist() for name, count in splits.items()}
+    save_rows(root / "rows", rows, VOCABULARY)
     return root
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from refreshkv import RefreshConfig
+from refreshkv import RefreshConfig, enable
 from refreshkv.evaluation.perplexity.stepwise import decode_known
 from refreshkv.evaluation.strategies import full_attention
 from refreshkv.evaluation.tasks.scores import AnswerGenerator, make_examples
@@ -82,7 +82,7 @@ def generated(folder, capsys, *more):
 @pytest.mark.parametrize("name", CHANGING)
 def test_settings_that_change_the_text_are_refused_by_name(name):
     model = tiny_model()
-    model.generation_config.update(**{name: CHANGING[name]})
+    setattr(model.generation_config, name, CHANGING[name])
     with pytest.raises(
         SettingsError, match=rf"^--model: its generation_config\.json sets {name}=.*--ignore-gen"
     ) as error:
@@ -96,7 +96,7 @@ def test_settings_that_change_the_text_are_refused_by_name(name):
 @pytest.mark.parametrize("name", WITHOUT_EFFECT)
 def test_settings_without_an_effect_on_the_likeliest_token_are_not(name):
     model = tiny_model()
-    model.generation_config.update(**{name: WITHOUT_EFFECT[name]}, allow_custom_entries=True)
+    setattr(model.generation_config, name, WITHOUT_EFFECT[name])
     refuse_own_settings(model)
 
 
@@ -140,7 +140,7 @@ def test_settings_in_config_json_count_too(folder, capsys):
 def test_known_tokens_are_scored_without_them(folder):
     """Perplexity token by token: a penalty would change the losses."""
     set_in_files(folder, no_repeat_ngram_size=1, repetition_penalty=1.5, use_cache=False, stop_strings=["A"])
-    penalised = AutoModelForCausalLM.from_pretrained(folder)
+    penalised = enable(AutoModelForCausalLM.from_pretrained(folder))
     ids = random_ids(2, 30)
     losses = decode_known(penalised, ids, 20, full_attention()).losses
     assert penalised.generation_config.no_repeat_ngram_size == 1  # and it is given back
