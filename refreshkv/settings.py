@@ -133,7 +133,7 @@ def read_yaml(path: Path, setting: str = "--config") -> dict[str, Any]:
     """
     values = read_yaml_value(path, setting)
     if values is None:
-        raise SettingsError(f"{setting}: {path} is empty: write settings into it, or {{}} for the defaults")
+        return {}  # all defaults
     if not isinstance(values, dict):
         raise SettingsError(f"{setting}: {path} must hold sections with keys, got {type(values).__name__}")
     return _find_base_models(values) if path.resolve().is_relative_to(CONFIGS) else values

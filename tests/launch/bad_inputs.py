@@ -238,7 +238,6 @@ def _texts_of_settings() -> Iterator[Case]:
         "fetch": ("fetch source.yaml --output new", "source.yaml", "NAME"),
     }
     bad: dict[str, tuple[Any, str]] = {
-        "empty": ("", "empty"),
         "not UTF-8": (b"title: " + LATIN, "UTF-8"),
         "not YAML": ("a: [1, 2", "YAML"),
         "a list": ("- 1\n- 2\n", "sections"),
@@ -258,11 +257,14 @@ def _texts_of_settings() -> Iterator[Case]:
     }
     for name, (command, file, setting) in per_command.items():
         for what, (content, word) in bad.items():
-            is_all = name == "train" or what in ("empty", "not UTF-8", "recursive", "with a key twice", "a folder")
+            is_all = name == "train" or what in ("not UTF-8", "recursive", "with a key twice", "a folder")
             is_sample = name == "train" and what in ("recursive", "with a key twice")
             if is_all or what == "a pipe without a writer":
                 words = (word,) if "date" in what else (setting, word)
                 yield Case(f"{name}: {file} is {what}", command, words, {file: content}, is_sample=is_sample)
+    for name, word in {"experiment": "missing", "suite": "missing", "fetch": "section"}.items():
+        command, file, _ = per_command[name]
+        yield Case(f"{name}: {file} is empty", command, (word,), {file: ""})
     for what, content in {
         "empty": "",
         "not UTF-8": LATIN,
