@@ -207,7 +207,7 @@ def _finite(value: Any, name: str) -> float:
 
 def _convert_dict(value: dict[Any, Any], hints: tuple[Any, ...], name: str) -> dict[Any, Any]:
     """Keys that are whole numbers may be text: JSON has no others."""
-    kind, hint = hints or (Any, Any)
+    kind, hint = cast(tuple[Any, Any], hints or (Any, Any))
     found = {}
     for key, item in value.items():
         if kind is int and isinstance(key, str) and key.removeprefix("-").isdecimal():
