@@ -323,6 +323,39 @@ def test_reports_of_something_else_are_not_compared(tmp_path):
             load_report(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("path", "values"),
+    [
+        (("protocol",), [None, 3, [], "x"]),
+        (("protocol", "strategies"), [None, 3, ["full"], {"full": 3}]),
+        (("model",), [None, 3]),
+        (("settings",), [None, []]),
+        (("evaluation",), [None, 3, [], {}]),
+        (("evaluation", "rows"), [None, "4", 1.5]),
+        (("evaluation", "warnings"), [None, 3]),
+        (("evaluation", "results"), [None, 3, {}, [3], [None], []]),
+        (("evaluation", "results", 0), [None, 3, {}, "x"]),
+        (("evaluation", "results", 0, "losses"), [None, 3, [], ["1"], [None], {"a": 1}]),
+        (("evaluation", "results", 0, "budget"), ["6", []]),
+        (("evaluation", "results", 1, "effective_strides"), [None, 3, {"x": 1}, {"0": "x"}]),
+        (("evaluation", "results", 1, "config"), [3, "x", {"stride": -1}, {"strid": 1}]),
+    ],
+)
+def test_values_of_another_kind_are_not_compared(tmp_path, path, values):
+    """`--compare` with a report.json that something else wrote, or that was changed: one line."""
+    report = made_up_report([4, 6, 8])
+    for value in values:
+        changed = json.loads(json.dumps(report))
+        target = changed
+        for key in path[:-1]:
+            target = target[key]
+        target[path[-1]] = value
+        (tmp_path / "report.json").write_text(json.dumps(changed))
+        with pytest.raises(SettingsError, match=r"report\.json is not a report of launch/evaluate\.py \(.*\)") as error:
+            load_report(tmp_path)
+        assert "\n" not in str(error.value)
+
+
 # ---- launch/evaluate.py ----
 
 
