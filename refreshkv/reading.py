@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from refreshkv.errors import SettingsError
 
@@ -132,19 +134,20 @@ def parse_yaml(text: str) -> Any:
 class _StrictLoader(yaml.SafeLoader):
     """Reads YAML without what would be silently lost or never end."""
 
-    def compose_document(self) -> yaml.Node:
+    def compose_document(self) -> yaml.Node | None:
         node = super().compose_document()
-        _count_values(node, {}, set())
+        if node is not None:
+            _count_values(node, {}, set())
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         own: set[tuple[str, str]] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be text", key.start_mark)
+                raise ConstructorError(None, None, "a key must be text", key.start_mark)
             if (key.tag, key.value) in own:
                 problem = f"the key {key.value} comes twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                raise ConstructorError(None, None, problem, key.start_mark)
             own.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
@@ -152,14 +155,14 @@ class _StrictLoader(yaml.SafeLoader):
 def _count_values(node: yaml.Node, counted: dict[int, int], above: set[int]) -> int:
     """Values in a tree of nodes whose parts may be the same node. above: nodes that hold this one."""
     if id(node) in above:
-        raise yaml.composer.ComposerError(None, None, "a value holds itself", node.start_mark)
+        raise ComposerError(None, None, "a value holds itself", node.start_mark)
     if id(node) not in counted:
         parts: list[Any] = node.value if isinstance(node, yaml.CollectionNode) else []
         inside = above | {id(node)} if parts else above
         children = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
         counted[id(node)] = 1 + sum(_count_values(child, counted, inside) for child in children)
     if counted[id(node)] > MOST_NODES:
-        raise yaml.composer.ComposerError(None, None, "its aliases stand for millions of values", node.start_mark)
+        raise ComposerError(None, None, "its aliases stand for millions of values", node.start_mark)
     return counted[id(node)]
 
 

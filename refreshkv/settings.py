@@ -156,7 +156,7 @@ def read_yaml(path: Path, setting: str = "--config") -> dict[str, Any]:
     """
     values = read_yaml_value(path, setting)
     if values is None:
-        raise SettingsError(f"{setting}: {path} is empty: write settings into it, or {{}} for the defaults")
+        return {}  # all defaults
     if not isinstance(values, dict):
         raise SettingsError(f"{setting}: {path} must hold sections with keys, got {type(values).__name__}")
     return _find_base_models(values) if path.resolve().is_relative_to(CONFIGS) else values
@@ -232,7 +232,7 @@ def _finite(value: Any, name: str) -> float:
 
 def _convert_dict(value: dict[Any, Any], hints: tuple[Any, ...], name: str) -> dict[Any, Any]:
     """Keys that are whole numbers may be text: JSON has no others."""
-    kind, hint = hints or (Any, Any)
+    kind, hint = cast(tuple[Any, Any], hints or (Any, Any))
     found = {}
     for key, item in value.items():
         if kind is int and isinstance(key, str) and key.removeprefix("-").isdecimal():

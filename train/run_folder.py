@@ -137,6 +137,10 @@ def read_run(folder: Path) -> RunConfig:
     Raises `SettingsError` if it cannot be read or has settings that do not exist.
     """
     values = read_yaml(folder / RUN_FILE, f"the settings of the run in {folder}")
+    if not values:
+        raise SettingsError(
+            f"{folder / RUN_FILE} is empty, and a run needs its settings: restore it, or name another folder"
+        )
     return settings_from_dict(RunConfig, current_names(values))
 
 

@@ -40,9 +40,8 @@ def _validate_simulation(config: RunConfig) -> None:
 def _validate_schedule(training: TrainingConfig) -> None:
     """Refuses learning-rate schedules that need settings which a run has none of, by taking a step of one."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    counts = {"num_warmup_steps": training.warmup_steps, "num_training_steps": training.steps}
     try:
-        schedule = get_scheduler(training.lr_schedule, optimizer, **counts)
+        schedule = get_scheduler(training.lr_schedule, optimizer, training.warmup_steps, training.steps)
         optimizer.step()
         schedule.step()
     except Exception as error:  # each schedule has checks of its own

@@ -61,7 +61,9 @@ class FolderBackend:
         self._refused: set[str] = set()
         try:
             self._claim({"layout": LAYOUT, **identity})
-        except (OSError, json.JSONDecodeError) as error:
+        except SettingsError:
+            raise
+        except (OSError, ValueError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or f"its {IDENTITY_FILE} is not readable"
             raise SettingsError(f"{setting} {folder} cannot be used: {reason}; choose another folder") from None
 

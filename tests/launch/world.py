@@ -92,6 +92,14 @@ COMMANDS = {
 
 def make_world(server: CommandServer, folder: Path) -> None:
     """Fills `folder`. Fails the test if one of the commands does."""
+    write_inputs(folder)
+    for command in COMMANDS.values():
+        done = server.run(command.split(), folder, seconds=200)
+        assert done.code == 0, f"refreshkv {command}: {done.code}\n{done.out}\n{done.err}"
+
+
+def write_inputs(folder: Path) -> None:
+    """Makes `folder` with the files that the commands begin with."""
     folder.mkdir()
     words = [f"word{i:02d}" for i in range(60)]
     texts = [" ".join(words[(i * i + 7 * j + i) % 60] for j in range(200)) for i in range(60)]
@@ -99,6 +107,3 @@ def make_world(server: CommandServer, folder: Path) -> None:
     (folder / "prompt.txt").write_text(texts[0][:100])
     for name, values in (("run", RUN), ("experiment", EXPERIMENT), ("suite", SUITE)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    for command in COMMANDS.values():
-        done = server.run(command.split(), folder, seconds=200)
-        assert done.code == 0, f"refreshkv {command}: {done.code}\n{done.out}\n{done.err}"

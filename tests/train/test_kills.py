@@ -192,6 +192,7 @@ class Export(Kind):
 class Evaluation(Kind):
     def command(self, folder):
         arguments = ["--model", self.base / "model", "--data", self.base / "rows", "--rows", 4, "--last-tokens", 12]
+        arguments += ["--split", "validation"]
         arguments += ["--strategies", "full,refresh:3,snapkv", "--budget", 8, "--output", folder / "report"]
         return Command(folder, "evaluate", *arguments, "--resume")
 
@@ -217,7 +218,7 @@ class Experiment(Kind):
             "base": {"model": {"path": str(self.base / "model")}},
             "continued": {"training": training},
             "arms": ["none", "whole"],
-            "perplexity": {"last_tokens": 12, "rows": 2, "strides": [5]},
+            "perplexity": {"last_tokens": 12, "rows": 2, "strides": [5], "split": "validation"},
         }
         values = {
             "output": str(folder / "runs"),
@@ -249,7 +250,7 @@ class PromptStore(Kind):
         arguments = ["--model", self.base / "model", "--tasks", "chain_of_key", "--task-length", 1200, "--examples", 2]
         arguments += ["--strategies", "full,refresh:4", "--budget", 40, "--output", folder / "report", "--resume"]
         arguments += ["--prefix-store", folder / "store", "tasks.chain_of_key.keys=2"]
-        return Command(folder, "evaluate", *arguments, "tasks.chain_of_key.max_new_tokens=8")
+        return Command(folder, "evaluate", *arguments, "tasks.chain_of_key.max_new_tokens=40")
 
     def check(self, folder):
         """Every entry that the store would serve is whole, to its last byte."""
