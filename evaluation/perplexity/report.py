@@ -165,8 +165,7 @@ def _cells(report: dict[str, Any]) -> list[list[str]]:
     after, before = _evaluations(report)
     if before is None:
         header = ["strategy", "K", "stride", "perplexity", "ratio to full", "gap to full", "effective stride"]
-        header += ["effective select stride"] if _selects(after) else []
-        header += ["bytes read", "greedy agreement"]
+        header += _step_headings(after)
         lines = [[*_setting(r), *_figures(after, r), *_steps(after, r)] for r in after.results]
         if any(result.seconds is not None for result in after.results):
             header += ["prompt seconds", "decoding seconds", "cache MiB"]
@@ -174,9 +173,7 @@ def _cells(report: dict[str, Any]) -> list[list[str]]:
         return [header, *lines]
     header = ["strategy", "K", "stride"]
     header += [f"{name} {when}" for name in ("perplexity", "ratio", "gap") for when in ("before", "after")]
-    header += ["gap closed", "effective stride"]
-    header += ["effective select stride"] if _selects(after) else []
-    header += ["bytes read", "greedy agreement"]
+    header += ["gap closed", "effective stride", *_step_headings(after)]
     lines, earlier = [], {result.name: result for result in before.results}
     for new in after.results:
         old = earlier[new.name]
@@ -205,11 +202,25 @@ def _selects(evaluation: Evaluation) -> bool:
     return any(result.selecting_strides for result in evaluation.results)
 
 
+def _has_shares(evaluation: Evaluation) -> bool:
+    """Whether a strategy has bytes read; reports of earlier versions have none."""
+    return any(result.share_read is not None for result in evaluation.results)
+
+
+def _step_headings(evaluation: Evaluation) -> list[str]:
+    """Headings of `_steps` after the first."""
+    selecting = ["effective select stride"] if _selects(evaluation) else []
+    return selecting + (["bytes read", "greedy agreement"] if _has_shares(evaluation) else [])
+
+
 def _steps(evaluation: Evaluation, result: Result) -> list[str]:
     """How often a step is full and selecting, what a step reads, how often the most likely token is the same."""
-    selecting = [_number(result.selecting_stride, 1)] if _selects(evaluation) else []
-    shares = [_percent(result.share_read), _percent(None if result.is_full else result.agreement)]
-    return [_number(result.effective_stride, 1), *selecting, *shares]
+    cells = [_number(result.effective_stride, 1)]
+    if _selects(evaluation):
+        cells.append(_number(result.selecting_stride, 1))
+    if _has_shares(evaluation):
+        cells += [_percent(result.share_read), _percent(None if result.is_full else result.agreement)]
+    return cells
 
 
 def _percent(value: float | None) -> str:

@@ -15,6 +15,7 @@ from refreshkv.evaluation.commands import _changed_values
 from refreshkv.evaluation.costs import share_computed, share_read, step_rate
 from refreshkv.evaluation.perplexity.evaluation import evaluate
 from refreshkv.evaluation.perplexity.losses import SequenceRecords
+from refreshkv.evaluation.perplexity.report import build_report, markdown_table, protocol
 from refreshkv.evaluation.perplexity.results import Evaluation, Result
 from refreshkv.evaluation.strategies import build_strategies
 from refreshkv.evaluation.sweep.grid import Grid
@@ -29,6 +30,24 @@ CONFIG = RefreshConfig(budget=6, pool_kernel=1)
 
 def as_rows(count, seed=0):
     return Dataset.from_dict({"input_ids": random_ids(count, LENGTH, seed).tolist()}).with_format("torch")
+
+
+def test_the_table_of_a_perplexity_has_what_strategies_read():
+    model, rows = tiny_enabled(CONFIG), as_rows(2)
+    strategies = build_strategies(["full", "refresh:4", "select:2:4bit"], CONFIG)
+    evaluation = evaluate(model, rows, strategies, LAST, progress=False)
+    measured = protocol("abc", "test", 2, LENGTH, LAST, strategies)
+    report = build_report(evaluation, measured, "tiny", {}, "evaluate")
+    heading, _, full, fixed, selecting = [line.split(" | ") for line in markdown_table(report).splitlines()]
+    assert heading[-4:] == ["effective stride", "effective select stride", "bytes read", "greedy agreement |"]
+    assert full[-4:] == ["-", "-", "100.0%", "- |"]
+    agreements = [f"{result.agreement:.1%} |" for result in evaluation.results[1:]]
+    small = 6 / (LENGTH - LAST + (LAST + 1) / 2)
+    assert fixed[-4:] == ["4.0", "-", f"{1 / 4 + 3 / 4 * small:.1%}", agreements[0]]
+    assert selecting[-4:] == ["-", "2.0", f"{small + 1 / 16:.1%}", agreements[1]]
+    alone = evaluate(model, rows, strategies[:2], LAST, progress=False)
+    text = markdown_table(build_report(alone, measured, "tiny", {}, "evaluate"))
+    assert "| effective stride | bytes read | greedy agreement |" in text
 
 
 # ---- bytes and operations
@@ -186,7 +205,7 @@ def test_the_fewest_bytes_within_the_loss_on_every_text():
     assert point.name == "b" and point.loss == pytest.approx(0.009) and point.read == pytest.approx(0.2)
     assert text.startswith("recommended: stride never, select_stride 2, score_bits 16, K 6 (b; reads 20.0% of")
     assert text.endswith("code +0.40%, prose +0.90%): the fewest bytes within 1.00% on every text")
-    assert Tradeoff(tradeoff.evaluations, within=0.02).recommend()[0].name == "c"
+    assert Tradeoff(tradeoff.evaluations, within=0.021).recommend()[0].name == "c"
     point, text = Tradeoff(tradeoff.evaluations, within=0.0005).recommend()
     assert point is None and "the nearest, a, loses 0.10%" in text and "--within" in text
 
@@ -265,9 +284,10 @@ def test_command_line(launch, place, tmp_path, monkeypatch, capsys):  # noqa: F8
     assert "| own: select S=2 4 bits, K=8 |" in text and "![Loss against bytes read](tradeoff.png)" in text
 
     before = Path("out/rows.jsonl").read_text()
-    launch([*common, *grid, "--within", "0", "--resume", "--stop-after", "0"])
+    launch([*common, *grid, "--within", "8", "--resume", "--stop-after", "0"])
     assert Path("out/rows.jsonl").read_text() == before
-    assert "no recommendation: no strategy loses at most 0.00%" in capsys.readouterr().out
+    again = json.loads(Path("out/tradeoff.json").read_text())
+    assert (again["within"], again["points"], again["left out"]) == (8, report["points"], [])
     for more, message in [
         (grid, "already holds tradeoff.json: continue that with --resume"),
         ([*grid, "--thresholds", "0.5"], "--thresholds means nothing with --grid"),
