@@ -40,7 +40,9 @@ def fresh_compiler():
     counters.clear()
 
 
-@pytest.mark.parametrize("case", slow_unless([("similarity", 7), ("selecting", 7)], [(name, pad) for name in CONFIGS for pad in (0, 7)]))
+@pytest.mark.parametrize(
+    "case", slow_unless([("similarity", 7), ("selecting", 7)], [(name, pad) for name in CONFIGS for pad in (0, 7)])
+)
 def test_compiled_steps_give_the_same_tokens(case):
     (name, padding), model = case, tiny_enabled()
     ids, mask = left_padded(random_ids(2, 20), (0, padding))
