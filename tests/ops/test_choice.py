@@ -8,7 +8,7 @@ import torch
 from refreshkv import RefreshCache, RefreshConfig
 from refreshkv.ops import choice
 from refreshkv.ops.choice import CHOICE, Choice
-from tests.helpers.models import tiny_enabled
+from tests.helpers.models import random_ids, tiny_enabled
 
 
 @pytest.mark.parametrize(("value", "is_naive"), [(None, False), ("", False), ("kernels", False), ("naive", True)])
@@ -57,7 +57,7 @@ def test_kernels_refuse_what_they_do_not_know(monkeypatch, name, config):
     message = f"^{name} is computed by the readable form only so far: set REFRESHKV_OPS=naive in the environment$"
     model = tiny_enabled()
     with pytest.raises(ValueError, match=message):
-        model(ids, past_key_values=RefreshCache(model.config, 60, config))
+        model(random_ids(2, 30), past_key_values=RefreshCache(model.config, 60, config))
     with pytest.raises(ValueError, match=message):
         config.step_options().flat()
 
