@@ -7,7 +7,7 @@ from refreshkv.ops.naive import score_keys as naive
 
 pytest.importorskip("triton")
 
-from refreshkv.ops.selection.score_keys import ScoreKeys, write_score_keys
+from refreshkv.ops.selection.score_keys import ScoreKeys, quantized, write_score_keys
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -60,3 +60,14 @@ def test_kernel_stores_the_same_bits(tokens, head_dim, bits, dtype):
 def test_impossible_score_keys_are_refused(head_dim, bits):
     with pytest.raises(ValueError, match="score"):
         ScoreKeys.empty(torch.zeros(1, 1, 4, head_dim), bits)
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(4, torch.bfloat16), (8, torch.float32)])
+def test_codes_of_known_tokens_are_those_of_a_cache(bits, dtype):
+    """As numbers in the keys' dtype, which holds them exactly."""
+    key = keys_of(7, 24, dtype)
+    codes, scales = quantized(key, bits)
+    assert codes.dtype == dtype
+    assert torch.equal(codes.float() * scales.unsqueeze(-1), naive.dequantize(*naive.quantize(key, bits)))
+    with pytest.raises(ValueError, match="even head size"):
+        quantized(key[..., :23].contiguous(), bits)
