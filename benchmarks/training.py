@@ -1,4 +1,5 @@
-"""Whole training steps of a model's shape from random weights, by default Llama-3.1-8B's: time, MFU, memory predicted and measured.
+"""Whole training steps of a model's shape, by default Llama-3.1-8B's, from random weights: time, MFU, memory predicted
+and measured.
 
     deepspeed --num_gpus 2 benchmarks/training.py --cases 8192:off,8192:paper,32768:off,32768:whole --output DIR
     deepspeed --num_gpus 2 benchmarks/training.py --cases 131072:whole --sequence 2 --output DIR
@@ -8,9 +9,10 @@
 
 A case is T:PATTERN. off: plain training. paper: the last 50 tokens partial, never refreshed. whole: P = T/2, S = 10.
 drawn: each step draws P from T/4 to T - 50 and S from 5, 10, 25 and 50. select: P = T/2, a selecting step every second
-token by keys of 4 bits, no full ones. K is 2048, or T/8 if that is less. --micro-batch rows per group of --sequence GPUs, ZeRO 3, bfloat16, by default all layers recomputed and the
-settings of configs/deepspeed/zero3.json. Steps are those of launch/train.py, optimizer included. Rows are random
-tokens, or real ones of a folder from launch/prepare.py with --rows.
+token by keys of 4 bits, no full ones. K is 2048, or T/8 if that is less. --micro-batch rows per group of --sequence
+GPUs, ZeRO 3, bfloat16, by default all layers recomputed and the settings of configs/deepspeed/zero3.json. Steps are
+those of launch/train.py, optimizer included. Rows are random tokens, or real ones of a folder from launch/prepare.py
+with --rows.
 """
 
 import argparse

@@ -140,12 +140,12 @@ def _backward(
         key_grad, value_grad = full_steps_cudnn.backward(inputs, plan, full_lse, output, upstream, decoded_grad)
     else:
         key_grad, value_grad = full_steps.backward(inputs, plan, full_lse, delta, upstream, decoded_grad)
-    segments = segments_of(plan, key.shape[2])
     gradients = (decoded_grad, key_grad, value_grad)
     if positions := block_steps.block_positions(query, key, plan):
         lists = KeyLists(gathered, counts)
         block_steps.backward(inputs, plan, positions, lists, lse, delta, upstream, gradients)
     else:
+        segments = segments_of(plan, key.shape[2])
         partial_steps.backward(inputs, plan, segments, gathered, lse, delta, upstream, gradients)
     return query_grad, rounded(key_grad, key), rounded(value_grad, value)
 
