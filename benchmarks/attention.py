@@ -2,9 +2,11 @@
 
     python benchmarks/attention.py [--cases 16384:8192:10:2048,...] [--flex] [--output DIR]
     python benchmarks/attention.py --model DIR_OR_HUB_ID --data ROWS --cases 4096:2048:10:512
+    python benchmarks/attention.py --heads 9:3:64 --rows 4 --drawn --cases 8192:4096:10:1024,8192:4096:never:1024:2:4
 
-A case is T:P:S:K. Prints milliseconds (medians of CUDA events), ratios to cuDNN's full attention of the same T in the
-same run, and peak memory beyond inputs, outputs and gradients; with --output also a JSON file and a plot.
+A case is T:P:S:K, then perhaps the select stride and the bits of the score keys; S may be "never". Prints milliseconds
+(medians of CUDA events), ratios to cuDNN's full attention of the same T in the same run, and peak memory beyond inputs,
+outputs and gradients; with --output also a JSON file and a plot.
 
 Inputs are random, whose selections share nothing but by chance. With --model they are those of a trained model on a
 prepared row, the heads of several layers side by side, and each case is timed on both; "shared" is the part of a
@@ -29,10 +31,14 @@ from output import pyplot, save
 from refreshkv import NEVER, RefreshConfig, Simulation
 from refreshkv.attention.function import refresh_attention
 from refreshkv.attention.model_call import ModelCalls
-from refreshkv.ops.rows import after_prompt, full_steps, full_steps_cudnn, partial_steps
+from refreshkv.ops.rows import after_prompt, block_steps, full_steps, full_steps_cudnn, partial_steps
+from refreshkv.ops.rows.key_lists import KeyLists, key_lists
+from refreshkv.ops.rows.segments import segments_of
 from refreshkv.ops.selection import ranking
 from refreshkv.ops.state import AttentionInputs
+from refreshkv.settings import settings_from_dict
 from refreshkv.tables import column_table
+from refreshkv.train.flops import visible_keys
 
 CASES = ",".join(
     (
@@ -42,15 +48,21 @@ CASES = ",".join(
         "32768:16384:50:2048",
         "131072:65536:50:2048",
         "8192:8142:50:2048",
+        "8192:4096:10:1024",
+        "16384:8192:never:2048:5",
+        "32768:16384:never:2048:5",
     )
 )
 HEAD_START = 2 * 10**7  # cycles, about 11 ms
-HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default=CASES, help="T:P:S:K, separated by commas (default: %(default)s)")
+    parser.add_argument(
+        "--cases", default=CASES, help="T:P:S:K[:SELECT_STRIDE[:SCORE_BITS]], ... (default: %(default)s)"
+    )
+    parser.add_argument("--heads", default="32:8:128", help="query heads, key/value heads, head size (%(default)s)")
+    parser.add_argument("--rows", type=int, default=1, help="batch rows of random inputs")
     parser.add_argument("--no-flash", action="store_true", help="leave torch's flash attention out")
     parser.add_argument("--repeat", type=int, default=5, help="timed runs of each, after one to warm up")
     parser.add_argument("--flex", action="store_true", help="time flex_attention as well, in rows up to 16K")
@@ -64,14 +76,14 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {ceiling(args.repeat):.0f} TFLOP/s in a product")
     results, dense = [], {}
     for case in args.cases.split(","):
-        length, prompt, stride, budget = map(int, case.split(":"))
-        kinds = {"random": draw(length)} if args.model is None else trained(args.model, args.data, length)
+        simulation, length = simulation_of(case, recurring=not args.drawn)
+        heads = [int(number) for number in args.heads.split(":")]
+        kinds = {"random": draw(args.rows, length, *heads)}
+        if args.model is not None:
+            kinds = trained(args.model, args.data, length, kv_heads=heads[1])
         for kind, inputs in kinds.items():
             if (length, kind) not in dense:
                 dense[length, kind] = time_dense(inputs, args.repeat, not args.no_flash)
-            # P = T - S is the paper's recipe: one segment, never refreshed
-            config = RefreshConfig(budget=budget, stride=NEVER if prompt == length - stride else stride)
-            simulation = Simulation(prompt, config, recurring=not args.drawn)
             result = time_case(inputs, simulation, dense[length, kind], args.repeat, args.flex)
             results.append({"inputs": kind, "case": case, **result})
             print(json.dumps(results[-1]), flush=True)
@@ -81,13 +93,24 @@ def main() -> None:
         plot(results, args.output / "attention.png")
 
 
+def simulation_of(case: str, recurring: bool) -> tuple[Simulation, int]:
+    """The simulation that a case names, and T."""
+    length, prompt, stride, budget, *selecting = case.split(":")
+    steps = NEVER if stride == "never" else int(stride)
+    if int(prompt) == int(length) - steps:
+        steps = NEVER  # P = T - S is the paper's recipe: one segment, never refreshed
+    names = zip(("select_stride", "score_bits"), map(int, selecting), strict=False)
+    config = settings_from_dict(RefreshConfig, {"budget": int(budget), "stride": steps, **dict(names)})
+    return Simulation(int(prompt), config, recurring=recurring), int(length)
+
+
 Inputs = tuple[Tensor, Tensor, Tensor]
-"""Query (1, H, T, D), key and value (1, Hkv, T, D), laid out as in a model: tokens before heads in memory."""
+"""Query (B, H, T, D), key and value (B, Hkv, T, D), laid out as in a model: tokens before heads in memory."""
 
 
-def draw(length: int, head_dim: int = HEAD_DIM) -> Inputs:
+def draw(rows: int, length: int, heads: int, kv_heads: int, head_dim: int) -> Inputs:
     """Random ones."""
-    shapes = [(1, heads, length, head_dim) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    shapes = [(rows, number, length, head_dim) for number in (heads, kv_heads, kv_heads)]
     query, key, value = (as_inputs(torch.randn(shape, device="cuda", dtype=torch.bfloat16)) for shape in shapes)
     return query, key, value
 
@@ -96,7 +119,7 @@ def as_inputs(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
 
 
-def trained(model_name: str, data: str, length: int) -> dict[str, Inputs]:
+def trained(model_name: str, data: str, length: int, kv_heads: int) -> dict[str, Inputs]:
     """Inputs of a trained model's attention on a row of the test split, and random ones of the same shape."""
     from transformers import AutoModelForCausalLM
 
@@ -121,7 +144,7 @@ def trained(model_name: str, data: str, length: int) -> dict[str, Inputs]:
         model(row[None, :length].cuda(), use_cache=False)
     groups = seen[0][0].shape[1] // seen[0][1].shape[1]
     stacked = [torch.cat([layer[i] for layer in seen[len(seen) // 2 :]], dim=1) for i in range(3)]
-    kv_heads = min(KV_HEADS, stacked[1].shape[1])
+    kv_heads = min(kv_heads, stacked[1].shape[1])
     query, key, value = (
         as_inputs(tensor[:, : kv_heads * (groups if i == 0 else 1)]) for i, tensor in enumerate(stacked)
     )
@@ -207,15 +230,16 @@ def time_case(
 
 
 def shared(query: Tensor, key: Tensor, simulation: Simulation) -> float | None:
-    """Mean part of a selection that the selection before it had; None for a single one."""
+    """Mean part of a selection that the selection before it of the same kind had; None for a single one."""
     config = simulation.config
     plan = config.plan(query, simulation.prompt_length)
-    if plan.full_positions.shape[1] == 1:
-        return None
+    first = plan.full_positions.shape[1] if plan.selecting else 0
     scaling = query.shape[-1] ** -0.5
-    chosen = ranking.select(query.detach(), key.detach(), plan.steps, config.selection_options(), scaling).long()
+    chosen = ranking.select_all(query.detach(), key.detach(), plan, config.selection_options(), scaling).long()
+    if chosen.shape[2] <= first + 1:
+        return None
     parts = []
-    for step in range(1, chosen.shape[2]):
+    for step in range(first + 1, chosen.shape[2]):
         member = torch.zeros(*chosen.shape[:2], key.shape[2] + 1, dtype=torch.bool, device=key.device)
         member.scatter_(2, chosen[:, :, step - 1], True)
         parts.append(member.gather(2, chosen[:, :, step]).float().mean())
@@ -224,19 +248,12 @@ def shared(query: Tensor, key: Tensor, simulation: Simulation) -> float | None:
 
 def operations(query: Tensor, simulation: Simulation) -> float:
     """Operations executed for one forward and backward pass: two products a visible key forward, five backward, and one
-    more at full steps for the selection."""
-    _, heads, length, head_dim = query.shape
-    prompt, config = simulation.prompt_length, simulation.config
-    stride, budget = config.stride, config.largest_budget(prompt)
-    steps = range(prompt - 1, length, min(stride, length))
-    full = sum(step + 1 for step in steps)
-    partial = sum(
-        min(budget, step + 1) + min(row + 1, budget + 1)  # those selected and the recent ones
-        for step in steps
-        for row in range(min(steps.step - 1, length - 1 - step))
-    )
-    visible = prompt * (prompt + 1) // 2 + full - prompt + partial
-    return 2 * head_dim * heads * (7 * visible + full)
+    more for each selection."""
+    rows, heads, length, head_dim = query.shape
+    plan = simulation.config.plan(query, simulation.prompt_length)
+    positions = plan.full_positions[0] if plan.selecting_positions is None else plan.selecting_positions[0]
+    scored = float((positions + 1).sum())
+    return 2 * rows * head_dim * heads * (7 * float(visible_keys(simulation, length).sum()) + scored)
 
 
 def ceiling(repeat: int) -> float:
@@ -276,10 +293,28 @@ def parts(inputs: Inputs, simulation: Simulation, upstream: Tensor, repeat: int)
         work["full"] = full_forward
 
     def select() -> Tensor:
-        return ranking.select(query, key, plan.steps, options, scaling, lse=known)
+        return ranking.select_all(query, key, plan, options, scaling, lse=known)
 
-    selected = select()
-    rows_lse = partial_steps.forward(rows, plan, selected, output)
+    selected, segments = select(), segments_of(plan, key.shape[2])
+    positions = block_steps.block_positions(query, key, plan)
+
+    def lists() -> KeyLists:
+        assert positions is not None
+        return key_lists(plan, segments, selected, key.shape[2], positions)
+
+    made = lists() if positions else None
+
+    def partial_forward() -> Tensor:
+        if positions and made:
+            return block_steps.forward(rows, plan, positions, made, output)
+        return partial_steps.forward(rows, plan, segments, selected, output)
+
+    def partial_backward() -> None:
+        if positions and made:
+            return block_steps.backward(rows, plan, positions, made, rows_lse, delta, upstream, gradients)
+        return partial_steps.backward(rows, plan, segments, selected, rows_lse, delta, upstream, gradients)
+
+    rows_lse = partial_forward()
     delta = after_prompt.dot_rows(output, upstream)
     if plan.full_positions.shape[1] > 1:
 
@@ -289,11 +324,8 @@ def parts(inputs: Inputs, simulation: Simulation, upstream: Tensor, repeat: int)
             return full_steps.backward(rows, plan, lse, delta, upstream, grad)
 
         work["full back"] = full_backward
-    work |= {
-        "select": select,
-        "partial": lambda: partial_steps.forward(rows, plan, selected, output),
-        "partial back": lambda: partial_steps.backward(rows, plan, selected, rows_lse, delta, upstream, gradients),
-    }
+    work |= {"select": select, **({"lists": lists} if positions else {})}
+    work |= {"partial": partial_forward, "partial back": partial_backward}
     return {name: milliseconds(call, repeat) for name, call in work.items()}
 
 
@@ -344,13 +376,13 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     ]
     figure, axes = pyplot().subplots(figsize=(9, 4.5), layout="constrained")
     bottom = [0.0] * len(results)
-    for name in ("prompt", "full", "full back", "select", "partial", "partial back"):
+    for name in ("prompt", "full", "full back", "select", "lists", "partial", "partial back"):
         heights = [result.get(name, 0.0) / result["cudnn"] for result in results]
         axes.bar(labels, heights, 0.6, bottom=bottom, label=name)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.axhline(1.0, color="black", linewidth=1, label="full attention (cuDNN)")
     axes.set_ylabel("time, forward and backward, full attention = 1")
-    axes.set_xlabel("tokens of the row, of the prompt, stride, budget")
+    axes.set_xlabel("tokens of the row, of the prompt, stride, budget, select stride")
     axes.tick_params(axis="x", labelsize=8)
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=150)

@@ -1,13 +1,18 @@
-"""Whole training steps of Llama-3.1-8B's shape from random weights: time, MFU, memory predicted and measured.
+"""Whole training steps of a model's shape, by default Llama-3.1-8B's, from random weights: time, MFU, memory predicted
+and measured.
 
     deepspeed --num_gpus 2 benchmarks/training.py --cases 8192:off,8192:paper,32768:off,32768:whole --output DIR
     deepspeed --num_gpus 2 benchmarks/training.py --cases 131072:whole --sequence 2 --output DIR
+    deepspeed --num_gpus 1 benchmarks/training.py --shape smollm2-135m --micro-batch 4 --checkpointing 0 --steps 20 \\
+        --cases 8192:off,8192:drawn,8192:select
     python benchmarks/training.py --table DIR
 
 A case is T:PATTERN. off: plain training. paper: the last 50 tokens partial, never refreshed. whole: P = T/2, S = 10.
-K is 2048. --micro-batch rows per group of --sequence GPUs, ZeRO 3, bfloat16, by default all layers recomputed and the
-settings of configs/deepspeed/zero3.json. Steps are those of launch/train.py, optimizer included. Rows are random
-tokens, or real ones of a folder from launch/prepare.py with --rows.
+drawn: each step draws P from T/4 to T - 50 and S from 5, 10, 25 and 50. select: P = T/2, a selecting step every second
+token by keys of 4 bits, no full ones. K is 2048, or T/8 if that is less. --micro-batch rows per group of --sequence
+GPUs, ZeRO 3, bfloat16, by default all layers recomputed and the settings of configs/deepspeed/zero3.json. Steps are
+those of launch/train.py, optimizer included. Rows are random tokens, or real ones of a folder from launch/prepare.py
+with --rows.
 """
 
 import argparse
@@ -54,6 +59,14 @@ LLAMA = {
     "num_attention_heads": 32,
 }
 LLAMA |= {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 1 << 20}
+SMOLLM2 = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+}
+SMOLLM2 |= {"num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 TINY = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -62,6 +75,7 @@ TINY = {
     "num_attention_heads": 4,
 }
 TINY |= {"num_key_value_heads": 2, "vocab_size": 500, "max_position_embeddings": 1 << 20}
+SHAPES = {"llama31-8b": LLAMA, "smollm2-135m": SMOLLM2, "tiny": TINY}
 
 
 def main() -> None:
@@ -77,7 +91,10 @@ def main() -> None:
     parser.add_argument("--optimizer", default="adamw", help="training.optimizer")
     parser.add_argument("--deepspeed-json", default=str(ROOT / "configs" / "deepspeed" / "zero3.json"))
     parser.add_argument("--offload", action="store_true", help="training.activation_offload")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try this script without a GPU")
+    parser.add_argument("--shape", choices=SHAPES, default="llama31-8b", help="the model's shape (%(default)s)")
+    parser.add_argument(
+        "--tiny", action="store_const", const="tiny", dest="shape", help="--shape tiny, to try this without a GPU"
+    )
     parser.add_argument("--profile", action="store_true", help="print where a step of the first case spends its time")
     parser.add_argument("--output", type=Path, help="folder to which results are added")
     parser.add_argument("--table", type=Path, help="print the results in this folder and end")
@@ -102,7 +119,7 @@ def measure_all(args: argparse.Namespace, rank: int, world: int) -> list[dict]:
     results = []
     for length, pattern in cases:
         job = job.with_settings(run_config(args, length, pattern, world, device))
-        results.append(result(engine, job, args, rank, rate))
+        results.append({"T": length, "pattern": pattern, **result(engine, job, args, rank, rate)})
         if rank == 0:
             print(json.dumps(results[-1]), flush=True)
             if args.output:
@@ -133,12 +150,10 @@ def result(engine, job: Job, args: argparse.Namespace, rank: int, rate: float) -
     """Measures one case; what was measured and what was predicted, by the names of the table's columns."""
     config, world, length = job.config, job.world, job.config.data.row_length
     seconds, memory = measure(engine, config, args, rank, world)
-    simulation = draw_simulation(config.simulation, config.refresh, length, 0, 1)
-    flops = step_flops(job.shape.work, config.training.global_batch, length, simulation)
+    drawn = [draw_simulation(config.simulation, config.refresh, length, 0, 1 + step) for step in range(args.steps)]
+    flops = [step_flops(job.shape.work, config.training.global_batch, length, simulation) for simulation in drawn]
     peak = peak_flops(engine.device, config.training.dtype)
     return {
-        "T": length,
-        "pattern": config.simulation.pattern,
         "GPUs": world,
         "sequence": args.sequence,
         "micro-batch": args.micro_batch,
@@ -149,7 +164,7 @@ def result(engine, job: Job, args: argparse.Namespace, rank: int, rate: float) -
         "DeepSpeed": Path(args.deepspeed_json).stem,
         "step s": seconds,
         "predicted s": step_seconds(job, rate),
-        "MFU": flops / seconds / world / peak if peak else None,
+        "MFU": statistics.mean(flops) / seconds / world / peak if peak else None,
         "memory GB": memory / 1e9,
         "predicted GB": allocated(memory_needed(job)) / 1e9,
         "tokens/s": config.training.global_batch * length / seconds,
@@ -160,6 +175,9 @@ def run_config(args: argparse.Namespace, length: int, pattern: str, world: int, 
     """The settings of a case, as a run would have them."""
     simulation = {"off": {"pattern": "off"}, "paper": {"pattern": "paper", "stride": 50}}
     simulation["whole"] = {"pattern": "whole", "prompt_length": length // 2, "stride": 10}
+    simulation["drawn"] = {"prompt_length": [length // 4, length - 50], "stride": [5, 10, 25, 50]}
+    simulation["select"] = {"prompt_length": length // 2, "stride": "never", "select_stride": 2}
+    refresh = {"budget": min(2048, length // 8), "select_stride": 2, "score_bits": 4}
     training = {
         "deepspeed": args.deepspeed_json,
         "dtype": "bf16" if device.type == "cuda" else "fp32",
@@ -168,9 +186,9 @@ def run_config(args: argparse.Namespace, length: int, pattern: str, world: int, 
     }
     training |= {"global_batch": world // args.sequence * args.micro_batch, "loss": args.loss, "kernels": args.kernels}
     training |= {"activation_checkpointing": args.checkpointing, "activation_offload": args.offload, "steps": 1000}
-    values = {"data": {"row_length": length}, "refresh": {"budget": min(2048, length // 8)}, "training": training}
+    values = {"data": {"row_length": length}, "refresh": refresh, "training": training}
     values |= {"simulation": simulation[pattern], "parallel": {"sequence": args.sequence}}
-    values["model"] = {"scratch": TINY if args.tiny else LLAMA}
+    values["model"] = {"scratch": SHAPES[args.shape]}
     return settings_from_dict(RunConfig, values)
 
 
@@ -215,14 +233,14 @@ def rows(args: argparse.Namespace, config: RunConfig, rank: int, world: int) -> 
         if found[0].shape[1] < length:
             sys.exit(f"--rows: rows of {args.rows} have {found[0].shape[1]} tokens, fewer than {length}")
         return found
-    vocabulary, shape = (TINY if args.tiny else LLAMA)["vocab_size"], (args.micro_batch, length)
+    vocabulary, shape = SHAPES[args.shape]["vocab_size"], (args.micro_batch, length)
     return [torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(first)) for first in steps]
 
 
 KINDS = {
     "communication": "nccl",
     "attention": "fmha|flash|sdpa|attention|cudnn_generated|^_(forward|backward|dot_rows|merge)",
-    "selection": "^_(scores|log_sum_exp|bracket|collect|resolve|order)",
+    "selection": "^_(scores|log_sum_exp|bracket|collect|resolve|order|list_keys|write_score_keys)",
     "products": "gemm|cutlass|nvjet|xmma|cublas|::mm|::addmm",
     "optimizer": "multi_tensor_apply|foreach|adam",
     "copies": "memcpy|memset|copy|cat",

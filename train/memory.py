@@ -9,6 +9,8 @@ from refreshkv.train.simulation import heaviest_simulation
 
 RESERVE = 1.5e9
 """Bytes of CUDA itself, of NCCL's buffers, and of what the allocator cannot use."""
+SHORT_SEGMENTS, TILE_ROWS = 3, 64
+"""So many segments fit into a tile of so many rows where their keys are listed together (refreshkv/ops/rows)."""
 OUTSIDE = "CUDA and NCCL"
 """The one purpose in `memory_needed` that torch's allocator does not count."""
 
@@ -108,7 +110,9 @@ def _refresh(job: Job) -> float:
     selections = 1 + decoded // simulation.config.stride + (decoded // select_stride if select_stride else 0)
     width = min(simulation.config.largest_budget(prompt_length), length)
     kv_heads = max(1, job.shape.kv_heads // job.sequence_parallel_size)
-    selected = 4 * selections * width * kv_heads * job.config.training.micro_batch
+    interval, group = min(simulation.config.stride, select_stride or decoded), job.shape.heads // job.shape.kv_heads
+    numbers = 2 if interval * group * SHORT_SEGMENTS <= TILE_ROWS else 1  # a list holds each key with its mask
+    selected = 4 * numbers * selections * width * kv_heads * job.config.training.micro_batch
     return _number_size(job.config) * job.shape.heads * job.shape.head * _tokens(job) + selected
 
 

@@ -77,7 +77,7 @@ class JointState:
         buffers = {"keys": layer.keys, "values": layer.values, "length": length, "observers": layer.observers}
         state = LayerState(**buffers, **decisions._asdict())
         chosen = layer.selecting_state()
-        output = attend_step(query, key, value, state, self.scratch, layer.number, options, scaling, chosen)
+        output = attend_step(query, key, value, state, self.scratch, layer.number, options, scaling, chosen=chosen)
         if layer.number == len(self.row_state) - 1:
             select_step(self.scratch, length, decisions, options)
         return output

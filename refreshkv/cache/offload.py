@@ -170,6 +170,7 @@ class OffloadedLayer(RefreshLayer):
         self._flush(position)
         self.phase = Phase.DECODING
         chosen, options = self.selecting_state(), self.config.step_options()
+        assert chosen is not None  # the schedule has selecting steps
         choose_step(query, key, value, self.state(), options, scaling, chosen)
         if self.drops_many and CHOICE.uses_kernels(query):
             self._sort()

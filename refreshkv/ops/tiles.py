@@ -40,8 +40,6 @@ TILES = {
     "partial_backward_64": {"BLOCK_M": 64, "BLOCK_N": 64, "WIDTH": 32, "num_warps": 4, "num_stages": 3},
     "partial_backward_128": {"BLOCK_M": 128, "BLOCK_N": 64, "WIDTH": 64, "num_warps": 8, "num_stages": 2},
     "partial_backward_256": {"BLOCK_M": 256, "BLOCK_N": 64, "WIDTH": 128, "num_warps": 8, "num_stages": 2},
-    "block_forward": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    "block_backward": {"BLOCK_M": 64, "BLOCK_N": 64, "WIDTH": 32, "num_warps": 4, "num_stages": 3},
     "scores": {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
     "lse": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
 }

@@ -15,7 +15,8 @@ from tests.ops.test_row_kernels import plan_of
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from refreshkv.ops.rows import after_prompt, cudnn, whole_sequence
+from refreshkv.ops.naive.rows import selections as naive_selections
+from refreshkv.ops.rows import after_prompt, block_steps, cudnn, key_lists, whole_sequence
 from refreshkv.ops.selection import ranking
 
 # T, P, S, K, query heads per group, head size
@@ -41,8 +42,16 @@ def exact_rows(query, key, value, plan, scaling, selected):
 
 def found_and_exact(inputs, plan, options, scaling, upstream):
     """Output and gradients by the kernels, and of the naive form in float64 with the same selection."""
-    output = after_prompt.refresh_rows(*inputs, plan, options, scaling)
-    selected = output.grad_fn.saved_tensors[7].long()  # its own: another way to the scores may order ties otherwise
+    made, select_all = [], ranking.select_all
+
+    def recorded(*arguments, **keywords):
+        made.append(select_all(*arguments, **keywords))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranking, "select_all", recorded)
+        output = after_prompt.refresh_rows(*inputs, plan, options, scaling)
+    selected = made[0].long()  # its own: another way to the scores may order ties otherwise
     gradients = torch.autograd.grad(output, inputs, upstream)
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
     expected = exact_rows(*wide, plan, scaling, selected)
@@ -75,6 +84,51 @@ def test_kernels_equal_float64(size, dtype):
     for found, exact in zip(*results, strict=True):
         error = (found.double() - exact).norm() / exact.norm()
         assert error < (1e-4 if dtype == torch.float32 else 1e-2)
+
+
+SELECTING = {
+    "never": (1023, 511, NEVER, 100, 4, 128, {"select_stride": 5}),
+    "every second, three query heads": (1025, 300, NEVER, 150, 3, 64, {"select_stride": 2, "score_bits": 4}),
+    "ahead, between full steps": (
+        1023, 512, 10, 63, 4, 128, {"select_stride": 3, "score_bits": 8, "pool_ahead": True, "pool_kernel": 10},
+    ),
+    "similarity": (1023, 100, 7, 1000, 7, 128, {"select_stride": 2, "threshold": 0.05, "observation_window": 3}),
+    "long segments": (4097, 2048, NEVER, 1000, 4, 128, {"select_stride": 40, "score_bits": 4, "sink_tokens": 2}),
+    "lists in several chunks": (4097, 1000, NEVER, 500, 1, 96, {"select_stride": 3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", SELECTING)
+def test_selecting_steps_equal_float64(monkeypatch, name, dtype):
+    """Positions that gather their keys together, and segments alone."""
+    length, prompt, stride, budget, groups, head_dim, settings = SELECTING[name]
+    monkeypatch.setattr(key_lists, "MAX_MASKS", 2**20)
+    torch.manual_seed(length)
+    shapes = (2 * groups, 2, 2)
+    inputs = [torch.randn(2, length, heads, head_dim, device="cuda", dtype=dtype).transpose(1, 2) for heads in shapes]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    padding = torch.tensor([0, prompt // 3], device="cuda")
+    config = RefreshConfig(budget=budget, stride=stride, **settings)
+    plan, options = plan_of(inputs[0], prompt, config, padding)
+    upstream = torch.randn(2, length - prompt, 2 * groups, head_dim, device="cuda", dtype=dtype)
+    for fewest in (1, 1000):
+        monkeypatch.setattr(block_steps, "FEWEST_SEGMENTS", fewest)
+        results = found_and_exact(inputs, plan, options, head_dim**-0.5, upstream)
+        for found, exact in zip(*results, strict=True):
+            assert (found.double() - exact).norm() / exact.norm() < (1e-4 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize(("bits", "ahead"), [(16, False), (8, True), (4, False), (4, True)])
+def test_choices_of_selecting_steps_are_the_naive_ones(bits, ahead):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.manual_seed(1)
+    query, key = torch.randn(1, 8, 2049, 64, device="cuda"), torch.randn(1, 2, 2049, 64, device="cuda")
+    config = RefreshConfig(budget=300, stride=NEVER, select_stride=97, score_bits=bits, pool_ahead=ahead, sink_tokens=4)
+    plan, options = plan_of(query, 900, config, torch.tensor([5], device="cuda"))
+    wanted = naive_selections(query, key, plan, options, 0.125)
+    found = ranking.select_all(query, key, plan, options, 0.125).long()
+    assert torch.equal(found.sort(-1).values, wanted.sort(-1).values)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -188,10 +242,12 @@ def test_selection_is_the_naive_one():
     assert torch.equal(found.sort(-1).values, wanted.sort(-1).values)
 
 
-@pytest.mark.parametrize("threshold", [None, 0.3])
+@pytest.mark.parametrize(
+    "settings", [{}, {"threshold": 0.3}, {"select_stride": 2, "score_bits": 4}, {"select_stride": 5, "threshold": 0.3}]
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_model_with_kernels_equals_one_without(monkeypatch, threshold, checkpointing):
-    config = RefreshConfig(budget=20, stride=6, threshold=threshold, observation_window=2, recent_window=4)
+def test_a_model_with_kernels_equals_one_without(monkeypatch, settings, checkpointing):
+    config = RefreshConfig(budget=20, stride=6, observation_window=2, recent_window=4, **settings)
     model = enable(tiny_model(dtype=torch.float32, hidden_size=64, head_dim=16), config).cuda().train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

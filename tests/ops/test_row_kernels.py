@@ -9,12 +9,15 @@ import torch
 from refreshkv import NEVER, RefreshConfig, Simulation, enable, ops
 from refreshkv.ops import choice, naive
 from refreshkv.ops.choice import CHOICE, Choice
+from refreshkv.ops.schedule import position_flags
 from tests.helpers.marks import slow_tuples_unless, slow_unless
 from tests.helpers.models import random_ids, tiny_model
 
 pytest.importorskip("triton")
 
-from refreshkv.ops.rows import after_prompt, cudnn, partial_steps, whole_sequence
+from refreshkv.ops.naive.rows import selections as naive_selections
+from refreshkv.ops.rows import after_prompt, block_steps, cudnn, key_lists, partial_steps, whole_sequence
+from refreshkv.ops.rows.segments import longest_interval, segments_of
 from refreshkv.ops.selection import ranking
 
 
@@ -51,23 +54,20 @@ CASES = {
     ),
     "short prompt, many observers": (1, 40, 3, 2, 1, 16, RefreshConfig(budget=9, stride=5, observation_window=9), 0),
     "windows beyond the budget": (1, 40, 21, 2, 1, 16, RefreshConfig(budget=4, stride=5, recent_window=9), 0),
-    "selecting": (2, 63, 20, 2, 2, 16, RefreshConfig(budget=8, stride=NEVER, select_stride=3), 5),
+    "selecting": (2, 31, 12, 2, 1, 16, RefreshConfig(budget=8, stride=NEVER, select_stride=3), 5),
     "selecting by 4 bits, pooling ahead": (
-        1, 50, 21, 3, 2, 16,
-        RefreshConfig(budget=9, stride=NEVER, select_stride=2, score_bits=4, pool_ahead=True, pool_kernel=4), 0,
+        1, 26, 11, 3, 2, 16,
+        RefreshConfig(budget=6, stride=NEVER, select_stride=2, score_bits=4, pool_ahead=True, pool_kernel=4), 0,
+    ),
+    "selecting between full steps": (
+        2, 33, 14, 2, 1, 24,
+        RefreshConfig(budget=0.4, stride=6, select_stride=4, score_bits=4, observation_window=2, sink_tokens=1), 5,
     ),
     "selecting at every step by 8 bits": (
         1, 40, 17, 2, 1, 16, RefreshConfig(budget=5, stride=NEVER, select_stride=1, score_bits=8, pool_kernel=1), 0,
     ),
-    "selecting between full steps, observers and windows": (
-        2, 63, 20, 2, 1, 24,
-        RefreshConfig(
-            budget=0.4, stride=10, select_stride=4, score_bits=4, observation_window=3, recent_window=2, sink_tokens=1
-        ),
-        5,
-    ),
     "selecting beside similarity": (
-        2, 90, 20, 2, 2, 16, RefreshConfig(budget=10, stride=3, threshold=0.3, select_stride=2, score_bits=8), 5,
+        2, 60, 20, 2, 2, 16, RefreshConfig(budget=10, stride=3, threshold=0.3, select_stride=2, score_bits=8), 5,
     ),
     "selecting, a budget beyond the row": (2, 45, 12, 2, 2, 16, RefreshConfig(budget=1000, select_stride=7), 4),
     "selecting with one key": (1, 40, 9, 2, 2, 16, RefreshConfig(budget=1, stride=NEVER, select_stride=5), 0),
@@ -120,13 +120,58 @@ def compare(case, dtype=torch.float32, tolerance=1e-4, seed=0):
         assert error < tolerance, f"{name}: {error:.2e}"
 
 
-QUICK = ("fixed", "a fraction of padded rows", "never refreshed", "observers and windows", "selecting")
-QUICK += ("selecting by 4 bits, pooling ahead", "selecting between full steps, observers and windows")
+QUICK = ("fixed", "a fraction of padded rows", "never refreshed", "observers and windows")
+QUICK += ("selecting by 4 bits, pooling ahead", "selecting between full steps")
 
 
 @pytest.mark.parametrize("name", slow_unless(QUICK, CASES))
 def test_values_and_gradients(name):
     compare(CASES[name])
+
+
+SHORT = [name for name, case in CASES.items() if min(case[6].stride, case[6].select_stride or NEVER) <= 10]
+
+
+@pytest.mark.parametrize("fewest", slow_unless((), (1, 1000)))
+@pytest.mark.parametrize("name", SHORT)
+def test_short_segments_in_blocks_and_alone(monkeypatch, name, fewest):
+    """Blocks of few positions, whose lists are made a few at a time."""
+    monkeypatch.setattr(block_steps, "FEWEST_SEGMENTS", fewest)
+    monkeypatch.setattr(block_steps, "LARGEST_BLOCK", 10)
+    monkeypatch.setattr(key_lists, "MAX_MASKS", 600)
+    compare(CASES[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    slow_tuples_unless(
+        [("fixed", 15), ("selecting between full steps", 4), ("similarity", 6)],
+        [(name, n) for name in SHORT for n in (1, 2, 3)] + [("fixed", 15), ("similarity", 6)],
+    ),
+)
+def test_lists_name_the_visible_keys(monkeypatch, name, positions):
+    """Every key once, with the positions that see it; nothing for full steps. positions: of a block, or segments."""
+    monkeypatch.setattr(key_lists, "MAX_MASKS", 300)
+    rows, length, prompt, groups, kv_heads, head_dim, config, padding = CASES[name]
+    query, key, _ = inputs(rows, length, groups, kv_heads, head_dim)
+    plan, options = plan_of(query, prompt, config, torch.tensor([0, padding][-rows:], device=DEVICE))
+    longest = longest_interval(plan, length)
+    positions = positions if positions % longest == 0 else positions * longest
+    selected = naive_selections(query.detach(), key.detach(), plan, options, 0.25)
+    visible = naive.visible_keys(plan, selected, length).transpose(0, 1)  # (Hkv, B, R, T)
+    full = position_flags(plan.full_positions, length)[:, prompt:]
+    visible = visible.masked_fill(full[None, :, :, None], False).transpose(0, 1)
+    lists = key_lists.key_lists(plan, segments_of(plan, length), selected.int(), length, positions)
+    found = torch.zeros_like(visible)
+    for place in torch.cartesian_prod(*map(torch.arange, lists.counts.shape)).tolist():
+        row, head, block = place
+        tokens, masks = lists.entries[row, head, block][:, : lists.counts[row, head, block]].tolist()
+        assert tokens == sorted(set(tokens)) and 0 not in masks
+        for token, mask in zip(tokens, masks, strict=True):
+            for bit in range(positions):
+                if mask >> bit & 1:
+                    found[row, head, block * positions + bit - 1, token] = True
+    assert torch.equal(found, visible)
 
 
 def dense_logits(query, key, causal, scaling):
@@ -214,6 +259,9 @@ SHORT_TAILS = {
         1, 30, 3, 2, 1, 16, RefreshConfig(budget=6, stride=5, observation_window=9), 0,
     ),
     "a single row": (1, 41, 40, 1, 2, 24, RefreshConfig(budget=0.3, stride=5), 0),
+    "selecting between full steps": (
+        1, 60, 40, 2, 2, 16, RefreshConfig(budget=9, stride=7, select_stride=2, score_bits=4), 0,
+    ),
 }  # fmt: skip
 
 
@@ -288,12 +336,13 @@ def assert_same_selection(found, wanted, positions, droppable):
 
 def assert_naive_selection(query, key, plan, options, scaling):
     with torch.no_grad():
-        wanted = naive.select(query, key, plan.steps, options, scaling)
-        found = ranking.select(query, key, plan.steps, options, scaling)
-    assert_same_selection(found, wanted, plan.full_positions, plan.droppable)
+        wanted = naive_selections(query, key, plan, options, scaling)
+        found = ranking.select_all(query, key, plan, options, scaling)
+    positions = [part for part in (plan.full_positions, plan.selecting_positions) if part is not None]
+    assert_same_selection(found, wanted, torch.cat(positions, dim=1), plan.droppable)
 
 
-@pytest.mark.parametrize("name", slow_unless(("a fraction of padded rows", "observers and windows"), CASES))
+@pytest.mark.parametrize("name", slow_unless(("a fraction of padded rows", "selecting between full steps"), CASES))
 def test_selection(name):
     """Exactly the naive form's positions, rank by rank as far as the ranks are told apart."""
     rows, length, prompt, groups, kv_heads, head_dim, config, padding = CASES[name]
@@ -365,11 +414,11 @@ def test_a_threshold_among_candidates_or_searched_everywhere(monkeypatch, candid
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("threshold", [None, 0.3])
-def test_torch_compile_takes_a_model_with_the_kernels_whole(monkeypatch, threshold):
+@pytest.mark.parametrize("settings", [{}, {"threshold": 0.3}, {"select_stride": 2, "score_bits": 4}])
+def test_torch_compile_takes_a_model_with_the_kernels_whole(monkeypatch, settings):
     """No graph break inside, and the same loss and gradients as without."""
     monkeypatch.setattr(ops, "refresh_rows", after_prompt.refresh_rows)
-    config = RefreshConfig(budget=9, stride=5, threshold=threshold)
+    config = RefreshConfig(budget=9, stride=5, **settings)
     model = enable(tiny_model(dtype=torch.float32), config).to(DEVICE).train()
     ids = random_ids(2, 27).to(DEVICE)
 

@@ -9,7 +9,7 @@ from refreshkv.ops.naive import score_keys as naive
 
 pytest.importorskip("triton")
 
-from refreshkv.ops.selection.score_keys import write_score_keys
+from refreshkv.ops.selection.score_keys import quantized, write_score_keys
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -66,3 +66,14 @@ def test_odd_heads_are_refused():
     layer = RefreshLayer(8, RefreshConfig(select_stride=2))
     with pytest.raises(ValueError, match="select_stride needs an even head size, and the model's is 15"):
         layer.update(*torch.zeros(2, 1, 1, 4, 15))
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(4, torch.bfloat16), (8, torch.float32)])
+def test_codes_of_known_tokens_are_those_of_a_cache(bits, dtype):
+    """As numbers in the keys' dtype, which holds them exactly."""
+    key = keys_of(7, 24, dtype)
+    codes, scales = quantized(key, bits)
+    assert codes.dtype == dtype
+    assert torch.equal(codes.float() * scales.unsqueeze(-1), naive.dequantize(*naive.quantize(key, bits)))
+    with pytest.raises(ValueError, match="even head size"):
+        quantized(key[..., :23].contiguous(), bits)

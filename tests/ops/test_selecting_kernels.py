@@ -10,6 +10,9 @@ from refreshkv import NEVER, RefreshConfig
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from refreshkv.ops.step import launches
 from refreshkv.ops.step.selecting import shares, threshold
 from tests.helpers.marks import slow_tuples_unless
@@ -32,6 +35,30 @@ def test_ties_go_to_the_lower_position(value, candidates, budget, monkeypatch):
     for row, first in enumerate([0, 9]):
         expected = [*range(first, first + budget - 1), 60]
         assert layer.selected[row, 0].sort().values.tolist() == expected
+
+
+@triton.jit
+def resolve(candidates, numbers, choice, CANDIDATES: tl.constexpr):
+    count, keep, low, high = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2), tl.load(numbers + 3)
+    least, limit = threshold._resolve(candidates, count, keep, low, high, tl.load(numbers + 4), CANDIDATES)
+    tl.store(choice, least)
+    tl.store(choice + 1, limit)
+
+
+@pytest.mark.parametrize("spread", [1, 2, 3, 5, 40, 2**20, 2**24])
+def test_candidates_are_resolved_exactly(spread):
+    """Rankings of which few or many differ, against a sort."""
+    generator, low, places = torch.Generator().manual_seed(spread), 1000, 500
+    for count, keep in ((1, 1), (2, 1), (40, 7), (40, 40), (64, 63)):
+        rankings = torch.randint(low, low + spread, (64,), generator=generator)
+        positions = torch.randperm(places, generator=generator)[:64]
+        numbers = torch.tensor([count, keep, low, low + spread, places], dtype=torch.int32, device=DEVICE)
+        candidates, choice = torch.cat([positions, rankings]).int().to(DEVICE), torch.zeros_like(numbers)
+        resolve[1,](candidates, numbers, choice, CANDIDATES=64)
+        least, limit = choice[:2].tolist()
+        pairs = list(zip((-rankings[:count]).tolist(), positions[:count].tolist(), strict=True))
+        expected = {position for _, position in sorted(pairs)[:keep]}
+        assert {p for ranking, p in pairs if -ranking > least or (-ranking == least and p <= limit)} == expected
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ Shapes: `B` batch rows, `T` positions, `P` prompt length, `R = T - P`, `C` decis
 steps, `H` query heads, `Hkv` key/value heads, `D` head size, `W` slots of a selection.
 """
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from refreshkv.ops.choice import CHOICE
 from refreshkv.ops.rows import block_steps, full_steps, full_steps_cudnn, partial_steps
-from refreshkv.ops.rows.segments import Segments, segments_of
+from refreshkv.ops.rows.key_lists import KeyLists, empty_lists, key_lists
+from refreshkv.ops.rows.segments import segments_of
 from refreshkv.ops.selection import ranking
 from refreshkv.ops.state import AttentionInputs, Plan, SelectionOptions
 from refreshkv.ops.tiles import on_its_device, padded_head
@@ -64,10 +64,10 @@ def _forward(
     sink_tokens: int,
     pool_ahead: bool,
     scaling: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A `Plan` and `SelectionOptions`, flat for torch. Returns the output (B, R, H, D), and for the gradients the
-    log-sum-exp of the full steps (B, H, C) and of the partial steps (B, H, R), float32, and the selections
-    (B, Hkv, A, W) int32."""
+    log-sum-exp of the full steps (B, H, C) and of the others (B, H, R), float32, and either the two tensors of
+    `KeyLists`, where blocks gather their keys together, or the selections (B, Hkv, A, W) int32 and nothing."""
     schedule = (full_positions, latest, budgets, left_padding, prompt_length, stride)
     shape = (width, droppable, uniform, recurring)
     plan = Plan(*schedule, *shape, selecting_positions, score_bits, select_stride)
@@ -81,13 +81,13 @@ def _forward(
         known = full_lse.unsqueeze(-1) if observation_window == 1 else None
     selected = ranking.select_all(query, key, plan, options, scaling, lse=known)
     segments = segments_of(plan, key.shape[2])
-    lse = _form(query, key, segments).forward(inputs, plan, segments, selected, output)
-    return output, _lse_like(query, full_positions) if full_lse is None else full_lse, lse, selected
-
-
-def _form(query: Tensor, key: Tensor, segments: Segments) -> ModuleType:
-    """The kernels that compute the partial and selecting steps."""
-    return block_steps if block_steps.takes(query, key, segments) else partial_steps
+    if full_lse is None:
+        full_lse = _lse_like(query, full_positions)
+    if positions := block_steps.block_positions(query, key, plan):
+        lists = key_lists(plan, segments, selected, key.shape[2], positions)
+        return output, full_lse, block_steps.forward(inputs, plan, positions, lists, output), *lists
+    lse = partial_steps.forward(inputs, plan, segments, selected, output)
+    return output, full_lse, lse, selected, selected.new_empty(0)
 
 
 def _output_like(query: Tensor, key: Tensor, prompt_length: int) -> Tensor:
@@ -110,7 +110,8 @@ def _backward(
     budgets: Tensor,
     left_padding: Tensor,
     selecting_positions: Tensor | None,
-    selected: Tensor,
+    gathered: Tensor,
+    counts: Tensor,
     output: Tensor,
     full_lse: Tensor,
     lse: Tensor,
@@ -139,9 +140,13 @@ def _backward(
         key_grad, value_grad = full_steps_cudnn.backward(inputs, plan, full_lse, output, upstream, decoded_grad)
     else:
         key_grad, value_grad = full_steps.backward(inputs, plan, full_lse, delta, upstream, decoded_grad)
-    segments = segments_of(plan, key.shape[2])
     gradients = (decoded_grad, key_grad, value_grad)
-    _form(query, key, segments).backward(inputs, plan, segments, selected, lse, delta, upstream, gradients)
+    if positions := block_steps.block_positions(query, key, plan):
+        lists = KeyLists(gathered, counts)
+        block_steps.backward(inputs, plan, positions, lists, lse, delta, upstream, gradients)
+    else:
+        segments = segments_of(plan, key.shape[2])
+        partial_steps.backward(inputs, plan, segments, gathered, lse, delta, upstream, gradients)
     return query_grad, rounded(key_grad, key), rounded(value_grad, value)
 
 
@@ -151,17 +156,17 @@ def rounded(gradient: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    decoded, full_lse, lse, selected = output
-    ctx.mark_non_differentiable(full_lse, lse, selected)
+    decoded, full_lse, lse, gathered, counts = output
+    ctx.mark_non_differentiable(full_lse, lse, gathered, counts)
     plan = Plan(*inputs[PLAN:OPTIONS])
     tensors = (*plan[:4], plan.selecting_positions)
-    ctx.save_for_backward(*inputs[:PLAN], *tensors, selected, decoded, full_lse, lse)
+    ctx.save_for_backward(*inputs[:PLAN], *tensors, gathered, counts, decoded, full_lse, lse)
     ctx.numbers = (*plan[4:10], plan.score_bits, plan.select_stride, inputs[-1])  # the plan's, and the scaling
 
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return _forward(*inputs)
 
     setup_context = staticmethod(_keep_for_backward)
@@ -179,9 +184,12 @@ _backward_operator = torch.library.custom_op("refreshkv::rows_backward", _backwa
 def _(query, key, value, *others):
     plan, (batch, heads, _, _) = Plan(*others[: len(Plan._fields)]), query.shape
     lse = query.new_empty(batch, heads, key.shape[2] - plan.prompt_length, dtype=torch.float32)
+    results = (_output_like(query, key, plan.prompt_length), _lse_like(query, plan.full_positions), lse)
+    if positions := block_steps.block_positions(query, key, plan):
+        return *results, *empty_lists(plan, key, positions, key.shape[2])
     anchors = plan.full_positions.shape[1] + plan.selecting
     selected = query.new_empty(batch, key.shape[1], anchors, plan.width, dtype=torch.int32)
-    return _output_like(query, key, plan.prompt_length), _lse_like(query, plan.full_positions), lse, selected
+    return *results, selected, selected.new_empty(0)
 
 
 @_backward_operator.register_fake

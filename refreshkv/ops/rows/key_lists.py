@@ -5,11 +5,9 @@ once, with a bit mask that says which of them do: bit `i` for the block's `i`-th
 what they chose, so their keys are gathered once for the whole block. Full steps see nothing in a list.
 
 Shapes: `B` batch rows, `T` positions, `P` prompt length, `Hkv` key/value heads, `A` anchors, `N` intervals, `W` slots
-of a selection, `J` blocks of a chunk.
+of a selection, `J` blocks, `U` keys that a list has room for.
 """
 
-from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.ops.rows.segments import Segments
+from refreshkv.ops.rows.segments import Segments, most_anchors
 from refreshkv.ops.state import Plan
 
 MAX_MASKS = 2**26
-"""Masks held at once, 4 bytes each, and as many tokens: 512 MiB in all."""
+"""Masks by position that are put together at once, 4 bytes each: 256 MiB."""
 
 LARGEST_BLOCK = 32
 """Positions of a block, at most: the bits of a mask."""
@@ -31,49 +29,46 @@ RANKS, TOKENS = 1024, 1024
 
 
 class KeyLists(NamedTuple):
-    """The lists of some blocks."""
+    """The lists of all blocks."""
 
-    tokens: Tensor
-    """(B, Hkv, J, T) int32: the positions of the listed keys, in order."""
-    masks: Tensor
-    """(B, Hkv, J, T) int32: which of the block's positions see each."""
+    entries: Tensor
+    """(B, Hkv, J, 2, U) int32: the positions of the listed keys, in order, and their masks."""
     counts: Tensor
     """(B, Hkv, J) int32: how many keys are listed."""
-    first: int
-    """Number of the first of these blocks; block `j` begins at position `P - 1 + j * positions`."""
-    positions: int
-    """Positions of a block."""
 
 
-def key_lists(plan: Plan, segments: Segments, selected: Tensor, length: int, positions: int) -> Iterator[KeyLists]:
-    """The lists of all blocks of so many positions, some blocks at a time.
+def key_lists(plan: Plan, segments: Segments, selected: Tensor, length: int, positions: int) -> KeyLists:
+    """The lists of all blocks of so many positions; block `j` begins at position `P - 1 + j * positions`.
 
     selected (B, Hkv, A, W) int32: as `refreshkv.ops.selection.ranking.select_all` gives it.
     """
     batch, kv_heads, anchors, width = selected.shape
-    blocks = triton.cdiv(length - plan.prompt_length + 1, positions)
+    entries, counts = lists = empty_lists(plan, selected, positions, length)
+    blocks, room = counts.shape[2], entries.shape[-1]
+    begins = plan.prompt_length - 1 + positions * torch.arange(blocks + 1, device=selected.device)
+    within = torch.searchsorted(segments.starts[:-1], begins, right=True) - 1
     chunk = min(blocks, max(1, MAX_MASKS // (batch * kv_heads * length)))
-    memory = torch.empty(2, batch * kv_heads * chunk * length, dtype=torch.int32, device=selected.device)
-    within = _first_intervals(segments.starts, plan.prompt_length, positions, blocks)
+    masks = torch.zeros(batch * kv_heads * chunk * length, dtype=torch.int32, device=selected.device)
     for first in range(0, blocks, chunk):
-        shape = (batch, kv_heads, min(chunk, blocks - first))
-        counts = torch.empty(shape, dtype=torch.int32, device=selected.device)
-        tokens, masks = (part[: counts.numel() * length].view(*shape, length) for part in memory)
-        _list_keys[shape[2], kv_heads, batch](
-            *segments[:3], selected, plan.budgets, plan.left_padding, within, tokens, masks, counts,
-            anchors, segments.count, segments.full, width, length, plan.prompt_length, first, positions,
+        _list_keys[min(chunk, blocks - first), kv_heads, batch](
+            *segments[:3], selected, plan.budgets, plan.left_padding, within, masks, entries, counts,
+            anchors, segments.count, segments.full, width, length, plan.prompt_length, first, positions, blocks, room,
             RANKS=min(RANKS, triton.next_power_of_2(width)), TOKENS=min(TOKENS, triton.next_power_of_2(length)),
             num_warps=8,
         )  # fmt: skip
-        yield KeyLists(tokens, masks, counts, first, positions)
+    return lists
 
 
-@lru_cache(maxsize=8)
-def _first_intervals(starts: Tensor, prompt_length: int, positions: int, blocks: int) -> Tensor:
-    """The number of the interval in which each block begins: (blocks + 1,) int64. All layers share it."""
-    with torch.inference_mode(False):
-        begins = prompt_length - 1 + positions * torch.arange(blocks + 1, device=starts.device)
-        return torch.searchsorted(starts[:-1], begins, right=True) - 1
+def empty_lists(plan: Plan, like: Tensor, positions: int, length: int) -> KeyLists:
+    """Uninitialised memory for `key_lists`; like: any tensor (B, Hkv, ...) on its device."""
+    blocks = triton.cdiv(length - plan.prompt_length + 1, positions)
+    chosen = most_anchors(plan, length, positions) * plan.width
+    room = min(length, chosen + positions + min(plan.width, plan.droppable))
+    shape = (*like.shape[:2], blocks)
+    return KeyLists(
+        torch.empty(*shape, 2, room, dtype=torch.int32, device=like.device),
+        torch.empty(shape, dtype=torch.int32, device=like.device),
+    )
 
 
 @triton.jit
@@ -83,29 +78,26 @@ def _bits(low, high):
     return tl.where(high >= low, below & ~((1 << low) - 1), 0)
 
 
-@triton.jit(do_not_specialize=["anchors", "intervals", "full", "prompt", "first_block"])
+@triton.jit(do_not_specialize=["anchors", "intervals", "full", "prompt", "first_block", "blocks"])
 def _list_keys(
-    anchor_ptr, start_ptr, latest_ptr, selected_ptr, budget_ptr, padding_ptr, within_ptr, token_ptr, mask_ptr,
-    count_ptr, anchors, intervals, full, width, length, prompt, first_block, positions,
+    anchor_ptr, start_ptr, latest_ptr, selected_ptr, budget_ptr, padding_ptr, within_ptr, mask_ptr, entry_ptr,
+    count_ptr, anchors, intervals, full, width, length, prompt, first_block, positions, blocks, room,
     RANKS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """The list of one block: its masks are put together by position, then moved to the front, in place."""
-    block, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """The list of one block. Its masks are put together by position, in memory that is zero before and afterwards."""
+    block, kv_head, batch = first_block + tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     pair = batch * tl.num_programs(1) + kv_head
-    row = pair * tl.num_programs(0) + block
-    tokens, masks = token_ptr + row * length, mask_ptr + row * length
-    begin = prompt - 1 + (first_block + block) * positions
+    masks = mask_ptr + (pair * tl.num_programs(0) + tl.program_id(0)) * length
+    row = pair * blocks + block
+    tokens = entry_ptr + row * 2 * room
+    begin = prompt - 1 + block * positions
     end = tl.minimum(begin + positions, length)
     budget = tl.load(budget_ptr + batch).to(tl.int32)
     padding = tl.load(padding_ptr + batch).to(tl.int32)
     number = tl.arange(0, TOKENS)
-    for start in range(0, end, TOKENS):
-        tl.store(masks + start + number, tl.zeros([TOKENS], tl.int32), mask=start + number < end)
-    tl.debug_barrier()
-    for interval in range(
-        tl.load(within_ptr + first_block + block).to(tl.int32),
-        tl.minimum(tl.load(within_ptr + first_block + block + 1).to(tl.int32) + 1, intervals),
-    ):
+    first_interval = tl.load(within_ptr + block).to(tl.int32)
+    last_interval = tl.minimum(tl.load(within_ptr + block + 1).to(tl.int32), intervals - 1)
+    for interval in range(first_interval, last_interval + 1):
         which = tl.load(latest_ptr + batch * intervals + interval).to(tl.int32)
         anchor = tl.load(anchor_ptr + batch * anchors + which).to(tl.int32)
         # the interval's positions in the block that decode from its anchor
@@ -135,6 +127,7 @@ def _list_keys(
         listed = mask != 0
         place = count + tl.cumsum(listed.to(tl.int32), 0) - 1
         tl.store(tokens + place, token, mask=listed)
-        tl.store(masks + place, mask, mask=listed)
+        tl.store(tokens + room + place, mask, mask=listed)
+        tl.store(masks + token, tl.zeros([TOKENS], tl.int32), mask=listed)
         count += tl.sum(listed.to(tl.int32), 0)
     tl.store(count_ptr + row, count)

@@ -147,7 +147,7 @@ def _forward(
 
 
 @triton.jit
-def _tile_backward(
+def tile_backward(
     query, upstream, lse, delta, query_grad, key_row, value_row, key_grad_row, value_grad_row, column, exists, visible,
     scale, softmax_scale,
     D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -157,7 +157,7 @@ def _tile_backward(
     key = load_parts(key_row, column, exists, D, WIDTH, PARTS, MASKED)
     value = load_parts(value_row, column, exists, D, WIDTH, PARTS, MASKED)
     weight = tl.exp2(dot_parts(query, key, PARTS, PRECISION) * scale - lse[:, None])
-    if MASKED:
+    if visible is not None:
         weight = tl.where(visible, weight, 0.0)
     weight_grad = dot_parts(upstream, value, PARTS, PRECISION)
     rounded = tl.trans(weight.to(upstream[0].dtype))
@@ -222,7 +222,7 @@ def _backward(
     for start in range(begin, tl.minimum(whole, end), BLOCK_N):
         # [BLOCK_N]
         token = tl.load(chosen + start + tl.arange(0, BLOCK_N)).to(INDEX)
-        query_grad = _tile_backward(
+        query_grad = tile_backward(
             query, upstream, lse, delta, query_grad,
             keys + token * key_t, values + token * value_t, key_grads + token * sums_t, value_grads + token * sums_t,
             column, token >= 0, None, scale, softmax_scale, D, WIDTH, PARTS, False, PRECISION,
@@ -232,7 +232,7 @@ def _backward(
         token, bounded, is_chosen = _listed(chosen, number, most, first)
         token = token.to(INDEX)
         visible = _visible(bounded, is_chosen, position, left, budget)
-        query_grad = _tile_backward(
+        query_grad = tile_backward(
             query, upstream, lse, delta, query_grad,
             keys + token * key_t, values + token * value_t, key_grads + token * sums_t, value_grads + token * sums_t,
             column, number < end, visible, scale, softmax_scale, D, WIDTH, PARTS, True, PRECISION,

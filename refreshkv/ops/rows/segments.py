@@ -42,13 +42,28 @@ def segments_of(plan: Plan, length: int) -> Segments:
     device, full = plan.full_positions.device, plan.full_positions.shape[1]
     strides = (plan.stride, plan.select_stride if plan.selecting else None)
     starts, order = _starts(length, plan.prompt_length, *strides, device)
-    longest = min(plan.stride, strides[1] or length, length - plan.prompt_length + 1)
+    longest = longest_interval(plan, length)
     if plan.selecting_positions is None or plan.selecting == 0:
         return Segments(plan.full_positions, starts, plan.latest, full, longest)
     anchors = torch.cat([plan.full_positions, plan.selecting_positions], dim=1)
     number = torch.arange(anchors.shape[1], device=device)
     latest = number.masked_fill(anchors[:, order] < 0, 0).cummax(dim=1).values
     return Segments(anchors, starts, order[latest], full, longest)
+
+
+def longest_interval(plan: Plan, length: int) -> int:
+    """Positions of the longest interval of a plan for `length` positions."""
+    select_stride = plan.select_stride if plan.selecting else None
+    return min(plan.stride, select_stride or length, length - plan.prompt_length + 1)
+
+
+def most_anchors(plan: Plan, length: int, positions: int) -> int:
+    """Most anchors that so many positions decode from, a multiple of `longest_interval`, if they begin where an
+    interval does."""
+    anchors = positions // longest_interval(plan, length)
+    if plan.selecting and plan.select_stride and plan.full_positions.shape[1] > 1:  # both strides begin intervals
+        anchors += positions // max(plan.stride, plan.select_stride) + 1
+    return anchors
 
 
 @lru_cache(maxsize=8)

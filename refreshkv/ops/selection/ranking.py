@@ -214,13 +214,12 @@ def select(
     """
     positions, budgets, left_padding, width, droppable = steps
     batch, kv_heads, length, _ = key.shape
-    decisions = positions.shape[1]
+    decisions, pairs = positions.shape[1], batch * kv_heads
     keys = ScoredKeys(key, key_scales)
     if lse is None:
         lse = log_sum_exp(query, keys, positions, left_padding, options.observation_window, scaling)
     if into is None:
         into = torch.empty(batch, kv_heads, decisions, width, dtype=torch.int32, device=query.device)
-    pairs = batch * kv_heads
     chunk = min(decisions, max(1, MAX_SCORES // (pairs * length)))
     score = torch.empty(pairs * chunk * length, dtype=torch.float32, device=query.device)
     candidates = torch.empty(pairs * chunk * CANDIDATES, dtype=torch.int64, device=query.device)

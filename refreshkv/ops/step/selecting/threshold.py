@@ -99,17 +99,15 @@ def _resolve(candidates, count, keep, low, high, last, CANDIDATES: tl.constexpr)
     ranking = tl.load(candidates + CANDIDATES + entry, mask=entry < count, other=-1, cache_modifier=".cg")
     reached, limit = count, last
     while (high - low > 1) & (reached != keep):
-        # three pivots at once, their counts in one number: a pass takes as long as its reductions
-        quarter = tl.maximum((high - low) // 4, 1)
-        first, second, third = low + quarter, low + 2 * quarter, low + 3 * quarter
-        counts = (ranking >= first).to(tl.int64) + ((ranking >= second).to(tl.int64) << 16)
-        counts = tl.sum(counts + ((ranking >= third).to(tl.int64) << 32), 0)
-        lowest, middle, highest = counts & 0xFFFF, (counts >> 16) & 0xFFFF, counts >> 32
-        passed = (lowest >= keep).to(tl.int32) + (middle >= keep).to(tl.int32) + (highest >= keep).to(tl.int32)
-        high = tl.where(passed < 3, tl.minimum(low + (passed + 1) * quarter, high), high)
-        low += passed * quarter
-        at_low = tl.where(passed == 1, lowest, tl.where(passed == 2, middle, highest))
-        reached = tl.where(passed > 0, at_low.to(tl.int32), reached)
+        # two pivots at once, their counts in the halves of one integer: a pass takes as long as its reduction
+        third = tl.maximum((high - low) // 3, 1)
+        first, second = low + third, low + 2 * third
+        counts = tl.sum((ranking >= first).to(tl.int32) + ((ranking >= second).to(tl.int32) << 16), 0)
+        lower, upper = counts & 0xFFFF, counts >> 16
+        passed = (lower >= keep).to(tl.int32) + (upper >= keep).to(tl.int32)
+        high = tl.where(passed < 2, tl.minimum(low + (passed + 1) * third, high), high)
+        low += passed * third
+        reached = tl.where(passed == 0, reached, tl.where(passed == 1, lower, upper))
     if reached != keep:
         ties = keep - tl.sum((ranking > low).to(tl.int32), 0)
         limit = tl.max(tl.where(ranking == low, token, -1), 0)
