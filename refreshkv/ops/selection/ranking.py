@@ -212,7 +212,7 @@ def select(
         key_scales: (B, Hkv, L) float32, a factor of each key; None: they are all 1.
         into: where to write the selections, some of the steps of a larger (B, Hkv, A, W) int32 tensor.
     """
-    positions, budgets, left_padding, width, droppable = steps
+    positions, budgets, left_padding, width, _ = steps
     batch, kv_heads, length, _ = key.shape
     decisions, pairs = positions.shape[1], batch * kv_heads
     keys = ScoredKeys(key, key_scales)
@@ -240,18 +240,27 @@ def select(
         shared = {**kind, "BLOCK": block, "CANDIDATES": CANDIDATES}
         _collect[count, pairs](*rows, *lists, **shared, num_warps=COLLECT_WARPS)
         _resolve[count, pairs](*rows, *lists, **shared, num_warps=4)
-        if width <= LARGEST_SORT:
-            padded = triton.next_power_of_2(width)
-            _order[count, pairs](
-                positions, left_padding, budgets, chosen, into, decisions, first, width, kv_heads, into.stride(1),
-                WIDTH=padded, DROPPABLE=droppable if droppable <= LARGEST_ORDER else padded,
-                num_warps=8 if width >= 1024 else 4,
-            )  # fmt: skip
-        else:
-            here = slice(first, first + count)
-            sizes = selection_sizes(positions[:, here], budgets, left_padding)
-            into[:, :, here] = _sorted(chosen[: pairs * count * width].view(batch, kv_heads, count, width), sizes)
+        _write_order(chosen, into, steps, first, count)
     return into
+
+
+def _write_order(chosen: Tensor, into: Tensor, steps: FullSteps, first: int, count: int) -> None:
+    """Writes the chosen entries of the steps `first .. first + count - 1` by rank into the selections `into`
+    (B, Hkv, C, W); chosen: int64, (B, Hkv, count, W) of its first numbers."""
+    positions, budgets, left_padding, width, droppable = steps
+    batch, kv_heads, decisions, _ = into.shape
+    pairs = batch * kv_heads
+    if width <= LARGEST_SORT:
+        padded = triton.next_power_of_2(width)
+        _order[count, pairs](
+            positions, left_padding, budgets, chosen, into, decisions, first, width, kv_heads, into.stride(1),
+            WIDTH=padded, DROPPABLE=droppable if droppable <= LARGEST_ORDER else padded,
+            num_warps=8 if width >= 1024 else 4,
+        )  # fmt: skip
+    else:
+        here = slice(first, first + count)
+        sizes = selection_sizes(positions[:, here], budgets, left_padding)
+        into[:, :, here] = _sorted(chosen[: pairs * count * width].view(batch, kv_heads, count, width), sizes)
 
 
 def _sorted(entries: Tensor, sizes: Tensor) -> Tensor:
