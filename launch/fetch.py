@@ -40,7 +40,7 @@ def known() -> list[str]:
 
 def find(name: str) -> Path:
     """The YAML file of that name. Raises `SettingsError` if there is none."""
-    files = [CONFIGS / folder / f"{name}.yaml" for folder in FOLDERS]
+    files = [CONFIGS / folder / f"{name}.yaml" for folder in FOLDERS if Path(name).name == name]
     for file in [Path(name), *files]:
         if file.suffix == ".yaml" and os.path.lexists(file):
             return file
