@@ -64,13 +64,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     check_numbers(options)
     if options.resume and options.overwrite:
         raise SettingsError("--resume continues a sweep and --overwrite replaces it: choose one")
-    of_tasks = [options.examples, options.task_length, options.ignore_generation_config]
-    of_tasks += [*(text.startswith("tasks.") for text in options.overrides)]
+    of_tasks = [options.examples, options.task_length, *(text.startswith("tasks.") for text in options.overrides)]
     if not options.tasks and any(of_tasks):
-        raise SettingsError(
-            "--examples, --task-length, --ignore-generation-config and tasks.NAME.key=value mean nothing without "
-            "--tasks"
-        )
+        raise SettingsError("--examples, --task-length and tasks.NAME.key=value mean nothing without --tasks")
+    if not options.tasks and options.ignore_generation_config:
+        raise SettingsError("--ignore-generation-config means nothing without --tasks")
     options.examples = DEFAULT_EXAMPLES if options.examples is None else options.examples
     return options
 
