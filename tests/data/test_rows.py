@@ -160,6 +160,7 @@ def test_rows_are_memory_mapped_and_the_source_is_not_needed(prepared):
     assert files and all(file.is_relative_to(prepared.folder) for file in files)
     assert rows.train[[0, 1]]["input_ids"].shape == (2, ROW_LENGTH)
     assert sorted(path.name for path in Path(prepared.folder).iterdir()) == [
+        ".written.json",
         "dataset_dict.json",
         "rows.json",
         "test",
@@ -461,6 +462,7 @@ def test_scripts_end_with_one_line(monkeypatch, capsys, rank, printed):
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as exit_:
         cli.run(main)
     assert exit_.value.code == 2

@@ -159,14 +159,21 @@ def test_answers_of_tasks_take_none():
             start()
 
 
-@pytest.mark.parametrize("weight", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
-def test_a_model_that_computes_nan_is_refused(folder, capsys, weight):
+@pytest.mark.parametrize(
+    ("weight", "value", "message"),
+    [
+        ("model.embed_tokens.weight", torch.nan, "has weights that are not finite, the first in model.embed_tokens"),
+        ("lm_head.weight", torch.inf, "has weights that are not finite, the first in lm_head"),
+        ("model.layers.1.mlp.up_proj.weight", 1e30, "its logits are not numbers"),
+    ],
+)
+def test_a_model_that_computes_no_numbers_is_refused(folder, capsys, weight, value, message):
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        model.get_parameter(weight)[33:35] = torch.nan
+        model.get_parameter(weight)[33:35] = value
     model.save_pretrained(folder)
     for more in ([], ["--full"], ["--sample"]):
-        with pytest.raises(SettingsError, match="--model: its logits are not numbers"):
+        with pytest.raises(SettingsError, match=f"--model: .*{message}"):
             generated(folder, capsys, *more)
     assert capsys.readouterr().out.strip() == ""
 
