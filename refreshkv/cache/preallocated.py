@@ -289,7 +289,7 @@ class PreallocatedLayer(CacheLayerMixin):
         self._wait_for_copies()  # or late copies would overwrite the next prompt
         if self.is_initialized:
             self.cumulative_length.zero_()
-            for buffer in (self.keys, self.values):
+            for buffer in (value for value in vars(self).values() if isinstance(value, Tensor) and value.requires_grad):
                 buffer.detach_()  # without no_grad() they would hold on to everything that was ever written
 
     def state_changed_by_step(self, length: int) -> tuple[str, ...]:
