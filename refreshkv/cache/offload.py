@@ -101,7 +101,7 @@ class OffloadedLayer(RefreshLayer):
         return whole
 
     def wait_for(self, stream: torch.cuda.Stream) -> None:
-        for states in self.block:
+        for states in (*self.block, *(getattr(self, name) for name in self.score_state)):
             states.record_stream(stream)
         self.copies = stream.record_event()
 

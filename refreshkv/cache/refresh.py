@@ -32,8 +32,9 @@ class RefreshCache(PreallocatedCache):
         config: the model's configuration, `model.config`.
         max_cache_len: most tokens per batch row, prompt and generated ones together.
         refresh: schedule and selection; None takes the ones saved under "refreshkv" in `config`.
-        offload: keep the full keys and values in pinned host memory, and only the small caches on the GPU. Steps are
-            then not captured, and full steps take as long as the bus does.
+        offload: keep the full keys and values in pinned host memory, and only the small caches and the score keys of
+            fewer than 16 bits on the GPU. Steps are then not captured, and full steps take as long as the bus does;
+            selecting steps fetch what the small caches did not hold before.
 
     The model's configuration may also come first, without its name. The older names, `model_config=` for the model's
     configuration and `config=` for the `RefreshConfig`, work until the next release.

@@ -26,7 +26,19 @@ def script(monkeypatch):
 
 @pytest.mark.parametrize(
     "strategy",
-    ["full", "refresh", "similarity", "select:2:4bit", "offloaded", "streaming", "h2o", "snapkv", "static", "dynamic"],
+    [
+        "full",
+        "refresh",
+        "similarity",
+        "select:2:4bit",
+        "offloaded",
+        "offloaded-select:2:8bit",
+        "streaming",
+        "h2o",
+        "snapkv",
+        "static",
+        "dynamic",
+    ],
 )
 @pytest.mark.parametrize("context", [96, 40])
 def test_a_filled_cache_decodes(script, strategy, context):

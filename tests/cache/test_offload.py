@@ -73,7 +73,7 @@ def test_every_step_equals_the_device_layers(name):
     check(*both_layers(EVERY_CASE[name], steps=3 * EVERY_CASE[name][1]), tolerance=1e-5)
 
 
-@pytest.mark.parametrize("name", slow_unless(("fixed", "selecting, every second, four bits"), EVERY_CASE))
+@pytest.mark.parametrize("name", slow_unless(("fixed",), EVERY_CASE))
 def test_by_kernels(monkeypatch, name):
     """On a GPU, or under Triton's interpreter."""
     pytest.importorskip("triton")
