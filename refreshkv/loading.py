@@ -119,11 +119,9 @@ def _first_not_finite(model: PreTrainedModel) -> str | None:
     for name, weight in model.named_parameters():
         is_here = weight.numel() > 0 and weight.device.type != "meta"  # at ZeRO stage 3 other ranks have it
         if is_here and weight.is_floating_point() and weight.element_size() > 1:
-            if (
-                not weight.detach()
-                .sum(dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
-                .isfinite()
-            ):
+            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            # the sum reads the weight once and makes no copy; large weights that overflow in it are looked at again
+            if not weight.detach().sum(dtype=wide).isfinite() and not weight.detach().isfinite().all():
                 return name
     return None
 

@@ -185,7 +185,7 @@ def test_the_advice_fits(tmp_path, monkeypatch):
 
 def test_selecting_steps_are_in_the_report_and_in_the_memory():
     config = deepcopy(JOB.config)
-    config.training.activation_checkpointing = False
+    config.data = replace(config.data, row_length=32768)  # so that activations are the peak
     config.simulation = SimulationConfig(stride=NEVER, select_stride=[None, 7, 2])
     selecting = JOB.with_settings(config)
     assert "selecting at least every 2 tokens" in report(selecting, None, 700e12)

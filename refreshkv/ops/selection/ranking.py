@@ -240,27 +240,26 @@ def select(
         shared = {**kind, "BLOCK": block, "CANDIDATES": CANDIDATES}
         _collect[count, pairs](*rows, *lists, **shared, num_warps=COLLECT_WARPS)
         _resolve[count, pairs](*rows, *lists, **shared, num_warps=4)
-        _write_order(chosen, into, steps, first, count)
+        _store_by_rank(steps, chosen, into, first, count)
     return into
 
 
-def _write_order(chosen: Tensor, into: Tensor, steps: FullSteps, first: int, count: int) -> None:
-    """Writes the chosen entries of the steps `first .. first + count - 1` by rank into the selections `into`
-    (B, Hkv, C, W); chosen: int64, (B, Hkv, count, W) of its first numbers."""
+def _store_by_rank(steps: FullSteps, chosen: Tensor, into: Tensor, first: int, count: int) -> None:
+    """Stores what the steps `first .. first + count - 1` chose, in `chosen`, by rank in `into` (B, Hkv, C, W)."""
     positions, budgets, left_padding, width, droppable = steps
-    batch, kv_heads, decisions, _ = into.shape
-    pairs = batch * kv_heads
-    if width <= LARGEST_SORT:
-        padded = triton.next_power_of_2(width)
-        _order[count, pairs](
-            positions, left_padding, budgets, chosen, into, decisions, first, width, kv_heads, into.stride(1),
-            WIDTH=padded, DROPPABLE=droppable if droppable <= LARGEST_ORDER else padded,
-            num_warps=8 if width >= 1024 else 4,
-        )  # fmt: skip
-    else:
+    batch, kv_heads = into.shape[:2]
+    if width > LARGEST_SORT:
         here = slice(first, first + count)
         sizes = selection_sizes(positions[:, here], budgets, left_padding)
-        into[:, :, here] = _sorted(chosen[: pairs * count * width].view(batch, kv_heads, count, width), sizes)
+        entries = chosen[: batch * kv_heads * count * width].view(batch, kv_heads, count, width)
+        into[:, :, here] = _sorted(entries, sizes)
+        return
+    padded = triton.next_power_of_2(width)
+    _order[count, batch * kv_heads](
+        positions, left_padding, budgets, chosen, into, positions.shape[1], first, width, kv_heads, into.stride(1),
+        WIDTH=padded, DROPPABLE=droppable if droppable <= LARGEST_ORDER else padded,
+        num_warps=8 if width >= 1024 else 4,
+    )  # fmt: skip
 
 
 def _sorted(entries: Tensor, sizes: Tensor) -> Tensor:
