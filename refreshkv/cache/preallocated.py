@@ -189,7 +189,7 @@ class PreallocatedLayer(CacheLayerMixin):
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which cannot hold what led to the tokens."""
         self._validate_copy()
-        return vars(self)
+        return dict(vars(self))
 
     def _validate_copy(self) -> None:
         states = (value for value in vars(self).values() if isinstance(value, Tensor))
