@@ -88,7 +88,7 @@ def _validate_mask_shape(mask: Any, rows: int, new: int, past: int) -> None:
     if mask.shape[1] != past + new:
         raise ValueError(
             f"attention_mask has {mask.shape[1]} columns for {past + new} tokens: it covers the cached ones too, and "
-            "no others"
+            "no others; to begin another text, call reset() first"
         )
     if mask.shape[0] != rows:
         raise ValueError(f"attention_mask has {mask.shape[0]} rows, and the tokens have {rows}")

@@ -466,7 +466,7 @@ class PreallocatedCache(Cache):
             return
         indices = row_numbers(indices, self.batch_size)
         super().batch_select_indices(indices)
-        self.tokens = None
+        self.tokens = None if self.tokens is None else self.tokens[indices.to(self.tokens.device)]
         # on a GPU the host does not wait for the numbers
         known = self.row_starts if indices.device.type == "cpu" else None
         self.row_starts = None if known is None else [known[row] for row in indices.tolist()]
@@ -476,7 +476,7 @@ class PreallocatedCache(Cache):
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise ValueError(f"repeats must be a whole number >= 1, got {repeats!r}")
         super().batch_repeat_interleave(repeats)
-        self.tokens = None
+        self.tokens = None if self.tokens is None else self.tokens.repeat_interleave(repeats, dim=0)
         if self.row_starts is not None:
             self.row_starts = [start for start in self.row_starts for _ in range(repeats)]
 

@@ -273,7 +273,7 @@ class Operations(RuleBasedStateMachine):
 
 
 BOUNDED = settings(
-    max_examples=40,
+    max_examples=120,
     stateful_step_count=14,
     derandomize=True,
     deadline=None,
