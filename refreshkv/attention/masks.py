@@ -37,8 +37,8 @@ def left_padding_mask(
         return None
     if attention_mask.shape[1] < kv_length + kv_offset:
         raise ValueError(
-            f"attention_mask has {attention_mask.shape[1]} columns for {kv_length + kv_offset} tokens: it must cover the "
-            "cached ones too; to begin another text, call reset() first"
+            f"attention_mask has {attention_mask.shape[1]} columns for {kv_length + kv_offset} tokens: it must cover "
+            "the cached ones too; to begin another text, call reset() first"
         )
     mask = attention_mask[:, : kv_length + kv_offset].bool()
     padding = (~mask).sum(dim=-1)
