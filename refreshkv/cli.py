@@ -138,10 +138,14 @@ def _standard_output_fails(error: Exception) -> bool:
     if not isinstance(error, OSError) or error.filename is not None or sys.stdout is None:
         return False
     try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):  # a stream in memory
+        return False
+    try:
         _flush()
-        if stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode) or sys.stdout.isatty():
+        if stat.S_ISFIFO(os.fstat(descriptor).st_mode) or os.isatty(descriptor):
             return False
-        os.write(sys.stdout.fileno(), b"\n")
+        os.write(descriptor, b"\n")
         return False
     except (OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
