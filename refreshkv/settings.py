@@ -232,12 +232,13 @@ def _finite(value: Any, name: str) -> float:
 
 def _convert_dict(value: dict[Any, Any], hints: tuple[Any, ...], name: str) -> dict[Any, Any]:
     """Keys that are whole numbers may be text: JSON has no others."""
-    kind, hint = cast(tuple[Any, Any], hints or (Any, Any))
+    kind, hint = cast(tuple[Any, Any], hints or (object, Any))
+    kind = object if kind is Any else kind
     found = {}
     for key, item in value.items():
         if kind is int and isinstance(key, str) and key.removeprefix("-").isdecimal():
             key = int(key)
-        if kind is not Any and not isinstance(key, kind):
+        if not isinstance(key, kind):
             raise SettingsError(f"{name}: the name {show(key)} must be {_type_name(kind)}; put it in quotes")
         found[key] = _convert(item, hint, f"{name}.{key}")
     return found

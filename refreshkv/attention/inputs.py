@@ -177,9 +177,10 @@ def _validate_start(cache: PreallocatedCache, starts: list[RowStart], past: int,
             f"{expected}: it covers the cached ones too"
         )
     for row, (before, now) in enumerate(zip(known, starts, strict=True)):
-        if None not in (before.offset, now.offset) and before.offset != now.offset:
+        moved = None if before.offset is None or now.offset is None else now.offset - before.offset
+        if moved:
             raise ValueError(
-                f"the position_ids of row {row} are {now.offset - before.offset:+} from those that follow the "
+                f"the position_ids of row {row} are {moved:+} from those that follow the "
                 f"{past} tokens in the cache: give positions that count on (None counts columns, padding too), and to "
                 "begin another text, call reset() first"
             )

@@ -5,6 +5,7 @@ Shapes: `B` batch rows, `T` positions, `V` vocabulary.
 
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from refreshkv.simulation.settings import SimulationConfig
 
 LOSS_CHUNK = 1024
 """Positions whose losses are computed at a time for the figures, so that float32 logits of few positions exist."""
+
+SIMULATED: WeakSet[nn.Module] = WeakSet()
+"""Models whose hooks a `TrainingSimulation` has set."""
 
 
 def simulate(
@@ -71,7 +75,7 @@ class TrainingSimulation:
 
     def __init__(self, model: nn.Module, settings: SimulationConfig, seed: int, refresh: RefreshConfig | None):
         decoder_model = _transformers_model(model)
-        if getattr(decoder_model, "refreshkv_simulated", False):
+        if decoder_model in SIMULATED:
             raise SettingsError("this model is simulated already: call remove() of the first simulation")
         enable(decoder_model, refresh)
         self.settings, self.seed = settings, seed
@@ -86,7 +90,7 @@ class TrainingSimulation:
             decoder.register_forward_pre_hook(self._add_simulation, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._count_losses, with_kwargs=True),
         ]
-        decoder_model.refreshkv_simulated = True
+        SIMULATED.add(decoder_model)
 
     def __enter__(self) -> "TrainingSimulation":
         return self
@@ -102,7 +106,7 @@ class TrainingSimulation:
         """Takes the hooks off the model. It stays enabled, and attends in full."""
         for handle in self._handles:
             handle.remove()
-        self.model.refreshkv_simulated = False
+        SIMULATED.discard(self.model)
 
     @property
     def callback(self) -> TrainerCallback:

@@ -222,7 +222,9 @@ def _validate_entry(name: str, entry: dict[str, Any]) -> None:
             raise ValueError(f"{key} of {name} is {entry[key]!r}")
     if entry["kind"] not in ("perplexity", "tasks"):
         raise ValueError(f"kind of {name} is {entry['kind']!r}")
-    entry["base model"], entry["seed"]  # `KeyError` without them
+    for key in ("base model", "seed"):
+        if key not in entry:
+            raise KeyError(key)
 
 
 def _brief(result: dict[str, Any]) -> dict[str, Any]:
