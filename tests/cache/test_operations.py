@@ -66,10 +66,6 @@ class Operations(RuleBasedStateMachine):
     def begin(self, config, family, offload, paddings, counts_columns):
         self.model, self.reference, self.family = MODELS[family], REFERENCES[family], family
         self.config, self.offload, self.counts_columns = config, offload, counts_columns
-        if offload and config.select_stride is not None:
-            with refused("offload=True"):
-                self.new_cache()
-            self.offload = False
         self.cache, self.seed = self.new_cache(), 0
         self.start(paddings)
 

@@ -261,7 +261,7 @@ def test_folders_and_bounds_that_cannot_be(model, tmp_path):
     for name, message in [
         ("thesis", "holds chapter.txt: choose a new or an empty folder"),
         ("broken", "its store.json is not readable"),
-        ("file", "cannot be used: File exists"),
+        ("file", "the prefix store .*file cannot be written to: it is no folder"),
     ]:
         with pytest.raises(SettingsError, match=message):
             PrefixStore(tmp_path / name, 10**6, model)
