@@ -62,4 +62,6 @@ def _not_writable(setting: str, folder: str | Path, error: OSError) -> str:
 
 def _named(setting: str, folder: str | Path) -> str:
     """An option or a setting with its value, shortened if it is long."""
-    return f"{setting}{' ' if setting.startswith('--') or ' ' in setting else '='}{str(folder)[:200]}".replace("\0", "\\0")
+    return f"{setting}{' ' if setting.startswith('--') or ' ' in setting else '='}{str(folder)[:200]}".replace(
+        "\0", "\\0"
+    )

@@ -99,7 +99,7 @@ NUMBERS = {
     "strides": COUNT,
     "task_length": COUNT,
     "temperature": Range(1e-4, 1e4, hint="leave out --sample for the likeliest token"),
-    "stop_after": SECONDS,
+    "stop_after": Range(0, SECONDS.most),
     "top_p": Range(1e-6, 1),
     "within": Range(0, 1e6, hint="it is a share of full attention's perplexity"),
 }

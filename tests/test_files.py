@@ -97,7 +97,9 @@ def test_refusals_name_the_setting(tmp_path):
     with pytest.raises(SettingsError, match="--output: .*mine.partial is needed and holds other files"):
         complete_folder(tmp_path / "mine", KIND).__enter__()
     (tmp_path / "file").touch()
-    with pytest.raises(SettingsError, match="--output .*made cannot be written to: .*file is no folder; choose another"):
+    with pytest.raises(
+        SettingsError, match="--output .*made cannot be written to: .*file is no folder; choose another"
+    ):
         complete_folder(tmp_path / "file" / "made", KIND).__enter__()
 
 

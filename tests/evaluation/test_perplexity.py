@@ -335,7 +335,7 @@ def test_reports_of_something_else_are_not_compared(tmp_path):
         (("evaluation", "warnings"), [None, 3]),
         (("evaluation", "results"), [None, 3, {}, [3], [None], []]),
         (("evaluation", "results", 0), [None, 3, {}, "x"]),
-        (("evaluation", "results", 0, "losses"), [None, 3, [], ["1"], [None], {"a": 1}]),
+        (("evaluation", "results", 0, "losses"), [None, 3, [], ["one"], [None], {"a": 1}]),
         (("evaluation", "results", 0, "budget"), ["6", []]),
         (("evaluation", "results", 1, "effective_strides"), [None, 3, {"x": 1}, {"0": "x"}]),
         (("evaluation", "results", 1, "config"), [3, "x", {"stride": -1}, {"strid": 1}]),

@@ -91,7 +91,7 @@ elif name == "train":
     if "broken" in os.environ and "whole-0" in run["output"]:
         sys.exit(1)
     made = Path(run["output"], "checkpoints", f"step-{run['steps']:07d}")
-    made.mkdir(parents=True)
+    made.mkdir(parents=True, exist_ok=True)  # every rank comes here
     (made / "run.yaml").write_text(yaml.safe_dump(settings))
     state = {"step": run["steps"], "tokens": 1, "world_size": 1, "zero_stage": 0, "rows": "f"}
     (made / "state.json").write_text(json.dumps(state))

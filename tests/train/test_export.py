@@ -20,6 +20,7 @@ from refreshkv import RefreshCache, RefreshConfig, parity
 from refreshkv.data.config import DataConfig
 from refreshkv.evaluation.perplexity.report import build_report, protocol, write_report
 from refreshkv.evaluation.perplexity.results import Evaluation, Result
+from refreshkv.evaluation.strategies import build_strategies
 from refreshkv.files import RECORD_FILE, write_record
 from refreshkv.settings import SettingsError, load_settings
 from refreshkv.train import export as export_module
@@ -312,7 +313,7 @@ def make_report(folder):
         Result("refresh S=4", REFRESH, 8, [1.2, 1.3], 0.1, {0: 4.0, 1: 4.0}),
     ]
     evaluation = Evaluation(results, rows=16, row_length=48, last_tokens=2, warnings=["only 16 rows"])
-    measured = protocol("fingerprint", "test", 16, 48, 2, [])
+    measured = protocol("fingerprint", "test", 16, 48, 2, build_strategies(["full", "refresh:4"], REFRESH))
     report = build_report(evaluation, measured, "model", {}, "python launch/evaluate.py")
     folder.mkdir()
     write_report(folder, report)
