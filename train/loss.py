@@ -78,6 +78,10 @@ class CausalLossModel(nn.Module):
         """Device of the transformers model, which an evaluation reads."""
         return self.causal_lm.device
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The transformers model's embeddings of tokens, which an evaluation reads the vocabulary's size from."""
+        return self.causal_lm.get_input_embeddings()
+
     def train(self, mode: bool = True) -> "CausalLossModel":
         """Sets training mode here and in the transformers model, whose own flag no child shares."""
         self.causal_lm.training = mode

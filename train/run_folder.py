@@ -31,7 +31,7 @@ BEFORE_A_RUN = (IDENTITY_FILE, f".{IDENTITY_FILE}{PARTIAL}", f".{RUN_FILE}{PARTI
 """Files that a job leaves in its folder if it is killed before it has written `RUN_FILE`: no run has begun."""
 WRITTEN = (
     *(RUN_FILE, METRICS_FILE, *BEFORE_A_RUN, f".{METRICS_FILE}{PARTIAL}", "stuck-rank-*.txt"),
-    *("tensorboard", "tensorboard/events.out.tfevents.*", "checkpoints", "checkpoints/zero_to_fp32.py"),
+    *("tensorboard", "tensorboard/events.out.tfevents.*", "checkpoints", "checkpoints/zero_to_*.py"),
     *("checkpoints/latest", "checkpoints/latest_universal", f"checkpoints/.step-*{REMOVED}"),
 )
 """What a run writes into its folder, besides its checkpoints."""

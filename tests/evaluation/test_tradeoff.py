@@ -295,7 +295,7 @@ def test_command_line(launch, place, tmp_path, monkeypatch, capsys):  # noqa: F8
         ([*grid, "refresh.stride=4"], "refresh.key=value means nothing with --grid"),
         (["--within", "0"], "--within means nothing without --grid"),
         (["--data", "other"], "--data: only --grid takes several folders"),
-        ([*grid, "--within", "-1"], "--within is a share of full attention's perplexity"),
+        ([*grid, "--within", "-1"], "--within must be .*; it is a share of full attention's perplexity"),
         ([*grid, "--data", str(tmp_path / "other")], "--data names two folders alike"),
         (["--grid", "nothing"], "there is no file nothing, and no config of that name"),
     ]:

@@ -277,7 +277,7 @@ def test_sources_to_fetch_name_packages_and_paths_inside_them(kind, change):
 def test_names_that_become_folders_are_plain(tmp_path, setting, name):
     values = experiment_settings(tmp_path)
     values[setting][name] = next(iter(values[setting].values()))
-    with pytest.raises(SettingsError, match=f"^{setting}: .* becomes the name of a folder"):
+    with pytest.raises(SettingsError, match=f"^{setting}: .* (becomes the name of a folder|must be text)"):
         settings_from_dict(ExperimentConfig, values)
     assert not (tmp_path / "runs").exists()
 

@@ -286,7 +286,7 @@ def test_plain_steps_among_the_others(rows, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(rows, tmp_path):
-    training = {"learning_rate": 1e30, "save_every": 1, "warmup_steps": 0, "max_grad_norm": 0}
+    training = {"learning_rate": 1000.0, "weight_decay": 1000.0, "save_every": 1, "warmup_steps": 0, "max_grad_norm": 0}
     simulation = {"pattern": "off", "prompt_length": None}
     config = write_config(run_settings(rows, tmp_path / "run", training=training, simulation=simulation))
     job = Ranks(1, tmp_path / "printed.txt", run_script, ["--config", str(config)])
