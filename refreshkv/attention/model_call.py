@@ -208,7 +208,7 @@ def _begin_decoder_call(module: Any, args: tuple, kwargs: dict[str, Any]) -> tup
 
 def _end_call(module: Any, args: tuple, output: Any) -> None:
     """After the model or its decoder, also where an error broke it off: then there is no output."""
-    module.refreshkv_calls.end(module, is_complete=output is not None and not _is_compiled(module))
+    module.refreshkv_calls.end(module, is_complete=output is not None)
 
 
 def _add_keywords(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -274,11 +274,6 @@ def _described(windows: list[int | None]) -> str:
     sliding = [window for window in windows if window is not None]
     more = f", {len(sliding)} of them with a window of {sliding[0]} tokens" if sliding else ""
     return f"{len(windows)} layers{more}"
-
-
-def _is_compiled(module: Any) -> bool:
-    """Whether `module.forward` is what torch.compile returned: compiled layers do not say that they took part."""
-    return hasattr(module.forward, "_torchdynamo_orig_callable")
 
 
 def _position_embeddings(keywords: dict[str, Any]) -> Tensor | None:
