@@ -177,7 +177,7 @@ def _validate_start(cache: PreallocatedCache, starts: list[RowStart], past: int,
             f"{expected}: it covers the cached ones too"
         )
     for row, (before, now) in enumerate(zip(known, starts, strict=True)):
-        if None not in (before.offset, now.offset) and before.offset != now.offset:
+        if before.offset is not None and now.offset is not None and before.offset != now.offset:
             raise ValueError(
                 f"the position_ids of row {row} are {now.offset - before.offset:+} from those that follow the "
                 f"{past} tokens in the cache: give positions that count on (None counts columns, padding too), and to "

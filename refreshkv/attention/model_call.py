@@ -259,7 +259,9 @@ def _is_static(cache: Any) -> bool:
 
 def _validate_layers(cache: PreallocatedCache, windows: list[int | None]) -> None:
     """Refuses a cache that was made for a model of other layers."""
-    held = [None if isinstance(layer, PreallocatedLayer) else layer.sliding_window for layer in cache.layers]
+    held = [
+        None if isinstance(layer, PreallocatedLayer) else getattr(layer, "sliding_window", 0) for layer in cache.layers
+    ]
     if held != windows:
         raise ValueError(
             f"the {type(cache).__name__} is for a model of {_described(held)}, and this one has {_described(windows)}: "
