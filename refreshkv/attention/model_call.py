@@ -150,7 +150,7 @@ class ModelCalls:
             raise RuntimeError(
                 f"layers {missing} of {type(owner).__name__} took no part in {what}: their attention does not go "
                 "through the attention interface in this pass; with activation checkpointing and a cache, call "
-                "model.eval() first"
+                "model.eval() first, and if layers are compiled one by one, compile the whole model instead"
             )
 
 
@@ -260,8 +260,7 @@ def _is_static(cache: Any) -> bool:
 def _validate_layers(cache: PreallocatedCache, windows: list[int | None]) -> None:
     """Refuses a cache that was made for a model of other layers."""
     held = [
-        None if isinstance(layer, PreallocatedLayer) else getattr(layer, "sliding_window", None)
-        for layer in cache.layers
+        None if isinstance(layer, PreallocatedLayer) else getattr(layer, "sliding_window", 0) for layer in cache.layers
     ]
     if held != windows:
         raise ValueError(

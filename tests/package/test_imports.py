@@ -69,7 +69,9 @@ def command(*arguments):
     except SystemExit as end:
         print("exit code", end.code)
 
-json.dump({{"text": open("{root}/CHANGELOG.md").read() * 4}}, open("text.jsonl", "w"))
+with open("text.jsonl", "w") as file:  # of many documents some fall into each split, whatever is in them
+    for number in range(40):
+        print(json.dumps({{"text": f"{{number}} " + open("{root}/CHANGELOG.md").read()}}), file=file)
 command(
     "prepare", "data.folder=rows", "data.path=json", "data.data_files=text.jsonl", "data.row_length=96",
     "data.tokenizer={root}/base/python-4m",
