@@ -6,6 +6,7 @@ from transformers import Trainer, TrainingArguments
 
 from refreshkv import RefreshConfig, SettingsError, SimulationConfig, enable, simulate
 from refreshkv.simulation.draw import draw_simulation
+from refreshkv.simulation.padding import LeftPadding
 from tests.helpers.models import random_ids, tiny_model
 
 REFRESH = RefreshConfig(budget=6, stride=3)
@@ -165,3 +166,12 @@ def test_short_sequences_stay_plain():
         assert simulation.draw(50) is None and simulation.draw(1) is None and simulation.draw(51) is not None
         ids = random_ids(1, 20)
         assert torch.equal(model(input_ids=ids).logits, other(input_ids=ids).logits)
+
+
+def test_left_padding_moves_the_padding_of_a_collator():
+    ids, mask = torch.tensor([[5, 6, 7, 0, 0], [1, 2, 3, 4, 5]]), torch.tensor([[1, 1, 1, 0, 0], [1] * 5])
+    labels = ids.masked_fill(mask == 0, -100)
+    batch = LeftPadding(lambda features: {"input_ids": ids, "attention_mask": mask, "labels": labels, "n": 2})([])
+    assert batch["input_ids"].tolist() == [[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]] and batch["n"] == 2
+    assert batch["attention_mask"].tolist() == [[0, 0, 1, 1, 1], [1] * 5]
+    assert batch["labels"].tolist() == [[-100, -100, 5, 6, 7], [1, 2, 3, 4, 5]]
