@@ -195,12 +195,12 @@ def _streaming(config: RefreshConfig, arguments: list[str]) -> Strategy:
     if isinstance(config.budget, int) and config.budget <= sinks:
         raise ValueError(f"budget={config.budget} leaves no room beside {sinks} sink tokens: make it larger")
     name = "StreamingLLM" + (f" with {sinks} sinks" if arguments else "")
-    return _evicting(name, StreamingCache, budget=config.budget, sink_tokens=sinks)
+    return _baseline(name, StreamingCache, budget=config.budget, sink_tokens=sinks)
 
 
 def _h2o(config: RefreshConfig, arguments: list[str]) -> Strategy:
     _at_most(arguments, 0, "h2o")
-    return _evicting("H2O", H2OCache, budget=config.budget)
+    return _baseline("H2O", H2OCache, budget=config.budget)
 
 
 def _snapkv(config: RefreshConfig, arguments: list[str]) -> Strategy:
@@ -212,7 +212,7 @@ def _snapkv(config: RefreshConfig, arguments: list[str]) -> Strategy:
         raise ValueError(f"pooling must be max or average, got {pooling}")
     name = "SnapKV" + (f" window {window} kernel {kernel} {pooling}" if arguments else "")
     options = {"observation_window": window, "kernel": kernel, "pooling": pooling}
-    return _evicting(name, SnapKVCache, budget=config.budget, **options)
+    return _baseline(name, SnapKVCache, budget=config.budget, **options)
 
 
 def _grouped(config: RefreshConfig, arguments: list[str]) -> Strategy:
@@ -237,10 +237,10 @@ def _without_full_attention(config: RefreshConfig, arguments: list[str]) -> Stra
 def _ablation(name: str, config: RefreshConfig, arguments: list[str], **changed: Any) -> Strategy:
     """RefreshKV with a fixed schedule and the paper's selection, and one part changed."""
     stride = _number(int, "STRIDE", arguments[0]) if arguments else config.stride
-    return _evicting(f"{name} S={stride}", AblationCache, budget=config.budget, stride=stride, **changed)
+    return _baseline(f"{name} S={stride}", AblationCache, budget=config.budget, stride=stride, **changed)
 
 
-def _evicting(name: str, kind: Callable[..., Cache], **settings: Any) -> Strategy:
+def _baseline(name: str, kind: Callable[..., Cache], **settings: Any) -> Strategy:
     """A strategy of a baseline's cache, which takes the settings as keywords."""
     return Strategy(name, {"cache": kind.__name__, **settings}, lambda model, tokens: kind(model, tokens, **settings))
 

@@ -131,9 +131,10 @@ def _flush() -> None:
 
 
 def _standard_output_fails(error: Exception) -> bool:
-    """Whether `error` comes from writing to standard output. What waits to be written is thrown away then.
+    """Whether `error` comes from writing to standard output; if so, what is buffered there is thrown away.
 
-    An `OSError` without a file's name may: one more character shows it, where no terminal and no pipe would show that.
+    Only an `OSError` without a file's name can come from there. The function then writes a line break: if that fails
+    too, standard output is at fault. It writes none to a terminal or a pipe, where a reader would see it.
     """
     if not isinstance(error, OSError) or error.filename is not None or sys.stdout is None:
         return False

@@ -29,8 +29,6 @@ RECOMMENDED: dict[str, Any] = {
 """What `RefreshConfig.recommended` changes in the paper's settings. docs/results.md says how it was chosen."""
 PRESETS = {"paper": {}, "recommended": RECOMMENDED}
 """Named settings: `refresh: NAME` in YAML files, refresh=NAME on command lines, or `preset: NAME` beside others."""
-LARGEST_BUDGET = LARGEST_COUNT
-"""Largest budget in tokens: kernels count tokens in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -229,8 +227,8 @@ def _share_from_percent(text: str) -> float:
 def _validate_budget(budget: Any) -> None:
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
         raise SettingsError(f"budget must be a number of tokens >= 1 or a fraction of the prompt, got {show(budget)}")
-    if isinstance(budget, int) and budget > LARGEST_BUDGET:
-        raise SettingsError(f"budget={show(budget)} must be <= {LARGEST_BUDGET}; for all of a prompt write 1.0")
+    if isinstance(budget, int) and budget > LARGEST_COUNT:
+        raise SettingsError(f"budget={show(budget)} must be <= {LARGEST_COUNT}; for all of a prompt write 1.0")
     if isinstance(budget, float) and not budget <= 1:
         raise SettingsError(
             f"budget={budget!r} is a fraction of the prompt and must be <= 1; write a whole number for tokens"

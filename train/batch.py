@@ -7,6 +7,7 @@ from torch import Tensor
 
 from refreshkv.attention.sequence_parallel import columns
 from refreshkv.config import Simulation, Trace
+from refreshkv.simulation.positions import decoded_positions, partial_positions
 
 
 class Batch(NamedTuple):
@@ -56,24 +57,6 @@ def make_batch(rows: dict[str, Tensor], loss_on: str, device: torch.device) -> B
         counted = answer_targets(rows["prompt_length"].to(device), rows["answer_length"].to(device), length)
     counted[:, -1] = False
     return Batch(ids, torch.arange(length, device=device).expand_as(ids), targets, counted)
-
-
-def partial_positions(simulation: Simulation | None, positions: Tensor) -> Tensor:
-    """Which of `positions` (any shape, int64) predict from the small cache in every layer: bool, the same shape.
-
-    Under the similarity schedule the layers decide differently at a decision step, so none of these counts as partial.
-    """
-    if simulation is None:
-        return torch.zeros_like(positions, dtype=torch.bool)
-    step = positions - (simulation.prompt_length - 1)
-    return (step > 0) & (step % simulation.config.stride != 0)
-
-
-def decoded_positions(simulation: Simulation | None, positions: Tensor) -> Tensor:
-    """Which of `positions` (any shape, int64) come after the prompt: bool, the same shape."""
-    if simulation is None:
-        return torch.zeros_like(positions, dtype=torch.bool)
-    return positions >= simulation.prompt_length
 
 
 def answer_targets(prompt_length: Tensor, answer_length: Tensor, length: int) -> Tensor:

@@ -5,21 +5,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch.distributed as dist
-import xxhash
 
+from refreshkv.checksums import content_checksum
 from refreshkv.files import flush_to_disk, write_json
 
 MANIFEST_FILE = "manifest.json"
-CHUNK = 1 << 22
-
-
-def checksum(file: Path) -> str:
-    """Checksum of a file: xxh3 of 128 bits, in hexadecimal. It is many times faster than a disk."""
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as content:
-        while chunk := content.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def write_manifest(folder: Path, rank: int = 0, world: int = 1) -> None:
@@ -30,7 +20,7 @@ def write_manifest(folder: Path, rank: int = 0, world: int = 1) -> None:
     entries = {}
     for file in _files(folder)[rank::world]:
         flush_to_disk(file)
-        entries[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "xxh3_128": checksum(file)}
+        entries[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "xxh3_128": content_checksum(file)}
     shares = gather(entries, world)
     if rank == 0:
         whole = {name: entry for share in shares for name, entry in sorted(share.items())}
@@ -69,7 +59,7 @@ def _damage(file: Path, entry: dict) -> str | None:
         size = file.stat().st_size
         if size != entry["bytes"]:
             return f"{file.name} has {size:,} bytes instead of {entry['bytes']:,}"
-        return None if checksum(file) == entry["xxh3_128"] else f"the checksum of {file.name} is wrong"
+        return None if content_checksum(file) == entry["xxh3_128"] else f"the checksum of {file.name} is wrong"
     except OSError as error:
         return f"{file.name} cannot be read ({error.strerror})"
 

@@ -1,7 +1,7 @@
 """Countdown: search how four numbers make a fifth, and write the search (LongProc, Ye et al., arXiv 2501.05414)."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -72,15 +72,25 @@ class Countdown(Family):
         return Problem(problem.fields, problem.answer, problem.references, examples)
 
     def score(self, prediction: str, references: Any) -> dict[str, float]:
-        """score: LongProc's accuracy, 1 for three equations that use all numbers and end in the target, whatever the
-        search. partial: 1 for those, else the share of leading right lines of the search."""
-        solution = between_tags(prediction, "Solution")
-        if solution is not None and is_solution(solution, references["numbers"], references["target"]):
-            return {"score": 1.0, "partial": 1.0}
-        if HEADING not in prediction:
-            return {"score": 0.0, "partial": 0.0}
-        lines = prediction.rpartition(HEADING)[2].strip().split("\n")
-        return {"score": 0.0, "partial": leading_matches(lines, references["search"]) / len(references["search"])}
+        """As `search_scores`."""
+        return search_scores(prediction, references, HEADING, leading_matches)
+
+
+def search_scores(
+    prediction: str, references: dict[str, Any], heading: str, leading: Callable[[list[str], list[str]], int]
+) -> dict[str, float]:
+    """score: LongProc's accuracy, 1 for three equations that use all numbers and end in the target, whatever the
+    search. partial: 1 for those, else the share of leading right lines of the search below the last `heading`.
+
+    references: `numbers`, `target`, and the lines of the `search`. leading: (found, expected) -> leading right lines.
+    """
+    solution = between_tags(prediction, "Solution")
+    if solution is not None and is_solution(solution, references["numbers"], references["target"]):
+        return {"score": 1.0, "partial": 1.0}
+    if heading not in prediction:
+        return {"score": 0.0, "partial": 0.0}
+    lines = prediction.rpartition(heading)[2].strip().split("\n")
+    return {"score": 0.0, "partial": leading(lines, references["search"]) / len(references["search"])}
 
 
 def search(numbers: list[int], target: int) -> tuple[list[str], list[str]]:

@@ -70,12 +70,16 @@ class HtmlTable(Family):
         )
 
     def score(self, prediction: str, references: Any) -> dict[str, float]:
-        """LongProc's F1 over table lines, with precision and recall. Case, punctuation, articles and spaces of cells do
-        not matter, nor does the order of lines."""
-        found = read_table(_fenced(prediction))
-        precision, recall = row_overlap(found, read_table(references))
-        both = precision + recall
-        return {"score": 2 * precision * recall / both if both else 0.0, "precision": precision, "recall": recall}
+        """As `table_scores`."""
+        return table_scores(prediction, references)
+
+
+def table_scores(prediction: str, table: str) -> dict[str, float]:
+    """LongProc's F1 over table lines, with precision and recall. Case, punctuation, articles and spaces of cells do not
+    matter, nor does the order of lines."""
+    precision, recall = row_overlap(read_table(_fenced(prediction)), read_table(table))
+    both = precision + recall
+    return {"score": 2 * precision * recall / both if both else 0.0, "precision": precision, "recall": recall}
 
 
 def read_table(text: str) -> list[tuple[str, ...]]:

@@ -4,23 +4,22 @@
 `prompts.yaml` and the problems of each level, such as `html_to_tsv/html_to_tsv_0.5k.json`.
 """
 
-import json
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, Literal
 
-import yaml
-
-from refreshkv.data.tasks.countdown import is_solution
+from refreshkv.data.tasks.countdown import search_scores
 from refreshkv.data.tasks.family import Family, Problem
-from refreshkv.data.tasks.html_table import HtmlTable
+from refreshkv.data.tasks.html_table import table_scores
 from refreshkv.data.tasks.longproc_search import SEARCH_HEADING, leading_actions, written_search
-from refreshkv.data.tasks.path_traversal import PathTraversal
-from refreshkv.data.tasks.scoring import between_tags
+from refreshkv.data.tasks.path_traversal import route_scores
 from refreshkv.data.tasks.template import Template
+from refreshkv.data.tasks.values import file_state
+from refreshkv.reading import read_json, read_text, read_yaml_value
 from refreshkv.settings import SettingsError
 
 COUNTDOWN_EXAMPLES = (([40, 19, 23, 7], 29), ([9, 16, 6, 18], 12))
@@ -44,7 +43,7 @@ class Released(Family):
 
     folder: ClassVar[str]
     """The task's folder."""
-    columns: ClassVar[dict[str, type | tuple[type, ...]]]
+    columns: ClassVar[dict[str, type]]
     """Columns that every problem must have, and their types."""
 
     def __post_init__(self) -> None:
@@ -58,7 +57,8 @@ class Released(Family):
 
     @property
     def wording(self) -> Template:
-        return {"prompt": _read_prompt(self.data, self.folder), "answer_prefix": ""}
+        path = Path(self.data) / self.folder / "prompts.yaml"
+        return {"prompt": _read_prompt(path, file_state(str(path))), "answer_prefix": ""}
 
     def largest_size(self, index: int) -> int | None:
         return 1
@@ -80,7 +80,7 @@ class Released(Family):
         return Path(self.data) / self.folder / f"{self.folder}_{self.level}.json"
 
     def _records(self) -> list[dict[str, Any]]:
-        return _read_records(self._file(), tuple(self.columns.items()))
+        return _read_records(self._file(), tuple(self.columns.items()), file_state(str(self._file())))
 
 
 @dataclass(frozen=True)
@@ -88,19 +88,19 @@ class ReleasedHtmlTable(Released):
     """LongProc's HTML to TSV: real web pages."""
 
     folder: ClassVar[str] = "html_to_tsv"
-    columns: ClassVar[dict[str, type | tuple[type, ...]]] = dict.fromkeys(
+    columns: ClassVar[dict[str, type]] = dict.fromkeys(
         ("html_path", "task_topic", "task_description", "filtering_instruction", "tsv_header", "gt"), str
     )
 
     def _problem(self, record: dict[str, Any]) -> Problem:
         names = ("task_topic", "task_description", "filtering_instruction", "tsv_header")
-        page = _read_text(_inside(Path(self.data) / self.folder, record["html_path"]))
+        page = _read(read_text, _inside(Path(self.data) / self.folder, record["html_path"]))
         fields = {"html_str": page, **{name: record[name] for name in names}}
         return Problem(fields, answer=f"```tsv\n{record['gt']}\n```", references=record["gt"])
 
     def score(self, prediction: str, references: Any) -> dict[str, float]:
-        """LongProc's F1 over table lines, with precision and recall, see `HtmlTable.score`."""
-        return HtmlTable.score(self, prediction, references)  # type: ignore[arg-type]
+        """As `table_scores`."""
+        return table_scores(prediction, references)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class ReleasedPathTraversal(Released):
     """LongProc's path traversal: routes between real cities."""
 
     folder: ClassVar[str] = "path_traversal"
-    columns: ClassVar[dict[str, type | tuple[type, ...]]] = {
+    columns: ClassVar[dict[str, type]] = {
         "context_nl": str,
         "question_repr": list,
         "answer_nl": str,
@@ -121,8 +121,8 @@ class ReleasedPathTraversal(Released):
         return Problem(fields, answer=f"<Route>\n{route}\n</Route>", references=route.split("\n"))
 
     def score(self, prediction: str, references: Any) -> dict[str, float]:
-        """score: 1 for the whole route, else 0; partial: the share of leading right lines."""
-        return PathTraversal.score(self, prediction, references)  # type: ignore[arg-type]
+        """As `route_scores`."""
+        return route_scores(prediction, references)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class ReleasedCountdown(Released):
     """Tokens of a prompt and its answer together; an error says if a prompt needs more."""
 
     folder: ClassVar[str] = "countdown"
-    columns: ClassVar[dict[str, type | tuple[type, ...]]] = {"nums": list, "target": int}
+    columns: ClassVar[dict[str, type]] = {"nums": list, "target": int}
 
     def _problem(self, record: dict[str, Any]) -> Problem:
         numbers, target = record["nums"], record["target"]
@@ -145,15 +145,8 @@ class ReleasedCountdown(Released):
         )
 
     def score(self, prediction: str, references: Any) -> dict[str, float]:
-        """score: LongProc's accuracy, 1 for three right equations that use all numbers and end in the target, whatever
-        the search. partial: 1 for those, else the share of leading right lines of the search."""
-        solution = between_tags(prediction, "Solution")
-        if solution is not None and is_solution(solution, references["numbers"], references["target"]):
-            return {"score": 1.0, "partial": 1.0}
-        if SEARCH_HEADING not in prediction:
-            return {"score": 0.0, "partial": 0.0}
-        found = prediction.rpartition(SEARCH_HEADING)[2].strip().split("\n")
-        return {"score": 0.0, "partial": leading_actions(found, references["search"]) / len(references["search"])}
+        """As `search_scores`, with lines of the search that agree as `leading_actions` says."""
+        return search_scores(prediction, references, SEARCH_HEADING, leading_actions)
 
 
 RELEASED: dict[str, type[Released]] = {
@@ -173,23 +166,18 @@ def _solved_examples() -> str:
 
 
 @lru_cache(maxsize=8)
-def _read_prompt(data: str, folder: str) -> str:
-    path = Path(data) / folder / "prompts.yaml"
-    try:
-        parts = yaml.safe_load(_read_text(path))
-    except yaml.YAMLError as error:
-        raise SettingsError(f"data: {path} is not readable YAML: {' '.join(str(error).split())}") from None
+def _read_prompt(path: Path, state: tuple | None) -> str:
+    """The prompt with its placeholders. state: the file's `file_state`, part of what is remembered."""
+    parts = _read(read_yaml_value, path)
     if not isinstance(parts, dict) or not isinstance(parts.get("USER_PROMPT"), str):
         raise SettingsError(f"data: {path} has no text USER_PROMPT: copy LongProc's folder again")
     return parts["USER_PROMPT"]
 
 
 @lru_cache(maxsize=8)
-def _read_records(path: Path, columns: tuple[tuple[str, type], ...]) -> list[dict[str, Any]]:
-    try:
-        records = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise SettingsError(f"data: {path} is not readable JSON: {error}") from None
+def _read_records(path: Path, columns: tuple[tuple[str, type], ...], state: tuple | None) -> list[dict[str, Any]]:
+    """The problems of a file, all with these columns. state: as in `_read_prompt`."""
+    records = _read(read_json, path)
     if not isinstance(records, list) or not records:
         raise SettingsError(f"data: {path} must be a list of problems: copy LongProc's folder again")
     for number, record in enumerate(records):
@@ -199,14 +187,13 @@ def _read_records(path: Path, columns: tuple[tuple[str, type], ...]) -> list[dic
     return records
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+def _read(read: Callable[[Path, str], Any], path: Path) -> Any:
+    """What `read`, a function of `refreshkv.reading`, returns of a file of LongProc's folder."""
+    if not path.is_file():
         raise SettingsError(
-            f"data: {path} cannot be read ({reason}); name a copy of the folder `data` of LongProc's repository"
-        ) from None
+            f"data: {path} cannot be read (it is no file); name a copy of the folder `data` of LongProc's repository"
+        )
+    return read(path, "data")
 
 
 def _inside(folder: Path, name: str) -> Path:

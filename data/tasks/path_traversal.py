@@ -64,11 +64,15 @@ class PathTraversal(Family):
         )
 
     def score(self, prediction: str, references: Any) -> dict[str, float]:
-        """score: LongProc's accuracy, 1 for the whole route, else 0. partial: the share of leading right lines."""
-        route = between_tags(prediction, "Route")
-        lines = [] if route is None else route.split("\n")
-        leading = leading_matches(lines, references)
-        return {"score": float(lines == references), "partial": leading / len(references)}
+        """As `route_scores`."""
+        return route_scores(prediction, references)
+
+
+def route_scores(prediction: str, route: list[str]) -> dict[str, float]:
+    """score: LongProc's accuracy, 1 for the whole route, else 0. partial: the share of leading right lines."""
+    found = between_tags(prediction, "Route")
+    lines = [] if found is None else found.split("\n")
+    return {"score": float(lines == route), "partial": leading_matches(lines, route) / len(route)}
 
 
 def _other(random: Random, cities: list[str], city: str) -> str:

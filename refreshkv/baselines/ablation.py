@@ -8,6 +8,7 @@ Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `G = H / Hkv`, `
 slots of a selection.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +18,17 @@ from transformers import PretrainedConfig
 from refreshkv.cache.layer import RefreshLayer
 from refreshkv.cache.preallocated import Phase, PreallocatedCache
 from refreshkv.config import RefreshConfig
-from refreshkv.ops.naive.selection import best_positions, pool
+from refreshkv.ops.naive.selection import best_positions, observed_probabilities, pool
 from refreshkv.ops.naive.step import decode
 from refreshkv.ops.state import LAST_FULL, PADDING, PROMPT_LENGTH, FullSteps
 from refreshkv.settings import SettingsError
 
-GROUPS = ("max", "mean", "first")
+GROUPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "max": lambda probabilities: probabilities.amax(dim=2),
+    "mean": lambda probabilities: probabilities.mean(dim=2),
+    "first": lambda probabilities: probabilities[:, :, 0],
+}
+"""Probabilities of the group's query heads (B, Hkv, G, N, L) -> scores of their key/value head (B, Hkv, N, L)."""
 
 
 @dataclass(frozen=True)
@@ -86,25 +92,11 @@ class AblationLayer(RefreshLayer):
         (B, Hkv, W)."""
         _, budgets, left_padding, _ = self.row_state.unbind(1)
         options, positions = self.config.selection_options(), last[:, None]
-        scores = group_scores(query, key, left_padding, scaling, self.settings.group)
+        probabilities = observed_probabilities(query.unsqueeze(3), key, positions, left_padding, scaling)
+        scores = GROUPS[self.settings.group](probabilities.squeeze(4))  # (B, Hkv, 1, L)
         scores = pool(scores, positions, left_padding, options.pool_kernel)
         steps = FullSteps(positions, budgets, left_padding, self.width, droppable=self.width)
         return best_positions(scores, steps, options).squeeze(2)
-
-
-def group_scores(query: Tensor, key: Tensor, left_padding: Tensor, scaling: float, group: str) -> Tensor:
-    """The score that a step gives each position: query (B, H, 1, D), key (B, Hkv, L, D) -> (B, Hkv, 1, L) float32.
-
-    The softmax probabilities of the group's heads, their maximum or mean, or those of the first head.
-    """
-    kv_heads, wide = key.shape[1], torch.promote_types(query.dtype, torch.float32)
-    grouped = query.squeeze(2).unflatten(1, (kv_heads, -1)).to(wide)  # (B, Hkv, G, D)
-    logits = grouped @ key.to(wide).transpose(-1, -2) * scaling  # (B, Hkv, G, L)
-    hidden = torch.arange(key.shape[2], device=key.device) < left_padding[:, None]
-    probabilities = logits.masked_fill(hidden[:, None, None], -torch.inf).softmax(dim=-1).float()
-    if group == "first":
-        return probabilities[:, :, :1]
-    return probabilities.mean(dim=2, keepdim=True) if group == "mean" else probabilities.amax(dim=2, keepdim=True)
 
 
 class AblationCache(PreallocatedCache):

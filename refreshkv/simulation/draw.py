@@ -46,6 +46,7 @@ def with_strides(
 
 
 def never_refreshed(refresh: RefreshConfig) -> RefreshConfig:
+    """The settings without full or selecting steps after the prompt."""
     return with_strides(refresh, NEVER, None, None)
 
 
@@ -63,11 +64,8 @@ def effective_strides(simulation: Simulation | None, length: int, trace: Trace |
     """
     if simulation is None:
         return {}
-    decoded, stride, select_stride = (
-        length - simulation.prompt_length,
-        simulation.config.stride,
-        simulation.config.select_stride,
-    )
+    decoded = length - simulation.prompt_length
+    stride, select_stride = simulation.config.stride, simulation.config.select_stride
     if trace is not None and trace.full_steps:
         full = _mean_steps(trace.full_steps, simulation.prompt_length)
         selecting = _mean_steps(trace.selecting_steps, simulation.prompt_length)

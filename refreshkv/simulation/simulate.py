@@ -18,6 +18,7 @@ from refreshkv.attention.enable import enable
 from refreshkv.config import RefreshConfig, Simulation
 from refreshkv.settings import SettingsError
 from refreshkv.simulation.draw import draw_simulation
+from refreshkv.simulation.positions import partial_positions
 from refreshkv.simulation.settings import SimulationConfig
 
 LOSS_CHUNK = 1024
@@ -57,16 +58,19 @@ def simulate(
 
 @dataclass
 class LossFigures:
-    """Sums of losses since the last report, by the kind of position that predicts."""
+    """Sums of losses since the last report, by the kind of position that predicts.
 
-    sums: dict[str, float] = field(default_factory=lambda: {"full": 0.0, "partial": 0.0})
-    tokens: dict[str, int] = field(default_factory=lambda: {"full": 0, "partial": 0})
+    They stay on the device: only `report` reads them, so that no pass waits for the device.
+    """
+
+    sums: dict[str, float | Tensor] = field(default_factory=lambda: {"full": 0.0, "partial": 0.0})
+    tokens: dict[str, int | Tensor] = field(default_factory=lambda: {"full": 0, "partial": 0})
     passes: int = 0
     plain_passes: int = 0
 
     def report(self) -> dict[str, float]:
         """The mean losses in nats, without a kind that had no token, and the share of plain passes."""
-        means = {f"loss {kind}": self.sums[kind] / count for kind, count in self.tokens.items() if count}
+        means = {f"loss {kind}": float(self.sums[kind] / count) for kind, count in self.tokens.items() if count}
         return {**means, "plain share": self.plain_passes / self.passes} if self.passes else {}
 
 
@@ -151,10 +155,10 @@ class TrainingSimulation:
             return
         losses = _next_token_losses(logits, labels)
         counted = labels[:, 1:] != -100
-        partial = _predicts_partially(self._current, labels.shape[1] - 1, labels.device)
+        partial = partial_positions(self._current, torch.arange(labels.shape[1] - 1, device=labels.device))
         for kind, where in (("full", counted & ~partial), ("partial", counted & partial)):
-            self.figures.sums[kind] += float(losses[where].double().sum())
-            self.figures.tokens[kind] += int(where.sum())
+            self.figures.sums[kind] += losses.double().where(where, 0.0).sum()
+            self.figures.tokens[kind] += where.sum()
 
 
 class _Callback(TrainerCallback):
@@ -205,14 +209,3 @@ def _next_token_losses(logits: Tensor, labels: Tensor) -> Tensor:
         chunk = logits[:, start : start + targets.shape[1]].float()
         parts.append(F.cross_entropy(chunk.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets))
     return torch.cat(parts, dim=1)
-
-
-def _predicts_partially(simulation: Simulation | None, length: int, device: torch.device) -> Tensor:
-    """Which of the first `length` positions predict from the small cache in every layer: (1, length) bool.
-
-    Under the similarity schedule the layers decide differently at a decision step, so none of these counts as partial.
-    """
-    if simulation is None:
-        return torch.zeros(1, length, dtype=torch.bool, device=device)
-    step = torch.arange(length, device=device) - (simulation.prompt_length - 1)
-    return ((step > 0) & (step % simulation.config.stride != 0))[None]

@@ -64,7 +64,21 @@ def observed_scores(observers: Tensor, key: Tensor, positions: Tensor, left_padd
     """The scores of all positions: softmax probabilities, their maximum over the group, its mean over the observing
     queries.
 
-    observers (B, H, N, O, D); key (B, Hkv, L, D); positions (B, N): the steps. Returns (B, Hkv, N, L) float32.
+    Arguments as in `observed_probabilities`. Returns (B, Hkv, N, L) float32.
+    """
+    probabilities = observed_probabilities(observers, key, positions, left_padding, scaling)
+    # a batch row may have fewer positions than observers
+    present = (positions + 1 - left_padding.unsqueeze(-1)).clamp(min=1, max=observers.shape[3])
+    return probabilities.amax(dim=2).sum(dim=3) / present[:, None, :, None]
+
+
+def observed_probabilities(
+    observers: Tensor, key: Tensor, positions: Tensor, left_padding: Tensor, scaling: float
+) -> Tensor:
+    """The softmax probabilities of each observing query over the positions that it sees: (B, Hkv, G, N, O, L) float32.
+
+    observers (B, H, N, O, D); key (B, Hkv, L, D); positions (B, N): the steps. All are 0 for an observer that does not
+    exist.
     """
     (steps, observing), kv_heads = observers.shape[2:4], key.shape[1]
     wide = torch.promote_types(observers.dtype, torch.float32)
@@ -76,9 +90,7 @@ def observed_scores(observers: Tensor, key: Tensor, positions: Tensor, left_padd
     start = left_padding[:, None, None]
     seen = (column >= start.unsqueeze(-1)) & (column <= observer.unsqueeze(-1))
     unseen = ~seen[:, None, None]
-    probabilities = logits.masked_fill(unseen, -torch.inf).softmax(dim=-1).masked_fill(unseen, 0.0).float()
-    present = (observer >= start).sum(-1).clamp(min=1)  # a batch row may have fewer positions than observers
-    return probabilities.amax(dim=2).sum(dim=3) / present[:, None, :, None]
+    return logits.masked_fill(unseen, -torch.inf).softmax(dim=-1).masked_fill(unseen, 0.0).float()
 
 
 def _exists(columns: int, positions: Tensor, left_padding: Tensor) -> Tensor:
