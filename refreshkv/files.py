@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from refreshkv.folders import validate_folder
+from refreshkv.folders import named, validate_folder
 
 PARTIAL = ".partial"
 """How the names of unfinished files and folders end."""
@@ -80,8 +80,8 @@ def flush_to_disk(path: Path) -> None:
 def remove_folder(folder: Path) -> None:
     """Removes a folder that readers take for whole by its name: renames it to `.NAME.removed` first.
 
-    A killed process so leaves no half-removed folder under a name that counts; `clear_removed` removes what it left. Of
-    a symbolic link the link is removed and not what it leads to. Raises `OSError` if anything cannot be removed.
+    A killed process thus leaves no half-removed folder under a name that counts; `clear_removed` removes the rest. If
+    `folder` is a symbolic link, only the link is removed. Raises `OSError` if anything cannot be removed.
     """
     if folder.is_symlink():
         folder.unlink()
@@ -157,10 +157,6 @@ class FolderKind:
     present: str = "is written already"
     """What an error says of a folder that holds a finished result."""
 
-    def named(self, folder: Path) -> str:
-        """The setting with its value, as the user writes it."""
-        return f"{self.setting}{' ' if self.setting.startswith('-') else '='}{folder}"
-
 
 @contextmanager
 def complete_folder(target: Path, kind: FolderKind, overwrite: bool = False) -> Iterator[Path]:
@@ -198,14 +194,16 @@ def _validate_target(target: Path, kind: FolderKind, overwrite: bool) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not target.is_dir() or not kind.is_complete(target):
-        raise kind.error(f"{kind.named(target)} exists and {kind.absent}; choose another folder")
+        raise kind.error(f"{named(kind.setting, target)} exists and {kind.absent}; choose another folder")
     if not overwrite:
-        raise kind.error(f"{kind.named(target)} {kind.present}; choose another folder, or replace it: --overwrite")
+        raise kind.error(
+            f"{named(kind.setting, target)} {kind.present}; choose another folder, or replace it: --overwrite"
+        )
     foreign = not_on_record(target, leave_out=[kind.lock_file])
     if foreign:
         raise kind.error(
-            f"{kind.named(target)} {foreign}: --overwrite would delete that; move it away first, or choose another "
-            "folder"
+            f"{named(kind.setting, target)} {foreign}: --overwrite would delete that; move it away first, or choose "
+            "another folder"
         )
 
 

@@ -13,7 +13,7 @@ def resolved(folder: str | Path, setting: str) -> Path:
         return Path(folder).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop is a RuntimeError up to Python 3.12
         reason = getattr(error, "strerror", None) or str(error)
-        raise SettingsError(f"{_named(setting, folder)} cannot be used ({reason}): choose another folder") from None
+        raise SettingsError(f"{named(setting, folder)} cannot be used ({reason}): choose another folder") from None
 
 
 def validate_folder(folder: str | Path, setting: str, kind: type[Exception] = SettingsError) -> None:
@@ -28,11 +28,11 @@ def validate_folder(folder: str | Path, setting: str, kind: type[Exception] = Se
             nearest = nearest.parent
         if not nearest.is_dir():
             reason = "it" if nearest == path else str(nearest)
-            raise kind(f"{_named(setting, folder)} cannot be written to: {reason} is no folder; choose another folder")
+            raise kind(f"{named(setting, folder)} cannot be written to: {reason} is no folder; choose another folder")
         longest = os.pathconf(nearest, "PC_NAME_MAX")
         for part in path.relative_to(nearest).parts:
             if len(os.fsencode(part)) > longest:
-                raise kind(f"{_named(setting, folder)} has a name of more than {longest} bytes: shorten it")
+                raise kind(f"{named(setting, folder)} has a name of more than {longest} bytes: shorten it")
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
@@ -57,11 +57,10 @@ def make_folder(folder: str | Path, setting: str) -> Path:
 
 def _not_writable(setting: str, folder: str | Path, error: OSError) -> str:
     reason = error.strerror or str(error)
-    return f"{_named(setting, folder)} cannot be written to: {reason}; choose another folder"
+    return f"{named(setting, folder)} cannot be written to: {reason}; choose another folder"
 
 
-def _named(setting: str, folder: str | Path) -> str:
-    """An option or a setting with its value, shortened if it is long."""
-    return f"{setting}{' ' if setting.startswith('--') or ' ' in setting else '='}{str(folder)[:200]}".replace(
-        "\0", "\\0"
-    )
+def named(setting: str, folder: str | Path) -> str:
+    """A setting with its folder, as the user writes it, shortened if it is long: `--output x` or `data.folder=x`."""
+    between = " " if setting.startswith("-") or " " in setting else "="
+    return f"{setting}{between}{str(folder)[:200]}".replace("\0", "\\0")

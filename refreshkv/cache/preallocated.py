@@ -187,7 +187,7 @@ class PreallocatedLayer(CacheLayerMixin):
             self.phase = Phase.CONTINUING
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which cannot hold what led to the tokens."""
+        """The state for copies and pickles. These hold no autograd graph, so a cache with one is refused."""
         self._validate_copy()
         return dict(vars(self))
 
@@ -353,10 +353,10 @@ class PreallocatedLayer(CacheLayerMixin):
 
 
 class RowStart(NamedTuple):
-    """How a batch row of a cache begins, as the calls so far have said."""
+    """How a batch row of a cache begins, as given by the calls so far."""
 
     padding: int | None
-    """Columns of padding before the row's first token; None if no mask said."""
+    """Columns of padding before the row's first token; None if no call had a mask."""
     offset: int | None
     """Position of a token less its column; None if the row had no token yet, or only the device knows."""
 
@@ -398,7 +398,7 @@ class PreallocatedCache(Cache):
         self.capacity = max_cache_len
         self.undo: UndoLog | None = None
         self.row_starts: list[RowStart] | None = None
-        """How each batch row begins; None if not known. Later tokens have to go with it."""
+        """How each batch row begins; None if not known. Later calls must agree with it."""
         self.tokens: Tensor | None = None
         """(B, l): the first l tokens that the cache holds, as `generate` gave them; None if not known."""
         self.tokens_are_compared = False

@@ -37,21 +37,23 @@ def make_rows(folder: Path) -> Path:
     return folder / "rows"
 
 
+SCRATCH = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+}
+"""`model.scratch` of a tiny model."""
+
+
 def run_settings(rows: Path, output: Path, **sections) -> dict:
     """A complete run as nested values; `sections` replace single settings, as in `training={"steps": 3}`."""
     settings = {
-        "model": {
-            "scratch": {
-                "model_type": "llama",
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "vocab_size": VOCABULARY,
-                "max_position_embeddings": 128,
-            }
-        },
+        "model": {"scratch": dict(SCRATCH)},
         "data": {"folder": str(rows), "path": "json", "data_files": "texts.jsonl", "train_vocabulary": VOCABULARY},
         "refresh": {"budget": 8, "stride": 5},
         "simulation": {"pattern": "whole", "prompt_length": [8, 30], "stride": [2, 5, 10]},

@@ -8,25 +8,17 @@ from pathlib import Path
 
 import yaml
 
+from tests.helpers import jobs
 from tests.helpers.forked import CommandServer
 
 ROOT = Path(__file__).resolve().parents[2]
-ROW_LENGTH, VOCABULARY, POSITIONS = 48, 300, 512
-SCRATCH = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": POSITIONS,
-}
+ROW_LENGTH, POSITIONS = 48, 512
+SCRATCH = {**jobs.SCRATCH, "max_position_embeddings": POSITIONS}
 DATA = {
     "folder": "rows",
     "path": "json",
     "data_files": "texts.jsonl",
-    "train_vocabulary": VOCABULARY,
+    "train_vocabulary": jobs.VOCABULARY,
     "row_length": ROW_LENGTH,
 }
 TRAINING = {

@@ -24,19 +24,8 @@ from refreshkv.train.experiment.jobs import Command, Job, plan
 from refreshkv.train.experiment.report import perplexity_table, task_table, write_tables
 from refreshkv.train.experiment.results import Results
 from refreshkv.train.experiment.running import Outcome, RunningJob, _start_ready, run_jobs
-from tests.helpers.jobs import ROOT, make_rows
+from tests.helpers.jobs import ROOT, SCRATCH, make_rows
 from tests.helpers.scripts import load_script
-
-SCRATCH = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 300,
-    "max_position_embeddings": 128,
-}
 
 
 def settings(tmp_path, **changed):
