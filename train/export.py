@@ -1,11 +1,9 @@
 """Writes the model of a training checkpoint as a plain transformers folder, and checks it against the checkpoint."""
 
 import json
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -20,14 +18,9 @@ from refreshkv.train.checkpoint_reader import find_checkpoint
 from refreshkv.train.export_check import check_export, logits_of, random_rows
 from refreshkv.train.export_error import ExportError
 from refreshkv.train.export_folder import export_folder
+from refreshkv.train.public_files import without_local_paths
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-NAMES_A_PATH = re.compile(r"(path|file|folder|dir|directory)$")
-"""The names of settings that may hold a path."""
-LOCAL_PATH = re.compile(r"[/~.\\]|[A-Za-z]:[/\\]")
-"""How a path of a machine begins, and a Hub id does not."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +103,3 @@ def _write(model: PreTrainedModel, description: Path, card: str, folder: Path) -
     for file in folder.glob("*config.json"):
         write_json(file, without_local_paths(json.loads(file.read_text(encoding="utf-8"))))
     write_text(folder / "README.md", card)
-
-
-def without_local_paths(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration's values without those that name a file or folder of this machine, which tell its user too."""
-    return {
-        name: value
-        for name, value in values.items()
-        if not (isinstance(value, str) and NAMES_A_PATH.search(name) and LOCAL_PATH.match(value))
-    }

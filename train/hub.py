@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
@@ -11,6 +11,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from refreshkv.files import RECORD_FILE
 from refreshkv.settings import SettingsError
 from refreshkv.train.config import HubConfig
+from refreshkv.train.public_files import public_checkpoint, public_run
 from refreshkv.train.run_folder import METRICS_FILE, RUN_FILE
 
 RUN_FILES = (RUN_FILE, METRICS_FILE)
@@ -101,8 +102,10 @@ class BackgroundPush:
         self._thread.start()
 
     def metrics(self, step: int) -> None:
-        """Uploads the run's settings, metrics and evaluations as they are now."""
-        files = {name: (self.output / name).read_bytes() for name in RUN_FILES if (self.output / name).is_file()}
+        """Uploads the run's settings, metrics and evaluations as they are now, without this machine's paths."""
+        files = {name: file.read_bytes() for name in RUN_FILES if (file := self.output / name).is_file()}
+        if RUN_FILE in files:
+            files[RUN_FILE] = public_run(self.output / RUN_FILE)
         self._tasks.put((f"metrics after step {step}", lambda api, repo: _push_files(api, repo, files, step)))
 
     def checkpoint(self, folder: Path) -> None:
@@ -134,13 +137,15 @@ class BackgroundPush:
 
 
 def _push_files(api: HfApi, repo: str, files: dict[str, bytes], step: int) -> None:
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
-    api.create_commit(repo, operations=operations, commit_message=f"Metrics after step {step}")
+    _commit(api, repo, files, f"Metrics after step {step}")
 
 
 def _push_checkpoint(api: HfApi, repo: str, folder: Path) -> None:
     if folder.is_dir():
-        place = f"checkpoints/{folder.name}"
-        api.upload_folder(
-            repo_id=repo, folder_path=folder, path_in_repo=place, commit_message=f"Checkpoint {folder.name}"
-        )
+        files = {f"checkpoints/{folder.name}/{name}": file for name, file in public_checkpoint(folder).items()}
+        _commit(api, repo, files, f"Checkpoint {folder.name}")
+
+
+def _commit(api: HfApi, repo: str, files: Mapping[str, Path | bytes], message: str) -> None:
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
+    api.create_commit(repo, operations=operations, commit_message=message)

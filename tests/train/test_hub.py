@@ -2,10 +2,12 @@
 
 import huggingface_hub.constants
 import pytest
+import yaml
 
 from refreshkv.settings import SettingsError
 from refreshkv.train.config import HubConfig
 from refreshkv.train.hub import BackgroundPush, validate_push
+from refreshkv.train.manifest import find_damage, write_manifest
 from tests.helpers.hub_server import HubServer
 from tests.helpers.jobs import make_rows, read_metrics, run_settings, write_config
 from tests.helpers.ranks import run_ranks, run_script
@@ -54,6 +56,31 @@ def test_checkpoints_and_metrics_arrive(server, tmp_path):
         "metrics.jsonl": b'{"step": 3}\n',
         "checkpoints/step-0000003/state.json": b"{}",
     }
+
+
+def test_paths_of_this_machine_stay_here(server, tmp_path):
+    checkpoint = a_run(tmp_path)
+    (checkpoint / "model").mkdir()
+    (checkpoint / "model" / "tokenizer_config.json").write_text('{"name_or_path": "/home/alice/llama", "eos": "</s>"}')
+    settings = {"model": {"path": "/home/alice/llama"}, "data": {"data_files": ["~/texts/a.txt"], "path": "org/texts"}}
+    for folder in (tmp_path, checkpoint):
+        (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    write_manifest(checkpoint)
+    before = {file: file.read_bytes() for file in checkpoint.rglob("*") if file.is_file()}
+    push = BackgroundPush(HubConfig(REPOSITORY), tmp_path, pytest.fail)
+    push.metrics(3)
+    push.checkpoint(checkpoint)
+    push.close()
+    files = server.repositories[REPOSITORY]["files"]
+    assert not [name for name, content in files.items() if b"alice" in content or b"texts/a" in content]
+    public = {"model": {"path": "llama"}, "data": {"data_files": ["a.txt"], "path": "org/texts"}}
+    assert yaml.safe_load(files["run.yaml"]) == public
+    assert {file: file.read_bytes() for file in before} == before
+    downloaded = tmp_path / "downloaded"
+    for name, content in files.items():
+        (downloaded / name).parent.mkdir(parents=True, exist_ok=True)
+        (downloaded / name).write_bytes(content)
+    assert find_damage(downloaded / "checkpoints" / checkpoint.name) is None
 
 
 def test_a_failing_push_is_told_once_and_without_the_token(server, tmp_path):
