@@ -1,7 +1,8 @@
 """The training loop: read it from top to bottom."""
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch.distributed as dist
 
@@ -18,6 +19,7 @@ from refreshkv.train.model import build_model
 from refreshkv.train.resume import needs_conversion, start_engine
 from refreshkv.train.run import Run
 from refreshkv.train.run_folder import claim_output, validate_output
+from refreshkv.train.run_lock import locked_run, validate_unlocked
 from refreshkv.train.stop_request import STOPPED, StopRequest
 from refreshkv.train.validation import setting_warnings
 
@@ -32,9 +34,13 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     """
     job = resolve(config, job_size())
     training, output = config.training, job.output
-    model = prepare(job, resume, overwrite)
 
-    with reporting(output), Watchdog(training.timeout, output) as watchdog, ExitStack() as connected:
+    with (
+        prepared(job, resume, overwrite) as model,
+        reporting(output),
+        Watchdog(training.timeout, output) as watchdog,
+        ExitStack() as connected,
+    ):
         # Connect. Waiting may take longer than the watchdog allows, because the watchdog's message says more.
         watchdog.note("connecting to the other processes")
         rank, _ = init_processes(2 * training.timeout)
@@ -70,16 +76,20 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
         raise SystemExit(STOPPED)
 
 
-def prepare(job: Job, resume: bool, overwrite: bool) -> CausalLossModel:
-    """Builds the model and claims the run's folder; on a refusal nothing has been written."""
+@contextmanager
+def prepared(job: Job, resume: bool, overwrite: bool) -> Iterator[CausalLossModel]:
+    """Yields the built model. The run's folder is claimed and stays locked; on a refusal nothing has been written."""
     config, is_first = job.config, os.environ.get("RANK", "0") == "0"
     if is_first:
+        validate_unlocked(job.output)
         validate_output(job.output, config, resume, overwrite)
         if resume and (checkpoint := newest_described(job.output)):
             needs_conversion(checkpoint.state, job.world, job.zero_stage, config.training.optimizer)
         if config.hub.repo:
             validate_push(config.hub.repo, "hub.repo")
     model = CausalLossModel(build_model(job), config.training.loss, config.distillation)
-    if is_first:
-        claim_output(job.output, config, overwrite)
-    return model
+    with locked_run(job.output) if is_first else nullcontext():
+        if is_first:
+            validate_output(job.output, config, resume, overwrite)  # another job may have ended in it by now
+            claim_output(job.output, config, overwrite)
+        yield model

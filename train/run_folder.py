@@ -19,6 +19,7 @@ from refreshkv.files import PARTIAL, REMOVED, clear_removed, remove_folder, writ
 from refreshkv.folders import make_folder, validate_folder
 from refreshkv.settings import SettingsError, read_yaml, save_settings, settings_from_dict, settings_to_dict
 from refreshkv.train.config import RunConfig, current_names
+from refreshkv.train.run_lock import LOCK_FILE
 
 RUN_FILE = "run.yaml"
 IDENTITY_FILE = "run.json"
@@ -27,7 +28,7 @@ METRICS_FILE = "metrics.jsonl"
 FAILURE_FILE = "failure.txt"
 CHECKPOINT = re.compile(r"step-(\d{7,})")
 """The name of a finished checkpoint's folder."""
-BEFORE_A_RUN = (IDENTITY_FILE, f".{IDENTITY_FILE}{PARTIAL}", f".{RUN_FILE}{PARTIAL}", FAILURE_FILE)
+BEFORE_A_RUN = (LOCK_FILE, IDENTITY_FILE, f".{IDENTITY_FILE}{PARTIAL}", f".{RUN_FILE}{PARTIAL}", FAILURE_FILE)
 """Files that a job leaves in its folder if it is killed before it has written `RUN_FILE`: no run has begun."""
 WRITTEN = (
     *(RUN_FILE, METRICS_FILE, *BEFORE_A_RUN, f".{METRICS_FILE}{PARTIAL}", "stuck-rank-*.txt"),
@@ -249,7 +250,9 @@ def _remove_run(output: Path) -> None:
     """Removes what a run has written into its folder, `RUN_FILE` last. Links to other disks stay, empty."""
     for checkpoint in sorted((output / "checkpoints").glob("step-*")):
         remove_folder(checkpoint)
-    for pattern in [pattern for pattern in WRITTEN if pattern not in ("tensorboard", "checkpoints", RUN_FILE)]:
+    for pattern in WRITTEN:
+        if pattern in ("tensorboard", "checkpoints", RUN_FILE, LOCK_FILE):
+            continue
         for file in output.glob(pattern):
             shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
     for name in ("tensorboard", "checkpoints"):

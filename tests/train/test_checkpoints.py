@@ -1,9 +1,13 @@
 """Checkpoints by their readers: what is damaged, whose it is, and what overwriting a run removes."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from refreshkv.train.checkpoint import _finish
 from refreshkv.train.checkpoint_reader import find_checkpoint, is_trained, newest_checkpoint, newest_described
 from refreshkv.train.config import RunConfig
 from refreshkv.train.faults import WriteFailed
+from refreshkv.train.loop import prepared
 from refreshkv.train.manifest import write_manifest
 from refreshkv.train.run_folder import (
     State,
@@ -25,6 +30,7 @@ from refreshkv.train.run_folder import (
     step_folder,
     validate_output,
 )
+from refreshkv.train.run_lock import locked_run, validate_unlocked
 from tests.helpers.jobs import run_settings
 
 ROWS = "fingerprint of the rows"
@@ -369,3 +375,28 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_named(output, monkeypatch):
     with pytest.raises(WriteFailed, match="step-0000006 cannot take the place of an old one: .*Permission denied"):
         _finish(partial, step_folder(output, 6), output, kept=2)
     assert resumed(output)[0].state.step == 6
+
+
+def test_one_job_at_a_time_trains_in_a_folder(output):
+    with locked_run(output):
+        with pytest.raises(SettingsError, match="another job trains in training.output="):
+            validate_unlocked(output)
+        job: Any = SimpleNamespace(config=run_config(output), output=output)
+        with (
+            pytest.raises(SettingsError, match="wait until it has ended, or name another folder"),
+            prepared(job, resume=True, overwrite=False),
+        ):
+            pass
+    validate_unlocked(output)
+
+
+def test_without_locks_training_goes_on_with_a_warning(tmp_path, monkeypatch):
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with (
+        pytest.warns(UserWarning, match="cannot be locked .No locks available.: start no second job"),
+        locked_run(tmp_path),
+    ):
+        pass

@@ -325,7 +325,7 @@ def test_folders_in_use(rows, tmp_path):
     assert (other / "thesis.txt").read_text() == "mine"
     validate_output(output, settings_from_dict(RunConfig, settings), resume=False, overwrite=True)
     claim_output(output, settings_from_dict(RunConfig, settings), overwrite=True)
-    assert sorted(path.name for path in output.iterdir()) == ["run.json", "run.yaml"]
+    assert sorted(path.name for path in output.iterdir()) == [".training", "run.json", "run.yaml"]
 
 
 def test_refused_before_anything_is_written(rows, tmp_path):

@@ -1,0 +1,40 @@
+"""A lock on a run's folder: two jobs that train in one folder would write into each other's checkpoints."""
+
+import fcntl
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from refreshkv.folders import make_folder
+from refreshkv.settings import SettingsError
+
+LOCK_FILE = ".training"
+
+
+@contextmanager
+def locked_run(output: Path) -> Iterator[None]:
+    """Makes the folder of a run and locks it until the block ends, also by a kill.
+
+    Raises `SettingsError` if another job trains in it. A file system without locks gets a warning and no lock.
+    """
+    make_folder(output, "training.output")
+    with (output / LOCK_FILE).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(
+                f"another job trains in training.output={output}: wait until it has ended, or name another folder"
+            ) from None
+        except OSError as error:
+            warnings.warn(
+                f"training.output={output} cannot be locked ({error.strerror}): start no second job in it", stacklevel=3
+            )
+        yield
+
+
+def validate_unlocked(output: Path) -> None:
+    """Raises `SettingsError` if another job trains in `output`; writes nothing."""
+    if (output / LOCK_FILE).is_file():
+        with locked_run(output):
+            pass
