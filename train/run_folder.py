@@ -81,6 +81,8 @@ class State:
     """Fingerprint of the prepared rows."""
     run: str = ""
     """Id of the run; empty in checkpoints of earlier versions."""
+    base: str = ""
+    """Of adapters: what tells the model beside which they were trained from others (`train.adapter`)."""
 
 
 def step_folder(output: Path, step: int) -> Path:
