@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from refreshkv.gguf import is_gguf
@@ -22,7 +21,8 @@ def validate_adapter(config: RunConfig, zero_stage: int, dry: bool) -> None:
     model, adapter = config.model, config.training.adapter
     if adapter is not None and model.path is None:
         raise SettingsError(
-            "training.adapter needs a trained model beside which adapters learn: set model.path instead of model.scratch"
+            "training.adapter needs a trained model beside which adapters learn: set model.path instead of "
+            "model.scratch"
         )
     if model.quantization is not None:
         _validate_quantization(config, zero_stage)
@@ -86,13 +86,6 @@ def quantization_options(config: RunConfig, device: torch.device) -> dict[str, A
         bnb_4bit_compute_dtype=torch.bfloat16 if config.training.dtype == "bf16" else torch.float32,
     )
     return {"quantization_config": settings, "device_map": {"": device}}
-
-
-def drop_frozen(model: nn.Module, weights: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """A hook of `state_dict`: keeps the trained weights alone, so that checkpoints hold nothing of the base model."""
-    trained = {name for name, part in model.named_parameters(remove_duplicate=False) if part.requires_grad}
-    for name in [name for name in weights if name.removeprefix(prefix) not in trained]:
-        del weights[name]
 
 
 def base_of(config: RunConfig, model_config: PretrainedConfig) -> str:

@@ -22,7 +22,7 @@ class AdapterShape:
     frozen_products: int
     """Weights of linear layers that stay as they are, the output layer's included."""
     kept: float
-    """Numbers that the adapters of all layers keep for the backward pass of a token, in bytes of the model's numbers."""
+    """Numbers that the adapters of all layers keep of a token for the backward pass."""
 
 
 def adapter_shape(model: PreTrainedModel, adapter: AdapterConfig | None) -> AdapterShape | None:
@@ -51,9 +51,7 @@ def adapted_layers(model: PreTrainedModel, adapter: AdapterConfig) -> dict[str, 
     """The linear layers that get adapters, by name."""
     output = model.get_output_embeddings()
     linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not output
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not output
     }
     if adapter.targets is None:
         return linear
@@ -95,7 +93,7 @@ def _refuse_output(model: PreTrainedModel, setting: str, name: str) -> None:
     chosen = [module for path, module in model.named_modules() if path.endswith(name)]
     if any(module is output for module in chosen):
         raise SettingsError(
-            f"{NAME}.{setting}: {name} is the output layer, whose losses are computed here without adapters: leave it out"
+            f"{NAME}.{setting}: {name} is the output layer, whose losses are computed without adapters: leave it out"
         )
 
 

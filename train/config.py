@@ -10,9 +10,9 @@ from refreshkv.config import RefreshConfig
 from refreshkv.data.config import DataConfig
 from refreshkv.ranges import COUNT, COUNT_OR_NONE, SECONDS, SEED, Range, validate_numbers
 from refreshkv.settings import SettingsError
+from refreshkv.simulation.distillation import DistillationConfig
 from refreshkv.simulation.settings import SimulationConfig
 from refreshkv.train.adapter_config import AdapterConfig
-from refreshkv.train.distillation import DistillationConfig
 from refreshkv.train.loss import LossKind
 
 NUMBERS = {
@@ -107,6 +107,10 @@ class TrainingConfig:
     memory less often (GPUs only; needs the package liger-kernel)."""
     seed: int = 0
     """Seed of the weights (model.scratch), the order of rows and the simulations."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = field(
+        default_factory=lambda: ["tensorboard"]
+    )
+    """Trackers that get the values of every step, beside metrics.jsonl; each but tensorboard needs its package."""
     log_every: int = 10
     """Steps between two log lines."""
     evaluate_every: int = 0

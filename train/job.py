@@ -14,6 +14,7 @@ from refreshkv.train.deepspeed_json import read_deepspeed_json, zero_stage
 from refreshkv.train.kernels import validate_kernels, validate_prompt_attention
 from refreshkv.train.optimizer import validate_optimizer
 from refreshkv.train.shape import Shape, model_configuration, model_shape
+from refreshkv.train.trackers import validate_trackers
 from refreshkv.train.validation import (
     micro_batches,
     validate_length,
@@ -98,6 +99,7 @@ def resolve(config: RunConfig, world: int, dry: bool = False) -> Job:
     validate_adapter(config, zero_stage(deepspeed), dry)
     if not dry:
         validate_optimizer(config.training)
+        validate_trackers(config.training.report_to)
         validate_kernels(config.training, model_config)
         validate_prompt_attention(config.model)
     return Job(

@@ -13,9 +13,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from refreshkv.config import Simulation, Trace
 from refreshkv.settings import SettingsError
-from refreshkv.train.adapter import drop_frozen
+from refreshkv.simulation.distillation import DistillationConfig, divergence, without_dropout
 from refreshkv.train.chunked_loss import ChunkedLoss
-from refreshkv.train.distillation import DistillationConfig, divergence, without_dropout
+from refreshkv.train.frozen import drop_frozen
 
 LossKind = Literal["chunked", "logits"]
 

@@ -48,7 +48,9 @@ def build_model(job: Job) -> PreTrainedModel:
 
 def _device() -> torch.device:
     """Where this process trains."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
 
 
 def _validate_memory(job: Job) -> None:

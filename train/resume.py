@@ -85,7 +85,9 @@ def load(engine: Any, checkpoint: Path, convert: bool) -> None:
     if not convert:
         with tensors_only():
             # a checkpoint of adapters lacks the weights that are not trained
-            engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=not engine.module.has_frozen)
+            engine.load_checkpoint(
+                str(checkpoint.parent), tag=checkpoint.name, load_module_strict=not engine.module.has_frozen
+            )
         return
     universal = checkpoint.with_name(f"{checkpoint.name}.universal")
     is_first = dist.get_rank() == 0
