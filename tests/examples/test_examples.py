@@ -1,0 +1,65 @@
+"""The scripts of examples/ run as a reader would run them, each within a minute, and leave a model that decodes."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import refreshkv
+from refreshkv import RefreshConfig
+from refreshkv.evaluation.strategies import refreshing
+from tests.helpers.jobs import ROOT
+
+pytestmark = pytest.mark.slow
+LONGEST = 60
+"""Seconds."""
+
+
+def run_example(name, folder):
+    """Runs a script on the CPU, with one thread; what it printed."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / f"{name}.py"), str(folder / "out")],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - began < LONGEST
+    return done.stdout
+
+
+def decodes(model):
+    ids = torch.arange(40)[None]
+    assert refreshing("refresh", RefreshConfig.from_dict(model.config.refreshkv))
+    output = refreshkv.enable(model).eval()(ids, use_cache=False).logits
+    return bool(output.isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["plain_loop", "trainer"])
+def test_loops_of_all_weights(name, tmp_path):
+    printed = run_example(name, tmp_path)
+    assert "loss partial" in printed and "loss full" in printed
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    before = AutoModelForCausalLM.from_pretrained(ROOT / "base" / "python-4m")
+    assert not torch.equal(model.model.embed_tokens.weight, before.model.embed_tokens.weight)
+    assert model.config.refreshkv["budget"] == 32 and decodes(model)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs the package trl")
+def test_sft_with_adapters(tmp_path):
+    """LoRA, the loss of the assistant's tokens alone, gradient checkpointing, 10 steps."""
+    from peft import PeftModel
+
+    printed = run_example("trl_sft", tmp_path)
+    assert "loss partial" in printed and "adapter saved" in printed
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "base" / "python-4m")
+    model = PeftModel.from_pretrained(base, str(tmp_path / "out"))
+    assert any(weight.abs().max() > 0 for name, weight in model.named_parameters() if "lora_B" in name)
