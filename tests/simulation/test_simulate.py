@@ -162,7 +162,7 @@ def test_distillation(items):
     expected.backward()
     torch.testing.assert_close(loss, expected.double(), rtol=0, atol=1e-6)
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-9)
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-6)
     assert figures["divergence"] == pytest.approx(float(sums.divergence / sums.divergence_tokens), abs=1e-5) and drawn
 
 
