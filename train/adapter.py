@@ -88,6 +88,17 @@ def quantization_options(config: RunConfig, device: torch.device) -> dict[str, A
     return {"quantization_config": settings, "device_map": {"": device}}
 
 
+def keep_packed_form(model: PreTrainedModel) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights anew in evaluation mode.
+
+    On CPUs with AVX512-BF16 it would do so in place, with rounded scales and a product that has no gradient, and the
+    training after an evaluation would go on with them.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def base_of(config: RunConfig, model_config: PretrainedConfig) -> str:
     """What tells the model beside which adapters are trained from others: a hash of a folder's weights, or the Hub's
     commit. Empty for a run without adapters."""

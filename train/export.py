@@ -121,8 +121,9 @@ def _write_model(checkpoint: Checkpoint, card: str, folder: Path) -> dict[str, A
     else:
         adapted = adapted_model(checkpoint)
         model, merge_difference = merged_model(adapted, random_rows(adapted.get_base_model()))
-        model = model.to(dtype)
         del adapted
+        for part in model.parameters():  # and no buffer: a model that is loaded keeps its frequencies in float32
+            part.data = part.data.to(dtype)
     rows, parameters = random_rows(model), model.num_parameters()
     logits = logits_of(model, rows)
     model.save_pretrained(folder)

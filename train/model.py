@@ -11,7 +11,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 import refreshkv
 from refreshkv.loading import CODE, load_model
 from refreshkv.settings import SettingsError
-from refreshkv.train.adapter import add_adapters, quantization_options
+from refreshkv.train.adapter import add_adapters, keep_packed_form, quantization_options
 from refreshkv.train.engine import engine_settings, init_processes
 from refreshkv.train.job import Job
 from refreshkv.train.kernels import use_liger
@@ -30,6 +30,7 @@ def build_model(job: Job) -> PreTrainedModel:
         with divided_while_loading(job):
             options = quantization_options(config, _device())
             model = load_model(config.model.path, "model.path", dtype=dtype, **options)
+        keep_packed_form(model)
     else:
         _validate_memory(job)
         torch.manual_seed(training.seed)

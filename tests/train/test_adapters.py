@@ -277,12 +277,14 @@ def test_a_killed_run_resumes_exactly(rows, base, tmp_path, trained):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
-def test_four_bits(rows, base, tmp_path, stage):
-    """Weights in nf4 on CPUs: finite losses, exact resume, both exports."""
+def test_four_bits(rows, tmp_path, stage):
+    """Weights in nf4 on CPUs, evaluations in between: finite losses, exact resume, both exports."""
     pytest.importorskip("bitsandbytes")
+    base = make_base(rows, tmp_path / "base", hidden_size=64, intermediate_size=128)  # blocks of 64 weights
     straight, output = tmp_path / "straight", tmp_path / "run"
     model = {"quantization": "nf4"}
-    finish(adapter_settings(rows, base, straight, stage, model=model), ranks=1)
+    evaluated = {"evaluate_every": 2, "evaluate_rows": 2, "evaluate_tokens": 8}
+    finish(adapter_settings(rows, base, straight, stage, model=model, **evaluated), ranks=1)
     resume_from(straight, output, SAVE_EVERY)
     finish(adapter_settings(rows, base, output, stage, model=model), "--resume", ranks=1)
     assert losses(output) == losses(straight)
