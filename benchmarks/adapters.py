@@ -107,7 +107,8 @@ def fill(model: PreTrainedModel, quantization: str | None, dtype: torch.dtype, d
             values = torch.randn(weight.shape, dtype=dtype, device=device) * 0.02
             module.register_parameter(key, nn.Parameter(values if weight.dim() > 1 else torch.ones_like(values)))
     rotary: Any = model.get_decoder().rotary_emb
-    model.get_decoder().rotary_emb = type(rotary)(config=model.config, device=device)
+    with device:
+        model.get_decoder().rotary_emb = type(rotary)(config=model.config)
 
 
 def packed(layer: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -27,6 +27,7 @@ Form = Literal["model", "merged", "adapter"]
 """What is written: a whole model, into which adapters are merged if there are any; the same, of a checkpoint of
 adapters only; the adapters alone, in peft's format."""
 
+
 @dataclass(frozen=True)
 class ExportResult:
     """A finished export. `str()` is the summary that launch/export.py prints."""

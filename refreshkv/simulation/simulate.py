@@ -186,12 +186,15 @@ class TrainingSimulation:
                     "and let it return its logits (no loss of the trainer's own, no fused loss)"
                 )
             output.loss = output.loss + self._distillation_loss(args, kwargs, logits)
+        log_probs = getattr(output, "log_probs", None)
         if is_known:
-            self._count_losses(logits, labels)
+            self._count_losses(_next_token_losses(logits, labels), labels)
+        elif labels is not None and log_probs is not None and log_probs.shape == labels[:, 1:].shape:
+            self._count_losses(-log_probs, labels)  # TRL's output layer, which returns no logits
         return output
 
-    def _count_losses(self, logits: Tensor, labels: Tensor) -> None:
-        losses = _next_token_losses(logits, labels)
+    def _count_losses(self, losses: Tensor, labels: Tensor) -> None:
+        """Adds the losses (B, T - 1) of labels (B, T) to the figures."""
         counted = labels[:, 1:] != -100
         partial = partial_positions(self._current, _predicting(labels))
         self.figures.add("loss full", losses, counted & ~partial)

@@ -63,15 +63,19 @@ def test_no_trackers(tmp_path):
     assert [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()] == [1, 2, 2]
 
 
+@pytest.mark.slow
 @needs("wandb")
 def test_wandb_offline(tmp_path, monkeypatch):
     """Everything stays in the run's folder, which --overwrite may replace."""
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     output = tmp_path / "run"
     config = config_for(output, "tensorboard", "wandb")
     claim_output(output, config, overwrite=False)
     log_steps(config, 1, 3)
+    wandb.teardown()  # its process writes the file at its end
     (file,) = (output / "wandb").glob("offline-run-*/*.wandb")
     content = file.read_bytes()
     assert b"loss_partial" in content and b"perplexity/refresh" in content and b"learning_rate" in content
