@@ -94,9 +94,10 @@ def keep_packed_form(model: PreTrainedModel) -> None:
     On CPUs with AVX512-BF16 it would do so in place, with rounded scales and a product that has no gradient, and the
     training after an evaluation would go on with them.
     """
-    for module in model.modules():
+    modules: list[Any] = list(model.modules())  # any: torch annotates every attribute as a tensor or a module
+    for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
+            module.support_avx512bf16_for_cpu = False
 
 
 def base_of(config: RunConfig, model_config: PretrainedConfig) -> str:

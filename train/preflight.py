@@ -44,10 +44,11 @@ def report(job: Job, available: float | None, rate: float) -> str:
 
 def _trained(job: Job) -> str:
     """What the report says of adapters and 4-bit weights; nothing where all weights are trained."""
-    if job.shape.adapters is None:
+    adapter = job.config.training.adapter
+    if job.shape.adapters is None or adapter is None:
         return ""
     packed = f", linear layers in {job.config.model.quantization}" if job.config.model.quantization else ""
-    return f"{packed}; {job.shape.adapters.trained:,} trained (rank {job.config.training.adapter.rank})"
+    return f"{packed}; {job.shape.adapters.trained:,} trained (rank {adapter.rank})"
 
 
 def _verdict(job: Job, total: float, available: float | None) -> str:

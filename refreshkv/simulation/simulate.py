@@ -177,7 +177,8 @@ class TrainingSimulation:
             return None
         self.figures.passes += 1
         self.figures.plain_passes += self._current is None
-        labels, logits = kwargs.get("labels"), getattr(output, "logits", None)
+        labels: Any = kwargs.get("labels")
+        logits: Any = getattr(output, "logits", None)
         is_known = labels is not None and logits is not None and logits.shape[1] == labels.shape[1]
         if self.distillation.weight and self._current is not None:
             if not is_known or output.loss is None:

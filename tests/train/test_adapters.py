@@ -27,7 +27,8 @@ from refreshkv.train.job import resolve
 from refreshkv.train.loss import CausalLossModel, LossSums
 from refreshkv.train.memory import memory_needed
 from refreshkv.train.recomputation import recompute_layers
-from refreshkv.train.run_folder import finished_checkpoints
+from refreshkv.train.resume import needs_conversion
+from refreshkv.train.run_folder import State, finished_checkpoints
 from tests.helpers.adapter_runs import SAVE_EVERY, STEPS, adapter_settings, finish, make_base, start
 from tests.helpers.jobs import make_rows, read_metrics
 from tests.helpers.models import random_ids, tiny_enabled, tiny_model
@@ -234,6 +235,18 @@ def test_memory_of_adapters_by_hand(base, rows, tmp_path):
     linear = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64)
     saved = linear * (2 - 0.5 - 1 / 64 - 4 / (64 * 256))
     assert needs["weights"] - packed["weights"] == pytest.approx(saved)
+
+
+@pytest.mark.parametrize(("stage", "world", "refuses"), [(2, 1, True), (1, 2, True), (2, 2, False), (0, 1, False)])
+def test_another_layout_is_refused(stage, world, refuses):
+    state = State(3, 100, 2, 0 if stage == 0 else 2, "rows")
+    if refuses:
+        with pytest.raises(
+            SettingsError, match="training.adapter does not convert .* go on with 2 ranks and ZeRO stage 2"
+        ):
+            needs_conversion(state, world, stage, has_adapters=True)
+    else:
+        assert needs_conversion(state, world, stage, has_adapters=True) is False
 
 
 def test_the_card_names_the_adapter(rows, base, tmp_path, trained):
