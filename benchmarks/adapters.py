@@ -113,12 +113,13 @@ def fill(model: PreTrainedModel, quantization: str | None, dtype: torch.dtype, d
 
 def packed(layer: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A layer of the same shape with random weights in 4 bits."""
-    import bitsandbytes as bnb  # pyright: ignore[reportMissingImports]
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit  # pyright: ignore[reportMissingImports]
 
     shape = layer.in_features, layer.out_features
-    small = bnb.nn.Linear4bit(*shape, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
+    small = Linear4bit(*shape, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
     values = torch.randn(shape[::-1], dtype=dtype, device=device) * 0.02
-    small.weight = bnb.nn.Params4bit(values, requires_grad=False, quant_type="nf4", compress_statistics=True).to(device)
+    kind: Any = Params4bit
+    small.weight = kind(values, requires_grad=False, quant_type="nf4", compress_statistics=True).to(device)
     return small
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from refreshkv.files import RECORD_FILE, write_json, write_text
 from refreshkv.folders import resolved
@@ -127,9 +128,8 @@ def _write_model(checkpoint: Checkpoint, card: str, folder: Path) -> dict[str, A
             part.data = part.data.to(dtype)
     rows, parameters = random_rows(model), model.num_parameters()
     logits = logits_of(model, rows)
-    model.save_pretrained(folder)
+    _write(model, checkpoint.folder / "model", card, folder)
     del model  # both models at once would double the memory
-    _describe(checkpoint, card, folder)
     reload_difference, decode_difference = check_export(folder, rows, logits)
     return {
         "parameters": parameters,
@@ -148,7 +148,7 @@ def _write_adapter(checkpoint: Checkpoint, card: str, folder: Path) -> dict[str,
     parameters = sum(part.numel() for part in adapted.parameters() if part.requires_grad)
     write_adapter(adapted, folder)
     del adapted
-    _describe(checkpoint, card, folder)
+    _describe(checkpoint.folder / "model", card, folder)
     model = load_adapter(checkpoint, folder).get_base_model()
     reload_difference, decode_difference = compare_reloaded(model, rows, logits)
     return {
@@ -159,9 +159,13 @@ def _write_adapter(checkpoint: Checkpoint, card: str, folder: Path) -> dict[str,
     }
 
 
-def _describe(checkpoint: Checkpoint, card: str, folder: Path) -> None:
+def _write(model: PreTrainedModel, description: Path, card: str, folder: Path) -> None:
+    model.save_pretrained(folder)
+    _describe(description, card, folder)
+
+
+def _describe(description: Path, card: str, folder: Path) -> None:
     """Copies what describes the model, and writes its card."""
-    description = checkpoint.folder / "model"
     for file in description.iterdir():  # the tokenizer and the generation config, unchanged
         if file.name != "config.json":
             (shutil.copytree if file.is_dir() else shutil.copyfile)(file, folder / file.name)

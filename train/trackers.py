@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ PROJECT = "refreshkv"
 """The project of trackers that have projects, unless an environment variable of theirs names another."""
 
 
-def validate_trackers(names: list[str]) -> None:
+def validate_trackers(names: Sequence[str]) -> None:
     """Raises `SettingsError` if the package of a tracker is missing."""
     for name in names:
         if importlib.util.find_spec(name) is None:

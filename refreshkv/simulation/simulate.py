@@ -179,16 +179,18 @@ class TrainingSimulation:
         self.figures.plain_passes += self._current is None
         labels: Any = kwargs.get("labels")
         logits: Any = getattr(output, "logits", None)
-        is_known = labels is not None and logits is not None and logits.shape[1] == labels.shape[1]
+        has_logits = labels is not None and logits is not None and logits.shape[1] == labels.shape[1]
         if self.distillation.weight and self._current is not None:
-            if not is_known or output.loss is None:
+            if not has_logits or output.loss is None:
                 raise SettingsError(
                     "simulate(distillation=...) adds to the loss that the model returns: pass labels= to the model, "
                     "and let it return its logits (no loss of the trainer's own, no fused loss)"
                 )
+            assert logits is not None
             output.loss = output.loss + self._distillation_loss(args, kwargs, logits)
         log_probs = getattr(output, "log_probs", None)
-        if is_known:
+        if has_logits:
+            assert labels is not None and logits is not None
             self._count_losses(_next_token_losses(logits, labels), labels)
         elif labels is not None and log_probs is not None and log_probs.shape == labels[:, 1:].shape:
             self._count_losses(-log_probs, labels)  # TRL's output layer, which returns no logits

@@ -16,24 +16,24 @@ from refreshkv.parity import decoding_difference
 from tests.helpers.jobs import ROOT
 
 pytestmark = pytest.mark.slow
+EXAMPLES = ROOT / "examples"
 LONGEST = 60
 """Seconds."""
 
 
-def run_example(name, folder):
-    """Runs a script on the CPU, with one thread; what it printed."""
+def run_example(script, folder):
+    """Runs a script on the CPU, with one thread; its exit code and what it printed."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / f"{name}.py"), str(folder / "out")],
+        [sys.executable, str(script), str(folder / "out")],
         capture_output=True,
         text=True,
         cwd=folder,
         env=environment,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
     assert time.monotonic() - began < LONGEST
-    return done.stdout
+    return done.returncode, done.stdout + done.stderr
 
 
 def decodes(model):
@@ -46,7 +46,8 @@ def decodes(model):
 
 @pytest.mark.parametrize("name", ["plain_loop", "trainer"])
 def test_loops_of_all_weights(name, tmp_path):
-    printed = run_example(name, tmp_path)
+    code, printed = run_example(EXAMPLES / f"{name}.py", tmp_path)
+    assert code == 0, printed
     assert "loss partial" in printed and "loss full" in printed
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     before = AutoModelForCausalLM.from_pretrained(ROOT / "base" / "python-4m")
@@ -59,8 +60,21 @@ def test_sft_with_adapters(tmp_path):
     """LoRA, the loss of the assistant's tokens alone, gradient checkpointing, 10 steps."""
     from peft import PeftModel
 
-    printed = run_example("trl_sft", tmp_path)
+    code, printed = run_example(EXAMPLES / "trl_sft.py", tmp_path)
+    assert code == 0, printed
     assert "loss partial" in printed and "adapter saved" in printed
     base = AutoModelForCausalLM.from_pretrained(ROOT / "base" / "python-4m")
     model = PeftModel.from_pretrained(base, str(tmp_path / "out"))
     assert any(weight.abs().max() > 0 for name, weight in model.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs the package trl")
+def test_packed_data_is_refused(tmp_path):
+    """By TRL's own packing, in one line that names the way out."""
+    text = (EXAMPLES / "trl_sft.py").read_text().replace("packing=False", "packing=True, per_device_eval_batch_size=1")
+    text = text.replace("Path(__file__).resolve().parents[1]", f"Path({str(ROOT)!r})")
+    (tmp_path / "packed.py").write_text(text)
+    code, printed = run_example(tmp_path / "packed.py", tmp_path)
+    last = printed.strip().splitlines()[-1]
+    assert code and "packed" in last, printed
+    assert "packing" in last or "padding" in last, last
