@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from refreshkv.generation.compilation import tuned_compilation
     from refreshkv.generation.decode_ahead import decode_ahead
     from refreshkv.settings import SettingsError
+    from refreshkv.simulation.distillation import DistillationConfig
     from refreshkv.simulation.settings import SimulationConfig
     from refreshkv.simulation.simulate import simulate
 
@@ -24,6 +25,7 @@ except PackageNotFoundError:  # a checkout that was never installed
 
 __all__ = [
     "NEVER",
+    "DistillationConfig",
     "RefreshCache",
     "RefreshConfig",
     "SettingsError",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "DistillationConfig": "refreshkv.simulation.distillation",
     "NEVER": "refreshkv.config",
     "RefreshCache": "refreshkv.cache.refresh",
     "RefreshConfig": "refreshkv.config",

@@ -56,6 +56,28 @@ output = model.generate(**inputs, past_key_values=cache, custom_generate=decode_
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```"""
 
+ADAPTER_USAGE = """\
+## Usage
+
+These are adapters: they need their base model, {base}.
+
+```python
+from peft import PeftModel
+from refreshkv import RefreshCache, RefreshConfig, decode_ahead, enable
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+name = "{name}"
+tokenizer = AutoTokenizer.from_pretrained(name)
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+model = PeftModel.from_pretrained(base, name).get_base_model()
+enable(model, RefreshConfig.from_dict(AutoConfig.from_pretrained(name).refreshkv))
+
+inputs = tokenizer("The text to go on with", return_tensors="pt")
+cache = RefreshCache(config=model.config, max_cache_len=inputs.input_ids.shape[1] + {new_tokens})
+output = model.generate(**inputs, past_key_values=cache, custom_generate=decode_ahead, max_new_tokens={new_tokens})
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+```"""
+
 CITATION = """\
 ## Citation
 
@@ -72,27 +94,33 @@ CITATION = """\
 ```"""
 
 
-def model_card(run: RunConfig, state: State, name: str, report: str | Path | None = None) -> str:
+def model_card(
+    run: RunConfig, state: State, name: str, report: str | Path | None = None, is_adapter: bool = False
+) -> str:
     """The README.md of a checkpoint's model: markdown with the Hub's front matter.
 
     Args:
         run, state: the checkpoint's settings, and how far it came.
         name: the model's name, which the usage example gives to `from_pretrained`.
         report: folder of an evaluation whose table the card shows; None for no table.
+        is_adapter: the card is of adapters alone.
 
     Raises `SettingsError` if that folder holds no report.
     """
     trained = f"Trained, from {run.model.path}," if run.model.path and _is_hub_id(run.model.path) else "Trained"
-    parts = [_front_matter(run), INTRODUCTION.format(name=name, origin=trained)]
+    parts = [_front_matter(run, is_adapter), INTRODUCTION.format(name=name, origin=trained)]
     if report is not None:
         parts.append(_evaluation(load_report(report, "--report")))
     parts += [_settings(run, state), _data(run, state)]
-    parts.append(USAGE.format(name=name, new_tokens=min(256, run.data.row_length // 2)))
+    usage = ADAPTER_USAGE if is_adapter else USAGE
+    base = run.model.path if run.model.path and _is_hub_id(run.model.path) else "BASE"
+    parts.append(usage.format(name=name, base=base, new_tokens=min(256, run.data.row_length // 2)))
     return "\n\n".join([*parts, CITATION]) + "\n"
 
 
-def _front_matter(run: RunConfig) -> str:
-    values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": TAGS}
+def _front_matter(run: RunConfig, is_adapter: bool) -> str:
+    library = "peft" if is_adapter else "transformers"
+    values: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": TAGS}
     if run.model.path and _is_hub_id(run.model.path):
         values["base_model"] = run.model.path
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
@@ -120,6 +148,10 @@ def _evaluation(report: dict[str, Any]) -> str:
 
 def _settings(run: RunConfig, state: State) -> str:
     training = {key: getattr(run.training, key) for key in SHOWN_TRAINING}
+    if run.training.adapter is not None:
+        training |= {f"adapter {name}": value for name, value in dataclasses.asdict(run.training.adapter).items()}
+    if run.model.quantization is not None:
+        training["base model's weights"] = run.model.quantization
     steps = {"steps": f"{state.step:,} of {run.training.steps:,}", "row_length": run.data.row_length}
     parallel = {"ranks": state.world_size, "ZeRO stage": state.zero_stage}
     simulation = dataclasses.asdict(run.simulation)

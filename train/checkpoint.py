@@ -66,7 +66,10 @@ def _write(
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
     torch.distributed.barrier()
-    engine.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
+    adapters_alone = config.training.adapter is not None
+    engine.save_checkpoint(
+        str(partial.parent), tag=partial.name, save_latest=False, exclude_frozen_parameters=adapters_alone
+    )
     if rank == 0:
         _describe(partial, engine.module.causal_lm, config, state, tokenizer)
     torch.distributed.barrier()

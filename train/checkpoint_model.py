@@ -21,11 +21,17 @@ MODULE_STATES = "mp_rank_00_model_states.pt"
 """DeepSpeed's file with the whole model, which it writes at ZeRO stage 0."""
 
 
-def consolidated_weights(checkpoint: Path, zero_stage: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's weights by name, put together from the ranks' files and rounded to `dtype`."""
+def consolidated_weights(
+    checkpoint: Path, zero_stage: int, dtype: torch.dtype, trained_alone: bool = False
+) -> dict[str, Tensor]:
+    """The model's weights by name, put together from the ranks' files and rounded to `dtype`.
+
+    trained_alone: the checkpoint holds the trained weights alone (`training.adapter`).
+    """
     try:
         with tensors_only():
-            weights = _module_weights(checkpoint) if zero_stage == 0 else _master_weights(checkpoint)
+            at_stage_0 = zero_stage == 0
+            weights = _module_weights(checkpoint) if at_stage_0 else _master_weights(checkpoint, trained_alone)
         return {name: _rounded(weight, dtype) for name, weight in weights.items()}
     except Exception as error:  # what a damaged file raises depends on where the damage is
         raise ExportError(f"CHECKPOINT: {checkpoint} is damaged or incomplete: {one_line(error)}") from error
@@ -35,10 +41,12 @@ def _module_weights(checkpoint: Path) -> dict[str, Tensor]:
     return torch.load(checkpoint / MODULE_STATES, map_location="cpu", mmap=True, weights_only=True)["module"]
 
 
-def _master_weights(checkpoint: Path) -> dict[str, Any]:
+def _master_weights(checkpoint: Path, trained_alone: bool) -> dict[str, Any]:
     """The float32 weights of ZeRO 1 to 3. At stage 3 each is put together when its `contiguous()` is called."""
     with redirect_stdout(io.StringIO()):  # DeepSpeed prints its progress
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
+        weights = get_fp32_state_dict_from_zero_checkpoint(
+            str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True, exclude_frozen_parameters=trained_alone
+        )
     assert weights is not None
     return weights
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refreshkv.train.distillation import divergence_and_gradient
+from refreshkv.simulation.distillation import divergence_and_gradient
 
 LOGITS_AT_ONCE = 1 << 27
 """Logits that exist in float32 at the same time: 512 MiB."""

@@ -10,8 +10,9 @@ from refreshkv.config import RefreshConfig
 from refreshkv.data.config import DataConfig
 from refreshkv.ranges import COUNT, COUNT_OR_NONE, SECONDS, SEED, Range, validate_numbers
 from refreshkv.settings import SettingsError
+from refreshkv.simulation.distillation import DistillationConfig
 from refreshkv.simulation.settings import SimulationConfig
-from refreshkv.train.distillation import DistillationConfig
+from refreshkv.train.adapter_config import AdapterConfig
 from refreshkv.train.loss import LossKind
 
 NUMBERS = {
@@ -45,6 +46,9 @@ class ModelConfig:
     """A new model with random weights: `model_type` and the fields of its transformers configuration."""
     prompt_attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """transformers' attention for prompts and for the rows of plain steps."""
+    quantization: Literal["nf4"] | None = None
+    """nf4: keep the weights of linear layers, except the output layer's, in 4 bits, for adapters beside them
+    (`training.adapter`; needs the package bitsandbytes). null: in the run's precision."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.scratch is None):
@@ -90,6 +94,8 @@ class TrainingConfig:
     activation_offload: bool = False
     """Keep the inputs of recomputed layers in the CPU's memory until the backward pass (with
     activation_checkpointing)."""
+    adapter: AdapterConfig | None = None
+    """Train adapters (LoRA) beside the model's weights, which stay as they are; null to train all weights."""
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
     """adamw: two float32 moments per parameter. adamw-8bit: the same in blocks of 8 bits, a quarter of the memory (GPUs
     only; needs the package bitsandbytes)."""
@@ -101,6 +107,10 @@ class TrainingConfig:
     memory less often (GPUs only; needs the package liger-kernel)."""
     seed: int = 0
     """Seed of the weights (model.scratch), the order of rows and the simulations."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = field(
+        default_factory=lambda: ["tensorboard"]
+    )
+    """Trackers that get the values of every step, beside metrics.jsonl; each but tensorboard needs its package."""
     log_every: int = 10
     """Steps between two log lines."""
     evaluate_every: int = 0

@@ -28,7 +28,11 @@ def check_export(folder: Path, rows: Tensor, logits: Tensor) -> tuple[float, flo
     The model must compute `logits` (B, T, V) from `rows` (B, T), and decoding must equal its parallel form. Raises
     `ExportError` if one of the differences is too large.
     """
-    model = _reload(folder)
+    return compare_reloaded(_reload(folder), rows, logits)
+
+
+def compare_reloaded(model: PreTrainedModel, rows: Tensor, logits: Tensor) -> tuple[float, float]:
+    """As `check_export`, for a model that has been loaded again, perhaps with adapters in it."""
     reload_difference = (logits_of(model, rows) - logits).abs().max().item()
     tolerance = torch.finfo(model.dtype).eps * logits.abs().max().item()  # the same weights: at most another rounding
     if not reload_difference <= tolerance:

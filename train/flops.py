@@ -7,7 +7,7 @@ Shapes: `T` positions, `P` prompt length, `K` budget.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from refreshkv.config import Simulation
 from refreshkv.layers import layer_windows
+from refreshkv.train.adapter_shape import AdapterShape
 
 PEAKS = {
     "B200": 2250e12,
@@ -39,14 +40,22 @@ class Work:
     """Operations for one query and one key, over all heads of a layer, forward."""
     windows: list[int | None]
     """Each layer's sliding window, None where it attends to everything."""
+    frozen: int = 0
+    """Those of the weights that are not trained: the backward pass multiplies with them once, not twice."""
 
 
-def model_work(model: PreTrainedModel) -> Work:
-    """The work of a transformers decoder, on any device ("meta" too), divided over ranks or whole."""
+def model_work(model: PreTrainedModel, adapters: AdapterShape | None = None) -> Work:
+    """The work of a transformers decoder without adapters in it, on any device ("meta" too), divided or whole.
+
+    adapters: those that are trained beside its weights.
+    """
     weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear))
     decoder = model.config.get_text_config(decoder=True)
     head = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
-    return Work(weights, 4 * decoder.num_attention_heads * head, layer_windows(model.config))
+    pair, windows = 4 * decoder.num_attention_heads * head, layer_windows(model.config)
+    if adapters is None:
+        return Work(weights, pair, windows)
+    return Work(weights + adapters.products, pair, windows, frozen=adapters.frozen_products)
 
 
 def step_flops(
@@ -71,8 +80,10 @@ def step_flops(
         if kind not in known:  # most layers are alike
             known[kind] = _pairs(length, window, simulation, flags)
         pairs += known[kind]
-    total = 3.0 * rows * (2 * work.weights * length + work.pair * pairs)
-    return total + step_flops(work, rows, length, None) / 3 if distilled and simulation is not None else total
+    total = rows * (2 * (3.0 * work.weights - work.frozen) * length + 3.0 * work.pair * pairs)
+    if distilled and simulation is not None:  # the teacher's forward pass
+        total += step_flops(replace(work, frozen=0), rows, length, None) / 3
+    return total
 
 
 def _pairs(length: int, window: int | None, simulation: Simulation | None, full_steps: Tensor | None) -> float:

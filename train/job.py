@@ -8,11 +8,13 @@ from transformers import PretrainedConfig
 
 from refreshkv.attention import sequence_parallel
 from refreshkv.data.rows import Rows, load_rows
+from refreshkv.train.adapter import validate_adapter
 from refreshkv.train.config import RunConfig
 from refreshkv.train.deepspeed_json import read_deepspeed_json, zero_stage
 from refreshkv.train.kernels import validate_kernels, validate_prompt_attention
 from refreshkv.train.optimizer import validate_optimizer
 from refreshkv.train.shape import Shape, model_configuration, model_shape
+from refreshkv.train.trackers import validate_trackers
 from refreshkv.train.validation import (
     micro_batches,
     validate_length,
@@ -94,15 +96,17 @@ def resolve(config: RunConfig, world: int, dry: bool = False) -> Job:
     validate_length(config, model_config)
     sequence_parallel.check_sequence(config.parallel.sequence, world, config.data.row_length, model_config)
     count = micro_batches(config, world)
+    validate_adapter(config, zero_stage(deepspeed), dry)
     if not dry:
         validate_optimizer(config.training)
+        validate_trackers(config.training.report_to)
         validate_kernels(config.training, model_config)
         validate_prompt_attention(config.model)
     return Job(
         config=config,
         world=world,
         model_config=model_config,
-        shape=model_shape(model_config),
+        shape=model_shape(model_config, config.training.adapter),
         deepspeed=deepspeed,
         zero_stage=zero_stage(deepspeed),
         micro_batches=count,

@@ -1,4 +1,4 @@
-"""The log of a run: a progress bar, a line every `training.log_every` steps, TensorBoard curves, metrics.jsonl."""
+"""The log of a run: a progress bar, a line every `training.log_every` steps, metrics.jsonl, and trackers' curves."""
 
 import json
 import math
@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from refreshkv.files import write_text
@@ -18,6 +17,7 @@ from refreshkv.settings import SettingsError
 from refreshkv.train.config import RunConfig
 from refreshkv.train.hub import BackgroundPush
 from refreshkv.train.run_folder import METRICS_FILE
+from refreshkv.train.trackers import Trackers
 
 
 class RunLog:
@@ -35,7 +35,7 @@ class RunLog:
         output = Path(config.training.output)
         self.uploads = BackgroundPush(config.hub, output, self.say) if config.hub.repo else None
         self.metrics = _metrics_until(output / METRICS_FILE, start)
-        self.board = SummaryWriter(output / "tensorboard", purge_step=start + 1)
+        self.trackers = Trackers(config, start)
         self.bar = tqdm(total=self.steps, initial=start, desc="training", unit="step", dynamic_ncols=True)
 
     def step(self, step: int, values: dict[str, float]) -> None:
@@ -45,8 +45,7 @@ class RunLog:
         known = {name: value for name, value in values.items() if not math.isnan(value)}
         self.metrics.write(json.dumps({"step": step, **known}) + "\n")
         self.metrics.flush()
-        for name, value in known.items():
-            self.board.add_scalar(name.replace(" ", "_"), value, step)
+        self.trackers.log(known, step)
         self.bar.update()
         self.bar.set_postfix_str(f"loss {values['loss']:.3f}")
         if step % self.every == 0 or step == self.steps:
@@ -58,8 +57,7 @@ class RunLog:
             return
         self.metrics.write(json.dumps({"step": step, "evaluation": perplexities}) + "\n")
         self.metrics.flush()
-        for name, value in perplexities.items():
-            self.board.add_scalar(f"perplexity/{name.replace(' ', '_')}", value, step)
+        self.trackers.log({f"perplexity/{name}": value for name, value in perplexities.items()}, step)
         self.say(
             f"step {step}  perplexity  " + "  ".join(f"{name} {value:.3f}" for name, value in perplexities.items())
         )
@@ -86,7 +84,7 @@ class RunLog:
             if self.uploads:
                 self.uploads.close()
             self.bar.close()
-            self.board.close()
+            self.trackers.close()
             self.metrics.close()
 
     def _line(self, step: int, values: dict[str, float]) -> str:

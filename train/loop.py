@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch.distributed as dist
 
+from refreshkv.train.adapter import base_of, validate_base
 from refreshkv.train.checkpoint_reader import newest_described
 from refreshkv.train.config import RunConfig
 from refreshkv.train.engine import init_processes
@@ -84,7 +85,11 @@ def prepared(job: Job, resume: bool, overwrite: bool) -> Iterator[CausalLossMode
         validate_unlocked(job.output)
         validate_output(job.output, config, resume, overwrite)
         if resume and (checkpoint := newest_described(job.output)):
-            needs_conversion(checkpoint.state, job.world, job.zero_stage, config.training.optimizer)
+            training = config.training
+            has_adapters = training.adapter is not None
+            needs_conversion(checkpoint.state, job.world, job.zero_stage, training.optimizer, has_adapters)
+            base = base_of(config, job.model_config)
+            validate_base(checkpoint.state.base, base, config.model.path, "--resume")
         if config.hub.repo:
             validate_push(config.hub.repo, "hub.repo")
     model = CausalLossModel(build_model(job), config.training.loss, config.distillation)

@@ -13,8 +13,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from refreshkv.config import Simulation, Trace
 from refreshkv.settings import SettingsError
+from refreshkv.simulation.distillation import DistillationConfig, divergence, without_dropout
 from refreshkv.train.chunked_loss import ChunkedLoss
-from refreshkv.train.distillation import DistillationConfig, divergence, without_dropout
+from refreshkv.train.frozen import drop_frozen
 
 LossKind = Literal["chunked", "logits"]
 
@@ -62,6 +63,10 @@ class CausalLossModel(nn.Module):
         self._causal_lm = (model,)  # in a tuple, since as a child it would put its own name before all others
         for name, child in model.named_children():
             self.add_module(name, child)
+        self.has_frozen = any(not part.requires_grad for part in self.parameters())
+        """Whether some weights are not trained; they are no part of `state_dict` then."""
+        if self.has_frozen:
+            self.register_state_dict_post_hook(drop_frozen)
 
     @property
     def causal_lm(self) -> PreTrainedModel:

@@ -11,6 +11,8 @@ RESERVE = 1.5e9
 """Bytes of CUDA itself, of NCCL's buffers, and of what the allocator cannot use."""
 SHORT_SEGMENTS, TILE_ROWS = 3, 64
 """So many segments fit into a tile of so many rows where their keys are listed together (refreshkv/ops/rows)."""
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in 4 bits: its code, the 8-bit scale of 64 weights, and the float32 scale of 256 such scales."""
 OUTSIDE = "CUDA and NCCL"
 """The one purpose in `memory_needed` that torch's allocator does not count."""
 
@@ -51,8 +53,8 @@ def _zero(job: Job) -> dict:
 
 def _states(job: Job) -> dict[str, float]:
     """Weights, gradients, and the optimizer's master weights and moments."""
-    stage, count, size = job.zero_stage, job.shape.parameters, _number_size(job.config)
-    weights = size * count / (job.world if stage == 3 else 1)
+    stage, count, size = job.zero_stage, job.shape.trained, _number_size(job.config)
+    weights = _weights(job) / (job.world if stage == 3 else 1)
     gradients = size * count / (job.world if stage >= 2 else 1)
     moments = 2 if job.config.training.optimizer == "adamw-8bit" else 8
     masters = 4 if size == 2 or stage else 0  # ZeRO makes a float32 copy of float32 weights, too
@@ -62,6 +64,14 @@ def _states(job: Job) -> dict[str, float]:
     if offloads(job.deepspeed, "optimizer"):
         optimizer, gradients = 0.0, gradients if stage < 2 else 0.0
     return {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+
+
+def _weights(job: Job) -> float:
+    """The weights of the whole model, those of adapters included."""
+    shape, size = job.shape, _number_size(job.config)
+    adapters = 0 if shape.adapters is None else shape.adapters.trained
+    packed = shape.packable if job.config.model.quantization else 0
+    return size * (shape.parameters + adapters - packed) + NF4_BYTES * packed
 
 
 def _tokens(job: Job) -> float:
@@ -84,7 +94,9 @@ def _activations(job: Job) -> tuple[float, float]:
     mlp = 1 if training.kernels == "liger" else 2
     backward = size * (shape.hidden + mlp * shape.mlp) * _tokens(job)
     kept = (0.0 if training.activation_offload else inputs) + (shape.layers - recomputed) * layer
-    return kept, backward + (layer if recomputed == shape.layers else 0.0)
+    # a layer of 4-bit weights is multiplied in the run's precision; the largest one is a matrix of the MLP
+    unpacked = size * shape.hidden * shape.mlp if job.config.model.quantization else 0
+    return kept, backward + unpacked + (layer if recomputed == shape.layers else 0.0)
 
 
 def _layer_activations(job: Job) -> float:
@@ -97,7 +109,8 @@ def _layer_activations(job: Job) -> float:
     attention = size * (2 * query + key_value + (query if job.sequence_parallel_size > 1 else 0))
     # gate, up, product; without Liger also the gate's activation
     mlp = size * shape.mlp * (3 if liger else 4)
-    return (norms + attention + mlp) * _tokens(job) + _refresh(job)
+    adapters = 0.0 if shape.adapters is None else size * shape.adapters.kept / shape.layers
+    return (norms + attention + mlp + adapters) * _tokens(job) + _refresh(job)
 
 
 def _refresh(job: Job) -> float:
@@ -125,11 +138,12 @@ def _logits(job: Job) -> float:
         return norm + tokens * shape.vocabulary * (2 * size + 8) * (3 if distilled else 1)
     at_once = min(tokens * shape.vocabulary, LOGITS_AT_ONCE)
     weight = shape.hidden * shape.vocabulary
+    is_trained = shape.adapters is None  # adapters leave the output layer's weight as it is
     # forward: the float32 sum of the weight's gradient, what a chunk adds to it, the chunk's logits and their gradient
-    forward = weight * (4 + size) + at_once * (4 + size)
+    forward = (weight * (4 + size) if is_trained else 0) + at_once * (4 + size)
     if distilled:  # for the chunk: the teacher's logits, the logarithms of both sides and the gradient
         forward += 16 * at_once + size * tokens * shape.hidden
-    backward = weight * (4 + 4 + size)  # the sum, the scaled sum, the rounded one
+    backward = weight * (4 + 4 + size) if is_trained else 0.0  # the sum, the scaled sum, the rounded one
     return norm + 2 * size * tokens * shape.hidden + max(forward, backward)
 
 
@@ -141,7 +155,7 @@ def _gathered(job: Job) -> float:
 
 def _buckets(job: Job) -> float:
     """Buffers of gradients that are sent to other GPUs: one at stage 3, two below, which gather weights in a third."""
-    zero, size, count = _zero(job), _number_size(job.config), job.shape.parameters
+    zero, size, count = _zero(job), _number_size(job.config), job.shape.trained
     bucket = size * float(zero.get("reduce_bucket_size", 5e8))
     if job.zero_stage == 3:
         return bucket
@@ -153,7 +167,7 @@ def _step(job: Job) -> float:
     """Float32 gradients, and AdamW's roots of the second moment, of the parameters that are updated at a time."""
     if offloads(job.deepspeed, "optimizer"):
         return 0.0
-    count = job.shape.parameters / (job.world if job.zero_stage else 1)
+    count = job.shape.trained / (job.world if job.zero_stage else 1)
     if job.zero_stage == 3:
         count = min(count, float(_zero(job).get("sub_group_size", 1e9)))
     return count * (8 if job.config.training.optimizer == "adamw" else 4)

@@ -11,6 +11,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 import refreshkv
 from refreshkv.loading import CODE, load_model
 from refreshkv.settings import SettingsError
+from refreshkv.train.adapter import add_adapters, keep_packed_form, quantization_options
 from refreshkv.train.engine import engine_settings, init_processes
 from refreshkv.train.job import Job
 from refreshkv.train.kernels import use_liger
@@ -27,7 +28,9 @@ def build_model(job: Job) -> PreTrainedModel:
     if config.model.path is not None:
         dtype = torch.bfloat16 if training.dtype == "bf16" else torch.float32
         with divided_while_loading(job):
-            model = load_model(config.model.path, "model.path", dtype=dtype)
+            options = quantization_options(config, _device())
+            model = load_model(config.model.path, "model.path", dtype=dtype, **options)
+        keep_packed_form(model)
     else:
         _validate_memory(job)
         torch.manual_seed(training.seed)
@@ -35,9 +38,20 @@ def build_model(job: Job) -> PreTrainedModel:
     refreshkv.enable(model, config.refresh, prompt_attention=config.model.prompt_attention)
     if training.kernels == "liger":
         use_liger(model)
+    if training.adapter is not None:
+        add_adapters(model, training.adapter, training.seed)
+        if training.activation_offload:  # the reentrant form passes no gradients on where no input has one
+            model.enable_input_require_grads()
     if training.activation_checkpointing:
         recompute_layers(model, training.activation_checkpointing, training.activation_offload)
     return model
+
+
+def _device() -> torch.device:
+    """Where this process trains."""
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
 
 
 def _validate_memory(job: Job) -> None:

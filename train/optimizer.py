@@ -23,7 +23,7 @@ def eight_bit_adamw(parameters: list[torch.nn.Parameter], training: TrainingConf
 
 def _adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
     try:
-        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+        from bitsandbytes.optim.adamw import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise SettingsError(
             "training.optimizer=adamw-8bit needs the package bitsandbytes: pip install 'refreshkv[8bit]', or set "

@@ -28,7 +28,8 @@ def report(job: Job, available: float | None, rate: float) -> str:
         if simulation.config.select_stride is not None:
             kind += f", selecting at least every {simulation.config.select_stride} tokens"
     lines = [
-        f"model       {job.shape.parameters:,} parameters, {job.shape.layers} layers, {config.training.dtype}",
+        f"model       {job.shape.parameters:,} parameters, {job.shape.layers} layers, {config.training.dtype}"
+        + _trained(job),
         f"job         {job.world} GPUs, {job.sequence_parallel_size} per row, ZeRO {job.zero_stage}, "
         f"{job.micro_batches} micro-batches of {config.training.micro_batch} a step",
         f"rows        {config.data.row_length:,} tokens, {config.simulation.pattern}: {kind}",
@@ -39,6 +40,15 @@ def report(job: Job, available: float | None, rate: float) -> str:
         f"  {'together':20}{total / 1e9:8.2f}",
     ]
     return "\n".join([*lines, _verdict(job, total, available)])
+
+
+def _trained(job: Job) -> str:
+    """What the report says of adapters and 4-bit weights; nothing where all weights are trained."""
+    adapter = job.config.training.adapter
+    if job.shape.adapters is None or adapter is None:
+        return ""
+    packed = f", linear layers in {job.config.model.quantization}" if job.config.model.quantization else ""
+    return f"{packed}; {job.shape.adapters.trained:,} trained (rank {adapter.rank})"
 
 
 def _verdict(job: Job, total: float, available: float | None) -> str:

@@ -25,10 +25,13 @@ from refreshkv.train.run_folder import State
 from refreshkv.train.safe_loading import tensors_only
 
 
-def needs_conversion(state: State, world: int, stage: int, optimizer: str = "adamw") -> bool:
+def needs_conversion(
+    state: State, world: int, stage: int, optimizer: str = "adamw", has_adapters: bool = False
+) -> bool:
     """Whether `world` ranks at ZeRO `stage` read a checkpoint in the universal form only.
 
-    Raises `SettingsError` if they cannot read it at all. optimizer: `training.optimizer`.
+    Raises `SettingsError` if they cannot read it at all. optimizer: `training.optimizer`. has_adapters: whether
+    `training.adapter` is set.
     """
     if state.zero_stage == stage and state.world_size == world:
         return False
@@ -37,6 +40,11 @@ def needs_conversion(state: State, world: int, stage: int, optimizer: str = "ada
             f"--resume: a checkpoint of ZeRO stage {state.zero_stage} does not convert to stage {stage} "
             f"(training.deepspeed): go on with stage {state.zero_stage}, or start another run from an export of it "
             "(launch/export.py, model.path)"
+        )
+    if stage and has_adapters:
+        raise SettingsError(
+            "--resume: a checkpoint of training.adapter does not convert to another layout: go on with "
+            f"{state.world_size} ranks and ZeRO stage {state.zero_stage} (training.deepspeed), which wrote it"
         )
     if stage and optimizer == "adamw-8bit":
         raise SettingsError(
@@ -64,7 +72,8 @@ def start_engine(
         messages = [f"warning: {line}" for line in damaged]
     if checkpoint is not None:
         done = checkpoint.state
-        convert = needs_conversion(done, job.world, job.zero_stage, training.optimizer)
+        has_adapters = training.adapter is not None
+        convert = needs_conversion(done, job.world, job.zero_stage, training.optimizer, has_adapters)
     note("setting up the engine")
     mpu = sequence_parallel.start(model.causal_lm, job.sequence_parallel_size, training.micro_batch)
     engine = build_engine(model, job, mpu, universal=convert)
@@ -84,7 +93,10 @@ def load(engine: Any, checkpoint: Path, convert: bool) -> None:
     """
     if not convert:
         with tensors_only():
-            engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+            # a checkpoint of adapters lacks the weights that are not trained
+            engine.load_checkpoint(
+                str(checkpoint.parent), tag=checkpoint.name, load_module_strict=not engine.module.has_frozen
+            )
         return
     universal = checkpoint.with_name(f"{checkpoint.name}.universal")
     is_first = dist.get_rank() == 0

@@ -16,6 +16,7 @@ from refreshkv.evaluation.strategies import full_attention, refreshing
 from refreshkv.loading import find_tokenizer
 from refreshkv.settings import SettingsError
 from refreshkv.simulation.draw import draw_simulation, effective_strides, new_trace
+from refreshkv.train.adapter import base_of
 from refreshkv.train.batch import Batch, make_batch
 from refreshkv.train.checkpoint import save_checkpoint
 from refreshkv.train.flops import peak_flops, step_flops
@@ -129,7 +130,8 @@ class Run:
         job = self.job
         self.note(f"the checkpoint of step {step}")
         rows, run = job.prepared.info["fingerprint"], run_id(job.output) or ""
-        state = State(step, self.tokens_seen, job.world, job.zero_stage, rows, run)
+        base = base_of(job.config, job.model_config) if self.rank == 0 else ""  # rank 0 writes the state
+        state = State(step, self.tokens_seen, job.world, job.zero_stage, rows, run, base)
         return save_checkpoint(self.engine, job.output, job.config, state, self.tokenizer)
 
 

@@ -33,6 +33,7 @@ BEFORE_A_RUN = (LOCK_FILE, IDENTITY_FILE, f".{IDENTITY_FILE}{PARTIAL}", f".{RUN_
 WRITTEN = (
     *(RUN_FILE, METRICS_FILE, *BEFORE_A_RUN, f".{METRICS_FILE}{PARTIAL}", "stuck-rank-*.txt"),
     *("tensorboard", "tensorboard/events.out.tfevents.*", "checkpoints", "checkpoints/zero_to_*.py"),
+    *("wandb", "mlflow", "mlflow.db"),
     *("checkpoints/latest", "checkpoints/latest_universal", f"checkpoints/.step-*{REMOVED}"),
 )
 """What a run writes into its folder, besides its checkpoints."""
@@ -44,6 +45,7 @@ UNFINISHED = (PARTIAL, ".universal")
 FREE_TO_CHANGE = {
     "training.output",
     "training.log_every",
+    "training.report_to",
     "training.evaluate_every",
     "training.evaluate_rows",
     "training.evaluate_tokens",
@@ -81,6 +83,8 @@ class State:
     """Fingerprint of the prepared rows."""
     run: str = ""
     """Id of the run; empty in checkpoints of earlier versions."""
+    base: str = ""
+    """Of adapters: what tells the model beside which they were trained from others (`train.adapter`)."""
 
 
 def step_folder(output: Path, step: int) -> Path:

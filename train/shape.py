@@ -7,6 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from refreshkv.loading import CODE, load_configuration, validate_sizes
 from refreshkv.settings import SettingsError
+from refreshkv.train.adapter_config import AdapterConfig
+from refreshkv.train.adapter_shape import AdapterShape, adapter_shape
 from refreshkv.train.config import ModelConfig
 from refreshkv.train.flops import Work, model_work
 
@@ -55,10 +57,21 @@ class Shape:
     """Size of a head."""
     vocabulary: int
     work: Work
+    packable: int
+    """Weights of the linear layers without the output layer, which `model.quantization` keeps in 4 bits."""
+    adapters: AdapterShape | None = None
+
+    @property
+    def trained(self) -> int:
+        """Parameters that are trained: all, or those of the adapters."""
+        return self.parameters if self.adapters is None else self.adapters.trained
 
 
-def model_shape(model_config: PretrainedConfig) -> Shape:
-    """The shape of a configuration's model, which is built without weights for it."""
+def model_shape(model_config: PretrainedConfig, adapter: AdapterConfig | None = None) -> Shape:
+    """The shape of a configuration's model, which is built without weights for it.
+
+    Raises `SettingsError` if there is no such model, or if it lacks layers that `adapter` names.
+    """
     decoder = model_config.get_text_config(decoder=True)
     lacking = [name for name in ("num_key_value_heads", "intermediate_size") if not hasattr(decoder, name)]
     if lacking:
@@ -74,6 +87,7 @@ def model_shape(model_config: PretrainedConfig) -> Shape:
             f"config.json of model.path): {one_line(error)}"
         ) from error
     head = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
+    adapters = adapter_shape(model, adapter)
     return Shape(
         parameters=model.num_parameters(),
         layers=decoder.num_hidden_layers,
@@ -83,5 +97,11 @@ def model_shape(model_config: PretrainedConfig) -> Shape:
         kv_heads=decoder.num_key_value_heads,
         head=head,
         vocabulary=decoder.vocab_size,
-        work=model_work(model),
+        work=model_work(model, adapters),
+        packable=sum(
+            module.weight.numel()
+            for module in model.modules()
+            if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+        ),
+        adapters=adapters,
     )

@@ -39,7 +39,7 @@ def step_seconds(job: Job, rate: float) -> float:
     """Seconds of one optimizer step on GPUs that each make `rate` operations per second in a matrix product."""
     config, shape = job.config, job.shape
     rows, length, simulation = config.training.global_batch, config.data.row_length, heaviest_simulation(config)
-    attention = replace(shape.work, weights=0)
+    attention = replace(shape.work, weights=0, frozen=0)
     products = step_flops(replace(shape.work, windows=[]), rows, length, None) / PRODUCTS
     decoded = 0.0
     if simulation is not None:
@@ -48,17 +48,19 @@ def step_seconds(job: Job, rate: float) -> float:
         decoded -= step_flops(refreshed, rows, simulation.prompt_length, None)
     dense = step_flops(attention, rows, length, simulation) - decoded
     share = sum(recomputed_layers(shape.layers, config.training.activation_checkpointing)) / shape.layers
-    executed = (products + dense / ATTENTION + decoded / DECODED) * (1 + share / 3)
+    forward = step_flops(replace(shape.work, windows=[], frozen=0), rows, length, None) / PRODUCTS / 3
+    executed = products + share * forward + (dense / ATTENTION + decoded / DECODED) * (1 + share / 3)
     if config.distillation.weight > 0 and simulation is not None:
-        executed += (products + step_flops(attention, rows, length, None) / ATTENTION) / 3  # the teacher's forward pass
+        executed += forward + step_flops(attention, rows, length, None) / ATTENTION / 3  # the teacher's forward pass
     return (executed / job.world + _transfers(job)) / rate
 
 
 def _transfers(job: Job) -> float:
     """Weights and gradients between the GPUs, and the optimizer's step, as operations that take the same time."""
     stage, size, world = job.zero_stage, 2 if job.config.training.dtype == "bf16" else 4, job.world
+    trained = job.shape.trained
     # stage 3 fetches the weights forward and backward, and reduces gradients, for every micro-batch
-    passes = job.micro_batches if stage == 3 else 1
-    exchanged = 3 * passes * size * job.shape.parameters * (world - 1) / world
-    updated = UPDATE * job.shape.parameters / (world if stage else 1)
+    numbers = job.micro_batches * (2 * job.shape.parameters + trained) if stage == 3 else 3 * trained
+    exchanged = size * numbers * (world - 1) / world
+    updated = UPDATE * trained / (world if stage else 1)
     return EXCHANGE_BYTE * exchanged + MEMORY_BYTE * updated

@@ -17,19 +17,30 @@ from transformers.training_args import TrainingArguments
 from refreshkv.attention.enable import enable
 from refreshkv.config import RefreshConfig, Simulation
 from refreshkv.settings import SettingsError
+from refreshkv.simulation.distillation import DistillationConfig, divergence, without_dropout
 from refreshkv.simulation.draw import draw_simulation
-from refreshkv.simulation.positions import partial_positions
+from refreshkv.simulation.positions import decoded_positions, partial_positions
 from refreshkv.simulation.settings import SimulationConfig
 
 LOSS_CHUNK = 1024
 """Positions whose losses are computed at a time for the figures, so that float32 logits of few positions exist."""
+
+KINDS = ("loss full", "loss partial", "divergence")
+"""What the figures are means of, a value for each predicted token."""
+
+LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
+"""Keywords of a model's call that only its loss uses."""
 
 SIMULATED: WeakSet[nn.Module] = WeakSet()
 """Models whose hooks a `TrainingSimulation` has set."""
 
 
 def simulate(
-    model: nn.Module, settings: SimulationConfig | None = None, seed: int = 0, refresh: RefreshConfig | None = None
+    model: nn.Module,
+    settings: SimulationConfig | None = None,
+    seed: int = 0,
+    refresh: RefreshConfig | None = None,
+    distillation: DistillationConfig | None = None,
 ) -> "TrainingSimulation":
     """Lets every training-mode forward pass of `model` simulate the refresh pattern; evaluation mode stays as it is.
 
@@ -50,10 +61,12 @@ def simulate(
         settings: what a step simulates; None for the defaults of `SimulationConfig`.
         seed: seed of the draws.
         refresh: the selection; None for the one that `model.config.refreshkv` holds. Written there.
+        distillation: adds to the loss that the model returns the divergence from its own predictions with full
+            attention, for one more forward pass; None for none. The call then needs `labels`.
 
     Raises `SettingsError` if the model cannot be refreshed or is simulated already.
     """
-    return TrainingSimulation(model, settings or SimulationConfig(), seed, refresh)
+    return TrainingSimulation(model, settings or SimulationConfig(), seed, refresh, distillation)
 
 
 @dataclass
@@ -63,36 +76,50 @@ class LossFigures:
     They stay on the device: only `report` reads them, so that no pass waits for the device.
     """
 
-    sums: dict[str, float | Tensor] = field(default_factory=lambda: {"full": 0.0, "partial": 0.0})
-    tokens: dict[str, int | Tensor] = field(default_factory=lambda: {"full": 0, "partial": 0})
+    sums: dict[str, float | Tensor] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
+    tokens: dict[str, int | Tensor] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     passes: int = 0
     plain_passes: int = 0
 
+    def add(self, kind: str, values: Tensor, where: Tensor) -> None:
+        """Adds the `values` at the positions `where`, both of one shape."""
+        self.sums[kind] += values.detach().double().where(where, 0.0).sum()
+        self.tokens[kind] += where.sum()
+
     def report(self) -> dict[str, float]:
         """The mean losses in nats, without a kind that had no token, and the share of plain passes."""
-        means = {f"loss {kind}": float(self.sums[kind] / count) for kind, count in self.tokens.items() if count}
+        means = {kind: float(self.sums[kind] / count) for kind, count in self.tokens.items() if count}
         return {**means, "plain share": self.plain_passes / self.passes} if self.passes else {}
 
 
 class TrainingSimulation:
     """What `simulate` returns. `remove()`, or the end of a `with` block, makes the model an ordinary one again."""
 
-    def __init__(self, model: nn.Module, settings: SimulationConfig, seed: int, refresh: RefreshConfig | None):
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: SimulationConfig,
+        seed: int,
+        refresh: RefreshConfig | None,
+        distillation: DistillationConfig | None = None,
+    ):
         decoder_model = _transformers_model(model)
         if decoder_model in SIMULATED:
             raise SettingsError("this model is simulated already: call remove() of the first simulation")
         enable(decoder_model, refresh)
         self.settings, self.seed = settings, seed
+        self.distillation = distillation or DistillationConfig()
         self.refresh = RefreshConfig.from_dict(decoder_model.config.refreshkv)
         self.number = 1
         """Number of the optimizer step that the next pass belongs to; the first is 1."""
         self.figures = LossFigures()
         self.model = decoder_model
         self._current: Simulation | None = None
+        self._is_teaching = False
         decoder: Any = decoder_model.base_model
         self._handles = [
             decoder.register_forward_pre_hook(self._add_simulation, with_kwargs=True, prepend=True),
-            model.register_forward_hook(self._count_losses, with_kwargs=True),
+            model.register_forward_hook(self._after_model, with_kwargs=True),
         ]
         SIMULATED.add(decoder_model)
 
@@ -119,7 +146,7 @@ class TrainingSimulation:
         return _Callback(self)
 
     def report(self) -> dict[str, float]:
-        """`loss full`, `loss partial` (nats a token) and `plain share` since the last report."""
+        """`loss full`, `loss partial`, `divergence` (nats a token) and `plain share` since the last report."""
         figures, self.figures = self.figures.report(), LossFigures()
         return figures
 
@@ -134,7 +161,7 @@ class TrainingSimulation:
 
     def _add_simulation(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the decoder, in training mode: adds the simulation to the keywords."""
-        if not decoder.training or kwargs.get("simulation") is not None or kwargs.get("refresh") is not None:
+        if self._is_teaching or not decoder.training or _is_given(kwargs):
             return args, kwargs
         if kwargs.get("past_key_values") is not None:
             raise ValueError("a simulated training pass takes whole sequences: pass no past_key_values")
@@ -144,21 +171,56 @@ class TrainingSimulation:
         self._current = self.draw(inputs.shape[1])
         return args, {**kwargs, "use_cache": False, "simulation": self._current}
 
-    def _count_losses(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """After the model, in training mode: adds the losses of its logits to the figures."""
-        if not model.training:
-            return
+    def _after_model(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """After the model, in training mode: counts the losses of its logits, and distils."""
+        if self._is_teaching or not model.training:
+            return None
         self.figures.passes += 1
         self.figures.plain_passes += self._current is None
-        labels, logits = kwargs.get("labels"), getattr(output, "logits", None)
-        if labels is None or logits is None or logits.shape[1] != labels.shape[1]:
-            return
-        losses = _next_token_losses(logits, labels)
+        labels: Any = kwargs.get("labels")
+        logits: Any = getattr(output, "logits", None)
+        has_logits = labels is not None and logits is not None and logits.shape[1] == labels.shape[1]
+        if self.distillation.weight and self._current is not None:
+            if not has_logits or output.loss is None:
+                raise SettingsError(
+                    "simulate(distillation=...) adds to the loss that the model returns: pass labels= to the model, "
+                    "and let it return its logits (no loss of the trainer's own, no fused loss)"
+                )
+            assert logits is not None
+            output.loss = output.loss + self._distillation_loss(args, kwargs, logits)
+        log_probs = getattr(output, "log_probs", None)
+        if has_logits:
+            assert labels is not None and logits is not None
+            self._count_losses(_next_token_losses(logits, labels), labels)
+        elif labels is not None and log_probs is not None and log_probs.shape == labels[:, 1:].shape:
+            self._count_losses(-log_probs, labels)  # TRL's output layer, which returns no logits
+        return output
+
+    def _count_losses(self, losses: Tensor, labels: Tensor) -> None:
+        """Adds the losses (B, T - 1) of labels (B, T) to the figures."""
         counted = labels[:, 1:] != -100
-        partial = partial_positions(self._current, torch.arange(labels.shape[1] - 1, device=labels.device))
-        for kind, where in (("full", counted & ~partial), ("partial", counted & partial)):
-            self.figures.sums[kind] += losses.double().where(where, 0.0).sum()
-            self.figures.tokens[kind] += where.sum()
+        partial = partial_positions(self._current, _predicting(labels))
+        self.figures.add("loss full", losses, counted & ~partial)
+        self.figures.add("loss partial", losses, counted & partial)
+
+    def _distillation_loss(self, args: tuple, kwargs: dict[str, Any], logits: Tensor) -> Tensor:
+        """The weighted divergences of the decoded tokens from a pass with full attention, divided by the number of
+        tokens that the model's loss is divided by: logits (B, T, V) -> scalar."""
+        inputs = {name: value for name, value in kwargs.items() if name not in ("labels", *LOSS_KEYWORDS)}
+        self._is_teaching = True
+        try:
+            with torch.no_grad(), without_dropout(self.model):
+                teacher = self.model(*args, **{**inputs, "use_cache": False}).logits
+        finally:
+            self._is_teaching = False
+        counted = kwargs["labels"][:, 1:] != -100
+        decoded = decoded_positions(self._current, _predicting(kwargs["labels"]))
+        where = (counted & decoded).nonzero(as_tuple=True)
+        kind = torch.promote_types(logits.dtype, torch.float32)
+        found = divergence(logits[where].to(kind), teacher[where].to(kind), self.distillation.temperature)
+        self.figures.add("divergence", found, torch.ones_like(found, dtype=torch.bool))
+        tokens = kwargs.get("num_items_in_batch")
+        return self.distillation.weight * found.sum() / (counted.sum().clamp(min=1) if tokens is None else tokens)
 
 
 class _Callback(TrainerCallback):
@@ -187,6 +249,16 @@ class _Callback(TrainerCallback):
             figures = self.simulation.report()
             logs.update(figures)
             state.log_history[-1].update(figures)
+
+
+def _is_given(kwargs: dict[str, Any]) -> bool:
+    """Whether the caller has handed in a simulation of its own."""
+    return kwargs.get("simulation") is not None or kwargs.get("refresh") is not None
+
+
+def _predicting(labels: Tensor) -> Tensor:
+    """The positions that predict a label: labels (B, T) -> (T - 1,)."""
+    return torch.arange(labels.shape[1] - 1, device=labels.device)
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:

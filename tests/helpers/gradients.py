@@ -15,9 +15,9 @@ from torch import Tensor
 from refreshkv import RefreshConfig, Simulation
 from refreshkv.attention import sequence_parallel
 from refreshkv.settings import settings_from_dict
+from refreshkv.simulation.distillation import DistillationConfig
 from refreshkv.train.batch import Batch, make_batch
 from refreshkv.train.config import RunConfig
-from refreshkv.train.distillation import DistillationConfig
 from refreshkv.train.engine import build_engine, init_processes
 from refreshkv.train.job import Job, resolve
 from refreshkv.train.loss import CausalLossModel

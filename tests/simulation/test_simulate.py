@@ -4,9 +4,11 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from refreshkv import RefreshConfig, SettingsError, SimulationConfig, enable, simulate
+from refreshkv import DistillationConfig, RefreshConfig, SettingsError, SimulationConfig, enable, simulate
 from refreshkv.simulation.draw import draw_simulation
 from refreshkv.simulation.padding import LeftPadding
+from refreshkv.train.batch import make_batch
+from refreshkv.train.loss import CausalLossModel, LossSums
 from tests.helpers.models import random_ids, tiny_model
 
 REFRESH = RefreshConfig(budget=6, stride=3)
@@ -139,6 +141,36 @@ def test_lora():
     assert {name for name, part in adapted.named_parameters() if part.grad is not None} == {
         name for name, _ in adapted.named_parameters() if "lora_" in name
     }
+
+
+@pytest.mark.parametrize("items", [None, 50])
+def test_distillation(items):
+    """The loss and the gradients of our own loop's, with the number of tokens that a trainer hands in, or without."""
+    model, other = models()
+    distillation, settings = (
+        DistillationConfig(weight=0.5, temperature=2.0),
+        SimulationConfig(stride=4, prompt_length=20),
+    )
+    ids, more = random_ids(2, LENGTH), {} if items is None else {"num_items_in_batch": items}
+    with simulate(model, settings, SEED, REFRESH, distillation) as simulation:
+        drawn, loss = simulation.draw(LENGTH), model(input_ids=ids, labels=ids, **more).loss
+        loss.backward()
+        figures = simulation.report()
+    batch = make_batch({"input_ids": ids}, "all", torch.device("cpu"))
+    sums = LossSums(*CausalLossModel(other, "logits", distillation).train()(**batch.model_arguments(drawn, False)))
+    expected = sums.objective / (items or sums.tokens)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.double(), rtol=0, atol=1e-6)
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-6)
+    assert figures["divergence"] == pytest.approx(float(sums.divergence / sums.divergence_tokens), abs=1e-5) and drawn
+
+
+def test_distillation_needs_labels():
+    model, _ = models()
+    with simulate(model, SimulationConfig(stride=4), SEED, REFRESH, DistillationConfig(weight=0.5)):
+        with pytest.raises(SettingsError, match="pass labels= to the model"):
+            model(input_ids=random_ids(1, LENGTH))
 
 
 def test_refusals():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refreshkv import Trace
-from refreshkv.train.distillation import divergence
+from refreshkv.simulation.distillation import divergence
 from tests.helpers.gradients import SIMULATIONS, Case, all_rows, model_of, write_gradients
 from tests.helpers.ranks import run_ranks
 

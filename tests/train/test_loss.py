@@ -5,10 +5,10 @@ import torch
 
 from refreshkv import RefreshConfig, Simulation
 from refreshkv.settings import SettingsError
+from refreshkv.simulation.distillation import DistillationConfig, divergence, divergence_and_gradient
 from refreshkv.simulation.positions import partial_positions
 from refreshkv.train import chunked_loss
 from refreshkv.train.batch import answer_targets, make_batch
-from refreshkv.train.distillation import DistillationConfig, divergence, divergence_and_gradient
 from refreshkv.train.loss import CausalLossModel, LossSums
 from tests.helpers.models import random_ids, tiny_enabled, tiny_model
 
