@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from refreshkv.config import NEVER, RefreshConfig, Simulation, Trace
     from refreshkv.generation.compilation import tuned_compilation
     from refreshkv.generation.decode_ahead import decode_ahead
+    from refreshkv.generation.generate import generate
     from refreshkv.settings import SettingsError
     from refreshkv.simulation.settings import SimulationConfig
     from refreshkv.simulation.simulate import simulate
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "decode_ahead",
     "enable",
+    "generate",
     "simulate",
     "tuned_compilation",
 ]
@@ -47,6 +49,7 @@ _MODULES = {
     "Trace": "refreshkv.config",
     "decode_ahead": "refreshkv.generation.decode_ahead",
     "enable": "refreshkv.attention.enable",
+    "generate": "refreshkv.generation.generate",
     "simulate": "refreshkv.simulation.simulate",
     "tuned_compilation": "refreshkv.generation.compilation",
 }
