@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from refreshkv.files import RECORD_FILE, write_json, write_text
 from refreshkv.folders import resolved
+from refreshkv.generation.custom_generate import write_custom_generate
 from refreshkv.settings import SettingsError
 from refreshkv.tables import column_table
 from refreshkv.train.card import model_card
@@ -34,7 +35,7 @@ class ExportResult:
     """Number of parameters; tied ones count once."""
     dtype: str
     sizes: dict[str, int]
-    """Bytes of each file."""
+    """Bytes of each file, those in custom_generate/ left out."""
     reload_difference: float
     """Largest difference of a logit between the reloaded model and the checkpoint's weights."""
     decode_difference: float
@@ -102,4 +103,5 @@ def _write(model: PreTrainedModel, description: Path, card: str, folder: Path) -
             (shutil.copytree if file.is_dir() else shutil.copyfile)(file, folder / file.name)
     for file in folder.glob("*config.json"):
         write_json(file, without_local_paths(json.loads(file.read_text(encoding="utf-8"))))
+    write_custom_generate(folder)
     write_text(folder / "README.md", card)

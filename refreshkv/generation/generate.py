@@ -67,7 +67,8 @@ def generate(
             `past_key_values`, with all tokens so far as its prompt. It is the caller's from then on.
         offload: as in `RefreshCache`.
         stream_to: a streamer; the same as `streamer`.
-        settings: further arguments of `model.generate`, `streamer`, `stop_strings` and `tokenizer` among them.
+        settings: further arguments of `model.generate`, `streamer`, `stop_strings` and `tokenizer` among them. With a
+            `custom_generate`, which is another loop, all goes to the model's own `generate`.
 
     Raises `SettingsError` if the model has no saved schedule and `refresh` is None.
     """
@@ -76,6 +77,8 @@ def generate(
         return _decode(model, inputs, generation_config=generation_config, call=call, **settings)
     arguments = {"inputs": inputs, "generation_config": generation_config, **settings}
     own = functools.partial(type(model).generate, model)
+    if arguments.pop("custom_generate", None) is not None:
+        return own(**arguments, streamer=call.streamer, custom_generate=settings["custom_generate"])
     reason = _why_ordinary(model, call, arguments)
     if reason is not None:
         return own(**arguments, streamer=call.streamer)

@@ -49,18 +49,17 @@ class Collector(BaseStreamer):
 # ---- one request
 
 
-@pytest.mark.parametrize("settings", [{}, SLIDING], ids=["full", "sliding"])
-@pytest.mark.parametrize("config", [SIMILAR, SELECTING], ids=["similar", "selecting"])
+@pytest.mark.parametrize(("settings", "config"), [({}, SELECTING), (SLIDING, SIMILAR)], ids=["selecting", "sliding"])
 def test_the_cache_is_sized_and_used_again(settings, config):
     model = tiny_enabled(config, **settings)
     caches = []
-    for turn, length in enumerate((90, 20, 61)):
+    for turn, length in enumerate((61, 20)):
         ids = random_ids(2, length, seed=turn)
         assert torch.equal(refreshkv.generate(model, ids, **GREEDY), by_hand(model, ids, config))
         ((shape, cache),) = pool_of(model)
         assert (shape.rows, cache.capacity) == (2, 128)
         caches.append(cache)
-    assert caches[0] is caches[1] is caches[2]
+    assert caches[0] is caches[1]
     ids = random_ids(2, 120)
     assert torch.equal(refreshkv.generate(model, ids, **GREEDY), by_hand(model, ids, config))
     ((_, larger),) = pool_of(model)
@@ -116,7 +115,7 @@ def test_a_streamer_gets_each_token_once(name):
 
 @pytest.mark.parametrize("where", ["argument", "generation config", "model"])
 def test_stop_strings_end_a_text(where):
-    model, ids, tokenizer = tiny_enabled(SIMILAR), random_ids(1, 20), letters_tokenizer()
+    model, ids, tokenizer = tiny_enabled(SIMILAR), random_ids(1, 20), letters_tokenizer(size=100)
     free = refreshkv.generate(model, ids, **GREEDY)
     word = tokenizer.decode(free[0, 25])
     settings, config = dict(GREEDY), None
@@ -238,13 +237,13 @@ def test_the_pool_keeps_what_is_used_and_no_more():
     assert pool.take(model.config, shapes[-1], 20) is caches[2]
 
 
-@pytest.mark.parametrize("requests", slow_unless([20], [20, 100]))
+@pytest.mark.parametrize("requests", slow_unless([10], [10, 100]))
 def test_requests_at_once_get_the_answers_of_single_ones(requests):
     """8 threads, random lengths: after a warm-up with the longest, one compiled graph and one cache serve them all."""
     torch._dynamo.reset()
     model = tiny_enabled(SIMILAR, dtype=torch.float32)
     lengths = torch.randint(5, 100, (requests, 2), generator=torch.Generator().manual_seed(0)).tolist()
-    texts = [(random_ids(1, prompt, seed=number), 1 + new // 5) for number, (prompt, new) in enumerate(lengths)]
+    texts = [(random_ids(1, prompt, seed=number), 1 + new // 8) for number, (prompt, new) in enumerate(lengths)]
     expected = [by_hand(model, ids, max_new_tokens=new) for ids, new in texts]
     compiled = CompileConfig(fullgraph=True, backend="eager", mode=None)
     compiled._compile_all_devices = True
@@ -252,13 +251,15 @@ def test_requests_at_once_get_the_answers_of_single_ones(requests):
     refreshkv.generate(model, random_ids(1, 20), cache_length=128, max_new_tokens=3, **settings)
     counters.clear()
     ((_, cache),) = pool_of(model)
-    running, most = [], []
-    model.model.register_forward_pre_hook(lambda *_: most.append(len(set(running))))
+    running, most = set(), []
 
     def ask(text):
-        running.append(threading.get_ident())
-        found = refreshkv.generate(model, text[0], max_new_tokens=text[1], **settings)
-        return found
+        running.add(threading.get_ident())
+        most.append(len(running))
+        try:
+            return refreshkv.generate(model, text[0], max_new_tokens=text[1], **settings)
+        finally:
+            running.discard(threading.get_ident())
 
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(ask, texts))
