@@ -12,6 +12,7 @@ Tokens are the likeliest ones, or drawn with --sample.
 
 import argparse
 import sys
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -71,7 +72,7 @@ def context(model: PreTrainedModel, options: argparse.Namespace) -> int:
     return options.context
 
 
-def messages():
+def messages() -> Iterator[str]:
     """The user's lines that are not empty, up to /exit or the end of the input."""
     while True:
         try:
@@ -117,7 +118,7 @@ def answer(
         return "\n(stopped; the question is forgotten)"
     finite.validate()
     new = ids[0, len(tokens) :].tolist()
-    conversation.add_answer(ids[0].tolist(), tokenizer.decode(new, skip_special_tokens=True))
+    conversation.add_answer(ids[0].tolist(), str(tokenizer.decode(new, skip_special_tokens=True)))
     return took(streamer, cache, len(tokens), len(tokens) - known)
 
 

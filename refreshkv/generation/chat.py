@@ -48,7 +48,7 @@ class Conversation:
         new = self.tokenizer(behind, add_special_tokens=False, verbose=False)["input_ids"]
         self.messages.append(question)
         known = self.tokens
-        if known and behind.startswith(self.tokenizer.decode(known[-1:])) and new[:1] == known[-1:]:
+        if known and behind.startswith(str(self.tokenizer.decode(known[-1:]))) and new[:1] == known[-1:]:
             known = known[:-1]  # the token that ended the answer, which never entered the cache
         return [*known, *new]
 

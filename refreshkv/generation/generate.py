@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -37,7 +37,7 @@ OWN_ATTENTION = "it decodes with its own attention"
 
 
 def generate(
-    model: PreTrainedModel,
+    model: Any,
     inputs: Tensor | None = None,
     generation_config: GenerationConfig | None = None,
     *,
@@ -74,6 +74,7 @@ def generate(
     """
     call = Call(_state(model), refresh, cache_length, offload, settings.pop("streamer", None) or stream_to)
     if hasattr(generation_config, "_eos_token_tensor"):  # transformers has prepared it: this is its `custom_generate`
+        assert inputs is not None and generation_config is not None
         return _decode(model, inputs, generation_config=generation_config, call=call, **settings)
     arguments = {"inputs": inputs, "generation_config": generation_config, **settings}
     own = functools.partial(type(model).generate, model)

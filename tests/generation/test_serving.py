@@ -7,6 +7,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    tokenizer = letters_tokenizer()
+    tokenizer = letters_tokenizer(size=100)  # with the letters that stop strings are looked up with
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
@@ -89,8 +90,9 @@ def answer(model, tokenizer, text, **settings):
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     settings = {"do_sample": False, "max_new_tokens": NEW, **settings}
     length = inputs.input_ids.shape[1]
-    small, full = refreshkv.generate(model, **inputs, **settings), model.generate(**inputs, **settings)
-    return tuple(tokenizer.decode(ids[0, length:], skip_special_tokens=True) for ids in (small, full))
+    calls = (partial(refreshkv.generate, model), model.generate)
+    found = [call(**inputs, tokenizer=tokenizer, **settings) for call in calls]
+    return tuple(tokenizer.decode(ids[0, length:], skip_special_tokens=True) for ids in found)
 
 
 @pytest.mark.slow
@@ -112,7 +114,7 @@ def test_a_server_of_the_hub_alone_answers_as_the_package_does(model, tokenizer,
                 return client.chat.completions.create(messages=messages, **settings)
 
             def streamed(text, **settings):
-                chunks = [chunk for chunk in ask(text, stream=True, **settings)]
+                chunks = list(ask(text, stream=True, **settings))
                 assert chunks[-1].choices[0].finish_reason in ("stop", "length")
                 return "".join(chunk.choices[0].delta.content or "" for chunk in chunks), len(chunks)
 
@@ -125,5 +127,5 @@ def test_a_server_of_the_hub_alone_answers_as_the_package_does(model, tokenizer,
                 found = [text for text, _ in threads.map(streamed, texts)]
             assert found == [answer(model, tokenizer, text)[0] for text in texts]
             stop = small[4:6]
-            expected, _ = answer(model, tokenizer, texts[0], stop_strings=[stop], tokenizer=letters_tokenizer(size=100))
+            expected, _ = answer(model, tokenizer, texts[0], stop_strings=[stop])
             assert streamed(texts[0], stop=[stop])[0] == expected != small
