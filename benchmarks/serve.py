@@ -85,7 +85,11 @@ def loads(name: str, model: Any, prompts: list[Tensor], args: argparse.Namespace
     for _ in range(3):  # the first compiles, the second captures
         ask(longest)
     alone = [ask(prompt) for prompt in prompts] if args.compare else None
-    return [measure(name, ask, clients, prompts, alone, args) for clients in args.concurrency]
+    results = []
+    for clients in args.concurrency:
+        results.append(measure(name, ask, clients, prompts, alone, args))
+        print(results[-1], flush=True)
+    return results
 
 
 def make_ask(name: str, model: Any, args: argparse.Namespace) -> Ask:
