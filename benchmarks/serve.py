@@ -82,8 +82,10 @@ def loads(name: str, model: Any, prompts: list[Tensor], args: argparse.Namespace
     """The requests `prompts` at each concurrency, after the longest possible one."""
     ask = make_ask(name, model, args)
     longest = torch.randint(1, args.vocabulary, (1, args.longest), device=args.device)
-    for _ in range(3):  # the first compiles, the second captures
+    for number in range(3):  # the first compiles, the second captures
+        began = time.perf_counter()
         ask(longest)
+        print(f"{name}: warm-up {number + 1} took {time.perf_counter() - began:.1f} s", flush=True)
     alone = [ask(prompt) for prompt in prompts] if args.compare else None
     results = []
     for clients in args.concurrency:
