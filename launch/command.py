@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "experiment": ("train several recipes from one base model and compare them", "train"),
     "export": ("turn a training checkpoint into a transformers folder", "train"),
     "generate": ("continue a text from a small KV cache", None),
+    "chat": ("chat with a model that decodes from a small KV cache", None),
     "doctor": ("show versions, devices, extras and kernels, and check that decoding is right here", None),
 }
 """Name -> what the command does, and the extra that it needs."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from refreshkv.config import NEVER, RefreshConfig, Simulation, Trace
     from refreshkv.generation.compilation import tuned_compilation
     from refreshkv.generation.decode_ahead import decode_ahead
+    from refreshkv.generation.generate import generate
     from refreshkv.settings import SettingsError
     from refreshkv.simulation.distillation import DistillationConfig
     from refreshkv.simulation.settings import SimulationConfig
@@ -35,6 +36,7 @@ __all__ = [
     "__version__",
     "decode_ahead",
     "enable",
+    "generate",
     "simulate",
     "tuned_compilation",
 ]
@@ -50,6 +52,7 @@ _MODULES = {
     "Trace": "refreshkv.config",
     "decode_ahead": "refreshkv.generation.decode_ahead",
     "enable": "refreshkv.attention.enable",
+    "generate": "refreshkv.generation.generate",
     "simulate": "refreshkv.simulation.simulate",
     "tuned_compilation": "refreshkv.generation.compilation",
 }

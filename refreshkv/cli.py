@@ -26,6 +26,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "tasks": ("rouge_score", "wonderwords", "zstandard", "inscriptis", "lxml"),
     "embeddings": ("sentence_transformers",),
     "gguf": ("gguf",),
+    "serve": ("fastapi", "uvicorn", "openai"),
     "gpu": ("triton", "liger_kernel", "pynvml"),
     "8bit": ("bitsandbytes",),
     "flash-attn": ("flash_attn",),

@@ -85,6 +85,7 @@ def add_overrides(parser: argparse.ArgumentParser, also: str = "") -> None:
 
 NUMBERS = {
     "batch_size": COUNT,
+    "context": COUNT,
     "examples": COUNT,
     "gpu_memory": GIGABYTES,
     "jobs": Range(1, 10_000),

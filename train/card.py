@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from refreshkv import tables
+from refreshkv import __version__, tables
 from refreshkv.config import NEVER
 from refreshkv.data.config import DataConfig
 from refreshkv.data.folder import INFO_FILE
@@ -36,25 +36,27 @@ INTRODUCTION = """\
 # {name}
 
 {origin} for decoding from a small KV cache that is chosen anew every few tokens (RefreshKV). The
-schedule is saved in `config.json` under `refreshkv`. Without the library it is an ordinary transformers model with full
-attention."""
+schedule is saved in `config.json` under `refreshkv`. With `trust_remote_code=True` transformers decodes with it, by the
+code in `custom_generate/`; without, it is an ordinary transformers model with full attention."""
 
 USAGE = """\
 ## Usage
 
 ```python
-from refreshkv import RefreshCache, decode_ahead, enable
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 name = "{name}"
 tokenizer = AutoTokenizer.from_pretrained(name)
-model = enable(AutoModelForCausalLM.from_pretrained(name, dtype="auto"))
+model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", trust_remote_code=True)
 
 inputs = tokenizer("The text to go on with", return_tensors="pt")
-cache = RefreshCache(config=model.config, max_cache_len=inputs.input_ids.shape[1] + {new_tokens})
-output = model.generate(**inputs, past_key_values=cache, custom_generate=decode_ahead, max_new_tokens={new_tokens})
+output = model.generate(**inputs, max_new_tokens={new_tokens})
 print(tokenizer.decode(output[0], skip_special_tokens=True))
-```"""
+```
+
+`trust_remote_code=True` runs the code in `custom_generate/`, which refreshkv {version} put there. With refreshkv
+installed the same is `refreshkv.generate(AutoModelForCausalLM.from_pretrained(name), **inputs)`, and no code of the
+model's is run. A server with OpenAI's interface: `transformers serve --trust-remote-code {name}`."""
 
 ADAPTER_USAGE = """\
 ## Usage
@@ -114,7 +116,8 @@ def model_card(
     parts += [_settings(run, state), _data(run, state)]
     usage = ADAPTER_USAGE if is_adapter else USAGE
     base = run.model.path if run.model.path and _is_hub_id(run.model.path) else "BASE"
-    parts.append(usage.format(name=name, base=base, new_tokens=min(256, run.data.row_length // 2)))
+    new_tokens = min(256, run.data.row_length // 2)
+    parts.append(usage.format(name=name, base=base, version=__version__, new_tokens=new_tokens))
     return "\n\n".join([*parts, CITATION]) + "\n"
 
 
@@ -156,7 +159,7 @@ def _settings(run: RunConfig, state: State) -> str:
     parallel = {"ranks": state.world_size, "ZeRO stage": state.zero_stage}
     simulation = dataclasses.asdict(run.simulation)
     if run.simulation.pattern != "whole":
-        del simulation["prompt_length"], simulation["select_stride"]
+        del simulation["prompt_length"], simulation["select_stride"], simulation["budget"]
     if run.simulation.pattern == "off":
         simulation = {"pattern": "off"}
     return "\n\n".join(

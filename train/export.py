@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from refreshkv.files import RECORD_FILE, write_json, write_text
 from refreshkv.folders import resolved
+from refreshkv.generation.custom_generate import write_custom_generate
 from refreshkv.settings import SettingsError
 from refreshkv.tables import column_table
 from refreshkv.train.card import model_card
@@ -40,7 +41,7 @@ class ExportResult:
     """Number of parameters; tied ones count once."""
     dtype: str
     sizes: dict[str, int]
-    """Bytes of each file."""
+    """Bytes of each file, those in custom_generate/ left out."""
     reload_difference: float
     """Largest difference of a logit between the reloaded model and the checkpoint's weights."""
     decode_difference: float

@@ -12,6 +12,7 @@ from refreshkv.attention.masks import left_padding_mask
 from refreshkv.attention.model_call import NAME, ModelCalls, attach
 from refreshkv.cache.refresh import saved_config
 from refreshkv.config import RefreshConfig
+from refreshkv.errors import NotRefreshable
 from refreshkv.generation.prompt_chunks import announce_chunks
 from refreshkv.layers import layer_windows
 from refreshkv.settings import SettingsError
@@ -37,28 +38,29 @@ def enable(
         config: written to `model.config.refreshkv`, and so into an exported config.json; None reads that key back.
         prompt_attention: transformers' attention for prompts, sliding-window layers and calls without refresh.
 
-    Raises `SettingsError` if the model cannot be refreshed, or has no saved configuration and none is given.
+    Raises `NotRefreshable`, a `SettingsError`, if the model's layers cannot be refreshed, and `SettingsError` if it has
+    no saved configuration and none is given.
     """
     if prompt_attention not in PROMPT_ATTENTIONS:
         raise SettingsError(f"prompt_attention must be one of {', '.join(PROMPT_ATTENTIONS)}, got {prompt_attention!r}")
-    config = config or saved_config(model.config)
     modules = attention_modules(model)
     windows = layer_windows(model.config)
     if len(modules) != len(windows):
-        raise SettingsError(
+        raise NotRefreshable(
             f"{type(model).__name__} has {len(windows)} layers but {len(modules)} attention modules of the usual form"
         )
     if all(window is not None for window in windows):
-        raise SettingsError(
+        raise NotRefreshable(
             f"every layer of this model has a sliding window ({windows[0]} tokens), so there is no full cache to "
             "refresh; if its checkpoint allows it, set config.sliding_window=None"
         )
-    if getattr(model.config.get_text_config(decoder=True), "attention_dropout", 0.0):
-        raise SettingsError("attention dropout is not simulated: set attention_dropout=0 in the model's config")
     for module in modules:
         kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
         if inspect.Parameter.VAR_KEYWORD not in kinds:
-            raise SettingsError(f"{type(module).__name__} takes no further keywords, so no simulation can reach it")
+            raise NotRefreshable(f"{type(module).__name__} takes no further keywords, so no simulation can reach it")
+    config = config or saved_config(model.config)
+    if getattr(model.config.get_text_config(decoder=True), "attention_dropout", 0.0):
+        raise SettingsError("attention dropout is not simulated: set attention_dropout=0 in the model's config")
     _own_config(model)
     model.set_attn_implementation(NAME)
     model.config.refreshkv = config.to_dict()

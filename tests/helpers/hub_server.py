@@ -1,4 +1,5 @@
-"""A Hugging Face Hub on loopback: what `HfApi.create_repo` and `upload_folder` call, and nothing more.
+"""A Hugging Face Hub on loopback: what `HfApi.create_repo` and `upload_folder` call, downloads of files, and nothing
+more.
 
 Files travel as in reality: small ones inside the commit, large ones by git LFS (the client needs HF_HUB_DISABLE_XET=1).
 Any other call, and any without the right token, is refused, so a test sees it.
@@ -10,6 +11,7 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 COMMIT = "0" * 39 + "1"
@@ -33,6 +35,11 @@ class HubServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
+    def add(self, repo: str, folder: Path) -> None:
+        """Adds a repository with the files of a folder."""
+        files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        self.repositories[repo] = {"private": False, "files": files}
+
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
@@ -48,6 +55,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:  # the name is http.server's
         self._serve("GET")
+
+    def do_HEAD(self) -> None:
+        self._serve("HEAD")
 
     def do_POST(self) -> None:
         self._serve("POST")
@@ -107,6 +117,24 @@ class _Handler(BaseHTTPRequestHandler):
         content = {"id": repo, "modelId": repo, "private": known["private"], "sha": COMMIT, "siblings": siblings}
         self._answer(200, {**content, "tags": []})
 
+    def resolve(self, repo: str, path: str) -> None:
+        """The content of a file, or of its head alone."""
+        files = self.hub.repositories.get(repo, {"files": {}})["files"]
+        if path not in files:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound" if files else "RepoNotFound")
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("ETag", f'"{hashlib.sha256(files[path]).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(files[path])))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(files[path])
+
     def tree(self, repo: str) -> None:
         files = self.hub.repositories[repo]["files"]
         self._answer(200, [{"type": "file", "path": p, "size": len(c), "oid": COMMIT} for p, c in files.items()])
@@ -150,7 +178,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 ROUTES = (
     ("POST", "/api/repos/create", _Handler.create),
-    ("GET", "/api/models/([^/]+/[^/]+)", _Handler.info),
+    ("GET", "/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", _Handler.info),
+    ("GET", "/([^/]+/[^/]+)/resolve/[^/]+/(.+)", _Handler.resolve),
+    ("HEAD", "/([^/]+/[^/]+)/resolve/[^/]+/(.+)", _Handler.resolve),
     ("GET", "/api/models/([^/]+/[^/]+)/tree/main", _Handler.tree),
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),
     ("POST", "/api/models/([^/]+/[^/]+)/preupload/main", _Handler.preupload),

@@ -11,6 +11,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+import transformers.dynamic_module_utils as dynamic_modules
 import yaml
 from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -378,7 +379,8 @@ def test_card_counts_prepared_rows_only_of_the_same_rows(tmp_path):
     assert "| rows prepared | 1,234 train, 5 test |" in same and "rows prepared" not in other
 
 
-def test_usage_of_the_card_runs_as_printed(exported, monkeypatch, capsys):
+def test_usage_of_the_card_runs_as_printed(exported, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(dynamic_modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     card = (exported / "README.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     assert f'name = "{REPOSITORY}"' in snippet and len(snippet.splitlines()) <= 12
@@ -387,7 +389,8 @@ def test_usage_of_the_card_runs_as_printed(exported, monkeypatch, capsys):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != RECORD_FILE}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != RECORD_FILE)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture

@@ -1,0 +1,82 @@
+"""A chat whose turns stay in one cache: the tokens of each turn follow those that the cache holds.
+
+A chat template is a text with the messages in it. The tokens of an answer in that text may differ from those that the
+model wrote, so only what stands behind the last answer is tokenized, and the tokens before it stay as they are.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from refreshkv.cache.refresh import RefreshCache
+from refreshkv.settings import SettingsError
+
+ANSWER = "\x02the answer\x03"
+"""Stands for the last answer in a template's text, to find where it ends."""
+
+
+class Conversation:
+    """The messages of one chat, and the tokens that the model has seen of them.
+
+    Args:
+        tokenizer: has a chat template; `SettingsError` if not.
+        system: what the model is told before the first message.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None = None):
+        if not tokenizer.chat_template:
+            raise SettingsError("--model: its tokenizer has no chat template: continue texts with refreshkv generate")
+        self.tokenizer, self.system = tokenizer, system
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all messages."""
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        self.tokens: list[int] = []
+        """Those of the messages so far; empty: none are known, and the next prompt is all of the chat."""
+
+    def prompt(self, text: str) -> list[int]:
+        """Adds a message of the user's, and returns the tokens of the whole chat up to the next answer.
+
+        They begin with `tokens`, or `tokens` is empty and a cache has to be reset.
+        """
+        question = {"role": "user", "content": text}
+        behind = self._text_behind_answer(question) if self.tokens else None
+        if behind is None:
+            self.tokens = []
+            behind = self._rendered([*self.messages, question])
+        new = self.tokenizer(behind, add_special_tokens=False, verbose=False)["input_ids"]
+        self.messages.append(question)
+        known = self.tokens
+        if known and behind.startswith(str(self.tokenizer.decode(known[-1:]))) and new[:1] == known[-1:]:
+            known = known[:-1]  # the token that ended the answer, which never entered the cache
+        return [*known, *new]
+
+    def add_answer(self, tokens: list[int], text: str) -> None:
+        """Adds an answer. tokens: all of the chat with it; empty if they are not known."""
+        self.tokens = tokens
+        self.messages.append({"role": "assistant", "content": text})
+
+    def _text_behind_answer(self, question: dict[str, str]) -> str | None:
+        """What the template writes behind the last answer; None if it writes the text before it in another way now."""
+        *before, _ = self.messages
+        stand_in = {"role": "assistant", "content": ANSWER}
+        start, found, behind = self._rendered([*before, stand_in, question]).partition(ANSWER)
+        return behind if found and start == self._rendered(before) else None
+
+    def _rendered(self, messages: list[dict[str, str]]) -> str:
+        text: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text
+
+
+def steps_line(cache: RefreshCache, prompt_tokens: int) -> str:
+    """How many of the steps after the prompt were full and selecting steps, over the layers that are refreshed."""
+    names = ("full", "selecting")
+    flags = (cache.full_steps, cache.selecting_steps)
+    refreshed = [number for number, sliding in enumerate(cache.is_sliding) if not sliding]
+    parts = []
+    for name, own in zip(names, flags, strict=True):
+        counts = own[refreshed, 0, prompt_tokens:].sum(-1).tolist()
+        least, most = min(counts), max(counts)
+        parts.append(f"{least if least == most else f'{least}-{most}'} {name}")
+    return f"{', '.join(parts)} of {cache.length - prompt_tokens} steps"
