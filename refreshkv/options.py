@@ -15,6 +15,8 @@ from refreshkv.ranges import COUNT, GIGABYTES, SECONDS, SEED, SHOWN_CHARACTERS, 
 from refreshkv.settings import SettingsError, load_settings
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "sequential")
+"""How accelerate spreads a model over devices."""
 
 
 @dataclass
@@ -64,6 +66,16 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, default=1, help="sequences of one forward pass (default: %(default)s)"
     )
     add_device(parser)
+
+
+def add_device_map(parser: argparse.ArgumentParser) -> None:
+    """Adds --device-map; None if it is not given."""
+    parser.add_argument(
+        "--device-map",
+        choices=DEVICE_MAPS,
+        help="spread the model over several GPUs, in place of --device (needs accelerate): auto and balanced share the "
+        "layers out evenly, sequential fills one GPU after the other",
+    )
 
 
 def add_budget(parser: argparse.ArgumentParser, **settings: Any) -> None:

@@ -54,7 +54,7 @@ def decode_known(
     """
     sequences, length = ids.shape
     cache = (caches or Caches(model)).take(strategy, sequences, prompt_length, length)
-    meter = Meter(model.device)
+    meter = Meter(model)
     known = _KnownTokens(ids, meter)
     prompt = ids[:, :prompt_length]
     with without_own_settings(model):
