@@ -39,8 +39,8 @@ def own_device(name: str, processes: Processes) -> str:
     count = torch.cuda.device_count()
     if processes.local_world > count:
         raise SettingsError(
-            f"{processes.local_world} processes share {count} GPUs: start one a GPU (--nproc-per-node {count}), or name "
-            "a device with --device"
+            f"{processes.local_world} processes share {count} GPUs: start one for each GPU (--nproc-per-node {count}), "
+            "or name a device with --device"
         )
     return f"cuda:{processes.local_rank}"
 

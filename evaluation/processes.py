@@ -21,7 +21,8 @@ from refreshkv.settings import SettingsError
 LONGEST_TURN = timedelta(days=7)
 """Most time that a process waits for the others' batches."""
 
-Job, Found = TypeVar("Job"), TypeVar("Found")
+Job = TypeVar("Job")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Processes:
         return _result(answers[0])
 
     def from_all(self, make: Callable[[], Found]) -> list[Found]:
-        """Calls `make` in every process; returns what each gave, by rank, or raises the first `SettingsError`, in all."""
+        """Calls `make` in every process; returns what each gave, by rank, or raises one's `SettingsError`, in all."""
         if self.world == 1:
             return [make()]
         answers: list = [None] * self.world
@@ -86,6 +87,12 @@ def joined_processes() -> Iterator[Processes]:
     if world == 1 or "RANK" not in os.environ:
         yield ALONE
         return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise SettingsError(
+            f"the environment has WORLD_SIZE={world} and no {missing[0]}: start several processes with torchrun, or "
+            "unset RANK and WORLD_SIZE"
+        )
     rank = _from_environment("RANK", 0)
     dist.init_process_group("gloo", timeout=LONGEST_TURN)
     local = (_from_environment("LOCAL_RANK", rank), _from_environment("LOCAL_WORLD_SIZE", world))

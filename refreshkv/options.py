@@ -85,6 +85,16 @@ def add_budget(parser: argparse.ArgumentParser, **settings: Any) -> None:
     )
 
 
+def add_schedule(parser: argparse.ArgumentParser) -> None:
+    """Adds --stride and --threshold, which stand for refresh.stride and refresh.threshold."""
+    parser.add_argument("--stride", help="decoding steps between two decision steps")
+    parser.add_argument(
+        "--threshold",
+        type=lambda text: "null" if text.lower() == "none" else text,
+        help="cosine of the similarity schedule; none: the fixed schedule",
+    )
+
+
 def add_overrides(parser: argparse.ArgumentParser, also: str = "") -> None:
     """Adds refresh.key=value arguments. also: other forms that the script takes, for the help."""
     parser.add_argument(
