@@ -153,8 +153,8 @@ class RefreshLM(HFLM):
             )
         if isinstance(config.budget, float) and self.rolling_prompt is None:
             raise SettingsError(
-                f"budget={config.budget} is a share of the prompt, and the windows of a rolling perplexity have a prompt "
-                "of one token: write a number of tokens, or rolling_prompt=TOKENS"
+                f"budget={config.budget} is a share of the prompt, which is one token in a rolling perplexity: write a "
+                "number of tokens, or rolling_prompt=TOKENS"
             )
 
     def _gather_costs(self) -> None:
