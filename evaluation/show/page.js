@@ -213,8 +213,9 @@ function show(data) {
         pen.fillRect((at - first) * wide, row * high, wide - (wide > 3 ? 1 : 0), high - (high > 3 ? 1 : 0));
       }
     });
-    pen.fillStyle = `rgba(${color("--back")}, 0.55)`;
-    pen.fillRect((position() - first) * wide, 0, Math.max(2, wide), canvas.height);
+    pen.strokeStyle = `rgb(${color("--back")})`;
+    pen.lineWidth = 4;
+    pen.strokeRect((position() - first) * wide, 0, Math.max(4, wide), canvas.height);
   }
 
   function drawState(shown) {
@@ -226,7 +227,7 @@ function show(data) {
     const where = now === first ? "the prompt's end" : `step ${now - first} of ${last - first}`;
     const layersOf = Object.entries(kinds).filter(([, count]) => count).map(([kind, count]) => `${kind} in ${count}`).join(", ");
     find("state").textContent =
-      `${where}: token ${now}, ${JSON.stringify(data.texts[now])} leads to ${JSON.stringify(data.texts[now + 1])}. ` +
+      `${where[0].toUpperCase()}${where.slice(1)}: token ${now}, ${JSON.stringify(data.texts[now])} leads to ${JSON.stringify(data.texts[now + 1])}. ` +
       `${layersOf} of ${seen.length} layers in view. They hold ${mean.toFixed(1)} of ${now + 1} tokens for each head ` +
       `(${(100 * mean / (now + 1)).toFixed(1)} %), ${sum} in all; ${back} came back.`;
     find("state").dataset.held = sum;
@@ -235,6 +236,8 @@ function show(data) {
   function move(to) {
     slider.value = Math.max(first, Math.min(last, to));
     draw();
+    const box = find("text"), span = spans[position()], top = span.offsetTop - box.offsetTop;
+    if (top < box.scrollTop || top > box.scrollTop + box.clientHeight - 60) box.scrollTop = top - box.clientHeight / 2;
   }
 
   function nextChoice(forwards) {
@@ -265,7 +268,12 @@ function show(data) {
     Object.assign(headChoice, { value: chosen.head });
     draw();
   });
-  for (const element of [slider, layerChoice, headChoice]) element.addEventListener("input", draw);
+  find("map").addEventListener("mousemove", (event) => {
+    const under = holders[Math.floor(share(event, find("map"))[1] * holders.length)];
+    find("map").title = `layer ${under.layer.layer}, head ${under.head}; click to see it alone`;
+  });
+  slider.addEventListener("input", () => move(position()));
+  for (const element of [layerChoice, headChoice]) element.addEventListener("input", draw);
   find("play").addEventListener("click", play);
   find("before").addEventListener("click", () => nextChoice(false));
   find("after").addEventListener("click", () => nextChoice(true));
@@ -278,7 +286,10 @@ function show(data) {
     else move(position() + (event.key === "ArrowRight" ? 1 : -1));
   });
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-  draw();
+  const wanted = new URLSearchParams(location.hash.slice(1)); // such as #step=12&layer=3&head=0
+  if (wanted.has("layer")) layerChoice.value = wanted.get("layer");
+  if (wanted.has("head")) headChoice.value = wanted.get("head");
+  move(first + Number(wanted.get("step") || 0));
 }
 
 if (typeof document !== "undefined") show(JSON.parse(document.getElementById("data").textContent));
