@@ -19,7 +19,7 @@ from refreshkv.evaluation.caches import Caches
 from refreshkv.evaluation.costs import Meter
 from refreshkv.evaluation.harness.costs import HarnessCosts, costs_of_decoding
 from refreshkv.evaluation.harness.scoring import Answer, Scored, Text, decoded, simulated
-from refreshkv.evaluation.strategies import Strategy, build_strategy, refreshing
+from refreshkv.evaluation.strategies import STRATEGIES, Strategy, build_strategy, refreshing
 from refreshkv.evaluation.tasks.scores import CAPACITY_STEP
 from refreshkv.loading import own_config
 from refreshkv.options import changed_config
@@ -167,6 +167,11 @@ class RefreshLM(HFLM):
 def _strategy(name: str | None, config: RefreshConfig) -> Strategy:
     if name is None:
         return refreshing(OWN, config)
+    if name.startswith("kvpress"):
+        raise SettingsError(
+            f"strategy={name}: the presses of kvpress are not run: its releases need transformers below 5.3, and "
+            f"refreshkv 5.17 or later; known are {', '.join(STRATEGIES)}"
+        )
     try:
         return build_strategy(name, config)
     except SettingsError as error:

@@ -187,6 +187,7 @@ def test_rolling_perplexity(folder):
     ("arguments", "words"),
     [
         ({"strategy": "refreshed:5"}, "strategy: there is no 'refreshed'"),
+        ({"strategy": "kvpress:SnapKVPress"}, "the presses of kvpress are not run"),
         ({"strategy": "refresh:5", "budget": 0}, "budget"),
         ({"strategy": "refresh:5", "refresh.strides": 2}, "strides"),
         ({"strategy": "refresh:5", "rolling_prompt": 0.5}, "rolling_prompt must be a whole number"),
