@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
+from lm_eval.models import huggingface
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -25,6 +25,7 @@ from refreshkv.loading import own_config
 from refreshkv.options import changed_config
 from refreshkv.settings import SettingsError
 
+HFLM: Any = huggingface.HFLM  # type checkers lose the class in the harness' decorator
 OWN = "the model's own"
 """Name of the strategy that the model has saved."""
 

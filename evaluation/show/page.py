@@ -43,7 +43,8 @@ def token_texts(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[s
     """The text of each token as it stands in the whole text; a part of a character is shown as one."""
     (plain,) = tokenizer.encode(PLAIN, add_special_tokens=False)[:1]
     start = len(tokenizer.decode([plain]))
-    return [tokenizer.decode([plain, token], clean_up_tokenization_spaces=False)[start:] for token in tokens]
+    texts = (tokenizer.decode([plain, token], clean_up_tokenization_spaces=False) for token in tokens)
+    return [str(text)[start:] for text in texts]
 
 
 def _own(name: str) -> str:

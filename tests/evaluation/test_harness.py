@@ -169,7 +169,7 @@ def test_caches_that_evict_score_token_by_token(folder):
 def test_rolling_perplexity(folder):
     """With a K of everything it is full attention's; the prompt may be longer than the one token of the windows."""
     full, large, small, prompted = (
-        evaluated(folder, tasks=["read_words"], limit=2, **own)
+        evaluated(folder, tasks=["read_words"], limit=1, **own)
         for own in (
             {"strategy": "full"},
             {"strategy": "refresh:5", "budget": 1000},

@@ -139,6 +139,7 @@ def test_a_prompt_store_needs_one_process(folder, tmp_path):
 # ---- models over several devices; on this machine there is the CPU only
 
 
+@pytest.mark.slow
 def test_a_device_map_gives_the_same_losses(folder, tmp_path):
     run_one("evaluate", line(folder, tmp_path / "one", PERPLEXITY))
     run_one("evaluate", [*line(folder, tmp_path / "map", PERPLEXITY), "--device-map", "auto"])

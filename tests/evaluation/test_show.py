@@ -74,7 +74,10 @@ def page_data(page):
     return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)[1])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+FAST = ("selecting steps", "by similarity")
+
+
+@pytest.mark.parametrize("name", [pytest.param(own, marks=[] if own in FAST else pytest.mark.slow) for own in CONFIGS])
 def test_the_page_holds_what_the_cache_held(name):
     config = CONFIGS[name]
     model, recording = recorded(config)
