@@ -1,6 +1,7 @@
 """What `evaluate` and `sweep` do once their options are parsed: open, load, measure, write the report, say where it is.
 
-Each function takes the parsed options and the command line that the report repeats, and returns the text to print.
+Each function takes the parsed options, the command line that the report repeats and the processes that share the work,
+and returns the text to print.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from refreshkv.evaluation.perplexity.report import (
     text_table,
     write_report,
 )
+from refreshkv.evaluation.placing import load_placed
+from refreshkv.evaluation.processes import ALONE, Processes
 from refreshkv.evaluation.reports import EXAMPLES_FILE, ROWS_FILE, open_output
 from refreshkv.evaluation.strategies import Strategy, build_strategies, default_strategies
 from refreshkv.evaluation.suites.changes import Changes, change
@@ -43,8 +46,7 @@ from refreshkv.evaluation.tasks.scores import (
     generation_settings,
     make_examples,
 )
-from refreshkv.generation.inherited import forget_own_settings
-from refreshkv.loading import load_model, load_tokenizer, model_folder, own_config
+from refreshkv.loading import load_tokenizer, model_folder, own_config
 from refreshkv.options import changed_config, chosen_device, task_values
 from refreshkv.prefix.store import PrefixStore
 from refreshkv.settings import SettingsError
@@ -52,7 +54,7 @@ from refreshkv.settings import SettingsError
 DEFAULT_STRIDES = [5, 10, 25, 50]
 
 
-def measure_perplexity(options: argparse.Namespace, command: str) -> str:
+def measure_perplexity(options: argparse.Namespace, command: str, processes: Processes = ALONE) -> str:
     """`evaluate --data`: perplexity of the last tokens of prepared sequences."""
     (name,) = options.model
     output = options.output or Path("reports", Path(name).resolve().name)
@@ -62,7 +64,7 @@ def measure_perplexity(options: argparse.Namespace, command: str) -> str:
     check_last_tokens(options.last_tokens, row_length)
 
     path = model_folder(name)
-    model = load_model(path, "--model", dtype=options.dtype)
+    model = load_placed(path, options, processes)
     check_tokens(model, path, rows)
     config = _chosen_config(model, options)
     strategies = _perplexity_strategies(config, options)
@@ -71,96 +73,100 @@ def measure_perplexity(options: argparse.Namespace, command: str) -> str:
     )
     if before:
         check_comparable(before, measured, options.compare)
-    _place(enable(model, config), chosen_device(options.device))
-    folder = open_output(output, PERPLEXITY_FILES, options.overwrite, options.resume)
-    for warning in budget_warnings(strategies, row_length, options.last_tokens):
+    enable(model, config)
+    folder = processes.from_first(lambda: open_output(output, PERPLEXITY_FILES, options.overwrite, options.resume))
+    for warning in budget_warnings(strategies, row_length, options.last_tokens) if processes.is_first else ():
         print(f"warning: {warning}", file=sys.stderr)
 
-    how = {"batch_size": options.batch_size, "stepwise": options.decode, "records": SequenceRecords(folder / ROWS_FILE)}
+    records = SequenceRecords(folder / ROWS_FILE, processes)
+    how = {"batch_size": options.batch_size, "stepwise": options.decode, "records": records}
     evaluation = evaluate(model, split, strategies, options.last_tokens, **how)
 
-    settings = {"data": options.data, "refresh": config.to_dict(), **_execution(model, options)}
+    settings = {"data": options.data, "refresh": config.to_dict(), **_execution(model, options, processes)}
     report = build_report(evaluation, measured, name, settings, command, before)
-    written = write_report(output, report)
+    written = processes.from_first(lambda: write_report(output, report))
     return f"{text_table(report)}\n{output}: {', '.join(written)}"
 
 
-def score_tasks(options: argparse.Namespace, command: str) -> str:
+def score_tasks(options: argparse.Namespace, command: str, processes: Processes = ALONE) -> str:
     """`evaluate --tasks`: scores of generated answers."""
     (name,) = options.model
     output = options.output or Path("reports", Path(name).resolve().name)
     tasks = open_tasks(options.tasks, options.overrides, options.task_length)
     path = model_folder(name)
     tokenizer = load_tokenizer(path, "--model")
-    model = _load(path, options)
+    model = load_placed(path, options, processes)
     config = _chosen_config(model, options)
     default = ["full", "refresh", *(["similarity"] if config.threshold else []), "snapkv"]
     strategies = build_strategies(options.strategies or default, config)
-    _place(enable(model, config), chosen_device(options.device))
-    work = make_examples(model, tokenizer, tasks, options.examples)
-    store = _open_store(model, options)
-    folder = open_output(output, TASK_FILES, options.overwrite, options.resume)
-    records = ExampleRecords(folder / EXAMPLES_FILE)
+    enable(model, config)
+    work = make_examples(model, tokenizer, tasks, options.examples, progress=processes.is_first)
+    store = _open_store(model, options, processes)
+    folder = processes.from_first(lambda: open_output(output, TASK_FILES, options.overwrite, options.resume))
+    records = ExampleRecords(folder / EXAMPLES_FILE, processes)
 
     results = evaluate_tasks(model, tokenizer, work, strategies, records, options.batch_size, store=store)
 
-    settings = {**_execution(model, options), "examples": options.examples, **generation_settings(model, tokenizer)}
+    settings = {**_execution(model, options, processes), "examples": options.examples}
+    settings |= generation_settings(model, tokenizer)
     if store is not None:
         settings["prefix store"] = f"{options.prefix_store}; seconds are without the prompts'"
     report = build_task_report(results, tasks, strategies, name, settings, command)
-    write_task_report(output, report)
+    processes.from_first(lambda: write_task_report(output, report))
     return f"{task_table(report)}\n{output}: {', '.join(TASK_FILES)}"
 
 
-def measure_suite(options: argparse.Namespace, command: str, root: Path) -> str:
+def measure_suite(options: argparse.Namespace, command: str, root: Path, processes: Processes = ALONE) -> str:
     """`evaluate --suite`: a table or figure of the paper. root: folder from which the report names the file."""
     suite, file = load_suite(options.suite)
     output = options.output or Path("reports", file.stem)
     models = named_models(suite, options.model)
     suite, differences = change(suite, _suite_changes(options))
     opened = open_suite(suite)
-    device = chosen_device(options.device)
+    where = _where(options, processes)
 
     def load(path: str) -> PreTrainedModel:
-        return _place(_load(path, options), device)
+        return load_placed(path, options, processes)
 
-    folder = open_output(output, SUITE_FILES, options.overwrite, options.resume)
-    results = run_suite(suite, opened, models, load, folder, options.batch_size, options.decode)
+    folder = processes.from_first(lambda: open_output(output, SUITE_FILES, options.overwrite, options.resume))
+    how = {"progress": processes.is_first, "processes": processes}
+    results = run_suite(suite, opened, models, load, folder, options.batch_size, options.decode, **how)
 
     settings = {
         "dtype": options.dtype,
-        "device": device,
+        "device": chosen_device(options.device),
+        **where,
         "batch size": options.batch_size,
         "decode": "where the table shows times or memory" if options.decode is None else options.decode,
     }
     notes = differences + opened.notes(suite)
     shown = file.relative_to(root) if file.is_relative_to(root) else file
     report = build_suite_report(suite, file.stem, str(shown), results, notes, settings, command)
-    written = write_suite_report(folder, report, suite, results)
+    written = processes.from_first(lambda: write_suite_report(folder, report, suite, results))
     return f"{suite_table(report)}\n{output}: {', '.join(written)}"
 
 
-def sweep_thresholds(options: argparse.Namespace, command: str) -> str:
+def sweep_thresholds(options: argparse.Namespace, command: str, processes: Processes = ALONE) -> str:
     """`sweep`: recommends a threshold of the similarity schedule."""
     output = options.output or Path("reports", f"{Path(options.model).resolve().name}-sweep")
     rows, split = open_split(options.data, options.split, options.rows)
     check_last_tokens(options.last_tokens, len(split[0]["input_ids"]))
     path = model_folder(options.model)
-    model = _load(path, options)
+    model = load_placed(path, options, processes)
     check_tokens(model, path, rows)
     config = changed_config(own_config(model.config), options.overrides, budget=options.budget)
     strategies = sweep_strategies(config, options.strides or [config.stride], options.thresholds)
-    _place(enable(model, config), chosen_device(options.device))
+    enable(model, config)
     tokenizer, work = None, []
     if options.tasks:
         tasks = open_tasks(options.tasks, options.overrides, options.task_length)
         tokenizer = load_tokenizer(path, "--model")
-        work = make_examples(model, tokenizer, tasks, options.examples)
-    folder = open_output(output, SWEEP_FILES, options.overwrite, options.resume)
+        work = make_examples(model, tokenizer, tasks, options.examples, progress=processes.is_first)
+    folder = processes.from_first(lambda: open_output(output, SWEEP_FILES, options.overwrite, options.resume))
 
-    how = {"batch_size": options.batch_size, "records": SequenceRecords(folder / ROWS_FILE)}
+    how = {"batch_size": options.batch_size, "records": SequenceRecords(folder / ROWS_FILE, processes)}
     evaluation = evaluate(model, split, strategies, options.last_tokens, **how)
-    how["records"] = ExampleRecords(folder / EXAMPLES_FILE)
+    how["records"] = ExampleRecords(folder / EXAMPLES_FILE, processes)
     results = [] if tokenizer is None else evaluate_tasks(model, tokenizer, work, strategies, **how)
 
     sweep = Sweep(evaluation, options.keep, _mean_scores(results))
@@ -171,26 +177,14 @@ def sweep_thresholds(options: argparse.Namespace, command: str) -> str:
         "tasks": ", ".join(task.label for task, _ in work) or "none",
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
+        **_where(options, processes),
         **({} if tokenizer is None else generation_settings(model, tokenizer)),
     }
     report = build_sweep_report(sweep, options.model, settings, command)
-    written = write_sweep_report(output, sweep, report)
+    written = processes.from_first(lambda: write_sweep_report(output, sweep, report))
     warnings = [f"warning: {text}" for text in evaluation.warnings]
     where = f"{output}: {', '.join(written)}"
     return "\n".join([sweep_table(sweep), *warnings, report["recommendation"]["text"], where])
-
-
-def _load(path: str, options: argparse.Namespace) -> PreTrainedModel:
-    """Loads the model that generates answers."""
-    model = load_model(path, "--model", dtype=options.dtype)
-    if options.ignore_generation_config:
-        forget_own_settings(model)
-    return model
-
-
-def _place(model: PreTrainedModel, device: str) -> PreTrainedModel:
-    """Moves the model to the device, in evaluation mode."""
-    return model.to(device).eval()  # pyright: ignore[reportArgumentType]  # transformers' wrapper of it hides `self`
 
 
 def _perplexity_strategies(config: RefreshConfig, options: argparse.Namespace) -> list[Strategy]:
@@ -244,12 +238,19 @@ def _corpus_folders(values: list[str]) -> dict[str, str]:
     return dict(value.split("=", 1) for value in values)
 
 
-def _execution(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, Any]:
+def _execution(model: PreTrainedModel, options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
+        **_where(options, processes),
         "batch size": options.batch_size,
     }
+
+
+def _where(options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
+    """What reports say of several processes and devices; nothing of one."""
+    found = {"processes": processes.world if processes.world > 1 else None, "device map": options.device_map}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _earlier_report(folder: Path, output: Path) -> dict[str, Any]:
@@ -258,9 +259,11 @@ def _earlier_report(folder: Path, output: Path) -> dict[str, Any]:
     return load_report(folder)
 
 
-def _open_store(model: PreTrainedModel, options: argparse.Namespace) -> PrefixStore | None:
+def _open_store(model: PreTrainedModel, options: argparse.Namespace, processes: Processes) -> PrefixStore | None:
     if options.prefix_store is None:
         return None
+    if processes.world > 1:
+        raise SettingsError("--prefix-store computes each prompt once in one process: leave it out, or start one")
     capacity = int(options.prefix_store_gb * 10**9)
     shared = bool(options.prefix_store_shared)
     return PrefixStore(options.prefix_store, capacity, model, setting="--prefix-store", shared=shared)

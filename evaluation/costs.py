@@ -5,28 +5,31 @@ from collections.abc import Iterable
 from statistics import fmean
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from refreshkv import RefreshCache
 
 
 class Meter:
-    """Measures time and GPU memory from its creation on."""
+    """Measures time, and memory of the GPUs that a model is on, from its creation on."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
+    def __init__(self, model: nn.Module) -> None:
+        self._gpus = sorted({weight.device.index for weight in model.parameters() if weight.device.type == "cuda"})
+        for gpu in self._gpus:
+            torch.cuda.synchronize(gpu)
+            torch.cuda.reset_peak_memory_stats(gpu)
         self._started = time.perf_counter()
 
     def read(self) -> tuple[float, int | None]:
-        """Waits for the GPU; returns the seconds, and the most bytes allocated on it (None on a CPU)."""
-        if self._device.type != "cuda":
-            return time.perf_counter() - self._started, None
-        torch.cuda.synchronize(self._device)
-        return time.perf_counter() - self._started, torch.cuda.max_memory_allocated(self._device)
+        """Waits for the GPUs; returns the seconds, and the most bytes allocated (None on a CPU).
+
+        Of several GPUs it is the sum of the most that each held, perhaps not all at the same time.
+        """
+        for gpu in self._gpus:
+            torch.cuda.synchronize(gpu)
+        seconds = time.perf_counter() - self._started
+        return seconds, sum(map(torch.cuda.max_memory_allocated, self._gpus)) if self._gpus else None
 
 
 def held_bytes(cache: Cache) -> int:

@@ -3,10 +3,12 @@
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from refreshkv.checksums import digest
+from refreshkv.evaluation.processes import ALONE, Processes
 from refreshkv.reading import LARGEST_REPORT, read_bytes
 from refreshkv.settings import SettingsError
 
@@ -31,6 +33,7 @@ class Keyed(Protocol):
 
 
 Line = TypeVar("Line", bound=Keyed)
+Job = TypeVar("Job")
 
 
 class RecordFile(Generic[Line]):
@@ -38,14 +41,23 @@ class RecordFile(Generic[Line]):
 
     A last line that a killed process wrote in part is removed. A line whose values were changed since is left out, with
     a warning, so that it is measured again. Raises `SettingsError` for a file with other content.
+
+    processes: those that share the evaluation. The first one reads and writes the file; all have all records.
     """
 
     kind = "an evaluation"
     """Names the evaluation in errors."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._records = {record.key: record for record in self._read()} if path.exists() else {}
+    def __init__(self, path: Path, processes: Processes = ALONE) -> None:
+        self._path, self.processes = path, processes
+        found = processes.from_first(lambda: self._read() if path.exists() else [])
+        self._records = {record.key: record for record in found}
+
+    def fill(self, jobs: list[Job], work: Callable[[Job], list[Line]]) -> Iterator[tuple[Job, list[Line]]]:
+        """Divides the jobs over the processes and adds their records; yields each job with its records, in order."""
+        for job, made in self.processes.shared(jobs, work):
+            self.add(made)
+            yield job, made
 
     def parse(self, values: dict[str, Any]) -> Line:
         """Builds the record from a line's values. JSON has turned keys that were numbers into text."""
@@ -60,13 +72,16 @@ class RecordFile(Generic[Line]):
         return self._records[key]
 
     def add(self, records: list[Line]) -> None:
-        """Appends records to the file; they lie on the disk when this returns."""
+        """Appends records to the file; they lie on the disk when this returns. All processes must add the same ones."""
+        self.processes.from_first(lambda: self._append(records))
+        self._records |= {record.key: record for record in records}
+
+    def _append(self, records: list[Line]) -> None:
         lines = [json.loads(json.dumps(vars(record))) for record in records]
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({**line, CHECKSUM: digest(line)}) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
-        self._records |= {record.key: record for record in records}
 
     def _read(self) -> list[Line]:
         content = read_bytes(self._path, f"the records of {self.kind}", LARGEST_REPORT)

@@ -16,13 +16,17 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "train": ("continue a model's pretraining with the refresh pattern simulated", "train"),
     "evaluate": ("measure perplexity, task scores or a table of the paper", "eval"),
     "sweep": ("recommend a threshold of the similarity schedule for a model", "eval"),
+    "lm-eval": ("run tasks of the lm-evaluation-harness under a strategy of decoding", "lm-eval"),
     "experiment": ("train several recipes from one base model and compare them", "train"),
     "export": ("turn a training checkpoint into a transformers folder", "train"),
     "generate": ("continue a text from a small KV cache", None),
     "chat": ("chat with a model that decodes from a small KV cache", None),
+    "show": ("generate a text, and show in a page what each layer and head kept", None),
     "doctor": ("show versions, devices, extras and kernels, and check that decoding is right here", None),
 }
 """Name -> what the command does, and the extra that it needs."""
+FILES = {"lm-eval": "lm_harness"}
+"""Commands whose file in `launch/` has another name: one called lm_eval.py would hide the package from itself."""
 
 
 def main() -> NoReturn:
@@ -33,7 +37,7 @@ def main() -> NoReturn:
     sys.argv = [f"refreshkv {name}", *sys.argv[2:]]  # argparse shows the first entry in its usage line
 
     def run_command(arguments: list[str]) -> None:
-        importlib.import_module(f"refreshkv.launch.{name}").main(arguments)
+        importlib.import_module(f"refreshkv.launch.{FILES.get(name, name)}").main(arguments)
 
     cli.run(run_command, extra=COMMANDS[name][1])
 

@@ -18,6 +18,10 @@ With --suite (docs/evaluation.md) it measures what a table or figure of the pape
 and, for a figure, suite.png, with the paper's numbers beside the measured ones. --rows, --examples, --task-length,
 --last-tokens, --budget and --without make it smaller, and the report says so.
 
+Several processes divide the sequences and examples, each with the model on a GPU of its own:
+    torchrun --nproc-per-node 2 launch/evaluate.py ...
+--device-map auto spreads a model over the GPUs that it needs (docs/evaluation.md).
+
 --resume continues an interrupted evaluation. Without matplotlib (refreshkv[eval]) reports have no figures.
 """
 
@@ -30,9 +34,11 @@ from refreshkv import cli
 from refreshkv.data.rows import SPLITS
 from refreshkv.evaluation.commands import measure_perplexity, measure_suite, score_tasks
 from refreshkv.evaluation.inputs import DEFAULT_ROWS
+from refreshkv.evaluation.processes import joined_processes
 from refreshkv.evaluation.strategies import STRATEGIES
 from refreshkv.options import (
     add_budget,
+    add_device_map,
     add_execution,
     add_generation,
     add_model,
@@ -68,13 +74,16 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
-    command = shlex.join(["python", "launch/evaluate.py", *arguments])
-    if options.kind == "data":
-        print(measure_perplexity(options, command))
-    elif options.kind == "tasks":
-        print(score_tasks(options, command))
-    else:
-        print(measure_suite(options, command, ROOT))
+    with joined_processes() as processes:
+        command = shlex.join([*processes.launcher, "launch/evaluate.py", *arguments])
+        if options.kind == "data":
+            text = measure_perplexity(options, command, processes)
+        elif options.kind == "tasks":
+            text = score_tasks(options, command, processes)
+        else:
+            text = measure_suite(options, command, ROOT, processes)
+        if processes.is_first:
+            print(text)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -120,6 +129,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threshold", help="evaluate the similarity schedule with this threshold as well")
     add_generation(parser)
     add_execution(parser)
+    add_device_map(parser)
     parser.add_argument("--compare", type=Path, help="folder of an earlier report to compare with")
     add_output(parser, "reports/NAME_OF_MODEL_OR_SUITE")
     parser.add_argument("--resume", action="store_true", help="continue the evaluation in --output")

@@ -34,6 +34,7 @@ from refreshkv.options import (
     add_generation,
     add_model,
     add_overrides,
+    add_schedule,
     changed_config,
     check_numbers,
     chosen_device,
@@ -207,12 +208,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--prompt-file", required=True, help="text to continue; - reads standard input")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="(default: %(default)s)")
     add_budget(parser)
-    parser.add_argument("--stride", help="decoding steps between two decision steps")
-    parser.add_argument(
-        "--threshold",
-        type=lambda text: "null" if text.lower() == "none" else text,
-        help="cosine of the similarity schedule; none: the fixed schedule",
-    )
+    add_schedule(parser)
     parser.add_argument(
         "--offload", action="store_true", default=None, help="keep all keys and values but the small cache's on the CPU"
     )

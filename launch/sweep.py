@@ -13,6 +13,8 @@ With --grid, a YAML file or a name such as recommend or selections (configs/grid
 the file on each text, and recommends the one that reads the fewest bytes of those whose perplexity is at most --within
 above full attention's on every text. Writes tradeoff.json, tradeoff.md and tradeoff.png. --stop-after SECONDS begins no
 further strategy then, and reports what is measured.
+
+Several processes divide the sequences, as in evaluate: torchrun --nproc-per-node 2 launch/sweep.py ...
 """
 
 import argparse
@@ -21,10 +23,12 @@ import shlex
 from refreshkv import cli
 from refreshkv.data.rows import SPLITS
 from refreshkv.evaluation.commands import sweep_thresholds
+from refreshkv.evaluation.processes import joined_processes
 from refreshkv.evaluation.sweep.command import sweep_grid
 from refreshkv.evaluation.sweep.recommendation import THRESHOLDS
 from refreshkv.options import (
     add_budget,
+    add_device_map,
     add_execution,
     add_generation,
     add_model,
@@ -48,7 +52,10 @@ OF_GRIDS = ("within", "stop_after")
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     sweep = sweep_grid if options.grid else sweep_thresholds
-    print(sweep(options, shlex.join(["python", "launch/sweep.py", *arguments])))
+    with joined_processes() as processes:
+        text = sweep(options, shlex.join([*processes.launcher, "launch/sweep.py", *arguments]), processes)
+        if processes.is_first:
+            print(text)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -81,6 +88,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add_budget(parser)
     add_generation(parser)
     add_execution(parser)
+    add_device_map(parser)
     add_output(parser, "reports/NAME_OF_THE_MODEL-sweep")
     parser.add_argument("--resume", action="store_true", help="continue the sweep in --output")
     parser.add_argument("--overwrite", action="store_true", help="replace a sweep that the folder already holds")

@@ -21,8 +21,9 @@ PR_SET_PDEATHSIG = 1
 """Number of the operation in Linux's prctl."""
 
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "train": ("deepspeed", "accelerate", "tensorboard"),
-    "eval": ("datasets", "matplotlib"),
+    "train": ("deepspeed", "tensorboard"),
+    "eval": ("datasets", "matplotlib", "accelerate"),
+    "lm-eval": ("lm_eval",),
     "tasks": ("rouge_score", "wonderwords", "zstandard", "inscriptis", "lxml"),
     "embeddings": ("sentence_transformers",),
     "gguf": ("gguf",),

@@ -15,6 +15,8 @@ from refreshkv.ranges import COUNT, GIGABYTES, SECONDS, SEED, SHOWN_CHARACTERS, 
 from refreshkv.settings import SettingsError, load_settings
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "sequential")
+"""How accelerate spreads a model over devices."""
 
 
 @dataclass
@@ -66,10 +68,30 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
+def add_device_map(parser: argparse.ArgumentParser) -> None:
+    """Adds --device-map; None if it is not given."""
+    parser.add_argument(
+        "--device-map",
+        choices=DEVICE_MAPS,
+        help="spread the model over several GPUs, in place of --device (needs accelerate): auto and balanced share the "
+        "layers out evenly, sequential fills one GPU after the other",
+    )
+
+
 def add_budget(parser: argparse.ArgumentParser, **settings: Any) -> None:
     """Adds --budget, which stands for refresh.budget."""
     parser.add_argument(
         "--budget", help="size of the small cache: tokens, or a fraction of the prompt such as 0.125", **settings
+    )
+
+
+def add_schedule(parser: argparse.ArgumentParser) -> None:
+    """Adds --stride and --threshold, which stand for refresh.stride and refresh.threshold."""
+    parser.add_argument("--stride", help="decoding steps between two decision steps")
+    parser.add_argument(
+        "--threshold",
+        type=lambda text: "null" if text.lower() == "none" else text,
+        help="cosine of the similarity schedule; none: the fixed schedule",
     )
 
 

@@ -55,7 +55,8 @@ def evaluate(
             left out, so that all processes make the same number of forward passes (ZeRO-3 needs that). All processes
             get the same result.
         stepwise: decode token by token for every strategy: slow, but then all have times and memory.
-        records: sequences that it has are not computed again, the others are added; one process only.
+        records: sequences that it has are not computed again, the others are added. Its processes divide these, and all
+            of them get the result of all sequences; `rank` and `world` then stay as they are.
 
     Raises `SettingsError` if there are too few sequences, if N is not between 1 and T - 1, or if a loss is not finite.
     """
@@ -69,7 +70,8 @@ def evaluate(
     try:
         decoder = cast(PreTrainedModel, model)  # an engine passes its attributes on
         measurement = Measurement(decoder, rows, row_length - last_tokens, batch_size, stepwise, records)
-        with tqdm(total=len(strategies) * len(own), unit=" rows", disable=not progress or rank != 0) as bar:
+        is_shown = progress and rank == 0 and (records is None or records.processes.is_first)
+        with tqdm(total=len(strategies) * len(own), unit=" rows", disable=not is_shown) as bar:
             records_of = {item.name: measurement.records_of(item, own, bar) for item in strategies}
     finally:
         model.train(was_training)

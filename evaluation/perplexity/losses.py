@@ -3,6 +3,7 @@
 Shapes: `B` sequences of a batch, `T` tokens of each, `N` last tokens that are scored, `P = T - N` prompt length.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,11 +122,19 @@ class Measurement:
         kept, records = set(numbers) - set(missing), self.records
         found = {} if records is None else {number: records[self._key(strategy, number)] for number in kept}
         bar.update(len(found))
-        for start in range(0, len(missing), self.batch_size):
-            batch = missing[start : start + self.batch_size]
-            found |= dict(zip(batch, self._batch(strategy, batch), strict=True))
+        batches = [missing[start : start + self.batch_size] for start in range(0, len(missing), self.batch_size)]
+        for batch, made in self._computed(batches, lambda batch: self._batch(strategy, batch)):
+            found |= dict(zip(batch, made, strict=True))
             bar.update(len(batch))
         return [found[number] for number in numbers]
+
+    def _computed(
+        self, batches: list[list[int]], work: Callable[[list[int]], list[SequenceRecord]]
+    ) -> Iterator[tuple[list[int], list[SequenceRecord]]]:
+        """Each batch with its records; those of a file go there, and its processes divide the batches."""
+        if self.records is not None:
+            return self.records.fill(batches, work)
+        return ((batch, work(batch)) for batch in batches)
 
     def missing(self, strategy: Strategy, numbers: list[int]) -> list[int]:
         """Those of the sequences with these numbers that no file has under this strategy."""
@@ -147,13 +156,10 @@ class Measurement:
         else:
             values = _token_by_token(decode_known(self.model, ids, self.prompt_length, strategy, self.caches))
         keys = [self._key(strategy, number) if self.records else "" for number in numbers]
-        made = [
+        return [
             SequenceRecord(key, strategy.name, hardware=hardware(), **own)
             for key, own in zip(keys, values, strict=True)
         ]
-        if self.records:
-            self.records.add(made)
-        return made
 
     def _key(self, strategy: Strategy, number: int) -> str:
         ids = self.rows[number]["input_ids"].tolist()

@@ -43,18 +43,23 @@ class Decoded:
 
 @torch.no_grad()
 def decode_known(
-    model: PreTrainedModel, ids: Tensor, prompt_length: int, strategy: Strategy, caches: Caches | None = None
+    model: PreTrainedModel,
+    ids: Tensor,
+    prompt_length: int,
+    strategy: Strategy,
+    caches: Caches | None = None,
+    capacity: int | None = None,
 ) -> Decoded:
     """Decodes the known tokens `ids` (B, T) with the loop that generates: P tokens as the prompt, then one at a time.
 
-    caches: reuses caches of this model over several batches.
+    caches: reuses caches of this model over several batches. capacity: tokens of the cache, T if None.
 
     The last token goes through the cache too, although no loss follows it: the full steps are then those of all N
     decoding steps, as in `Simulation`.
     """
     sequences, length = ids.shape
-    cache = (caches or Caches(model)).take(strategy, sequences, prompt_length, length)
-    meter = Meter(model.device)
+    cache = (caches or Caches(model)).take(strategy, sequences, prompt_length, capacity or length)
+    meter = Meter(model)
     known = _KnownTokens(ids, meter)
     prompt = ids[:, :prompt_length]
     with without_own_settings(model):

@@ -21,6 +21,7 @@ from refreshkv.evaluation.inputs import check_tokens, open_split
 from refreshkv.evaluation.perplexity.evaluation import check_last_tokens, evaluate
 from refreshkv.evaluation.perplexity.losses import SequenceRecords
 from refreshkv.evaluation.perplexity.results import Evaluation, Result
+from refreshkv.evaluation.processes import ALONE, Processes
 from refreshkv.evaluation.reports import EXAMPLES_FILE, ROWS_FILE
 from refreshkv.evaluation.suites.config import Corpus, Suite
 from refreshkv.evaluation.tasks.scores import ExampleRecords, TaskResult, evaluate_tasks, make_examples
@@ -109,6 +110,7 @@ def run_suite(
     batch_size: int = 1,
     stepwise: bool | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> dict[str, Measured]:
     """Measures all that the suite's table shows; returns it by model.
 
@@ -118,10 +120,12 @@ def run_suite(
         folder: keeps finished sequences and examples, which are not computed again.
         stepwise: decode the corpora token by token under every strategy, so that all have times and memory. None: only
             the corpora whose times or memory the table shows.
+        processes: those that share the work.
 
     Raises `SettingsError` for a model that the corpora or tasks do not fit.
     """
-    sequence_records, example_records = SequenceRecords(folder / ROWS_FILE), ExampleRecords(folder / EXAMPLES_FILE)
+    sequence_records = SequenceRecords(folder / ROWS_FILE, processes)
+    example_records = ExampleRecords(folder / EXAMPLES_FILE, processes)
     results = {}
     for name, path in models.items():
         model = enable(load(path), suite.config())

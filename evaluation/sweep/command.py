@@ -10,6 +10,8 @@ from refreshkv.data.rows import Rows
 from refreshkv.evaluation.inputs import check_tokens, open_split
 from refreshkv.evaluation.perplexity.evaluation import check_last_tokens
 from refreshkv.evaluation.perplexity.losses import SequenceRecords
+from refreshkv.evaluation.placing import load_placed
+from refreshkv.evaluation.processes import ALONE, Processes
 from refreshkv.evaluation.reports import ROWS_FILE, open_output
 from refreshkv.evaluation.sweep.grid import Grid
 from refreshkv.evaluation.sweep.tradeoff import measure_tradeoff
@@ -19,12 +21,11 @@ from refreshkv.evaluation.sweep.tradeoff_report import (
     tradeoff_table,
     write_tradeoff_report,
 )
-from refreshkv.loading import load_model, model_folder, own_config
-from refreshkv.options import chosen_device
+from refreshkv.loading import model_folder, own_config
 from refreshkv.settings import SettingsError, load_settings
 
 
-def sweep_grid(options: argparse.Namespace, command: str) -> str:
+def sweep_grid(options: argparse.Namespace, command: str, processes: Processes = ALONE) -> str:
     """Measures a grid of strategies on one text or several; returns the text to print, recommendation included."""
     output = options.output or Path("reports", f"{Path(options.model).resolve().name}-sweep")
     strategies = load_settings(Grid, options.grid, folders=("grids",)).build_strategies()
@@ -33,14 +34,13 @@ def sweep_grid(options: argparse.Namespace, command: str) -> str:
     for rows in texts.values():
         check_last_tokens(options.last_tokens, len(rows[0]["input_ids"]))
     path = model_folder(options.model)
-    model = load_model(path, "--model", dtype=options.dtype)
+    model = load_placed(path, options, processes)
     for rows, _ in opened.values():
         check_tokens(model, path, rows)
     enable(model, own_config(model.config))
-    model.to(chosen_device(options.device)).eval()  # pyright: ignore[reportArgumentType]
-    folder = open_output(output, FILES, options.overwrite, options.resume)
+    folder = processes.from_first(lambda: open_output(output, FILES, options.overwrite, options.resume))
 
-    records = SequenceRecords(folder / ROWS_FILE)
+    records = SequenceRecords(folder / ROWS_FILE, processes)
     tradeoff = measure_tradeoff(
         model,
         texts,
@@ -60,7 +60,7 @@ def sweep_grid(options: argparse.Namespace, command: str) -> str:
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     report = build_tradeoff_report(tradeoff, options.model, settings, command)
-    written = write_tradeoff_report(folder, tradeoff, report)
+    written = processes.from_first(lambda: write_tradeoff_report(folder, tradeoff, report))
     warnings = [f"warning: {text}" for text in next(iter(tradeoff.evaluations.values())).warnings]
     where = f"{output}: {', '.join(written)}"
     return "\n".join([tradeoff_table(tradeoff), *warnings, report["recommendation"]["text"], where])

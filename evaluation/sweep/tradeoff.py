@@ -145,7 +145,8 @@ def measure_tradeoff(
     """
     begun, done, left_out = clock(), [], []
     for strategy in strategies:
-        if stop_after is not None and clock() - begun > stop_after and not strategy.is_full:
+        is_late = stop_after is not None and records.processes.from_first(lambda: clock() - begun > stop_after)
+        if is_late and not strategy.is_full:
             if not all(is_finished(model, rows, strategy, last_tokens, records) for rows in texts.values()):
                 left_out.append(strategy.name)
                 continue

@@ -137,33 +137,56 @@ def evaluate_tasks(
         model: a transformers decoder after `refreshkv.enable`, in evaluation mode.
         work: what `make_examples` returned.
         batch_size: examples of one call of `generate`.
-        store: keeps each prompt's keys and values for all strategies; `seconds` are then without the prompts'.
+        records: the finished examples; several processes divide the others.
+        store: keeps each prompt's keys and values for all strategies; `seconds` are then without the prompts'. One
+            process only.
     """
     if batch_size < 1:
         raise SettingsError(f"--batch-size must be at least 1, got {batch_size}")
+    assert store is None or records.processes.world == 1
     generator = AnswerGenerator(model, tokenizer, strategies, store)
     base, results = [fingerprint(model), tokenizer_identity(tokenizer), generator.settings], []
     total = len(strategies) * sum(len(examples) for _, examples in work)
-    with tqdm(total=total, unit=" examples", disable=not progress) as bar:
+    with tqdm(total=total, unit=" examples", disable=not (progress and records.processes.is_first)) as bar:
         for task, examples in work:
             keys = {way.name: [_key(base, task, way, example) for example in examples] for way in strategies}
             batches = _missing_batches(strategies, keys, records, batch_size)
             bar.update(len(strategies) * len(examples) - sum(len(numbers) for _, numbers in batches))
             if store is not None:  # all strategies of a prompt follow each other, while the store has it
                 batches.sort(key=lambda batch: batch[1])
-            for strategy, numbers in batches:
-                bar.set_description(f"{task.label}, {strategy.name}")
-                outputs = generator.generate(task, strategy, [examples[i] for i in numbers])
-                own_keys = [keys[strategy.name][i] for i in numbers]
-                records.add([ExampleRecord(key, **out) for key, out in zip(own_keys, outputs, strict=True)])
+            answers = _Answers(generator, task, examples, keys, bar)
+            for (_, numbers), _ in records.fill(batches, answers.of_batch):
                 bar.update(len(numbers))
             results += [_result(task, way, [records[key] for key in keys[way.name]]) for way in strategies]
     return results
 
 
+Batch = tuple[Strategy, list[int]]
+"""A strategy, and the numbers of the examples that are generated together."""
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Generates the records of one task, batch by batch."""
+
+    generator: "AnswerGenerator"
+    task: Task
+    examples: list[Example]
+    keys: dict[str, list[str]]
+    """Strategy -> the key of each example."""
+    bar: tqdm
+
+    def of_batch(self, batch: Batch) -> list[ExampleRecord]:
+        strategy, numbers = batch
+        self.bar.set_description(f"{self.task.label}, {strategy.name}")
+        outputs = self.generator.generate(self.task, strategy, [self.examples[i] for i in numbers])
+        own_keys = [self.keys[strategy.name][i] for i in numbers]
+        return [ExampleRecord(key, **out) for key, out in zip(own_keys, outputs, strict=True)]
+
+
 def _missing_batches(
     strategies: list[Strategy], keys: dict[str, list[str]], records: ExampleRecords, batch_size: int
-) -> list[tuple[Strategy, list[int]]]:
+) -> list[Batch]:
     """The indices of the examples that `records` lacks, in batches under each strategy. keys: by strategy."""
     batches = []
     for strategy in strategies:
@@ -230,7 +253,7 @@ class AnswerGenerator:
             store_prompts(self._store, ids, mask)
         capacity = math.ceil((columns + limit) / CAPACITY_STEP) * CAPACITY_STEP
         cache = self._caches.take(strategy, sequences, columns, capacity)
-        meter = Meter(model.device)
+        meter = Meter(model)
         reuse = None if self._store is None else recycle(self._store, cache, ids, mask)
         known = 0 if reuse is None else int(cache.get_seq_length())
         finite = FiniteLogits("--model")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("prepare", "train", "evaluate", "sweep", "experiment", "export", "generate", "fetch", "doctor")
+COMMANDS = ("prepare", "train", "evaluate", "sweep", "experiment", "export", "generate", "show", "fetch", "doctor")
 LIBRARIES = ("deepspeed", "matplotlib.pyplot", "transformers.models.llama.modeling_llama", "torch._dynamo")
 PARTS = ("train.loop", "train.export", "train.hub", "train.preflight", "train.step_time", "evaluation.commands")
 ROOM = 4 << 30

@@ -159,6 +159,7 @@ def broken_ids(path: Path) -> None:
 # ---- the commands, on good inputs
 
 GENERATE = "generate --model model --prompt-file prompt.txt --max-new-tokens 4"
+SHOW = "show model --prompt-file prompt.txt --max-new-tokens 4"
 STDIN = "generate --model model --prompt-file - --max-new-tokens 4"
 EVALUATE = "evaluate --model model --data rows --rows 2 --last-tokens 8 --output new"
 TASKS = "evaluate --model model --tasks niah_single_1 --task-length 500 --examples 1 --output new --strategies full"
@@ -190,9 +191,30 @@ def cases() -> list[Case]:
         *_earlier_work(),
         *_experiments(),
         *_commands(),
+        *_pages(),
+        *_placing(),
     ]
     assert len({case.name for case in found}) == len(found)
     return found
+
+
+def _pages() -> Iterator[Case]:
+    """What `show` is given."""
+    there = {"page.html": "mine"}
+    yield Case("show: the file is there", SHOW, ("--output page.html", "--overwrite"), there, is_sample=True)
+    yield Case("show: a folder in place of the file", f"{SHOW} --output rows", ("--output rows", "name a file"))
+    yield Case("show: no such folder", f"{SHOW} --output new/page.html", ("--output", "new", "make it first"))
+    yield Case("show: no model", SHOW.replace("show model", "show nowhere"), ("MODEL", "nowhere"))
+    yield Case("show: no tokens", f"{SHOW} --max-new-tokens 0", ("--max-new-tokens",))
+    yield Case("show: unknown setting", f"{SHOW} refresh.strides=2", ("strides",))
+
+
+def _placing() -> Iterator[Case]:
+    """Several processes, and models over several GPUs."""
+    one_of_two = {"environment": {"RANK": "0", "WORLD_SIZE": "2"}}
+    yield Case("evaluate: no address of the others", EVALUATE, ("MASTER_ADDR", "torchrun"), settings=one_of_two)
+    both = f"{EVALUATE} --device cpu --device-map auto"
+    yield Case("evaluate: a device and a device map", both, ("--device ", "--device-map"))
 
 
 def _prompts() -> Iterator[Case]:

@@ -77,11 +77,14 @@ def wheel(source, tmp_path_factory):
     return folder / "unpacked", unpack_wheel(build(source, "wheel", folder / "built"), folder / "unpacked")
 
 
+PACKAGED = (".py", ".yaml", ".json", "py.typed", ".html", ".css", ".js")
+
+
 def package_files():
     """The files that an installed package must have."""
     tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     linked = ("data/", "train/", "evaluation/", "launch/", "configs/")
-    files = {name for name in tracked.stdout.split("\n") if name.endswith((".py", ".yaml", ".json", "py.typed"))}
+    files = {name for name in tracked.stdout.split("\n") if name.endswith(PACKAGED)}
     return {name for name in files if name.startswith("refreshkv/") and (ROOT / name).is_file()} | {
         f"refreshkv/{name}" for name in files if name.startswith(linked)
     }
