@@ -12,6 +12,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from refreshkv import RefreshConfig, enable
+from refreshkv.evaluation.continuations.generation import GREEDILY, Continuations, continue_sequences, sampled
+from refreshkv.evaluation.continuations.report import FILES as GENERATION_FILES
+from refreshkv.evaluation.continuations.report import (
+    TEXTS_FILE,
+    build_generation_report,
+    generation_table,
+    write_generation_report,
+)
 from refreshkv.evaluation.inputs import check_tokens, open_split, open_tasks
 from refreshkv.evaluation.perplexity.evaluation import budget_warnings, check_last_tokens, evaluate
 from refreshkv.evaluation.perplexity.losses import SequenceRecords
@@ -43,7 +51,7 @@ from refreshkv.evaluation.tasks.scores import (
     generation_settings,
     make_examples,
 )
-from refreshkv.generation.inherited import forget_own_settings
+from refreshkv.generation.inherited import forget_own_settings, refuse_own_settings
 from refreshkv.loading import load_model, load_tokenizer, model_folder, own_config
 from refreshkv.options import changed_config, chosen_device, task_values
 from refreshkv.prefix.store import PrefixStore
@@ -83,6 +91,48 @@ def measure_perplexity(options: argparse.Namespace, command: str) -> str:
     report = build_report(evaluation, measured, name, settings, command, before)
     written = write_report(output, report)
     return f"{text_table(report)}\n{output}: {', '.join(written)}"
+
+
+def measure_generation(options: argparse.Namespace, command: str) -> str:
+    """`evaluate --data --generate`: what the model writes after long prompts, judged by its full attention."""
+    (name,) = options.model
+    output = options.output or Path("reports", f"{Path(name).resolve().name}-generation")
+    rows, split = open_split(options.data, options.split, options.rows)
+    row_length, new_tokens = len(split[0]["input_ids"]), options.generate
+    if new_tokens >= row_length:
+        raise SettingsError(
+            f"--generate must be less than the {row_length} tokens of the sequences, whose first ones are the prompt, "
+            f"got {new_tokens}"
+        )
+    path = model_folder(name)
+    model = _load(path, options)
+    check_tokens(model, path, rows)
+    refuse_own_settings(model)
+    config = _chosen_config(model, options)
+    strategies = build_strategies(options.strategies or ["full", "refresh"], config)
+    _place(enable(model, config), chosen_device(options.device))
+    folder = open_output(output, GENERATION_FILES, options.overwrite, options.resume)
+
+    decodings = [GREEDILY]
+    if options.sample:
+        decodings.append(sampled(options.temperature, options.top_p, options.seed))
+    records = Continuations(folder / TEXTS_FILE)
+    found = continue_sequences(model, split, strategies, decodings, new_tokens, records, options.batch_size)
+
+    settings = {
+        "data": options.data,
+        "split": options.split,
+        "fingerprint": rows.info["fingerprint"],
+        "sequences": len(split),
+        "prompt": row_length - new_tokens,
+        "generated": new_tokens,
+        "decoding": {decoding.name: decoding.settings for decoding in decodings},
+        "strategies": {strategy.name: strategy.settings for strategy in strategies},
+        **_execution(model, options),
+    }
+    report = build_generation_report(found, name, settings, command)
+    written = write_generation_report(folder, report)
+    return f"{generation_table(report)}\n{output}: {', '.join(written)}"
 
 
 def score_tasks(options: argparse.Namespace, command: str) -> str:

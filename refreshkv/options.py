@@ -86,6 +86,7 @@ def add_overrides(parser: argparse.ArgumentParser, also: str = "") -> None:
 NUMBERS = {
     "batch_size": COUNT,
     "examples": COUNT,
+    "generate": COUNT,
     "gpu_memory": GIGABYTES,
     "jobs": Range(1, 10_000),
     "keep": Range(0, 1, above=True, hint="it is a share of the gain"),

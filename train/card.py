@@ -124,7 +124,7 @@ def _settings(run: RunConfig, state: State) -> str:
     parallel = {"ranks": state.world_size, "ZeRO stage": state.zero_stage}
     simulation = dataclasses.asdict(run.simulation)
     if run.simulation.pattern != "whole":
-        del simulation["prompt_length"], simulation["select_stride"]
+        del simulation["prompt_length"], simulation["select_stride"], simulation["budget"]
     if run.simulation.pattern == "off":
         simulation = {"pattern": "off"}
     return "\n\n".join(
