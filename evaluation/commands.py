@@ -39,6 +39,7 @@ from refreshkv.evaluation.suites.config import load_suite, named_models
 from refreshkv.evaluation.suites.report import FILES as SUITE_FILES
 from refreshkv.evaluation.suites.report import build_suite_report, suite_table, write_suite_report
 from refreshkv.evaluation.suites.run import open_suite, run_suite
+from refreshkv.evaluation.sweep.grid import load_grid
 from refreshkv.evaluation.sweep.recommendation import Sweep, sweep_strategies
 from refreshkv.evaluation.sweep.report import FILES as SWEEP_FILES
 from refreshkv.evaluation.sweep.report import build_sweep_report, sweep_table, write_sweep_report
@@ -109,7 +110,10 @@ def measure_generation(options: argparse.Namespace, command: str) -> str:
     check_tokens(model, path, rows)
     refuse_own_settings(model)
     config = _chosen_config(model, options)
-    strategies = build_strategies(options.strategies or ["full", "refresh"], config)
+    if options.grid:
+        strategies = load_grid(options.grid).build_strategies()
+    else:
+        strategies = build_strategies(options.strategies or ["full", "refresh"], config)
     _place(enable(model, config), chosen_device(options.device))
     folder = open_output(output, GENERATION_FILES, options.overwrite, options.resume)
 

@@ -57,6 +57,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "last_tokens": (("data", "suite"), {"data": 256}),
     "rows": (("data", "generate", "suite"), {}),
     "generate": (("generate",), {}),
+    "grid": (("generate",), {}),
     "sample": (("generate",), {"generate": False}),
     "temperature": (("generate",), {"generate": 1.0}),
     "top_p": (("generate",), {"generate": 1.0}),
@@ -103,6 +104,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--rows", type=int, help=f"sequences, spread over the split (default: {DEFAULT_ROWS} or all, or the suite's)"
     )
     parser.add_argument("--generate", type=int, metavar="N", help="with --data: tokens to generate after each prompt")
+    parser.add_argument("--grid", help="with --generate: strategies of a YAML file, or of a name in configs/grids")
     parser.add_argument("--sample", action="store_true", default=None, help="with --generate: also draw tokens")
     parser.add_argument("--temperature", type=float, help="of --sample (default: 1)")
     parser.add_argument("--top-p", type=float, help="of --sample (default: 1)")
@@ -161,10 +163,8 @@ def check_options(options: argparse.Namespace) -> None:
             setattr(options, name, defaults.get(kind))
         elif kind not in meaningful:
             raise SettingsError(f"--{name.replace('_', '-')} means nothing with --{kind}")
-    if kind == "generate" and not options.sample:
-        for name in ("temperature", "top_p", "seed"):
-            if given[name]:
-                raise SettingsError(f"--{name.replace('_', '-')} needs --sample")
+    if kind == "generate":
+        check_generation(options, given)
     if options.strides and options.strategies:
         raise SettingsError("--strides means nothing with --strategies: write refresh:STRIDE there")
     if options.resume and options.overwrite:
@@ -173,6 +173,15 @@ def check_options(options: argparse.Namespace) -> None:
         raise SettingsError("tasks.NAME.key=value means nothing with --data")
     if kind != "suite" and len(options.model) > 1:
         raise SettingsError(f"--model: only a suite takes several; --{kind} takes one")
+
+
+def check_generation(options: argparse.Namespace, given: dict[str, bool]) -> None:
+    """Refuses options of --generate that others leave without effect. given: option -> whether the user set it."""
+    for name in ("temperature", "top_p", "seed"):
+        if given[name] and not options.sample:
+            raise SettingsError(f"--{name.replace('_', '-')} needs --sample")
+    if options.grid and (options.strategies or options.overrides or options.budget or options.threshold):
+        raise SettingsError("--grid has strategies, budgets and settings of its own: leave out the others")
 
 
 if __name__ == "__main__":

@@ -15,19 +15,19 @@ LENGTH = 16
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """Two prepared folders of one tokenizer, the second with about a third of the first's sequences."""
+    """Two prepared folders of one tokenizer, the second with less than half of the first's sequences."""
     folder = tmp_path_factory.mktemp("parts")
     common = {"path": "json", "streaming": True, "row_length": LENGTH}
     first = DataConfig(
         folder=str(folder / "first"),
-        data_files=write_jsonl(folder / "first.jsonl", make_texts(90, seed=0)),
+        data_files=write_jsonl(folder / "first.jsonl", make_texts(150, seed=0)),
         train_vocabulary=300,
         **common,
     )
     prepare_rows(first, budget=4)
     second = DataConfig(
         folder=str(folder / "second"),
-        data_files=write_jsonl(folder / "second.jsonl", make_texts(30, seed=1)),
+        data_files=write_jsonl(folder / "second.jsonl", make_texts(60, seed=1)),
         tokenizer=str(folder / "first/tokenizer"),
         **common,
     )
@@ -55,10 +55,10 @@ def test_sequences_come_in_turn_equally_many_of_each(parts, mixture):
     assert "fingerprint" in str(report)
 
 
-def test_a_limit_counts_the_sequences_of_all_folders(mixture):
+def test_a_limit_counts_the_sequences_of_all_folders(parts, mixture):
     prepare_rows(replace(mixture, max_train_rows=7), budget=4)
-    rows = load_rows(mixture.folder)
-    assert len(rows.train) == 6 and len(rows.test) > 0
+    rows, second = load_rows(mixture.folder), load_rows(parts[1].folder)
+    assert len(rows.train) == 6 and len(rows.validation) == 2 * len(second.validation) > 0
 
 
 @pytest.mark.parametrize(

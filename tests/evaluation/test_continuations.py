@@ -120,7 +120,7 @@ def test_command_line(place, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     launch = load_script("evaluate").main
     common = ["--model", str(place / "model"), "--data", str(place / "rows"), "--device", "cpu", "--output", "out"]
-    common += ["--rows", "2", "--batch-size", "2", "--budget", "8"]
+    common += ["--split", "validation", "--rows", "2", "--batch-size", "2", "--budget", "8"]
     launch([*common, "--generate", "10", "--sample", "--strategies", "full,select:2:4bit"])
     report = json.loads(Path("out/generation.json").read_text())
     assert [(one["strategy"], one["decoding"]) for one in report["results"]] == [
@@ -137,6 +137,7 @@ def test_command_line(place, tmp_path, monkeypatch, capsys):  # noqa: F811
         (["--generate", "0"], "--generate must be"),
         (["--generate", "4", "--seed", "1"], "--seed needs --sample"),
         (["--sample"], "--sample means nothing with --data"),
+        (["--generate", "4", "--grid", "budgets"], "--grid has strategies, budgets and settings of its own"),
         (["--generate", "4", "--last-tokens", "9"], "--last-tokens means nothing with --generate"),
         (["--generate", "4", "tasks.vt.length=9"], "tasks.NAME.key=value means nothing"),
     ]:

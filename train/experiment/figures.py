@@ -20,7 +20,7 @@ LEAST_LOSS = 0.0005
 """Losses below this, and gains, are drawn here: the axis is logarithmic."""
 LINES = ("o-", "s--", "v:", "^-.", "D-", "X--")
 """Marker and line of each kind of strategy."""
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999999")
 
 
 def draw_gaps(config: ExperimentConfig, study: str, entries: Entries) -> bytes:
