@@ -20,7 +20,7 @@ from refreshkv.evaluation.continuations.report import (
     generation_table,
     write_generation_report,
 )
-from refreshkv.evaluation.inputs import check_tokens, open_split, open_tasks
+from refreshkv.evaluation.inputs import check_tokens, open_split, open_tasks, sequences_fingerprint
 from refreshkv.evaluation.perplexity.evaluation import budget_warnings, check_last_tokens, evaluate
 from refreshkv.evaluation.perplexity.losses import SequenceRecords
 from refreshkv.evaluation.perplexity.report import FILES as PERPLEXITY_FILES
@@ -126,7 +126,7 @@ def measure_generation(options: argparse.Namespace, command: str) -> str:
     settings = {
         "data": options.data,
         "split": options.split,
-        "fingerprint": rows.info["fingerprint"],
+        "fingerprint": sequences_fingerprint(split),
         "sequences": len(split),
         "prompt": row_length - new_tokens,
         "generated": new_tokens,

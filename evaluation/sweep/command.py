@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from refreshkv import enable
 from refreshkv.data.rows import Rows
-from refreshkv.evaluation.inputs import check_tokens, open_split
+from refreshkv.evaluation.inputs import check_tokens, open_split, sequences_fingerprint
 from refreshkv.evaluation.perplexity.evaluation import check_last_tokens
 from refreshkv.evaluation.perplexity.losses import SequenceRecords
 from refreshkv.evaluation.reports import ROWS_FILE, open_output
@@ -59,7 +59,7 @@ def sweep_grid(options: argparse.Namespace, command: str) -> str:
         "grid": options.grid,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    fingerprints = {Path(name).absolute().name: rows.info["fingerprint"] for name, (rows, _) in opened.items()}
+    fingerprints = {name: sequences_fingerprint(rows) for name, rows in texts.items()}
     report = build_tradeoff_report(tradeoff, options.model, settings, command, fingerprints)
     written = write_tradeoff_report(folder, tradeoff, report)
     warnings = [f"warning: {text}" for text in next(iter(tradeoff.evaluations.values())).warnings]

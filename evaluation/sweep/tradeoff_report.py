@@ -21,7 +21,8 @@ def build_tradeoff_report(
     command: str,
     fingerprints: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The content of tradeoff.json, as plain values. fingerprints: text -> that of its folder of sequences."""
+    """The content of tradeoff.json, as plain values. fingerprints: text -> that of the measured
+    sequences."""
     point, text = tradeoff.recommend()
     origin = provenance(command)
     computed_on = sorted({place for evaluation in tradeoff.evaluations.values() for place in evaluation.hardware})

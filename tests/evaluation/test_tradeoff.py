@@ -286,7 +286,8 @@ def test_command_line(launch, place, tmp_path, monkeypatch, capsys):  # noqa: F8
         "best: select S=2 4 bits, K=8",
         "StreamingLLM, K=8",
     ]
-    assert list(report["points"][0]["losses"]) == ["rows", "other"]
+    assert list(report["points"][0]["losses"]) == ["rows", "other"] == list(report["fingerprints"])
+    assert len(set(report["fingerprints"].values())) == 1, "of the sequences, which are the same"
     chosen = RefreshConfig.from_dict(report["recommendation"]["refresh"])
     assert chosen.budget == 8 and min(p["read"] for p in report["points"] if p["config"]) < 0.25
     assert Path("out/tradeoff.png").read_bytes().startswith(b"\x89PNG")
