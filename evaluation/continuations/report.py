@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 from refreshkv.evaluation.continuations.generation import TEXT, Continuation
@@ -35,7 +35,8 @@ class Summary:
     same: float | None
     """Share of the positions with the token that full attention wrote there; None without full attention's text."""
     same_until: float | None
-    """Tokens before the first that differs from full attention's text, mean over the sequences."""
+    """Tokens before the first that differs from full attention's text, median over the sequences: single
+    texts that never differ would outweigh all others in a mean."""
     repetition: float
     """Share of the runs of 4 tokens that came before in the same generated text, mean over the sequences."""
     perplexity_by_position: list[float]
@@ -63,7 +64,7 @@ def _summary(strategy: str, decoding: str, own: list[Continuation], reference: l
     if reference is not None:
         pairs = list(zip(own, reference, strict=True))
         same = [[float(a == b) for a, b in zip(x.tokens, y.tokens, strict=True)] for x, y in pairs]
-        until = fmean(common_prefix(x.tokens, y.tokens) for x, y in pairs)
+        until = median(common_prefix(x.tokens, y.tokens) for x, y in pairs)
     likeliest = [[float(value) for value in one.likeliest] for one in own]
     seconds = [one.seconds for one in own if one.seconds is not None]
     return Summary(
@@ -125,7 +126,7 @@ def _cells(report: dict[str, Any]) -> list[list[str]]:
     for one in report["results"]:
         error = one["standard_error"]
         perplexity = f"{one['perplexity']:.3f}" + ("" if error is None else f" ± {one['perplexity'] * error:.3f}")
-        until = "-" if one["same_until"] is None else f"{one['same_until']:.0f}"
+        until = "-" if one["same_until"] is None else f"{one['same_until']:g}"
         shares = [_percent(one[name]) for name in ("likeliest", "same")]
         lines.append([one["strategy"], one["decoding"], perplexity, *shares, until, _percent(one["repetition"])])
     return lines
@@ -141,7 +142,7 @@ def _markdown(report: dict[str, Any], has_figure: bool) -> str:
         f"{settings['sequences']} prompts of {settings['prompt']:,} tokens, {settings['generated']:,} tokens generated "
         "after each. Perplexity: of the generated tokens under the same model's full attention, ± its standard error "
         "over the sequences. Likeliest: tokens that full attention finds most likely after the same text. As full: "
-        "positions with the token that full attention wrote there; until: tokens before the first other one. Repeated: "
+        "positions with the token that full attention wrote there; until: tokens before the first other one, median. Repeated: "
         f"runs of {NGRAM} tokens that came before in the same generated text."
     )
     parts = [f"# Long generation with {report['model']}"]
