@@ -142,8 +142,8 @@ def _markdown(report: dict[str, Any], has_figure: bool) -> str:
         f"{settings['sequences']} prompts of {settings['prompt']:,} tokens, {settings['generated']:,} tokens generated "
         "after each. Perplexity: of the generated tokens under the same model's full attention, ± its standard error "
         "over the sequences. Likeliest: tokens that full attention finds most likely after the same text. As full: "
-        "positions with the token that full attention wrote there; until: tokens before the first other one, median. Repeated: "
-        f"runs of {NGRAM} tokens that came before in the same generated text."
+        "positions with the token that full attention wrote there; until: tokens before the first other one, median. "
+        f"Repeated: runs of {NGRAM} tokens that came before in the same generated text."
     )
     parts = [f"# Long generation with {report['model']}"]
     parts += ["![by position](generation.png)"] if has_figure else []
