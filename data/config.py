@@ -18,7 +18,10 @@ NUMPY_TESTS = "numpy-tests"
 GENERATED_TASKS = "tasks"
 """The `path` of sequences made from generated tasks."""
 
-BUILT_IN = (PYTHON_STDLIB, PYTHON_PACKAGES, NUMPY_TESTS, GENERATED_TASKS)
+MIXTURE = "mixture"
+"""The `path` of sequences out of other prepared folders."""
+
+BUILT_IN = (PYTHON_STDLIB, PYTHON_PACKAGES, NUMPY_TESTS, GENERATED_TASKS, MIXTURE)
 
 FILE_BUILDERS = ("arrow", "csv", "json", "parquet", "text", "xml")
 """Builders of `datasets` that need `data_files`."""
@@ -59,9 +62,9 @@ class DataConfig:
     """Folder of the prepared rows: launch/prepare.py writes it, training and evaluation read it."""
     path: str = PYTHON_STDLIB
     """The first argument of `datasets.load_dataset`: a builder (json, text, parquet, ...), a folder, or a Hub id. Or
-    one of four that need no download: python-stdlib, the library sources of the running Python;
+    one of five that need no download: python-stdlib, the library sources of the running Python;
     python-packages, those and the sources of all installed packages, without tests; numpy-tests, the tests of the
-    installed NumPy; tasks, prompts and answers of `tasks`."""
+    installed NumPy; tasks, prompts and answers of `tasks`; mixture, the sequences of `folders`."""
     name: str | None = None
     """The dataset's configuration, where it has several."""
     data_files: str | list[str] | dict[str, Any] | None = None
@@ -87,7 +90,11 @@ class DataConfig:
     max_documents: int | None = None
     """Read at most this many documents, the first of the source (>= 1)."""
     max_train_rows: int | None = None
-    """Stop reading after the document with which the train split has this many rows (>= 1)."""
+    """Stop reading after the document with which the train split has this many rows (>= 1). Of a mixture: at most this
+    many rows of all folders together."""
+    folders: list[str] | None = None
+    """For path=mixture: folders of prepared rows of the same length and tokenizer. Each split gets equally many rows of
+    each, in turn: as many as the folder with the fewest has in that split. No tokenizer is set."""
     tasks: dict[str, Any] | None = None
     """For path=tasks: by the name of each task (docs/tasks.md) a section of its settings, {} for the defaults. A row
     holds one example; the tasks take turns."""
@@ -103,6 +110,10 @@ class DataConfig:
             raise SettingsError(
                 f"data.tasks means nothing for data.path={self.path}: leave it out or set data.path=tasks"
             )
+        if self.folders is not None and self.path != MIXTURE:
+            raise SettingsError(
+                f"data.folders means nothing for data.path={self.path}: leave it out or set data.path={MIXTURE}"
+            )
         if self.held_out is not None and self.group_column is None:
             raise SettingsError("data.held_out names groups of documents: set data.group_column too")
         if self.path in BUILT_IN:
@@ -117,8 +128,21 @@ class DataConfig:
             unused += [("group_column", None)]
             if not self.tasks:
                 raise SettingsError("data.path=tasks: name the tasks in data.tasks, such as data.tasks.chain_of_key={}")
+        if self.path == MIXTURE:
+            unused += [("tokenizer", None), ("train_vocabulary", None), ("max_documents", None), ("group_column", None)]
+            self._validate_folders()
         for key, unset in unused:
             if getattr(self, key) != unset:
                 raise SettingsError(
                     f"data.{key} means nothing for data.path={self.path}: leave it out or set data.path too"
                 )
+
+    def _validate_folders(self) -> None:
+        folders = self.folders or []
+        if len(set(folders)) < max(2, len(folders)):
+            raise SettingsError("data.path=mixture: name two or more different folders of rows in data.folders")
+        if self.max_train_rows is not None and self.max_train_rows < len(folders):
+            raise SettingsError(
+                f"data.max_train_rows={self.max_train_rows} is less than the {len(folders)} folders of data.folders, "
+                "each of which gives equally many: raise it"
+            )

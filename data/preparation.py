@@ -63,7 +63,7 @@ def _prepare_documents(config: DataConfig, folder: Path) -> dict[str, Any]:
     documents = load_documents(config)
     tokenizer = _tokenizer(config, documents)
     tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
-    return _write_sequences(config, tokenizer, folder, partial(_add_documents, config, documents, tokenizer))
+    return write_sequences(config, tokenizer, folder, partial(_add_documents, config, documents, tokenizer))
 
 
 def _prepare_tasks(config: DataConfig, folder: Path) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def _prepare_tasks(config: DataConfig, folder: Path) -> dict[str, Any]:
     tokenizer = model_tokenizer(config.tokenizer)
     tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
     columns = ("prompt_length", "answer_length")
-    info = _write_sequences(config, tokenizer, folder, partial(_add_examples, config, tasks, tokenizer), columns)
+    info = write_sequences(config, tokenizer, folder, partial(_add_examples, config, tasks, tokenizer), columns)
     return info | {
         "prompt_length": prompt_length(tasks, config.row_length),
         "tasks": {task.label: task.settings() for task in tasks},
@@ -88,7 +88,7 @@ def _tokenizer(config: DataConfig, documents: Dataset | IterableDataset) -> PreT
     return train_tokenizer(texts, config.train_vocabulary)
 
 
-def _write_sequences(
+def write_sequences(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,

@@ -12,9 +12,10 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, load_from_disk
 
 from refreshkv.config import RefreshConfig
-from refreshkv.data.config import DataConfig
+from refreshkv.data.config import MIXTURE, DataConfig
 from refreshkv.data.content import content
 from refreshkv.data.folder import INFO_FILE, SPLITS, TOKENIZER_FOLDER, rows_folder
+from refreshkv.data.mixture import write_mixture
 from refreshkv.data.preparation import LAYOUT, write_splits
 from refreshkv.data.report import PreparationReport, share_beyond
 from refreshkv.files import write_json
@@ -58,7 +59,8 @@ def prepare_rows(config: DataConfig, budget: int | float, overwrite: bool = Fals
     consecutive sequences; none mixes documents. A document shorter than `row_length` is dropped, and so is the end that
     does not fill a sequence (with it, mostly, the end-of-text token); both are counted. A document's split depends on
     the hash of its text alone. With `path=tasks` each sequence holds one example of a task instead, see
-    `refreshkv.data.tasks.rows`. The folder appears when it is complete.
+    `refreshkv.data.tasks.rows`, and with `path=mixture` the sequences of other folders, see
+    `refreshkv.data.mixture`. The folder appears when it is complete.
 
     Args:
         budget: the run's `refresh.budget`, for the report.
@@ -69,13 +71,14 @@ def prepare_rows(config: DataConfig, budget: int | float, overwrite: bool = Fals
     """
     capacity = RefreshConfig(budget=budget).largest_budget(config.row_length)
     target = resolved(config.folder, "data.folder")
-    if (config.tokenizer is None) == (config.train_vocabulary is None):
+    if config.path != MIXTURE and (config.tokenizer is None) == (config.train_vocabulary is None):
         raise SettingsError(
             "set exactly one of data.tokenizer (the model's folder or hub id) and data.train_vocabulary (such as 4096, "
             "to train a tokenizer), and the other to null"
         )
+    parts = [load_rows(name) for name in config.folders or []]
     with rows_folder(target, overwrite) as folder:
-        info = write_splits(config, folder)
+        info = write_mixture(config, folder, parts) if parts else write_splits(config, folder)
         write_json(folder / INFO_FILE, info)
     return PreparationReport(target, info, capacity, share_beyond(budget, config.row_length))
 

@@ -13,7 +13,15 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from refreshkv import RefreshConfig, enable
-from refreshkv.evaluation.inputs import check_tokens, open_split, open_tasks
+from refreshkv.evaluation.continuations.generation import GREEDILY, Continuations, continue_sequences, sampled
+from refreshkv.evaluation.continuations.report import FILES as GENERATION_FILES
+from refreshkv.evaluation.continuations.report import (
+    TEXTS_FILE,
+    build_generation_report,
+    generation_table,
+    write_generation_report,
+)
+from refreshkv.evaluation.inputs import check_tokens, open_split, open_tasks, sequences_fingerprint
 from refreshkv.evaluation.perplexity.evaluation import budget_warnings, check_last_tokens, evaluate
 from refreshkv.evaluation.perplexity.losses import SequenceRecords
 from refreshkv.evaluation.perplexity.report import FILES as PERPLEXITY_FILES
@@ -34,6 +42,7 @@ from refreshkv.evaluation.suites.config import load_suite, named_models
 from refreshkv.evaluation.suites.report import FILES as SUITE_FILES
 from refreshkv.evaluation.suites.report import build_suite_report, suite_table, write_suite_report
 from refreshkv.evaluation.suites.run import open_suite, run_suite
+from refreshkv.evaluation.sweep.grid import load_grid
 from refreshkv.evaluation.sweep.recommendation import Sweep, sweep_strategies
 from refreshkv.evaluation.sweep.report import FILES as SWEEP_FILES
 from refreshkv.evaluation.sweep.report import build_sweep_report, sweep_table, write_sweep_report
@@ -46,6 +55,7 @@ from refreshkv.evaluation.tasks.scores import (
     generation_settings,
     make_examples,
 )
+from refreshkv.generation.inherited import refuse_own_settings
 from refreshkv.loading import load_tokenizer, model_folder, own_config
 from refreshkv.options import changed_config, chosen_device, task_values
 from refreshkv.prefix.store import PrefixStore
@@ -86,6 +96,53 @@ def measure_perplexity(options: argparse.Namespace, command: str, processes: Pro
     report = build_report(evaluation, measured, name, settings, command, before)
     written = processes.from_first(lambda: write_report(output, report))
     return f"{text_table(report)}\n{output}: {', '.join(written)}"
+
+
+def measure_generation(options: argparse.Namespace, command: str, processes: Processes = ALONE) -> str:
+    """`evaluate --data --generate`: what the model writes after long prompts, judged by its full attention."""
+    if processes.world > 1:
+        raise SettingsError("--generate runs in one process: start it without torchrun or accelerate launch")
+    (name,) = options.model
+    output = options.output or Path("reports", f"{Path(name).resolve().name}-generation")
+    rows, split = open_split(options.data, options.split, options.rows)
+    row_length, new_tokens = len(split[0]["input_ids"]), options.generate
+    if new_tokens >= row_length:
+        raise SettingsError(
+            f"--generate must be less than the {row_length} tokens of the sequences, whose first ones are the prompt, "
+            f"got {new_tokens}"
+        )
+    path = model_folder(name)
+    model = load_placed(path, options, processes)
+    check_tokens(model, path, rows)
+    refuse_own_settings(model)
+    config = _chosen_config(model, options)
+    if options.grid:
+        strategies = load_grid(options.grid).build_strategies()
+    else:
+        strategies = build_strategies(options.strategies or ["full", "refresh"], config)
+    enable(model, config)
+    folder = open_output(output, GENERATION_FILES, options.overwrite, options.resume)
+
+    decodings = [GREEDILY]
+    if options.sample:
+        decodings.append(sampled(options.temperature, options.top_p, options.seed))
+    records = Continuations(folder / TEXTS_FILE)
+    found = continue_sequences(model, split, strategies, decodings, new_tokens, records, options.batch_size)
+
+    settings = {
+        "data": options.data,
+        "split": options.split,
+        "fingerprint": sequences_fingerprint(split),
+        "sequences": len(split),
+        "prompt": row_length - new_tokens,
+        "generated": new_tokens,
+        "decoding": {decoding.name: decoding.settings for decoding in decodings},
+        "strategies": {strategy.name: strategy.settings for strategy in strategies},
+        **_execution(model, options, processes),
+    }
+    report = build_generation_report(found, name, settings, command)
+    written = write_generation_report(folder, report)
+    return f"{generation_table(report)}\n{output}: {', '.join(written)}"
 
 
 def score_tasks(options: argparse.Namespace, command: str, processes: Processes = ALONE) -> str:

@@ -2,9 +2,11 @@
 
 from typing import cast
 
+import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from refreshkv.data.content import SplitDigest
 from refreshkv.data.rows import Rows, load_rows, validate_same_tokens, validate_token_ids
 from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.data.tasks.task import Task
@@ -39,6 +41,14 @@ def open_split(folder: str, split: str, count: int | None) -> tuple[Rows, Datase
         raise SettingsError(f"--rows must lie between 1 and {available}, got {count}: more are not in {source}")
     count = count or min(DEFAULT_ROWS, available)
     return rows, chosen.select([i * available // count for i in range(count)])
+
+
+def sequences_fingerprint(sequences: Dataset) -> str:
+    """SHA-256, in hex, of all tokens of these sequences in order: the same wherever else their folder has others."""
+    digest = SplitDigest()
+    for start in range(0, len(sequences), DEFAULT_ROWS):
+        digest.add_tokens(np.asarray(sequences[start : start + DEFAULT_ROWS]["input_ids"]))
+    return digest.tokens
 
 
 def check_tokens(model: PreTrainedModel, path: str, rows: Rows) -> None:

@@ -1,6 +1,7 @@
 """Measures perplexity, scores of tasks, or a table of the paper, under several strategies of decoding.
 
     python launch/evaluate.py --model DIR_OR_HUB_ID --data ROWS [--compare REPORT] [refresh.key=value ...]
+    python launch/evaluate.py --model DIR_OR_HUB_ID --data ROWS --generate 512 [--sample] [refresh.key=value ...]
     python launch/evaluate.py --model DIR_OR_HUB_ID --tasks NAME,... [refresh.key=value tasks.NAME.key=value ...]
     python launch/evaluate.py --model DIR_OR_HUB_ID --suite paper-table-1 [--corpus NAME=ROWS ...] [...]
 
@@ -10,6 +11,9 @@ has none; refresh.key=value changes them. A suite has its own.
 With --data it scores the last tokens of prepared sequences and writes report.json, report.md and report.png. With
 --compare, the folder of an earlier report on the same sequences, they show before and after, and the share of the gap
 to full attention that is closed.
+
+With --generate N the model continues the first tokens of each sequence by N tokens, greedily and with --sample also by
+drawing, and full attention judges what it wrote: writes generation.json, generation.md, generation.png and texts.jsonl.
 
 With --tasks (docs/tasks.md) the model generates the answers, greedily. Writes tasks.json, tasks.md, and examples.jsonl
 with every answer. With --prefix-store DIR each prompt is computed once for all strategies (docs/prefix-store.md).
@@ -32,7 +36,7 @@ from typing import Any
 
 from refreshkv import cli
 from refreshkv.data.rows import SPLITS
-from refreshkv.evaluation.commands import measure_perplexity, measure_suite, score_tasks
+from refreshkv.evaluation.commands import measure_generation, measure_perplexity, measure_suite, score_tasks
 from refreshkv.evaluation.inputs import DEFAULT_ROWS
 from refreshkv.evaluation.processes import joined_processes
 from refreshkv.evaluation.strategies import STRATEGIES
@@ -53,16 +57,22 @@ from refreshkv.settings import SettingsError
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("data", "tasks", "suite")
 OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "split": (("data",), {"data": "test"}),
+    "split": (("data", "generate"), {"data": "test", "generate": "test"}),
     "strides": (("data",), {}),
     "compare": (("data",), {}),
     "last_tokens": (("data", "suite"), {"data": 256}),
-    "rows": (("data", "suite"), {}),
+    "rows": (("data", "generate", "suite"), {}),
+    "generate": (("generate",), {}),
+    "grid": (("generate",), {}),
+    "sample": (("generate",), {"generate": False}),
+    "temperature": (("generate",), {"generate": 1.0}),
+    "top_p": (("generate",), {"generate": 1.0}),
+    "seed": (("generate",), {"generate": 0}),
     "decode": (("data", "suite"), {"data": False}),
-    "strategies": (("data", "tasks"), {}),
+    "strategies": (("data", "generate", "tasks"), {}),
     "task_length": (("tasks", "suite"), {}),
     "examples": (("tasks", "suite"), {"tasks": 50}),
-    "ignore_generation_config": (("tasks", "suite"), {}),
+    "ignore_generation_config": (("generate", "tasks", "suite"), {}),
     "prefix_store": (("tasks",), {}),
     "prefix_store_gb": (("tasks",), {"tasks": 20.0}),
     "prefix_store_shared": (("tasks",), {}),
@@ -78,6 +88,8 @@ def main(arguments: list[str]) -> None:
         command = shlex.join([*processes.launcher, "launch/evaluate.py", *arguments])
         if options.kind == "data":
             text = measure_perplexity(options, command, processes)
+        elif options.kind == "generate":
+            text = measure_generation(options, command, processes)
         elif options.kind == "tasks":
             text = score_tasks(options, command, processes)
         else:
@@ -100,6 +112,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--rows", type=int, help=f"sequences, spread over the split (default: {DEFAULT_ROWS} or all, or the suite's)"
     )
+    parser.add_argument("--generate", type=int, metavar="N", help="with --data: tokens to generate after each prompt")
+    parser.add_argument("--grid", help="with --generate: strategies of a YAML file, or of a name in configs/grids")
+    parser.add_argument("--sample", action="store_true", default=None, help="with --generate: also draw tokens")
+    parser.add_argument("--temperature", type=float, help="of --sample (default: 1)")
+    parser.add_argument("--top-p", type=float, help="of --sample (default: 1)")
+    parser.add_argument("--seed", type=int, help="of --sample (default: 0)")
     parser.add_argument("--strides", type=whole_numbers, help="of the default strategies (default: 5,10,25,50)")
     parser.add_argument("--task-length", type=int, help="tokens of prompt and answer (default: each task's own, 4096)")
     parser.add_argument("--examples", type=int, help="examples of each task (default: 50, or the suite's)")
@@ -147,19 +165,33 @@ def check_options(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None and options.prefix_store is None:
             raise SettingsError(f"--{name.replace('_', '-')} needs --prefix-store")
     options.kind = kind = next(kind for kind in KINDS if getattr(options, kind) is not None)
+    if kind == "data" and options.generate is not None:
+        options.kind = kind = "generate"
+    given = {name: getattr(options, name) is not None for name in OPTIONS}
     for name, (meaningful, defaults) in OPTIONS.items():
         if getattr(options, name) is None:
             setattr(options, name, defaults.get(kind))
         elif kind not in meaningful:
             raise SettingsError(f"--{name.replace('_', '-')} means nothing with --{kind}")
+    if kind == "generate":
+        check_generation(options, given)
     if options.strides and options.strategies:
         raise SettingsError("--strides means nothing with --strategies: write refresh:STRIDE there")
     if options.resume and options.overwrite:
         raise SettingsError("--resume continues an evaluation and --overwrite replaces it: choose one")
-    if kind == "data" and any(override.startswith("tasks.") for override in options.overrides):
+    if kind in ("data", "generate") and any(override.startswith("tasks.") for override in options.overrides):
         raise SettingsError("tasks.NAME.key=value means nothing with --data")
     if kind != "suite" and len(options.model) > 1:
         raise SettingsError(f"--model: only a suite takes several; --{kind} takes one")
+
+
+def check_generation(options: argparse.Namespace, given: dict[str, bool]) -> None:
+    """Refuses options of --generate that others leave without effect. given: option -> whether the user set it."""
+    for name in ("temperature", "top_p", "seed"):
+        if given[name] and not options.sample:
+            raise SettingsError(f"--{name.replace('_', '-')} needs --sample")
+    if options.grid and (options.strategies or options.overrides or options.budget or options.threshold):
+        raise SettingsError("--grid has strategies, budgets and settings of its own: leave out the others")
 
 
 if __name__ == "__main__":

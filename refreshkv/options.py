@@ -109,6 +109,7 @@ NUMBERS = {
     "batch_size": COUNT,
     "context": COUNT,
     "examples": COUNT,
+    "generate": COUNT,
     "gpu_memory": GIGABYTES,
     "jobs": Range(1, 10_000),
     "keep": Range(0, 1, above=True, hint="it is a share of the gain"),

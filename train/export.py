@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from refreshkv.files import RECORD_FILE, write_json, write_text
 from refreshkv.folders import resolved
-from refreshkv.generation.custom_generate import write_custom_generate
 from refreshkv.settings import SettingsError
 from refreshkv.tables import column_table
 from refreshkv.train.card import model_card

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, get_scheduler
 
 from refreshkv.data.rows import Rows, validate_same_tokens, validate_token_ids
 from refreshkv.settings import SettingsError
+from refreshkv.simulation.draw import with_budget
 from refreshkv.train.config import RunConfig, TrainingConfig
 
 
@@ -114,9 +115,12 @@ def micro_batches(config: RunConfig, world: int) -> int:
 def setting_warnings(config: RunConfig) -> list[str]:
     """One line for each setting that is allowed but surely a mistake."""
     length, simulation, found = config.data.row_length, config.simulation, []
-    if simulation.pattern != "off" and config.refresh.largest_budget(1) >= length:
+    budgets = [with_budget(config.refresh, budget) for budget in simulation.budgets]
+    if simulation.pattern != "off" and min(refresh.largest_budget(1) for refresh in budgets) >= length:
+        name = "refresh.budget" if simulation.budget is None else "simulation.budget"
+        value = config.refresh.budget if simulation.budget is None else simulation.budget
         found.append(
-            f"warning: refresh.budget={config.refresh.budget} is never smaller than the context "
+            f"warning: {name}={value} is never smaller than the context "
             f"(data.row_length={length}): nothing is simulated"
         )
     if simulation.pattern == "whole" and config.refresh.select_stride and simulation.select_strides == [None]:

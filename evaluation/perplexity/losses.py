@@ -79,6 +79,13 @@ def sequence_losses(
     return _losses(_last_logits(model, ids, simulation, last, trace), ids)
 
 
+def losses_and_likeliest(model: nn.Module, ids: Tensor, last: int) -> tuple[Tensor, Tensor]:
+    """Under full attention, for the last n = `last` tokens of ids (B, T): their losses (B, n) float32, and the most
+    likely token in the place of each, (B, n) int64."""
+    logits = _last_logits(model, ids, None, last, None)
+    return _losses(logits, ids), logits.argmax(-1)
+
+
 def _last_logits(
     model: nn.Module, ids: Tensor, simulation: Simulation | None, last: int | None, trace: Trace | None
 ) -> Tensor:

@@ -7,13 +7,13 @@ from datasets import Dataset
 
 from refreshkv import enable
 from refreshkv.data.rows import Rows
-from refreshkv.evaluation.inputs import check_tokens, open_split
+from refreshkv.evaluation.inputs import check_tokens, open_split, sequences_fingerprint
 from refreshkv.evaluation.perplexity.evaluation import check_last_tokens
 from refreshkv.evaluation.perplexity.losses import SequenceRecords
 from refreshkv.evaluation.placing import load_placed
 from refreshkv.evaluation.processes import ALONE, Processes
 from refreshkv.evaluation.reports import ROWS_FILE, open_output
-from refreshkv.evaluation.sweep.grid import Grid
+from refreshkv.evaluation.sweep.grid import load_grid
 from refreshkv.evaluation.sweep.tradeoff import measure_tradeoff
 from refreshkv.evaluation.sweep.tradeoff_report import (
     FILES,
@@ -22,13 +22,13 @@ from refreshkv.evaluation.sweep.tradeoff_report import (
     write_tradeoff_report,
 )
 from refreshkv.loading import model_folder, own_config
-from refreshkv.settings import SettingsError, load_settings
+from refreshkv.settings import SettingsError
 
 
 def sweep_grid(options: argparse.Namespace, command: str, processes: Processes = ALONE) -> str:
     """Measures a grid of strategies on one text or several; returns the text to print, recommendation included."""
     output = options.output or Path("reports", f"{Path(options.model).resolve().name}-sweep")
-    strategies = load_settings(Grid, options.grid, folders=("grids",)).build_strategies()
+    strategies = load_grid(options.grid).build_strategies()
     opened = {folder: open_split(folder, options.split, options.rows) for folder in options.data}
     texts = _named(opened)
     for rows in texts.values():
@@ -59,7 +59,8 @@ def sweep_grid(options: argparse.Namespace, command: str, processes: Processes =
         "grid": options.grid,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    report = build_tradeoff_report(tradeoff, options.model, settings, command)
+    fingerprints = {name: sequences_fingerprint(rows) for name, rows in texts.items()}
+    report = build_tradeoff_report(tradeoff, options.model, settings, command, fingerprints)
     written = processes.from_first(lambda: write_tradeoff_report(folder, tradeoff, report))
     warnings = [f"warning: {text}" for text in next(iter(tradeoff.evaluations.values())).warnings]
     where = f"{output}: {', '.join(written)}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from refreshkv.config import RefreshConfig
 from refreshkv.evaluation.strategies import Strategy, build_strategy, full_attention
-from refreshkv.settings import SettingsError, settings_from_dict
+from refreshkv.settings import SettingsError, load_settings, settings_from_dict
 
 
 @dataclass
@@ -51,6 +51,11 @@ class Grid:
             for strategy in _part_strategies(part, configs):
                 found.setdefault(strategy.name, strategy)
         return list(found.values())
+
+
+def load_grid(name: str, setting: str = "--grid") -> Grid:
+    """The grid of a YAML file, or of a name in configs/grids. setting: names it in errors."""
+    return load_settings(Grid, name, folders=("grids",), setting=setting)
 
 
 def _part_strategies(part: GridPart, configs: dict[str, RefreshConfig]) -> list[Strategy]:

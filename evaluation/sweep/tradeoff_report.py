@@ -14,8 +14,15 @@ FILES = (*NAMES, ROWS_FILE)
 """All that the sweep of a grid writes into its folder."""
 
 
-def build_tradeoff_report(tradeoff: Tradeoff, model: str, settings: dict[str, Any], command: str) -> dict[str, Any]:
-    """The content of tradeoff.json, as plain values."""
+def build_tradeoff_report(
+    tradeoff: Tradeoff,
+    model: str,
+    settings: dict[str, Any],
+    command: str,
+    fingerprints: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """The content of tradeoff.json, as plain values. fingerprints: text -> that of the measured
+    sequences."""
     point, text = tradeoff.recommend()
     origin = provenance(command)
     computed_on = sorted({place for evaluation in tradeoff.evaluations.values() for place in evaluation.hardware})
@@ -23,6 +30,7 @@ def build_tradeoff_report(tradeoff: Tradeoff, model: str, settings: dict[str, An
         "layout": 1,
         "model": model,
         "settings": settings,
+        "fingerprints": fingerprints or {},
         **origin,
         "hardware": "; ".join(computed_on) or origin["hardware"],
         "within": tradeoff.within,
@@ -30,6 +38,7 @@ def build_tradeoff_report(tradeoff: Tradeoff, model: str, settings: dict[str, An
         "left out": tradeoff.left_out,
         "points": [_plain(point) for point in tradeoff.points],
         "full attention": {text: item.full.perplexity for text, item in tradeoff.evaluations.items()},
+        "last tokens": next(iter(tradeoff.evaluations.values())).last_tokens,
         "standard error of the mean loss": {
             text: {result.name: result.standard_error for result in item.results}
             for text, item in tradeoff.evaluations.items()

@@ -19,9 +19,9 @@ def draw_simulation(
 ) -> Simulation | None:
     """The simulation of one optimizer step, the same on every rank; None for a plain step.
 
-    whole: prompt length, stride and select stride are drawn independently and uniformly. paper: the last `stride`
-    tokens of the row are partial and never refreshed (appendix A.1). Raises `SettingsError` if the prompt does not lie
-    inside the row.
+    whole: prompt length, stride, select stride and budget are drawn independently and uniformly. paper: the last
+    `stride` tokens of the row are partial and never refreshed (appendix A.1). Raises `SettingsError` if the prompt does
+    not lie inside the row.
     """
     if settings.pattern == "off" or random.Random(f"{PURPOSE}, plain:{seed}:{step}").random() < settings.plain_share:
         return None
@@ -33,7 +33,8 @@ def draw_simulation(
     prompt_length = draw.randint(least, most)
     # a draw of its own, so that the others stay what they were without it
     select_stride = random.Random(f"{PURPOSE}, select:{seed}:{step}").choice(settings.select_strides)
-    drawn = with_strides(refresh, stride, settings.threshold, select_stride)
+    budget = random.Random(f"{PURPOSE}, budget:{seed}:{step}").choice(settings.budgets)
+    drawn = with_budget(with_strides(refresh, stride, settings.threshold, select_stride), budget)
     return simulation_of(settings, prompt_length, drawn)
 
 
@@ -43,6 +44,11 @@ def with_strides(
     """The settings with other strides. Without selecting steps there are no score keys either."""
     bits = 16 if select_stride is None else refresh.score_bits
     return replace(refresh, stride=stride, threshold=threshold, select_stride=select_stride, score_bits=bits)
+
+
+def with_budget(refresh: RefreshConfig, budget: int | float | None) -> RefreshConfig:
+    """The settings with another budget; None leaves them as they are."""
+    return refresh if budget is None else replace(refresh, budget=budget)
 
 
 def never_refreshed(refresh: RefreshConfig) -> RefreshConfig:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from refreshkv.config import NEVER
+from refreshkv.config import NEVER, RefreshConfig
 from refreshkv.ranges import COUNT, Range, show, validate_numbers
 from refreshkv.settings import SettingsError
 
@@ -23,6 +23,9 @@ class SimulationConfig:
     select_stride: int | None | list[int | None] = None
     """Select stride: a fixed number, or a list from which each step draws, by a draw of its own; null for no selecting
     steps, also in a list. Not used by paper and off."""
+    budget: int | float | None | list[int | float] = None
+    """Size K of the small cache: tokens or a share of the prompt, or a list from which each step draws, by a draw of
+    its own, so that a model learns to do with several; null for `refresh.budget`. Not used by paper and off."""
     threshold: float | None = None
     """Similarity threshold of the simulated steps; None for the fixed schedule."""
     plain_share: float = 0.0
@@ -37,7 +40,9 @@ class SimulationConfig:
                 raise SettingsError(
                     f"simulation.prompt_length must be a number or [least, most], got {self.prompt_length}"
                 )
-        for name in ("prompt_length", "select_stride"):
+        if self.budget is not None:
+            self._validate_budgets(self.budget if isinstance(self.budget, list) else [self.budget])
+        for name in ("prompt_length", "select_stride", "budget"):
             if self.pattern != "whole" and getattr(self, name) is not None:
                 raise SettingsError(
                     f"simulation.{name} is not used by simulation.pattern={self.pattern}: remove it, or use whole"
@@ -62,12 +67,31 @@ class SimulationConfig:
             )
 
     @staticmethod
+    def _validate_budgets(budgets: list[int | float]) -> None:
+        if not budgets:
+            raise SettingsError("simulation.budget must be null, a budget, or a list of one or more, got []")
+        for budget in budgets:
+            try:
+                RefreshConfig(budget=budget)
+            except SettingsError as error:
+                raise SettingsError(f"simulation.{error}") from None
+
+    @staticmethod
     def plain_values(values: dict[str, Any]) -> dict[str, Any]:
-        """The settings `values`, with a stride "never" as a number, by itself or in a list."""
+        """The settings `values`, with a stride "never" as a number and a budget such as "12.5%" as a share, by
+        themselves or in a list."""
+        if (budget := values.get("budget")) is not None:
+            budgets = [_budget(item) for item in budget] if isinstance(budget, list) else _budget(budget)
+            values = {**values, "budget": budgets}
         stride = values.get("stride")
         if isinstance(stride, list):
             return {**values, "stride": [_stride(item) for item in stride]}
         return {**values, "stride": _stride(stride)} if isinstance(stride, str) else values
+
+    @property
+    def budgets(self) -> list[int | float | None]:
+        """The budgets a step may draw; None stands for `refresh.budget`."""
+        return [*self.budget] if isinstance(self.budget, list) else [self.budget]
 
     @property
     def strides(self) -> list[int]:
@@ -92,6 +116,11 @@ class SimulationConfig:
                 f"{row_length} tokens (data.row_length)"
             )
         return bounds[0], bounds[1]
+
+
+def _budget(value: Any) -> Any:
+    """A budget as in the settings, with a text such as "12.5%" as a share."""
+    return RefreshConfig.plain_values({"budget": value})["budget"]
 
 
 def _stride(value: Any) -> Any:

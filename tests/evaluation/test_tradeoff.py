@@ -181,6 +181,16 @@ def test_our_own_grids_load(name):
     assert recommended in [item.config for item in built]
 
 
+def test_small_budgets_of_our_grid_have_a_small_recent_window():
+    built = {
+        item.name: item.config for item in load_settings(Grid, find_config("budgets", ("grids",))).build_strategies()
+    }
+    assert built["ahead: select S=2 4 bits, K=1024"] == RefreshConfig.recommended(budget=1024)
+    small = RefreshConfig.recommended(budget=256, recent_window=48)
+    assert built["ahead, 48 recent: select S=2 4 bits, K=256"] == small
+    assert built["paper: refresh S=10, K=256"] == RefreshConfig(budget=256)
+
+
 # ---- the recommendation
 
 
@@ -276,7 +286,8 @@ def test_command_line(launch, place, tmp_path, monkeypatch, capsys):  # noqa: F8
         "best: select S=2 4 bits, K=8",
         "StreamingLLM, K=8",
     ]
-    assert list(report["points"][0]["losses"]) == ["rows", "other"]
+    assert list(report["points"][0]["losses"]) == ["rows", "other"] == list(report["fingerprints"])
+    assert len(set(report["fingerprints"].values())) == 1, "of the sequences, which are the same"
     chosen = RefreshConfig.from_dict(report["recommendation"]["refresh"])
     assert chosen.budget == 8 and min(p["read"] for p in report["points"] if p["config"]) < 0.25
     assert Path("out/tradeoff.png").read_bytes().startswith(b"\x89PNG")

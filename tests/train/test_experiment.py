@@ -24,6 +24,7 @@ from refreshkv.train.experiment.jobs import Command, Job, plan
 from refreshkv.train.experiment.report import perplexity_table, task_table, write_tables
 from refreshkv.train.experiment.results import Results
 from refreshkv.train.experiment.running import Outcome, RunningJob, _start_ready, run_jobs
+from refreshkv.train.experiment.tradeoffs import tradeoff_tables
 from tests.helpers.jobs import ROOT, SCRATCH, make_rows
 from tests.helpers.scripts import load_script
 
@@ -94,6 +95,15 @@ elif name == "export":
     made.mkdir(parents=True)
     (made / "config.json").write_text('{"refreshkv": {}}')
     (made / "model.safetensors").write_text(os.environ.get("WEIGHTS", "") + str(made.parent.name))
+elif name == "sweep":
+    made = Path(value("--output"), "tradeoff.json")
+    made.parent.mkdir(parents=True)
+    names = ["own: refresh S=4, K=8", "own: refresh S=4, K=4"]
+    points = [{"name": n, "read": 0.2, "losses": {"code": 0.1, "prose": 0.2}} for n in names]
+    made.write_text(json.dumps({"date": "d", "hardware": "h", "versions": {}, "points": points,
+        "full attention": {"code": 5.0, "prose": 9.0}, "fingerprints": {"code": "f", "prose": "g"},
+        "last tokens": int(value("--last-tokens")),
+        "settings": {"split": value("--split"), "sequences": int(value("--rows"))}}))
 else:
     made = Path(value("--output"), "report.json")
     made.parent.mkdir(parents=True)
@@ -114,7 +124,7 @@ def stand_ins(folder, monkeypatch):
     monkeypatch.setattr("refreshkv.train.experiment.running.POLL", 0.02)
     launch = folder / "launch"
     launch.mkdir(exist_ok=True)
-    for name in ("prepare", "train", "export", "evaluate"):
+    for name in ("prepare", "train", "export", "evaluate", "sweep"):
         (launch / f"{name}.py").write_text(FAKE)
     monkeypatch.setenv("CALLS", str(folder / "calls.txt"))
     return launch
@@ -430,6 +440,75 @@ def test_shares_of_the_gap_by_hand(tmp_path):
     lines = {line[0]: line for line in perplexity_table(config, "small", entries)}
     assert lines["wider"] == ["wider", "windows", "1", "10.000", "", "11.500", "25.0"]
     assert lines["whole"] == ["whole", "windows", "2", "8.200", "+2.50 %", "9.000 ± 0.141", "60.0 ± 14.1"]
+
+
+GRID = """
+selections: {own: {pool_kernel: 3}}
+parts: [{selections: [own], strategies: ["refresh:4"], budgets: [8, 4]}]
+"""
+NAMES = ["own: refresh S=4, K=8", "own: refresh S=4, K=4"]
+
+
+def with_grid(tmp_path, **changed):
+    """Settings of an experiment that measures a grid on two texts, and nothing else."""
+    (tmp_path / "grid.yaml").write_text(GRID)
+    values = settings(tmp_path)
+    texts = [str(tmp_path / "code"), str(tmp_path / "prose")]
+    grid = {"grid": str(tmp_path / "grid.yaml"), "data": texts, "rows": 4, "last_tokens": 12, **changed}
+    values["studies"]["small"] |= {"perplexity": None, "tradeoff": grid}
+    return values
+
+
+def measured(full, over):
+    """results.json's entry of a grid: full attention on each text, and the loss of each strategy on each."""
+    texts = ("code", "prose")
+    points = [
+        {"name": name, "read": 0.2, "losses": dict(zip(texts, own, strict=True))}
+        for name, own in zip(NAMES, over, strict=True)
+    ]
+    return {"results": {"full attention": dict(zip(texts, full, strict=True)), "points": points}}
+
+
+def test_a_grid_on_several_texts(tmp_path, launch):
+    """It is measured once for each model, whatever selections the arm has, and its report is checked."""
+    values = with_grid(tmp_path)
+    config = settings_from_dict(ExperimentConfig, values)
+    (none,) = [job for job in plan(config, set()) if job.name == "small/none"]
+    assert [command.script for command in none.commands] == ["sweep.py"] and none.names == {"small/none/paper/tradeoff"}
+    line = " ".join(none.commands[0].arguments)
+    assert f"--data {tmp_path}/code --data {tmp_path}/prose --rows 4 --split test --last-tokens 12" in line
+    outcome, results = go(config, launch, tmp_path)
+    assert not outcome.failed and len(results.entries) == 5
+    assert results.entries["small/none/paper/tradeoff"]["rows"] == "f g"
+    assert "## small: prose" in write_tables(config, results.entries)
+    assert (tmp_path / "results/small-tradeoff.png").stat().st_size > 1000
+    assert len(Results(config).entries) == 5 and plan(config, set(results.entries)) == []
+    with pytest.raises(SettingsError, match="small/none/paper/tradeoff with other settings"):
+        Results(settings_from_dict(ExperimentConfig, with_grid(tmp_path, last_tokens=11)))
+    (tmp_path / "grid.yaml").write_text(GRID.replace("8, 4", "8, 5"))
+    with pytest.raises(SettingsError, match="small/none/paper/tradeoff with other settings"):
+        Results(settings_from_dict(ExperimentConfig, values))
+    for change, message in [({"grid": "nothing"}, "tradeoff.grid"), ({"data": []}, "tradeoff.data")]:
+        with pytest.raises(SettingsError, match=message):
+            settings_from_dict(ExperimentConfig, with_grid(tmp_path, **change))
+
+
+def test_gaps_beside_plain_training_by_hand(tmp_path):
+    config = settings_from_dict(ExperimentConfig, with_grid(tmp_path))
+    entries = {
+        "small/none/paper/tradeoff": measured((10.0, 20.0), ((0.2, 0.1), (0.4, 0.2))),
+        "small/plain/0/paper/tradeoff": measured((8.0, 16.0), ((0.125, 0.1), (0.25, 0.2))),
+        "small/whole/0/windows/tradeoff": measured((8.0, 16.0), ((0.05, 0.01), (0.1, 0.02))),
+        "small/whole/1/windows/tradeoff": measured((8.2, 16.0), ((0.0, 0.03), (0.1, 0.02))),
+    }
+    tables = tradeoff_tables(config, "small", entries)
+    assert list(tables) == ["code", "prose"] and tables["code"][0] == ["arm", "seeds", "full", "against plain", *NAMES]
+    lines = {line[0]: line for line in tables["code"]}
+    assert lines["none"] == ["none", "1", "10.000", "", "+20.00 % (200%, 100%)", "+40.00 % (200%, 100%)"]
+    assert lines["plain"][4] == "+12.50 % (100%, 50%)"
+    # gaps of 0.4 and 0, beside 1 of plain training and 2 of the untrained model
+    assert lines["whole"][1:5] == ["2", "8.100", "+1.25 %", "+2.50 ± 3.54 % (20%, 10%)"]
+    assert tradeoff_tables(config, "small", {}) == {}
 
 
 def test_scores_of_tasks_by_hand(tmp_path):

@@ -27,6 +27,7 @@ from refreshkv.train.mock import mock_step
 from refreshkv.train.order import RowOrder
 from refreshkv.train.resume import needs_conversion
 from refreshkv.train.run_folder import State, claim_output, finished_checkpoints, read_run, run_id, validate_output
+from refreshkv.train.simulation import heaviest_simulation
 from refreshkv.train.step import train_step
 from refreshkv.train.validation import setting_warnings, validate_preparation, validate_settings
 from tests.helpers.jobs import (
@@ -414,6 +415,10 @@ def test_settings_that_contradict_each_other():
         ({"simulation": {"select_stride": [2, 0]}}, "simulation.select_stride"),
         ({"simulation": {"select_stride": 1.5}}, "simulation.select_stride"),
         ({"simulation": {"pattern": "paper", "prompt_length": None, "select_stride": 2}}, "simulation.select_stride"),
+        ({"simulation": {"budget": []}}, "simulation.budget"),
+        ({"simulation": {"budget": [8, 0]}}, "simulation.budget"),
+        ({"simulation": {"budget": "150%"}}, "simulation.budget"),
+        ({"simulation": {"pattern": "paper", "prompt_length": None, "budget": 8}}, "simulation.budget"),
         ({"simulation": {"prompt_length": [8, ROW_LENGTH]}}, "simulation.prompt_length"),
         ({"simulation": {"prompt_length": 0}}, "simulation.prompt_length"),
         ({"simulation": {"pattern": "off"}}, "simulation.prompt_length"),
@@ -478,6 +483,26 @@ def test_simulations_follow_from_seed_and_step():
     paper = draw_simulation(SimulationConfig(pattern="paper", stride=10), refresh, ROW_LENGTH, 7, 1)
     assert (paper.prompt_length, paper.config.stride) == (ROW_LENGTH - 10, NEVER)
     assert draw_simulation(SimulationConfig(pattern="off"), refresh, ROW_LENGTH, 7, 1) is None
+
+
+def test_budgets_are_drawn_apart():
+    """Everything else stays what it is without; a warning comes only if no budget is small."""
+    refresh = RefreshConfig(budget=8, select_stride=2)
+    settings = {"prompt_length": [8, 30], "stride": [5, 10], "select_stride": [1, 3]}
+    without = settings_from_dict(SimulationConfig, settings)
+    drawing = settings_from_dict(SimulationConfig, {**settings, "budget": [4, "25%", 12]})
+    drawn = [draw_simulation(drawing, refresh, ROW_LENGTH, 7, step) for step in range(60)]
+    for step, simulation in enumerate(drawn):
+        plain = draw_simulation(without, refresh, ROW_LENGTH, 7, step)
+        assert simulation == replace(plain, config=replace(plain.config, budget=simulation.config.budget))
+    assert {simulation.config.budget for simulation in drawn} == {4, 0.25, 12}
+    one = settings_from_dict(SimulationConfig, {**settings, "budget": 5})
+    assert draw_simulation(one, refresh, ROW_LENGTH, 7, 1).config.budget == 5
+    config = run_config(refresh={"budget": 8}, simulation={"budget": [4, 12, "50%"]})
+    assert heaviest_simulation(config).config.budget == 12
+    assert setting_warnings(run_config(simulation={"budget": [8, 9999]})) == []
+    (warning,) = setting_warnings(run_config(simulation={"budget": [8888, 9999]}))
+    assert "simulation.budget=[8888, 9999] is never smaller" in warning
 
 
 def test_select_strides_are_drawn_apart():

@@ -38,7 +38,7 @@ def arm_selections(config: ExperimentConfig, study: str) -> list[tuple[str, str]
 def finished_seeds(
     config: ExperimentConfig, study: str, arm: str, selection: str, kind: str, entries: Entries
 ) -> list[dict[str, Any]]:
-    """The entries of the seeds that are finished; kind: perplexity or tasks."""
+    """The entries of the seeds that are finished; kind: perplexity, tasks or tradeoff."""
     seeds = [None] if config.arms[arm].settings is None else config.studies[study].seeds
     names = [report_name(study, arm, seed, selection, kind) for seed in seeds]
     return [entries[name] for name in names if name in entries]

@@ -8,12 +8,15 @@ from refreshkv.data.config import DataConfig
 from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.evaluation.perplexity.evaluation import check_last_tokens
 from refreshkv.evaluation.strategies import build_strategies
+from refreshkv.evaluation.sweep.grid import Grid, load_grid
 from refreshkv.ranges import COUNT, SEED, Range, show, validate_numbers
 from refreshkv.settings import SettingsError, settings_from_dict, validate_name
 from refreshkv.train.config import RunConfig
 
 UNTRAINED = "none"
 """The arm that is the untrained base model; every study has it."""
+PLAIN = "plain"
+"""The arm of ordinary continued training, if there is one; other arms' full attention is compared with its."""
 Fragment = dict[str, Any]
 """Sections of a training run's settings, as in its YAML file."""
 
@@ -64,6 +67,30 @@ class Tasks:
 
 
 @dataclass
+class Tradeoff:
+    """Evaluation of a grid's strategies on several texts: launch/sweep.py --grid."""
+
+    grid: str
+    """YAML file, or a name in configs/grids."""
+    data: list[str]
+    """Folders of prepared sequences, one for each text."""
+    rows: int = 64
+    last_tokens: int = 512
+    split: Literal["train", "validation", "test"] = "test"
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        validate_numbers(self, {"rows": COUNT, "last_tokens": COUNT, "batch_size": COUNT}, "tradeoff.")
+        if not self.data:
+            raise SettingsError("tradeoff.data must name one or more folders of prepared sequences")
+        self.read_grid().build_strategies()
+
+    def read_grid(self) -> Grid:
+        """The grid's file."""
+        return load_grid(self.grid, "tradeoff.grid")
+
+
+@dataclass
 class Study:
     """One base model, and the arms that continue its training on the same tokens."""
 
@@ -80,6 +107,7 @@ class Study:
     """Values of training.seed; each arm is trained once with each, so that all arms see the same data and draws."""
     perplexity: Perplexity | None = None
     tasks: Tasks | None = None
+    tradeoff: Tradeoff | None = None
 
     def __post_init__(self) -> None:
         validate_numbers(self, {"seeds": SEED})
@@ -126,8 +154,8 @@ class ExperimentConfig:
             self._check_study(name, study)
 
     def _check_study(self, name: str, study: Study) -> None:
-        if study.perplexity is None and study.tasks is None:
-            raise SettingsError(f"studies.{name} evaluates nothing: set perplexity or tasks")
+        if study.perplexity is None and study.tasks is None and study.tradeoff is None:
+            raise SettingsError(f"studies.{name} evaluates nothing: set perplexity, tasks or tradeoff")
         if not study.seeds:
             raise SettingsError(f"studies.{name}.seeds must hold one or more numbers")
         self._check_data(name)
@@ -168,6 +196,8 @@ class ExperimentConfig:
         if study.perplexity is not None:
             length = settings_from_dict(DataConfig, self.data(name)).row_length
             check_last_tokens(study.perplexity.last_tokens, length)
+        if study.tradeoff is not None:
+            check_last_tokens(study.tradeoff.last_tokens, settings_from_dict(DataConfig, self.data(name)).row_length)
         if study.tasks is not None:
             build_tasks(study.tasks.names, study.tasks.values, length=study.tasks.length)
             build_strategies(study.tasks.strategies, self.refresh(name, self.arms[study.arms[0]].selections[0]))

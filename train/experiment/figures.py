@@ -14,8 +14,13 @@ from refreshkv.train.experiment.comparison import (
     refreshing_strategies,
 )
 from refreshkv.train.experiment.config import ExperimentConfig
+from refreshkv.train.experiment.tradeoffs import bytes_read, losses, tradeoff_tables
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+LEAST_LOSS = 0.0005
+"""Losses below this, and gains, are drawn here: the axis is logarithmic."""
+LINES = ("o-", "s--", "v:", "^-.", "D-", "X--")
+"""Marker and line of each kind of strategy."""
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999999")
 
 
 def draw_gaps(config: ExperimentConfig, study: str, entries: Entries) -> bytes:
@@ -63,4 +68,28 @@ def draw_tasks(study: str, table: list[list[str]]) -> bytes:
     axes.set_xlabel("mean score over tasks, %")
     axes.set_title(study)
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    return png(figure)
+
+
+def draw_tradeoffs(config: ExperimentConfig, study: str, entries: Entries) -> bytes:
+    """A panel for each text as PNG: loss against bytes read, a line for each arm and kind of strategy."""
+    tables = tradeoff_tables(config, study, entries)
+    figure = Figure(figsize=(1 + 5.5 * len(tables), 5.5), layout="constrained")
+    panels = figure.subplots(1, len(tables), squeeze=False, sharey=True).flat
+    for axes, (text, (header, *lines)) in zip(panels, tables.items(), strict=True):
+        families: dict[str, list[str]] = {}
+        for name in header[4:]:
+            families.setdefault(name.rpartition(", K=")[0], []).append(name)
+        for number, (arm, *_) in enumerate(lines):
+            for (family, names), line in zip(families.items(), LINES, strict=False):
+                reads = [100 * bytes_read(config, study, arm, name, entries) for name in names]
+                means = [fmean(losses(config, study, arm, text, name, entries)) for name in names]
+                heights = [100 * max(LEAST_LOSS, loss) for loss in means]
+                axes.plot(reads, heights, line, color=COLOURS[number % len(COLOURS)], label=f"{arm}, {family}")
+        axes.set_yscale("log")
+        axes.set_title(text, loc="left")
+        axes.set_xlabel("keys and values read a token, % of full attention's")
+    figure.axes[0].set_ylabel("perplexity over full attention's, %")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=7)
     return png(figure)

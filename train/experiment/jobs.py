@@ -16,7 +16,7 @@ from refreshkv.files import write_text
 from refreshkv.settings import SettingsError, settings_from_dict, settings_to_dict
 from refreshkv.train.checkpoint_reader import is_trained
 from refreshkv.train.config import RunConfig
-from refreshkv.train.experiment.config import ExperimentConfig, Fragment, merge
+from refreshkv.train.experiment.config import ExperimentConfig, Fragment, Tradeoff, merge
 from refreshkv.train.export_folder import is_export
 from refreshkv.train.run_folder import FREE_TO_CHANGE, RUN_FILE, changed_setting, flat_settings, read_run
 
@@ -86,7 +86,7 @@ class Report:
     seed: int | None
     selection: str
     kind: str
-    """perplexity or tasks."""
+    """perplexity, tasks or tradeoff."""
 
     @property
     def name(self) -> str:
@@ -232,6 +232,9 @@ def _arm(config: ExperimentConfig, study: str, arm: str, seed: int | None) -> Jo
             if getattr(config.studies[study], kind) is not None:
                 commands.append(_evaluate(config, study, selection, kind, model, folder / f"{kind}-{selection}"))
                 reports.append(Report(commands[-1].made, study, arm, seed, selection, kind))
+    if (tradeoff := config.studies[study].tradeoff) is not None:  # its grid has selections of its own
+        commands.append(_sweep(tradeoff, model, folder / "tradeoff"))
+        reports.append(Report(commands[-1].made, study, arm, seed, config.arms[arm].selections[0], "tradeoff"))
     needs = [base_name(study), rows_name(config.data(study)["folder"])]
     return Job("/".join(folder.parts[-2:]), commands, needs, reports)
 
@@ -301,6 +304,16 @@ def _train_and_export(settings: Fragment, model: Path, divided: bool) -> list[Co
         ),
         Command("export.py", [str(last), str(model)], model, is_made=is_export),
     ]
+
+
+def _sweep(settings: Tradeoff, model: Path, folder: Path) -> Command:
+    """Evaluates a model on the grid of a study."""
+    arguments = ["--model", str(model), "--output", str(folder), "--grid", settings.grid]
+    for data in settings.data:
+        arguments += ["--data", data]
+    arguments += ["--rows", str(settings.rows), "--split", settings.split]
+    arguments += ["--last-tokens", str(settings.last_tokens), "--batch-size", str(settings.batch_size)]
+    return Command("sweep.py", arguments, folder / "tradeoff.json", begun=folder)
 
 
 def _evaluate(config: ExperimentConfig, study: str, selection: str, kind: str, model: Path, folder: Path) -> Command:

@@ -17,10 +17,8 @@ from refreshkv.train.experiment.comparison import (
     perplexities,
     refreshing_strategies,
 )
-from refreshkv.train.experiment.config import ExperimentConfig
-
-PLAIN = "plain"
-"""The arm of ordinary continued training, if there is one; other arms' full attention is compared with its."""
+from refreshkv.train.experiment.config import PLAIN, ExperimentConfig
+from refreshkv.train.experiment.tradeoffs import tradeoff_tables
 
 
 def write_tables(config: ExperimentConfig, entries: Entries) -> str:
@@ -39,10 +37,34 @@ def write_tables(config: ExperimentConfig, entries: Entries) -> str:
                 write_bytes(folder / image, figure)
                 part += f"\n![{study}]({image})\n"
             parts.append(part)
+        parts += _tradeoffs(config, study, entries, folder)
     text = "\n".join(parts)
     if entries:  # tables without figures would look like somebody else's
         write_text(folder / "tables.md", text)
     return text
+
+
+def _tradeoffs(config: ExperimentConfig, study: str, entries: Entries, folder: Path) -> list[str]:
+    """The tables of a study's grid, one for each text, and the figure."""
+    tables = tradeoff_tables(config, study, entries)
+    parts = [f"## {study}: {text}\n\n{markdown_table(lines)}\n" for text, lines in tables.items()]
+    if tables:
+        parts.append(
+            "Perplexity over full attention's of the same model, less one; in brackets the gap (perplexity less full "
+            "attention's) as a share of plain training's and of the untrained model's.\n"
+        )
+        image = f"{study}-tradeoff.png"
+        figure = drawn(image, lambda: _draw_tradeoffs(config, study, entries))
+        if figure is not None:
+            write_bytes(folder / image, figure)
+            parts.append(f"![{study}]({image})\n")
+    return parts
+
+
+def _draw_tradeoffs(config: ExperimentConfig, study: str, entries: Entries) -> bytes:
+    from refreshkv.train.experiment.figures import draw_tradeoffs  # needs matplotlib
+
+    return draw_tradeoffs(config, study, entries)
 
 
 def _draw(config: ExperimentConfig, study: str, kind: str, entries: Entries, lines: list[list[str]]) -> bytes:

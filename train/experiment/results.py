@@ -16,7 +16,7 @@ from refreshkv.identity import folder_identity
 from refreshkv.reading import read_json
 from refreshkv.settings import SettingsError, settings_from_dict, settings_to_dict
 from refreshkv.train.config import RunConfig, current_names
-from refreshkv.train.experiment.config import ExperimentConfig, Perplexity, Tasks
+from refreshkv.train.experiment.config import ExperimentConfig, Perplexity, Tasks, Tradeoff
 from refreshkv.train.experiment.jobs import Job, Report, base_is_given, base_model, base_name
 from refreshkv.train.run_folder import FREE_TO_CHANGE, flat_settings
 
@@ -105,7 +105,8 @@ class Results:
             )
 
     def _check_rows(self, entry: dict[str, Any]) -> None:
-        others = {e.get("rows") for e in self.entries.values() if e["study"] == entry["study"]} - {None}
+        kind = (entry["study"], entry["kind"])  # a grid may be measured on other sequences
+        others = {e.get("rows") for e in self.entries.values() if (e["study"], e["kind"]) == kind} - {None}
         if entry.get("rows") and others - {entry["rows"]}:
             raise SettingsError(
                 f"{self._path} has figures of {entry['study']} on other rows: copy those here, or choose another "
@@ -119,7 +120,10 @@ class Results:
         entry["base model"] = digest(base_model(self._config, report.study))
         entry["base files"] = _rest(base_model(self._config, report.study))
         entry |= {name: found[name] for name in ("date", "hardware", "versions")}
-        if report.kind == "perplexity":
+        if report.kind == "tradeoff":
+            entry["rows"] = " ".join(found["fingerprints"].values())
+            entry["results"] = {"full attention": found["full attention"], "points": found["points"]}
+        elif report.kind == "perplexity":
             entry["rows"] = found["protocol"]["fingerprint"]
             entry["results"] = {result["name"]: _brief(result) for result in found["evaluation"]["results"]}
         else:
@@ -146,7 +150,13 @@ class Results:
 
     def _difference(self, report: Report, found: dict[str, Any]) -> str | None:
         wanted = getattr(self._config.studies[report.study], report.kind)
-        if report.kind == "tasks":
+        if report.kind == "tradeoff":
+            settings = found["settings"]
+            pairs = [("split", settings["split"], wanted.split), ("rows", settings["sequences"], wanted.rows)]
+            pairs.append(("last tokens", found["last tokens"], wanted.last_tokens))
+            names = [strategy.name for strategy in wanted.read_grid().build_strategies() if not strategy.is_full]
+            pairs.append(("strategies", [point["name"] for point in found["points"]], names))
+        elif report.kind == "tasks":
             labels = {label.removesuffix("-substitute"): entry["settings"] for label, entry in found["tasks"].items()}
             tasks = build_tasks(wanted.names, wanted.values, length=wanted.length)
             settings = {task.name: json.loads(json.dumps(task.settings())) for task in tasks}
@@ -165,7 +175,16 @@ class Results:
             settings["run"] = config.run_settings(study, arm, seed, "", "")
         settings["refresh"] = config.refresh(study, entry["selection"]).to_dict()
         settings[entry["kind"]] = vars(getattr(config.studies[study], entry["kind"]))
+        if entry["kind"] == "tradeoff":
+            settings["tradeoff"] = _tradeoff_settings(config.studies[study].tradeoff)
         return json.loads(json.dumps(settings))
+
+
+def _tradeoff_settings(tradeoff: Tradeoff | None) -> dict[str, Any]:
+    """What a grid's figures depend on: the grid's content in place of its name, and texts without their folders."""
+    assert tradeoff is not None
+    kept = {name: value for name, value in vars(tradeoff).items() if name not in IMMATERIAL}
+    return {**kept, "grid": vars(tradeoff.read_grid()), "data": [Path(name).name for name in tradeoff.data]}
 
 
 def _base_settings(config: ExperimentConfig, study: str) -> Any:
@@ -216,11 +235,11 @@ def _rest(model: Path) -> str | None:
 def _validate_entry(name: str, entry: dict[str, Any]) -> None:
     """Raises an error for an entry of results.json that lacks a key or has another kind of value."""
     kinds = {"study": str, "arm": str, "selection": str, "kind": str, "settings": dict}
-    kinds["results"] = dict if entry["kind"] == "perplexity" else list
+    kinds["results"] = list if entry["kind"] == "tasks" else dict
     for key, kind in kinds.items():
         if not isinstance(entry[key], kind):
             raise ValueError(f"{key} of {name} is {entry[key]!r}")
-    if entry["kind"] not in ("perplexity", "tasks"):
+    if entry["kind"] not in ("perplexity", "tasks", "tradeoff"):
         raise ValueError(f"kind of {name} is {entry['kind']!r}")
     for key in ("base model", "seed"):
         if key not in entry:

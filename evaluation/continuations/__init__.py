@@ -1,0 +1,1 @@
+"""Long generation: a model continues long prompts under several strategies, and full attention judges what it wrote."""
