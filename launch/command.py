@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "experiment": ("train several recipes from one base model and compare them", "train"),
     "export": ("turn a training checkpoint into a transformers folder", "train"),
     "generate": ("continue a text from a small KV cache", None),
+    "models": ("show which model families work, or try those of the installed transformers", None),
     "doctor": ("show versions, devices, extras and kernels, and check that decoding is right here", None),
 }
 """Name -> what the command does, and the extra that it needs."""

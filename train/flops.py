@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from refreshkv.config import Simulation
-from refreshkv.layers import layer_windows
+from refreshkv.layers import layer_kinds
 
 PEAKS = {
     "B200": 2250e12,
@@ -38,7 +38,7 @@ class Work:
     pair: int
     """Operations for one query and one key, over all heads of a layer, forward."""
     windows: list[int | None]
-    """Each layer's sliding window, None where it attends to everything."""
+    """Each layer's sliding window, None where it attends to everything, 0 where it has no attention."""
 
 
 def model_work(model: PreTrainedModel) -> Work:

@@ -13,7 +13,7 @@ from refreshkv.attention.model_call import NAME, ModelCalls, attach
 from refreshkv.cache.refresh import saved_config
 from refreshkv.config import RefreshConfig
 from refreshkv.generation.prompt_chunks import announce_chunks
-from refreshkv.layers import layer_windows
+from refreshkv.layers import LayerKind, layer_kinds
 from refreshkv.settings import SettingsError
 
 PROMPT_ATTENTIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
@@ -42,29 +42,40 @@ def enable(
     if prompt_attention not in PROMPT_ATTENTIONS:
         raise SettingsError(f"prompt_attention must be one of {', '.join(PROMPT_ATTENTIONS)}, got {prompt_attention!r}")
     config = config or saved_config(model.config)
-    modules = attention_modules(model)
-    windows = layer_windows(model.config)
-    if len(modules) != len(windows):
-        raise SettingsError(
-            f"{type(model).__name__} has {len(windows)} layers but {len(modules)} attention modules of the usual form"
-        )
-    if all(window is not None for window in windows):
-        raise SettingsError(
-            f"every layer of this model has a sliding window ({windows[0]} tokens), so there is no full cache to "
-            "refresh; if its checkpoint allows it, set config.sliding_window=None"
-        )
+    kinds = layer_kinds(model.config)
+    modules = _modules_of(model, kinds)
     if getattr(model.config.get_text_config(decoder=True), "attention_dropout", 0.0):
         raise SettingsError("attention dropout is not simulated: set attention_dropout=0 in the model's config")
     for module in modules:
-        kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
-        if inspect.Parameter.VAR_KEYWORD not in kinds:
+        forms = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
+        if inspect.Parameter.VAR_KEYWORD not in forms:
             raise SettingsError(f"{type(module).__name__} takes no further keywords, so no simulation can reach it")
     _own_config(model)
     model.set_attn_implementation(NAME)
     model.config.refreshkv = config.to_dict()
-    attach(model, _decoders(model), modules, ModelCalls(windows, prompt_attention))
+    attach(model, _decoders(model), modules, ModelCalls(kinds, prompt_attention))
     announce_chunks(model)
     return model
+
+
+def _modules_of(model: PreTrainedModel, kinds: list[LayerKind]) -> list[Any]:
+    """The attention modules of the layers that attend, by their numbers.
+
+    Raises `SettingsError` if there is not exactly one for each, or if no layer has full attention.
+    """
+    attending = [number for number, kind in enumerate(kinds) if kind.attends]
+    if not any(kind.is_refreshed for kind in kinds):
+        windows = sorted({kind.window for kind in kinds if kind.window is not None})
+        what = f"has a sliding window ({windows[0]} tokens)" if windows else "keeps a state of fixed size"
+        way_out = "; if its checkpoint allows it, set config.sliding_window=None" if windows else ""
+        raise SettingsError(f"every layer of this model {what}, so there is no full cache to refresh{way_out}")
+    modules: list[Any] = [module for module in attention_modules(model) if module.layer_idx in attending]
+    if sorted(module.layer_idx for module in modules) != attending:
+        raise SettingsError(
+            f"{type(model).__name__} has {len(attending)} layers with attention but {len(modules)} attention modules "
+            "of the usual form"
+        )
+    return modules
 
 
 def _own_config(model: PreTrainedModel) -> None:

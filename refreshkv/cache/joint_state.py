@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from refreshkv.config import RefreshConfig
-from refreshkv.ops.choice import CHOICE
 from refreshkv.ops.state import Decisions, LayerState, SelectingState, SelectionScratch
 from refreshkv.ops.step.operators import attend_step, select_step
 
@@ -25,6 +24,7 @@ class JoinableLayer(Protocol):
     config: RefreshConfig
     device: torch.device
     is_initialized: bool
+    attends_by_kernels: bool
     keys: Tensor
     values: Tensor
     cumulative_length: Tensor
@@ -90,7 +90,7 @@ def join_layers(layers: Iterable[JoinableLayer]) -> None:
         if layer.is_initialized:
             groups[layer.device, layer.keys.shape].append(layer)
     for group in groups.values():
-        if not CHOICE.uses_kernels(group[0].keys):
+        if not group[0].attends_by_kernels:
             for layer in group:
                 layer.joint = None
         elif group[0].joint is None or not group[0].joint.holds(group):

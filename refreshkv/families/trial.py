@@ -1,0 +1,260 @@
+"""What a model family goes through on a tiny random model, in float64 on the CPU (`refreshkv models --try`).
+
+1. An ordinary call of the enabled model gives the logits of the model's own attention, with left padding too.
+2. A simulation with a budget beyond the text gives them as well, and one with a small budget does not.
+3. Decoding token by token gives the logits of the simulation: both schedules, selecting steps, windows, left padding.
+4. `generate` with the cache gives the tokens that the simulation predicts.
+5. The simulation's gradient is the loss's slope along a random direction.
+6. The saved and reloaded model gives the same logits, by its saved schedule.
+
+Rounding is judged by the model itself: some families compute in float32 whatever their dtype, and their decoding with
+transformers' own cache differs from their whole pass by that much.
+
+Shapes: `B` batch rows, `T` tokens, `V` vocabulary.
+"""
+
+import inspect
+import logging
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from refreshkv.attention.enable import enable
+from refreshkv.cache.refresh import RefreshCache
+from refreshkv.config import NEVER, RefreshConfig, Simulation
+from refreshkv.families.tiny import VOCABULARY, tiny_model
+from refreshkv.layers import layer_kinds
+from refreshkv.settings import SettingsError
+
+PACKAGE = str(Path(__file__).resolve().parent.parent)
+TOKENS, PROMPT_LENGTH, PADDING = 40, 17, 5
+EXACT = 1e-10
+"""Largest difference of two logits that is rounding in float64, as a share of the largest logit."""
+NOISE = 20.0
+"""How many times the model's own difference two of ours may differ."""
+LARGEST_NOISE = 1e-2
+"""Beyond this own difference, as a share of the largest logit, a comparison would say nothing."""
+REFRESHES = (
+    RefreshConfig(budget=6, stride=4),
+    RefreshConfig(budget=0.4, stride=3, threshold=0.0, observation_window=3, recent_window=2, sink_tokens=1),
+    RefreshConfig(budget=6, stride=NEVER, select_stride=2, score_bits=8, pool_ahead=True, pool_kernel=4),
+)
+
+
+class Outcome(NamedTuple):
+    """What became of a family."""
+
+    result: Literal["passes", "refused", "fails", "not tried"]
+    """"refused": by a message of this package. "not tried": no tiny model could be made or called."""
+    reason: str
+    """One line; empty if it passes."""
+    layers: str
+    """How many layers of each kind the tiny model has."""
+
+
+class Failed(Exception):
+    """A check whose numbers are not those that they should be."""
+
+
+def try_family(family: str) -> Outcome:
+    """Puts a family, a model type of transformers' table of causal language models, through all checks."""
+    with _quiet():
+        try:
+            trial = Trial(tiny_model(family))
+        except Exception as error:  # whatever the family's classes raise for such sizes, or such a call
+            return Outcome("not tried", _one_line(error), "")
+        layers = _layers(trial.model)
+        try:
+            trial.run()
+        except Failed as failure:
+            return Outcome("fails", str(failure), layers)
+        except Exception as error:
+            refused = isinstance(error, SettingsError) or _raised_here(error)
+            return Outcome("refused" if refused else "fails", _one_line(error), layers)
+        return Outcome("passes", "", layers)
+
+
+class Trial:
+    """The checks of one model, and what the model computes by its own attention."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        generator = torch.Generator().manual_seed(1)
+        self.ids = torch.randint(3, VOCABULARY, (2, TOKENS), generator=generator)
+        self.mask = torch.ones_like(self.ids)
+        self.mask[1, :PADDING] = 0
+        model.set_attn_implementation("eager")
+        self.own, self.own_padded = self.logits(), self.logits(padded=True)
+        self.noise = self._own_noise()
+
+    def run(self) -> None:
+        """All checks; raises `Failed`, or what this package or transformers raise."""
+        enable(self.model, REFRESHES[0])
+        for check in (
+            self.ordinary_calls, self.whole_budget, self.decoding, self.generation, self.gradients, self.reloading,
+        ):  # fmt: skip
+            check()
+
+    def ordinary_calls(self) -> None:
+        self._compare(self.logits(), self.own, "an ordinary call and the model's own attention")
+        self._compare(self.logits(padded=True), self.own_padded, "an ordinary call with left padding")
+
+    def whole_budget(self) -> None:
+        whole = Simulation(PROMPT_LENGTH, RefreshConfig(budget=TOKENS, stride=7))
+        self._compare(self.logits(simulation=whole), self.own, "a simulation with a budget beyond the text")
+        small = Simulation(PROMPT_LENGTH, RefreshConfig(budget=3, stride=5))
+        if self._difference(self.logits(simulation=small), self.own) <= self._tolerance():
+            raise Failed("a small budget changes nothing: the simulation is not followed")
+
+    def decoding(self) -> None:
+        for number, refresh in enumerate(REFRESHES):
+            padded = number % 2 == 1
+            simulated = self.logits(simulation=Simulation(PROMPT_LENGTH, refresh), padded=padded)
+            what = f"decoding and simulating {refresh.to_dict()}" + (" with left padding" if padded else "")
+            self._compare(self._decoded(RefreshCache(self.model.config, TOKENS, refresh), padded), simulated, what)
+
+    def generation(self) -> None:
+        generated: Any = self.model.generate  # pyright: ignore[reportCallIssue]  # declared in a mixin
+        cache = RefreshCache(self.model.config, TOKENS, REFRESHES[0])
+        prompt = self.ids[:1, :PROMPT_LENGTH]
+        found = generated(prompt, past_key_values=cache, max_new_tokens=4, do_sample=False, eos_token_id=-1)
+        with torch.no_grad():
+            simulation = Simulation(PROMPT_LENGTH, REFRESHES[0])
+            expected = self.model(found, simulation=simulation, use_cache=False).logits.argmax(-1)
+        if not torch.equal(found[:, PROMPT_LENGTH:], expected[:, PROMPT_LENGTH - 1 : -1]):
+            raise Failed("generate() gives other tokens than the simulation predicts")
+
+    def gradients(self) -> None:
+        """The slope along a random direction, by the gradient and by two losses; a selection is constant between."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        generator = torch.Generator().manual_seed(2)
+        step = [torch.randn(p.shape, generator=generator, dtype=p.dtype) * p.abs().mean() for p in parameters]
+        self.model.zero_grad()
+        self._loss().backward()
+        slope = sum(float((p.grad * d).sum()) for p, d in zip(parameters, step, strict=True) if p.grad is not None)
+        size, losses = 1e-4 if self.noise else 1e-6, []
+        with torch.no_grad():
+            for sign in (1, -2):
+                torch._foreach_add_(parameters, step, alpha=sign * size)
+                losses.append(float(self._loss()))
+            torch._foreach_add_(parameters, step, alpha=size)
+        expected = (losses[0] - losses[1]) / (2 * size)
+        allowed = (0.1 if self.noise else 1e-3) * max(abs(expected), 1e-2)
+        if not abs(slope - expected) <= allowed:
+            raise Failed(f"the gradient's slope is {slope:.4g}, and the losses' {expected:.4g}")
+
+    def reloading(self) -> None:
+        simulation = Simulation(PROMPT_LENGTH, REFRESHES[0])
+        expected = self.logits(simulation=simulation)
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder)
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.dtype)
+        model: Any = enable(loaded.eval())
+        self.model = model
+        self._compare(self.logits(simulation=simulation), expected, "the reloaded model and the saved one")
+
+    # ---- passes
+
+    @torch.no_grad()
+    def logits(self, simulation: Simulation | None = None, padded: bool = False) -> Tensor:
+        """Logits of one pass over all tokens, (B, T, V)."""
+        keywords = {} if simulation is None else {"simulation": simulation}
+        return self.model(self.ids, use_cache=False, **keywords, **self._padding(padded, 0, TOKENS)).logits
+
+    @torch.no_grad()
+    def _decoded(self, cache: Any, padded: bool = False) -> Tensor:
+        """Logits of the prompt in one pass and of the other tokens one by one, (B, T, V)."""
+        bounds = [0, *range(PROMPT_LENGTH, TOKENS + 1)]
+        parts = [
+            self.model(
+                self.ids[:, a:b], past_key_values=cache, use_cache=True, **self._padding(padded, a, b)
+            ).logits
+            for a, b in zip(bounds, bounds[1:], strict=False)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _padding(self, padded: bool, start: int, end: int) -> dict[str, Tensor]:
+        if not padded:
+            return {}
+        given = {"attention_mask": self.mask[:, :end]}
+        if "position_ids" in inspect.signature(type(self.model).forward).parameters:
+            given["position_ids"] = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, start:end]
+        return given
+
+    def _loss(self) -> Tensor:
+        simulation = Simulation(PROMPT_LENGTH, REFRESHES[0])
+        return self.model(self.ids, labels=self.ids, use_cache=False, simulation=simulation).loss
+
+    # ---- rounding
+
+    def _own_noise(self) -> float:
+        """The largest difference between decoding with transformers' own cache and the whole pass; 0 for rounding in
+        float64, and if the model has no such cache."""
+        try:
+            found = self._decoded(DynamicCache(config=self.model.config))
+        except Exception:  # some families have caches of their own; the checks say what works here
+            return 0.0
+        difference = float((found - self.own).abs().max())
+        return 0.0 if difference <= EXACT * self._scale() else difference
+
+    def _scale(self) -> float:
+        return max(1.0, float(self.own.abs().max()))
+
+    def _tolerance(self) -> float:
+        return EXACT * self._scale() + NOISE * self.noise
+
+    def _difference(self, found: Tensor, expected: Tensor) -> float:
+        """The largest difference of a logit, without the padded columns; NaN if one is NaN."""
+        return float((found - expected).abs()[:, PADDING:].max())
+
+    def _compare(self, found: Tensor, expected: Tensor, what: str) -> None:
+        if self.noise > LARGEST_NOISE * self._scale():
+            raise Failed(f"transformers' own decoding differs from its whole pass by {self.noise:.1e}")
+        difference = self._difference(found, expected)
+        if not difference <= self._tolerance():
+            raise Failed(f"{what} differ by {difference:.1e}, more than {self._tolerance():.1e}")
+
+
+def _layers(model: PreTrainedModel) -> str:
+    """Such as "2 full, 4 sliding"; empty for layers of unknown kinds."""
+    try:
+        kinds = Counter(kind.name for kind in layer_kinds(model.config))
+    except SettingsError:
+        return ""
+    return ", ".join(f"{count} {name}" for name, count in sorted(kinds.items()))
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether a function of this package raised the error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.startswith(PACKAGE) and frames[-1].filename != __file__
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 240 else text[:237] + "..."
+    return text if isinstance(error, SettingsError) or _raised_here(error) else f"{type(error).__name__}: {text}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps warnings about tiny models to itself."""
+    level: Callable[[], int] = transformers_logging.get_verbosity
+    before = level()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(before)
