@@ -70,10 +70,21 @@ def _modules_of(model: PreTrainedModel, kinds: list[LayerKind]) -> list[Any]:
         way_out = "; if its checkpoint allows it, set config.sliding_window=None" if windows else ""
         raise SettingsError(f"every layer of this model {what}, so there is no full cache to refresh{way_out}")
     modules: list[Any] = [module for module in attention_modules(model) if module.layer_idx in attending]
+    name = type(model).__name__
+    if len(modules) > len(attending):  # decoders of pairs have attention to an encoder too, which is not causal
+        modules = [module for module in modules if module.is_causal]
+    elif modules and not any(module.is_causal for module in modules):
+        raise SettingsError(f"{name} attends in both directions: for a causal language model set config.is_decoder=True")
+    if not modules:
+        raise SettingsError(f"{name} computes its attention by itself, not through transformers' attention interface")
     if sorted(module.layer_idx for module in modules) != attending:
         raise SettingsError(
-            f"{type(model).__name__} has {len(attending)} layers with attention but {len(modules)} attention modules "
-            "of the usual form"
+            f"{name} has {len(attending)} layers with attention but {len(modules)} attention modules of the usual form"
+        )
+    if any(hasattr(module, "expand_kv") for module in modules):
+        raise SettingsError(
+            f"{type(model).__name__} caches one compressed vector a token (MLA) instead of keys and values: a small "
+            "cache would need a selection and an attention on compressed keys, with the projections absorbed"
         )
     return modules
 

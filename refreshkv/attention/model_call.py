@@ -220,14 +220,22 @@ def _end_call(module: Any, args: tuple, output: Any) -> None:
 
 def _add_keywords(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Before an attention module: adds what `refresh_attention` needs to the keywords."""
-    calls, cache = module.refreshkv_calls, kwargs.get("past_key_values")
+    calls, cache = module.refreshkv_calls, _given_cache(args, kwargs)
     simulation, trace = calls.settings_for(module, kwargs)
     added = {"prompt_attention": calls.prompt_attention}
     if simulation is not None:
         added.update(simulation=simulation, trace=trace)
-    if isinstance(cache, PreallocatedCache):
+    if cache is not None:
         added["refresh_cache"] = cache
     return args, {**kwargs, **added}
+
+
+def _given_cache(args: tuple, kwargs: dict[str, Any]) -> PreallocatedCache | None:
+    """The cache among an attention module's arguments, which families name differently."""
+    cache = kwargs.get("past_key_values")
+    if cache is not None:
+        return cache if isinstance(cache, PreallocatedCache) else None
+    return next((value for value in (*kwargs.values(), *args) if isinstance(value, PreallocatedCache)), None)
 
 
 def _by_name(module: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

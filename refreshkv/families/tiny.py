@@ -50,6 +50,9 @@ SIZES: dict[str, Any] = {
     **_named("hidden_size_per_layer_input laurel_rank projection_dim adapter_rank", 8),
     **_named("sliding_window attention_window local_attention local_attention_window", WINDOW),
     **_named("depth encoder_layers decoder_layers num_encoder_layers", 2),
+    **_named("attn_layer_period full_attention_interval sliding_window_pattern global_attn_every_n_layers", 2),
+    **_named("attn_layer_offset", 1),
+    **_named("is_decoder", True),
     **_named("image_size", 16),
     **_named("patch_size", 8),
 }
@@ -64,6 +67,9 @@ NO_DROPOUT = _named(
 )
 LARGE_WEIGHTS = _named("initializer_range init_std", 0.2)
 """Large enough that each position gets scores of its own."""
+
+EXPERTS = {"experts_implementation": "eager"}
+"""Experts one by one: the fast forms know no float64."""
 
 OVERRIDES: dict[str, dict[str, Any]] = {}
 """Families whose sizes hang together in their own way."""
@@ -95,8 +101,8 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -
     """A tiny random model of a family, in evaluation mode."""
     config = tiny_config(family)
     torch.manual_seed(seed)
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model.to(dtype).eval()
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **EXPERTS)
+    return model.eval()
 
 
 def _tiny(config_class: Any, family: str, layers: int) -> PretrainedConfig:
@@ -113,6 +119,8 @@ def _values(plain: PretrainedConfig, layers: int) -> dict[str, Any]:
         for name, value in rule.items()
         if name in fields and name not in mapped and (fields[name] is not None or name in SPECIAL_TOKENS)
     }
+    if "kv_lora_rank" in fields:  # its heads are expanded from one compressed vector: no head is shared
+        values |= {name: SIZES["num_attention_heads"] for name in ("num_key_value_heads",) if name in values}
     for name in plain.sub_configs:
         nested = getattr(plain, name, None)
         if isinstance(nested, PretrainedConfig):

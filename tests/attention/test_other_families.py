@@ -1,0 +1,50 @@
+"""Attention sinks, softcap, recurrent layers, and values of another size: parity with every option, and what is not
+followed is refused."""
+
+import copy
+
+import pytest
+import torch
+
+from refreshkv import RefreshCache, RefreshConfig, Simulation
+from refreshkv.baselines.full import FullCache
+from refreshkv.baselines.streaming import StreamingCache
+from tests.attention.test_parity import CASES, EVERY_SELECTING, SELECTING, assert_parity, with_left_padding
+from tests.helpers import literal
+from tests.helpers.exact_linear_attention import use_exact_linear_attention
+from tests.helpers.models import CHANGED, decode_logits, padded_positions, random_ids, tiny_enabled, tiny_model
+
+CONFIG = RefreshConfig(budget=6, stride=4)
+FEW = [CASES[4], CASES[18], CASES[-1], SELECTING[0], SELECTING[4]]
+
+
+def enabled(family, monkeypatch, **settings):
+    model = tiny_enabled(family=family, **settings)
+    if family == "qwen3_next":
+        use_exact_linear_attention(monkeypatch, model)
+    return model
+
+
+@pytest.mark.parametrize("family", CHANGED)
+@pytest.mark.parametrize("cases", [FEW, pytest.param(CASES + SELECTING + EVERY_SELECTING, marks=pytest.mark.slow)])
+def test_parity(family, cases, monkeypatch):
+    model, ids = enabled(family, monkeypatch), random_ids(3, 45, seed=5)
+    for prompt, config in cases:
+        prompt = min(prompt, 38)
+        assert_parity(model, ids, prompt, config, with_left_padding(ids, prompt) if config.threshold else None)
+
+
+@pytest.mark.parametrize("family", CHANGED)
+@torch.no_grad()
+def test_ordinary_calls_are_the_models_own(family):
+    plain, ids = tiny_model(family=family), random_ids(2, 50, seed=7)
+    plain.set_attn_implementation("eager")
+    model = tiny_enabled(family=family)
+    mask = with_left_padding(ids, 20)[:2]
+    mask[1, :6] = 0
+    padded = {"attention_mask": mask, "position_ids": padded_positions(mask)}
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=0, atol=1e-10)
+    found, expected = (each(ids, **padded).logits[mask.bool()] for each in (model, plain))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    whole = Simulation(11, RefreshConfig(budget=50, stride=7))
+    torch.testing.assert_close(model(ids, simulation=whole).logits, plain(ids).logits, rtol=0, atol=1e-10)
