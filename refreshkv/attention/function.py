@@ -78,6 +78,8 @@ def refresh_attention(
     if sliding_window is None and refresh_cache is not None:
         _begin_layer(module, query, dropout, left_padding, kwargs)
         layer: Any = refresh_cache.layers[module.layer_idx]
+        if not torch.compiler.is_compiling():
+            layer.validate_attention(query, key, value)
         changes = _changes_of(layer, terms)
         if layer.is_decoding:
             return layer.step(query, key, value, factor, **changes), None

@@ -86,6 +86,20 @@ class PreallocatedLayer(CacheLayerMixin):
         """Whether the tokens that `update` has just been given are a decoding step."""
         return self.phase in (Phase.DECODING, Phase.STEP)
 
+    def validate_attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Raises `SettingsError` unless an attention over key (B, Hkv, L, D) and value (B, Hkv, L, E) is the one that
+        the last `update` announced, over the keys and values that the layer was given."""
+        if self.phase not in (Phase.BLOCK, Phase.STEP) or (self.phase is Phase.STEP and query.shape[2] != 1):
+            raise SettingsError(
+                "the model computes several attentions from one key and value in a layer, for which a small cache "
+                "would need a selection each"
+            )
+        if self._heads(key, value) != self._heads(self.keys, self.values):
+            raise SettingsError(
+                "the model attends to other keys and values than it puts into the cache (of other heads or sizes), so "
+                "those in the cache cannot be selected"
+            )
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Takes the keys and values of new tokens, (B, Hkv, n, D) each.
 

@@ -17,6 +17,8 @@ from refreshkv.settings import SettingsError
 VOCABULARY = 61
 WINDOW = 12
 """Tokens of sliding windows, far fewer than a trial's texts have."""
+LARGEST = 5_000_000
+"""Parameters of a model that is still tiny."""
 LAYERS = (2, 3, 4, 6, 8)
 """Numbers of layers that are tried, until one of the layers has full attention."""
 
@@ -34,7 +36,7 @@ SIZES: dict[str, Any] = {
     **_named("head_dim global_head_dim swa_head_dim attention_head_dim kv_channels d_kv", 8),
     **_named("max_position_embeddings n_positions n_ctx max_seq_len max_sequence_length context_length", 256),
     **_named("num_experts num_local_experts n_routed_experts moe_num_experts", 4),
-    **_named("num_experts_per_tok moe_topk top_k_experts moe_k", 2),
+    **_named("num_experts_per_tok num_experts_per_token moe_topk top_k_experts moe_k", 2),
     **_named("moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size", 16),
     **_named("shared_intermediate_size moe_shared_expert_intermediate_size", 16),
     **_named("n_group topk_group num_expert_group first_k_dense_replace n_shared_experts", 1),
@@ -53,13 +55,18 @@ SIZES: dict[str, Any] = {
     **_named("attn_layer_period full_attention_interval sliding_window_pattern global_attn_every_n_layers", 2),
     **_named("attn_layer_offset", 1),
     **_named("is_decoder", True),
+    **_named("rotary_dim", 4),
     **_named("image_size", 16),
     **_named("patch_size", 8),
 }
-"""Names of a configuration's fields -> tiny values. A field that is None by default stays so."""
+"""Names of a configuration's fields -> tiny values. A field that is None by default stays so, but for `NEEDED`."""
+NEEDED = ("head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok")
+"""Fields that some families have no default for."""
 
 SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+WITHOUT_WINDOWS = {"sliding_window": None}
+"""For families whose layers all have a window by default, and whose checkpoints often have none."""
 NO_DROPOUT = _named(
     "attention_dropout attn_pdrop resid_pdrop embd_pdrop hidden_dropout dropout activation_dropout layerdrop "
     "attention_probs_dropout_prob hidden_dropout_prob attn_dropout ffn_dropout dropout_rate embedding_dropout",
@@ -71,7 +78,15 @@ LARGE_WEIGHTS = _named("initializer_range init_std", 0.2)
 EXPERTS = {"experts_implementation": "eager"}
 """Experts one by one: the fast forms know no float64."""
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "dots3_note": {"per_layer_config": None},
+    "gpt_neo": {"attention_types": [[["global"], 2]], "num_layers": 2},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+}
 """Families whose sizes hang together in their own way."""
 
 
@@ -86,28 +101,32 @@ def tiny_config(family: str) -> PretrainedConfig:
     Raises what the configuration's class raises for such sizes.
     """
     found = None
-    for layers in LAYERS:
-        found = _tiny(CONFIG_MAPPING[family], family, layers)
+    for layers, changes in (*((layers, {}) for layers in LAYERS), (LAYERS[0], WITHOUT_WINDOWS)):
+        changed = {name: value for name, value in changes.items() if hasattr(found, name)}
+        last, found = found, _tiny(CONFIG_MAPPING[family], family, layers, changed)
         try:
             if any(kind.is_refreshed for kind in layer_kinds(found)):
                 return found
         except SettingsError:
             return found  # `enable` says why
-    assert found is not None  # there are numbers of layers
-    return found
+    assert last is not None  # there are several numbers of layers
+    return last
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
     """A tiny random model of a family, in evaluation mode."""
     config = tiny_config(family)
+    with torch.device("meta"):
+        size = AutoModelForCausalLM.from_config(config).num_parameters()
+    if size > LARGEST:
+        raise ValueError(f"its smallest model here has {size:,} parameters: OVERRIDES lacks this family's sizes")
     torch.manual_seed(seed)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **EXPERTS)
     return model.eval()
 
 
-def _tiny(config_class: Any, family: str, layers: int) -> PretrainedConfig:
-    plain = config_class()
-    return config_class(**_values(plain, layers), **OVERRIDES.get(family, {}))
+def _tiny(config_class: Any, family: str, layers: int, changes: dict[str, Any]) -> PretrainedConfig:
+    return config_class(**{**_values(config_class(), layers), **OVERRIDES.get(family, {}), **changes})
 
 
 def _values(plain: PretrainedConfig, layers: int) -> dict[str, Any]:
@@ -117,8 +136,9 @@ def _values(plain: PretrainedConfig, layers: int) -> dict[str, Any]:
     values = {
         name: value
         for name, value in rule.items()
-        if name in fields and name not in mapped and (fields[name] is not None or name in SPECIAL_TOKENS)
+        if name in fields and name not in mapped and (fields[name] is not None or name in (*SPECIAL_TOKENS, *NEEDED))
     }
+    values |= {name: int(value) for name, value in values.items() if type(fields[name]) is int and value == 0}
     if "kv_lora_rank" in fields:  # its heads are expanded from one compressed vector: no head is shared
         values |= {name: SIZES["num_attention_heads"] for name in ("num_key_value_heads",) if name in values}
     for name in plain.sub_configs:

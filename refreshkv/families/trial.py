@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from refreshkv.attention.enable import enable
@@ -38,7 +38,7 @@ from refreshkv.layers import layer_kinds
 from refreshkv.settings import SettingsError
 
 PACKAGE = str(Path(__file__).resolve().parent.parent)
-TOKENS, PROMPT_LENGTH, PADDING = 40, 17, 5
+TOKENS, PROMPT_LENGTH, PADDING = 34, 17, 5
 EXACT = 1e-10
 """Largest difference of two logits that is rounding in float64, as a share of the largest logit."""
 SINGLE = 1e-4
@@ -135,7 +135,8 @@ class Trial:
         found = generated(prompt, past_key_values=cache, max_new_tokens=4, do_sample=False, eos_token_id=-1)
         with torch.no_grad():
             simulation = Simulation(PROMPT_LENGTH, REFRESHES[0])
-            expected = self.model(found, simulation=simulation, use_cache=False).logits.argmax(-1)
+            positions = self._positions(torch.arange(found.shape[1])[None])  # which `generate` gives, too
+            expected = self.model(found, simulation=simulation, use_cache=False, **positions).logits.argmax(-1)
         if not torch.equal(found[:, PROMPT_LENGTH:], expected[:, PROMPT_LENGTH - 1 : -1]):
             raise Failed("generate() gives other tokens than the simulation predicts")
 
@@ -155,7 +156,7 @@ class Trial:
         expected = self.logits(simulation=simulation)
         with tempfile.TemporaryDirectory() as folder:
             self.model.save_pretrained(folder)
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.dtype, **EXPERTS)
+            loaded = type(self.model).from_pretrained(folder, dtype=self.model.dtype, **EXPERTS)
         model: Any = enable(loaded.eval())
         self.model = model
         self._compare(self.logits(simulation=simulation), expected, "the reloaded model and the saved one")
@@ -200,10 +201,13 @@ class Trial:
     def _padding(self, padded: bool, start: int, end: int) -> dict[str, Tensor]:
         if not padded:
             return {}
-        given = {"attention_mask": self.mask[:, :end]}
-        if "position_ids" in inspect.signature(type(self.model).forward).parameters:
-            given["position_ids"] = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, start:end]
-        return given
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, start:end]
+        return {"attention_mask": self.mask[:, :end], **self._positions(positions)}
+
+    def _positions(self, positions: Tensor) -> dict[str, Tensor]:
+        """The keyword of positions (B, n), if the model takes any."""
+        takes_any = "position_ids" in inspect.signature(type(self.model).forward).parameters
+        return {"position_ids": positions} if takes_any else {}
 
     def _gradient(self, simulation: Simulation | None = None) -> Tensor:
         """The next-token loss's gradient, all parameters in one vector."""

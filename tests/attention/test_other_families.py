@@ -40,11 +40,12 @@ def test_ordinary_calls_are_the_models_own(family):
     plain, ids = tiny_model(family=family), random_ids(2, 50, seed=7)
     plain.set_attn_implementation("eager")
     model = tiny_enabled(family=family)
-    mask = with_left_padding(ids, 20)[:2]
+    mask = torch.ones_like(ids)
     mask[1, :6] = 0
     padded = {"attention_mask": mask, "position_ids": padded_positions(mask)}
-    torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=0, atol=1e-10)
-    found, expected = (each(ids, **padded).logits[mask.bool()] for each in (model, plain))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    atol = 1e-10 if family == "gpt_oss" else 1e-4  # the others' own softmax is in float32
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=0, atol=atol)
+    alone = plain(ids[1:, 6:]).logits  # the eager attention makes nan of padding
+    torch.testing.assert_close(model(ids, **padded).logits[1:, 6:], alone, rtol=0, atol=atol)
     whole = Simulation(11, RefreshConfig(budget=50, stride=7))
-    torch.testing.assert_close(model(ids, simulation=whole).logits, plain(ids).logits, rtol=0, atol=1e-10)
+    torch.testing.assert_close(model(ids, simulation=whole).logits, plain(ids).logits, rtol=0, atol=atol)

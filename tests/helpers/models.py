@@ -45,23 +45,16 @@ OWN_SETTINGS = {
         "linear_num_value_heads": 2,
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
+        "mlp_only_layers": [0, 1, 2],  # its router computes in float32
     },
-    "deepseek_v3": {
-        "kv_lora_rank": 8,
-        "q_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
+    "mimo_v2_flash": {
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 12,
         "v_head_dim": 12,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "num_key_value_heads": 4,
+        "mlp_layer_types": ["dense"] * 3,  # its router computes in float32
     },
 }
-CHANGED = {"gpt_oss": "GptOss", "gemma2": "Gemma2", "qwen3_next": "Qwen3Next", "deepseek_v3": "DeepseekV3"}
+CHANGED = {"gpt_oss": "GptOss", "gemma2": "Gemma2", "qwen3_next": "Qwen3Next", "mimo_v2_flash": "MiMoV2Flash"}
 """Families whose attention or cache is another: sinks, a softcap, recurrent layers, values of another size."""
 VOCABULARY = 61
 
@@ -91,6 +84,8 @@ def tiny_model(family="llama", dtype=torch.float64, groups=2, layers=2, seed=0, 
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+    if family in CHANGED:
+        base["experts_implementation"] = "eager"  # the fast forms know no float64
     if family == "olmo3":
         base["layer_types"] = ["full_attention"] * layers
     base |= OWN_SETTINGS.get(family, {})
