@@ -80,7 +80,6 @@ EXPERTS = {"experts_implementation": "eager"}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    "dots3_note": {"per_layer_config": None},
     "gpt_neo": {"attention_types": [[["global"], 2]], "num_layers": 2},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},
     "mamba2": {"num_heads": 8, "head_dim": 8},
