@@ -81,7 +81,9 @@ def _validate_types(config: PretrainedConfig) -> None:
             f"{config.model_type}: layers of type chunked_attention attend to their own chunk of the text, which the "
             "refresh attention has no mask for"
         )
-    shared = getattr(config, "num_kv_shared_layers", None) or "reuse" in (getattr(config, "kv_sharing_modes", None) or ())
+    shared = getattr(config, "num_kv_shared_layers", None) or "reuse" in (
+        getattr(config, "kv_sharing_modes", None) or ()
+    )
     if shared:
         raise SettingsError(
             f"{config.model_type}: some layers read the keys and values of others, which a small cache of their own "

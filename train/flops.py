@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from refreshkv.config import Simulation
-from refreshkv.layers import layer_kinds
 
 PEAKS = {
     "B200": 2250e12,

@@ -143,9 +143,7 @@ def _causal_mask(
     return _visible(left_padding, queries, keys, window, device)
 
 
-def _visible(
-    left_padding: Tensor | None, queries: int, keys: int, window: int | None, device: torch.device
-) -> Tensor:
+def _visible(left_padding: Tensor | None, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """Which of the last L keys each of the last T queries sees: (B or 1, 1, T, L) bool."""
     column = torch.arange(keys, device=device)
     row = torch.arange(keys - queries, keys, device=device).unsqueeze(-1)

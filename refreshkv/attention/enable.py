@@ -74,8 +74,10 @@ def _modules_of(model: PreTrainedModel, kinds: list[LayerKind]) -> list[Any]:
     if len(modules) > len(attending):  # decoders of pairs have attention to an encoder too, which is not causal
         modules = [module for module in modules if module.is_causal]
     elif modules and not any(module.is_causal for module in modules):
-        raise SettingsError(f"{name} attends in both directions: for a causal language model set config.is_decoder=True")
-    if not modules:
+        raise SettingsError(
+            f"{name} attends in both directions: for a causal language model set config.is_decoder=True"
+        )
+    if not modules or not _uses_interface(model):
         raise SettingsError(f"{name} computes its attention by itself, not through transformers' attention interface")
     if sorted(module.layer_idx for module in modules) != attending:
         raise SettingsError(
@@ -87,6 +89,14 @@ def _modules_of(model: PreTrainedModel, kinds: list[LayerKind]) -> list[Any]:
             "cache would need a selection and an attention on compressed keys, with the projections absorbed"
         )
     return modules
+
+
+def _uses_interface(model: PreTrainedModel) -> bool:
+    """Whether transformers can exchange the attention of the model's decoder, as far as it says."""
+    holders = [module for module in (model, *model.modules()) if isinstance(module, PreTrainedModel)]
+    innermost: Any = [holder for holder in holders if attention_modules(holder)][-1]
+    can_exchange = getattr(innermost, "_can_set_attn_implementation", None)  # not a public name
+    return can_exchange is None or can_exchange()
 
 
 def _own_config(model: PreTrainedModel) -> None:

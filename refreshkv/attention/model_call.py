@@ -204,7 +204,9 @@ def _begin_call(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         raise ValueError("simulation=Simulation(...) and a RefreshCache exclude each other: pass one of them")
     if given or is_ours or calls.innermost() is None:
         trace = kwargs.get("trace")
-        calls.begin(ModelCall(module, simulation, trace, cache if is_ours else None, torch.is_grad_enabled(), _thread()))
+        calls.begin(
+            ModelCall(module, simulation, trace, cache if is_ours else None, torch.is_grad_enabled(), _thread())
+        )
 
 
 def _begin_decoder_call(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

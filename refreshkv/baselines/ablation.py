@@ -86,9 +86,7 @@ class AblationLayer(RefreshLayer):
             self.row_state[:, LAST_FULL] = torch.where(is_full, last, self.row_state[:, LAST_FULL])
         return output.transpose(1, 2)
 
-    def _select(
-        self, observers: Tensor, last: Tensor, scaling: float, terms: SoftmaxTerms = PLAIN_SOFTMAX
-    ) -> Tensor:
+    def _select(self, observers: Tensor, last: Tensor, scaling: float, terms: SoftmaxTerms = PLAIN_SOFTMAX) -> Tensor:
         assert terms.is_plain  # refused before
         return self._best(observers[:, :, -1:], self._known_keys(), last, scaling)
 

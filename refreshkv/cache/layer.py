@@ -211,9 +211,7 @@ class RefreshLayer(PreallocatedLayer):
         if self.has_selecting_steps:
             self.selecting_steps[:, length:] = False
 
-    def _select(
-        self, observers: Tensor, last: Tensor, scaling: float, terms: SoftmaxTerms = PLAIN_SOFTMAX
-    ) -> Tensor:
+    def _select(self, observers: Tensor, last: Tensor, scaling: float, terms: SoftmaxTerms = PLAIN_SOFTMAX) -> Tensor:
         """The positions that the last token keeps, (B, Hkv, W), by rank, as far as ranks may drop before the next full
         step."""
         keys = self._known_keys()

@@ -428,9 +428,7 @@ class PreallocatedCache(Cache):
         """What each layer is."""
         own = own_layers(config)
         super().__init__(
-            layers=[
-                make_layer() if kind.is_refreshed else layer for kind, layer in zip(self.kinds, own, strict=True)
-            ]
+            layers=[make_layer() if kind.is_refreshed else layer for kind, layer in zip(self.kinds, own, strict=True)]
         )
         self.is_broken = False
         """Whether an error broke off a pass and left recurrent layers in an unknown state."""

@@ -82,6 +82,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "gpt_neo": {"attention_types": [[["global"], 2]], "num_layers": 2},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},
+    "ministral": {"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},

@@ -74,11 +74,14 @@ class Failed(Exception):
 def try_family(family: str) -> Outcome:
     """Puts a family, a model type of transformers' table of causal language models, through all checks."""
     with _quiet():
+        model = None
         try:
-            trial = Trial(tiny_model(family))
+            model = tiny_model(family)
+            trial = Trial(model)
             trial.validate_noise()
         except Exception as error:  # whatever the family's classes raise for such sizes, or such a call
-            return Outcome("not tried", _one_line(error), "")
+            reason = None if model is None else _refusal(model)
+            return Outcome("not tried", _one_line(error), "") if reason is None else Outcome("refused", reason, "")
         layers = _layers(trial.model)
         try:
             trial.run()
@@ -191,9 +194,7 @@ class Trial:
         """Logits of the prompt in one pass and of the other tokens one by one, (B, T, V)."""
         bounds = [0, *range(PROMPT_LENGTH, TOKENS + 1)]
         parts = [
-            self.model(
-                self.ids[:, a:b], past_key_values=cache, use_cache=True, **self._padding(padded, a, b)
-            ).logits
+            self.model(self.ids[:, a:b], past_key_values=cache, use_cache=True, **self._padding(padded, a, b)).logits
             for a, b in zip(bounds, bounds[1:], strict=False)
         ]
         return torch.cat(parts, dim=1)
@@ -233,7 +234,9 @@ class Trial:
     def validate_noise(self) -> None:
         """Raises `ValueError` if transformers' own decoding is so far from its whole pass that ours says nothing."""
         if self.noise > LARGEST_NOISE * self._scale():
-            raise ValueError("with transformers' own cache this tiny model decodes other logits than its whole pass has")
+            raise ValueError(
+                "with transformers' own cache this tiny model decodes other logits than its whole pass has"
+            )
 
     def _scale(self) -> float:
         return max(1.0, float(self.own.abs().max()))
@@ -266,6 +269,15 @@ def _raised_here(error: BaseException) -> bool:
     if not frames or not frames[-1].filename.startswith(PACKAGE):
         return False
     return (frames[-1].line or "").startswith("raise ")
+
+
+def _refusal(model: PreTrainedModel) -> str | None:
+    """Why `enable` refuses a model, None if it does not."""
+    try:
+        enable(model, REFRESHES[0])
+    except SettingsError as error:
+        return _one_line(error)
+    return None
 
 
 def _is_refusal(error: BaseException) -> bool:

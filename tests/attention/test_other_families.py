@@ -1,18 +1,14 @@
 """Attention sinks, softcap, recurrent layers, and values of another size: parity with every option, and what is not
 followed is refused."""
 
-import copy
 
 import pytest
 import torch
 
-from refreshkv import RefreshCache, RefreshConfig, Simulation
-from refreshkv.baselines.full import FullCache
-from refreshkv.baselines.streaming import StreamingCache
+from refreshkv import RefreshConfig, Simulation
 from tests.attention.test_parity import CASES, EVERY_SELECTING, SELECTING, assert_parity, with_left_padding
-from tests.helpers import literal
 from tests.helpers.exact_linear_attention import use_exact_linear_attention
-from tests.helpers.models import CHANGED, decode_logits, padded_positions, random_ids, tiny_enabled, tiny_model
+from tests.helpers.models import CHANGED, padded_positions, random_ids, tiny_enabled, tiny_model
 
 CONFIG = RefreshConfig(budget=6, stride=4)
 FEW = [CASES[4], CASES[18], CASES[-1], SELECTING[0], SELECTING[4]]

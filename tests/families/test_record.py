@@ -18,7 +18,7 @@ def trial_of(family):
     assert outcome.result != "fails", outcome.reason
     assert "\n" not in outcome.reason and (outcome.result == "passes") == (not outcome.reason)
     if IS_RECORDED_RELEASE:
-        assert outcome == RECORDED[family], 'record it: refreshkv models --try all --record'
+        assert outcome == RECORDED[family], "record it: refreshkv models --try all --record"
 
 
 @pytest.mark.parametrize("family", FAST)
