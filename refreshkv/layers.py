@@ -1,4 +1,4 @@
-"""What each layer of a model is to the cache: full attention, which is refreshed, or one of transformers' own layers."""
+"""What each layer of a model is to the cache: full attention, which is refreshed, or a layer of transformers' own."""
 
 from typing import Any, NamedTuple
 

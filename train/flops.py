@@ -1,4 +1,5 @@
-"""Model work of a training step in floating-point operations. Recomputation and the selection's scores do not count.
+"""Model work of a training step in floating-point operations. Recomputation, the selection's scores and the states of
+recurrent layers do not count; of a layer's experts those count that a token is sent to.
 
 A multiplication with a weight takes 2 operations a token in the forward pass and 4 in the backward pass. A query and a
 key that it attends to take 4 D operations per head forward and 8 D backward.
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from refreshkv.config import Simulation
@@ -42,10 +43,11 @@ class Work:
 
 def model_work(model: PreTrainedModel) -> Work:
     """The work of a transformers decoder, on any device ("meta" too), divided over ranks or whole."""
-    weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear))
     decoder = model.config.get_text_config(decoder=True)
     head = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
-    return Work(weights, 4 * decoder.num_attention_heads * head, layer_windows(model.config))
+    value = getattr(decoder, "v_head_dim", None) or head
+    windows = [kind.window if kind.attends else 0 for kind in layer_kinds(model.config)]
+    return Work(multiplied_weights(model), 2 * decoder.num_attention_heads * (head + value), windows)
 
 
 def step_flops(

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from refreshkv.loading import CODE, load_configuration, validate_sizes
 from refreshkv.settings import SettingsError
 from refreshkv.train.config import ModelConfig
+from refreshkv.train.experts import active_parameters, chosen_experts
 from refreshkv.train.flops import Work, model_work
 
 
@@ -44,17 +45,31 @@ class Shape:
     """The numbers of a model that decide its memory and its time."""
 
     parameters: int
+    active: int
+    """Parameters that a token passes through: all, but for experts that it is not sent to."""
+    experts: int
+    """Routed experts of a layer that a token is sent to; 0 without any."""
     layers: int
     hidden: int
     """Hidden size."""
     mlp: int
-    """Hidden size of the MLP."""
+    """Hidden size of the MLP, or of all experts together that a token is sent to."""
     heads: int
     kv_heads: int
     head: int
     """Size of a head."""
     vocabulary: int
     work: Work
+
+
+def _mlp_size(model_config: PretrainedConfig) -> int:
+    """Hidden size of the MLP, or of the experts that a token is sent to, shared ones included."""
+    decoder, chosen = model_config.get_text_config(decoder=True), chosen_experts(model_config)
+    if not chosen:
+        return decoder.intermediate_size
+    own = getattr(decoder, "moe_intermediate_size", None) or decoder.intermediate_size
+    shared = (getattr(decoder, "n_shared_experts", None) or 0) * own
+    return chosen * own + (getattr(decoder, "shared_expert_intermediate_size", None) or shared)
 
 
 def model_shape(model_config: PretrainedConfig) -> Shape:
@@ -76,9 +91,11 @@ def model_shape(model_config: PretrainedConfig) -> Shape:
     head = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
     return Shape(
         parameters=model.num_parameters(),
+        active=active_parameters(model),
+        experts=chosen_experts(model_config),
         layers=decoder.num_hidden_layers,
         hidden=decoder.hidden_size,
-        mlp=decoder.intermediate_size,
+        mlp=_mlp_size(model_config),
         heads=decoder.num_attention_heads,
         kv_heads=decoder.num_key_value_heads,
         head=head,
