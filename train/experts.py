@@ -46,9 +46,10 @@ def multiplied_weights(model: PreTrainedModel) -> int:
     experts, linear, routed = _first(model.config, COUNTS) or 0, 0, 0
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            if parameter.dim() > 1 and _is_expert(name, parameter, experts):
-                routed += parameter.numel()
-            elif isinstance(module, nn.Linear) and parameter.dim() == 2:
+            is_linear = isinstance(module, nn.Linear) and parameter.dim() == 2
+            if _is_expert(name, parameter, experts):
+                routed += parameter.numel() if is_linear or parameter.dim() == 3 else 0
+            elif is_linear:
                 linear += parameter.numel()
     return linear + round(routed * expert_share(model.config))
 
@@ -91,5 +92,6 @@ def _first(model_config: PretrainedConfig, names: tuple[str, ...]) -> int | None
 
 
 def _is_expert(name: str, parameter: nn.Parameter, experts: int) -> bool:
-    """Whether a parameter is that of routed experts: one of a list of `experts`, or all of them in three dimensions."""
-    return ".experts." in name and (parameter.dim() != 3 or parameter.shape[0] == experts)
+    """Whether a parameter is one of a list of routed experts, or holds all of them in its first dimension."""
+    _, is_inside, rest = name.partition(".experts.")
+    return bool(is_inside) and (rest[:1].isdigit() or parameter.shape[0] == experts)

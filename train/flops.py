@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from refreshkv.config import Simulation
+from refreshkv.layers import layer_kinds
+from refreshkv.train.experts import multiplied_weights
 
 PEAKS = {
     "B200": 2250e12,

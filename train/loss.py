@@ -27,8 +27,8 @@ class LossSums(NamedTuple):
     """Sums over tokens, float32 scalars. Averages are taken once the sums of all ranks are known."""
 
     objective: Tensor
-    """What is minimised, the only differentiable one: the losses plus the weighted divergences of a distillation and, as
-    often as there are tokens, the routers' weighted load-balancing loss."""
+    """What is minimised, the only differentiable one: the losses plus the weighted divergences of a distillation and
+    the routers' weighted load-balancing loss times the number of tokens."""
     total: Tensor
     """Next-token losses."""
     tokens: Tensor

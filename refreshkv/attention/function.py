@@ -109,7 +109,7 @@ def _begin_layer(
 
 
 def _changes_of(layer: PreallocatedLayer, terms: SoftmaxTerms) -> dict[str, SoftmaxTerms]:
-    """What a layer's `end_block` and `step` get besides; refuses changes of the softmax that the layer cannot follow."""
+    """What a layer's `end_block` and `step` get besides; refuses changes of the softmax that it cannot follow."""
     if terms.is_plain:
         return {}
     if not layer.takes_terms:
