@@ -24,13 +24,15 @@ class JoinableLayer(Protocol):
     config: RefreshConfig
     device: torch.device
     is_initialized: bool
-    attends_by_kernels: bool
     keys: Tensor
     values: Tensor
     cumulative_length: Tensor
     observers: Tensor
     joint: "JointState | None"
     number: int
+
+    @property
+    def attends_by_kernels(self) -> bool: ...
 
     def selecting_state(self) -> SelectingState | None: ...
 

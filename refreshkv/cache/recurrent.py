@@ -4,6 +4,7 @@ transformers' own class has no method that selects or repeats batch rows, and it
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +23,14 @@ def forget(layer: LinearAttentionLayer) -> None:
             layer.reset()
 
 
-def forget_other_batch(layer: LinearAttentionLayer, rows: int) -> None:
+def forget_other_batch(layer: Any, rows: int) -> None:
     """Drops the states of an empty layer that were made for another number of batch rows."""
     is_empty = not any(layer.has_previous_state.values())
     if is_empty and any(len(state) != rows for state in _states(layer)):
         _remake(layer)
 
 
-def change_batch(layer: LinearAttentionLayer, change: Callable[[Tensor], Tensor]) -> None:
+def change_batch(layer: Any, change: Callable[[Tensor], Tensor]) -> None:
     """Applies `change` to each state of the layer."""
     for name in STATES:
         states = getattr(layer, name)

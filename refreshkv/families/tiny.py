@@ -75,7 +75,7 @@ NO_DROPOUT = _named(
 LARGE_WEIGHTS = _named("initializer_range init_std", 0.2)
 """Large enough that each position gets scores of its own."""
 
-EXPERTS = {"experts_implementation": "eager"}
+EXPERTS: dict[str, Any] = {"experts_implementation": "eager"}
 """Experts one by one: the fast forms know no float64."""
 
 OVERRIDES: dict[str, dict[str, Any]] = {
