@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from refreshkv.config import RefreshConfig
+from refreshkv.ops.choice import CHOICE
 from refreshkv.ops.state import Decisions, LayerState, SelectingState, SelectionScratch
 from refreshkv.ops.step.operators import attend_step, select_step
 
@@ -32,7 +33,7 @@ class JoinableLayer(Protocol):
     number: int
 
     @property
-    def attends_by_kernels(self) -> bool: ...
+    def has_operator(self) -> bool: ...
 
     def selecting_state(self) -> SelectingState | None: ...
 
@@ -92,7 +93,7 @@ def join_layers(layers: Iterable[JoinableLayer]) -> None:
         if layer.is_initialized:
             groups[layer.device, layer.keys.shape].append(layer)
     for group in groups.values():
-        if not group[0].attends_by_kernels:
+        if not (group[0].has_operator and CHOICE.uses_kernels(group[0].keys)):
             for layer in group:
                 layer.joint = None
         elif group[0].joint is None or not group[0].joint.holds(group):

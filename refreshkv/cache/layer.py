@@ -164,12 +164,13 @@ class RefreshLayer(PreallocatedLayer):
         self.phase = Phase.DECODING
         if self.joint is not None:
             return self.joint.step(self, query, key, value, scaling)
-        if not self._has_operator():
+        if not self.has_operator:
             return self._plain_step(query, key, value, scaling, terms)  # pyright: ignore[reportAttributeAccessIssue]  # disable()
         operator = self.operator(decode_step)
         return operator(query, key, value, self.state(), self.config.step_options(), scaling, self.selecting_state())
 
-    def _has_operator(self) -> bool:
+    @property
+    def has_operator(self) -> bool:
         """Whether `decode_step`, which knows the ordinary softmax over keys and values of one size only, computes the
         steps."""
         return not self.has_terms and self.keys.shape[-1] == self.values.shape[-1]
@@ -219,7 +220,7 @@ class RefreshLayer(PreallocatedLayer):
         droppable = self.width if self.drops_many else self.config.step_options().longest_segment
         steps = FullSteps(last.unsqueeze(-1), budgets, left_padding, self.width, droppable)
         options = self.config.selection_options()
-        if not self._has_operator():
+        if not self.has_operator:
             return naive.select(observers, keys, steps, options, scaling, terms=terms).squeeze(2)
         return ops.select(observers, keys, steps, options, scaling).squeeze(2)
 
