@@ -31,6 +31,7 @@ from output import pyplot, save
 from refreshkv import NEVER, RefreshConfig, Simulation
 from refreshkv.attention.function import refresh_attention
 from refreshkv.attention.model_call import ModelCalls
+from refreshkv.layers import FULL, LayerKind
 from refreshkv.ops.rows import after_prompt, block_steps, full_steps, full_steps_cudnn, partial_steps
 from refreshkv.ops.rows.key_lists import KeyLists, key_lists
 from refreshkv.ops.rows.segments import segments_of
@@ -182,7 +183,7 @@ def time_dense(inputs: Inputs, repeat: int, flash: bool) -> dict[str, float]:
 def layer_attention(query: Tensor, key: Tensor, value: Tensor, simulation: Simulation) -> Tensor:
     """A layer's whole attention, as a model calls it: (1, T, H, D)."""
     module = SimpleNamespace(head_dim=query.shape[-1], layer_idx=0, is_causal=True, training=True)
-    module.config, module.refreshkv_calls = SimpleNamespace(), ModelCalls([None], "sdpa")
+    module.config, module.refreshkv_calls = SimpleNamespace(), ModelCalls([LayerKind(FULL)], "sdpa")
     module.num_key_value_groups = query.shape[1] // key.shape[1]
     stand_in = cast(torch.nn.Module, module)  # it has all that is read
     return refresh_attention(stand_in, query, key, value, None, simulation=simulation)[0]

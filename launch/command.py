@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "generate": ("continue a text from a small KV cache", None),
     "chat": ("chat with a model that decodes from a small KV cache", None),
     "show": ("generate a text, and show in a page what each layer and head kept", None),
+    "models": ("show which model families work, or try those of the installed transformers", None),
     "doctor": ("show versions, devices, extras and kernels, and check that decoding is right here", None),
 }
 """Name -> what the command does, and the extra that it needs."""

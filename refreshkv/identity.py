@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from refreshkv.checksums import digest, file_checksum
-from refreshkv.layers import layer_windows
+from refreshkv.layers import layer_kinds
 from refreshkv.settings import SettingsError
 
 LENGTH_DEPENDENT_ROTARY = ("dynamic", "longrope")
@@ -62,7 +62,7 @@ def identity(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "rotary": _plain(rotary),
-        "layers": [window or "full" for window in layer_windows(model.config)],
+        "layers": [kind.window or kind.name for kind in layer_kinds(model.config)],
         "heads": [config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)],
         **describe(model),
     }

@@ -1,4 +1,5 @@
-"""Model work of a training step in floating-point operations. Recomputation and the selection's scores do not count.
+"""Model work of a training step in floating-point operations. Recomputation, the selection's scores and the states of
+recurrent layers do not count; of a layer's experts those count that a token is sent to.
 
 A multiplication with a weight takes 2 operations a token in the forward pass and 4 in the backward pass. A query and a
 key that it attends to take 4 D operations per head forward and 8 D backward.
@@ -11,12 +12,13 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from refreshkv.config import Simulation
-from refreshkv.layers import layer_windows
+from refreshkv.layers import layer_kinds
 from refreshkv.train.adapter_shape import AdapterShape
+from refreshkv.train.experts import multiplied_weights
 
 PEAKS = {
     "B200": 2250e12,
@@ -39,7 +41,7 @@ class Work:
     pair: int
     """Operations for one query and one key, over all heads of a layer, forward."""
     windows: list[int | None]
-    """Each layer's sliding window, None where it attends to everything."""
+    """Each layer's sliding window, None where it attends to everything, 0 where it has no attention."""
     frozen: int = 0
     """Those of the weights that are not trained: the backward pass multiplies with them once, not twice."""
 
@@ -49,10 +51,11 @@ def model_work(model: PreTrainedModel, adapters: AdapterShape | None = None) -> 
 
     adapters: those that are trained beside its weights.
     """
-    weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear))
     decoder = model.config.get_text_config(decoder=True)
     head = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
-    pair, windows = 4 * decoder.num_attention_heads * head, layer_windows(model.config)
+    value = getattr(decoder, "v_head_dim", None) or head
+    weights, pair = multiplied_weights(model), 2 * decoder.num_attention_heads * (head + value)
+    windows = [kind.window if kind.attends else 0 for kind in layer_kinds(model.config)]
     if adapters is None:
         return Work(weights, pair, windows)
     return Work(weights + adapters.products, pair, windows, frozen=adapters.frozen_products)

@@ -15,6 +15,7 @@ from refreshkv.config import Simulation, Trace
 from refreshkv.settings import SettingsError
 from refreshkv.simulation.distillation import DistillationConfig, divergence, without_dropout
 from refreshkv.train.chunked_loss import ChunkedLoss
+from refreshkv.train.experts import router_loss, router_loss_weight, validate_router_loss
 from refreshkv.train.frozen import drop_frozen
 
 LossKind = Literal["chunked", "logits"]
@@ -27,7 +28,8 @@ class LossSums(NamedTuple):
     """Sums over tokens, float32 scalars. Averages are taken once the sums of all ranks are known."""
 
     objective: Tensor
-    """What is minimised, the only differentiable one: the losses plus the weighted divergences of a distillation."""
+    """What is minimised, the only differentiable one: the losses plus the weighted divergences of a distillation and
+    the routers' weighted load-balancing loss times the number of tokens."""
     total: Tensor
     """Next-token losses."""
     tokens: Tensor
@@ -56,6 +58,7 @@ class CausalLossModel(nn.Module):
     def __init__(self, model: PreTrainedModel, kind: LossKind, distillation: DistillationConfig | None = None):
         super().__init__()
         validate_output_layer(model)
+        validate_router_loss(model)
         self.distillation = distillation or DistillationConfig()
         layer = model.get_output_embeddings()
         assert layer is not None  # it has been validated
@@ -113,10 +116,24 @@ class CausalLossModel(nn.Module):
         if self.distillation.weight and simulation is not None:
             with torch.no_grad(), without_dropout(self.causal_lm):
                 teacher = self._hidden_states(inputs, None, None)
-        hidden = self._hidden_states(inputs, simulation, trace)
+        hidden, routers = self._hidden_states_and_router_loss(inputs, simulation, trace)
         head = self.causal_lm.get_output_embeddings()
         assert head is not None
-        return head(hidden, targets, counted=counted, partial=partial, decoded=decoded, teacher=teacher)
+        sums = LossSums(*head(hidden, targets, counted=counted, partial=partial, decoded=decoded, teacher=teacher))
+        if routers is not None:  # a mean over tokens, like the losses once they are divided by all tokens
+            sums = sums._replace(objective=sums.objective + routers * sums.tokens)
+        return tuple(sums)
+
+    def _hidden_states_and_router_loss(
+        self, inputs: dict[str, Any], simulation: Simulation | None, trace: Trace | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Last hidden states (B, T, E), and in training the routers' weighted load-balancing loss, None without one."""
+        weight = router_loss_weight(self.config)
+        if not weight or not self.training:
+            return self._hidden_states(inputs, simulation, trace), None
+        outputs = self.causal_lm.base_model(**inputs, simulation=simulation, trace=trace, output_router_logits=True)
+        loss = router_loss(self.causal_lm, outputs.router_logits, inputs.get("attention_mask"))
+        return outputs.last_hidden_state, weight * loss
 
     def _hidden_states(self, inputs: dict[str, Any], simulation: Simulation | None, trace: Trace | None) -> Tensor:
         """Last hidden states (B, T, E), before the output layer."""

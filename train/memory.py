@@ -109,6 +109,7 @@ def _layer_activations(job: Job) -> float:
     attention = size * (2 * query + key_value + (query if job.sequence_parallel_size > 1 else 0))
     # gate, up, product; without Liger also the gate's activation
     mlp = size * shape.mlp * (3 if liger else 4)
+    mlp += 2 * size * shape.hidden * shape.experts  # each expert's copy of the token, and its output
     adapters = 0.0 if shape.adapters is None else size * shape.adapters.kept / shape.layers
     return (norms + attention + mlp + adapters) * _tokens(job) + _refresh(job)
 

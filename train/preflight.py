@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from refreshkv.train.config import RunConfig
+from refreshkv.train.experts import router_loss_weight
 from refreshkv.train.job import Job
 from refreshkv.train.memory import memory_needed
 from refreshkv.train.simulation import heaviest_simulation
@@ -28,8 +29,7 @@ def report(job: Job, available: float | None, rate: float) -> str:
         if simulation.config.select_stride is not None:
             kind += f", selecting at least every {simulation.config.select_stride} tokens"
     lines = [
-        f"model       {job.shape.parameters:,} parameters, {job.shape.layers} layers, {config.training.dtype}"
-        + _trained(job),
+        f"model       {_parameters(job)}, {job.shape.layers} layers, {config.training.dtype}{_trained(job)}",
         f"job         {job.world} GPUs, {job.sequence_parallel_size} per row, ZeRO {job.zero_stage}, "
         f"{job.micro_batches} micro-batches of {config.training.micro_batch} a step",
         f"rows        {config.data.row_length:,} tokens, {config.simulation.pattern}: {kind}",
@@ -49,6 +49,15 @@ def _trained(job: Job) -> str:
         return ""
     packed = f", linear layers in {job.config.model.quantization}" if job.config.model.quantization else ""
     return f"{packed}; {job.shape.adapters.trained:,} trained (rank {adapter.rank})"
+
+
+def _parameters(job: Job) -> str:
+    shape = job.shape
+    if not shape.experts:
+        return f"{shape.parameters:,} parameters"
+    weight = router_loss_weight(job.model_config)
+    routers = f"load-balancing loss times {weight:g}" if weight else "no load-balancing loss (output_router_logits)"
+    return f"{shape.parameters:,} parameters, {shape.active:,} active a token, {routers}"
 
 
 def _verdict(job: Job, total: float, available: float | None) -> str:

@@ -10,6 +10,7 @@ from refreshkv.settings import SettingsError
 from refreshkv.train.adapter_config import AdapterConfig
 from refreshkv.train.adapter_shape import AdapterShape, adapter_shape
 from refreshkv.train.config import ModelConfig
+from refreshkv.train.experts import active_parameters, chosen_experts
 from refreshkv.train.flops import Work, model_work
 
 
@@ -46,11 +47,15 @@ class Shape:
     """The numbers of a model that decide its memory and its time."""
 
     parameters: int
+    active: int
+    """Parameters that a token passes through: all, but for experts that it is not sent to."""
+    experts: int
+    """Routed experts of a layer that a token is sent to; 0 without any."""
     layers: int
     hidden: int
     """Hidden size."""
     mlp: int
-    """Hidden size of the MLP."""
+    """Hidden size of the MLP, or of all experts together that a token is sent to."""
     heads: int
     kv_heads: int
     head: int
@@ -65,6 +70,16 @@ class Shape:
     def trained(self) -> int:
         """Parameters that are trained: all, or those of the adapters."""
         return self.parameters if self.adapters is None else self.adapters.trained
+
+
+def _mlp_size(model_config: PretrainedConfig) -> int:
+    """Hidden size of the MLP, or of the experts that a token is sent to, shared ones included."""
+    decoder, chosen = model_config.get_text_config(decoder=True), chosen_experts(model_config)
+    if not chosen:
+        return decoder.intermediate_size
+    own = getattr(decoder, "moe_intermediate_size", None) or decoder.intermediate_size
+    shared = (getattr(decoder, "n_shared_experts", None) or 0) * own
+    return chosen * own + (getattr(decoder, "shared_expert_intermediate_size", None) or shared)
 
 
 def model_shape(model_config: PretrainedConfig, adapter: AdapterConfig | None = None) -> Shape:
@@ -90,9 +105,11 @@ def model_shape(model_config: PretrainedConfig, adapter: AdapterConfig | None = 
     adapters = adapter_shape(model, adapter)
     return Shape(
         parameters=model.num_parameters(),
+        active=active_parameters(model),
+        experts=chosen_experts(model_config),
         layers=decoder.num_hidden_layers,
         hidden=decoder.hidden_size,
-        mlp=decoder.intermediate_size,
+        mlp=_mlp_size(model_config),
         heads=decoder.num_attention_heads,
         kv_heads=decoder.num_key_value_heads,
         head=head,

@@ -15,7 +15,10 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from refreshkv import ops
+from refreshkv.attention.softmax_terms import attention_with_sinks, capped_attention
 from refreshkv.ops.choice import CHOICE
+from refreshkv.ops.state import PLAIN_SOFTMAX, SoftmaxTerms
+from refreshkv.settings import SettingsError
 
 FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -41,16 +44,35 @@ class DenseAttention:
     """Name of the implementation in transformers."""
     keywords: dict[str, Any]
     """The further keywords that transformers gave the attention function."""
+    terms: SoftmaxTerms = PLAIN_SOFTMAX
+    """What the model changes in the softmax besides."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query (B, H, T, D): the last T of L positions; key and value (B, Hkv, L, D). Returns (B, T, H, D)."""
-        if self.implementation.startswith("flash"):
+        if not self.terms.is_plain:
+            output = self._with_terms(query, key, value)
+        elif self.implementation.startswith("flash"):
             output = self._flash(query, key, value)
         elif self._is_block(query, key, value):
             return ops.prompt_block(query, key, value, self.scaling).transpose(1, 2)
         else:
             output = self._masked(query, key, value)
         return _UpstreamInLayout.apply(output) if output.requires_grad else output
+
+    def _with_terms(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The attention with sinks or a softcap: returns (B, T, H, D)."""
+        if self.implementation != "sdpa" or self.dropout:
+            setting = f"dropout={self.dropout}" if self.dropout else f"prompt_attention={self.implementation}"
+            raise SettingsError(
+                f"{setting} is not supported for a model with attention sinks or a softcap: set attention_dropout=0 "
+                "and prompt_attention=sdpa"
+            )
+        queries, keys = query.shape[2], key.shape[2]
+        mask = _visible(self.left_padding, queries, keys, self.sliding_window, query.device)
+        if self.terms.softcap is not None:
+            return capped_attention(query, key, value, mask, self.scaling, self.terms).transpose(1, 2)
+        assert self.terms.sinks is not None
+        return attention_with_sinks(query, key, value, mask, self.scaling, self.terms.sinks).transpose(1, 2)
 
     def _is_block(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether the project's own kernel for a later block of a prompt is the fastest."""
@@ -118,6 +140,11 @@ def _causal_mask(
     """The causal mask (B or 1, 1, T, L) bool, or None where the implementation's own causal flag means the same."""
     if left_padding is None and queries in (1, keys) and (window is None or keys <= window):
         return None
+    return _visible(left_padding, queries, keys, window, device)
+
+
+def _visible(left_padding: Tensor | None, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of the last L keys each of the last T queries sees: (B or 1, 1, T, L) bool."""
     column = torch.arange(keys, device=device)
     row = torch.arange(keys - queries, keys, device=device).unsqueeze(-1)
     mask = column <= row

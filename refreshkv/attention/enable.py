@@ -14,7 +14,7 @@ from refreshkv.cache.refresh import saved_config
 from refreshkv.config import RefreshConfig
 from refreshkv.errors import NotRefreshable
 from refreshkv.generation.prompt_chunks import announce_chunks
-from refreshkv.layers import layer_windows
+from refreshkv.layers import LayerKind, layer_kinds
 from refreshkv.settings import SettingsError
 
 PROMPT_ATTENTIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
@@ -43,20 +43,11 @@ def enable(
     """
     if prompt_attention not in PROMPT_ATTENTIONS:
         raise SettingsError(f"prompt_attention must be one of {', '.join(PROMPT_ATTENTIONS)}, got {prompt_attention!r}")
-    modules = attention_modules(model)
-    windows = layer_windows(model.config)
-    if len(modules) != len(windows):
-        raise NotRefreshable(
-            f"{type(model).__name__} has {len(windows)} layers but {len(modules)} attention modules of the usual form"
-        )
-    if all(window is not None for window in windows):
-        raise NotRefreshable(
-            f"every layer of this model has a sliding window ({windows[0]} tokens), so there is no full cache to "
-            "refresh; if its checkpoint allows it, set config.sliding_window=None"
-        )
+    kinds = layer_kinds(model.config)
+    modules = _modules_of(model, kinds)
     for module in modules:
-        kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
-        if inspect.Parameter.VAR_KEYWORD not in kinds:
+        forms = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
+        if inspect.Parameter.VAR_KEYWORD not in forms:
             raise NotRefreshable(f"{type(module).__name__} takes no further keywords, so no simulation can reach it")
     config = config or saved_config(model.config)
     if getattr(model.config.get_text_config(decoder=True), "attention_dropout", 0.0):
@@ -64,9 +55,50 @@ def enable(
     _own_config(model)
     model.set_attn_implementation(NAME)
     model.config.refreshkv = config.to_dict()
-    attach(model, _decoders(model), modules, ModelCalls(windows, prompt_attention))
+    attach(model, _decoders(model), modules, ModelCalls(kinds, prompt_attention))
     announce_chunks(model)
     return model
+
+
+def _modules_of(model: PreTrainedModel, kinds: list[LayerKind]) -> list[Any]:
+    """The attention modules of the layers that attend, by their numbers.
+
+    Raises `NotRefreshable` if there is not exactly one for each, or if no layer has full attention.
+    """
+    attending = [number for number, kind in enumerate(kinds) if kind.attends]
+    if not any(kind.is_refreshed for kind in kinds):
+        windows = sorted({kind.window for kind in kinds if kind.window is not None})
+        what = f"has a sliding window ({windows[0]} tokens)" if windows else "keeps a state of fixed size"
+        way_out = "; if its checkpoint allows it, set config.sliding_window=None" if windows else ""
+        raise NotRefreshable(f"every layer of this model {what}, so there is no full cache to refresh{way_out}")
+    modules: list[Any] = [module for module in attention_modules(model) if module.layer_idx in attending]
+    name = type(model).__name__
+    if len(modules) > len(attending):  # decoders of pairs have attention to an encoder too, which is not causal
+        modules = [module for module in modules if module.is_causal]
+    elif modules and not any(module.is_causal for module in modules):
+        raise NotRefreshable(
+            f"{name} attends in both directions: for a causal language model set config.is_decoder=True"
+        )
+    if not modules or not _uses_interface(model):
+        raise NotRefreshable(f"{name} computes its attention by itself, not through transformers' attention interface")
+    if sorted(module.layer_idx for module in modules) != attending:
+        raise NotRefreshable(
+            f"{name} has {len(attending)} layers with attention but {len(modules)} attention modules of the usual form"
+        )
+    if any(hasattr(module, "expand_kv") for module in modules):
+        raise NotRefreshable(
+            f"{type(model).__name__} caches one compressed vector a token (MLA) instead of keys and values: a small "
+            "cache would need a selection and an attention on compressed keys, with the projections absorbed"
+        )
+    return modules
+
+
+def _uses_interface(model: PreTrainedModel) -> bool:
+    """Whether transformers can exchange the attention of the model's decoder, as far as it says."""
+    holders = [module for module in (model, *model.modules()) if isinstance(module, PreTrainedModel)]
+    innermost: Any = [holder for holder in holders if attention_modules(holder)][-1]
+    can_exchange = getattr(innermost, "_can_set_attn_implementation", None)  # not a public name
+    return can_exchange is None or can_exchange()
 
 
 def _own_config(model: PreTrainedModel) -> None:

@@ -21,9 +21,10 @@ from refreshkv.cache.preallocated import PreallocatedCache, PreallocatedLayer
 from refreshkv.config import Simulation, Trace
 from refreshkv.ops.choice import CHOICE
 from refreshkv.ops.schedule import position_flags
+from refreshkv.ops.state import SoftmaxTerms
 from refreshkv.settings import SettingsError
 
-UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+UNSUPPORTED = ("position_bias",)
 """Changes of the softmax that some models ask for. Without them the numbers would not be the model's, so a simulation
 or a cache is refused for such models."""
 
@@ -42,6 +43,8 @@ def refresh_attention(
     refresh_cache: PreallocatedCache | None = None,
     prompt_attention: str = "sdpa",
     average_heads: Callable[[Tensor], Tensor] | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, in transformers' interface.
@@ -60,21 +63,26 @@ def refresh_attention(
         prompt_attention: transformers' attention for the prompt and for ordinary attention.
         average_heads: maps the mean query of this process's heads, (B, C, D), to the mean over all processes' heads
             (`refreshkv.attention.sequence_parallel`).
+        s_aux: (H,), attention sinks. softcap: bound of the logits.
 
     Returns (B, T, H, D), and None in the place of attention weights.
     """
     _validate_module(module, kwargs)
     factor: float = module.head_dim**-0.5 if scaling is None else scaling
     left_padding = padding_from_mask(attention_mask)
-    dense = DenseAttention(module, left_padding, factor, dropout, sliding_window, prompt_attention, kwargs)
+    terms = SoftmaxTerms(s_aux, softcap)
+    dense = DenseAttention(module, left_padding, factor, dropout, sliding_window, prompt_attention, kwargs, terms)
     if sliding_window is None and simulation is not None:
         _begin_layer(module, query, dropout, left_padding, kwargs)
         return _simulate(dense, query, key, value, simulation, trace, average_heads), None
     if sliding_window is None and refresh_cache is not None:
         _begin_layer(module, query, dropout, left_padding, kwargs)
         layer: Any = refresh_cache.layers[module.layer_idx]
+        if not torch.compiler.is_compiling():
+            layer.validate_attention(query, key, value)
+        changes = _changes_of(layer, terms)
         if layer.is_decoding:
-            return layer.step(query, key, value, factor), None
+            return layer.step(query, key, value, factor, **changes), None
         block: Any = _prompt_block  # torch.compiler.disable hides its signature
         return block(dense, query, key, value, layer), None
     return dense(query, key, value), None
@@ -100,6 +108,18 @@ def _begin_layer(
     module.refreshkv_calls.note(module.layer_idx)
 
 
+def _changes_of(layer: PreallocatedLayer, terms: SoftmaxTerms) -> dict[str, SoftmaxTerms]:
+    """What a layer's `end_block` and `step` get besides; refuses changes of the softmax that it cannot follow."""
+    if terms.is_plain:
+        return {}
+    if not layer.takes_terms:
+        raise SettingsError(
+            f"the model's attention has {'sinks' if terms.sinks is not None else 'a softcap'}, which "
+            f"{type(layer).__name__} does not follow: decode with RefreshCache(..., offload=False) or FullCache"
+        )
+    return {"terms": terms}
+
+
 def _simulate(
     dense: DenseAttention,
     query: Tensor,
@@ -120,14 +140,14 @@ def _simulate(
     if prompt == length:
         return dense(query, key, value)
     options = config.selection_options()
-    may_choose = dense.implementation == "sdpa"  # any other attention is the user's own choice
+    may_choose = dense.implementation == "sdpa" and dense.terms.is_plain  # any other attention is the user's own choice
     if may_choose and CHOICE.takes_whole_sequence(query, key, value, plan):
         return ops.whole_sequence(query, key, value, plan, options, dense.scaling)
     computed = computed_length(query, prompt) if may_choose else prompt
     parts = SplitAtPrompt.apply(query, key, value, prompt, computed, config.observation_window)
     *early, late_query, key, value = parts
     output = dense(*early)[:, :prompt]
-    decoded = ops.refresh_rows(late_query, key, value, plan, options, dense.scaling)
+    decoded = ops.refresh_rows(late_query, key, value, plan, options, dense.scaling, dense.terms)
     return torch.cat([output, decoded], dim=1)
 
 
@@ -136,7 +156,7 @@ def _prompt_block(dense: DenseAttention, query: Tensor, key: Tensor, value: Tens
     """Ordinary attention of a prompt block, then the layer's selection after its last token: returns (B, T, H, D)."""
     output = dense(query, key, value)
     left_padding = _no_padding(query) if dense.left_padding is None else dense.left_padding
-    layer.end_block(query, left_padding, dense.scaling)
+    layer.end_block(query, left_padding, dense.scaling, **_changes_of(layer, dense.terms))
     return output
 
 

@@ -163,6 +163,8 @@ def _validate_start(cache: PreallocatedCache, starts: list[RowStart], past: int,
     known = cache.row_starts if past > 0 else None
     if past > 0 and known is None and cache.has_prefix:  # stored prompts are computed from position 0
         known = [RowStart(None, -(start.padding or 0)) for start in starts]
+    if known is not None and len(known) != len(starts) and cache.has_recurrent_layers:
+        raise ValueError(f"RefreshCache holds {len(known)} rows and was given {len(starts)}: call reset() first")
     if known is None or len(known) != len(starts):  # another number of rows is refused by the layers
         # without a mask the first tokens have no padding
         cache.row_starts = [start._replace(padding=start.padding or 0) for start in starts] if past == 0 else starts

@@ -23,8 +23,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.cache_utils import StaticLayer
 
 from refreshkv.attention.inputs import validate_inputs, without_packing
-from refreshkv.cache.preallocated import PreallocatedCache, PreallocatedLayer
+from refreshkv.cache.preallocated import PreallocatedCache
 from refreshkv.config import Simulation, Trace
+from refreshkv.layers import RECURRENT, LayerKind
 
 NAME = "refreshkv"
 """The name under which the attention is registered with transformers."""
@@ -52,12 +53,17 @@ class ModelCall:
     """The module that was called: the whole model, or its decoder without the output layer."""
     simulation: Simulation | None
     trace: Trace | None
-    uses_cache: bool
-    """Whether the call decodes from a `PreallocatedCache`."""
+    cache: PreallocatedCache | None
+    """The cache that the call decodes from."""
     has_gradients: bool
     thread: int
     layers: set[int] = field(default_factory=set)
     """Numbers of the layers whose attention followed the simulation or the cache so far."""
+
+    @property
+    def uses_cache(self) -> bool:
+        """Whether the call decodes from a `PreallocatedCache`."""
+        return self.cache is not None
 
     @property
     def purpose(self) -> tuple[int, int, bool]:
@@ -68,13 +74,12 @@ class ModelCall:
 class ModelCalls:
     """The running calls of one model, shared by the model, its decoder and its attention modules.
 
-    windows: for each layer its sliding window in tokens, None for full attention. prompt_attention: transformers'
-    attention for prompts.
+    kinds: what each layer is. prompt_attention: transformers' attention for prompts.
     """
 
-    def __init__(self, windows: list[int | None], prompt_attention: str):
-        self.windows, self.prompt_attention = windows, prompt_attention
-        self.refreshable = frozenset(number for number, window in enumerate(windows) if window is None)
+    def __init__(self, kinds: list[LayerKind], prompt_attention: str):
+        self.kinds, self.prompt_attention = kinds, prompt_attention
+        self.refreshable = frozenset(number for number, kind in enumerate(kinds) if kind.is_refreshed)
         """Numbers of the full-attention layers."""
         self.running: list[ModelCall] = []
         self.ended = WeakTensorKeyDictionary()
@@ -85,7 +90,7 @@ class ModelCalls:
         """The key in `TRACED`."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"windows": self.windows, "prompt_attention": self.prompt_attention}
+        return {"kinds": self.kinds, "prompt_attention": self.prompt_attention}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
@@ -141,6 +146,8 @@ class ModelCalls:
         if call is None or call.owner is not owner:
             return
         self.running.remove(call)
+        if not is_complete and call.cache is not None:
+            call.cache.break_off()
         if not is_complete or torch.compiler.is_compiling():
             return
         traced = TRACED[self.number] if owner.config._attn_implementation == NAME else frozenset()
@@ -197,7 +204,9 @@ def _begin_call(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         raise ValueError("simulation=Simulation(...) and a RefreshCache exclude each other: pass one of them")
     if given or is_ours or calls.innermost() is None:
         trace = kwargs.get("trace")
-        calls.begin(ModelCall(module, simulation, trace, is_ours, torch.is_grad_enabled(), _thread()))
+        calls.begin(
+            ModelCall(module, simulation, trace, cache if is_ours else None, torch.is_grad_enabled(), _thread())
+        )
 
 
 def _begin_decoder_call(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -213,14 +222,22 @@ def _end_call(module: Any, args: tuple, output: Any) -> None:
 
 def _add_keywords(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Before an attention module: adds what `refresh_attention` needs to the keywords."""
-    calls, cache = module.refreshkv_calls, kwargs.get("past_key_values")
+    calls, cache = module.refreshkv_calls, _given_cache(args, kwargs)
     simulation, trace = calls.settings_for(module, kwargs)
     added = {"prompt_attention": calls.prompt_attention}
     if simulation is not None:
         added.update(simulation=simulation, trace=trace)
-    if isinstance(cache, PreallocatedCache):
+    if cache is not None:
         added["refresh_cache"] = cache
     return args, {**kwargs, **added}
+
+
+def _given_cache(args: tuple, kwargs: dict[str, Any]) -> PreallocatedCache | None:
+    """The cache among an attention module's arguments, which families name differently."""
+    cache = kwargs.get("past_key_values")
+    if cache is not None:
+        return cache if isinstance(cache, PreallocatedCache) else None
+    return next((value for value in (*kwargs.values(), *args) if isinstance(value, PreallocatedCache)), None)
 
 
 def _by_name(module: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -248,7 +265,8 @@ def _refuse_other_uses(module: Any, cache: Any, inputs: dict[str, Any]) -> None:
             raise RuntimeError(NOT_OURS)
         return
     if has_our_cache:
-        _validate_layers(cache, module.refreshkv_calls.windows)
+        _validate_layers(cache, module.refreshkv_calls.kinds)
+        cache.validate_whole()
     if has_our_cache or has_our_attention:
         validate_inputs(module, inputs)
 
@@ -257,22 +275,20 @@ def _is_static(cache: Any) -> bool:
     return any(isinstance(layer, StaticLayer) for layer in getattr(cache, "layers", ()))
 
 
-def _validate_layers(cache: PreallocatedCache, windows: list[int | None]) -> None:
+def _validate_layers(cache: PreallocatedCache, kinds: list[LayerKind]) -> None:
     """Refuses a cache that was made for a model of other layers."""
-    held = [
-        None if isinstance(layer, PreallocatedLayer) else getattr(layer, "sliding_window", 0) for layer in cache.layers
-    ]
-    if held != windows:
+    if cache.kinds != kinds:
         raise ValueError(
-            f"the {type(cache).__name__} is for a model of {_described(held)}, and this one has {_described(windows)}: "
-            "make one with this model's config"
+            f"the {type(cache).__name__} is for a model of {_described(cache.kinds)}, and this one has "
+            f"{_described(kinds)}: make one with this model's config"
         )
 
 
-def _described(windows: list[int | None]) -> str:
-    sliding = [window for window in windows if window is not None]
+def _described(kinds: list[LayerKind]) -> str:
+    sliding = [kind.window for kind in kinds if kind.window is not None]
+    recurrent = sum(kind.name == RECURRENT for kind in kinds)
     more = f", {len(sliding)} of them with a window of {sliding[0]} tokens" if sliding else ""
-    return f"{len(windows)} layers{more}"
+    return f"{len(kinds)} layers{more}" + (f", {recurrent} of them recurrent" if recurrent else "")
 
 
 def _position_embeddings(keywords: dict[str, Any]) -> Tensor | None:

@@ -22,12 +22,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from refreshkv.attention.enable import NAME
 from refreshkv.attention.function import refresh_attention
+from refreshkv.layers import has_recurrent_layers
 from refreshkv.settings import SettingsError
 
 
 def check_sequence(size: int, world: int, row_length: int, model_config: PretrainedConfig) -> None:
     """Raises `SettingsError` unless `size` processes per sequence divide ranks, sequence length and heads."""
     decoder = model_config.get_text_config(decoder=True)
+    if size > 1 and has_recurrent_layers(model_config):
+        raise SettingsError(
+            f"parallel.sequence={size}: a recurrent layer of {decoder.model_type} needs all earlier tokens of its "
+            "sequence, and each process would have a part of them: set parallel.sequence=1"
+        )
     heads, groups = decoder.num_attention_heads, decoder.num_key_value_heads
     problem = None
     if world % size:
@@ -130,8 +136,10 @@ class _Groups:
 
 def _attend(groups: _Groups, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
     """`refresh_attention` on this process's share of the heads, or on all of them outside training."""
-    own = slice(None)
-    if query.shape[1] < groups.heads and kwargs.get("simulation") is not None:
+    own, is_shared = slice(None), query.shape[1] < groups.heads
+    if is_shared and kwargs.get("s_aux") is not None:
+        raise SettingsError("parallel.sequence: attention sinks are not spread over processes: set parallel.sequence=1")
+    if is_shared and kwargs.get("simulation") is not None:
         kwargs["average_heads"] = groups.average_heads
         if groups.sharing > 1:
             query, own = groups.whole_group(query)

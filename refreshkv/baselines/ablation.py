@@ -20,7 +20,7 @@ from refreshkv.cache.preallocated import Phase, PreallocatedCache
 from refreshkv.config import RefreshConfig
 from refreshkv.ops.naive.selection import best_positions, observed_probabilities, pool
 from refreshkv.ops.naive.step import decode
-from refreshkv.ops.state import LAST_FULL, PADDING, PROMPT_LENGTH, FullSteps
+from refreshkv.ops.state import LAST_FULL, PADDING, PLAIN_SOFTMAX, PROMPT_LENGTH, FullSteps, SoftmaxTerms
 from refreshkv.settings import SettingsError
 
 GROUPS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -56,6 +56,8 @@ class AblationConfig:
 class AblationLayer(RefreshLayer):
     """A layer of RefreshKV with one part changed. It has the state of `RefreshLayer`."""
 
+    takes_terms = takes_other_values = False
+
     def __init__(self, max_cache_len: int, settings: AblationConfig):
         super().__init__(max_cache_len, RefreshConfig(budget=settings.budget, stride=settings.stride))
         self.settings = settings
@@ -84,7 +86,8 @@ class AblationLayer(RefreshLayer):
             self.row_state[:, LAST_FULL] = torch.where(is_full, last, self.row_state[:, LAST_FULL])
         return output.transpose(1, 2)
 
-    def _select(self, observers: Tensor, last: Tensor, scaling: float) -> Tensor:
+    def _select(self, observers: Tensor, last: Tensor, scaling: float, terms: SoftmaxTerms = PLAIN_SOFTMAX) -> Tensor:
+        assert terms.is_plain  # refused before
         return self._best(observers[:, :, -1:], self._known_keys(), last, scaling)
 
     def _best(self, query: Tensor, key: Tensor, last: Tensor, scaling: float) -> Tensor:

@@ -32,6 +32,9 @@ class JoinableLayer(Protocol):
     joint: "JointState | None"
     number: int
 
+    @property
+    def has_operator(self) -> bool: ...
+
     def selecting_state(self) -> SelectingState | None: ...
 
 
@@ -90,7 +93,7 @@ def join_layers(layers: Iterable[JoinableLayer]) -> None:
         if layer.is_initialized:
             groups[layer.device, layer.keys.shape].append(layer)
     for group in groups.values():
-        if not CHOICE.uses_kernels(group[0].keys):
+        if not (group[0].has_operator and CHOICE.uses_kernels(group[0].keys)):
             for layer in group:
                 layer.joint = None
         elif group[0].joint is None or not group[0].joint.holds(group):

@@ -15,7 +15,7 @@ from refreshkv.cache.preallocated import Phase, PreallocatedLayer
 from refreshkv.config import RefreshConfig
 from refreshkv.ops import naive
 from refreshkv.ops.schedule import mean_query
-from refreshkv.ops.state import TAIL, Decisions, FullSteps, LayerState, SelectingState
+from refreshkv.ops.state import PLAIN_SOFTMAX, TAIL, Decisions, FullSteps, LayerState, SelectingState, SoftmaxTerms
 from refreshkv.ops.step.operators import decode_step
 from refreshkv.settings import SettingsError
 
@@ -31,6 +31,7 @@ class RefreshLayer(PreallocatedLayer):
     """
 
     batch_state = tuple(name for name in LayerState._fields if name != "length")
+    takes_terms = takes_other_values = True
     observers: Tensor
 
     def __init__(self, max_cache_len: int, config: RefreshConfig):
@@ -53,6 +54,8 @@ class RefreshLayer(PreallocatedLayer):
         self.joint: JointState | None = None
         self.number = 0
         """Number of this layer in `joint`."""
+        self.has_terms = False
+        """Whether the model changes the softmax (`SoftmaxTerms`), so that plain PyTorch computes the steps."""
 
     def __setstate__(self, state: dict) -> None:
         """Restores a copy: pickle makes new tensors where the original has slices of the joint state."""
@@ -100,11 +103,14 @@ class RefreshLayer(PreallocatedLayer):
         super().wait_for(stream)
 
     @torch.compiler.disable
-    def end_block(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
+    def end_block(
+        self, query: Tensor, left_padding: Tensor, scaling: float, terms: SoftmaxTerms = PLAIN_SOFTMAX
+    ) -> None:
         """Ends a prompt block: its last position is a full step, and steps count from there (specification, section 7).
 
-        query (B, H, n, D): the block's queries; left_padding (B,) int64.
+        query (B, H, n, D): the block's queries; left_padding (B,) int64; terms: the softmax's.
         """
+        self.has_terms = not terms.is_plain
         length, window = self.length, self.config.observation_window
         self._validate_padding(left_padding, query.shape[2])
         query = query.detach()  # a selection has no gradient
@@ -115,7 +121,7 @@ class RefreshLayer(PreallocatedLayer):
         self.row_state.copy_(torch.stack([last, budgets, left_padding, last + 1], dim=1))
         observers = self._latest_queries(query, length, window)
         self.mean_query.copy_(mean_query(query[:, :, -1:]).squeeze(1))
-        self.selected.copy_(self._select(observers, last, scaling))
+        self.selected.copy_(self._select(observers, last, scaling, terms))
         # The rankings count by their order only: descending numbers stand for the order of `selected`.
         self.ranking.copy_(torch.arange(self.width, 0, -1, device=self.device).expand_as(self.ranking))
         slots = torch.arange(length - window, length, device=query.device) % window
@@ -147,13 +153,32 @@ class RefreshLayer(PreallocatedLayer):
             kept = self.observers[:, :, torch.arange(before - missing, before, device=query.device) % window]
         return torch.cat([kept, latest], dim=2)
 
-    def step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    @property
+    def attends_by_kernels(self) -> bool:
+        return not self.has_terms and super().attends_by_kernels
+
+    def step(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, terms: SoftmaxTerms = PLAIN_SOFTMAX
+    ) -> Tensor:
         """One decoding step: query (B, H, 1, D), key and value (B, Hkv, 1, D) -> (B, 1, H, D)."""
         self.phase = Phase.DECODING
         if self.joint is not None:
             return self.joint.step(self, query, key, value, scaling)
+        if not self.has_operator:
+            return self._plain_step(query, key, value, scaling, terms)  # pyright: ignore[reportAttributeAccessIssue]  # disable()
         operator = self.operator(decode_step)
         return operator(query, key, value, self.state(), self.config.step_options(), scaling, self.selecting_state())
+
+    @property
+    def has_operator(self) -> bool:
+        """Whether `decode_step`, which knows the ordinary softmax over keys and values of one size only, computes the
+        steps."""
+        return not self.has_terms and self.keys.shape[-1] == self.values.shape[-1]
+
+    @torch.compiler.disable
+    def _plain_step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, terms: SoftmaxTerms) -> Tensor:
+        options, chosen = self.config.step_options(), self.selecting_state()
+        return naive.decode_step(query, key, value, self.state(), options, scaling, chosen, terms)
 
     def selecting_state(self) -> SelectingState | None:
         """What the layer holds for selecting steps; None if it has none."""
@@ -187,14 +212,17 @@ class RefreshLayer(PreallocatedLayer):
         if self.has_selecting_steps:
             self.selecting_steps[:, length:] = False
 
-    def _select(self, observers: Tensor, last: Tensor, scaling: float) -> Tensor:
+    def _select(self, observers: Tensor, last: Tensor, scaling: float, terms: SoftmaxTerms = PLAIN_SOFTMAX) -> Tensor:
         """The positions that the last token keeps, (B, Hkv, W), by rank, as far as ranks may drop before the next full
         step."""
         keys = self._known_keys()
         _, budgets, left_padding, _ = (column.contiguous() for column in self.row_state.unbind(1))
         droppable = self.width if self.drops_many else self.config.step_options().longest_segment
         steps = FullSteps(last.unsqueeze(-1), budgets, left_padding, self.width, droppable)
-        return ops.select(observers, keys, steps, self.config.selection_options(), scaling).squeeze(2)
+        options = self.config.selection_options()
+        if not self.has_operator:
+            return naive.select(observers, keys, steps, options, scaling, terms=terms).squeeze(2)
+        return ops.select(observers, keys, steps, options, scaling).squeeze(2)
 
     def _known_keys(self) -> Tensor:
         """All tokens' keys so far, (B, Hkv, L, D)."""

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from refreshkv.layers import layer_windows
+from refreshkv.cache.recurrent import change_batch, forget, forget_other_batch
+from refreshkv.layers import EMPTY, RECURRENT, layer_kinds, own_layers
 from refreshkv.ops.choice import CHOICE
 from refreshkv.ops.state import PADDING
 from refreshkv.settings import SettingsError
@@ -50,6 +51,10 @@ class PreallocatedLayer(CacheLayerMixin):
     """Names of the tensors whose first dimension is the batch."""
     takes_prefix = True
     """Whether `load_prefix` may put in the first tokens: False if the choice of entries needs all queries."""
+    takes_terms = False
+    """Whether the layer follows attention sinks and a softcap (`refreshkv.ops.state.SoftmaxTerms`)."""
+    takes_other_values = False
+    """Whether values may have another size than keys."""
     last_queries = 1
     """How many tokens of a prompt have to follow a prefix that `load_prefix` put in: their queries are needed."""
     # Tensors that the first tokens bring; transformers' class says None as well.
@@ -80,6 +85,20 @@ class PreallocatedLayer(CacheLayerMixin):
     def is_decoding(self) -> bool:
         """Whether the tokens that `update` has just been given are a decoding step."""
         return self.phase in (Phase.DECODING, Phase.STEP)
+
+    def validate_attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Raises `SettingsError` unless an attention over key (B, Hkv, L, D) and value (B, Hkv, L, E) is the one that
+        the last `update` announced, over the keys and values that the layer was given."""
+        if self.phase not in (Phase.BLOCK, Phase.STEP) or (self.phase is Phase.STEP and query.shape[2] != 1):
+            raise SettingsError(
+                "the model computes several attentions from one key and value in a layer, for which a small cache "
+                "would need a selection each"
+            )
+        if self._heads(key, value) != self._heads(self.keys, self.values):
+            raise SettingsError(
+                "the model attends to other keys and values than it puts into the cache (of other heads or sizes), so "
+                "those in the cache cannot be selected"
+            )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Takes the keys and values of new tokens, (B, Hkv, n, D) each.
@@ -143,8 +162,13 @@ class PreallocatedLayer(CacheLayerMixin):
         """
         self.phase = Phase.DECODING
         self.prefix_length, self.block_end = 0, self.length
-        self.is_captured = CHOICE.uses_kernels(self.keys) or self.device.type != "cuda"
+        self.is_captured = self.attends_by_kernels or self.device.type != "cuda"
         self._mark_static((*self.batch_state, "cumulative_length"))
+
+    @property
+    def attends_by_kernels(self) -> bool:
+        """Whether GPU kernels compute the layer's decoding steps."""
+        return CHOICE.attends_by_kernels(self.keys, self.values)
 
     def operator(self, step: Callable) -> Callable:
         """A decoding operator, as a compiled model may call it: the naive form on a GPU breaks the graph instead."""
@@ -203,8 +227,11 @@ class PreallocatedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, _, _, head_dim = key_states.shape
-        if value_states.shape[-1] != head_dim:
-            raise ValueError(f"keys of {head_dim} and values of {value_states.shape[-1]} numbers are not supported")
+        if value_states.shape[-1] != head_dim and not self.takes_other_values:
+            raise SettingsError(
+                f"the model has keys of {head_dim} and values of {value_states.shape[-1]} numbers a head, for which "
+                f"{type(self).__name__} has no buffers: decode with RefreshCache(..., offload=False) or FullCache"
+            )
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, batch
         self.value_dtype = value_states.dtype
         self.keys, self.values = self._new_buffer(key_states), self._new_buffer(value_states)
@@ -219,13 +246,20 @@ class PreallocatedLayer(CacheLayerMixin):
 
     @property
     def _shape(self) -> tuple:
-        """What the buffers were made for: batch rows, key/value heads, head size, types of keys and values, device."""
-        return self.batch_size, self.keys.shape[1], self.keys.shape[-1], self.dtype, self.value_dtype, self.device
+        """What the buffers were made for: batch rows, key/value heads, sizes of a key and a value, their types,
+        device."""
+        return self.batch_size, *self._heads(self.keys, self.values), self.dtype, self.value_dtype, self.device
 
     @staticmethod
     def _shape_of(keys: Tensor, values: Tensor) -> tuple:
         """The same of (B, Hkv, any, D) keys and values."""
-        return keys.shape[0], keys.shape[1], keys.shape[-1], keys.dtype, values.dtype, keys.device
+        heads = PreallocatedLayer._heads(keys, values)
+        return keys.shape[0], *heads, keys.dtype, values.dtype, keys.device
+
+    @staticmethod
+    def _heads(keys: Tensor, values: Tensor) -> tuple[int, int, int]:
+        """Key/value heads, and the sizes of a head's key and value."""
+        return keys.shape[1], keys.shape[-1], values.shape[-1]
 
     def _new_buffer(self, like: Tensor) -> Tensor:
         """Zeros for all the tokens that the layer holds, (B, Hkv, capacity, D)."""
@@ -331,7 +365,8 @@ class PreallocatedLayer(CacheLayerMixin):
 
     def _validate_shape(self, key_states: Tensor, value_states: Tensor) -> None:
         found = self._shape_of(key_states, value_states)
-        names = ("rows", "key/value heads", "numbers a head", "as keys", "as values", "as device")
+        sizes = ("rows", "key/value heads", "numbers a head", "numbers a value")
+        names = (*sizes, "as keys", "as values", "as device")
         for name, expected, given in zip(names, self._shape, found, strict=True):
             if expected != given:
                 raise ValueError(f"RefreshCache holds {expected} {name} and was given {given}: call reset() first")
@@ -381,7 +416,7 @@ def validate_room(length: int, max_cache_len: int) -> None:
 
 
 class PreallocatedCache(Cache):
-    """A cache of `make_layer()` for each full-attention layer; sliding-window layers keep one of transformers' own.
+    """A cache of `make_layer()` for each full-attention layer; all other layers keep one of transformers' own.
 
     Raises `SettingsError` unless max_cache_len, the most tokens per batch row, is a number.
     """
@@ -389,12 +424,16 @@ class PreallocatedCache(Cache):
     def __init__(self, config: PretrainedConfig, max_cache_len: int, make_layer: Callable[[], PreallocatedLayer]):
         if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int) or max_cache_len < 1:
             raise SettingsError(f"max_cache_len must be a whole number >= 1, got {max_cache_len!r}")
+        self.kinds = layer_kinds(config)
+        """What each layer is."""
+        own = own_layers(config)
         super().__init__(
-            layers=[
-                make_layer() if window is None else DynamicSlidingWindowLayer(sliding_window=window)
-                for window in layer_windows(config)
-            ]
+            layers=[make_layer() if kind.is_refreshed else layer for kind, layer in zip(self.kinds, own, strict=True)]
         )
+        self.is_broken = False
+        """Whether an error broke off a pass and left recurrent layers in an unknown state."""
+        self.first_layer = next((number for number, kind in enumerate(self.kinds) if kind.attends), 0)
+        """The layer whose update comes first in a pass."""
         self.capacity = max_cache_len
         self.undo: UndoLog | None = None
         self.row_starts: list[RowStart] | None = None
@@ -427,9 +466,36 @@ class PreallocatedCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """The update of one layer. Raises `RuntimeError` if an error broke off the model's call before this one."""
-        if layer_idx == 0 and not torch.compiler.is_compiling():
+        if layer_idx == self.first_layer and not torch.compiler.is_compiling():
             self._validate_complete()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """As transformers' own; an emptied layer takes another number of batch rows."""
+        forget_other_batch(self.layers[layer_idx], len(conv_states))
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """As transformers' own; an emptied layer takes another number of batch rows."""
+        forget_other_batch(self.layers[layer_idx], len(recurrent_states))
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    @property
+    def has_recurrent_layers(self) -> bool:
+        """Whether some layer keeps a state of fixed size instead of keys and values."""
+        return any(kind.name == RECURRENT for kind in self.kinds)
+
+    def break_off(self) -> None:
+        """Notes that an error ended a pass: recurrent layers may hold more tokens than the others now."""
+        self.is_broken = self.has_recurrent_layers
+
+    def validate_whole(self) -> None:
+        """Raises `RuntimeError` if an error broke off the last pass while recurrent layers changed."""
+        if self.is_broken:
+            raise RuntimeError(
+                f"an error broke off the last pass through the {type(self).__name__}, whose recurrent layers cannot "
+                "go back to the state before it: call reset() first"
+            )
 
     def _validate_complete(self) -> None:
         known = (layer.known_length for layer in self.preallocated_layers())
@@ -448,11 +514,14 @@ class PreallocatedCache(Cache):
     def reset(self) -> None:
         """Forgets all tokens and decisions; full-attention layers keep their buffers."""
         self.undo = self.row_starts = self.tokens = None
+        self.is_broken = False
         for number, layer in enumerate(self.layers):
             if isinstance(layer, PreallocatedLayer):
                 layer.reset()
             elif isinstance(layer, DynamicSlidingWindowLayer):  # some releases of transformers cannot empty these
                 self.layers[number] = type(layer)(sliding_window=layer.sliding_window)
+            elif isinstance(layer, LinearAttentionLayer):
+                forget(layer)
 
     # ---- changes of the batch
 
@@ -465,7 +534,10 @@ class PreallocatedCache(Cache):
         if self.known_length == 0:
             return
         indices = row_numbers(indices, self.batch_size)
-        super().batch_select_indices(indices)
+        self._change_layers(
+            lambda layer: layer.batch_select_indices(indices),
+            lambda state: state.index_select(0, indices.to(state.device)),
+        )
         self.tokens = None if self.tokens is None else self.tokens[indices.to(self.tokens.device)]
         # on a GPU the host does not wait for the numbers
         known = self.row_starts if indices.device.type == "cpu" else None
@@ -475,17 +547,29 @@ class PreallocatedCache(Cache):
         """Repeats each batch row `repeats` times, neighbours."""
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise ValueError(f"repeats must be a whole number >= 1, got {repeats!r}")
-        super().batch_repeat_interleave(repeats)
+        self._change_layers(
+            lambda layer: layer.batch_repeat_interleave(repeats), lambda state: state.repeat_interleave(repeats, dim=0)
+        )
         self.tokens = None if self.tokens is None else self.tokens.repeat_interleave(repeats, dim=0)
         if self.row_starts is not None:
             self.row_starts = [start for start in self.row_starts for _ in range(repeats)]
+
+    def _change_layers(self, attending: Callable[[Any], None], change: Callable[[Tensor], Tensor]) -> None:
+        """Changes the batch rows of each layer: by `attending(layer)`, or of a recurrent layer's states by `change`."""
+        for layer, kind in zip(self.layers, self.kinds, strict=True):
+            if kind.name == RECURRENT:
+                change_batch(layer, change)
+            elif kind.attends:
+                attending(layer)
 
     # ---- taking back the last step, by the names of transformers
 
     @property
     def is_croppable(self) -> bool:
-        """Whether the last decoding step can be taken back."""
-        return all(isinstance(layer, PreallocatedLayer) and layer.is_croppable for layer in self.layers)
+        """Whether the last decoding step can be taken back. A recurrent layer keeps no state of earlier steps, and a
+        sliding window has dropped tokens."""
+        layers = (layer for layer, kind in zip(self.layers, self.kinds, strict=True) if kind.name != EMPTY)
+        return all(isinstance(layer, PreallocatedLayer) and layer.is_croppable for layer in layers)
 
     def activate_past_recording(self) -> None:
         """Keeps from here on what the next step changes, so that `crop(-1)` can take it back.

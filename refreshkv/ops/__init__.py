@@ -6,6 +6,7 @@ computes what is decided in `choice`, once, by this table (16 bits: float16 and 
 | operation | form | when |
 |---|---|---|
 | all | `naive` | on CPUs, in float64, with REFRESHKV_OPS=naive in the environment |
+| all but `write_score_keys` | `naive` | attention sinks, softcap, values of another size than the keys |
 | `prompt_block`: a prompt, no gradient | `rows/cudnn.py` | 256 queries or more, 16 bits, no padding, eager |
 | `whole_sequence`: all positions | `rows/whole_sequence.py` | at most 1/64 of it decoded, uniform, 16 bits, eager |
 | `refresh_rows`: decoded positions | `rows/after_prompt.py`, of the following four: | otherwise |
@@ -27,11 +28,17 @@ from torch import Tensor
 
 from refreshkv.ops import naive
 from refreshkv.ops.choice import CHOICE
-from refreshkv.ops.state import FullSteps, Plan, SelectionOptions
+from refreshkv.ops.state import PLAIN_SOFTMAX, FullSteps, Plan, SelectionOptions, SoftmaxTerms
 
 
 def refresh_rows(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: SelectionOptions, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    options: SelectionOptions,
+    scaling: float,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> Tensor:
     """Attention of all positions after the prompt, full and partial steps (specification, section 8).
 
@@ -41,14 +48,15 @@ def refresh_rows(
         plan: the refresh pattern of this layer.
         options: how full steps rank positions.
         scaling: factor of the logits.
+        terms: what the model changes in the softmax besides.
 
-    Returns (B, R, H, D), differentiable in query, key and value; the selection is not differentiated.
+    Returns (B, R, H, D), differentiable in query, key, value and the terms' sinks; the selection is not differentiated.
     """
-    if CHOICE.uses_kernels(query):
+    if CHOICE.attends_by_kernels(key, value, terms):
         from refreshkv.ops.rows import after_prompt  # imports Triton, which machines without a GPU may lack
 
         return after_prompt.refresh_rows(query, key, value, plan, options, scaling)
-    return naive.refresh_rows(query, key, value, plan, options, scaling)
+    return naive.refresh_rows(query, key, value, plan, options, scaling, terms)
 
 
 def whole_sequence(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
-from refreshkv.ops.state import Plan
+from refreshkv.ops.state import PLAIN_SOFTMAX, Plan, SoftmaxTerms
 
 KERNEL_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 CUDNN_TYPES = (torch.float16, torch.bfloat16)
@@ -49,6 +49,11 @@ class Choice:
         if not torch.compiler.is_compiling():
             _log_once()
         return tensor.is_cuda and tensor.dtype in KERNEL_TYPES and not self.naive_only
+
+    def attends_by_kernels(self, key: Tensor, value: Tensor, terms: SoftmaxTerms = PLAIN_SOFTMAX) -> bool:
+        """True if kernels attend to key (B, Hkv, L, D) and value (B, Hkv, L, E): for the ordinary softmax over keys and
+        values of one size. Attention sinks, a softcap, and values of another size take plain PyTorch."""
+        return terms.is_plain and key.shape[-1] == value.shape[-1] and self.uses_kernels(key)
 
     def takes_whole_sequence(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> bool:
         """True if `ops.whole_sequence` is the faster way for query (B, H, T, D), key and value (B, Hkv, T, D)."""
@@ -83,6 +88,7 @@ class Choice:
         uniform = "fixed schedule, no padding, 16 bits"
         return [
             ("float64, or tensors on the CPU", "plain PyTorch"),
+            ("attention sinks, softcap, values of another size than keys", "plain PyTorch, several times slower"),
             ("prompt in a cache", f"cuDNN from {FEWEST_QUERIES} tokens on, 16 bits, no padding; else torch's fastest"),
             ("whole training sequence", f"one cuDNN attention if at most 1/{TAIL_SHARE} of it decodes; {uniform}"),
             ("full steps in training", f"cuDNN if Simulation.recurring; {uniform}; else Triton"),
@@ -99,7 +105,7 @@ class Choice:
 
 def cudnn_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """True if cuDNN's attention takes these tensors, (B, H, Q, D) and twice (B, Hkv, T, D)."""
-    if not query.is_cuda or query.dtype not in CUDNN_TYPES:
+    if not query.is_cuda or query.dtype not in CUDNN_TYPES or key.shape[-1] != value.shape[-1]:
         return False
     return can_use_cudnn_attention(SDPAParams(query, key, value, None, 0.0, True, True))
 

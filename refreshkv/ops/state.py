@@ -25,6 +25,37 @@ TAIL = 16
 """Lowest ranks that the kernels of a decoding step put in order at a time: a queue drops them one by one."""
 
 
+class SoftmaxTerms(NamedTuple):
+    """What some models change in the softmax, beside its scaling (docs/specification.md, section 14)."""
+
+    sinks: Tensor | None = None
+    """(H,): a further term of each query head in the denominator, exp(sink); None: no such term."""
+    softcap: float | None = None
+    """Each logit `x` becomes `softcap * tanh(x / softcap)`; None: it stays."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the softmax is the ordinary one."""
+        return self.sinks is None and self.softcap is None
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """The logits after the softcap."""
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def softmax(self, logits: Tensor, kv_heads: int) -> Tensor:
+        """Softmax over the last dimension of capped and masked logits (B, Hkv, G, ...), with the sinks in the
+        denominator. A row in which nothing is visible gives zeros with sinks, and nan without."""
+        if self.sinks is None:
+            return logits.softmax(dim=-1)
+        ones = (1,) * (logits.dim() - 3)
+        sinks = self.sinks.to(logits.dtype).view(1, kv_heads, -1, *ones).expand(*logits.shape[:-1], 1)
+        return torch.cat([logits, sinks], dim=-1).softmax(dim=-1)[..., :-1]
+
+
+PLAIN_SOFTMAX = SoftmaxTerms()
+"""The ordinary softmax."""
+
+
 class SelectionOptions(NamedTuple):
     """How a full step ranks positions (specification, section 5); `RefreshConfig` documents the fields."""
 

@@ -23,6 +23,7 @@ from transformers import Cache, PreTrainedModel
 from refreshkv.attention.enable import attention_modules
 from refreshkv.checksums import digest
 from refreshkv.identity import changes, first_difference, identity
+from refreshkv.layers import layer_kinds
 from refreshkv.prefix.backend_folder import FolderBackend
 from refreshkv.prefix.backend_memory import MemoryBackend
 from refreshkv.prefix.entry import Backend, Entry, Ids, as_tokens, device_name
@@ -63,6 +64,7 @@ class PrefixStore:
     ) -> None:
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
             raise SettingsError(f"max_bytes of the prefix store must be a whole number >= 1, got {max_bytes!r}")
+        _validate_layers(model, setting)
         self.max_bytes = max_bytes
         self.model = model
         self._setting, self._identity, self._changes = setting, identity(model), changes(model)
@@ -208,6 +210,15 @@ class PrefixStore:
                 self._indexed[key] = entry
                 self._index.add(entry)
         return there
+
+
+def _validate_layers(model: PreTrainedModel, setting: str) -> None:
+    """Raises `SettingsError` for a model with layers that hold something else than each token's key and value."""
+    if any(not kind.attends for kind in layer_kinds(model.config)):
+        raise SettingsError(
+            f"{setting}: {type(model).__name__} has recurrent layers, whose state after one prompt says nothing of the "
+            "state after its first tokens: leave out the prefix store for this model"
+        )
 
 
 def _validate_load(entries: list[Entry | None], cache: Cache, lengths: list[int]) -> None:

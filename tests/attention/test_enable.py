@@ -169,8 +169,6 @@ def test_a_simulation_takes_whole_rows():
     ("settings", "message"),
     [
         ({"dropout": 0.1}, r"attention dropout \(0.1\) is not simulated"),
-        ({"softcap": 30.0}, "uses softcap"),
-        ({"s_aux": torch.zeros(4)}, "uses s_aux"),
         ({"position_bias": torch.zeros(1)}, "uses position_bias"),
     ],
 )
@@ -325,9 +323,9 @@ def test_only_recurring_shapes_may_go_to_cudnn(monkeypatch, recurring):
     """The simulation says so, alike for all layers of a pass and for those that are recomputed."""
     seen = []
 
-    def refresh_rows(query, key, value, plan, options, scaling):
+    def refresh_rows(query, key, value, plan, options, scaling, terms):
         seen.append(plan.recurring)
-        return naive.refresh_rows(query, key, value, plan, options, scaling)
+        return naive.refresh_rows(query, key, value, plan, options, scaling, terms)
 
     monkeypatch.setattr(attention.ops, "refresh_rows", refresh_rows)
     model, ids = tiny_enabled().train(), random_ids(2, 40)

@@ -21,13 +21,55 @@ FAMILIES = {
     for family, name in CLASSES.items()
     if hasattr(transformers, f"{name}Config")
 }
-OWN_SETTINGS = {"mistral": {"sliding_window": None}}
+OWN_SETTINGS = {
+    "mistral": {"sliding_window": None},
+    "gpt_oss": {
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 12,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "gemma2": {
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 12,
+        "attn_logit_softcapping": 2.0,
+        "query_pre_attn_scalar": 8,
+    },
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention", "full_attention"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "mlp_only_layers": [0, 1, 2],  # its router computes in float32
+    },
+    "mimo_v2_flash": {
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 12,
+        "v_head_dim": 12,
+        "mlp_layer_types": ["dense"] * 3,  # its router computes in float32
+    },
+}
+CHANGED = {"gpt_oss": "GptOss", "gemma2": "Gemma2", "qwen3_next": "Qwen3Next", "mimo_v2_flash": "MiMoV2Flash"}
+"""Families whose attention or cache is another: sinks, a softcap, recurrent layers, values of another size."""
 VOCABULARY = 61
+
+
+def classes_of(family):
+    """The configuration's and the model's class."""
+    if family in FAMILIES:
+        return FAMILIES[family]
+    return tuple(getattr(transformers, f"{CHANGED[family]}{kind}") for kind in ("Config", "ForCausalLM"))
 
 
 def tiny_model(family="llama", dtype=torch.float64, groups=2, layers=2, seed=0, **settings):
     """A model with 4 query heads and `4 / groups` key/value heads, weights large enough to tell positions apart."""
-    config_class, model_class = FAMILIES[family]
+    config_class, model_class = classes_of(family)
+    layers = len(OWN_SETTINGS.get(family, {}).get("layer_types", range(layers)))
     base = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -42,6 +84,8 @@ def tiny_model(family="llama", dtype=torch.float64, groups=2, layers=2, seed=0, 
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+    if family in CHANGED:
+        base["experts_implementation"] = "eager"  # the fast forms know no float64
     if family == "olmo3":
         base["layer_types"] = ["full_attention"] * layers
     base |= OWN_SETTINGS.get(family, {})

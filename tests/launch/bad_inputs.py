@@ -1030,6 +1030,8 @@ def _commands() -> Iterator[Case]:
     yield Case("generate: no such option", f"{GENERATE} --nonesuch", ("--nonesuch",))
     yield Case("generate: an unknown setting", f"{GENERATE} refresh.nonesuch=1", ("refresh.nonesuch",))
     yield Case("doctor: an argument", "doctor x", ("x",))
+    yield Case("models: no such family", "models --try nonesuch", ("--try", "nonesuch"))
+    yield Case("models: a record of nothing", "models --record", ("--record", "--try all"))
     yield Case("evaluate: no such suite", f"{SUITE} --suite nonesuch", ("--suite",))
     yield Case("evaluate: no such strategy", f"{EVALUATE} --strategies nonesuch", ("--strategies",))
     yield Case("evaluate: no such task", TASKS.replace("niah_single_1", "nonesuch"), ("nonesuch",))

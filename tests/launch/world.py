@@ -77,6 +77,7 @@ COMMANDS = {
     "--output sweep",
     "generate": "generate --model model --prompt-file prompt.txt --max-new-tokens 4 --prefix-store store",
     "experiment": "experiment --config experiment.yaml --dry-run",
+    "models": "models",
     "doctor": "doctor",
 }
 """Commands that succeed, in the order in which they make the world."""

@@ -11,22 +11,28 @@ from torch import Tensor
 from refreshkv.ops.naive.attention import grouped_attention
 from refreshkv.ops.naive.score_keys import score_keys_of
 from refreshkv.ops.naive.selection import ranks_left, select, selection_sizes
-from refreshkv.ops.state import Plan, SelectionOptions
+from refreshkv.ops.state import PLAIN_SOFTMAX, Plan, SelectionOptions, SoftmaxTerms
 
 
 def refresh_rows(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: SelectionOptions, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    options: SelectionOptions,
+    scaling: float,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> Tensor:
     """Attention of all positions after the prompt, full, selecting and partial ones, in the parallel form (section 8).
 
-    query (B, H, Q, D): the last Q positions, at least those after the prompt and the ones that observe at its end; key,
-    value (B, Hkv, T, D): the whole sequence. Returns (B, R, H, D). Differentiable in query, key and value; the
-    selection is not differentiated.
+    query (B, H, Q, D): the last Q positions, at least those after the prompt and the ones that observe at its end; key
+    (B, Hkv, T, D), value (B, Hkv, T, E): the whole sequence. Returns (B, R, H, E). Differentiable in query, key, value
+    and the terms' sinks; the selection is not differentiated.
     """
-    selected = selections(query.detach(), key.detach(), plan, options, scaling)
+    selected = selections(query.detach(), key.detach(), plan, options, scaling, terms)
     visible = visible_keys(plan, selected, columns=key.shape[2])
     rows = query[:, :, query.shape[2] - (key.shape[2] - plan.prompt_length) :]
-    return grouped_attention(rows, key, value, visible, scaling).transpose(1, 2)
+    return grouped_attention(rows, key, value, visible, scaling, terms).transpose(1, 2)
 
 
 def whole_sequence(
@@ -43,16 +49,23 @@ def whole_sequence(
     return torch.cat([output, refresh_rows(query, key, value, plan, options, scaling)], dim=1)
 
 
-def selections(query: Tensor, key: Tensor, plan: Plan, options: SelectionOptions, scaling: float) -> Tensor:
+def selections(
+    query: Tensor,
+    key: Tensor,
+    plan: Plan,
+    options: SelectionOptions,
+    scaling: float,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
+) -> Tensor:
     """What the full steps keep and, after them, what the selecting steps keep: (B, Hkv, A, W) int64 by rank.
 
     query, key: as in `refresh_rows`.
     """
-    selected = select(query, key, plan.steps, options, scaling)
+    selected = select(query, key, plan.steps, options, scaling, terms=terms)
     if plan.selecting_positions is None or plan.selecting_positions.shape[1] == 0:
         return selected
     score_key = score_keys_of(key, plan.score_bits)
-    chosen = select(query, score_key, plan.selecting_steps, options, scaling, own_first=True)
+    chosen = select(query, score_key, plan.selecting_steps, options, scaling, own_first=True, terms=terms)
     return torch.cat([selected, chosen], dim=2)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refreshkv.ops.state import FullSteps, SelectionOptions
+from refreshkv.ops.state import PLAIN_SOFTMAX, FullSteps, SelectionOptions, SoftmaxTerms
 
 MAX_SCORES = 2**26
 """Attention scores that `select` holds at once (float32: 256 MiB); it takes longer inputs in chunks of steps."""
@@ -24,6 +24,7 @@ def select(
     scaling: float,
     *,
     own_first: bool = False,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> Tensor:
     """The positions each step keeps, by rank (specification, sections 3 and 5; paper section 2.2).
 
@@ -37,7 +38,7 @@ def select(
     parts = []
     for here in steps.positions.split(chunk, dim=1):
         observers = observing_queries(query, here - (key.shape[2] - query.shape[2]), options.observation_window)
-        scores = observed_scores(observers, key, here, left_padding, scaling)
+        scores = observed_scores(observers, key, here, left_padding, scaling, terms)
         scores = pool(scores, here, left_padding, options.pool_kernel, options.pool_ahead)
         parts.append(best_positions(scores, steps._replace(positions=here), options, own_first=own_first))
     return torch.cat(parts, dim=2)
@@ -60,20 +61,32 @@ def observing_queries(query: Tensor, columns: Tensor, observation_window: int) -
     return query.gather(2, index).unflatten(2, columns.shape[1:])
 
 
-def observed_scores(observers: Tensor, key: Tensor, positions: Tensor, left_padding: Tensor, scaling: float) -> Tensor:
+def observed_scores(
+    observers: Tensor,
+    key: Tensor,
+    positions: Tensor,
+    left_padding: Tensor,
+    scaling: float,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
+) -> Tensor:
     """The scores of all positions: softmax probabilities, their maximum over the group, its mean over the observing
     queries.
 
     Arguments as in `observed_probabilities`. Returns (B, Hkv, N, L) float32.
     """
-    probabilities = observed_probabilities(observers, key, positions, left_padding, scaling)
+    probabilities = observed_probabilities(observers, key, positions, left_padding, scaling, terms)
     # a batch row may have fewer positions than observers
     present = (positions + 1 - left_padding.unsqueeze(-1)).clamp(min=1, max=observers.shape[3])
     return probabilities.amax(dim=2).sum(dim=3) / present[:, None, :, None]
 
 
 def observed_probabilities(
-    observers: Tensor, key: Tensor, positions: Tensor, left_padding: Tensor, scaling: float
+    observers: Tensor,
+    key: Tensor,
+    positions: Tensor,
+    left_padding: Tensor,
+    scaling: float,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> Tensor:
     """The softmax probabilities of each observing query over the positions that it sees: (B, Hkv, G, N, O, L) float32.
 
@@ -90,7 +103,8 @@ def observed_probabilities(
     start = left_padding[:, None, None]
     seen = (column >= start.unsqueeze(-1)) & (column <= observer.unsqueeze(-1))
     unseen = ~seen[:, None, None]
-    return logits.masked_fill(unseen, -torch.inf).softmax(dim=-1).masked_fill(unseen, 0.0).float()
+    logits = terms.cap(logits).masked_fill(unseen, -torch.inf)
+    return terms.softmax(logits, kv_heads).masked_fill(unseen, 0.0).float()
 
 
 def _exists(columns: int, positions: Tensor, left_padding: Tensor) -> Tensor:

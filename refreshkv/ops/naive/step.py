@@ -16,11 +16,13 @@ from refreshkv.ops.state import (
     ENTRIES_USED,
     LAST_FULL,
     PADDING,
+    PLAIN_SOFTMAX,
     PROMPT_LENGTH,
     CompactState,
     FullSteps,
     LayerState,
     SelectingState,
+    SoftmaxTerms,
     StepOptions,
 )
 
@@ -34,6 +36,7 @@ def decode_step(
     options: StepOptions,
     scaling: float,
     chosen: SelectingState | None = None,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> Tensor:
     """One decoding step of one layer, in place; arguments and result as in `refreshkv.ops.step.operators.decode_step`.
 
@@ -47,19 +50,20 @@ def decode_step(
     step = position - (state.row_state[:, PROMPT_LENGTH] - 1)
     is_full = (step % options.stride == 0) & schedule.is_refresh(now, state.mean_query, options.threshold)
     known, contents = state.keys[:, :, : position + 1], state.values[:, :, : position + 1]
-    output = decode(query, known, contents, is_full, state.row_state, state.selected.long(), scaling)
+    output = decode(query, known, contents, is_full, state.row_state, state.selected.long(), scaling, terms)
     if options.select_stride is not None:
         assert chosen is not None and chosen.selecting_steps is not None
         _store_score_key(chosen, known[:, :, -1], position)
         is_selecting = (step % options.select_stride == 0) & ~is_full
         if bool(is_selecting.any()):
-            best = _select(state, position, _score_keys(chosen, known), options, scaling, own_first=True)
-            own = attend_to_positions(query, known, contents, best, scaling)
+            best = _select(state, position, _score_keys(chosen, known), options, scaling, terms, own_first=True)
+            own = attend_to_positions(query, known, contents, best, scaling, terms)
             output = torch.where(is_selecting[:, None, None, None], own, output)
             _keep(state, position, best, is_selecting)
         chosen.selecting_steps[:, position] = is_selecting
     if bool(is_full.any()):
-        _keep(state, position, _select(state, position, known, options, scaling, own_first=False), is_full)
+        best = _select(state, position, known, options, scaling, terms, own_first=False)
+        _keep(state, position, best, is_full)
         state.mean_query.copy_(torch.where(is_full[:, None], now, state.mean_query))
         state.full_steps[:, position] = is_full
     state.length.add_(1)
@@ -83,14 +87,21 @@ def choose_step(
     state.observers[:, :, position % options.selection.observation_window] = query[:, :, 0]
     known = state.keys[:, :, : position + 1]
     _store_score_key(chosen, known[:, :, -1], position)
-    best = _select(state, position, _score_keys(chosen, known), options, scaling, own_first=True)
+    best = _select(state, position, _score_keys(chosen, known), options, scaling, PLAIN_SOFTMAX, own_first=True)
     _keep(state, position, best, torch.ones_like(chosen.selecting_steps[:, position]))
     chosen.selecting_steps[:, position] = True
     state.length.add_(1)
 
 
 def _select(
-    state: LayerState, position: int, key: Tensor, options: StepOptions, scaling: float, *, own_first: bool
+    state: LayerState,
+    position: int,
+    key: Tensor,
+    options: StepOptions,
+    scaling: float,
+    terms: SoftmaxTerms,
+    *,
+    own_first: bool,
 ) -> Tensor:
     """What all batch rows would keep at a step at `position`, by the keys or score keys (B, Hkv, L, D): (B, Hkv, W)."""
     _, budgets, left_padding, _ = state.row_state.unbind(1)
@@ -99,7 +110,8 @@ def _select(
     observers = state.observers[:, :, (position - back) % window]
     positions = torch.full_like(budgets, position)[:, None]
     steps = FullSteps(positions, budgets, left_padding, width, droppable=width)
-    return select(observers, key, steps, options.selection, scaling, own_first=own_first).squeeze(2)
+    chosen = select(observers, key, steps, options.selection, scaling, own_first=own_first, terms=terms)
+    return chosen.squeeze(2)
 
 
 def _keep(state: LayerState, position: int, best: Tensor, where: Tensor) -> None:
@@ -133,6 +145,7 @@ def full_step(
     length: Tensor,
     row_state: Tensor,
     scaling: float,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> Tensor:
     """Appends one token and attends to all tokens; arguments and result: `refreshkv.ops.step.operators.full_step`."""
     position = int(length)
@@ -140,7 +153,7 @@ def full_step(
     length += 1
     exists = torch.arange(position + 1, device=keys.device) >= row_state[:, PADDING, None]
     known, contents = keys[:, :, : position + 1], values[:, :, : position + 1]
-    return grouped_attention(query, known, contents, exists[:, None, None], scaling).transpose(1, 2)
+    return grouped_attention(query, known, contents, exists[:, None, None], scaling, terms).transpose(1, 2)
 
 
 @torch.no_grad()
@@ -169,7 +182,14 @@ def compact_step(
 
 
 def decode(
-    query: Tensor, key: Tensor, value: Tensor, is_full: Tensor, row_state: Tensor, selected: Tensor, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_full: Tensor,
+    row_state: Tensor,
+    selected: Tensor,
+    scaling: float,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> Tensor:
     """Attention of one decoding step, the token at the last column of the cache (specification, section 4).
 
@@ -180,12 +200,12 @@ def decode(
     position, columns = key.shape[2] - 1, key.shape[2]
     queue = small_cache(position, row_state, selected)
     if not bool(is_full.any()):
-        return attend_to_positions(query, key, value, queue, scaling)
+        return attend_to_positions(query, key, value, queue, scaling, terms)
     in_queue = torch.zeros(*queue.shape[:2], columns + 1, dtype=torch.bool, device=key.device)
     in_queue = in_queue.scatter(-1, queue.masked_fill(queue < 0, columns), True)[..., :columns]
     everything = torch.arange(columns, device=key.device) >= row_state[:, PADDING, None, None]
     visible = torch.where(is_full[:, None, None], everything, in_queue)
-    return grouped_attention(query, key, value, visible.unsqueeze(2), scaling)
+    return grouped_attention(query, key, value, visible.unsqueeze(2), scaling, terms)
 
 
 def small_cache(position: int, row_state: Tensor, selected: Tensor) -> Tensor:
