@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from refreshkv.config import NEVER, RefreshConfig, Simulation, Trace
     from refreshkv.generation.compilation import tuned_compilation
     from refreshkv.generation.decode_ahead import decode_ahead
+    from refreshkv.generation.lossless import DraftCounts, decode_lossless
     from refreshkv.settings import SettingsError
     from refreshkv.simulation.settings import SimulationConfig
     from refreshkv.simulation.simulate import simulate
@@ -24,6 +25,7 @@ except PackageNotFoundError:  # a checkout that was never installed
 
 __all__ = [
     "NEVER",
+    "DraftCounts",
     "RefreshCache",
     "RefreshConfig",
     "SettingsError",
@@ -32,12 +34,14 @@ __all__ = [
     "Trace",
     "__version__",
     "decode_ahead",
+    "decode_lossless",
     "enable",
     "simulate",
     "tuned_compilation",
 ]
 
 _MODULES = {
+    "DraftCounts": "refreshkv.generation.lossless",
     "NEVER": "refreshkv.config",
     "RefreshCache": "refreshkv.cache.refresh",
     "RefreshConfig": "refreshkv.config",
@@ -46,6 +50,7 @@ _MODULES = {
     "SimulationConfig": "refreshkv.simulation.settings",
     "Trace": "refreshkv.config",
     "decode_ahead": "refreshkv.generation.decode_ahead",
+    "decode_lossless": "refreshkv.generation.lossless",
     "enable": "refreshkv.attention.enable",
     "simulate": "refreshkv.simulation.simulate",
     "tuned_compilation": "refreshkv.generation.compilation",

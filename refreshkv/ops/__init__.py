@@ -9,6 +9,7 @@ computes what is decided in `choice`, once, by this table (16 bits: float16 and 
 | `prompt_block`: a prompt, no gradient | `rows/cudnn.py` | 256 queries or more, 16 bits, no padding, eager |
 | `whole_sequence`: all positions | `rows/whole_sequence.py` | at most 1/64 of it decoded, uniform, 16 bits, eager |
 | `refresh_rows`: decoded positions | `rows/after_prompt.py`, of the following four: | otherwise |
+| `rectified_rows`: decoded positions with `rectify` | `naive` | always |
 | full steps | `rows/full_steps_cudnn.py` | uniform, 16 bits, shapes that recur |
 | full steps | `rows/full_steps.py`: Triton | otherwise |
 | selecting, partial steps | `rows/block_steps.py`, `rows/key_lists.py`: Triton | short segments |
@@ -49,6 +50,23 @@ def refresh_rows(
 
         return after_prompt.refresh_rows(query, key, value, plan, options, scaling)
     return naive.refresh_rows(query, key, value, plan, options, scaling)
+
+
+def rectified_rows(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: SelectionOptions, scaling: float
+) -> Tensor:
+    """Attention of the decoded stream of a rectified pass (specification, section 11), in plain PyTorch on any device.
+
+    Args:
+        query: (B, H, T + R, D): the T positions under full attention, then the R decoded ones.
+        key, value: (B, Hkv, T + R, D).
+        plan: the refresh pattern of the T positions, with the fixed schedule.
+        options: how full steps rank positions.
+        scaling: factor of the logits.
+
+    Returns (B, R, H, D), differentiable in query, key and value; the selection is not differentiated.
+    """
+    return naive.rectified_rows(query, key, value, plan, options, scaling)
 
 
 def whole_sequence(
