@@ -155,15 +155,20 @@ class RefreshLayer(PreallocatedLayer):
         """Before steps that will be dropped: keeps the observers, which they overwrite."""
         self._keep("kept_observers", self.observers)
 
-    def accept(self, count: int) -> None:
-        """Keeps the first `count` tokens of the block that `drop_steps(awaits_accept=True)` announced, and selects at
-        the last of them."""
+    def accept(self, counts: Tensor, length: int, left_padding: Tensor) -> None:
+        """Selects after the block that `drop_steps(awaits_accept=True)` announced, of which rows keep `counts` (B,)
+        tokens; each row's last one is in column `length - 1` now, and its first one behind `left_padding` (B,)."""
         block = self.waiting
         assert block is not None, "no block waits"
         self.waiting, start = None, self.length - block.query.shape[2]
-        self.forget_step(start + count)
-        self.observers.copy_(self.kept_observers)
-        self._end_block(block.query[:, :, :count], block.left_padding, block.scaling)
+        window = self.config.observation_window
+        before = self.kept_observers[:, :, torch.arange(start - window, start, device=counts.device) % window]
+        wanted = counts[:, None] + torch.arange(window, device=counts.device)
+        index = wanted[:, None, :, None].expand(-1, before.shape[1], -1, before.shape[3])
+        latest = torch.cat([before, block.query], dim=2).gather(2, index)
+        self.forget_step(length)
+        self.prompt_length = length
+        self._select_after_block(latest, left_padding, block.scaling)
 
     @torch.compiler.disable
     def end_block(self, query: Tensor, left_padding: Tensor, scaling: float) -> None:
@@ -183,20 +188,31 @@ class RefreshLayer(PreallocatedLayer):
         query = query.detach()  # a selection has no gradient
         if length - query.shape[2] in (self.prompt_length, self.prefix_length):  # no step came in between
             self.prompt_length = length
+        latest = self._latest_queries(query, length, window)
+        is_step = self.dropped is not None and query.shape[2] == self.dropped + 1
+        self._select_after_block(latest, left_padding, scaling, keeps_schedule=is_step)
+
+    def _select_after_block(
+        self, latest: Tensor, left_padding: Tensor, scaling: float, keeps_schedule: bool = False
+    ) -> None:
+        """Selects at the last token, by the last O queries `latest` (B, H, O, D), and begins decoding.
+
+        keeps_schedule: budget and steps stay those of the prompt.
+        """
+        length, window = self.length, self.config.observation_window
         last = torch.full_like(left_padding, length - 1)
-        if self.dropped is not None and query.shape[2] == self.dropped + 1:
-            self.row_state[:, LAST_FULL] = last  # budget and steps stay those of the prompt
+        if keeps_schedule:
+            self.row_state[:, LAST_FULL] = last
         else:
             budgets = self.config.budgets(length - left_padding)
             self.row_state.copy_(torch.stack([last, budgets, left_padding, last + 1], dim=1))
         self.dropped = None
-        observers = self._latest_queries(query, length, window)
-        self.mean_query.copy_(mean_query(query[:, :, -1:]).squeeze(1))
-        self.selected.copy_(self._select(observers, last, scaling))
+        self.mean_query.copy_(mean_query(latest[:, :, -1:]).squeeze(1))
+        self.selected.copy_(self._select(latest, last, scaling))
         # The rankings count by their order only: descending numbers stand for the order of `selected`.
         self.ranking.copy_(torch.arange(self.width, 0, -1, device=self.device).expand_as(self.ranking))
-        slots = torch.arange(length - window, length, device=query.device) % window
-        self._keep("observers", torch.zeros_like(observers).index_copy(2, slots, observers))
+        slots = torch.arange(length - window, length, device=latest.device) % window
+        self._keep("observers", torch.zeros_like(latest).index_copy(2, slots, latest))
         self.full_steps[:, length - 1] = True
         self._start_decoding()
         self._join_layers()

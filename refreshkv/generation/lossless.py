@@ -5,11 +5,9 @@
 A round drafts some tokens with decoding steps from the small cache. Then it forgets what these steps wrote, and
 computes the drafts again as one block with full attention. Drafts are accepted while they are what full attention says;
 the first other one is replaced, and the small cache is selected anew. Keys and values that stay are full attention's.
+Batch rows accept different numbers of drafts (`refreshkv.cache.row_lengths`).
 
-Batch rows accept different numbers of drafts, and a cache has one length. So the cache advances by the number that the
-slowest row needs. Rows that are ahead lose nothing: the next round begins with the tokens that they know already.
-
-Shapes: `B` batch rows, `T` tokens so far, `d` drafts of a round, `V` vocabulary.
+Shapes: `B` batch rows, `T` columns of texts, `d` drafts of a round, `n = d + 1` tokens of its block, `V` vocabulary.
 """
 
 from dataclasses import dataclass
@@ -18,15 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import logits_process
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from refreshkv.cache.refresh import RefreshCache
+from refreshkv.cache.row_lengths import RowLengths
 from refreshkv.generation.decode_ahead import refuse_other_modes
 from refreshkv.settings import SettingsError
 
-FIRST_DRAFT, MOST_DRAFT = 6, 24
-"""Tokens that the first round drafts, and the most of any round, unless `draft_length` says."""
+MOST_DRAFT = 16
+"""Most drafts of a round, unless `draft_length` says."""
+DRAFT_COST = 0.35
+"""Time of a step from the small cache, of that of a block: decides how many drafts are worth it. Any value is right."""
+FIRST_ACCEPTANCE, MEMORY = 0.85, 0.9
+"""The acceptance that the first round reckons with, and the weight of earlier rounds against the last one."""
+BY_LOGITS_ALONE = ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta")
+"""Processors of transformers, `...LogitsWarper`, that do not look at the tokens so far."""
 
 
 @dataclass
@@ -42,7 +49,7 @@ class DraftCounts:
     steps: int = 0
     """Steps from the small cache."""
     tokens: int = 0
-    """Columns of new tokens."""
+    """New tokens of the longest row."""
 
     @property
     def acceptance(self) -> float:
@@ -51,7 +58,7 @@ class DraftCounts:
 
     @property
     def tokens_per_round(self) -> float:
-        """Tokens by which the whole batch advances in a round."""
+        """New tokens of the longest row in a round."""
         return self.tokens / self.rounds if self.rounds else 0.0
 
 
@@ -69,13 +76,14 @@ def decode_lossless(
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Greedy search or sampling, given as `custom_generate` to `generate()`, which calls it.
 
-    Greedy output is token for token that of full attention, as far as one token's logits do not depend on how many are
-    computed at a time; samples are distributed as full attention's (speculative sampling). Logits processors are called
-    for each draft, then for each token of a block, and must depend on their arguments alone. Wants
-    `past_key_values=RefreshCache(...)`, best with `RefreshConfig.recommended(...)`.
+    Greedy output is token for token that of full attention, as far as a token's logits do not depend on how many are
+    computed at a time; samples are distributed as full attention's (speculative sampling). Wants
+    `past_key_values=RefreshCache(...)`, best with `RefreshConfig.recommended(...)`. Logits processors and stopping
+    criteria see each row by itself and must depend on their arguments alone. Afterwards the cache holds the tokens that
+    all rows have but the last ones, with full attention's keys and values; the next call computes the rest.
 
     Args:
-        draft_length: drafts of each round. None: as many as about half of the rows accept, by the rounds before.
+        draft_length: drafts of each round. None: by the acceptance so far.
         drafts: receives the counts.
 
     Returns (B, P + new), or the output that `return_dict_in_generate` asks for, without scores. Raises `SettingsError`
@@ -85,25 +93,38 @@ def decode_lossless(
     cache = _validated_cache(model_kwargs.get("past_key_values"), generation_config, streamer)
     if draft_length is not None and (isinstance(draft_length, bool) or draft_length < 1):
         raise SettingsError(f"draft_length must be a whole number >= 1 or None, got {draft_length!r}")
+    counts = DraftCounts() if drafts is None else drafts
     passes = _Passes(model, cache, generation_config, model_kwargs)
     rules = Rules(logits_processor, stopping_criteria, generation_config)
-    counts = DraftCounts() if drafts is None else drafts
-    texts = _Texts(input_ids, rules, passes.prompt(input_ids))
-    length = draft_length or FIRST_DRAFT
-    while not texts.all_ended:
-        count = min(length, cache.capacity - texts.cached - 1, texts.room)
-        accepted = _round(passes, texts, rules, counts, max(0, count))
-        if draft_length is None and count == length:
-            length = min(length + 2, MOST_DRAFT) if accepted else max(1, length - 1)
+    texts = _Texts(input_ids, rules)
+    first = rules.distribution(input_ids, texts.known, passes.prompt(input_ids)[:, None])
+    texts.add(rules.choose(first), torch.ones_like(texts.known))
+    lengths, acceptance = RowLengths(cache), FIRST_ACCEPTANCE
+    while not bool(texts.has_ended.all()):
+        length = best_draft_length(acceptance) if draft_length is None else draft_length
+        length = max(0, min(length, cache.capacity - cache.length - 1, texts.room))
+        judged, accepted = _round(passes, texts, rules, lengths, length)
+        counts.judged, counts.accepted = counts.judged + judged, counts.accepted + accepted
+        counts.rounds, counts.steps = counts.rounds + 1, counts.steps + length
+        if judged:
+            acceptance = MEMORY * acceptance + (1 - MEMORY) * accepted / judged
     ids = texts.finished()
     counts.tokens += ids.shape[1] - input_ids.shape[1]
-    cache.tokens = ids[:, : texts.cached]
+    lengths.restore()
+    cache.tokens = ids[:, : cache.length]
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(
             sequences=ids,  # pyright: ignore[reportArgumentType]  # declared as torch.LongTensor
             past_key_values=cache,
         )
     return ids
+
+
+def best_draft_length(acceptance: float) -> int:
+    """How many drafts give the most tokens for their time, if each is accepted with this probability."""
+    share = min(acceptance, 0.999)
+    gains = [(1 - share ** (n + 1)) / (1 - share) / (1 + DRAFT_COST * n) for n in range(1, MOST_DRAFT + 1)]
+    return 1 + gains.index(max(gains))
 
 
 def _validated_cache(cache: Any, config: GenerationConfig, streamer: BaseStreamer | None) -> RefreshCache:
@@ -122,16 +143,13 @@ def _validated_cache(cache: Any, config: GenerationConfig, streamer: BaseStreame
 
 
 class _Passes:
-    """Calls the model: for the prompt, for one drafted token, for a block of drafts."""
+    """Calls the model: for the prompt, for one drafted token of each row, for a block of drafts."""
 
     # PreTrainedModel does not declare the methods that generate() calls.
     def __init__(self, model: Any, cache: RefreshCache, config: GenerationConfig, model_kwargs: dict[str, Any]):
         self.model, self.cache, self.config, self.kwargs = model, cache, config, model_kwargs
         compiles = model._valid_auto_compile_criteria(model_kwargs, config)
         self.step_call = model.get_compiled_call(config.compile_config) if compiles else model.__call__
-        self.mask: Tensor | None = model_kwargs.get("attention_mask")
-        if self.mask is not None and bool(self.mask.all()):
-            self.mask = None
 
     def prompt(self, input_ids: Tensor) -> Tensor:
         """The logits (B, V) of the prompt's last token."""
@@ -144,182 +162,197 @@ class _Passes:
         logits = self.model._prefill(input_ids, self.config, self.kwargs).logits[:, -1]
         if self.cache.length != input_ids.shape[1]:
             raise SettingsError("decode_lossless takes all tokens as input_ids: leave out inputs_embeds")
-        columns = input_ids.shape[1] if self.mask is None else self.mask.sum(dim=-1, keepdim=True)
-        self.offset = columns - input_ids.shape[1]
-        """A token's position less its column: a number, or (B, 1)."""
+        mask = self.kwargs.get("attention_mask")
+        tokens = input_ids.shape[1] if mask is None else mask.sum(dim=-1, keepdim=True)
+        self.offset = tokens - input_ids.shape[1]
+        """A token's position less its column in the text: a number, or (B, 1)."""
         return logits.float()
 
-    def step(self, tokens: Tensor, column: int) -> Tensor:
-        """The logits (B, V) of a drafted token (B,) at `column`, from the small cache."""
+    def step(self, tokens: Tensor, columns: Tensor) -> Tensor:
+        """The logits (B, V) of drafted tokens (B,) in these columns (B,) of their texts, from the small cache."""
         # the cache's layers know the padding, and a compiled step takes no mask
-        positions = self._positions(tokens[:, None], column)
-        call = {"input_ids": tokens[:, None], "position_ids": positions}
+        call = {"input_ids": tokens[:, None].contiguous(), "position_ids": columns[:, None] + self.offset}
         output = self.step_call(**call, past_key_values=self.cache, use_cache=True, return_dict=True)
         return output.logits[:, -1].to(copy=True, dtype=torch.float32)
 
-    def block(self, tokens: Tensor, column: int) -> Tensor:
-        """The logits (B, n, V) of tokens (B, n) from `column` on, with full attention."""
-        inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": self._positions(tokens, column)}
-        if self.mask is not None:
-            new = self.mask.new_ones(len(tokens), column + tokens.shape[1] - self.mask.shape[1])
-            inputs["attention_mask"] = torch.cat([self.mask, new], dim=1)
+    def block(self, tokens: Tensor, columns: Tensor, padding: Tensor) -> Tensor:
+        """The logits (B, n, V) of tokens (B, n) in these columns (B, n) of their texts, with full attention.
+
+        padding (B,): padded columns of each row of the cache.
+        """
+        inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": columns + self.offset}
+        if bool(padding.any()):
+            column = torch.arange(self.cache.length + tokens.shape[1], device=tokens.device)
+            inputs["attention_mask"] = (column >= padding[:, None]).long()
         output = self.model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
         return output.logits.float()
-
-    def _positions(self, tokens: Tensor, column: int) -> Tensor:
-        columns = torch.arange(column, column + tokens.shape[1], device=tokens.device)
-        return (columns + self.offset).expand(len(tokens), -1).contiguous()
 
 
 class Rules:
     """How tokens are chosen from logits, and when texts end."""
 
-    def __init__(self, process: LogitsProcessorList, is_done: StoppingCriteriaList, config: GenerationConfig):
-        self.process, self.is_done, self.samples = process, is_done, bool(config.do_sample)
-        self.max_length = min((rule.max_length for rule in is_done if hasattr(rule, "max_length")), default=None)
-        padding = getattr(config, "_pad_token_tensor", None)
-        self.padding: Tensor | None = padding
+    def __init__(self, process: LogitsProcessorList, criteria: StoppingCriteriaList, config: GenerationConfig):
+        self.process, self.samples = process, bool(config.do_sample)
+        free = tuple(getattr(logits_process, f"{name}LogitsWarper") for name in BY_LOGITS_ALONE)
+        self.needs_ids = any(not isinstance(rule, free) for rule in process)
+        """Whether a processor may look at the tokens so far."""
+        lengths = [rule.max_length for rule in criteria if isinstance(rule, MaxLengthCriteria)]
+        self.max_length: int | None = min(lengths, default=None)
+        self.end_tokens = [rule.eos_token_id for rule in criteria if isinstance(rule, EosTokenCriteria)]
+        self.others = [rule for rule in criteria if not isinstance(rule, (MaxLengthCriteria, EosTokenCriteria))]
+        self.padding: Tensor | None = getattr(config, "_pad_token_tensor", None)
 
-    def distribution(self, ids: Tensor, logits: Tensor) -> Tensor:
-        """What the next token after ids (B, T) is chosen from: the processed logits (B, V), or with sampling their
-        probabilities."""
-        scores = self.process(ids, logits)
+    def distribution(self, ids: Tensor, lengths: Tensor, logits: Tensor) -> Tensor:
+        """What tokens are chosen from: the processed logits, or with sampling their probabilities.
+
+        logits (B, n, V): of the tokens that follow the first `lengths`, `lengths + 1`, ... columns of ids (B, T).
+        """
+        if len(self.process) == 0:
+            scores = logits
+        elif self.needs_ids:
+            scores = self._process_each(ids, lengths, logits)
+        else:
+            flat = logits.flatten(0, 1)
+            scores = self.process(ids.new_zeros(len(flat), 1), flat).view_as(logits)
         return scores.softmax(dim=-1) if self.samples else scores
 
+    def _process_each(self, ids: Tensor, lengths: Tensor, logits: Tensor) -> Tensor:
+        scores = torch.empty_like(logits)
+        for offset in range(logits.shape[1]):
+            for rows, length in _groups(lengths + offset):
+                scores[rows, offset] = self.process(ids[rows, :length], logits[rows, offset])
+        return scores
+
     def choose(self, distribution: Tensor) -> Tensor:
-        """A token (B,) of a distribution (B, V): the likeliest, or a draw."""
+        """A token of each distribution (B, n, V), the likeliest or a draw: (B, n)."""
         if not self.samples:
             return distribution.argmax(dim=-1)
-        return torch.multinomial(distribution, 1).squeeze(1)
+        return torch.multinomial(distribution.flatten(0, 1), 1).view(distribution.shape[:2])
 
-    def judge(self, draft: Tensor, drafted: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether drafts (B,) are accepted, (B,) bool, and the tokens (B,) that then stand there: the drafts, or what
-        replaces them.
+    def judge(self, drafts: Tensor, drafted: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """How many of the drafts (B, d) are accepted, (B,), and the token (B,) that follows them.
 
-        drafted, wanted (B, V): the distributions of the small cache and of full attention. In sampling a draft x is
-        accepted with probability min(1, wanted(x) / drafted(x)), else drawn anew from max(0, wanted - drafted): the
-        token is then distributed as `wanted` (Leviathan et al., 2023, arXiv 2211.17192).
+        drafted (B, d, V), wanted (B, d + 1, V): the distributions of the small cache and of full attention. In sampling
+        a draft x is accepted with probability min(1, wanted(x) / drafted(x)), else drawn anew from max(0, wanted -
+        drafted): the token is then distributed as `wanted` (Leviathan et al., 2023, arXiv 2211.17192).
         """
+        count, row = drafts.shape[1], torch.arange(len(drafts), device=drafts.device)
+        if count == 0:
+            return torch.zeros_like(row), self.choose(wanted).squeeze(1)
         if not self.samples:
             right = wanted.argmax(dim=-1)
-            return right == draft, right
-        index = draft[:, None]
-        share = (wanted.gather(1, index) / drafted.gather(1, index)).squeeze(1)
-        accepted = torch.rand_like(share) < share
-        rest = (wanted - drafted).clamp(min=0)
-        rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, wanted)  # equal up to rounding
-        return accepted, torch.where(accepted, draft, torch.multinomial(rest, 1).squeeze(1))
+            accepted = (right[:, :count] == drafts).long().cumprod(dim=1).sum(dim=1)
+            return accepted, right[row, accepted]
+        index = drafts.unsqueeze(-1)
+        share = (wanted[:, :count].gather(2, index) / drafted.gather(2, index)).squeeze(-1)
+        accepted = (torch.rand_like(share) < share).long().cumprod(dim=1).sum(dim=1)
+        padded = torch.cat([drafted, torch.zeros_like(wanted[:, :1])], dim=1)  # after the last draft: all of `wanted`
+        here = wanted[row, accepted]
+        rest = (here - padded[row, accepted]).clamp(min=0)
+        rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, here)  # equal up to rounding
+        return accepted, torch.multinomial(rest, 1).squeeze(1)
+
+    def ends(self, ids: Tensor, known: Tensor, tokens: Tensor) -> Tensor:
+        """Whether a text ends with each of tokens (B, n), which stand in ids (B, T) from column `known` on: (B, n)."""
+        lengths = known[:, None] + torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        found = torch.zeros_like(tokens, dtype=torch.bool)
+        if self.max_length is not None:
+            found |= lengths >= self.max_length
+        for end in self.end_tokens:
+            found |= torch.isin(tokens, end.to(tokens.device))
+        for rule in self.others:
+            for offset in range(tokens.shape[1]):
+                for rows, length in _groups(known + offset + 1):
+                    found[rows, offset] |= rule(ids[rows, :length], None)
+        return found
+
+
+def _groups(lengths: Tensor) -> list[tuple[list[int], int]]:
+    """The batch rows of each length: lengths (B,) -> (rows, length)."""
+    groups: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths.tolist()):
+        groups.setdefault(length, []).append(row)
+    return [(rows, length) for length, rows in groups.items()]
 
 
 class _Texts:
-    """The texts so far, which rows may know to different lengths.
+    """The texts so far. ids (B, T); known (B,): columns of each row that are final; has_ended (B,) bool.
 
-    ids (B, T); known (B,): how many columns of each row are final; cached: columns that the cache holds; ended (B,):
-    the column count at which each row ended, or a large number.
+    The last known token of a row is not in the cache.
     """
 
-    def __init__(self, input_ids: Tensor, rules: Rules, logits: Tensor):
-        self.rules, self.cached = rules, input_ids.shape[1]
-        rows, device = len(input_ids), input_ids.device
-        self.ids, self.start = input_ids, input_ids.shape[1]
-        self.known = torch.full((rows,), self.start, device=device)
-        self.ended = torch.full((rows,), 2**31 - 1, device=device)
-        everyone = torch.ones(rows, dtype=torch.bool, device=device)
-        token = rules.choose(rules.distribution(input_ids, logits))
-        self.write(self.start, token, everyone)
-
-    @property
-    def all_ended(self) -> bool:
-        return bool((self.ended <= self.known).all())
+    def __init__(self, input_ids: Tensor, rules: Rules):
+        self.rules, self.ids = rules, input_ids
+        self.known = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
+        self.has_ended = torch.zeros_like(self.known, dtype=torch.bool)
 
     @property
     def room(self) -> int:
-        """Drafts that may still be of use before the longest text allowed."""
-        return 2**31 - 1 if self.rules.max_length is None else max(0, self.rules.max_length - self.cached - 2)
+        """Drafts that may be of use to the shortest row."""
+        if self.rules.max_length is None:
+            return MOST_DRAFT
+        return self.rules.max_length - int(self.known[~self.has_ended].min()) - 1
 
-    def draft(self, column: int, tokens: Tensor) -> Tensor:
-        """Puts drafts (B,) at `column` of the rows that do not know that column yet. Returns the tokens there."""
-        self._extend(column)
-        self.ids[:, column] = torch.where(self.known > column, self.ids[:, column], tokens)
-        return self.ids[:, column]
+    def last(self) -> Tensor:
+        """The last known token of each row, (B,)."""
+        return self.ids.gather(1, self.known[:, None] - 1).squeeze(1)
 
-    def write(self, column: int, tokens: Tensor, where: Tensor) -> None:
-        """Makes tokens (B,) final at `column` of the rows in `where` (B,) bool; ended rows get padding from then on."""
-        self._extend(column)
-        has_ended = self.ended <= column
-        if self.rules.padding is not None:
-            tokens = torch.where(has_ended, self.rules.padding.to(tokens.device), tokens)
-        self.ids[:, column] = torch.where(where, tokens, self.ids[:, column])
-        self.known = torch.where(where, column + 1, self.known)
-        done = self.rules.is_done(self.ids[:, : column + 1], None) & where & ~has_ended
-        self.ended = torch.where(done, column + 1, self.ended)
+    def followed_by(self, tokens: Tensor) -> Tensor:
+        """The ids with tokens (B, n) behind each row's known ones."""
+        if tokens.shape[1] == 0:
+            return self.ids
+        columns = self.known[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        missing = int(columns.max()) + 1 - self.ids.shape[1]
+        filler = 0 if self.rules.padding is None else int(self.rules.padding)
+        more = self.ids.new_full((len(self.ids), max(0, missing)), filler)
+        return torch.cat([self.ids, more], dim=1).scatter(1, columns, tokens)
 
-    def _extend(self, column: int) -> None:
-        if column >= self.ids.shape[1]:
-            self.ids = torch.cat([self.ids, self.ids.new_zeros(len(self.ids), 1)], dim=1)
+    def add(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """Makes the first `counts` (B,) of tokens (B, n) final, up to where a text ends; returns how many were."""
+        ids = self.followed_by(tokens)
+        number = torch.arange(tokens.shape[1], device=tokens.device)
+        ends = self.rules.ends(ids, self.known, tokens) & (number < counts[:, None])
+        before_end = (ends.long().cumsum(dim=1) - ends.long()) == 0
+        final = before_end & (number < counts[:, None]) & ~self.has_ended[:, None]
+        added = final.sum(dim=1)
+        filler = 0 if self.rules.padding is None else int(self.rules.padding)
+        column = torch.arange(ids.shape[1], device=ids.device)
+        self.known = self.known + added
+        self.ids = torch.where(column < self.known[:, None], ids, torch.full_like(ids, filler))
+        self.has_ended = self.has_ended | (ends & final).any(dim=1)
+        return added
 
     def finished(self) -> Tensor:
         """The texts up to the end of the longest one."""
-        return self.ids[:, : int(self.ended.max())]
+        return self.ids[:, : int(self.known.max())]
 
 
-def _round(passes: _Passes, texts: _Texts, rules: Rules, counts: DraftCounts, count: int) -> bool:
-    """Drafts `count` tokens, computes them again, and keeps what is right. Returns whether at least half of the rows
-    that drafted accepted all their drafts."""
-    start = texts.cached  # the token at this column is known in all rows, and not in the cache
-    known_before = texts.known
-    drafted = _draft(passes, texts, rules, start, count)
+def _round(passes: _Passes, texts: _Texts, rules: Rules, lengths: RowLengths, count: int) -> tuple[int, int]:
+    """Drafts `count` tokens, computes them again, and keeps what is right; returns how many drafts were judged and
+    accepted."""
+    column = texts.known[:, None] + torch.arange(-1, count, device=texts.known.device)
+    drafts, drafted = _draft(passes, texts, rules, count)
     passes.cache.verify()
-    block = texts.ids[:, start : start + count + 1].clone()
-    logits = passes.block(block, start)
-    follows = texts.ended > texts.known  # rows whose next column is still wanted
-    for offset in range(count + 1):
-        column = start + offset + 1
-        open_rows = follows & (texts.known == column)  # neither known before nor behind a wrong draft
-        if bool(open_rows.any()):
-            wanted = rules.distribution(texts.ids[:, :column], logits[:, offset])
-            if offset < count:
-                accepted, tokens = rules.judge(texts.ids[:, column], drafted[offset], wanted)
-                counts.judged += int(open_rows.sum())
-                counts.accepted += int((open_rows & accepted).sum())
-                follows = follows & (accepted | ~open_rows)
-            else:
-                tokens = rules.choose(wanted)
-            texts.write(column, tokens, open_rows)
-            follows = follows & (texts.ended > texts.known)
-    _pad_ended(texts, start + count + 1)
-    counts.rounds, counts.steps = counts.rounds + 1, counts.steps + count
-    texts.cached = _keep(passes.cache, texts, block, start)
-    drafting = known_before <= start + count
-    whole = texts.known > start + count
-    return 2 * int((drafting & whole).sum()) >= int(drafting.sum())
+    block = torch.cat([texts.last()[:, None], drafts], dim=1)
+    logits = passes.block(block, column, lengths.padding_now)
+    wanted = rules.distribution(texts.followed_by(drafts), texts.known, logits)
+    accepted, follows = rules.judge(drafts, drafted, wanted)
+    new = torch.cat([drafts, follows[:, None]], dim=1).scatter(1, accepted[:, None], follows[:, None])
+    running = ~texts.has_ended
+    kept = texts.add(new, accepted + 1)
+    lengths.accept(kept)
+    judged = torch.minimum(accepted + 1, torch.full_like(accepted, count))
+    return int(judged[running].sum()), int(accepted[running].sum())
 
 
-def _draft(passes: _Passes, texts: _Texts, rules: Rules, start: int, count: int) -> list[Tensor]:
-    """Drafts `count` tokens behind column `start`; returns the distributions (B, V) that they were chosen from."""
-    drafted = []
+def _draft(passes: _Passes, texts: _Texts, rules: Rules, count: int) -> tuple[Tensor, Tensor]:
+    """Drafts `count` tokens of each row, (B, d), and the distributions that they were chosen from, (B, d, V)."""
     passes.cache.begin_drafts()
-    for column in range(start, start + count):
-        logits = passes.step(texts.ids[:, column], column)
-        drafted.append(rules.distribution(texts.ids[:, : column + 1], logits))
-        texts.draft(column + 1, rules.choose(drafted[-1]))
-    return drafted
-
-
-def _pad_ended(texts: _Texts, last: int) -> None:
-    """Ended rows know all columns up to `last`: padding."""
-    for column in range(int(texts.known.min()), last + 1):
-        behind = (texts.ended <= texts.known) & (texts.known == column)
-        if bool(behind.any()):
-            texts.write(column, texts.ids[:, column] if column < texts.ids.shape[1] else texts.ids[:, -1], behind)
-
-
-def _keep(cache: RefreshCache, texts: _Texts, block: Tensor, start: int) -> int:
-    """Keeps the block's tokens that stay in every row, at most all known columns but one; returns how many columns the
-    cache then holds."""
-    least = int(texts.known.min()) - 1 - start
-    stays = (texts.ids[:, start : start + block.shape[1]] == block).all(dim=0)
-    right = int(stays.int().cumprod(dim=0).sum())
-    count = max(1, min(least, right))
-    cache.accept(count)
-    return start + count
+    tokens, drafts, drafted = texts.last(), texts.ids[:, :0], []
+    for number in range(count):
+        logits = passes.step(tokens, texts.known - 1 + number)
+        ids = texts.followed_by(drafts) if rules.needs_ids and number else texts.ids
+        drafted.append(rules.distribution(ids, texts.known + number, logits[:, None]))
+        drafts = torch.cat([drafts, rules.choose(drafted[-1])], dim=1)
+        tokens = drafts[:, -1]
+    return drafts, torch.cat(drafted, dim=1) if drafted else torch.empty(0)
