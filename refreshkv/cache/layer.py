@@ -43,6 +43,7 @@ class RefreshLayer(PreallocatedLayer):
 
     batch_state = tuple(name for name in LayerState._fields if name != "length")
     observers: Tensor
+    kept_observers: Tensor
 
     def __init__(self, max_cache_len: int, config: RefreshConfig):
         super().__init__(max_cache_len)

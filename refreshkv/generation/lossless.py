@@ -192,7 +192,8 @@ class Rules:
     """How tokens are chosen from logits, and when texts end."""
 
     def __init__(self, process: LogitsProcessorList, criteria: StoppingCriteriaList, config: GenerationConfig):
-        self.process, self.samples = process, bool(config.do_sample)
+        self.process: Any = process  # transformers annotates its tokens as torch.LongTensor
+        self.samples = bool(config.do_sample)
         free = tuple(getattr(logits_process, f"{name}LogitsWarper") for name in BY_LOGITS_ALONE)
         self.needs_ids = any(not isinstance(rule, free) for rule in process)
         """Whether a processor may look at the tokens so far."""

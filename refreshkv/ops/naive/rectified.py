@@ -26,8 +26,8 @@ def rectified_rows(
     Those at full steps serve nothing: the pass takes D's there.
     """
     length = (query.shape[2] + plan.prompt_length) // 2
-    dense = (tensor.detach()[:, :, :length] for tensor in (query, key))
-    selected = select(*dense, plan.steps, options, scaling)
+    dense_query, dense_key = (tensor.detach()[:, :, :length] for tensor in (query, key))
+    selected = select(dense_query, dense_key, plan.steps, options, scaling)
     if plan.selecting:
         chosen = _chosen_by_stream(query.detach(), key.detach(), plan, options, scaling)
         selected = torch.cat([selected, chosen], dim=2)
