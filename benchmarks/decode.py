@@ -11,8 +11,9 @@ text may end early as far as the loops know, but never does.
 Strategies: full, refresh (fixed schedule), similarity (the same full steps, decided by comparing queries),
 select:2:4bit (no full steps; a selecting step every 2 tokens by score keys of 4 bits, or other numbers), offloaded and
 offloaded-select:2:4bit (refresh or select with the full keys and values in host memory; the bound leaves the bus out),
-streaming, h2o, snapkv; static and dynamic are transformers' own caches. `GB moved` is what a token's step has to read.
-Prints a line for each, pieces of the step with --pieces, and a table at the end;
+lossless:2:4bit (drafts by select:2:4bit, checked by full attention; weights are random, so a coin of --acceptance
+decides how many drafts are right), streaming, h2o, snapkv; static and dynamic are transformers' own caches. `GB moved`
+is what a token's step has to read. Prints a line for each, pieces of the step with --pieces, and a table at the end;
 --output DIR writes decode.json after each line, and decode.png.
 """
 
@@ -33,13 +34,23 @@ from transformers import Cache, CompileConfig, DynamicCache, LlamaForCausalLM, L
 
 from measuring import SHAPE, add_shape, copy_bandwidth, free_memory, milliseconds, random_llama
 from output import pyplot, save
-from refreshkv import NEVER, RefreshCache, RefreshConfig, decode_ahead, enable, tuned_compilation
+from refreshkv import (
+    NEVER,
+    DraftCounts,
+    RefreshCache,
+    RefreshConfig,
+    decode_ahead,
+    decode_lossless,
+    enable,
+    tuned_compilation,
+)
 from refreshkv.baselines.compact import CompactLayer
 from refreshkv.baselines.full import FullCache
 from refreshkv.baselines.h2o import H2OCache
 from refreshkv.baselines.snapkv import SnapKVCache
 from refreshkv.baselines.streaming import StreamingCache
 from refreshkv.cache.preallocated import PreallocatedCache
+from refreshkv.generation import lossless
 from refreshkv.ops.state import Decisions, SelectionOptions, SelectionScratch, StepOptions
 from refreshkv.ops.step import launches as decode_kernels
 from refreshkv.ops.step.operators import select_step
@@ -48,7 +59,7 @@ from refreshkv.tables import column_table
 CASES = "32768:1,32768:8,131072:1,16384:32"
 REFRESHING = ("refresh", "similarity", "offloaded")
 OURS = ("full", *REFRESHING, "streaming", "h2o", "snapkv")
-SELECTING = re.compile(r"(?P<offloaded>offloaded-)?select:(?P<stride>\d+):(?P<bits>\d+)bit")
+SELECTING = re.compile(r"(?P<offloaded>offloaded-)?(?P<kind>select|lossless):(?P<stride>\d+):(?P<bits>\d+)bit")
 """Strategies with selecting steps."""
 
 
@@ -62,8 +73,9 @@ def main() -> None:
     for case in args.cases.split(","):
         context, batch = map(int, case.split(":"))
         for strategy in args.strategies.split(","):
+            time_it = time_lossless if strategy.startswith("lossless") else time_strategy
             try:
-                result = time_strategy(model, strategy, context, batch, bandwidth, args)
+                result = time_it(model, strategy, context, batch, bandwidth, args)
             except torch.OutOfMemoryError:
                 result = {"context": context, "batch": batch, "strategy": strategy, "ms": None}
             results.append(result)
@@ -86,6 +98,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--tuned", action="store_true", help="compile for one sequence: tuned_compilation()")
     parser.add_argument("--stride", type=int, default=10)
     parser.add_argument("--budget", type=float, default=0.125, help="a fraction of the context, or whole tokens if > 1")
+    parser.add_argument("--acceptance", type=float, default=0.95, help="of drafts (default: %(default)s)")
     parser.add_argument("--observation-window", type=int, default=1)
     parser.add_argument("--cycles", type=int, default=5, help="strides that are timed, after two to warm up")
     parser.add_argument("--pieces", action="store_true", help="time the launches of a step one by one as well")
@@ -223,6 +236,78 @@ def time_strategy(
         "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
         "seconds": round(seconds, 1),
     }
+
+
+def time_lossless(
+    model: LlamaForCausalLM, strategy: str, context: int, batch: int, bandwidth: float, args: argparse.Namespace
+) -> dict[str, object]:
+    """Milliseconds a token of the slowest batch row. The bound is full attention's, which this is to beat."""
+    forget()
+    torch.cuda.reset_peak_memory_stats()
+    model.set_attn_implementation("refreshkv")
+    new = args.stride * args.cycles
+    capacity = context + 3 * new + 8
+    cache = make_cache(model, strategy, capacity, RefreshConfig(budget=args.budget).largest_budget(context), args)
+    length = fill(cache, model, batch, context, 0)
+    seconds, counts = run_lossless(model, cache, batch, length, new, args.acceptance)
+    bytes_full, _ = bytes_moved(model, context, batch, 0, "full", None)
+    return {
+        "context": context,
+        "batch": batch,
+        "strategy": strategy,
+        "loop": "lossless",
+        "tuned": False,
+        "ms": round(seconds / new * 1e3, 3),
+        "mean ms": round(seconds / new * 1e3, 3),
+        "tokens/s": round(batch * new / seconds, 1),
+        "GB moved": round(bytes_full / 1e9, 2),
+        "bound ms": round(bytes_full / bandwidth * 1e3, 2),
+        "ms / bound": round(seconds / new / bytes_full * bandwidth, 2),
+        "acceptance": round(counts.acceptance, 3),
+        "tokens a round": round(counts.tokens_per_round, 2),
+        "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
+    }
+
+
+def run_lossless(
+    model: LlamaForCausalLM, cache: RefreshCache, batch: int, length: int, new: int, acceptance: float
+) -> tuple[float, DraftCounts]:
+    """Seconds for `new` tokens of each batch row, after as many to warm up, and what was accepted."""
+    ids = torch.randint(1, model.config.vocab_size, (batch, length + 1), device=model.device)
+    original, seconds, counts = lossless.Rules.judge, 0.0, DraftCounts()
+    lossless.Rules.judge = judge_by_coin(acceptance)
+    try:
+        for _ in range(2):
+            counts, begun = DraftCounts(), time.perf_counter()
+            ids = model.generate(  # pyright: ignore[reportAttributeAccessIssue]  # as in run_generate
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                max_new_tokens=new,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+                custom_generate=decode_lossless,
+                drafts=counts,
+                compile_config=CompileConfig(dynamic=False),
+            )
+            if ids.is_cuda:
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - begun
+    finally:
+        lossless.Rules.judge = original
+    return seconds, counts
+
+
+def judge_by_coin(acceptance: float) -> Callable:
+    """`Rules.judge` of greedy search, where each draft is right with this probability."""
+
+    def judge(rules: lossless.Rules, drafts: Tensor, drafted: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        right = torch.rand(drafts.shape, device=drafts.device) < acceptance
+        accepted = right.long().cumprod(dim=1).sum(dim=1)
+        return accepted, wanted.argmax(dim=-1).gather(1, accepted[:, None]).squeeze(1)
+
+    return judge
 
 
 def loop_of(strategy: str, asked: str | None) -> str:

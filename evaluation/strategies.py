@@ -23,7 +23,7 @@ from refreshkv.settings import SettingsError, settings_to_dict
 SCORE_BITS = {"16bit": 16, "8bit": 8, "4bit": 4}
 """How `select:STRIDE:BITS` names the bits of the score keys."""
 
-LATER_SETTINGS = ("select_stride", "score_bits", "pool_ahead")
+LATER_SETTINGS = ("select_stride", "score_bits", "pool_ahead", "rectify")
 """Settings of `RefreshConfig` that earlier reports and records do not have: left out where they are the defaults."""
 
 FULL = "full"

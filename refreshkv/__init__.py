@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from refreshkv.generation.compilation import tuned_compilation
     from refreshkv.generation.decode_ahead import decode_ahead
     from refreshkv.generation.generate import generate
+    from refreshkv.generation.lossless import DraftCounts, decode_lossless
     from refreshkv.settings import SettingsError
     from refreshkv.simulation.distillation import DistillationConfig
     from refreshkv.simulation.settings import SimulationConfig
@@ -27,6 +28,7 @@ except PackageNotFoundError:  # a checkout that was never installed
 __all__ = [
     "NEVER",
     "DistillationConfig",
+    "DraftCounts",
     "RefreshCache",
     "RefreshConfig",
     "SettingsError",
@@ -35,6 +37,7 @@ __all__ = [
     "Trace",
     "__version__",
     "decode_ahead",
+    "decode_lossless",
     "enable",
     "generate",
     "simulate",
@@ -43,6 +46,7 @@ __all__ = [
 
 _MODULES = {
     "DistillationConfig": "refreshkv.simulation.distillation",
+    "DraftCounts": "refreshkv.generation.lossless",
     "NEVER": "refreshkv.config",
     "RefreshCache": "refreshkv.cache.refresh",
     "RefreshConfig": "refreshkv.config",
@@ -51,6 +55,7 @@ _MODULES = {
     "SimulationConfig": "refreshkv.simulation.settings",
     "Trace": "refreshkv.config",
     "decode_ahead": "refreshkv.generation.decode_ahead",
+    "decode_lossless": "refreshkv.generation.lossless",
     "enable": "refreshkv.attention.enable",
     "generate": "refreshkv.generation.generate",
     "simulate": "refreshkv.simulation.simulate",

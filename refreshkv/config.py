@@ -63,6 +63,9 @@ class RefreshConfig:
     pool_ahead: bool = False
     """Whether the pooling window of a position ends at it instead of being centred on it, so that what follows an
     attended position is kept."""
+    rectify: bool = False
+    """Whether a full step computes the tokens since the last full step again, with full attention, so that afterwards
+    the cache is that of full attention (docs/specification.md, section 11). Fixed schedule only."""
 
     def __post_init__(self) -> None:
         for name, value in self.plain_values({"budget": self.budget, "stride": self.stride}).items():
@@ -81,6 +84,13 @@ class RefreshConfig:
             )
         if not (self.threshold is None or _is_finite(self.threshold)):
             raise SettingsError(f"threshold must be a cosine or null for the fixed schedule, got {self.threshold!r}")
+        if not isinstance(self.rectify, bool):
+            raise SettingsError(f"rectify must be true or false, got {self.rectify!r}")
+        if self.rectify and self.threshold is not None:
+            raise SettingsError(
+                "rectify=True needs the fixed schedule, in which all layers take full steps together: set "
+                "threshold=None, or rectify=False"
+            )
 
     def _validate_selecting(self) -> None:
         if self.select_stride is not None:
@@ -214,6 +224,9 @@ class Trace:
     the prompt counts as one."""
     selecting_steps: dict[int, Tensor] = field(default_factory=dict)
     """Likewise, which positions were selecting steps; empty without a `select_stride`."""
+    dense_states: Tensor | None = None
+    """With `rectify`, the last hidden states under full attention, (B, T, E), which the pass computes anyway; the
+    model's output layer makes the full-attention logits of them. Not detached. None without `rectify`."""
 
 
 def _share_from_percent(text: str) -> float:

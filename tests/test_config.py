@@ -38,6 +38,7 @@ def test_the_defaults_are_the_paper_settings():
         "select_stride": None,
         "score_bits": 16,
         "pool_ahead": False,
+        "rectify": False,
     }
 
 
@@ -54,6 +55,7 @@ def test_the_defaults_are_the_paper_settings():
         ("select_stride", [0, -1, 2.0, True, "2"]),
         ("score_bits", [0, 5, 32, True, None, "4"]),
         ("pool_ahead", [1, 0, None, "yes"]),
+        ("rectify", [1, 0, None, "yes"]),
     ],
 )
 def test_bad_values_are_refused_by_name(name, values):
@@ -86,6 +88,7 @@ def test_configs_do_not_change():
         RefreshConfig(budget=1.0, threshold=0.85),
         RefreshConfig(budget=1, threshold=-1, pool_kernel=1, observation_window=16, recent_window=128, sink_tokens=4),
         RefreshConfig(stride=NEVER, select_stride=2, score_bits=4, pool_ahead=True, pool_kernel=10),
+        RefreshConfig(stride=5, rectify=True),
     ],
 )
 def test_configs_survive_json(config):
@@ -98,8 +101,13 @@ def test_score_bits_without_selecting_steps_are_refused():
     assert message == "score_bits=4 means nothing without selecting steps: set select_stride, or score_bits=16"
 
 
+def test_rectified_steps_need_the_fixed_schedule():
+    message = refusal(RefreshConfig, rectify=True, threshold=0.5)
+    assert message.startswith("rectify=True needs the fixed schedule") and "threshold=None" in message
+
+
 def test_a_config_saved_before_there_were_selecting_steps_loads():
-    new = ("select_stride", "score_bits", "pool_ahead")
+    new = ("select_stride", "score_bits", "pool_ahead", "rectify")
     saved = {name: value for name, value in RefreshConfig(budget=64).to_dict().items() if name not in new}
     assert RefreshConfig.from_dict(saved) == RefreshConfig(budget=64)
 
@@ -117,6 +125,7 @@ def test_the_recommended_settings():
         "select_stride": 2,
         "score_bits": 4,
         "pool_ahead": True,
+        "rectify": False,
     }
     changed = RefreshConfig.recommended(budget=64, select_stride=3, stride=10)
     assert changed == dataclasses.replace(config, budget=64, select_stride=3, stride=10)

@@ -55,6 +55,8 @@ class DenseAttention:
             output = self._flash(query, key, value)
         elif self._is_block(query, key, value):
             return ops.prompt_block(query, key, value, self.scaling).transpose(1, 2)
+        elif self._is_short_block(query, key, value):
+            output = ops.short_block(query, key, value, self.left_padding, self.scaling).transpose(1, 2)
         else:
             output = self._masked(query, key, value)
         return _UpstreamInLayout.apply(output) if output.requires_grad else output
@@ -78,6 +80,11 @@ class DenseAttention:
         """Whether the project's own kernel for a later block of a prompt is the fastest."""
         is_plain = self.implementation == "sdpa" and not self.dropout and self._can_use_causal_flag(query)
         return is_plain and CHOICE.takes_prompt_block(query, key, value)
+
+    def _is_short_block(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether the block has so few queries behind so many keys that these should be read once for all of them."""
+        is_plain = self.implementation == "sdpa" and not self.dropout and self.sliding_window is None
+        return is_plain and CHOICE.takes_short_block(query, key, value)
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         module, config = self.module, copy(self.module.config)

@@ -17,6 +17,7 @@ from refreshkv import ops
 from refreshkv.attention.dense import DenseAttention
 from refreshkv.attention.masks import padding_from_mask
 from refreshkv.attention.split import SplitAtPrompt, computed_length
+from refreshkv.attention.two_streams import simulate_streams
 from refreshkv.cache.preallocated import PreallocatedCache, PreallocatedLayer
 from refreshkv.config import Simulation, Trace
 from refreshkv.ops.choice import CHOICE
@@ -74,6 +75,9 @@ def refresh_attention(
     dense = DenseAttention(module, left_padding, factor, dropout, sliding_window, prompt_attention, kwargs, terms)
     if sliding_window is None and simulation is not None:
         _begin_layer(module, query, dropout, left_padding, kwargs)
+        if simulation.config.rectify:
+            _validate_streams(simulation, average_heads)
+            return simulate_streams(dense, query, key, value, simulation, trace), None
         return _simulate(dense, query, key, value, simulation, trace, average_heads), None
     if sliding_window is None and refresh_cache is not None:
         _begin_layer(module, query, dropout, left_padding, kwargs)
@@ -186,6 +190,12 @@ def _validate_prompt(simulation: Simulation, length: int, keys: int, left_paddin
         raise ValueError("simulation=Simulation(...) takes whole rows: pass use_cache=False and no past_key_values")
     if prompt > length:
         raise SettingsError(f"prompt_length={prompt} is outside the row of {length} tokens")
+
+
+def _validate_streams(simulation: Simulation, average_heads: Callable[[Tensor], Tensor] | None) -> None:
+    """Refuses two streams of a sequence that is spread over processes, each of which would double its own columns."""
+    if average_heads is not None:
+        raise SettingsError("rectify=True with parallel.sequence > 1 is not supported: set parallel.sequence=1")
 
 
 def _no_padding(query: Tensor) -> Tensor:

@@ -23,9 +23,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.cache_utils import StaticLayer
 
 from refreshkv.attention.inputs import validate_inputs, without_packing
+from refreshkv.attention.two_streams import OTHER_LAYERS, add_stream, join_streams
 from refreshkv.cache.preallocated import PreallocatedCache
 from refreshkv.config import Simulation, Trace
 from refreshkv.layers import RECURRENT, LayerKind
+from refreshkv.settings import SettingsError
 
 NAME = "refreshkv"
 """The name under which the attention is registered with transformers."""
@@ -177,6 +179,9 @@ def attach(model: nn.Module, decoders: list[nn.Module], modules: list[Any], call
     for module, begin in hooks.items():
         if not hasattr(module, "refreshkv_calls"):
             module.register_forward_pre_hook(begin, with_kwargs=True)
+            if module is decoders[-1]:  # the innermost: it holds the layers
+                module.register_forward_pre_hook(_add_stream, with_kwargs=True)
+                module.register_forward_hook(_join_streams)
             module.register_forward_hook(_end_call, always_call=True)
         module.refreshkv_calls = calls
     for module in modules:
@@ -213,6 +218,38 @@ def _begin_decoder_call(module: Any, args: tuple, kwargs: dict[str, Any]) -> tup
     """Before the decoder: opens a call, and takes the keywords out of it, which no layer knows."""
     _begin_call(module, args, kwargs)
     return args, without_packing({name: value for name, value in kwargs.items() if name not in KEYWORDS})
+
+
+def _add_stream(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Before the innermost decoder, in a rectified simulation: adds the second stream of the decoded tokens."""
+    simulation = _rectified(module)
+    if simulation is None:
+        return args, kwargs
+    calls = module.refreshkv_calls
+    if len(calls.refreshable) != len(calls.kinds):
+        raise SettingsError(OTHER_LAYERS)
+    return (), add_stream(_by_name(module, args, kwargs), simulation)
+
+
+def _join_streams(module: Any, args: tuple, output: Any) -> Any:
+    """After the innermost decoder, in a rectified simulation: joins the two streams of its last hidden states."""
+    simulation = _rectified(module)
+    if simulation is None:
+        return None
+    if not hasattr(output, "last_hidden_state") or getattr(output, "hidden_states", None) is not None:
+        raise ValueError("rectify=True gives last hidden states only: leave out return_dict and output_hidden_states")
+    output.last_hidden_state, dense = join_streams(output.last_hidden_state, simulation)
+    trace = module.refreshkv_calls.innermost().trace
+    if trace is not None:
+        trace.dense_states = dense
+    return output
+
+
+def _rectified(module: Any) -> Simulation | None:
+    """The simulation of the running call if it is a rectified one."""
+    call = module.refreshkv_calls.innermost()
+    simulation = None if call is None else call.simulation
+    return simulation if simulation is not None and simulation.config.rectify else None
 
 
 def _end_call(module: Any, args: tuple, output: Any) -> None:

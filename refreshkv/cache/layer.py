@@ -5,6 +5,7 @@ selection, `O` observation window.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +16,29 @@ from refreshkv.cache.preallocated import Phase, PreallocatedLayer
 from refreshkv.config import RefreshConfig
 from refreshkv.ops import naive
 from refreshkv.ops.schedule import mean_query
-from refreshkv.ops.state import PLAIN_SOFTMAX, TAIL, Decisions, FullSteps, LayerState, SelectingState, SoftmaxTerms
+from refreshkv.ops.state import (
+    LAST_FULL,
+    PLAIN_SOFTMAX,
+    TAIL,
+    Decisions,
+    FullSteps,
+    LayerState,
+    SelectingState,
+    SoftmaxTerms,
+)
 from refreshkv.ops.step.operators import decode_step
 from refreshkv.settings import SettingsError
+
+
+class Block(NamedTuple):
+    """A block whose selection waits until it is known how many of its tokens stay."""
+
+    query: Tensor
+    """(B, H, n, D): the block's queries."""
+    left_padding: Tensor
+    """(B,) int64."""
+    scaling: float
+    terms: SoftmaxTerms
 
 
 class RefreshLayer(PreallocatedLayer):
@@ -33,6 +54,7 @@ class RefreshLayer(PreallocatedLayer):
     batch_state = tuple(name for name in LayerState._fields if name != "length")
     takes_terms = takes_other_values = True
     observers: Tensor
+    kept_observers: Tensor
 
     def __init__(self, max_cache_len: int, config: RefreshConfig):
         super().__init__(max_cache_len)
@@ -46,8 +68,16 @@ class RefreshLayer(PreallocatedLayer):
         """Names of the buffers of the score keys."""
         if self.has_selecting_steps:
             self.batch_state = (*self.batch_state, *self.score_state, "selecting_steps")
+        if config.rectify:  # the host follows the steps, and a full step drops several tokens
+            self.is_compileable = self.is_croppable = False
         self.prompt_length = 0
         """Tokens before the first decoding step. Later tokens have other keys and values than under full attention."""
+        self.dropped: int | None = None
+        """Tokens that `drop_steps` has forgotten, until the block that computes them again; None without any."""
+        self.waiting: Block | None = None
+        """The last block, if its selection waits for `accept`."""
+        self.awaits_accept = False
+        """Whether the next block's selection waits for `accept`."""
         self.earlier_layers: tuple[RefreshLayer, ...] = ()
         """In the last layer of a cache: the layers before it, with which it may select. The other layers do not know
         those behind them: a circle of references would keep the buffers until Python's collector looks for circles."""
@@ -102,30 +132,109 @@ class RefreshLayer(PreallocatedLayer):
             getattr(self, name).record_stream(stream)
         super().wait_for(stream)
 
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.config.rectify:
+            self._validate_rectified(key_states.shape[2])
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def _validate_rectified(self, count: int) -> None:
+        """Refuses `count` tokens that do not begin at the last full step where `rectify` needs that."""
+        steps = self.length - self.exact_length
+        is_full = count == 1 and steps == self.config.stride - 1
+        if self.phase is Phase.DECODING and (is_full or (count > 1 and steps > 0)):
+            raise RuntimeError(
+                f"rectify=True: {steps} tokens came since the last full step, and this call needs them too: call the "
+                "cache's rectify(), and give it the tokens that this forgets with the new ones, or use generate()"
+            )
+        if self.dropped is not None and count <= self.dropped:
+            raise RuntimeError(f"{self.dropped} tokens were dropped: give them with the new ones, not {count} tokens")
+
+    def drop_steps(self, *, awaits_accept: bool = False) -> int:
+        """Forgets the tokens of the steps since the last block, and returns their number: the next tokens are a block
+        that begins with them.
+
+        awaits_accept: the block's selection waits for `accept`.
+        """
+        self._validate_attended()
+        length, dropped = self.exact_length, self.length - self.exact_length
+        if awaits_accept:
+            self.forget_step(length)
+        else:  # the steps stay in `selecting_steps`
+            super().forget_step(length)
+        self.phase, self.awaits_accept = Phase.CONTINUING, awaits_accept
+        self.dropped = None if awaits_accept else dropped
+        return dropped
+
+    def keep_observers(self) -> None:
+        """Before steps that will be dropped: keeps the observers, which they overwrite."""
+        self._keep("kept_observers", self.observers)
+
+    def accept(self, counts: Tensor, length: int, left_padding: Tensor) -> None:
+        """Selects after the block that `drop_steps(awaits_accept=True)` announced, of which rows keep `counts` (B,)
+        tokens; each row's last one is in column `length - 1` now, and its first one behind `left_padding` (B,)."""
+        block = self.waiting
+        assert block is not None, "no block waits"
+        self.waiting, start = None, self.length - block.query.shape[2]
+        window = self.config.observation_window
+        before = self.kept_observers[:, :, torch.arange(start - window, start, device=counts.device) % window]
+        wanted = counts[:, None] + torch.arange(window, device=counts.device)
+        index = wanted[:, None, :, None].expand(-1, before.shape[1], -1, before.shape[3])
+        latest = torch.cat([before, block.query], dim=2).gather(2, index)
+        self.forget_step(length)
+        self.prompt_length = length
+        self._select_after_block(latest, left_padding, block.scaling, block.terms)
+
     @torch.compiler.disable
     def end_block(
         self, query: Tensor, left_padding: Tensor, scaling: float, terms: SoftmaxTerms = PLAIN_SOFTMAX
     ) -> None:
         """Ends a prompt block: its last position is a full step, and steps count from there (specification, section 7).
 
-        query (B, H, n, D): the block's queries; left_padding (B,) int64; terms: the softmax's.
+        After `drop_steps`, a block of the dropped tokens and one more is a full step of the steps before it (section
+        11). query (B, H, n, D): the block's queries; left_padding (B,) int64; terms: the softmax's.
         """
         self.has_terms = not terms.is_plain
+        if self.awaits_accept:
+            self.awaits_accept, self.waiting = False, Block(query.detach(), left_padding, scaling, terms)
+            return
+        self._end_block(query, left_padding, scaling, terms)
+
+    def _end_block(self, query: Tensor, left_padding: Tensor, scaling: float, terms: SoftmaxTerms) -> None:
         length, window = self.length, self.config.observation_window
         self._validate_padding(left_padding, query.shape[2])
         query = query.detach()  # a selection has no gradient
         if length - query.shape[2] in (self.prompt_length, self.prefix_length):  # no step came in between
             self.prompt_length = length
+        latest = self._latest_queries(query, length, window)
+        is_step = self.dropped is not None and query.shape[2] == self.dropped + 1
+        self._select_after_block(latest, left_padding, scaling, terms, keeps_schedule=is_step)
+
+    def _select_after_block(
+        self,
+        latest: Tensor,
+        left_padding: Tensor,
+        scaling: float,
+        terms: SoftmaxTerms,
+        keeps_schedule: bool = False,
+    ) -> None:
+        """Selects at the last token, by the last O queries `latest` (B, H, O, D), and begins decoding.
+
+        keeps_schedule: budget and steps stay those of the prompt.
+        """
+        length, window = self.length, self.config.observation_window
         last = torch.full_like(left_padding, length - 1)
-        budgets = self.config.budgets(length - left_padding)
-        self.row_state.copy_(torch.stack([last, budgets, left_padding, last + 1], dim=1))
-        observers = self._latest_queries(query, length, window)
-        self.mean_query.copy_(mean_query(query[:, :, -1:]).squeeze(1))
-        self.selected.copy_(self._select(observers, last, scaling, terms))
+        if keeps_schedule:
+            self.row_state[:, LAST_FULL] = last
+        else:
+            budgets = self.config.budgets(length - left_padding)
+            self.row_state.copy_(torch.stack([last, budgets, left_padding, last + 1], dim=1))
+        self.dropped = None
+        self.mean_query.copy_(mean_query(latest[:, :, -1:]).squeeze(1))
+        self.selected.copy_(self._select(latest, last, scaling, terms))
         # The rankings count by their order only: descending numbers stand for the order of `selected`.
         self.ranking.copy_(torch.arange(self.width, 0, -1, device=self.device).expand_as(self.ranking))
-        slots = torch.arange(length - window, length, device=query.device) % window
-        self._keep("observers", torch.zeros_like(observers).index_copy(2, slots, observers))
+        slots = torch.arange(length - window, length, device=latest.device) % window
+        self._keep("observers", torch.zeros_like(latest).index_copy(2, slots, latest))
         self.full_steps[:, length - 1] = True
         self._start_decoding()
         self._join_layers()
@@ -230,6 +339,7 @@ class RefreshLayer(PreallocatedLayer):
 
     def reset(self) -> None:
         super().reset()
+        self.dropped, self.waiting, self.awaits_accept = None, None, False
         if self.is_initialized:
             self.full_steps.zero_()
             if self.has_selecting_steps:

@@ -506,6 +506,10 @@ class PreallocatedCache(Cache):
                 "within the model leaves them: call reset() first"
             )
 
+    def begin_step(self) -> int:
+        """Tokens that the next decoding step takes: the new one, and perhaps earlier ones that the cache forgets."""
+        return 1
+
     def continue_prompt(self) -> None:
         """Lets the next tokens be a block of the prompt, even if it is a single one."""
         for layer in self.preallocated_layers():

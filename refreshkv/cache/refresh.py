@@ -65,7 +65,7 @@ class RefreshCache(PreallocatedCache):
         self.config = refresh or saved_config(model_config, "refresh")
         make_layer = OffloadedLayer if offload else RefreshLayer
         super().__init__(model_config, max_cache_len, lambda: make_layer(max_cache_len, self.config))
-        layers = self._refresh_layers()
+        layers = self.refresh_layers()
         if layers and not offload:  # offloaded layers decide on the host which buffers a step reads
             layers[-1].earlier_layers = tuple(layers[:-1])
 
@@ -82,16 +82,66 @@ class RefreshCache(PreallocatedCache):
         """Which positions were selecting steps: (layers, B, L) bool, like `full_steps`; all False without one."""
         return self._flags("selecting_steps")
 
+    # ---- several tokens again (docs/specification.md, section 11)
+
+    def begin_step(self) -> int:
+        """Tokens that the next decoding step takes: 1, or with `rectify` at a full step the stride, for which it calls
+        `rectify()`."""
+        layer = self.refresh_layers()[0]
+        if not (self.config.rectify and layer.is_decoding):
+            return 1
+        is_full = layer.length - layer.exact_length == self.config.stride - 1
+        return self.rectify() + 1 if is_full else 1
+
+    def rectify(self) -> int:
+        """Forgets the tokens since the last full step, and returns their number n.
+
+        The next call has to begin with these tokens. With one token more it is a full step that computes them again,
+        with more it is a further turn. Raises `NotImplementedError` where tokens cannot be forgotten: caches with
+        offload=True, and layers that are not full attention.
+        """
+        self.validate_droppable()
+        dropped = [layer.drop_steps() for layer in self.refresh_layers()]
+        return dropped[0]
+
+    @property
+    def exact_length(self) -> int:
+        """How many of the first tokens have the keys and values that full attention would have left."""
+        return self.refresh_layers()[0].exact_length
+
+    def begin_drafts(self) -> None:
+        """Before steps that `verify` will forget. Errors as in `rectify`."""
+        self.validate_droppable()
+        for layer in self.refresh_layers():
+            layer.keep_observers()
+
+    def verify(self) -> int:
+        """Forgets the drafts, the tokens of all steps since the last block, and returns their number.
+
+        The next call takes the drafts again, in a block. Its selection waits for `RowLengths.accept`.
+        """
+        self.validate_droppable()
+        dropped = [layer.drop_steps(awaits_accept=True) for layer in self.refresh_layers()]
+        return dropped[0]
+
+    def validate_droppable(self) -> None:
+        """Raises `NotImplementedError` where tokens cannot be forgotten, as `rectify` says."""
+        if any(type(layer) is not RefreshLayer for layer in self.layers):
+            raise NotImplementedError(
+                "tokens of this RefreshCache cannot be computed again: rectify=True and lossless decoding need "
+                "offload=False and full attention in every layer"
+            )
+
     def _flags(self, name: str) -> Tensor:
         """The layers' flags of this name, (layers, B, L) bool, False for layers without any."""
-        layers = self._refresh_layers()
+        layers = self.refresh_layers()
         if not layers or layers[0].length == 0:
             raise ValueError(f"{name}: the cache is empty; run the model with it first")
         length, none = layers[0].length, torch.zeros_like(layers[0].full_steps[:, : layers[0].length])
         flags = [getattr(layer, name)[:, :length] if hasattr(layer, name) else none for layer in self.layers]
         return torch.stack([own.to(none.device) for own in flags])
 
-    def _refresh_layers(self) -> list[RefreshLayer]:
+    def refresh_layers(self) -> list[RefreshLayer]:
         """The full-attention layers."""
         return [layer for layer in self.layers if isinstance(layer, RefreshLayer)]
 

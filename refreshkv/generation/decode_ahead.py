@@ -57,7 +57,7 @@ def decode_ahead(
     Raises `ValueError` for beams, encoder-decoder models and parameters that are spread over processes, and
     `RuntimeError` if probabilities to sample from are not numbers.
     """
-    _refuse_other_modes(model, generation_config, synced_gpus)
+    refuse_other_modes(model, generation_config, synced_gpus, name="decode_ahead")
     if stream_to is not None:
         streamer = stream_to
         streamer.put(input_ids.cpu())
@@ -113,17 +113,18 @@ def _decode(
         awaited.deliver(streamer)
 
 
-def _refuse_other_modes(model: PreTrainedModel, generation_config: GenerationConfig, synced_gpus: bool) -> None:
+def refuse_other_modes(
+    model: PreTrainedModel, generation_config: GenerationConfig, synced_gpus: bool, *, name: str
+) -> None:
+    """Raises `ValueError`, which names the loop, for what only `generate()` itself can do."""
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(f"decode_ahead is for greedy search and sampling, not {mode.value}: leave out custom_generate")
+        raise ValueError(f"{name} is for greedy search and sampling, not {mode.value}: leave out custom_generate")
     if model.config.is_encoder_decoder:
-        raise ValueError("decode_ahead is for decoders: leave out custom_generate")
+        raise ValueError(f"{name} is for decoders: leave out custom_generate")
     is_spread = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
     if synced_gpus or (is_spread and dist.is_initialized() and dist.get_world_size() > 1):
-        raise ValueError(
-            "decode_ahead does not keep step with other processes (synced_gpus): leave out custom_generate"
-        )
+        raise ValueError(f"{name} does not keep step with other processes (synced_gpus): leave out custom_generate")
 
 
 def _can_run_ahead(cache: Any, input_ids: Tensor, wanted: bool | None) -> bool:

@@ -34,6 +34,8 @@ def _prepare_inputs(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     if is_chunk and isinstance(cache, PreallocatedCache):
         cache.continue_prompt()
     if isinstance(cache, PreallocatedCache):
+        if kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration"):
+            kwargs["next_sequence_length"] = cache.begin_step()
         ids = args[0] if args else kwargs["input_ids"]
         new, has_embeddings = kwargs.get("next_sequence_length"), kwargs.get("inputs_embeds") is not None
         _compare_tokens(cache, ids, None if has_embeddings else new, is_chunk or kwargs.get("is_first_iteration"))

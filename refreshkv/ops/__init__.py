@@ -8,8 +8,10 @@ computes what is decided in `choice`, once, by this table (16 bits: float16 and 
 | all | `naive` | on CPUs, in float64, with REFRESHKV_OPS=naive in the environment |
 | all but `write_score_keys` | `naive` | attention sinks, softcap, values of another size than the keys |
 | `prompt_block`: a prompt, no gradient | `rows/cudnn.py` | 256 queries or more, 16 bits, no padding, eager |
+| `short_block`: a few tokens behind many | `rows/short_block.py` | 16 bits, eager, no gradient |
 | `whole_sequence`: all positions | `rows/whole_sequence.py` | at most 1/64 of it decoded, uniform, 16 bits, eager |
 | `refresh_rows`: decoded positions | `rows/after_prompt.py`, of the following four: | otherwise |
+| `rectified_rows`: decoded positions with `rectify` | `naive` | always |
 | full steps | `rows/full_steps_cudnn.py` | uniform, 16 bits, shapes that recur |
 | full steps | `rows/full_steps.py`: Triton | otherwise |
 | selecting, partial steps | `rows/block_steps.py`, `rows/key_lists.py`: Triton | short segments |
@@ -59,6 +61,23 @@ def refresh_rows(
     return naive.refresh_rows(query, key, value, plan, options, scaling, terms)
 
 
+def rectified_rows(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: SelectionOptions, scaling: float
+) -> Tensor:
+    """Attention of the decoded stream of a rectified pass (specification, section 11), in plain PyTorch on any device.
+
+    Args:
+        query: (B, H, T + R, D): the T positions under full attention, then the R decoded ones.
+        key, value: (B, Hkv, T + R, D).
+        plan: the refresh pattern of the T positions, with the fixed schedule.
+        options: how full steps rank positions.
+        scaling: factor of the logits.
+
+    Returns (B, R, H, D), differentiable in query, key and value; the selection is not differentiated.
+    """
+    return naive.rectified_rows(query, key, value, plan, options, scaling)
+
+
 def whole_sequence(
     query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: SelectionOptions, scaling: float
 ) -> Tensor:
@@ -84,6 +103,22 @@ def prompt_block(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> T
     from refreshkv.ops.rows import cudnn
 
     return cudnn.prompt_block(query, key, value, scaling)
+
+
+def short_block(query: Tensor, key: Tensor, value: Tensor, left_padding: Tensor | None, scaling: float) -> Tensor:
+    """Causal attention of a few tokens behind many, where `CHOICE.takes_short_block` is true.
+
+    Args:
+        query: (B, H, n, D): the last n positions.
+        key, value: (B, Hkv, L, D), L >= n.
+        left_padding: (B,) int64, None without any.
+        scaling: factor of the logits.
+
+    Returns (B, H, n, D), without gradient.
+    """
+    from refreshkv.ops.rows import short_block as form
+
+    return form.short_block(query, key, value, left_padding, scaling)
 
 
 def select(query: Tensor, key: Tensor, steps: FullSteps, options: SelectionOptions, scaling: float) -> Tensor:

@@ -24,6 +24,9 @@ CUDNN_TYPES = (torch.float16, torch.bfloat16)
 FEWEST_QUERIES = 256
 """Queries of a prompt block from which on cuDNN's tiles fill a GPU."""
 
+MOST_SHORT_ROWS, SHORT_SHARE = 256, 8
+"""A short block: at most so many queries for each key/value head, and at least so many keys for each token."""
+
 TAIL_SHARE = 64
 """Sequences with at most 1/64 of their positions after the prompt are computed whole: up to there the extra arithmetic,
 2 (T - P) / T of the dense attention, costs less than handling the prompt apart."""
@@ -79,6 +82,15 @@ class Choice:
         is_large = query.shape[2] >= FEWEST_QUERIES
         return is_large and not graded and self.uses_kernels(query) and cudnn_takes(query, key, value)
 
+    def takes_short_block(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """True if `ops.short_block`, which has no gradient, is the fastest way for query (B, H, n, D), key and value
+        (B, Hkv, L, D): few queries behind many keys."""
+        graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+        rows = query.shape[2] * query.shape[1] // key.shape[1]
+        is_short = rows <= MOST_SHORT_ROWS and key.shape[2] >= SHORT_SHARE * query.shape[2]
+        is_plain = query.dtype in CUDNN_TYPES and not torch.compiler.is_compiling()
+        return is_short and is_plain and not graded and self.uses_kernels(query)
+
     def describe(self) -> list[tuple[str, str]]:
         """(what is computed, by which form and when) on this machine, one line each."""
         if self.naive_only:
@@ -90,6 +102,10 @@ class Choice:
             ("float64, or tensors on the CPU", "plain PyTorch"),
             ("attention sinks, softcap, values of another size than keys", "plain PyTorch, several times slower"),
             ("prompt in a cache", f"cuDNN from {FEWEST_QUERIES} tokens on, 16 bits, no padding; else torch's fastest"),
+            (
+                "a few tokens behind many",
+                "torch's memory-efficient attention, query heads and tokens together; 16 bits",
+            ),
             ("whole training sequence", f"one cuDNN attention if at most 1/{TAIL_SHARE} of it decodes; {uniform}"),
             ("full steps in training", f"cuDNN if Simulation.recurring; {uniform}; else Triton"),
             (

@@ -142,6 +142,42 @@ def test_every_selecting_step(pair):
         assert_parity(model, ids, prompt, config, with_left_padding(ids, prompt))
 
 
+# a full step computes the steps since the last one again
+RECTIFIED = [
+    (17, RefreshConfig(budget=8, stride=1, rectify=True)),
+    (17, RefreshConfig(budget=3, stride=5, rectify=True)),
+    (1, RefreshConfig(budget=8, stride=10, rectify=True)),
+    (20, RefreshConfig(budget=8, stride=NEVER, select_stride=3, rectify=True)),
+    (20, RefreshConfig(budget=0.4, stride=4, observation_window=7, recent_window=3, sink_tokens=2, rectify=True)),
+    (
+        20,
+        RefreshConfig(
+            budget=0.3, stride=7, select_stride=2, score_bits=4, pool_ahead=True, observation_window=3, rectify=True
+        ),
+    ),
+    (44, RefreshConfig(budget=8, stride=3, rectify=True)),
+    (45, RefreshConfig(budget=8, stride=3, rectify=True)),
+]
+
+
+@pytest.mark.parametrize("case", range(len(RECTIFIED)))
+def test_rectified_full_steps(case):
+    prompt, config = RECTIFIED[case]
+    ids = random_ids(3, 45, seed=case)
+    assert_parity(tiny_enabled(dtype=torch.float32, groups=4), ids, prompt, config)
+    assert_parity(tiny_enabled(seed=3), ids, prompt, config, with_left_padding(ids, prompt))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", range(len(RECTIFIED)))
+def test_rectified_full_steps_of_every_family(family, case):
+    prompt, config = RECTIFIED[case]
+    model, ids = tiny_enabled(family=family, layers=3), random_ids(3, 45, seed=case)
+    assert_parity(model, ids, prompt, config)
+    assert_parity(model, ids, prompt, config, with_left_padding(ids, prompt))
+
+
 def test_selecting_steps_of_each_schedule():
     """Which steps select: multiples of the select stride that are not full; layers decide for themselves."""
     model, ids = tiny_enabled(layers=3), random_ids(2, 50)

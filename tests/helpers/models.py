@@ -112,11 +112,14 @@ def decode_logits(model, ids, prompt_length, config, attention_mask=None, offloa
     parts = []
     bounds = [0, *range(prompt_length, ids.shape[1] + 1)]
     for start, end in zip(bounds, bounds[1:], strict=False):
+        if start >= prompt_length:
+            start = end - cache.begin_step()  # a rectified full step takes the tokens since the last one again
         extra = {}
         if attention_mask is not None:
             extra = {
                 "attention_mask": attention_mask[:, :end],
                 "position_ids": padded_positions(attention_mask)[:, start:end],
             }
-        parts.append(model(ids[:, start:end], past_key_values=cache, use_cache=True, **extra).logits)
+        logits = model(ids[:, start:end], past_key_values=cache, use_cache=True, **extra).logits
+        parts.append(logits if end == prompt_length else logits[:, -1:])
     return torch.cat(parts, dim=1), cache

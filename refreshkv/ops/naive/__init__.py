@@ -4,6 +4,7 @@ Faster forms have the same signatures and are tested against these.
 """
 
 from refreshkv.ops.naive.attention import grouped_attention
+from refreshkv.ops.naive.rectified import rectified_rows
 from refreshkv.ops.naive.rows import refresh_rows, visible_keys, whole_sequence
 from refreshkv.ops.naive.score_keys import empty_score_keys, write_score_keys
 from refreshkv.ops.naive.selection import select, selection_sizes
@@ -30,6 +31,7 @@ __all__ = [
     "gather_tokens",
     "grouped_attention",
     "place_chosen",
+    "rectified_rows",
     "refresh_rows",
     "select",
     "selection_sizes",

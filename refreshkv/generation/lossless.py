@@ -1,0 +1,359 @@
+"""decode_lossless: the tokens of full attention, drafted from the small cache (docs/specification.md, section 11).
+
+    model.generate(..., past_key_values=RefreshCache(...), custom_generate=decode_lossless)
+
+A round drafts some tokens with decoding steps from the small cache. Then it forgets what these steps wrote, and
+computes the drafts again as one block with full attention. Drafts are accepted while they are what full attention says;
+the first other one is replaced, and the small cache is selected anew. Keys and values that stay are full attention's.
+Batch rows accept different numbers of drafts (`refreshkv.cache.row_lengths`).
+
+Shapes: `B` batch rows, `T` columns of texts, `d` drafts of a round, `n = d + 1` tokens of its block, `V` vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import logits_process
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from refreshkv.cache.refresh import RefreshCache
+from refreshkv.cache.row_lengths import RowLengths
+from refreshkv.generation.decode_ahead import refuse_other_modes
+from refreshkv.settings import SettingsError
+
+MOST_DRAFT = 16
+"""Most drafts of a round, unless `draft_length` says."""
+DRAFT_COST = 0.35
+"""Time of a step from the small cache, of that of a block: decides how many drafts are worth it. Any value is right."""
+FIRST_ACCEPTANCE, MEMORY = 0.85, 0.9
+"""The acceptance that the first round reckons with, and the weight of earlier rounds against the last one."""
+BY_LOGITS_ALONE = ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta")
+"""Processors of transformers, `...LogitsWarper`, that do not look at the tokens so far."""
+
+
+@dataclass
+class DraftCounts:
+    """What lossless decoding drafted and accepted, over all batch rows: `generate(..., drafts=DraftCounts())`."""
+
+    judged: int = 0
+    """Drafts that full attention judged: those up to and including each row's first wrong one of a round."""
+    accepted: int = 0
+    """Drafts that were what full attention says, or were accepted in sampling."""
+    rounds: int = 0
+    """Blocks with full attention after the prompt."""
+    steps: int = 0
+    """Steps from the small cache."""
+    tokens: int = 0
+    """New tokens of the longest row."""
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the judged drafts that were accepted; 1.0 if none was judged."""
+        return self.accepted / self.judged if self.judged else 1.0
+
+    @property
+    def tokens_per_round(self) -> float:
+        """New tokens of the longest row in a round."""
+        return self.tokens / self.rounds if self.rounds else 0.0
+
+
+def decode_lossless(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None = None,
+    synced_gpus: bool = False,
+    draft_length: int | None = None,
+    drafts: DraftCounts | None = None,
+    **model_kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Greedy search or sampling, given as `custom_generate` to `generate()`, which calls it.
+
+    Greedy output is token for token that of full attention, as far as a token's logits do not depend on how many are
+    computed at a time; samples are distributed as full attention's (speculative sampling). Wants
+    `past_key_values=RefreshCache(...)`, best with `RefreshConfig.recommended(...)`. Logits processors and stopping
+    criteria see each row by itself and must depend on their arguments alone. Afterwards the cache holds the tokens that
+    all rows have but the last ones, with full attention's keys and values; the next call computes the rest.
+
+    Args:
+        draft_length: drafts of each round. None: by the acceptance so far.
+        drafts: receives the counts.
+
+    Returns (B, P + new), or the output that `return_dict_in_generate` asks for, without scores. Raises `SettingsError`
+    for other caches, and for outputs that are not recorded.
+    """
+    refuse_other_modes(model, generation_config, synced_gpus, name="decode_lossless")
+    cache = _validated_cache(model_kwargs.get("past_key_values"), generation_config, streamer)
+    if draft_length is not None and (isinstance(draft_length, bool) or draft_length < 1):
+        raise SettingsError(f"draft_length must be a whole number >= 1 or None, got {draft_length!r}")
+    counts = DraftCounts() if drafts is None else drafts
+    passes = _Passes(model, cache, generation_config, model_kwargs)
+    rules = Rules(logits_processor, stopping_criteria, generation_config)
+    texts = _Texts(input_ids, rules)
+    first = rules.distribution(input_ids, texts.known, passes.prompt(input_ids)[:, None])
+    texts.add(rules.choose(first), torch.ones_like(texts.known))
+    lengths, acceptance = RowLengths(cache), FIRST_ACCEPTANCE
+    while not bool(texts.has_ended.all()):
+        length = best_draft_length(acceptance) if draft_length is None else draft_length
+        length = max(0, min(length, cache.capacity - cache.length - 1, texts.room))
+        judged, accepted = _round(passes, texts, rules, lengths, length)
+        counts.judged, counts.accepted = counts.judged + judged, counts.accepted + accepted
+        counts.rounds, counts.steps = counts.rounds + 1, counts.steps + length
+        if judged:
+            acceptance = MEMORY * acceptance + (1 - MEMORY) * accepted / judged
+    ids = texts.finished()
+    counts.tokens += ids.shape[1] - input_ids.shape[1]
+    lengths.restore()
+    cache.tokens = ids[:, : cache.length]
+    if generation_config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(
+            sequences=ids,  # pyright: ignore[reportArgumentType]  # declared as torch.LongTensor
+            past_key_values=cache,
+        )
+    return ids
+
+
+def best_draft_length(acceptance: float) -> int:
+    """How many drafts give the most tokens for their time, if each is accepted with this probability."""
+    share = min(acceptance, 0.999)
+    gains = [(1 - share ** (n + 1)) / (1 - share) / (1 + DRAFT_COST * n) for n in range(1, MOST_DRAFT + 1)]
+    return 1 + gains.index(max(gains))
+
+
+def _validated_cache(cache: Any, config: GenerationConfig, streamer: BaseStreamer | None) -> RefreshCache:
+    if not isinstance(cache, RefreshCache):
+        raise SettingsError(
+            "decode_lossless drafts from a small cache: pass past_key_values=RefreshCache(config=model.config, ...)"
+        )
+    if cache.config.rectify:
+        raise SettingsError("decode_lossless computes all drafts again by itself: set rectify=False")
+    cache.validate_droppable()
+    recorded = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+    asked = [name for name in recorded if config.return_dict_in_generate and getattr(config, name)]
+    if asked or streamer is not None:
+        raise SettingsError(f"decode_lossless does not support {asked[0] if asked else 'streamer'}: leave it out")
+    return cache
+
+
+class _Passes:
+    """Calls the model: for the prompt, for one drafted token of each row, for a block of drafts."""
+
+    # PreTrainedModel does not declare the methods that generate() calls.
+    def __init__(self, model: Any, cache: RefreshCache, config: GenerationConfig, model_kwargs: dict[str, Any]):
+        self.model, self.cache, self.config, self.kwargs = model, cache, config, model_kwargs
+        compiles = model._valid_auto_compile_criteria(model_kwargs, config)
+        self.step_call = model.get_compiled_call(config.compile_config) if compiles else model.__call__
+
+    def prompt(self, input_ids: Tensor) -> Tensor:
+        """The logits (B, V) of the prompt's last token."""
+        if self.cache.exact_length < self.cache.length:
+            raise SettingsError(
+                "the RefreshCache holds tokens that were decoded from the small cache, so what follows would not be "
+                "full attention's: call reset() first"
+            )
+        self.cache.continue_prompt()
+        logits = self.model._prefill(input_ids, self.config, self.kwargs).logits[:, -1]
+        if self.cache.length != input_ids.shape[1]:
+            raise SettingsError("decode_lossless takes all tokens as input_ids: leave out inputs_embeds")
+        mask = self.kwargs.get("attention_mask")
+        tokens = input_ids.shape[1] if mask is None else mask.sum(dim=-1, keepdim=True)
+        self.offset = tokens - input_ids.shape[1]
+        """A token's position less its column in the text: a number, or (B, 1)."""
+        return logits.float()
+
+    def step(self, tokens: Tensor, columns: Tensor) -> Tensor:
+        """The logits (B, V) of drafted tokens (B,) in these columns (B,) of their texts, from the small cache."""
+        # the cache's layers know the padding, and a compiled step takes no mask
+        call = {"input_ids": tokens[:, None].contiguous(), "position_ids": columns[:, None] + self.offset}
+        output = self.step_call(**call, past_key_values=self.cache, use_cache=True, return_dict=True)
+        return output.logits[:, -1].to(copy=True, dtype=torch.float32)
+
+    def block(self, tokens: Tensor, columns: Tensor, padding: Tensor) -> Tensor:
+        """The logits (B, n, V) of tokens (B, n) in these columns (B, n) of their texts, with full attention.
+
+        padding (B,): padded columns of each row of the cache.
+        """
+        inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": columns + self.offset}
+        if bool(padding.any()):
+            column = torch.arange(self.cache.length + tokens.shape[1], device=tokens.device)
+            inputs["attention_mask"] = (column >= padding[:, None]).long()
+        output = self.model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
+        return output.logits.float()
+
+
+class Rules:
+    """How tokens are chosen from logits, and when texts end."""
+
+    def __init__(self, process: LogitsProcessorList, criteria: StoppingCriteriaList, config: GenerationConfig):
+        self.process: Any = process  # transformers annotates its tokens as torch.LongTensor
+        self.samples = bool(config.do_sample)
+        free = tuple(getattr(logits_process, f"{name}LogitsWarper") for name in BY_LOGITS_ALONE)
+        self.needs_ids = any(not isinstance(rule, free) for rule in process)
+        """Whether a processor may look at the tokens so far."""
+        lengths = [rule.max_length for rule in criteria if isinstance(rule, MaxLengthCriteria)]
+        self.max_length: int | None = min(lengths, default=None)
+        self.end_tokens = [rule.eos_token_id for rule in criteria if isinstance(rule, EosTokenCriteria)]
+        self.others = [rule for rule in criteria if not isinstance(rule, (MaxLengthCriteria, EosTokenCriteria))]
+        self.padding: Tensor | None = getattr(config, "_pad_token_tensor", None)
+
+    def distribution(self, ids: Tensor, lengths: Tensor, logits: Tensor) -> Tensor:
+        """What tokens are chosen from: the processed logits, or with sampling their probabilities.
+
+        logits (B, n, V): of the tokens that follow the first `lengths`, `lengths + 1`, ... columns of ids (B, T).
+        """
+        if len(self.process) == 0:
+            scores = logits
+        elif self.needs_ids:
+            scores = self._process_each(ids, lengths, logits)
+        else:
+            flat = logits.flatten(0, 1)
+            scores = self.process(ids.new_zeros(len(flat), 1), flat).view_as(logits)
+        return scores.softmax(dim=-1) if self.samples else scores
+
+    def _process_each(self, ids: Tensor, lengths: Tensor, logits: Tensor) -> Tensor:
+        scores = torch.empty_like(logits)
+        for offset in range(logits.shape[1]):
+            for rows, length in _groups(lengths + offset):
+                scores[rows, offset] = self.process(ids[rows, :length], logits[rows, offset])
+        return scores
+
+    def choose(self, distribution: Tensor) -> Tensor:
+        """A token of each distribution (B, n, V), the likeliest or a draw: (B, n)."""
+        if not self.samples:
+            return distribution.argmax(dim=-1)
+        return torch.multinomial(distribution.flatten(0, 1), 1).view(distribution.shape[:2])
+
+    def judge(self, drafts: Tensor, drafted: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """How many of the drafts (B, d) are accepted, (B,), and the token (B,) that follows them.
+
+        drafted (B, d, V), wanted (B, d + 1, V): the distributions of the small cache and of full attention. In sampling
+        a draft x is accepted with probability min(1, wanted(x) / drafted(x)), else drawn anew from max(0, wanted -
+        drafted): the token is then distributed as `wanted` (Leviathan et al., 2023, arXiv 2211.17192).
+        """
+        count, row = drafts.shape[1], torch.arange(len(drafts), device=drafts.device)
+        if count == 0:
+            return torch.zeros_like(row), self.choose(wanted).squeeze(1)
+        if not self.samples:
+            right = wanted.argmax(dim=-1)
+            accepted = (right[:, :count] == drafts).long().cumprod(dim=1).sum(dim=1)
+            return accepted, right[row, accepted]
+        index = drafts.unsqueeze(-1)
+        share = (wanted[:, :count].gather(2, index) / drafted.gather(2, index)).squeeze(-1)
+        accepted = (torch.rand_like(share) < share).long().cumprod(dim=1).sum(dim=1)
+        padded = torch.cat([drafted, torch.zeros_like(wanted[:, :1])], dim=1)  # after the last draft: all of `wanted`
+        here = wanted[row, accepted]
+        rest = (here - padded[row, accepted]).clamp(min=0)
+        rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, here)  # equal up to rounding
+        return accepted, torch.multinomial(rest, 1).squeeze(1)
+
+    def ends(self, ids: Tensor, known: Tensor, tokens: Tensor) -> Tensor:
+        """Whether a text ends with each of tokens (B, n), which stand in ids (B, T) from column `known` on: (B, n)."""
+        lengths = known[:, None] + torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        found = torch.zeros_like(tokens, dtype=torch.bool)
+        if self.max_length is not None:
+            found |= lengths >= self.max_length
+        for end in self.end_tokens:
+            found |= torch.isin(tokens, end.to(tokens.device))
+        for rule in self.others:
+            for offset in range(tokens.shape[1]):
+                for rows, length in _groups(known + offset + 1):
+                    found[rows, offset] |= rule(ids[rows, :length], None)
+        return found
+
+
+def _groups(lengths: Tensor) -> list[tuple[list[int], int]]:
+    """The batch rows of each length: lengths (B,) -> (rows, length)."""
+    groups: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths.tolist()):
+        groups.setdefault(length, []).append(row)
+    return [(rows, length) for length, rows in groups.items()]
+
+
+class _Texts:
+    """The texts so far. ids (B, T); known (B,): columns of each row that are final; has_ended (B,) bool.
+
+    The last known token of a row is not in the cache.
+    """
+
+    def __init__(self, input_ids: Tensor, rules: Rules):
+        self.rules, self.ids = rules, input_ids
+        self.known = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
+        self.has_ended = torch.zeros_like(self.known, dtype=torch.bool)
+
+    @property
+    def room(self) -> int:
+        """Drafts that may be of use to the shortest row."""
+        if self.rules.max_length is None:
+            return MOST_DRAFT
+        return self.rules.max_length - int(self.known[~self.has_ended].min()) - 1
+
+    def last(self) -> Tensor:
+        """The last known token of each row, (B,)."""
+        return self.ids.gather(1, self.known[:, None] - 1).squeeze(1)
+
+    def followed_by(self, tokens: Tensor) -> Tensor:
+        """The ids with tokens (B, n) behind each row's known ones."""
+        if tokens.shape[1] == 0:
+            return self.ids
+        columns = self.known[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        missing = int(columns.max()) + 1 - self.ids.shape[1]
+        filler = 0 if self.rules.padding is None else int(self.rules.padding)
+        more = self.ids.new_full((len(self.ids), max(0, missing)), filler)
+        return torch.cat([self.ids, more], dim=1).scatter(1, columns, tokens)
+
+    def add(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """Makes the first `counts` (B,) of tokens (B, n) final, up to where a text ends; returns how many were."""
+        ids = self.followed_by(tokens)
+        number = torch.arange(tokens.shape[1], device=tokens.device)
+        ends = self.rules.ends(ids, self.known, tokens) & (number < counts[:, None])
+        before_end = (ends.long().cumsum(dim=1) - ends.long()) == 0
+        final = before_end & (number < counts[:, None]) & ~self.has_ended[:, None]
+        added = final.sum(dim=1)
+        filler = 0 if self.rules.padding is None else int(self.rules.padding)
+        column = torch.arange(ids.shape[1], device=ids.device)
+        self.known = self.known + added
+        self.ids = torch.where(column < self.known[:, None], ids, torch.full_like(ids, filler))
+        self.has_ended = self.has_ended | (ends & final).any(dim=1)
+        return added
+
+    def finished(self) -> Tensor:
+        """The texts up to the end of the longest one."""
+        return self.ids[:, : int(self.known.max())]
+
+
+def _round(passes: _Passes, texts: _Texts, rules: Rules, lengths: RowLengths, count: int) -> tuple[int, int]:
+    """Drafts `count` tokens, computes them again, and keeps what is right; returns how many drafts were judged and
+    accepted."""
+    column = texts.known[:, None] + torch.arange(-1, count, device=texts.known.device)
+    drafts, drafted = _draft(passes, texts, rules, count)
+    passes.cache.verify()
+    block = torch.cat([texts.last()[:, None], drafts], dim=1)
+    logits = passes.block(block, column, lengths.padding_now)
+    wanted = rules.distribution(texts.followed_by(drafts), texts.known, logits)
+    accepted, follows = rules.judge(drafts, drafted, wanted)
+    new = torch.cat([drafts, follows[:, None]], dim=1).scatter(1, accepted[:, None], follows[:, None])
+    running = ~texts.has_ended
+    kept = texts.add(new, accepted + 1)
+    lengths.accept(kept)
+    judged = torch.minimum(accepted + 1, torch.full_like(accepted, count))
+    return int(judged[running].sum()), int(accepted[running].sum())
+
+
+def _draft(passes: _Passes, texts: _Texts, rules: Rules, count: int) -> tuple[Tensor, Tensor]:
+    """Drafts `count` tokens of each row, (B, d), and the distributions that they were chosen from, (B, d, V)."""
+    passes.cache.begin_drafts()
+    tokens, drafts, drafted = texts.last(), texts.ids[:, :0], []
+    for number in range(count):
+        logits = passes.step(tokens, texts.known - 1 + number)
+        ids = texts.followed_by(drafts) if rules.needs_ids and number else texts.ids
+        drafted.append(rules.distribution(ids, texts.known + number, logits[:, None]))
+        drafts = torch.cat([drafts, rules.choose(drafted[-1])], dim=1)
+        tokens = drafts[:, -1]
+    return drafts, torch.cat(drafted, dim=1) if drafted else torch.empty(0)
