@@ -10,14 +10,19 @@ import triton.language as tl
 
 from refreshkv.ops.selection.top_k import HIGHEST
 
-BINS = 256
+BINS = 1024
 """Bins of a row. The last one counts the rankings above the highest possible threshold."""
 
-FINE = 160
-"""Bins below that one which are an eighth of a power of two wide each; the rest are half a power of two wide."""
+FINE = 704
+"""Bins below that one which are a sixty-fourth of a power of two wide each; the rest are an eighth of one wide."""
 
-BIN_BITS = 20
+BIN_BITS = 17
 """Lower bits of a ranking, which a fine bin does not tell apart."""
+
+COARSE_BITS = 3
+"""How many more a coarse bin does not."""
+
+SIZES = {"BINS": BINS, "FINE": FINE, "BIN_BITS": BIN_BITS, "COARSE_BITS": COARSE_BITS}
 
 
 @triton.jit
@@ -29,20 +34,23 @@ def top_bin(reach, budget, BIN_BITS: tl.constexpr):
 
 
 @triton.jit
-def bin_of(ranking, top, BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr):
+def bin_of(ranking, top, BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr, COARSE_BITS: tl.constexpr):
     """Maps rankings to their bins, higher rankings to higher bins: bin BINS - 1 holds those above `top`, the FINE bins
-    below it have one value of the upper bits each, the others four."""
+    below it have one value of the upper bits each, the others 2**COARSE_BITS."""
     below = top - (ranking >> BIN_BITS)
-    below = tl.where(below < FINE, below, FINE + ((below - FINE) >> 2))
+    below = tl.where(below < FINE, below, FINE + ((below - FINE) >> COARSE_BITS))
     return tl.minimum(tl.maximum(BINS - 2 - below, 0), BINS - 1)
 
 
 @triton.jit
-def bounds_of_bin(number, top, BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr):
+def bounds_of_bin(
+    number, top, BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr, COARSE_BITS: tl.constexpr
+):  # fmt: skip
     """The rankings `low .. high - 1` of bin `number`: the inverse of `bin_of`."""
     below = BINS - 2 - number
     coarse = below >= FINE
-    below = tl.where(coarse, FINE + (below - FINE) * 4, below)
-    low = tl.maximum(top - below - tl.where(coarse, 3, 0), 0) << BIN_BITS
+    WIDTH: tl.constexpr = 2**COARSE_BITS
+    below = tl.where(coarse, FINE + (below - FINE) * WIDTH, below)
+    low = tl.maximum(top - below - tl.where(coarse, WIDTH - 1, 0), 0) << BIN_BITS
     high = tl.where(number == BINS - 1, HIGHEST, (top - below + 1) << BIN_BITS)
     return tl.where(number == 0, 0, low), high

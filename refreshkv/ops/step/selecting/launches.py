@@ -55,8 +55,7 @@ def rank(state: LayerState, scratch: SelectingScratch, options: SelectionOptions
         float(group * options.pool_kernel),
         G=group, MP=triton.next_power_of_2(rows), NP=max(2, triton.next_power_of_2(splits)),
         OBSERVERS=options.observation_window, POOL=options.pool_kernel, BEFORE=options.pooled_before,
-        BLOCK=shares.RANKED, BINS=bins.BINS, FINE=bins.FINE, BIN_BITS=bins.BIN_BITS, num_warps=warps,
-        **SAME_IN_ALL_THREADS,
+        BLOCK=shares.RANKED, **bins.SIZES, num_warps=warps, **SAME_IN_ALL_THREADS,
     )  # fmt: skip
 
 
@@ -74,8 +73,8 @@ def find_threshold(
     threshold._find_threshold[shares.parts_of(batch * kv_heads, room - shares.RANKED, 1), batch * kv_heads](
         state.row_state, scratch.selecting, scratch.rankings, scratch.histogram, scratch.counters, scratch.candidates,
         scratch.choices, kv_heads, room, float(group * options.pool_kernel),
-        BINS=bins.BINS, FINE=bins.FINE, BIN_BITS=bins.BIN_BITS, CANDIDATES=candidates, BLOCK=shares.RANKED,
-        SEARCHED=threshold.SEARCHED, num_warps=warps or threshold.warps_of(candidates),
+        CANDIDATES=candidates, FEW=min(threshold.FEW, candidates), BLOCK=shares.RANKED, SEARCHED=threshold.SEARCHED,
+        **bins.SIZES, num_warps=warps or threshold.warps_of(candidates),
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ def _rank(
     kv_heads, room, splits, recent, sinks, reach,
     G: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, OBSERVERS: tl.constexpr, POOL: tl.constexpr,
     BEFORE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr,
+    COARSE_BITS: tl.constexpr,
 ):  # fmt: skip
     """Ranks one share of the positions of one batch row and key/value head, (B, Hkv, L) int32, and counts the positions
     of each bin, (B, Hkv, BINS) int32. The scores before pooling, (B, Hkv, L) float32, stay in memory."""
@@ -84,5 +85,5 @@ def _rank(
             ranking = best.to(tl.int32, bitcast=True) + tl.where(preferred, PREFERRED, 0)
             ranking = tl.where(token == position, FIRST, ranking)
             tl.store(rankings + token, ranking, mask=exists)
-            counts += tl.histogram(bin_of(ranking, top, BINS, FINE, BIN_BITS), BINS, mask=exists)
+            counts += tl.histogram(bin_of(ranking, top, BINS, FINE, BIN_BITS, COARSE_BITS), BINS, mask=exists)
         tl.atomic_add(histogram_ptr + pair * BINS + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.ops.selection.score_keys import load_score_halves, quantize_halves, store_codes
+from refreshkv.ops.selection.score_keys import UNPACKED_ABOVE, load_score_halves, quantize_halves, store_codes
 from refreshkv.ops.step.selecting.shares import share
 from refreshkv.ops.step.selecting.threshold import COUNTERS
 
@@ -84,6 +84,11 @@ def score_share(
     # [SCORED, MR] twice: one running softmax for each row of the tile; they are merged once, after the loop
     highest = tl.full([SCORED, MR], LEAST, tl.float32)
     total = tl.zeros([SCORED, MR], tl.float32)
+    # [1, MR]: what unpacking adds to each product
+    above = tl.zeros([1, MR], tl.float32)
+    if (BITS == 4) & ASM:
+        both = tl.sum(low_query.to(tl.float32), 1) + tl.sum(high_query.to(tl.float32), 1)
+        above += UNPACKED_ABOVE * both[None, :]
     low_query, high_query = tl.trans(low_query), tl.trans(high_query)
     logits_row += row.to(tl.int64)[None, :] * room
     for start in tl.range(first, last, SCORED, num_stages=STAGES):
@@ -91,7 +96,8 @@ def score_share(
         known = tl.minimum(token, position)
         # [SCORED, DH] twice
         low, high = load_score_halves(codes, known, D, DH, BITS, low_query.dtype, ASM)
-        logits = tl.dot(low, low_query, input_precision=PRECISION)
+        logits = tl.zeros([SCORED, MR], tl.float32) - above
+        logits = tl.dot(low, low_query, logits, input_precision=PRECISION)
         logits = tl.dot(high, high_query, logits, input_precision=PRECISION)
         if BITS == 16:
             logits = logits * scale

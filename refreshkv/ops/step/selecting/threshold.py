@@ -4,7 +4,7 @@ A position is chosen if it ranks above the threshold, or at the threshold and li
 numbers are the whole choice of a batch row and key/value head; `_attend_to_chosen` needs no list.
 
 The histogram of the rankings says which bin holds the threshold. The positions in that bin are the *candidates*. The
-programs that share the row list them; the program that arrives last resolves the threshold among them by bisection, or,
+programs that share the row list them, in any order; the program that arrives last resolves the threshold among them by bisection, or,
 if the list has no room for all, by bisection over the whole row.
 
 Shapes: `B` batch rows, `Hkv` key/value heads, `L` tokens the cache has room for, `C` candidates.
@@ -15,11 +15,14 @@ import triton.language as tl
 
 from refreshkv.ops.selection.top_k import HIGHEST
 from refreshkv.ops.step.selecting.bins import bounds_of_bin, top_bin
-from refreshkv.ops.step.selecting.shares import place_in_list, share
+from refreshkv.ops.step.selecting.shares import share
 from refreshkv.ops.tiles import BUDGET, PADDING, ROW_COLUMNS
 
 FEWEST_CANDIDATES, MOST_CANDIDATES = 1024, 8192
 """Bounds of the room for candidates; if a row has more, the threshold is searched in the whole row."""
+
+FEW = 1024
+"""Candidates that are resolved in a small tile; there are seldom more."""
 
 SEARCHED = 4096
 """Positions taken at once where the whole row is searched."""
@@ -34,8 +37,8 @@ THRESHOLD, LIMIT, CHOICE_COLUMNS = tl.constexpr(0), tl.constexpr(1), tl.constexp
 @triton.jit
 def _find_threshold(
     row_ptr, selecting_ptr, ranking_ptr, histogram_ptr, counter_ptr, candidate_ptr, choice_ptr, kv_heads, room, reach,
-    BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
-    SEARCHED: tl.constexpr,
+    BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr, COARSE_BITS: tl.constexpr,
+    CANDIDATES: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr, SEARCHED: tl.constexpr,
 ):  # fmt: skip
     """Finds the choice of one batch row and key/value head, (B, Hkv, 2) int32: its threshold and limit.
 
@@ -55,9 +58,6 @@ def _find_threshold(
             rankings = ranking_ptr + pair.to(tl.int64) * room
             candidates = candidate_ptr + pair.to(tl.int64) * (2 * CANDIDATES)
             begin, end = share(padding, position + 1, part, parts)
-            line = tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
-            # [BLOCK / 4, 4]: on its way while the histogram is read
-            ranking = tl.load(rankings + begin + line, mask=begin + line < end, other=-1)
             number = tl.arange(0, BINS)
             # [BINS], the highest bin first: how many positions are in it or above
             reached = tl.cumsum(tl.load(histogram_ptr + pair * BINS + BINS - 1 - number), 0)
@@ -65,24 +65,24 @@ def _find_threshold(
             last_above = tl.max(tl.where(reached < budget, ((number + 1).to(tl.int64) << 32) + reached, 0), 0)
             bins_above, above = (last_above >> 32).to(tl.int32), last_above.to(tl.int32)
             top = top_bin(reach, budget, BIN_BITS)
-            low, high = bounds_of_bin(BINS - 1 - bins_above, top, BINS, FINE, BIN_BITS)
-            for start in range(begin, end, BLOCK):
-                token = start + line
-                is_near = (ranking >= low) & (ranking < high) & (token >= padding)
-                # [BLOCK / 4, 4]: the next ones
-                following = tl.load(rankings + token + BLOCK, mask=token + BLOCK < end, other=-1)
-                slot, count = place_in_list(is_near)
-                slot += tl.atomic_add(counter_ptr + COUNTERS * pair + LISTED, count, sem="relaxed")
-                is_near = is_near & (slot < CANDIDATES)
+            low, high = bounds_of_bin(BINS - 1 - bins_above, top, BINS, FINE, BIN_BITS, COARSE_BITS)
+            within = tl.load(histogram_ptr + pair * BINS + BINS - 1 - bins_above)
+            counters = counter_ptr + COUNTERS * pair
+            for start in range(begin, tl.where(within <= CANDIDATES, end, begin), BLOCK):
+                token = start + tl.arange(0, BLOCK)
+                # [BLOCK]
+                ranking = tl.load(rankings + token, mask=(token >= padding) & (token < end), other=-1)
+                is_near = (ranking >= low) & (ranking < high)
+                slot = tl.atomic_add(counters + LISTED + token * 0, 1, mask=is_near, sem="relaxed")
                 tl.store(candidates + slot, token, mask=is_near)
                 tl.store(candidates + CANDIDATES + slot, ranking, mask=is_near)
-                ranking = following
             tl.debug_barrier()  # what all threads have written is there before the program counts as arrived
-            if tl.atomic_add(counter_ptr + COUNTERS * pair + ARRIVED, 1, sem="acq_rel") == parts - 1:
-                threshold, limit = low, position
-                within = tl.load(histogram_ptr + pair * BINS + BINS - 1 - bins_above)
-                if within <= CANDIDATES:
-                    threshold, limit = _resolve(candidates, within, budget - above, low, high, position, CANDIDATES)
+            if tl.atomic_add(counters + ARRIVED, 1, sem="acq_rel") == parts - 1:
+                threshold, limit, keep = low, position, budget - above
+                if within <= FEW:
+                    threshold, limit = _resolve(candidates, within, keep, low, high, position, CANDIDATES, FEW)
+                elif within <= CANDIDATES:
+                    threshold, limit = _resolve(candidates, within, keep, low, high, position, CANDIDATES, CANDIDATES)
                 else:
                     threshold, limit = _search(rankings, padding, position, budget, low, high, SEARCHED)
                 tl.store(choice_ptr + CHOICE_COLUMNS * pair + THRESHOLD, threshold)
@@ -90,11 +90,11 @@ def _find_threshold(
 
 
 @triton.jit
-def _resolve(candidates, count, keep, low, high, last, CANDIDATES: tl.constexpr):
+def _resolve(candidates, count, keep, low, high, last, CANDIDATES: tl.constexpr, TAKEN: tl.constexpr):
     """The threshold, in `low .. high - 1`, and its limit, at most `last`, that leave the `keep` best of `count`
-    candidates, which are listed in any order."""
-    entry = tl.arange(0, CANDIDATES)
-    # [CANDIDATES] twice
+    candidates, TAKEN at most, which are listed in any order where there is room for CANDIDATES."""
+    entry = tl.arange(0, TAKEN)
+    # [TAKEN] twice
     token = tl.load(candidates + entry, mask=entry < count, other=0, cache_modifier=".cg")
     ranking = tl.load(candidates + CANDIDATES + entry, mask=entry < count, other=-1, cache_modifier=".cg")
     reached, limit = count, last
