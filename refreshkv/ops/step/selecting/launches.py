@@ -48,14 +48,15 @@ def rank(state: LayerState, scratch: SelectingScratch, options: SelectionOptions
     """
     batch, kv_heads, rows, room = scratch.logits.shape
     splits, group = scratch.highest.shape[3], rows // options.observation_window
-    parts = shares.parts_of(batch * kv_heads, room - shares.RANKED, options.pool_kernel)
+    tokens, block = room - shares.RANKED, shares.RANKED
+    parts = shares.parts_of(batch * kv_heads, tokens, block, shares.RANK_PROGRAMS, options.pool_kernel)
     ranking._rank[parts, batch * kv_heads](
         scratch.logits, scratch.highest, scratch.total, state.row_state, scratch.selecting, scratch.scores,
         scratch.rankings, scratch.histogram, kv_heads, room, splits, options.recent_window, options.sink_tokens,
         float(group * options.pool_kernel),
         G=group, MP=triton.next_power_of_2(rows), NP=max(2, triton.next_power_of_2(splits)),
         OBSERVERS=options.observation_window, POOL=options.pool_kernel, BEFORE=options.pooled_before,
-        BLOCK=shares.RANKED, **bins.SIZES, num_warps=warps, **SAME_IN_ALL_THREADS,
+        BLOCK=block, **bins.SIZES, num_warps=warps, **SAME_IN_ALL_THREADS,
     )  # fmt: skip
 
 
@@ -70,10 +71,12 @@ def find_threshold(
     """
     batch, kv_heads, room = scratch.rankings.shape
     candidates, group = scratch.candidates.shape[3], scratch.logits.shape[2] // options.observation_window
-    threshold._find_threshold[shares.parts_of(batch * kv_heads, room - shares.RANKED, 1), batch * kv_heads](
+    tokens, block = room - shares.RANKED, threshold.BLOCK
+    parts = shares.parts_of(batch * kv_heads, tokens, block, shares.THRESHOLD_PROGRAMS)
+    threshold._find_threshold[parts, batch * kv_heads](
         state.row_state, scratch.selecting, scratch.rankings, scratch.histogram, scratch.counters, scratch.candidates,
         scratch.choices, kv_heads, room, float(group * options.pool_kernel),
-        CANDIDATES=candidates, FEW=min(threshold.FEW, candidates), BLOCK=shares.RANKED, SEARCHED=threshold.SEARCHED,
+        CANDIDATES=candidates, FEW=min(threshold.FEW, candidates), BLOCK=block, SEARCHED=threshold.SEARCHED,
         **bins.SIZES, num_warps=warps or threshold.warps_of(candidates),
     )  # fmt: skip
 

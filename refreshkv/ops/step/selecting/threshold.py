@@ -4,8 +4,8 @@ A position is chosen if it ranks above the threshold, or at the threshold and li
 numbers are the whole choice of a batch row and key/value head; `_attend_to_chosen` needs no list.
 
 The histogram of the rankings says which bin holds the threshold. The positions in that bin are the *candidates*. The
-programs that share the row list them, in any order; the program that arrives last resolves the threshold among them by bisection, or,
-if the list has no room for all, by bisection over the whole row.
+programs that share the row list them, in any order; the program that arrives last resolves the threshold among them by
+bisection, or, if the list has no room for all, by bisection over the whole row.
 
 Shapes: `B` batch rows, `Hkv` key/value heads, `L` tokens the cache has room for, `C` candidates.
 """
@@ -20,6 +20,9 @@ from refreshkv.ops.tiles import BUDGET, PADDING, ROW_COLUMNS
 
 FEWEST_CANDIDATES, MOST_CANDIDATES = 1024, 8192
 """Bounds of the room for candidates; if a row has more, the threshold is searched in the whole row."""
+
+BLOCK = 1024
+"""Positions that a program compares with the bin's bounds at once."""
 
 FEW = 1024
 """Candidates that are resolved in a small tile; there are seldom more."""
@@ -158,7 +161,7 @@ def _count(rankings, first, last, threshold, limit, BLOCK: tl.constexpr):
 
 
 def candidates_of(capacity: int) -> int:
-    """Room for the candidates of a row: about twice as many as there are where logits are distributed normally."""
+    """Room for the candidates of a row: more than twice as many as there are where logits are distributed normally."""
     return max(FEWEST_CANDIDATES, min(MOST_CANDIDATES, triton.next_power_of_2(capacity // 16)))
 
 
