@@ -177,3 +177,55 @@ def _unpack_by_ptx(byte):
         "=&r,=&r,r", [byte], dtype=tl.bfloat16, is_pure=True, pack=4,
     )  # fmt: skip
     return low, high
+
+
+@triton.jit
+def load_score_words(codes, token, D: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
+    """Loads the codes of 4 bits of tokens (N,) as words, as numbers of type `dtype`: eight times (N, D / 8), where part
+    `n` has the codes of bits `4 n .. 4 n + 3` of each word. In the order of a head these are the columns
+    `(n % 2) * D / 2 + 4 * word + n // 2`. All tokens must exist. ASM: as in `load_score_halves`."""
+    words = codes.to(tl.pointer_type(tl.int32), bitcast=True)
+    # [N, D / 8]
+    word = tl.load(words + token[:, None] * (D // 8) + tl.arange(0, D // 8)[None, :], eviction_policy="evict_first")
+    if ASM:
+        parts = _unpack_words_by_ptx(word)
+    else:
+        parts = ()
+        for nibble in tl.static_range(8):
+            parts = parts + (_number(((word >> (4 * nibble)) & 15).to(tl.uint8), dtype),)
+    return parts
+
+
+@triton.jit
+def _unpack_words_by_ptx(word):
+    """`_number` of the eight codes of each word, in bfloat16, plus UNPACKED_ABOVE; two words at a time."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 first, second, both;
+        shl.b32 first, $8, 3;
+        shl.b32 second, $9, 3;
+        lop3.b32 first, first, 0x78787878, 0x80808080, 0xEA;
+        lop3.b32 second, second, 0x78787878, 0x80808080, 0xEA;
+        prmt.b32 both, first, second, 0x5140;
+        prmt.b32 $0, both, 0x41414141, 0x4140;
+        prmt.b32 $2, both, 0x41414141, 0x4342;
+        prmt.b32 both, first, second, 0x7362;
+        prmt.b32 $4, both, 0x41414141, 0x4140;
+        prmt.b32 $6, both, 0x41414141, 0x4342;
+        shr.u32 first, $8, 1;
+        shr.u32 second, $9, 1;
+        lop3.b32 first, first, 0x78787878, 0x80808080, 0xEA;
+        lop3.b32 second, second, 0x78787878, 0x80808080, 0xEA;
+        prmt.b32 both, first, second, 0x5140;
+        prmt.b32 $1, both, 0x41414141, 0x4140;
+        prmt.b32 $3, both, 0x41414141, 0x4342;
+        prmt.b32 both, first, second, 0x7362;
+        prmt.b32 $5, both, 0x41414141, 0x4140;
+        prmt.b32 $7, both, 0x41414141, 0x4342;
+        }
+        """,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r", [word],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        is_pure=True, pack=2,
+    )  # fmt: skip

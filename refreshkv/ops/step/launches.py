@@ -28,7 +28,7 @@ from refreshkv.ops.state import (
 from refreshkv.ops.step import attention, transfer
 from refreshkv.ops.step import near as placing
 from refreshkv.ops.step import observers as observing
-from refreshkv.ops.step.selecting import bins, scoring
+from refreshkv.ops.step.selecting import scoring
 from refreshkv.ops.step.selecting.launches import choose_and_attend
 from refreshkv.ops.step.selecting.state import SelectingScratch
 from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, padded_head, precision
@@ -217,6 +217,7 @@ def attend(
         logits = selecting.scratch.logits
     else:
         logits = query.new_empty(batch, heads, capacity, dtype=torch.float32) if store else None
+    bits = 16 if selecting is None else selecting.state.bits
     shares = Shares(query, splits, logits)
     full, arrived, now = (shares.total,) * 3 if scratch is None else (scratch.full, scratch.arrived, scratch.now)
     attention._attend[splits, batch * kv_heads](
@@ -231,9 +232,8 @@ def attend(
         MP=max(16, triton.next_power_of_2(group)), OBSERVERS=observers,
         MODE=mode.value, SIMILARITY=threshold is not None, STORE=store, PRECISION=precision(query),
         SELECTS=selecting is not None, DH=padded_half(head_dim), MR=max(8, triton.next_power_of_2(group * observers)),
-        BITS=16 if selecting is None else selecting.state.bits, BINS=bins.BINS, ASM=scoring.unpacks_by_ptx(query),
-        ATTENDS=attends,
-        **scoring.tile_of(query, 16 if selecting is None else selecting.state.bits), **attention.tile_of(query),
+        BITS=bits, ASM=scoring.unpacks_by_ptx(query), WORDS=scoring.takes_words(head_dim, bits), ATTENDS=attends,
+        **scoring.tile_of(query, bits), **attention.tile_of(query),
     )  # fmt: skip
     return shares
 
@@ -241,11 +241,11 @@ def attend(
 def _score_buffers(selecting: Selecting | None, keys: Tensor, unused: Tensor) -> tuple[Tensor, ...]:
     """The buffers of the score keys and of what `_attend` writes for the launches of a selecting step."""
     if selecting is None:
-        return (unused,) * 7
+        return (unused,) * 6
     codes, scales, _ = selecting.state
     scratch = selecting.scratch
     stored = (keys if codes is None else codes, unused if scales is None else scales)
-    return (*stored, scratch.selecting, scratch.histogram, scratch.counters, scratch.highest, scratch.total)
+    return (*stored, scratch.selecting, scratch.counters, scratch.highest, scratch.total)
 
 
 def finish(
