@@ -75,7 +75,9 @@ def _find_threshold(
                 keep = budget - tl.load(counters + ABOVE, cache_modifier=".cg")
                 threshold, limit = high - 1, padding - 1  # those above are all
                 if (keep < 0) | (keep > within) | (within > CANDIDATES):
-                    threshold, limit = _search(rankings, padding, position, budget, keep * 0, keep * 0 + HIGHEST, SEARCHED)
+                    threshold, limit = _search(
+                        rankings, padding, position, budget, keep * 0, keep * 0 + HIGHEST, SEARCHED
+                    )
                 elif (keep > 0) & (within <= FEW):
                     threshold, limit = _resolve(candidates, within, keep, low, high, position, CANDIDATES, FEW)
                 elif keep > 0:
