@@ -164,8 +164,8 @@ def bracket(
 
 @triton.jit
 def bracket_of_sample(ranking, drawn, expected, spread, BITS: tl.constexpr):
-    """As `bracket`, from `drawn` sampled rankings, in a tile with -1 elsewhere, of which `expected` reach the threshold,
-    give or take `spread`."""
+    """As `bracket`, from `drawn` sampled rankings, in a tile with -1 elsewhere, of which `expected` reach the
+    threshold, give or take `spread`."""
     few, many = (expected - spread).to(tl.int32) - 1, (expected + spread).to(tl.int32) + 2
     low, high = drawn * 0, drawn * 0
     for digit in range(BITS):

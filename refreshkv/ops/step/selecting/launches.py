@@ -54,7 +54,8 @@ def rank(state: LayerState, scratch: SelectingScratch, options: SelectionOptions
         scratch.rankings, scratch.sample, kv_heads, room, splits, options.recent_window, options.sink_tokens,
         G=group, MP=triton.next_power_of_2(rows), NP=max(2, triton.next_power_of_2(splits)),
         OBSERVERS=options.observation_window, POOL=options.pool_kernel, BEFORE=options.pooled_before,
-        BLOCK=shares.RANKED, STRETCH=shares.stretch_of(state.keys.shape[2]), SAMPLES=shares.SAMPLES, num_warps=warps, **SAME_IN_ALL_THREADS,
+        BLOCK=shares.RANKED, STRETCH=shares.stretch_of(state.keys.shape[2]), SAMPLES=shares.SAMPLES,
+        num_warps=warps, **SAME_IN_ALL_THREADS,
     )  # fmt: skip
 
 
@@ -72,7 +73,8 @@ def find_threshold(state: LayerState, scratch: SelectingScratch, warps: int | No
         state.row_state, scratch.selecting, scratch.rankings, scratch.sample, scratch.counters, scratch.candidates,
         scratch.choices, kv_heads, room, threshold.MARGIN,
         CANDIDATES=candidates, FEW=min(threshold.FEW, candidates), BLOCK=shares.RANKED, SEARCHED=threshold.SEARCHED,
-        STRETCH=shares.stretch_of(state.keys.shape[2]), SAMPLES=shares.SAMPLES, BITS=threshold.BITS, num_warps=warps or threshold.warps_of(candidates),
+        STRETCH=shares.stretch_of(state.keys.shape[2]), SAMPLES=shares.SAMPLES, BITS=threshold.BITS,
+        num_warps=warps or threshold.warps_of(candidates),
     )  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def _find_threshold(
 def _bracket(
     samples, first, last, budget, margin, STRETCH: tl.constexpr, SAMPLES: tl.constexpr, BITS: tl.constexpr
 ):  # fmt: skip
-    """`low, high`: the ranking of the `budget`-th of positions `first .. last` is almost surely in `low .. high - 1`."""
+    """`low, high`: the `budget`-th highest ranking of `first .. last` is almost surely in `low .. high - 1`."""
     number = tl.arange(0, SAMPLES)
     token = sampled(number, STRETCH)
     exists = (token >= first) & (token <= last)
