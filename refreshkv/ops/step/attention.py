@@ -132,7 +132,7 @@ def _attend(
     G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr,
     OBSERVERS: tl.constexpr, MODE: tl.constexpr, SIMILARITY: tl.constexpr, STORE: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, SELECTS: tl.constexpr, DH: tl.constexpr, MR: tl.constexpr,
-    BITS: tl.constexpr, SCORED: tl.constexpr, ASM: tl.constexpr, WORDS: tl.constexpr, STAGES: tl.constexpr,
+    BITS: tl.constexpr, SCORED: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
     ATTENDS: tl.constexpr,
 ):  # fmt: skip
     """One share of the keys of one batch row and key/value head: its maximum and sum (B, H, N), its output
@@ -212,7 +212,7 @@ def _attend(
             score_share(
                 query_ptr, key_ptr, code_ptr, token_scale_ptr, observer_ptr, counter_ptr, logit_ptr,
                 score_highest_ptr, score_total_ptr, query_h, kv_heads, capacity, room, scale, pair, position, padding,
-                split, splits, G, D, DH, MR, OBSERVERS, BITS, SCORED, PRECISION, ASM, WORDS, STAGES,
+                split, splits, G, D, DH, MR, OBSERVERS, BITS, SCORED, PRECISION, ASM, STAGES,
             )  # fmt: skip
         elif ATTENDS:
             _attend_share(

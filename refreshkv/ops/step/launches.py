@@ -232,7 +232,7 @@ def attend(
         MP=max(16, triton.next_power_of_2(group)), OBSERVERS=observers,
         MODE=mode.value, SIMILARITY=threshold is not None, STORE=store, PRECISION=precision(query),
         SELECTS=selecting is not None, DH=padded_half(head_dim), MR=max(8, triton.next_power_of_2(group * observers)),
-        BITS=bits, ASM=scoring.unpacks_by_ptx(query), WORDS=scoring.takes_words(head_dim, bits), ATTENDS=attends,
+        BITS=bits, ASM=scoring.unpacks_by_ptx(query), ATTENDS=attends,
         **scoring.tile_of(query, bits), **attention.tile_of(query),
     )  # fmt: skip
     return shares

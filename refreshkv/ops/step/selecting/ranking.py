@@ -82,5 +82,6 @@ def _rank(
             ranking = best.to(tl.int32, bitcast=True) + tl.where(preferred, PREFERRED, 0)
             ranking = tl.where(token == position, FIRST, ranking)
             tl.store(rankings + token, ranking, mask=exists)
-            number = token // STRETCH
-            tl.store(sample_ptr + pair * SAMPLES + number, ranking, mask=exists & (token == sampled(number, STRETCH)))
+            stretch = token // STRETCH
+            is_sampled = exists & (token == sampled(stretch, STRETCH))
+            tl.store(sample_ptr + pair * SAMPLES + stretch, ranking, mask=is_sampled)

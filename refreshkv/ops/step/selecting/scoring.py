@@ -17,7 +17,6 @@ from torch import Tensor
 from refreshkv.ops.selection.score_keys import (
     UNPACKED_ABOVE,
     load_score_halves,
-    load_score_words,
     quantize_halves,
     store_codes,
 )
@@ -42,7 +41,7 @@ def score_share(
     query_ptr, key_ptr, code_ptr, token_scale_ptr, observer_ptr, counter_ptr, logit_ptr, highest_ptr,
     total_ptr, query_h, kv_heads, capacity, room, scale, pair, position, padding, split, splits,
     G: tl.constexpr, D: tl.constexpr, DH: tl.constexpr, MR: tl.constexpr, OBSERVERS: tl.constexpr,
-    BITS: tl.constexpr, SCORED: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr, WORDS: tl.constexpr,
+    BITS: tl.constexpr, SCORED: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Computes the logits of one share of the positions of one batch row and key/value head, (B, Hkv, R, L), in units
@@ -88,28 +87,16 @@ def score_share(
     if (BITS == 4) & ASM:
         both = tl.sum(low_query.to(tl.float32), 1) + tl.sum(high_query.to(tl.float32), 1)
         above += UNPACKED_ABOVE * both[None, :]
-    # [DH, MR] twice; or [D / 8, MR] for each code of a word
-    queries = (tl.trans(low_query), tl.trans(high_query))
-    if WORDS:
-        queries = ()
-        word, every = tl.arange(0, D // 8), tl.arange(0, D // 8) >= 0
-        for nibble in tl.static_range(8):
-            of_word = (nibble % 2) * (D // 2) + 4 * word + nibble // 2
-            query = _observing_queries(own_query, slots, row, is_row, of_word, every, G, OBSERVERS)
-            queries = queries + (tl.trans(query),)
+    low_query, high_query = tl.trans(low_query), tl.trans(high_query)
     logits_row += row.to(tl.int64)[None, :] * room
     for start in tl.range(first, last, SCORED, num_stages=STAGES):
         token = start + tl.arange(0, SCORED)
         known = tl.minimum(token, position)
         logits = tl.zeros([SCORED, MR], tl.float32) - above
-        if WORDS:
-            # eight times [SCORED, D / 8]
-            parts = load_score_words(codes, known, D, queries[0].dtype, ASM)
-        else:
-            # [SCORED, DH] twice
-            parts = load_score_halves(codes, known, D, DH, BITS, queries[0].dtype, ASM)
-        for part in tl.static_range(8 if WORDS else 2):
-            logits = tl.dot(parts[part], queries[part], logits, input_precision=PRECISION)
+        # [SCORED, DH] twice
+        low, high = load_score_halves(codes, known, D, DH, BITS, low_query.dtype, ASM)
+        logits = tl.dot(low, low_query, logits, input_precision=PRECISION)
+        logits = tl.dot(high, high_query, logits, input_precision=PRECISION)
         if BITS == 16:
             logits = logits * scale
         else:
@@ -173,11 +160,6 @@ def tile_of(query: Tensor, bits: int) -> dict[str, int]:
     if query.element_size() != 2 or query.shape[-1] > 128:
         return FLOAT32_TILE
     return WIDE_TILE if bits == 16 else TILE
-
-
-def takes_words(head_dim: int, bits: int) -> bool:
-    """True if score keys are loaded as words of eight codes: where they fill tiles of 16 words."""
-    return bits == 4 and head_dim in (128, 256)
 
 
 def unpacks_by_ptx(query: Tensor) -> bool:
