@@ -232,7 +232,7 @@ def fetched_share(cache: Cache) -> float | None:
     """The mean over layers, batch rows and heads of what the last selecting step of an offloaded cache fetched, of what
     it chose; None for other caches."""
     layers = [layer for layer in cache.layers if isinstance(layer, FetchingLayer)]
-    shares = [(layer.near_fetched >= 0).float().mean() for layer in layers]
+    shares = [(layer.near().fetched >= 0).float().mean() for layer in layers]
     return round(float(torch.stack(shares).mean()), 3) if shares else None
 
 
