@@ -10,7 +10,8 @@ text may end early as far as the loops know, but never does.
 
 Strategies: full, refresh (fixed schedule), similarity (the same full steps, decided by comparing queries),
 select:2:4bit (no full steps; a selecting step every 2 tokens by score keys of 4 bits, or other numbers), offloaded and
-offloaded-select:2:4bit (refresh or select with the full keys and values in host memory; the bound leaves the bus out),
+offloaded-select:2:4bit (refresh or select with the full keys and values in host memory; the bound leaves the bus out,
+and `fetched` is the share of the chosen tokens that the last selecting step fetched),
 lossless:2:4bit (drafts by select:2:4bit, checked by full attention; weights are random, so a coin of --acceptance
 decides how many drafts are right), streaming, h2o, snapkv; static and dynamic are transformers' own caches. `GB moved`
 is what a token's step has to read. Prints a line for each, pieces of the step with --pieces, and a table at the end;
@@ -49,6 +50,7 @@ from refreshkv.baselines.full import FullCache
 from refreshkv.baselines.h2o import H2OCache
 from refreshkv.baselines.snapkv import SnapKVCache
 from refreshkv.baselines.streaming import StreamingCache
+from refreshkv.cache.fetching import FetchingLayer
 from refreshkv.cache.preallocated import PreallocatedCache
 from refreshkv.generation import lossless
 from refreshkv.ops.state import Decisions, SelectionOptions, SelectionScratch, StepOptions
@@ -230,6 +232,7 @@ def time_strategy(
         "selecting step": round(statistics.median(long), 3) if selecting is not None else None,
         "partial step": round(statistics.median(partial), 3) if refreshes and partial else None,
         "tokens/s": round(batch / typical * 1e3, 1),
+        "fetched": fetched_share(cache),
         "GB moved": round(mean_bytes / 1e9, 2),
         "bound ms": round(bound, 2),
         "ms / bound": round(typical / bound, 2),
@@ -310,10 +313,18 @@ def judge_by_coin(acceptance: float) -> Callable:
     return judge
 
 
+def fetched_share(cache: Cache) -> float | None:
+    """The mean over layers, batch rows and heads of what the last selecting step of an offloaded cache fetched, of what
+    it chose; None for other caches."""
+    layers = [layer for layer in cache.layers if isinstance(layer, FetchingLayer)]
+    shares = [(layer.near().fetched >= 0).float().mean() for layer in layers]
+    return round(float(torch.stack(shares).mean()), 3) if shares else None
+
+
 def loop_of(strategy: str, asked: str | None) -> str:
     """The loop that a strategy is timed in; what the host decides cannot be captured into a graph."""
     own = "ahead" if is_ours(strategy) else "generate"
-    is_led_by_host = strategy == "dynamic" or strategy.startswith("offloaded")
+    is_led_by_host = strategy in ("dynamic", "offloaded")
     return own if asked is None or (asked == "graph" and is_led_by_host) else asked
 
 

@@ -114,7 +114,8 @@ class RefreshLayer(PreallocatedLayer):
             raise SettingsError(f"select_stride needs an even head size, and the model's is {key_states.shape[-1]}")
         self.selecting_steps = torch.zeros_like(self.full_steps)
         if self.score_state:
-            whole = key_states[:, :, :1].detach().expand(-1, -1, self.max_cache_len, -1)
+            one = key_states.new_empty(*key_states.shape[:2], 1, key_states.shape[3])
+            whole = one.expand(-1, -1, self.max_cache_len, -1)
             self.score_codes, self.score_scales = naive.empty_score_keys(whole, self.config.score_bits)
 
     def _store(self, key_states: Tensor, value_states: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:

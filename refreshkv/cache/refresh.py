@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from refreshkv.cache.fetching import FetchingLayer
 from refreshkv.cache.layer import RefreshLayer
 from refreshkv.cache.offload import OffloadedLayer
 from refreshkv.cache.preallocated import PreallocatedCache
@@ -33,8 +34,9 @@ class RefreshCache(PreallocatedCache):
         max_cache_len: most tokens per batch row, prompt and generated ones together.
         refresh: schedule and selection; None takes the ones saved under "refreshkv" in `config`.
         offload: keep the full keys and values in pinned host memory, and only the small caches and the score keys of
-            fewer than 16 bits on the GPU. Steps are then not captured, and full steps take as long as the bus does;
-            selecting steps fetch what the small caches did not hold before.
+            fewer than 16 bits on the GPU. Full steps then take as long as the bus does, and steps are not captured,
+            unless there are none (`stride=NEVER` with a select stride and score keys of 8 or 4 bits): selecting steps
+            fetch what the small caches did not hold before.
 
     The model's configuration may also come first, without its name. The older names, `model_config=` for the model's
     configuration and `config=` for the `RefreshConfig`, work until the next release.
@@ -63,10 +65,10 @@ class RefreshCache(PreallocatedCache):
         if model_config is None:
             raise SettingsError("RefreshCache needs config=model.config")
         self.config = refresh or saved_config(model_config, "refresh")
-        make_layer = OffloadedLayer if offload else RefreshLayer
+        make_layer = layer_kind(self.config, offload)
         super().__init__(model_config, max_cache_len, lambda: make_layer(max_cache_len, self.config))
         layers = self.refresh_layers()
-        if layers and not offload:  # offloaded layers decide on the host which buffers a step reads
+        if layers and not offload:  # offloaded layers each end their step by themselves
             layers[-1].earlier_layers = tuple(layers[:-1])
 
     @property
@@ -144,6 +146,13 @@ class RefreshCache(PreallocatedCache):
     def refresh_layers(self) -> list[RefreshLayer]:
         """The full-attention layers."""
         return [layer for layer in self.layers if isinstance(layer, RefreshLayer)]
+
+
+def layer_kind(config: RefreshConfig, offload: bool) -> type[RefreshLayer]:
+    """The class of the layers of a cache with this schedule."""
+    if not offload:
+        return RefreshLayer
+    return FetchingLayer if FetchingLayer.serves(config) else OffloadedLayer
 
 
 def saved_config(model_config: PretrainedConfig, argument: str = "config") -> RefreshConfig:

@@ -90,6 +90,10 @@ class StepOptions(NamedTuple):
         return min(stride, UNBOUNDED if self.select_stride is None else self.select_stride)
 
 
+PARTIAL_STEPS = StepOptions(UNBOUNDED, None, SelectionOptions(1, 1, 0, 0))
+"""No step is full or selecting."""
+
+
 class FullSteps(NamedTuple):
     """The full steps, or the selecting steps, whose selections are wanted."""
 
@@ -224,6 +228,39 @@ class SelectingState(NamedTuple):
         if self.codes is None:
             return 16
         return 4 if self.codes.dtype == torch.uint8 else 8
+
+
+class NearState(NamedTuple):
+    """The small cache on the GPU of a layer whose keys and values are in host memory, C slots. The selected tokens are
+    in slots `0 .. W-1`, in no order, and the tokens since the selection in those from W on."""
+
+    keys: Tensor
+    """(B, Hkv, C, D)."""
+    values: Tensor
+    """(B, Hkv, C, D)."""
+    length: Tensor
+    """() int64: the slot of the step's own token."""
+    row_state: Tensor
+    """(B, 4) int64: as in `Decisions`, by slots in place of positions."""
+    selected: Tensor
+    """(B, Hkv, W) int32: the slots of the selected tokens by rank. A selecting step attends to its own token as the
+    newest one, and until the next step the slot of the last stands in its place."""
+    held: Tensor
+    """(B, Hkv, W) int32: the position of the token in each slot, -1 for none."""
+    slot_of: Tensor
+    """(B, Hkv, L) int32: the slot of each position's token, -1 where it is not held."""
+    own: Tensor
+    """(B, Hkv, 2) int32: the rank and the slot of the token of the last selecting step, -1 before the first."""
+    fetched: Tensor
+    """(B, Hkv, W) int32: the position that each slot fetches at this step, -1 for none."""
+    wanted: Tensor
+    """(B,) bool: whether this step fetches."""
+
+    def as_layer(self, state: LayerState, observers: Tensor) -> LayerState:
+        """The small cache as that of a layer with PARTIAL_STEPS only, which leave the rest of the layer's `state` as it
+        is; observers: (B, H, 1, D), any."""
+        small = (self.keys, self.values, self.length, self.row_state, self.selected)
+        return LayerState(*small, state.ranking, state.mean_query, observers, state.full_steps)
 
 
 class CompactState(NamedTuple):

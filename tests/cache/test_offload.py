@@ -1,16 +1,19 @@
 """Full keys and values in host memory: the same numbers as with all of them on the device, step by step."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from refreshkv import RefreshCache, RefreshConfig
 from refreshkv.cache import offload
+from refreshkv.cache.fetching import FetchingLayer
 from refreshkv.cache.layer import RefreshLayer
 from refreshkv.cache.offload import OffloadedLayer
 from refreshkv.ops import naive
 from refreshkv.ops.choice import Choice
+from refreshkv.ops.state import NearState
 from tests.attention.test_parity import CASES as PARITY_CASES
 from tests.attention.test_parity import SELECTING as SELECTING_PARITY_CASES
 from tests.attention.test_parity import assert_parity
@@ -22,6 +25,8 @@ from tests.ops.test_step_kernels import SELECTING as SELECTING_CASES
 
 EVERY_CASE = {**CASES, **{f"selecting, {name}": case for name, case in SELECTING_CASES.items()}}
 
+FETCHING_CASES = {name: case for name, case in SELECTING_CASES.items() if FetchingLayer.serves(case[-1])}
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -31,13 +36,13 @@ def little_room(monkeypatch):
     monkeypatch.setattr(offload, "SLACK", 2)
 
 
-def both_layers(case, steps, dtype=torch.float32):
+def both_layers(case, steps, kind=OffloadedLayer, dtype=torch.float32):
     """Outputs of each step, of the device's layer and of the offloaded one, and the two layers."""
     prompt, _, groups, kv_heads, head_dim, padding, config = case
     generator = torch.Generator().manual_seed(0)
     padding = torch.tensor([0, padding], device=DEVICE)
     heads = (groups * kv_heads, kv_heads, kv_heads)
-    layers = RefreshLayer(prompt + steps, config), OffloadedLayer(prompt + steps, config)
+    layers = RefreshLayer(prompt + steps, config), kind(prompt + steps, config)
     scaling = head_dim**-0.5
     outputs = []
     for step in range(steps + 1):
@@ -61,10 +66,12 @@ def check(outputs, layers, tolerance):
     # a single observer is the step's own query, and kernels need not keep it
     for name in kept + ["observers"] * (ours.config.observation_window > 1):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
-    ours._flush(ours.length)
+    if isinstance(ours, OffloadedLayer):
+        ours._flush(ours.length)
     for name in set(ours.batch_state) & {"selecting_steps", "score_codes", "score_scales"}:
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    assert ours.keys.device.type == ours.values.device.type == "cpu"
+    if isinstance(ours, OffloadedLayer):
+        assert ours.keys.device.type == ours.values.device.type == "cpu"
     assert torch.equal(ours.keys.to(DEVICE), theirs.keys) and torch.equal(ours.values.to(DEVICE), theirs.values)
 
 
@@ -80,6 +87,79 @@ def test_by_kernels(monkeypatch, name):
     monkeypatch.setattr(Choice, "uses_kernels", lambda choice, tensor: True)
     outputs, layers = both_layers(EVERY_CASE[name], steps=6)
     check(outputs, layers, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("name", FETCHING_CASES)
+def test_fetching_layers_equal_the_device_layers(name):
+    """Schedules without full steps."""
+    case = FETCHING_CASES[name]
+    outputs, layers = both_layers(case, steps=3 * case[1], kind=FetchingLayer)
+    check(outputs, layers, tolerance=1e-5)
+    check_near(layers[1])
+
+
+@pytest.mark.parametrize("name", slow_unless(("every second, four bits",), FETCHING_CASES))
+def test_fetching_layers_by_kernels(monkeypatch, name):
+    """On a GPU, or under Triton's interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(Choice, "uses_kernels", lambda choice, tensor: True)
+    outputs, layers = both_layers(FETCHING_CASES[name], steps=6, kind=FetchingLayer)
+    check(outputs, layers, tolerance=1e-4)
+    check_near(layers[1])
+
+
+def check_near(layer):
+    """The small cache holds the selected tokens, each in its slot."""
+    near, (anchors, budgets, padding, _) = layer.near(), layer.row_state.unbind(1)
+    for row, size in enumerate(torch.minimum(anchors + 1 - padding, budgets).tolist()):
+        for head in range(near.held.shape[1]):
+            chosen = layer.selected[row, head, :size].long()
+            slots = near.slot_of[row, head, chosen].long()
+            assert near.held[row, head, slots].tolist() == chosen.tolist()
+            assert sorted(near.slot_of[row, head].unique().tolist())[-1] < layer.width
+            for far, small in ((layer.keys, near.keys), (layer.values, near.values)):
+                assert torch.equal(far[row, head, chosen], small[row, head, slots])
+
+
+def test_placing_by_kernels():
+    """Selections of several blocks and sizes, of which successive ones share much, against the naive form."""
+    pytest.importorskip("triton")
+    from refreshkv.ops.step import near as kernels
+
+    generator, width, columns = torch.Generator().manual_seed(0), 70, 200
+    budgets, padding = torch.tensor([70, 41]), torch.tensor([0, 9])
+    layers = []
+    for _ in range(2):
+        like = torch.zeros(2, 2, width, dtype=torch.int32, device=DEVICE)
+        numbers = {"length": torch.tensor(0), "row_state": torch.zeros(2, 4, dtype=torch.int64)}
+        numbers = {name: tensor.to(DEVICE) for name, tensor in numbers.items()}
+        near = {name: torch.full_like(like, -1) for name in ("selected", "held", "fetched")}
+        near |= {"slot_of": like.new_full((2, 2, columns), -1), "own": like.new_full((2, 2, 2), -1)}
+        near |= {"wanted": torch.zeros(2, dtype=torch.bool, device=DEVICE)}
+        keys = torch.zeros(2, 2, columns, 4, device=DEVICE)
+        layers.append(
+            (numbers, like, NearState(keys, keys, **{name: t.clone() for name, t in numbers.items()}, **near))
+        )
+    score = torch.rand(2, 2, columns, generator=generator)
+    for turn, position in enumerate((100, 101, 102, 150, 151)):
+        score = torch.where(torch.rand(score.shape, generator=generator) < 0.3, torch.rand_like(score), score)
+        best = score.masked_fill(torch.arange(columns) > position, -1.0).argsort(-1, descending=True)
+        chosen = torch.cat([torch.full((2, 2, 1), position), best.masked_fill(best == position, 199)], -1)[..., :width]
+        selecting = turn % 2 == 0 or position == 150
+        for place, (numbers, selected, near) in zip((naive.place_near, kernels.place_near), layers, strict=True):
+            anchor = torch.full_like(budgets, position if selecting else position - 1)
+            numbers["row_state"].copy_(torch.stack([anchor, budgets, padding, padding], 1))
+            numbers["length"].fill_(position + 1)
+            if selecting:
+                selected.copy_(chosen)
+            place(SimpleNamespace(**numbers, selected=selected, keys=near.keys), near)
+        kept = torch.arange(width, device=DEVICE) < budgets.to(DEVICE)[:, None, None]
+        for name, expected, found in zip(NearState._fields, layers[0][2], layers[1][2], strict=True):
+            if name == "fetched" and not selecting:
+                continue
+            if name == "selected":
+                expected, found = expected * kept, found * kept
+            assert torch.equal(expected, found), (turn, name)
 
 
 @pytest.mark.slow

@@ -89,6 +89,10 @@ SELECTING = {
         *(45, 4, 3, 3, 64, 0),
         RefreshConfig(budget=9, stride=NEVER, select_stride=1, score_bits=4, pool_ahead=True),
     ),
+    "heads of 128": (
+        *(33, 3, 2, 1, 128, 7),
+        RefreshConfig(budget=9, stride=NEVER, select_stride=1, score_bits=4, observation_window=2),
+    ),
     "every query's own top": (
         *(33, 3, 1, 1, 24, 7),
         RefreshConfig(budget=5, stride=NEVER, select_stride=1, score_bits=4, pool_kernel=1),

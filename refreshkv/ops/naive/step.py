@@ -16,11 +16,13 @@ from refreshkv.ops.state import (
     ENTRIES_USED,
     LAST_FULL,
     PADDING,
+    PARTIAL_STEPS,
     PLAIN_SOFTMAX,
     PROMPT_LENGTH,
     CompactState,
     FullSteps,
     LayerState,
+    NearState,
     SelectingState,
     SoftmaxTerms,
     StepOptions,
@@ -81,16 +83,36 @@ def choose_step(
     chosen: SelectingState,
 ) -> None:
     """As `refreshkv.ops.step.operators.choose_step`."""
-    assert chosen.selecting_steps is not None
+    assert chosen.selecting_steps is not None and options.select_stride is not None
     position = int(state.length)
     state.keys[:, :, position], state.values[:, :, position] = key[:, :, 0], value[:, :, 0]
     state.observers[:, :, position % options.selection.observation_window] = query[:, :, 0]
     known = state.keys[:, :, : position + 1]
     _store_score_key(chosen, known[:, :, -1], position)
-    best = _select(state, position, _score_keys(chosen, known), options, scaling, PLAIN_SOFTMAX, own_first=True)
-    _keep(state, position, best, torch.ones_like(chosen.selecting_steps[:, position]))
-    chosen.selecting_steps[:, position] = True
+    is_selecting = (position - (state.row_state[:, PROMPT_LENGTH] - 1)) % options.select_stride == 0
+    if bool(is_selecting.any()):
+        best = _select(state, position, _score_keys(chosen, known), options, scaling, PLAIN_SOFTMAX, own_first=True)
+        _keep(state, position, best, is_selecting)
+    chosen.selecting_steps[:, position] = is_selecting
     state.length.add_(1)
+
+
+def fetching_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: LayerState,
+    chosen: SelectingState,
+    near: NearState,
+    options: StepOptions,
+    scaling: float,
+) -> Tensor:
+    """As `refreshkv.ops.step.operators.fetching_step`."""
+    choose_step(query, key, value, state, options, scaling, chosen)
+    place_near(state, near)
+    for source, target in ((state.keys, near.keys), (state.values, near.values)):
+        gather_tokens(source, near.fetched, near.wanted, target)
+    return decode_step(query, key, value, near.as_layer(state, query.clone()), PARTIAL_STEPS, scaling)
 
 
 def _select(
@@ -256,6 +278,43 @@ def place_chosen(selected: Tensor, sizes: Tensor, held: Tensor, columns: int) ->
     slots = torch.where(missing, free.gather(2, (missing.cumsum(-1) - 1).clamp(min=0)), slots)
     fetched = (spare - 1).scatter(2, slots.masked_fill(~missing, width), position)[..., :width]
     return slots.int(), fetched.int()
+
+
+def place_near(state: LayerState, near: NearState) -> None:
+    """Prepares the small cache for the attention of a step that `choose_step` has counted (`NearState`): at a selecting
+    step, it gives the chosen tokens their slots and names those to be fetched."""
+    position, width = int(state.length) - 1, near.selected.shape[-1]
+    anchors, budgets, padding, _ = state.row_state.unbind(1)
+    kept = torch.minimum(anchors + 1 - padding, budgets)
+    selecting = anchors == position
+    rank, slot = near.own.unbind(-1)
+    returns = (rank >= 0) & (anchors == position - 1)[:, None]
+    rank = rank.long().clamp(min=0).unsqueeze(-1)
+    near.selected.scatter_(2, rank, torch.where(returns, slot, near.selected.gather(2, rank).squeeze(-1)).unsqueeze(-1))
+    near.wanted.copy_(selecting)
+    if bool(selecting.any()):
+        slots, fetched = place_chosen(state.selected, kept, near.held, state.keys.shape[2])
+        own = (state.selected == position) & (torch.arange(width, device=slots.device) < kept[:, None, None])
+        rank = own.int().argmax(-1, keepdim=True)
+        last = slots.gather(2, (kept - 1)[:, None, None].expand(-1, slots.shape[1], 1))
+        where = selecting[:, None, None]
+        near.selected.copy_(torch.where(where, slots.scatter(2, rank, last), near.selected))
+        near.own.copy_(torch.where(where, torch.cat([rank, slots.gather(2, rank)], -1), near.own))
+        near.fetched.copy_(torch.where(where, fetched, -1))
+        near.held.copy_(torch.where(near.fetched >= 0, near.fetched, near.held))
+        hold_positions(near)
+    near.length.copy_(torch.where(selecting, width, width + position - anchors - 1).amax())
+    last = torch.full_like(kept, width - 1)
+    first = width - kept + selecting.long()
+    near.row_state.copy_(torch.stack([last, budgets, first, torch.zeros_like(kept)], dim=1))
+
+
+def hold_positions(near: NearState) -> None:
+    """Makes `slot_of` the inverse of `held`."""
+    slot = torch.arange(near.held.shape[-1], dtype=torch.int32, device=near.held.device).expand_as(near.held)
+    places = torch.where(near.held >= 0, near.held, near.slot_of.shape[-1]).long()
+    spare = near.slot_of.new_full((*near.slot_of.shape[:2], near.slot_of.shape[-1] + 1), -1)
+    near.slot_of.copy_(spare.scatter_(2, places, slot)[..., :-1])
 
 
 def copy_tokens(source: Tensor, target: Tensor, source_first: int, target_first: int, count: int) -> None:

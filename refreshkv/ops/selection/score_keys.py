@@ -16,6 +16,10 @@ BLOCK = 64
 ROUND = tl.constexpr(12582912.0)
 """1.5 * 2^23: added to a float32 below 2^22 it leaves no fraction, so adding and subtracting rounds half to even."""
 
+UNPACKED_ABOVE = tl.constexpr(24.0)
+"""What is to be subtracted from codes of 4 bits that PTX instructions unpack: 16 + code, where the code stands for
+code - 8."""
+
 
 def write_score_keys(key: Tensor, codes: Tensor, scales: Tensor, first: int) -> None:
     """`refreshkv.ops.write_score_keys` in one launch."""
@@ -111,7 +115,8 @@ def load_score_halves(
     """Loads the codes of tokens (N,) as numbers of type `dtype`, or with 16 bits the keys: two halves (N, DH), whose
     columns from D / 2 on are finite but have no meaning. All tokens must exist.
 
-    ASM: PTX instructions unpack codes of 4 bits to bfloat16, four bytes at a time.
+    ASM: PTX instructions unpack codes of 4 bits to bfloat16, four bytes at a time; the numbers are then too large by
+    UNPACKED_ABOVE.
     """
     column = tl.arange(0, DH)
     if DH > D // 2:
@@ -119,7 +124,7 @@ def load_score_halves(
         column = tl.minimum(column, D // 2 - 1)
     if BITS == 4:
         # [N, DH]
-        byte = tl.load(codes + token[:, None] * (D // 2) + column[None, :])
+        byte = tl.load(codes + token[:, None] * (D // 2) + column[None, :], eviction_policy="evict_first")
         if ASM:
             low, high = _unpack_by_ptx(byte)
         else:
@@ -145,17 +150,16 @@ def _number(code, dtype: tl.constexpr):
 
 @triton.jit
 def _unpack_by_ptx(byte):
-    """`_number` of the low and of the high half of each byte, in bfloat16."""
+    """`_number` of the low and of the high half of each byte, in bfloat16, plus UNPACKED_ABOVE: 16 + code, whose
+    mantissa begins with the code."""
     low = tl.inline_asm_elementwise(
         """
         {
-        .reg .b32 code, offset;
-        mov.b32 offset, 0x43084308;
-        and.b32 code, $2, 0x0F0F0F0F;
-        prmt.b32 $0, code, 0x43434343, 0x4140;
-        prmt.b32 $1, code, 0x43434343, 0x4342;
-        sub.bf16x2 $0, $0, offset;
-        sub.bf16x2 $1, $1, offset;
+        .reg .b32 code;
+        shl.b32 code, $2, 3;
+        lop3.b32 code, code, 0x78787878, 0x80808080, 0xEA;
+        prmt.b32 $0, code, 0x41414141, 0x4140;
+        prmt.b32 $1, code, 0x41414141, 0x4342;
         }
         """,
         "=&r,=&r,r", [byte], dtype=tl.bfloat16, is_pure=True, pack=4,
@@ -163,14 +167,11 @@ def _unpack_by_ptx(byte):
     high = tl.inline_asm_elementwise(
         """
         {
-        .reg .b32 code, offset;
-        mov.b32 offset, 0x43084308;
-        shr.u32 code, $2, 4;
-        and.b32 code, code, 0x0F0F0F0F;
-        prmt.b32 $0, code, 0x43434343, 0x4140;
-        prmt.b32 $1, code, 0x43434343, 0x4342;
-        sub.bf16x2 $0, $0, offset;
-        sub.bf16x2 $1, $1, offset;
+        .reg .b32 code;
+        shr.u32 code, $2, 1;
+        lop3.b32 code, code, 0x78787878, 0x80808080, 0xEA;
+        prmt.b32 $0, code, 0x41414141, 0x4140;
+        prmt.b32 $1, code, 0x41414141, 0x4342;
         }
         """,
         "=&r,=&r,r", [byte], dtype=tl.bfloat16, is_pure=True, pack=4,

@@ -14,18 +14,21 @@ from refreshkv.ops.selection import step as selection
 from refreshkv.ops.selection.score_keys import padded_half
 from refreshkv.ops.state import (
     ENTRIES_USED,
+    PARTIAL_STEPS,
     TAIL,
     CompactState,
     Decisions,
     LayerState,
+    NearState,
     SelectingState,
     SelectionOptions,
     SelectionScratch,
     StepOptions,
 )
-from refreshkv.ops.step import attention
+from refreshkv.ops.step import attention, transfer
+from refreshkv.ops.step import near as placing
 from refreshkv.ops.step import observers as observing
-from refreshkv.ops.step.selecting import bins, scoring
+from refreshkv.ops.step.selecting import scoring
 from refreshkv.ops.step.selecting.launches import choose_and_attend
 from refreshkv.ops.step.selecting.state import SelectingScratch
 from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, padded_head, precision
@@ -65,6 +68,26 @@ def choose_step(
     select(scratch, state.length, state.decisions, options)
 
 
+def fetching_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: LayerState,
+    chosen: SelectingState,
+    near: NearState,
+    options: StepOptions,
+    scaling: float,
+) -> Tensor:
+    """`refreshkv.ops.naive.fetching_step` by kernels: (B, 1, H, D)."""
+    choose_step(query, key, value, state, options, scaling, chosen)
+    placing.place_near(state, near)
+    for source, target in ((state.keys, near.keys), (state.values, near.values)):
+        transfer.gather_tokens(source, near.fetched, near.wanted, target)
+    small = near.as_layer(state, query)
+    scratch = SelectionScratch.empty(query.shape[:1], *near.keys.shape[1:], query.device)
+    return attend_and_rank(query, key, value, small, scratch, PARTIAL_STEPS, scaling)
+
+
 def attend_and_rank(
     query: Tensor,
     key: Tensor,
@@ -84,7 +107,9 @@ def attend_and_rank(
     if options.select_stride is not None:
         assert chosen is not None
         selecting = Selecting(chosen, SelectingScratch.empty(state.keys, state.observers), options)
-    shares = attend(query, key, value, state, scaling, options=options, scratch=scratch, selecting=selecting)
+    shares = attend(
+        query, key, value, state, scaling, options=options, scratch=scratch, selecting=selecting, attends=attends
+    )
     scores = shares.logits
     if options.selection.observation_window > 1:
         scores = _observed_scores(state, scratch.full, shares.splits, scaling)
@@ -175,10 +200,11 @@ def attend(
     slots: Tensor | None = None,
     store: bool = False,
     selecting: Selecting | None = None,
+    attends: bool = True,
 ) -> Shares:
     """The first launch of a step. A cache that refreshes comes with `options` and `scratch`, and with `selecting` if it
-    has selecting steps; a compact one with `slots` (B, Hkv) int64, the entries that the token takes, and `store` if it
-    wants the logits; another is read whole."""
+    has selecting steps; unless it `attends`, its other steps only store the token. A compact one comes with `slots`
+    (B, Hkv) int64, the entries that the token takes, and with `store` if it wants the logits; another is read whole."""
     batch, heads, _, head_dim = query.shape
     kv_heads, capacity = state.keys.shape[1], state.keys.shape[2]
     group = heads // kv_heads
@@ -191,6 +217,7 @@ def attend(
         logits = selecting.scratch.logits
     else:
         logits = query.new_empty(batch, heads, capacity, dtype=torch.float32) if store else None
+    bits = 16 if selecting is None else selecting.state.bits
     shares = Shares(query, splits, logits)
     full, arrived, now = (shares.total,) * 3 if scratch is None else (scratch.full, scratch.arrived, scratch.now)
     attention._attend[splits, batch * kv_heads](
@@ -205,8 +232,8 @@ def attend(
         MP=max(16, triton.next_power_of_2(group)), OBSERVERS=observers,
         MODE=mode.value, SIMILARITY=threshold is not None, STORE=store, PRECISION=precision(query),
         SELECTS=selecting is not None, DH=padded_half(head_dim), MR=max(8, triton.next_power_of_2(group * observers)),
-        BITS=16 if selecting is None else selecting.state.bits, BINS=bins.BINS, ASM=scoring.unpacks_by_ptx(query),
-        **scoring.tile_of(query, 16 if selecting is None else selecting.state.bits), **attention.tile_of(query),
+        BITS=bits, ASM=scoring.unpacks_by_ptx(query), ATTENDS=attends,
+        **scoring.tile_of(query, bits), **attention.tile_of(query),
     )  # fmt: skip
     return shares
 
@@ -214,11 +241,11 @@ def attend(
 def _score_buffers(selecting: Selecting | None, keys: Tensor, unused: Tensor) -> tuple[Tensor, ...]:
     """The buffers of the score keys and of what `_attend` writes for the launches of a selecting step."""
     if selecting is None:
-        return (unused,) * 7
+        return (unused,) * 6
     codes, scales, _ = selecting.state
     scratch = selecting.scratch
     stored = (keys if codes is None else codes, unused if scales is None else scales)
-    return (*stored, scratch.selecting, scratch.histogram, scratch.counters, scratch.highest, scratch.total)
+    return (*stored, scratch.selecting, scratch.counters, scratch.highest, scratch.total)
 
 
 def finish(

@@ -19,6 +19,7 @@ from refreshkv.ops.state import (
     CompactState,
     Decisions,
     LayerState,
+    NearState,
     SelectingState,
     SelectionOptions,
     SelectionScratch,
@@ -102,8 +103,8 @@ def choose_step(
     scaling: float,
     chosen: SelectingState,
 ) -> None:
-    """A selecting step of all batch rows without its attention: stores and counts the token, and makes its choice the
-    selection. For caches whose keys and values are far away; not for compiled models.
+    """A step without its attention, of a schedule without full steps: stores and counts the token, and makes the choice
+    of a selecting step the selection. For caches whose keys and values are far away; not for compiled models.
 
     Args as in `decode_step`.
     """
@@ -114,6 +115,85 @@ def choose_step(
             launches.choose_step(query, key, value, state, options, scaling, chosen)
     else:
         naive.choose_step(query, key, value, state, options, scaling, chosen)
+
+
+def fetching_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: LayerState,
+    chosen: SelectingState,
+    near: NearState,
+    options: StepOptions,
+    scaling: float,
+) -> Tensor:
+    """`decode_step` of a layer whose keys and values are in host memory, of a schedule without full steps. A selecting
+    step fetches the chosen tokens that the small cache lacks; all steps attend to the small cache.
+
+    Args:
+        query, key, value: as in `decode_step`.
+        state: the layer's state, changed in place; its keys and values may be host memory.
+        chosen: with score keys of 8 or 4 bits; changed in place.
+        near: the small cache, changed in place.
+        options, scaling: as in `decode_step`.
+
+    Returns (B, 1, H, D).
+    """
+    return _fetching_step(query, key, value, *state, *chosen, *near, *options.flat(), scaling)
+
+
+@torch.library.custom_op(
+    "refreshkv::fetching_step",
+    mutates_args=(*LayerState._fields, *SelectingState._fields, *(f"near_{name}" for name in NearState._fields)),
+)
+def _fetching_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    row_state: Tensor,
+    selected: Tensor,
+    ranking: Tensor,
+    mean_query: Tensor,
+    observers: Tensor,
+    full_steps: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    selecting_steps: Tensor,
+    near_keys: Tensor,
+    near_values: Tensor,
+    near_length: Tensor,
+    near_row_state: Tensor,
+    near_selected: Tensor,
+    near_held: Tensor,
+    near_slot_of: Tensor,
+    near_own: Tensor,
+    near_fetched: Tensor,
+    near_wanted: Tensor,
+    stride: int,
+    threshold: float | None,
+    pool_kernel: int,
+    observation_window: int,
+    recent_window: int,
+    sink_tokens: int,
+    pool_ahead: bool,
+    select_stride: int | None,
+    scaling: float,
+) -> Tensor:
+    state = LayerState(keys, values, length, row_state, selected, ranking, mean_query, observers, full_steps)
+    small = (near_keys, near_values, near_length, near_row_state, near_selected)
+    near = NearState(*small, near_held, near_slot_of, near_own, near_fetched, near_wanted)
+    selection = SelectionOptions(pool_kernel, observation_window, recent_window, sink_tokens, pool_ahead)
+    options = StepOptions(stride, threshold, selection, select_stride)
+    chosen = SelectingState(codes, scales, selecting_steps)
+    if CHOICE.uses_kernels(query):
+        from refreshkv.ops.step import launches as form
+    else:
+        form = naive
+    with torch.cuda.device_of(query):
+        return form.fetching_step(query, key, value, state, chosen, near, options, scaling)
 
 
 def attend_step(
@@ -330,6 +410,7 @@ def _compact_step(
 
 @_decode_step.register_fake
 @_attend_step.register_fake
+@_fetching_step.register_fake
 @full_step.register_fake
 @_compact_step.register_fake
 def _token_output(query: Tensor, *args) -> Tensor:

@@ -14,7 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.ops.selection.score_keys import load_score_halves, quantize_halves, store_codes
+from refreshkv.ops.selection.score_keys import (
+    UNPACKED_ABOVE,
+    load_score_halves,
+    quantize_halves,
+    store_codes,
+)
 from refreshkv.ops.step.selecting.shares import share
 from refreshkv.ops.step.selecting.threshold import COUNTERS
 
@@ -33,17 +38,17 @@ LEAST = tl.constexpr(-1e30)
 
 @triton.jit
 def score_share(
-    query_ptr, key_ptr, code_ptr, token_scale_ptr, observer_ptr, histogram_ptr, counter_ptr, logit_ptr, highest_ptr,
+    query_ptr, key_ptr, code_ptr, token_scale_ptr, observer_ptr, counter_ptr, logit_ptr, highest_ptr,
     total_ptr, query_h, kv_heads, capacity, room, scale, pair, position, padding, split, splits,
     G: tl.constexpr, D: tl.constexpr, DH: tl.constexpr, MR: tl.constexpr, OBSERVERS: tl.constexpr,
-    BITS: tl.constexpr, BINS: tl.constexpr, SCORED: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
+    BITS: tl.constexpr, SCORED: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Computes the logits of one share of the positions of one batch row and key/value head, (B, Hkv, R, L), in units
     of log 2, and their maximum and sum, (B, Hkv, R, N).
 
     query_ptr, key_ptr: the batch row's queries, and the token's own key. The first program also scores the token
-    itself, and clears the histogram and the counters for the launches that follow.
+    itself, and clears the counters for the launches that follow.
     """
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
     row, column = tl.arange(0, MR), tl.arange(0, DH)
@@ -51,18 +56,11 @@ def score_share(
     sees = position - (OBSERVERS - 1) + row // G
     is_row = (row < G * OBSERVERS) & (sees >= padding)
     in_half = column < D // 2
-    newest = (row // G == OBSERVERS - 1)[:, None] & (row < G * OBSERVERS)[:, None] & in_half[None, :]
-    # [MR, DH] twice: the halves of the step's own queries, zero in other rows
-    own_query = query_ptr + head[:, None] * query_h + column[None, :]
-    low_query = tl.load(own_query, mask=newest, other=0.0)
-    high_query = tl.load(own_query + D // 2, mask=newest, other=0.0)
-    if OBSERVERS > 1:
-        slots = observer_ptr + (batch * kv_heads * G + head)[:, None] * (OBSERVERS * D) + column[None, :]
-        older = is_row[:, None] & (row // G < OBSERVERS - 1)[:, None] & in_half[None, :]
-        slots += (tl.maximum(sees, 0) % OBSERVERS)[:, None] * D
-        # [MR, DH] twice: those of the earlier queries, zero in the rows that have theirs already
-        low_query += tl.load(slots, mask=older, other=0.0)
-        high_query += tl.load(slots + D // 2, mask=older, other=0.0)
+    own_query = query_ptr + head * query_h
+    slots = observer_ptr + (batch * kv_heads * G + head) * (OBSERVERS * D) + (tl.maximum(sees, 0) % OBSERVERS) * D
+    # [MR, DH] twice
+    low_query = _observing_queries(own_query, slots, row, is_row, column, in_half, G, OBSERVERS)
+    high_query = _observing_queries(own_query, slots, row, is_row, D // 2 + column, in_half, G, OBSERVERS)
 
     pair_row = pair.to(tl.int64) * (G * OBSERVERS)
     codes = code_ptr + pair.to(tl.int64) * capacity * (D // 2 if BITS == 4 else D)
@@ -77,21 +75,27 @@ def score_share(
             dot = dot * tl.sum(token_scale, 0)
         own_logit = tl.where(sees >= position, dot * scale, -float("inf"))
         tl.store(logits_row + row.to(tl.int64) * room + position, own_logit, mask=row < G * OBSERVERS)
-        tl.store(histogram_ptr + pair * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
-        tl.store(counter_ptr + COUNTERS * pair + tl.arange(0, COUNTERS), tl.zeros([COUNTERS], tl.int32))
+        number = tl.arange(0, 4)
+        tl.store(counter_ptr + COUNTERS * pair + number, tl.zeros([4], tl.int32), mask=number < COUNTERS)
 
     first, last = share(padding, position, split, splits)
     # [SCORED, MR] twice: one running softmax for each row of the tile; they are merged once, after the loop
     highest = tl.full([SCORED, MR], LEAST, tl.float32)
     total = tl.zeros([SCORED, MR], tl.float32)
+    # [1, MR]: what unpacking adds to each product
+    above = tl.zeros([1, MR], tl.float32)
+    if (BITS == 4) & ASM:
+        both = tl.sum(low_query.to(tl.float32), 1) + tl.sum(high_query.to(tl.float32), 1)
+        above += UNPACKED_ABOVE * both[None, :]
     low_query, high_query = tl.trans(low_query), tl.trans(high_query)
     logits_row += row.to(tl.int64)[None, :] * room
     for start in tl.range(first, last, SCORED, num_stages=STAGES):
         token = start + tl.arange(0, SCORED)
         known = tl.minimum(token, position)
+        logits = tl.zeros([SCORED, MR], tl.float32) - above
         # [SCORED, DH] twice
         low, high = load_score_halves(codes, known, D, DH, BITS, low_query.dtype, ASM)
-        logits = tl.dot(low, low_query, input_precision=PRECISION)
+        logits = tl.dot(low, low_query, logits, input_precision=PRECISION)
         logits = tl.dot(high, high_query, logits, input_precision=PRECISION)
         if BITS == 16:
             logits = logits * scale
@@ -111,6 +115,18 @@ def score_share(
     place = (pair_row + row) * splits + split
     tl.store(highest_ptr + place, top, mask=row < G * OBSERVERS)
     tl.store(total_ptr + place, total, mask=row < G * OBSERVERS)
+
+
+@triton.jit
+def _observing_queries(own_query, slots, row, is_row, column, in_tile, G: tl.constexpr, OBSERVERS: tl.constexpr):
+    """Some columns (C,) of the observing queries, (MR, C): the step's own from `own_query` (MR,), the earlier ones from
+    their `slots` (MR,), zero in rows that observe nothing."""
+    newest = is_row & (row // G == OBSERVERS - 1)
+    query = tl.load(own_query[:, None] + column[None, :], mask=newest[:, None] & in_tile[None, :], other=0.0)
+    if OBSERVERS > 1:
+        older = is_row & (row // G < OBSERVERS - 1)
+        query += tl.load(slots[:, None] + column[None, :], mask=older[:, None] & in_tile[None, :], other=0.0)
+    return query
 
 
 @triton.jit
