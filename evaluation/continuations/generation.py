@@ -138,7 +138,7 @@ def _batch(
     """The fields of each sequence's `Continuation`, all but the key."""
     ids, seconds = ids.to(model.device), None
     if strategy is not None:
-        meter = Meter(model.device)
+        meter = Meter(model)
         ids = _generate(model, ids[:, :-new_tokens], strategy, decoding, start, new_tokens)
         seconds = meter.read()[0] / len(ids)
     losses, likeliest = losses_and_likeliest(model, ids, new_tokens)

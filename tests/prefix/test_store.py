@@ -143,12 +143,12 @@ def test_without_overlap_looking_up_costs_little(model, tmp_path):
         began = time.perf_counter()
         with torch.no_grad():
             model(ids, past_key_values=RefreshCache(model.config, 4000, FIXED), logits_to_keep=1)
-        computed = time.perf_counter()
+        best["prompt"] = min(best["prompt"], time.perf_counter() - began)
         cache = RefreshCache(model.config, 4000, FIXED)
-        before = time.perf_counter()
-        assert recycle(store, cache, ids).tokens == 0
-        found = time.perf_counter() - before
-        best = {"look up": min(best["look up"], found), "prompt": min(best["prompt"], computed - began)}
+        for _ in range(10):
+            began = time.perf_counter()
+            assert recycle(store, cache, ids).tokens == 0
+            best["look up"] = min(best["look up"], time.perf_counter() - began)
     assert best["look up"] < 0.01 * best["prompt"], best
 
 

@@ -571,7 +571,8 @@ def test_libraries_that_are_missing_are_named(rows, tmp_path, monkeypatch):
         ("liger_kernel", "kernels", "liger"),
     ]:
         monkeypatch.setitem(sys.modules, module, None)
-        monkeypatch.setitem(sys.modules, f"{module}.optim", None)
+        for part in ("optim", "optim.adamw"):
+            monkeypatch.setitem(sys.modules, f"{module}.{part}", None)
         monkeypatch.setitem(sys.modules, f"{module}.transformers", None)
         error = refused(run_settings(rows, tmp_path / "run", training={setting: value}))
         assert f"training.{setting}" in error and "pip install 'refreshkv[" in error
