@@ -109,12 +109,13 @@ def score(case: Case, layer: Layer, select_stride: int = 1) -> launches.Shares:
 
 def rank(case: Case, layer: Layer) -> None:
     """Ranks the last layer's logits once more."""
+    case.scratch.histogram.zero_()
     selecting.rank(layer.state, case.scratch, SELECTION)
 
 
 def find_threshold(case: Case, layer: Layer) -> None:
     case.scratch.counters.zero_()
-    selecting.find_threshold(layer.state, case.scratch)
+    selecting.find_threshold(layer.state, case.scratch, SELECTION)
 
 
 def attend(case: Case, layer: Layer) -> None:
@@ -166,7 +167,7 @@ def time_case(context: int, batch: int, args: argparse.Namespace) -> dict[str, o
         "bound": round(score_bytes / bandwidth * 1e6, 1),
     }
     shares = score(case, case.layers[0])
-    result["rank"] = per_layer(case, rank)
+    result["rank"] = round(per_layer(case, rank) - zeros, 2)
     result["threshold"] = round(per_layer(case, find_threshold) - zeros, 2)
     result["attend"] = per_layer(case, attend)
     result["bound "] = round(tokens / 8 * args.head_dim * 4 / bandwidth * 1e6, 1)

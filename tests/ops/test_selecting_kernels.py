@@ -40,7 +40,7 @@ def test_ties_go_to_the_lower_position(value, candidates, budget, monkeypatch):
 @triton.jit
 def resolve(candidates, numbers, choice, CANDIDATES: tl.constexpr):
     count, keep, low, high = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2), tl.load(numbers + 3)
-    least, limit = threshold._resolve(candidates, count, keep, low, high, tl.load(numbers + 4), CANDIDATES, CANDIDATES)
+    least, limit = threshold._resolve(candidates, count, keep, low, high, tl.load(numbers + 4), CANDIDATES)
     tl.store(choice, least)
     tl.store(choice + 1, limit)
 

@@ -159,15 +159,8 @@ def bracket(
     share = keep.to(tl.float32) / count
     expected = share * drawn
     spread = tl.where(count > SAMPLE, margin * tl.sqrt(expected * (1.0 - share)), 0.0)
-    return bracket_of_sample(ranking, drawn, expected, spread, BITS)
-
-
-@triton.jit
-def bracket_of_sample(ranking, drawn, expected, spread, BITS: tl.constexpr):
-    """As `bracket`, from `drawn` sampled rankings, in a tile with -1 elsewhere, of which `expected` reach the
-    threshold, give or take `spread`."""
     few, many = (expected - spread).to(tl.int32) - 1, (expected + spread).to(tl.int32) + 2
-    low, high = drawn * 0, drawn * 0
+    low, high = keep * 0, keep * 0
     for digit in range(BITS):
         bit = 1 << (30 - digit)
         # two searches at once, their counts in the halves of one integer

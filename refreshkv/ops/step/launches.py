@@ -28,7 +28,7 @@ from refreshkv.ops.state import (
 from refreshkv.ops.step import attention, transfer
 from refreshkv.ops.step import near as placing
 from refreshkv.ops.step import observers as observing
-from refreshkv.ops.step.selecting import scoring
+from refreshkv.ops.step.selecting import bins, scoring
 from refreshkv.ops.step.selecting.launches import choose_and_attend
 from refreshkv.ops.step.selecting.state import SelectingScratch
 from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, padded_head, precision
@@ -232,7 +232,7 @@ def attend(
         MP=max(16, triton.next_power_of_2(group)), OBSERVERS=observers,
         MODE=mode.value, SIMILARITY=threshold is not None, STORE=store, PRECISION=precision(query),
         SELECTS=selecting is not None, DH=padded_half(head_dim), MR=max(8, triton.next_power_of_2(group * observers)),
-        BITS=bits, ASM=scoring.unpacks_by_ptx(query), ATTENDS=attends,
+        BITS=bits, BINS=bins.BINS, ASM=scoring.unpacks_by_ptx(query), ATTENDS=attends,
         **scoring.tile_of(query, bits), **attention.tile_of(query),
     )  # fmt: skip
     return shares
@@ -241,11 +241,11 @@ def attend(
 def _score_buffers(selecting: Selecting | None, keys: Tensor, unused: Tensor) -> tuple[Tensor, ...]:
     """The buffers of the score keys and of what `_attend` writes for the launches of a selecting step."""
     if selecting is None:
-        return (unused,) * 6
+        return (unused,) * 7
     codes, scales, _ = selecting.state
     scratch = selecting.scratch
     stored = (keys if codes is None else codes, unused if scales is None else scales)
-    return (*stored, scratch.selecting, scratch.counters, scratch.highest, scratch.total)
+    return (*stored, scratch.selecting, scratch.histogram, scratch.counters, scratch.highest, scratch.total)
 
 
 def finish(

@@ -6,8 +6,8 @@ at once where that is not a selecting step.
 
 1. `_attend` stores the token and its score key. At a selecting step it computes the logits of all positions from the
    score keys (`scoring.py`).
-2. `_rank` (`ranking.py`) turns them into rankings, and keeps a sample of these.
-3. `_find_threshold` (`threshold.py`) finds the ranking of the last chosen position, which the sample brackets.
+2. `_rank` (`ranking.py`) turns them into rankings, and counts these in a histogram (`bins.py`).
+3. `_find_threshold` (`threshold.py`) finds the ranking of the last chosen position.
 4. `_attend_to_chosen` (`attention.py`) lists the chosen positions and attends to them, in shares.
 5. `_finish` merges the shares and counts the token. At a selecting step it keeps the lists as the selection of the
    partial steps that follow (`keeping.py`).

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from refreshkv.ops.state import LayerState, SelectionOptions
 from refreshkv.ops.step.attention import tile_of
-from refreshkv.ops.step.selecting import attention, ranking, shares, threshold
+from refreshkv.ops.step.selecting import attention, bins, ranking, shares, threshold
 from refreshkv.ops.step.selecting.state import SelectingScratch
 from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, padded_head, precision
 
@@ -35,12 +35,12 @@ def choose_and_attend(
         attends: whether to attend to them, or only to list them.
     """
     rank(state, scratch, options)
-    find_threshold(state, scratch)
+    find_threshold(state, scratch, options)
     attend(query, state, scratch, scaling, attends=attends)
 
 
 def rank(state: LayerState, scratch: SelectingScratch, options: SelectionOptions, warps: int = 4) -> None:
-    """The second launch of a step: writes the rankings of all positions, and a sample of them.
+    """The second launch of a step: writes the rankings of all positions, and counts them.
 
     Args:
         state, scratch, options: as in `choose_and_attend`.
@@ -51,30 +51,31 @@ def rank(state: LayerState, scratch: SelectingScratch, options: SelectionOptions
     parts = shares.parts_of(batch * kv_heads, room - shares.RANKED, options.pool_kernel)
     ranking._rank[parts, batch * kv_heads](
         scratch.logits, scratch.highest, scratch.total, state.row_state, scratch.selecting, scratch.scores,
-        scratch.rankings, scratch.sample, kv_heads, room, splits, options.recent_window, options.sink_tokens,
+        scratch.rankings, scratch.histogram, kv_heads, room, splits, options.recent_window, options.sink_tokens,
+        float(group * options.pool_kernel),
         G=group, MP=triton.next_power_of_2(rows), NP=max(2, triton.next_power_of_2(splits)),
         OBSERVERS=options.observation_window, POOL=options.pool_kernel, BEFORE=options.pooled_before,
-        BLOCK=shares.RANKED, STRETCH=shares.stretch_of(state.keys.shape[2]), SAMPLES=shares.SAMPLES,
-        num_warps=warps, **SAME_IN_ALL_THREADS,
+        BLOCK=shares.RANKED, BINS=bins.BINS, FINE=bins.FINE, BIN_BITS=bins.BIN_BITS, num_warps=warps,
+        **SAME_IN_ALL_THREADS,
     )  # fmt: skip
 
 
-def find_threshold(state: LayerState, scratch: SelectingScratch, warps: int | None = None) -> None:
+def find_threshold(
+    state: LayerState, scratch: SelectingScratch, options: SelectionOptions, warps: int | None = None
+) -> None:
     """The third launch of a step: writes which positions are chosen.
 
     Args:
-        state, scratch: as in `choose_and_attend`.
+        state, scratch, options: as in `choose_and_attend`.
         warps: of each program; by the number of candidates if None.
     """
     batch, kv_heads, room = scratch.rankings.shape
-    candidates = scratch.candidates.shape[3]
-    parts = shares.parts_of(batch * kv_heads, room - shares.RANKED)
-    threshold._find_threshold[parts, batch * kv_heads](
-        state.row_state, scratch.selecting, scratch.rankings, scratch.sample, scratch.counters, scratch.candidates,
-        scratch.choices, kv_heads, room, threshold.MARGIN,
-        CANDIDATES=candidates, FEW=min(threshold.FEW, candidates), BLOCK=shares.RANKED, SEARCHED=threshold.SEARCHED,
-        STRETCH=shares.stretch_of(state.keys.shape[2]), SAMPLES=shares.SAMPLES, BITS=threshold.BITS,
-        num_warps=warps or threshold.warps_of(candidates),
+    candidates, group = scratch.candidates.shape[3], scratch.logits.shape[2] // options.observation_window
+    threshold._find_threshold[shares.parts_of(batch * kv_heads, room - shares.RANKED, 1), batch * kv_heads](
+        state.row_state, scratch.selecting, scratch.rankings, scratch.histogram, scratch.counters, scratch.candidates,
+        scratch.choices, kv_heads, room, float(group * options.pool_kernel),
+        BINS=bins.BINS, FINE=bins.FINE, BIN_BITS=bins.BIN_BITS, CANDIDATES=candidates, BLOCK=shares.RANKED,
+        SEARCHED=threshold.SEARCHED, num_warps=warps or threshold.warps_of(candidates),
     )  # fmt: skip
 
 

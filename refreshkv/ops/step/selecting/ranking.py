@@ -12,21 +12,21 @@ import triton
 import triton.language as tl
 
 from refreshkv.ops.selection.top_k import FIRST, PREFERRED
+from refreshkv.ops.step.selecting.bins import bin_of, top_bin
 from refreshkv.ops.step.selecting.scoring import LEAST
-from refreshkv.ops.step.selecting.shares import sampled, share
-from refreshkv.ops.tiles import PADDING, ROW_COLUMNS
+from refreshkv.ops.step.selecting.shares import share
+from refreshkv.ops.tiles import BUDGET, PADDING, ROW_COLUMNS
 
 
 @triton.jit
 def _rank(
-    logit_ptr, highest_ptr, total_ptr, row_ptr, selecting_ptr, score_ptr, ranking_ptr, sample_ptr,
-    kv_heads, room, splits, recent, sinks,
+    logit_ptr, highest_ptr, total_ptr, row_ptr, selecting_ptr, score_ptr, ranking_ptr, histogram_ptr,
+    kv_heads, room, splits, recent, sinks, reach,
     G: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, OBSERVERS: tl.constexpr, POOL: tl.constexpr,
-    BEFORE: tl.constexpr, BLOCK: tl.constexpr, STRETCH: tl.constexpr, SAMPLES: tl.constexpr,
+    BEFORE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr,
 ):  # fmt: skip
-    """Ranks one share of the positions of one batch row and key/value head, (B, Hkv, L) int32, and stores the
-    rankings of a sample of them, (B, Hkv, SAMPLES) int32. The scores before pooling, (B, Hkv, L) float32, stay in
-    memory."""
+    """Ranks one share of the positions of one batch row and key/value head, (B, Hkv, L) int32, and counts the positions
+    of each bin, (B, Hkv, BINS) int32. The scores before pooling, (B, Hkv, L) float32, stay in memory."""
     part, pair = tl.program_id(0), tl.program_id(1)
     batch = (pair // kv_heads).to(tl.int64)
     position = tl.load(selecting_ptr + batch)
@@ -69,6 +69,8 @@ def _rank(
             exists = (token >= padding) & (token < scored_end)
             tl.store(scores + token, score, mask=exists)
         tl.debug_barrier()  # windows read what other threads wrote
+        top = top_bin(reach, tl.load(row_ptr + batch * ROW_COLUMNS + BUDGET).to(tl.int32), BIN_BITS)
+        counts = tl.zeros([BINS], tl.int32)
         for start in range(begin, end, BLOCK):
             token = start + tl.arange(0, BLOCK)
             exists = (token >= padding) & (token < end)
@@ -82,6 +84,5 @@ def _rank(
             ranking = best.to(tl.int32, bitcast=True) + tl.where(preferred, PREFERRED, 0)
             ranking = tl.where(token == position, FIRST, ranking)
             tl.store(rankings + token, ranking, mask=exists)
-            stretch = token // STRETCH
-            is_sampled = exists & (token == sampled(stretch, STRETCH))
-            tl.store(sample_ptr + pair * SAMPLES + stretch, ranking, mask=is_sampled)
+            counts += tl.histogram(bin_of(ranking, top, BINS, FINE, BIN_BITS), BINS, mask=exists)
+        tl.atomic_add(histogram_ptr + pair * BINS + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")

@@ -38,17 +38,17 @@ LEAST = tl.constexpr(-1e30)
 
 @triton.jit
 def score_share(
-    query_ptr, key_ptr, code_ptr, token_scale_ptr, observer_ptr, counter_ptr, logit_ptr, highest_ptr,
+    query_ptr, key_ptr, code_ptr, token_scale_ptr, observer_ptr, histogram_ptr, counter_ptr, logit_ptr, highest_ptr,
     total_ptr, query_h, kv_heads, capacity, room, scale, pair, position, padding, split, splits,
     G: tl.constexpr, D: tl.constexpr, DH: tl.constexpr, MR: tl.constexpr, OBSERVERS: tl.constexpr,
-    BITS: tl.constexpr, SCORED: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
+    BITS: tl.constexpr, BINS: tl.constexpr, SCORED: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Computes the logits of one share of the positions of one batch row and key/value head, (B, Hkv, R, L), in units
     of log 2, and their maximum and sum, (B, Hkv, R, N).
 
     query_ptr, key_ptr: the batch row's queries, and the token's own key. The first program also scores the token
-    itself, and clears the counters for the launches that follow.
+    itself, and clears the histogram and the counters for the launches that follow.
     """
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
     row, column = tl.arange(0, MR), tl.arange(0, DH)
@@ -75,8 +75,8 @@ def score_share(
             dot = dot * tl.sum(token_scale, 0)
         own_logit = tl.where(sees >= position, dot * scale, -float("inf"))
         tl.store(logits_row + row.to(tl.int64) * room + position, own_logit, mask=row < G * OBSERVERS)
-        number = tl.arange(0, 4)
-        tl.store(counter_ptr + COUNTERS * pair + number, tl.zeros([4], tl.int32), mask=number < COUNTERS)
+        tl.store(histogram_ptr + pair * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        tl.store(counter_ptr + COUNTERS * pair + tl.arange(0, COUNTERS), tl.zeros([COUNTERS], tl.int32))
 
     first, last = share(padding, position, split, splits)
     # [SCORED, MR] twice: one running softmax for each row of the tile; they are merged once, after the loop

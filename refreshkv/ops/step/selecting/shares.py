@@ -15,15 +15,12 @@ MOST_PARTS = 64
 CHOOSE_PROGRAMS = 528
 """Programs of `_rank`, and of `_find_threshold`, that a GPU runs at once."""
 
-SAMPLES = 2048
-"""Most rankings of a row that are sampled."""
-
 RUN = 64
 """Neighbouring positions that `_attend_to_chosen` gives to the same program. Runs go to the programs in turn, so that
 all programs share the stretches of a row where many positions are chosen."""
 
 
-def parts_of(pairs: int, capacity: int, pool_kernel: int = 1) -> int:
+def parts_of(pairs: int, capacity: int, pool_kernel: int) -> int:
     """Programs of `_rank`, or of `_find_threshold`, for each of `pairs` batch rows and key/value heads.
 
     There are enough of them for each to take its share, and what the pooling windows reach beyond it, as one tile,
@@ -37,20 +34,6 @@ def parts_of(pairs: int, capacity: int, pool_kernel: int = 1) -> int:
 def list_room(capacity: int, splits: int) -> int:
     """Most positions that one of `splits` programs of `_attend_to_chosen` goes through: the room of its list."""
     return triton.cdiv(triton.cdiv(capacity, RUN) + 1, splits) * RUN
-
-
-def stretch_of(capacity: int) -> int:
-    """Positions of a stretch, of which one is in the sample of a row's rankings, for at most SAMPLES stretches; not all
-    numbers, for kernels are compiled for each."""
-    stretch = triton.cdiv(capacity, SAMPLES)
-    step = max(1, 2 ** (stretch.bit_length() - 4))
-    return triton.cdiv(stretch, step) * step
-
-
-@triton.jit
-def sampled(number, STRETCH: tl.constexpr):
-    """The position of a stretch that is in the sample: another one in each, so that no period of the text is missed."""
-    return number * STRETCH + ((number * 40503) >> 8) % STRETCH
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from refreshkv.ops.step import attention as every_step
-from refreshkv.ops.step.selecting import attention, shares, threshold
+from refreshkv.ops.step.selecting import attention, bins, shares, threshold
 
 
 class SelectingScratch(NamedTuple):
@@ -30,10 +30,10 @@ class SelectingScratch(NamedTuple):
     """(B, Hkv, L') float32: the scores before pooling."""
     rankings: Tensor
     """(B, Hkv, L') int32: the ranking of each position, the higher the better."""
-    sample: Tensor
-    """(B, Hkv, SAMPLES) int32: the ranking of one position in each stretch of the row."""
+    histogram: Tensor
+    """(B, Hkv, BINS) int32: how many positions rank within each bin."""
     counters: Tensor
-    """(B, Hkv, 3) int32, by the columns of `threshold.py`."""
+    """(B, Hkv, 2) int32, by the columns of `threshold.py`."""
     candidates: Tensor
     """(B, Hkv, 2, C) int32: the candidates' positions, and their rankings."""
     choices: Tensor
@@ -69,7 +69,7 @@ class SelectingScratch(NamedTuple):
             total=buffer(kv_heads, rows, splits, dtype=torch.float32),
             scores=buffer(kv_heads, room, dtype=torch.float32),
             rankings=buffer(kv_heads, room),
-            sample=buffer(kv_heads, shares.SAMPLES),
+            histogram=buffer(kv_heads, bins.BINS),
             counters=buffer(kv_heads, threshold.COUNTERS.value),
             candidates=buffer(kv_heads, 2, threshold.candidates_of(capacity)),
             choices=buffer(kv_heads, threshold.CHOICE_COLUMNS.value),

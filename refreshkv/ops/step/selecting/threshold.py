@@ -3,10 +3,9 @@
 A position is chosen if it ranks above the threshold, or at the threshold and lies at `limit` or before. These two
 numbers are the whole choice of a batch row and key/value head; `_attend_to_chosen` needs no list.
 
-A sample of the rankings brackets the threshold. The positions ranked within the brackets are the *candidates*, some
-hundreds or thousands. The programs that share the row list them, in any order, and count those above; the program that
-arrives last resolves the threshold among the candidates by bisection. If the sample has misled, it searches the whole
-row. These are the ideas of `refreshkv.ops.selection.top_k`, for a choice that needs no list of what is above.
+The histogram of the rankings says which bin holds the threshold. The positions in that bin are the *candidates*. The
+programs that share the row list them; the program that arrives last resolves the threshold among them by bisection, or,
+if the list has no room for all, by bisection over the whole row.
 
 Shapes: `B` batch rows, `Hkv` key/value heads, `L` tokens the cache has room for, `C` candidates.
 """
@@ -14,27 +13,19 @@ Shapes: `B` batch rows, `Hkv` key/value heads, `L` tokens the cache has room for
 import triton
 import triton.language as tl
 
-from refreshkv.ops.selection.top_k import HIGHEST, bracket_of_sample
-from refreshkv.ops.step.selecting.shares import sampled, share
+from refreshkv.ops.selection.top_k import HIGHEST
+from refreshkv.ops.step.selecting.bins import bounds_of_bin, top_bin
+from refreshkv.ops.step.selecting.shares import place_in_list, share
 from refreshkv.ops.tiles import BUDGET, PADDING, ROW_COLUMNS
 
-FEWEST_CANDIDATES, MOST_CANDIDATES = 1024, 16384
+FEWEST_CANDIDATES, MOST_CANDIDATES = 1024, 8192
 """Bounds of the room for candidates; if a row has more, the threshold is searched in the whole row."""
-
-FEW = 2048
-"""Candidates that are resolved in a small tile."""
-
-MARGIN = 4.5
-"""Standard deviations of the sample's count from the threshold to each bracket."""
-
-BITS = 16
-"""Upper bits of a ranking to which the brackets are found."""
 
 SEARCHED = 4096
 """Positions taken at once where the whole row is searched."""
 
-LISTED, ABOVE, ARRIVED, COUNTERS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-"""Columns of the counters (B, Hkv, 3): candidates, positions above them, and programs that have counted theirs."""
+LISTED, ARRIVED, COUNTERS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""Columns of the counters (B, Hkv, 2): candidates listed, and programs that have listed theirs."""
 
 THRESHOLD, LIMIT, CHOICE_COLUMNS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """Columns of a choice (B, Hkv, 2): the threshold, and the last position chosen of those that rank at it."""
@@ -42,9 +33,9 @@ THRESHOLD, LIMIT, CHOICE_COLUMNS = tl.constexpr(0), tl.constexpr(1), tl.constexp
 
 @triton.jit
 def _find_threshold(
-    row_ptr, selecting_ptr, ranking_ptr, sample_ptr, counter_ptr, candidate_ptr, choice_ptr, kv_heads, room, margin,
-    STRETCH: tl.constexpr, SAMPLES: tl.constexpr, BITS: tl.constexpr, CANDIDATES: tl.constexpr, FEW: tl.constexpr,
-    BLOCK: tl.constexpr, SEARCHED: tl.constexpr,
+    row_ptr, selecting_ptr, ranking_ptr, histogram_ptr, counter_ptr, candidate_ptr, choice_ptr, kv_heads, room, reach,
+    BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
+    SEARCHED: tl.constexpr,
 ):  # fmt: skip
     """Finds the choice of one batch row and key/value head, (B, Hkv, 2) int32: its threshold and limit.
 
@@ -57,78 +48,53 @@ def _find_threshold(
     if position >= 0:
         budget = tl.load(row_ptr + batch * ROW_COLUMNS + BUDGET).to(tl.int32)
         padding = tl.load(row_ptr + batch * ROW_COLUMNS + PADDING).to(tl.int32)
-        choice = choice_ptr + CHOICE_COLUMNS * pair
         if budget >= position + 1 - padding:
-            tl.store(choice + THRESHOLD, -1)
-            tl.store(choice + LIMIT, position)
+            tl.store(choice_ptr + CHOICE_COLUMNS * pair + THRESHOLD, -1)
+            tl.store(choice_ptr + CHOICE_COLUMNS * pair + LIMIT, position)
         else:
             rankings = ranking_ptr + pair.to(tl.int64) * room
             candidates = candidate_ptr + pair.to(tl.int64) * (2 * CANDIDATES)
-            counters = counter_ptr + COUNTERS * pair
-            samples = sample_ptr + pair * SAMPLES
-            low, high = _bracket(samples, padding, position, budget, margin, STRETCH, SAMPLES, BITS)
             begin, end = share(padding, position + 1, part, parts)
-            _list_candidates(rankings, begin, end, padding, low, high, counters, candidates, CANDIDATES, BLOCK)
+            line = tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+            # [BLOCK / 4, 4]: on its way while the histogram is read
+            ranking = tl.load(rankings + begin + line, mask=begin + line < end, other=-1)
+            number = tl.arange(0, BINS)
+            # [BINS], the highest bin first: how many positions are in it or above
+            reached = tl.cumsum(tl.load(histogram_ptr + pair * BINS + BINS - 1 - number), 0)
+            # the last bin that too few positions reach, and how many do, in one number: one reduction
+            last_above = tl.max(tl.where(reached < budget, ((number + 1).to(tl.int64) << 32) + reached, 0), 0)
+            bins_above, above = (last_above >> 32).to(tl.int32), last_above.to(tl.int32)
+            top = top_bin(reach, budget, BIN_BITS)
+            low, high = bounds_of_bin(BINS - 1 - bins_above, top, BINS, FINE, BIN_BITS)
+            for start in range(begin, end, BLOCK):
+                token = start + line
+                is_near = (ranking >= low) & (ranking < high) & (token >= padding)
+                # [BLOCK / 4, 4]: the next ones
+                following = tl.load(rankings + token + BLOCK, mask=token + BLOCK < end, other=-1)
+                slot, count = place_in_list(is_near)
+                slot += tl.atomic_add(counter_ptr + COUNTERS * pair + LISTED, count, sem="relaxed")
+                is_near = is_near & (slot < CANDIDATES)
+                tl.store(candidates + slot, token, mask=is_near)
+                tl.store(candidates + CANDIDATES + slot, ranking, mask=is_near)
+                ranking = following
             tl.debug_barrier()  # what all threads have written is there before the program counts as arrived
-            if tl.atomic_add(counters + ARRIVED, 1, sem="acq_rel") == parts - 1:
-                within = tl.load(counters + LISTED, cache_modifier=".cg")
-                keep = budget - tl.load(counters + ABOVE, cache_modifier=".cg")
-                threshold, limit = high - 1, padding - 1  # those above are all
-                if (keep < 0) | (keep > within) | (within > CANDIDATES):
-                    threshold, limit = _search(
-                        rankings, padding, position, budget, keep * 0, keep * 0 + HIGHEST, SEARCHED
-                    )
-                elif (keep > 0) & (within <= FEW):
-                    threshold, limit = _resolve(candidates, within, keep, low, high, position, CANDIDATES, FEW)
-                elif keep > 0:
-                    threshold, limit = _resolve(candidates, within, keep, low, high, position, CANDIDATES, CANDIDATES)
-                tl.store(choice + THRESHOLD, threshold)
-                tl.store(choice + LIMIT, limit)
+            if tl.atomic_add(counter_ptr + COUNTERS * pair + ARRIVED, 1, sem="acq_rel") == parts - 1:
+                threshold, limit = low, position
+                within = tl.load(histogram_ptr + pair * BINS + BINS - 1 - bins_above)
+                if within <= CANDIDATES:
+                    threshold, limit = _resolve(candidates, within, budget - above, low, high, position, CANDIDATES)
+                else:
+                    threshold, limit = _search(rankings, padding, position, budget, low, high, SEARCHED)
+                tl.store(choice_ptr + CHOICE_COLUMNS * pair + THRESHOLD, threshold)
+                tl.store(choice_ptr + CHOICE_COLUMNS * pair + LIMIT, limit)
 
 
 @triton.jit
-def _bracket(
-    samples, first, last, budget, margin, STRETCH: tl.constexpr, SAMPLES: tl.constexpr, BITS: tl.constexpr
-):  # fmt: skip
-    """`low, high`: the `budget`-th highest ranking of `first .. last` is almost surely in `low .. high - 1`."""
-    number = tl.arange(0, SAMPLES)
-    token = sampled(number, STRETCH)
-    exists = (token >= first) & (token <= last)
-    # [SAMPLES]
-    ranking = tl.load(samples + number, mask=exists, other=-1)
-    drawn = tl.sum(exists.to(tl.int32), 0)
-    share = budget.to(tl.float32) / (last + 1 - first)
-    expected = share * drawn
-    spread = expected * 0.0 if STRETCH == 1 else margin * tl.sqrt(expected * (1.0 - share))
-    return bracket_of_sample(ranking, drawn, expected, spread, BITS)
-
-
-@triton.jit
-def _list_candidates(
-    rankings, begin, end, first, low, high, counters, candidates, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Lists the positions `begin .. end - 1`, from `first` on, that rank in `low .. high - 1`, as far as there is room,
-    and counts them and those above."""
-    above = tl.zeros([BLOCK], tl.int32)
-    for start in range(begin, end, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        # [BLOCK]
-        ranking = tl.load(rankings + token, mask=(token >= first) & (token < end), other=-1)
-        is_near = (ranking >= low) & (ranking < high)
-        above += (ranking >= high).to(tl.int32)
-        slot = tl.atomic_add(counters + LISTED + token * 0, 1, mask=is_near, sem="relaxed")
-        fits = is_near & (slot < CANDIDATES)
-        tl.store(candidates + slot, token, mask=fits)
-        tl.store(candidates + CANDIDATES + slot, ranking, mask=fits)
-    tl.atomic_add(counters + ABOVE, tl.sum(above, 0), sem="relaxed")
-
-
-@triton.jit
-def _resolve(candidates, count, keep, low, high, last, CANDIDATES: tl.constexpr, TAKEN: tl.constexpr):
+def _resolve(candidates, count, keep, low, high, last, CANDIDATES: tl.constexpr):
     """The threshold, in `low .. high - 1`, and its limit, at most `last`, that leave the `keep` best of `count`
-    candidates, TAKEN at most, which are listed in any order where there is room for CANDIDATES."""
-    entry = tl.arange(0, TAKEN)
-    # [TAKEN] twice
+    candidates, which are listed in any order."""
+    entry = tl.arange(0, CANDIDATES)
+    # [CANDIDATES] twice
     token = tl.load(candidates + entry, mask=entry < count, other=0, cache_modifier=".cg")
     ranking = tl.load(candidates + CANDIDATES + entry, mask=entry < count, other=-1, cache_modifier=".cg")
     reached, limit = count, last
@@ -192,8 +158,8 @@ def _count(rankings, first, last, threshold, limit, BLOCK: tl.constexpr):
 
 
 def candidates_of(capacity: int) -> int:
-    """Room for the candidates of a row, of which mostly a fourteenth of its positions are."""
-    return max(FEWEST_CANDIDATES, min(MOST_CANDIDATES, triton.next_power_of_2(capacity // 9)))
+    """Room for the candidates of a row: about twice as many as there are where logits are distributed normally."""
+    return max(FEWEST_CANDIDATES, min(MOST_CANDIDATES, triton.next_power_of_2(capacity // 16)))
 
 
 def warps_of(candidates: int) -> int:
