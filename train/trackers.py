@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from refreshkv.machine import is_full_disk
 from refreshkv.settings import SettingsError, settings_to_dict
 from refreshkv.train.config import RunConfig
 from refreshkv.train.run_folder import flat_settings, run_id
@@ -27,7 +28,7 @@ class Trackers:
     """The trackers of a run; rank 0 makes them. step: after which this process continues.
 
     Each keeps its own rules about where it writes and whether it needs a network: see docs/training.md. Raises
-    `SettingsError` if one does not start.
+    `SettingsError` if one does not start, and leaves the error of a full disk as it is.
     """
 
     def __init__(self, config: RunConfig, step: int):
@@ -56,6 +57,8 @@ def _started(name: str, config: RunConfig, step: int) -> Any:
         tracker.main_process_only = False  # this process is the first one
         tracker.start()
     except Exception as error:  # each package has errors of its own
+        if is_full_disk(error):
+            raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise SettingsError(
             f"training.report_to: {name} did not start: {reason}; leave it out to train without"

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache
 
 from refreshkv.attention.masks import padding_from_mask
-from refreshkv.cache.preallocated import PreallocatedCache, RowStart
+from refreshkv.cache.preallocated import PreallocatedCache, RowStart, validate_room
 
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """Keywords that tell flash attention where the sequences of a packed row begin."""
@@ -60,6 +60,8 @@ def validate_inputs(module: Any, inputs: dict[str, Any]) -> None:
     _validate_mask_shape(mask, rows, new, past)
     hidden = _hidden(mask, past + new)
     starts = _validate_positions(inputs.get("position_ids"), hidden, rows, new, past)
+    if isinstance(cache, PreallocatedCache) and cache.has_own_layers:  # these change before a full layer can refuse
+        validate_room(past + new, cache.capacity)
     if starts is not None and isinstance(cache, PreallocatedCache):
         _validate_start(cache, starts, past, new)
 
@@ -163,7 +165,7 @@ def _validate_start(cache: PreallocatedCache, starts: list[RowStart], past: int,
     known = cache.row_starts if past > 0 else None
     if past > 0 and known is None and cache.has_prefix:  # stored prompts are computed from position 0
         known = [RowStart(None, -(start.padding or 0)) for start in starts]
-    if known is not None and len(known) != len(starts) and cache.has_recurrent_layers:
+    if known is not None and len(known) != len(starts) and cache.has_own_layers:
         raise ValueError(f"RefreshCache holds {len(known)} rows and was given {len(starts)}: call reset() first")
     if known is None or len(known) != len(starts):  # another number of rows is refused by the layers
         # without a mask the first tokens have no padding

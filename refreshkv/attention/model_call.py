@@ -303,7 +303,7 @@ def _refuse_other_uses(module: Any, cache: Any, inputs: dict[str, Any]) -> None:
         return
     if has_our_cache:
         _validate_layers(cache, module.refreshkv_calls.kinds)
-        cache.validate_whole()
+        cache.begin_pass()
     if has_our_cache or has_our_attention:
         validate_inputs(module, inputs)
 

@@ -431,7 +431,8 @@ class PreallocatedCache(Cache):
             layers=[make_layer() if kind.is_refreshed else layer for kind, layer in zip(self.kinds, own, strict=True)]
         )
         self.is_broken = False
-        """Whether an error broke off a pass and left recurrent layers in an unknown state."""
+        """Whether an error broke off a pass after layers of transformers' own had changed."""
+        self._own_layers_changed = False
         self.first_layer = next((number for number, kind in enumerate(self.kinds) if kind.attends), 0)
         """The layer whose update comes first in a pass."""
         self.capacity = max_cache_len
@@ -466,36 +467,48 @@ class PreallocatedCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """The update of one layer. Raises `RuntimeError` if an error broke off the model's call before this one."""
-        if layer_idx == self.first_layer and not torch.compiler.is_compiling():
-            self._validate_complete()
+        if not torch.compiler.is_compiling():
+            if layer_idx == self.first_layer:
+                self._validate_complete()
+            self._note_change(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """As transformers' own; an emptied layer takes another number of batch rows."""
+        self._note_change(layer_idx)
         forget_other_batch(self.layers[layer_idx], len(conv_states))
         return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """As transformers' own; an emptied layer takes another number of batch rows."""
+        self._note_change(layer_idx)
         forget_other_batch(self.layers[layer_idx], len(recurrent_states))
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
     @property
-    def has_recurrent_layers(self) -> bool:
-        """Whether some layer keeps a state of fixed size instead of keys and values."""
-        return any(kind.name == RECURRENT for kind in self.kinds)
+    def has_own_layers(self) -> bool:
+        """Whether some layers are transformers' own, which change at once and cannot go back."""
+        return not all(isinstance(layer, PreallocatedLayer) for layer in self.layers)
+
+    def _note_change(self, layer_idx: int) -> None:
+        if not isinstance(self.layers[layer_idx], PreallocatedLayer):
+            self._own_layers_changed = True
 
     def break_off(self) -> None:
-        """Notes that an error ended a pass: recurrent layers may hold more tokens than the others now."""
-        self.is_broken = self.has_recurrent_layers
+        """Notes that an error ended a pass: transformers' own layers may hold more tokens than the others now."""
+        self.is_broken = self.is_broken or self._own_layers_changed
 
-    def validate_whole(self) -> None:
-        """Raises `RuntimeError` if an error broke off the last pass while recurrent layers changed."""
+    def begin_pass(self) -> None:
+        """Called before each pass of the model.
+
+        Raises `RuntimeError` if an error broke off the last one after layers of transformers' own had changed.
+        """
         if self.is_broken:
             raise RuntimeError(
-                f"an error broke off the last pass through the {type(self).__name__}, whose recurrent layers cannot "
-                "go back to the state before it: call reset() first"
+                f"an error broke off the last pass through the {type(self).__name__}, whose sliding-window and "
+                "recurrent layers cannot go back to the state before it: call reset() first"
             )
+        self._own_layers_changed = False
 
     def _validate_complete(self) -> None:
         known = (layer.known_length for layer in self.preallocated_layers())

@@ -822,7 +822,6 @@ def _training() -> Iterator[Case]:
         "train: learning rate too large", f"{TRAIN} training.learning_rate=1e30 training.steps=6", ("learning_rate",)
     )
     yield Case("train: liger on a CPU", f"{TRAIN} training.kernels=liger", ("training.kernels",))
-    yield Case("train: 8 bits on a CPU", f"{TRAIN} training.optimizer=adamw-8bit", ("training.optimizer",))
     yield Case(
         "train: flash attention on a CPU", f"{TRAIN} model.prompt_attention=flash_attention_2", ("prompt_attention",)
     )

@@ -420,7 +420,7 @@ def test_a_threshold_among_candidates_or_searched_everywhere(monkeypatch, candid
 @pytest.mark.parametrize("settings", [{}, {"threshold": 0.3}, {"select_stride": 2, "score_bits": 4}])
 def test_torch_compile_takes_a_model_with_the_kernels_whole(monkeypatch, settings):
     """No graph break inside, and the same loss and gradients as without."""
-    monkeypatch.setattr(ops, "refresh_rows", after_prompt.refresh_rows)
+    monkeypatch.setattr(ops, "refresh_rows", lambda *arguments: after_prompt.refresh_rows(*arguments[:6]))
     config = RefreshConfig(budget=9, stride=5, **settings)
     model = enable(tiny_model(dtype=torch.float32), config).to(DEVICE).train()
     ids = random_ids(2, 27).to(DEVICE)
