@@ -145,7 +145,7 @@ def test_without_overlap_looking_up_costs_little(model, tmp_path):
             model(ids, past_key_values=RefreshCache(model.config, 4000, FIXED), logits_to_keep=1)
         best["prompt"] = min(best["prompt"], time.perf_counter() - began)
         cache = RefreshCache(model.config, 4000, FIXED)
-        for _ in range(10):
+        for _ in range(30):
             began = time.perf_counter()
             assert recycle(store, cache, ids).tokens == 0
             best["look up"] = min(best["look up"], time.perf_counter() - began)
