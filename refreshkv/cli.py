@@ -22,7 +22,8 @@ PR_SET_PDEATHSIG = 1
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("deepspeed", "tensorboard"),
-    "eval": ("datasets", "matplotlib", "accelerate"),
+    "eval": ("datasets", "pyarrow", "matplotlib", "accelerate"),
+    "adapters": ("peft",),
     "lm-eval": ("lm_eval",),
     "tasks": ("rouge_score", "wonderwords", "zstandard", "inscriptis", "lxml"),
     "embeddings": ("sentence_transformers",),
