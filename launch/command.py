@@ -15,7 +15,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "prepare": ("turn text into sequences of tokens, once, before training", "eval"),
     "train": ("continue a model's pretraining with the refresh pattern simulated", "train"),
     "evaluate": ("measure perplexity, task scores or a table of the paper", "eval"),
-    "sweep": ("recommend a threshold of the similarity schedule for a model", "eval"),
+    "sweep": ("recommend settings of the small cache for a model", "eval"),
     "lm-eval": ("run tasks of the lm-evaluation-harness under a strategy of decoding", "lm-eval"),
     "experiment": ("train several recipes from one base model and compare them", "train"),
     "export": ("turn a training checkpoint into a transformers folder", "train"),
