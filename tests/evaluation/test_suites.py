@@ -109,7 +109,7 @@ def test_numbers_are_the_papers(name):
 
 
 def test_pages_and_answers_of_longproc_fit():
-    """By SmolLM2's tokenizer LongProc's longest prompts of HTML to TSV have 83145 tokens (level 0.5K) and more than
+    """By SmolLM2's tokenizer some of LongProc's prompts of HTML to TSV have 83145 tokens (level 0.5K) and more than
     84000 (8K), and its longest answers 955, 4174 and 10206."""
     longest = {"0.5k": 955, "2k": 4174, "8k": 10206}
     for name in ("paper-table-2", "paper-table-3", "paper-table-4", "paper-table-10", "paper-figure-4"):
