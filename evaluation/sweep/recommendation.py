@@ -16,7 +16,7 @@ from refreshkv.settings import SettingsError
 
 THRESHOLDS = [0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98]
 """The paper found 0.85 and 0.95 for models of 8 and 7 billion parameters; with 0.8 one of 30 million still refreshed at
-nearly every decision step (docs/results.md)."""
+nearly every decision step (docs/results/toy-models.md)."""
 MULTIPLES = (1, 2, 3, 5)
 """Strides of the fixed schedules to compare with, in strides of the similarity schedule."""
 

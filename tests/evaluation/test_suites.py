@@ -108,6 +108,18 @@ def test_numbers_are_the_papers(name):
     assert load_suite(name)[0].paper.numbers == expected
 
 
+def test_pages_and_answers_of_longproc_fit():
+    """By SmolLM2's tokenizer some of LongProc's prompts of HTML to TSV have 83145 tokens (level 0.5K) and more than
+    84000 (8K), and its longest answers 955, 4174 and 10206."""
+    longest = {"0.5k": 955, "2k": 4174, "8k": 10206}
+    for name in ("paper-table-2", "paper-table-3", "paper-table-4", "paper-table-10", "paper-figure-4"):
+        found = [item for item in load_suite(name)[0].benchmarks.values() if item.tasks == ["html_to_tsv"]]
+        assert found
+        for item in found:
+            settings = item.settings["html_to_tsv"]
+            assert longest[settings["level"]] <= settings["max_new_tokens"] <= item.length - 90_000
+
+
 def test_settings_of_the_paper():
     """The settings that its numbers were measured with."""
     suite, _ = load_suite("paper-table-1")

@@ -181,6 +181,28 @@ def test_our_own_grids_load(name):
     assert recommended in [item.config for item in built]
 
 
+def test_the_comparison_of_selections_is_whole():
+    """Select strides by bits, observers, pooling ahead, budgets, thresholds and the caches that evict."""
+    built = load_settings(Grid, find_config("selections", ("grids",))).build_strategies()
+    configs = [item.config for item in built]
+    names = {item.name for item in built}
+
+    def recommended(**changes):
+        return RefreshConfig.recommended(**{"budget": 1024, **changes})
+
+    for stride in (1, 2, 3, 5, 10):
+        assert all(recommended(select_stride=stride, score_bits=bits) in configs for bits in (16, 8, 4))
+    assert all(recommended(observation_window=observers) in configs for observers in (1, 2, 4, 8, 16))
+    for pool in ({}, {"pool_ahead": True, "pool_kernel": 10}):
+        assert RefreshConfig(budget=1024, stride=10, **pool) in configs
+    thresholds = {config.threshold for config in configs if config} - {None}
+    assert len(thresholds) >= 4 and {0.5, 0.85, 0.95} <= thresholds
+    for budget in (256, 512, 1024, 2048):
+        assert RefreshConfig(budget=budget, stride=10) in configs and recommended(budget=budget) in configs
+        evicting = {name for name in names if name.endswith(f", K={budget}") and ":" not in name}
+        assert len(evicting) == 4, "StreamingLLM, H2O, SnapKV as in the paper and as its authors have it"
+
+
 def test_small_budgets_of_our_grid_have_a_small_recent_window():
     built = {
         item.name: item.config for item in load_settings(Grid, find_config("budgets", ("grids",))).build_strategies()

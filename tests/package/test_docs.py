@@ -1,0 +1,125 @@
+"""The documentation: its links lead somewhere, and its first figures are those of the files in docs/results."""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+RESULTS = ROOT / "docs" / "results"
+CODE, ENGLISH = "python-packages-8k", "english-prose"
+LINES_OF_RESULTS = {
+    ("1024 = L/8", "recommended"): "ahead: select S=2 4 bits, K=1024",
+    ("1024", "the paper's, full step every 10"): "paper: refresh S=10, K=1024",
+    ("512 = L/16", "recommended, 48 recent"): "ahead, 48 recent: select S=2 4 bits, K=512",
+    ("512", "the paper's"): "paper: refresh S=10, K=512",
+    ("256 = L/32", "recommended, 48 recent"): "ahead, 48 recent: select S=2 4 bits, K=256",
+    ("256", "the paper's"): "paper: refresh S=10, K=256",
+}
+"""K and selection of each line of the first table of docs/results.md -> the strategy's name in results.json."""
+
+
+def without_code(text):
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"`[^`\n]+`", "", text)
+
+
+@cache
+def anchors(page):
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ +(.+)$", re.sub(r"(?ms)^```.*?^```$", "", page.read_text()), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = page.parent / name if name else page
+        if not linked.exists() or (anchor and anchor not in anchors(linked)):
+            yield target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_lead_somewhere(page):
+    assert list(broken_links(page)) == []
+
+
+def points():
+    (entry,) = json.loads((RESULTS / "smollm2" / "results.json").read_text()).values()
+    assert entry["arm"] == "none", "the table is of the untrained model"
+    return {point["name"]: point for point in entry["results"]["points"]}
+
+
+def percent(share, digits):
+    return f"{share * 100:.{digits}f} %"
+
+
+def shown(loss):
+    """As docs/results.md writes losses: three digits."""
+    return percent(loss, 2 if loss < 0.1 else 1)
+
+
+def test_the_first_table_of_the_results():
+    text = (ROOT / "docs" / "results.md").read_text()
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+    first = {tuple(line[:2]): line[2:] for line in lines[2 : 2 + len(LINES_OF_RESULTS)]}
+    assert lines[0] == ["K", "selection", "bytes read", "code", "English", "after training"]
+    measured = points()
+    for line, name in LINES_OF_RESULTS.items():
+        point = measured[name]
+        losses = [shown(point["losses"][corpus]) for corpus in (CODE, ENGLISH)]
+        assert first.pop(line) == [percent(point["read"], 1), *losses, "not measured"]
+    assert not first
+
+
+def test_long_generation_in_the_results():
+    text = " ".join((ROOT / "docs" / "results.md").read_text().split("\n## ")[0].split())
+    table = (RESULTS / "generation-untrained" / "generation.md").read_text()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:2] == "| "]
+    found = {(line[0].split(":")[0], line[1]): line[2].split(" ")[0] for line in cells if "K=256" not in line[0]}
+    greedy = [found[name, "greedy"] for name in ("recommended", "paper", "full")]
+    assert "is {} with the recommended selection, {} with the paper's and {} with full".format(*greedy) in text
+    drawn = [f"{float(found[name, 'sampled']):.1f}" for name in ("recommended", "paper", "full")]
+    assert "{}, {} and {} with drawn tokens".format(*drawn) in text
+
+
+def table_of_the_readme():
+    lines = (ROOT / "README.md").read_text().split("## What it gives")[1].split("\n\n")[1].splitlines()[2:]
+    return dict(line.strip("| ").split(" | ") for line in lines)
+
+
+def test_the_table_of_the_readme():
+    """Its figures are those of docs/results, rounded."""
+    table, measured = table_of_the_readme(), points()
+    assert len(table) == 5
+
+    def rounded(name, digits):
+        point = measured[name]
+        return *(percent(point["losses"][corpus], digits) for corpus in (CODE, ENGLISH)), point["read"]
+
+    code, english, read = rounded("ahead: select S=2 4 bits, K=1024", 1)
+    assert f"{code} (code) and {english} (English)" in table["A small loss"]
+    assert f"reads {percent(read, 0)}" in table["A small loss"]
+    code, english, read = rounded("paper: refresh S=10, K=1024", 0)
+    assert f"{code} and {english} over and read {percent(read, 0)}" in table["A small loss"]
+    for size, share, digits in ((512, 16, 0), (256, 32, 1)):
+        code, english, read = rounded(f"ahead, 48 recent: select S=2 4 bits, K={size}", 1)
+        text = f"K = L/{share}: {code} and {english}, reading {percent(read, digits)}"
+        assert text in table["Smaller budgets"]
+
+    speeds = json.loads((RESULTS / "decode-h200.json").read_text())
+    ms = {(line["context"], line["batch"], line["strategy"]): line["ms"] for line in speeds}
+    faster = [ms[case, batch, "full"] / ms[case, batch, "refresh"] for case, batch in ((131072, 1), (16384, 32))]
+    expected = "{:.1f} times full attention for one sequence of 128K tokens, {:.1f} times for 32 of 16K"
+    assert expected.format(*faster) in table["Faster decoding"]
+    training = {line["case"]: line for line in json.loads((RESULTS / "attention-h200.json").read_text())}
+    cases = [training[case] for case in ("32768:16384:10:2048", "131072:65536:50:2048")]
+    ratios = [line["refresh"] / line["cudnn"] for line in cases]
+    assert "{:.2f} of cuDNN's time at 32K, {:.2f} at 128K".format(*ratios) in table["Faster training attention"]
