@@ -37,10 +37,10 @@ class FullLayer(PreallocatedLayer):
         """One decoding step: query (B, H, 1, D), key and value (B, Hkv, 1, D) -> (B, 1, H, D)."""
         self.phase = Phase.DECODING
         state = (self.keys, self.values, self.cumulative_length, self.row_state)
-        if not terms.is_plain or self.keys.shape[-1] != self.values.shape[-1]:
+        if self.keys.shape[-1] != self.values.shape[-1]:
             plain_step: Any = torch.compiler.disable(naive.full_step)
             return plain_step(query, key, value, *state, scaling, terms)
-        return self.operator(full_step)(query, key, value, *state, scaling)
+        return self.operator(full_step)(query, key, value, *state, scaling, *terms)
 
 
 class FullCache(PreallocatedCache):

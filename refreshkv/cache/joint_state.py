@@ -15,7 +15,7 @@ from torch import Tensor
 
 from refreshkv.config import RefreshConfig
 from refreshkv.ops.choice import CHOICE
-from refreshkv.ops.state import Decisions, LayerState, SelectingState, SelectionScratch
+from refreshkv.ops.state import PLAIN_SOFTMAX, Decisions, LayerState, SelectingState, SelectionScratch, SoftmaxTerms
 from refreshkv.ops.step.operators import attend_step, select_step
 
 
@@ -73,14 +73,23 @@ class JointState:
             for name in Decisions._fields
         )
 
-    def step(self, layer: JoinableLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def step(
+        self,
+        layer: JoinableLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        terms: SoftmaxTerms = PLAIN_SOFTMAX,
+    ) -> Tensor:
         """`RefreshLayer.step` of one layer; the last layer's step selects for all."""
         decisions = Decisions(*(getattr(self, name) for name in Decisions._fields))
         options, length = layer.config.step_options(), layer.cumulative_length
         buffers = {"keys": layer.keys, "values": layer.values, "length": length, "observers": layer.observers}
         state = LayerState(**buffers, **decisions._asdict())
         chosen = layer.selecting_state()
-        output = attend_step(query, key, value, state, self.scratch, layer.number, options, scaling, chosen=chosen)
+        place = (self.scratch, layer.number)
+        output = attend_step(query, key, value, state, *place, options, scaling, chosen=chosen, terms=terms)
         if layer.number == len(self.row_state) - 1:
             select_step(self.scratch, length, decisions, options)
         return output

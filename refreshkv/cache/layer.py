@@ -84,8 +84,6 @@ class RefreshLayer(PreallocatedLayer):
         self.joint: JointState | None = None
         self.number = 0
         """Number of this layer in `joint`."""
-        self.has_terms = False
-        """Whether the model changes the softmax (`SoftmaxTerms`), so that plain PyTorch computes the steps."""
 
     def __setstate__(self, state: dict) -> None:
         """Restores a copy: pickle makes new tensors where the original has slices of the joint state."""
@@ -194,7 +192,6 @@ class RefreshLayer(PreallocatedLayer):
         After `drop_steps`, a block of the dropped tokens and one more is a full step of the steps before it (section
         11). query (B, H, n, D): the block's queries; left_padding (B,) int64; terms: the softmax's.
         """
-        self.has_terms = not terms.is_plain
         if self.awaits_accept:
             self.awaits_accept, self.waiting = False, Block(query.detach(), left_padding, scaling, terms)
             return
@@ -263,27 +260,22 @@ class RefreshLayer(PreallocatedLayer):
             kept = self.observers[:, :, torch.arange(before - missing, before, device=query.device) % window]
         return torch.cat([kept, latest], dim=2)
 
-    @property
-    def attends_by_kernels(self) -> bool:
-        return not self.has_terms and super().attends_by_kernels
-
     def step(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, terms: SoftmaxTerms = PLAIN_SOFTMAX
     ) -> Tensor:
         """One decoding step: query (B, H, 1, D), key and value (B, Hkv, 1, D) -> (B, 1, H, D)."""
         self.phase = Phase.DECODING
         if self.joint is not None:
-            return self.joint.step(self, query, key, value, scaling)
+            return self.joint.step(self, query, key, value, scaling, terms)
         if not self.has_operator:
             return self._plain_step(query, key, value, scaling, terms)  # pyright: ignore[reportAttributeAccessIssue]  # disable()
-        operator = self.operator(decode_step)
-        return operator(query, key, value, self.state(), self.config.step_options(), scaling, self.selecting_state())
+        operator, options = self.operator(decode_step), self.config.step_options()
+        return operator(query, key, value, self.state(), options, scaling, self.selecting_state(), terms)
 
     @property
     def has_operator(self) -> bool:
-        """Whether `decode_step`, which knows the ordinary softmax over keys and values of one size only, computes the
-        steps."""
-        return not self.has_terms and self.keys.shape[-1] == self.values.shape[-1]
+        """Whether `decode_step`, which knows keys and values of one size only, computes the steps."""
+        return self.keys.shape[-1] == self.values.shape[-1]
 
     @torch.compiler.disable
     def _plain_step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, terms: SoftmaxTerms) -> Tensor:
@@ -332,7 +324,7 @@ class RefreshLayer(PreallocatedLayer):
         options = self.config.selection_options()
         if not self.has_operator:
             return naive.select(observers, keys, steps, options, scaling, terms=terms).squeeze(2)
-        return ops.select(observers, keys, steps, options, scaling).squeeze(2)
+        return ops.select(observers, keys, steps, options, scaling, terms).squeeze(2)
 
     def _known_keys(self) -> Tensor:
         """All tokens' keys so far, (B, Hkv, L, D)."""

@@ -6,13 +6,13 @@ computes what is decided in `choice`, once, by this table (16 bits: float16 and 
 | operation | form | when |
 |---|---|---|
 | all | `naive` | on CPUs, in float64, with REFRESHKV_OPS=naive in the environment |
-| all but `write_score_keys` | `naive` | attention sinks, softcap, values of another size than the keys |
+| all but `write_score_keys` | `naive` | values of another size than the keys |
 | `prompt_block`: a prompt, no gradient | `rows/cudnn.py` | 256 queries or more, 16 bits, no padding, eager |
 | `short_block`: a few tokens behind many | `rows/short_block.py` | 16 bits, eager, no gradient |
 | `whole_sequence`: all positions | `rows/whole_sequence.py` | at most 1/64 of it decoded, uniform, 16 bits, eager |
 | `refresh_rows`: decoded positions | `rows/after_prompt.py`, of the following four: | otherwise |
 | `rectified_rows`: decoded positions with `rectify` | `naive` | always |
-| full steps | `rows/full_steps_cudnn.py` | uniform, 16 bits, shapes that recur |
+| full steps | `rows/full_steps_cudnn.py` | uniform, 16 bits, shapes that recur, no sinks or softcap |
 | full steps | `rows/full_steps.py`: Triton | otherwise |
 | selecting, partial steps | `rows/block_steps.py`, `rows/key_lists.py`: Triton | short segments |
 | selecting, partial steps | `rows/partial_steps.py`: Triton | otherwise |
@@ -54,10 +54,10 @@ def refresh_rows(
 
     Returns (B, R, H, D), differentiable in query, key, value and the terms' sinks; the selection is not differentiated.
     """
-    if CHOICE.attends_by_kernels(key, value, terms):
+    if CHOICE.attends_by_kernels(key, value):
         from refreshkv.ops.rows import after_prompt  # imports Triton, which machines without a GPU may lack
 
-        return after_prompt.refresh_rows(query, key, value, plan, options, scaling)
+        return after_prompt.refresh_rows(query, key, value, plan, options, scaling, terms)
     return naive.refresh_rows(query, key, value, plan, options, scaling, terms)
 
 
@@ -121,7 +121,14 @@ def short_block(query: Tensor, key: Tensor, value: Tensor, left_padding: Tensor 
     return form.short_block(query, key, value, left_padding, scaling)
 
 
-def select(query: Tensor, key: Tensor, steps: FullSteps, options: SelectionOptions, scaling: float) -> Tensor:
+def select(
+    query: Tensor,
+    key: Tensor,
+    steps: FullSteps,
+    options: SelectionOptions,
+    scaling: float,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
+) -> Tensor:
     """The positions that full steps keep (specification, sections 3 and 5).
 
     Args:
@@ -130,6 +137,7 @@ def select(query: Tensor, key: Tensor, steps: FullSteps, options: SelectionOptio
         steps: the full steps, and how many positions each keeps.
         options: how they rank positions.
         scaling: factor of the logits.
+        terms: what the model changes in the softmax besides.
 
     Returns (B, Hkv, C, W) integers by rank, best first, -1 past the end; ranks other than the `steps.droppable` lowest
     may come in any order.
@@ -137,8 +145,8 @@ def select(query: Tensor, key: Tensor, steps: FullSteps, options: SelectionOptio
     if CHOICE.uses_kernels(query):
         from refreshkv.ops.selection import ranking
 
-        return ranking.select(query, key, steps, options, scaling)
-    return naive.select(query, key, steps, options, scaling)
+        return ranking.select(query, key, steps, options, scaling, terms=terms)
+    return naive.select(query, key, steps, options, scaling, terms=terms)
 
 
 def write_score_keys(key: Tensor, codes: Tensor, scales: Tensor, first: int) -> None:

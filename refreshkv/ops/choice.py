@@ -53,10 +53,10 @@ class Choice:
             _log_once()
         return tensor.is_cuda and tensor.dtype in KERNEL_TYPES and not self.naive_only
 
-    def attends_by_kernels(self, key: Tensor, value: Tensor, terms: SoftmaxTerms = PLAIN_SOFTMAX) -> bool:
-        """True if kernels attend to key (B, Hkv, L, D) and value (B, Hkv, L, E): for the ordinary softmax over keys and
-        values of one size. Attention sinks, a softcap, and values of another size take plain PyTorch."""
-        return terms.is_plain and key.shape[-1] == value.shape[-1] and self.uses_kernels(key)
+    def attends_by_kernels(self, key: Tensor, value: Tensor) -> bool:
+        """True if kernels attend to key (B, Hkv, L, D) and value (B, Hkv, L, E): keys and values of one size, with or
+        without attention sinks and a softcap. Values of another size take plain PyTorch."""
+        return key.shape[-1] == value.shape[-1] and self.uses_kernels(key)
 
     def takes_whole_sequence(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> bool:
         """True if `ops.whole_sequence` is the faster way for query (B, H, T, D), key and value (B, Hkv, T, D)."""
@@ -66,14 +66,17 @@ class Choice:
             return False
         return cudnn_takes(query, key, value)
 
-    def takes_full_steps_by_cudnn(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> bool:
+    def takes_full_steps_by_cudnn(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, terms: SoftmaxTerms = PLAIN_SOFTMAX
+    ) -> bool:
         """True if the full steps after the prompt go to cuDNN, False if to Triton: query (B, H, Q, D), key and value
-        (B, Hkv, T, D).
+        (B, Hkv, T, D). cuDNN knows the ordinary softmax only.
 
         cuDNN builds a plan for each new shape, some hundred milliseconds in all, which pays only if the shape recurs.
         """
         several = (key.shape[2] - plan.prompt_length) // plan.stride > 1  # cuDNN refuses a square of one
-        return plan.uniform and plan.recurring and several and cudnn_takes(query, key, value)
+        is_plain = plan.uniform and terms.is_plain
+        return is_plain and plan.recurring and several and cudnn_takes(query, key, value)
 
     def takes_prompt_block(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """True if `ops.prompt_block`, which has no gradient, is the fastest way for query (B, H, n, D), key and value
@@ -100,7 +103,8 @@ class Choice:
         uniform = "fixed schedule, no padding, 16 bits"
         return [
             ("float64, or tensors on the CPU", "plain PyTorch"),
-            ("attention sinks, softcap, values of another size than keys", "plain PyTorch, several times slower"),
+            ("values of another size than keys", "plain PyTorch, several times slower"),
+            ("attention sinks, softcap", "Triton wherever it is named below, also in place of cuDNN; prompts by torch"),
             ("prompt in a cache", f"cuDNN from {FEWEST_QUERIES} tokens on, 16 bits, no padding; else torch's fastest"),
             (
                 "a few tokens behind many",

@@ -167,6 +167,7 @@ class AttentionInputs(NamedTuple):
     value: Tensor
     """(B, Hkv, T, D)."""
     scaling: float
+    terms: SoftmaxTerms = PLAIN_SOFTMAX
 
 
 class Decisions(NamedTuple):

@@ -10,6 +10,7 @@ power of two; a head is PARTS tiles of WIDTH columns where a whole one would not
 import math
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import torch
 import triton
@@ -19,6 +20,9 @@ from torch import Tensor
 from refreshkv.ops import state
 
 LOG2E = math.log2(math.e)
+
+LOG2_OF_E = tl.constexpr(LOG2E)
+"""The same inside kernels."""
 
 LAST_FULL = tl.constexpr(state.LAST_FULL)
 BUDGET = tl.constexpr(state.BUDGET)
@@ -104,6 +108,74 @@ def index_type(*tensors: Tensor) -> tl.dtype:
     return tl.int32 if farthest < 2**31 else tl.int64
 
 
+def kernel_terms(terms: state.SoftmaxTerms) -> dict[str, Any]:
+    """The arguments `sink_ptr` and `CAP` of a kernel that applies both terms. A term that the model does not have is
+    None, a constant of the compiler: the kernel is then that of the ordinary softmax."""
+    return {"sink_ptr": sinks_of(terms), "CAP": cap_of(terms)}
+
+
+def sinks_of(terms: state.SoftmaxTerms) -> Tensor | None:
+    """The argument `sink_ptr` of a kernel: the sinks (H,), or None."""
+    return None if terms.sinks is None else terms.sinks.contiguous()
+
+
+def cap_of(terms: state.SoftmaxTerms) -> float | None:
+    """The argument `CAP` of a kernel: the softcap in units of log 2, or None."""
+    return None if terms.softcap is None else terms.softcap * LOG2E
+
+
+@triton.jit
+def capped(logits, CAP: tl.constexpr):
+    """CAP * tanh(logits / CAP) of logits of any shape, all in units of log 2; the logits themselves if CAP is None."""
+    if CAP is not None:
+        # tanh(y) = 1 - 2 / (1 + exp(2 y)), right at both ends, where exp is 0 or infinite
+        logits = CAP - 2.0 * CAP / (1.0 + tl.exp2(logits * (2.0 * LOG2_OF_E / CAP)))
+    return logits
+
+
+@triton.jit
+def cap_slope(logits, CAP: tl.constexpr):
+    """The derivative of `capped`, from its results: 1 - tanh ** 2."""
+    share = logits / CAP
+    return 1.0 - share * share
+
+
+@triton.jit
+def load_sinks(sink_ptr, head, exists):
+    """The sinks of query heads, of any shape, in units of log 2; 0 where a head does not exist. exists: None if all
+    do."""
+    if exists is None:
+        sink = tl.load(sink_ptr + head)
+    else:
+        sink = tl.load(sink_ptr + head, mask=exists, other=0.0)
+    return sink.to(tl.float32) * LOG2_OF_E
+
+
+@triton.jit
+def with_sink(lse, sink):
+    """Log-sum-exps of base 2 with one more term each."""
+    higher = tl.maximum(lse, sink)
+    return higher + tl.log2(tl.exp2(lse - higher) + tl.exp2(sink - higher))
+
+
+@triton.jit
+def add_sinks(sink_ptr, head, exists, highest, total, result):
+    """Takes the sinks of M rows, which have no value, into a running softmax: its maximum [M], its sum [M] and the
+    output's sum [M, DP].
+
+    head: the rows' query heads [M]; exists: which rows are some. Without sinks nothing changes.
+    """
+    if sink_ptr is not None:
+        # [M]
+        sink = load_sinks(sink_ptr, head, exists)
+        higher = tl.maximum(highest, sink)
+        shrink = tl.exp2(highest - higher)
+        total = total * shrink + tl.exp2(sink - higher)
+        result = result * shrink[:, None]
+        highest = higher
+    return highest, total, result
+
+
 @triton.jit
 def load_rows(row, column, exists, D: tl.constexpr, END: tl.constexpr, MASKED: tl.constexpr):
     """Loads a tile [M, columns] from pointers to M rows.
@@ -169,14 +241,16 @@ def add_parts(
 
 
 @triton.jit
-def attend(query, key, value, visible, highest, total, result, scale, PRECISION: tl.constexpr):
+def attend(
+    query, key, value, visible, highest, total, result, scale, PRECISION: tl.constexpr, CAP: tl.constexpr
+):  # fmt: skip
     """Takes one tile of keys and values into a running softmax of base 2: returns its maximum [M], its sum [M] and the
     output's sum [M, DP].
 
-    query [M, DP]; key, value [N, DP]; visible [M, N], or None if all rows see all keys.
+    query [M, DP]; key, value [N, DP]; visible [M, N], or None if all rows see all keys; CAP: as in `capped`.
     """
     # [M, N]
-    logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+    logits = capped(tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale, CAP)
     if visible is not None:
         logits = tl.where(visible, logits, -float("inf"))
     higher = tl.maximum(highest, tl.max(logits, 1))
@@ -192,38 +266,44 @@ def attend(query, key, value, visible, highest, total, result, scale, PRECISION:
 
 @triton.jit
 def attend_backward(
-    query, key, value, visible, lse, delta, upstream, query_grad, scale, PRECISION: tl.constexpr
+    query, key, value, visible, lse, delta, upstream, query_grad, scale, PRECISION: tl.constexpr, CAP: tl.constexpr
 ):  # fmt: skip
     """Adds one tile's part to the query gradient [M, DP], before the softmax scaling.
 
-    query, upstream [M, DP]; key, value [N, DP]; lse, delta [M]; visible [M, N], or None.
+    query, upstream [M, DP]; key, value [N, DP]; lse, delta [M]; visible [M, N], or None; CAP: as in `capped`.
     """
     # [M, N]
-    logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+    logits = capped(tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale, CAP)
     weight = tl.exp2(logits - lse[:, None])
     if visible is not None:
         weight = tl.where(visible, weight, 0.0)
     weight_grad = tl.dot(upstream, tl.trans(value), input_precision=PRECISION)
     logit_grad = weight * (weight_grad - delta[:, None])
+    if CAP is not None:
+        logit_grad = logit_grad * cap_slope(logits, CAP)
     return query_grad + tl.dot(logit_grad.to(key.dtype), key, input_precision=PRECISION)
 
 
 @triton.jit
 def attend_backward_keys(
-    query, key, value, visible, lse, delta, upstream, key_grad, value_grad, scale, PRECISION: tl.constexpr
+    query, key, value, visible, lse, delta, upstream, key_grad, value_grad, scale, PRECISION: tl.constexpr,
+    CAP: tl.constexpr,
 ):  # fmt: skip
     """Adds one tile's part to the gradients [N, DP] of keys, before the softmax scaling, and of values.
 
-    query, upstream [M, DP]; key, value [N, DP]; lse, delta [M]; visible [N, M], or None. Products are keys by rows, so
-    that none needs a transposition.
+    query, upstream [M, DP]; key, value [N, DP]; lse, delta [M]; visible [N, M], or None; CAP: as in `capped`. Products
+    are keys by rows, so that none needs a transposition.
     """
     # [N, M]
-    logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale
+    logits = capped(tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale, CAP)
     weight = tl.exp2(logits - lse[None, :])
     if visible is not None:
         weight = tl.where(visible, weight, 0.0)
     value_grad += tl.dot(weight.to(upstream.dtype), upstream, input_precision=PRECISION)
     weight_grad = tl.dot(value, tl.trans(upstream), input_precision=PRECISION)
-    logit_grad = (weight * (weight_grad - delta[None, :])).to(query.dtype)
+    logit_grad = weight * (weight_grad - delta[None, :])
+    if CAP is not None:
+        logit_grad = logit_grad * cap_slope(logits, CAP)
+    logit_grad = logit_grad.to(query.dtype)
     key_grad += tl.dot(logit_grad, query, input_precision=PRECISION)
     return key_grad, value_grad

@@ -20,23 +20,34 @@ from refreshkv.ops.rows import block_steps, full_steps, full_steps_cudnn, partia
 from refreshkv.ops.rows.key_lists import KeyLists, empty_lists, key_lists
 from refreshkv.ops.rows.segments import segments_of
 from refreshkv.ops.selection import ranking
-from refreshkv.ops.state import AttentionInputs, Plan, SelectionOptions
-from refreshkv.ops.tiles import on_its_device, padded_head
+from refreshkv.ops.state import PLAIN_SOFTMAX, AttentionInputs, Plan, SelectionOptions, SoftmaxTerms
+from refreshkv.ops.tiles import LOG2E, on_its_device, padded_head
 
 PLAN, OPTIONS = 3, 3 + len(Plan._fields)
 """Where the plan and the options begin among the operators' arguments, after query, key and value."""
 
 OTHERS = len(Plan._fields) + len(SelectionOptions._fields) + 1
-"""How many arguments follow query, key and value; they have no gradient."""
+"""How many arguments without gradient follow query, key and value; after them come the sinks and the softcap."""
+
+
+SINKS = 10
+"""Where the sinks stand among the arguments of `_backward` after query, key and value."""
 
 
 def refresh_rows(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: SelectionOptions, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    options: SelectionOptions,
+    scaling: float,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> Tensor:
-    """`refreshkv.ops.naive.refresh_rows` by kernels, differentiable in query, key and value: (B, R, H, D)."""
+    """`refreshkv.ops.naive.refresh_rows` by kernels, differentiable in query, key, value and the terms' sinks:
+    (B, R, H, D)."""
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
     run = _forward_operator if torch.compiler.is_compiling() else _Rows.apply
-    output, *_ = run(query, key, value, *plan, *options, scaling)
+    output, *_ = run(query, key, value, *plan, *options, scaling, *terms)
     return output
 
 
@@ -64,22 +75,25 @@ def _forward(
     sink_tokens: int,
     pool_ahead: bool,
     scaling: float,
+    sinks: Tensor | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A `Plan` and `SelectionOptions`, flat for torch. Returns the output (B, R, H, D), and for the gradients the
+    """A `Plan`, `SelectionOptions` and `SoftmaxTerms`, flat for torch. Returns the output (B, R, H, D), and for the gradients the
     log-sum-exp of the full steps (B, H, C) and of the others (B, H, R), float32, and either the two tensors of
     `KeyLists`, where blocks gather their keys together, or the selections (B, Hkv, A, W) int32 and nothing."""
     schedule = (full_positions, latest, budgets, left_padding, prompt_length, stride)
     shape = (width, droppable, uniform, recurring)
     plan = Plan(*schedule, *shape, selecting_positions, score_bits, select_stride)
     options = SelectionOptions(pool_kernel, observation_window, recent_window, sink_tokens, pool_ahead)
-    inputs = AttentionInputs(query, key, value, scaling)
+    terms = SoftmaxTerms(sinks, softcap)
+    inputs = AttentionInputs(query, key, value, scaling, terms)
     output = _output_like(query, key, prompt_length)
     full_lse = known = None
     if full_positions.shape[1] > 1:  # the first decision step is the prompt's own
-        by_cudnn = CHOICE.takes_full_steps_by_cudnn(query, key, value, plan)
+        by_cudnn = CHOICE.takes_full_steps_by_cudnn(query, key, value, plan, terms)
         full_lse = (full_steps_cudnn if by_cudnn else full_steps).forward(inputs, plan, output)
         known = full_lse.unsqueeze(-1) if observation_window == 1 else None
-    selected = ranking.select_all(query, key, plan, options, scaling, lse=known)
+    selected = ranking.select_all(query, key, plan, options, scaling, lse=known, terms=terms)
     segments = segments_of(plan, key.shape[2])
     if full_lse is None:
         full_lse = _lse_like(query, full_positions)
@@ -115,6 +129,7 @@ def _backward(
     output: Tensor,
     full_lse: Tensor,
     lse: Tensor,
+    sinks: Tensor | None,
     prompt_length: int,
     stride: int,
     width: int,
@@ -124,19 +139,22 @@ def _backward(
     score_bits: int,
     select_stride: int | None,
     scaling: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of query (B, H, Q, D), key and value (B, Hkv, T, D)."""
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of query (B, H, Q, D), key and value (B, Hkv, T, D), and of the sinks (H,), empty without
+    any."""
     schedule = (full_positions, latest, budgets, left_padding, prompt_length, stride)
     shape = (width, droppable, uniform, recurring)
     plan = Plan(*schedule, *shape, selecting_positions, score_bits, select_stride)
-    inputs = AttentionInputs(query, key, value, scaling)
+    terms = SoftmaxTerms(sinks, softcap)
+    inputs = AttentionInputs(query, key, value, scaling, terms)
     upstream = upstream if upstream.stride(-1) == 1 else upstream.contiguous()
     delta = dot_rows(output, upstream)
     query_grad = torch.zeros_like(query)
     decoded_grad = query_grad[:, :, query.shape[2] - output.shape[1] :]  # those of the prompt only observe
     if full_positions.shape[1] == 1:
         key_grad, value_grad = (torch.zeros_like(key, dtype=torch.float32) for _ in range(2))
-    elif CHOICE.takes_full_steps_by_cudnn(query, key, value, plan):
+    elif CHOICE.takes_full_steps_by_cudnn(query, key, value, plan, terms):
         key_grad, value_grad = full_steps_cudnn.backward(inputs, plan, full_lse, output, upstream, decoded_grad)
     else:
         key_grad, value_grad = full_steps.backward(inputs, plan, full_lse, delta, upstream, decoded_grad)
@@ -147,7 +165,20 @@ def _backward(
     else:
         segments = segments_of(plan, key.shape[2])
         partial_steps.backward(inputs, plan, segments, gathered, lse, delta, upstream, gradients)
-    return query_grad, rounded(key_grad, key), rounded(value_grad, value)
+    sink_grad = delta.new_empty(0) if sinks is None else _sink_gradient(sinks, plan, full_lse, lse, delta)
+    return query_grad, rounded(key_grad, key), rounded(value_grad, value), sink_grad
+
+
+def _sink_gradient(sinks: Tensor, plan: Plan, full_lse: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """The gradient of the sinks (H,). A sink has no value, so that of its logit in a row is -probability * delta.
+
+    full_lse (B, H, C), lse and delta (B, H, R): float32, the first two in units of log 2.
+    """
+    # column 0 is thrown away: of the prompt's own step, and of decision steps that were not full
+    row = (plan.full_positions - (plan.prompt_length - 1)).clamp(min=0)[:, None].expand_as(full_lse)
+    whole = torch.cat([lse[..., :1], lse], dim=-1).scatter(2, row, full_lse)[..., 1:]  # [B, H, R]
+    probability = torch.exp2(sinks.float()[:, None] * LOG2E - whole)
+    return -(probability * delta).sum(dim=(0, 2)).to(sinks.dtype)
 
 
 def rounded(gradient: Tensor, tensor: Tensor) -> Tensor:
@@ -160,8 +191,15 @@ def _keep_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> N
     ctx.mark_non_differentiable(full_lse, lse, gathered, counts)
     plan = Plan(*inputs[PLAN:OPTIONS])
     tensors = (*plan[:4], plan.selecting_positions)
-    ctx.save_for_backward(*inputs[:PLAN], *tensors, gathered, counts, decoded, full_lse, lse)
-    ctx.numbers = (*plan[4:10], plan.score_bits, plan.select_stride, inputs[-1])  # the plan's, and the scaling
+    scaling, sinks, softcap = inputs[-3:]
+    ctx.save_for_backward(*inputs[:PLAN], *tensors, gathered, counts, decoded, full_lse, lse, sinks)
+    ctx.numbers = (*plan[4:10], plan.score_bits, plan.select_stride, scaling, softcap)  # the first ones are the plan's
+
+
+def _in_order(gradients: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor | None, ...]:
+    """One gradient for each argument of `_forward`, from what `_backward` returns."""
+    *attended, sinks = gradients
+    return (*attended, *[None] * OTHERS, sinks if sinks.numel() else None, None)
 
 
 class _Rows(torch.autograd.Function):
@@ -173,7 +211,7 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward(upstream, *ctx.saved_tensors, *ctx.numbers), *[None] * OTHERS)
+        return _in_order(_backward(upstream, *ctx.saved_tensors, *ctx.numbers))
 
 
 _forward_operator = torch.library.custom_op("refreshkv::rows", _forward, mutates_args=())
@@ -194,11 +232,13 @@ def _(query, key, value, *others):
 
 @_backward_operator.register_fake
 def _(upstream, query, key, value, *rest):
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    sinks = rest[SINKS]
+    sink_grad = query.new_empty(0, dtype=torch.float32) if sinks is None else torch.empty_like(sinks)
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), sink_grad
 
 
 def _operator_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward_operator(upstream, *ctx.saved_tensors, *ctx.numbers), *[None] * OTHERS)
+    return _in_order(_backward_operator(upstream, *ctx.saved_tensors, *ctx.numbers))
 
 
 _forward_operator.register_autograd(_operator_gradients, setup_context=_keep_for_backward)

@@ -20,9 +20,12 @@ from refreshkv.ops.state import AttentionInputs, Plan
 from refreshkv.ops.tiles import (
     LOG2E,
     MANY_PROGRAMS,
+    add_sinks,
     attend,
     block_sizes,
+    cap_of,
     index_type,
+    kernel_terms,
     load_parts,
     load_rows,
     padded_head,
@@ -56,9 +59,9 @@ def _listed(tokens, room, start, count, bit, BLOCK_N: tl.constexpr):
 def _forward(
     query_ptr, key_ptr, value_ptr, entry_ptr, count_ptr, output_ptr, lse_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_t, output_h,
-    length, prompt, shift, positions, blocks, room, scale,
+    length, prompt, shift, positions, blocks, room, scale, sink_ptr,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """The outputs and log-sum-exps of one block; the latter are infinite where a row sees nothing."""
     block, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -82,9 +85,10 @@ def _forward(
         # [BLOCK_N, DP] twice
         key = load_rows(keys + token * key_t, column, token >= 0, D, DP, False)
         value = load_rows(values + token * value_t, column, token >= 0, D, DP, False)
-        highest, total, result = attend(query, key, value, visible, highest, total, result, scale, PRECISION)
+        highest, total, result = attend(query, key, value, visible, highest, total, result, scale, PRECISION, CAP)
 
     seen = exists & (total > 0)
+    highest, total, result = add_sinks(sink_ptr, head, exists, highest, total, result)
     total = tl.where(seen, total, 1.0)
     lse = tl.where(seen, highest + tl.log2(total), float("inf"))
     tl.store(lse_ptr + (batch * kv_heads * G + head) * rows + decoded, lse, mask=exists)
@@ -103,6 +107,7 @@ def _backward(
     length, prompt, shift, positions, blocks, room, scale, softmax_scale,
     G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    CAP: tl.constexpr,
 ):  # fmt: skip
     """As `partial_steps._backward`, for the rows of one block."""
     split, block = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
@@ -133,7 +138,7 @@ def _backward(
         query_grad = tile_backward(
             query, upstream, lse, delta, query_grad,
             keys + token * key_t, values + token * value_t, key_grads + token * sums_t, value_grads + token * sums_t,
-            column, token >= 0, visible, scale, softmax_scale, D, WIDTH, PARTS, False, PRECISION,
+            column, token >= 0, visible, scale, softmax_scale, D, WIDTH, PARTS, False, PRECISION, CAP,
         )  # fmt: skip
     seen = exists & (lse < float("inf"))
     grad_row = query_grad_ptr + batch * grad_b + head.to(tl.int64) * grad_h + decoded * grad_t
@@ -167,7 +172,7 @@ def forward(inputs: AttentionInputs, plan: Plan, positions: int, lists: KeyLists
 
     positions: of a block. Returns the log-sum-exp (B, H, R) float32, in units of log 2, infinite at full steps.
     """
-    query, key, value, scaling = inputs
+    query, key, value, scaling, terms = inputs
     batch, heads, _, head_dim = query.shape
     kv_heads, length, blocks = key.shape[1], key.shape[2], lists.counts.shape[2]
     group = heads // kv_heads
@@ -178,7 +183,7 @@ def forward(inputs: AttentionInputs, plan: Plan, positions: int, lists: KeyLists
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
         length, plan.prompt_length, length - query.shape[2], positions, blocks, lists.entries.shape[-1],
         scaling * LOG2E, G=group, D=head_dim, DP=padded_head(head_dim), INDEX=index_type(key, value),
-        PRECISION=precision(query), **sizes,
+        PRECISION=precision(query), **kernel_terms(terms), **sizes,
     )  # fmt: skip
     return lse
 
@@ -194,7 +199,7 @@ def backward(
     gradients: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """As `partial_steps.backward`; lse: what `forward` returned."""
-    query, key, value, scaling = inputs
+    query, key, value, scaling, terms = inputs
     query_grad, key_grad, value_grad = gradients
     batch, heads, _, head_dim = query.shape
     kv_heads, length, blocks = key.shape[1], key.shape[2], lists.counts.shape[2]
@@ -210,7 +215,7 @@ def backward(
         length, plan.prompt_length, length - query.shape[2], positions, blocks, lists.entries.shape[-1],
         scaling * LOG2E, scaling,
         G=group, D=head_dim, INDEX=index_type(key, value, key_grad), PRECISION=precision(query),
-        PARTS=padded_head(head_dim) // sizes["WIDTH"], SPLITS=splits, **sizes,
+        PARTS=padded_head(head_dim) // sizes["WIDTH"], SPLITS=splits, CAP=cap_of(terms), **sizes,
     )  # fmt: skip
     if splits > 1:
         query_grad += sums

@@ -16,11 +16,14 @@ from torch import Tensor
 from refreshkv.ops.state import AttentionInputs, Plan
 from refreshkv.ops.tiles import (
     LOG2E,
+    add_sinks,
     attend,
     attend_backward,
     attend_backward_keys,
     block_sizes,
+    cap_of,
     index_type,
+    kernel_terms,
     load_rows,
     padded_head,
     precision,
@@ -50,9 +53,9 @@ def _extent(position, first, BLOCK_N: tl.constexpr):
 def _forward(
     query_ptr, key_ptr, value_ptr, position_ptr, padding_ptr, output_ptr, lse_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_t, output_h,
-    decisions, prompt, shift, scale,
+    decisions, prompt, shift, scale, sink_ptr,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """The outputs and log-sum-exps of BLOCK_M rows."""
     tile, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -78,14 +81,15 @@ def _forward(
         # [BLOCK_N, DP] twice
         key = load_rows(keys + token * key_t, column, token >= 0, D, DP, False)
         value = load_rows(values + token * value_t, column, token >= 0, D, DP, False)
-        highest, total, result = attend(query, key, value, None, highest, total, result, scale, PRECISION)
+        highest, total, result = attend(query, key, value, None, highest, total, result, scale, PRECISION, CAP)
     for start in range(whole, last + 1, BLOCK_N):
         token = (start + tl.arange(0, BLOCK_N)).to(INDEX)
         # [BLOCK_N, DP] twice
         key = load_rows(keys + token * key_t, column, token <= last, D, DP, True)
         value = load_rows(values + token * value_t, column, token <= last, D, DP, True)
         visible = token[None, :] <= position[:, None]
-        highest, total, result = attend(query, key, value, visible, highest, total, result, scale, PRECISION)
+        highest, total, result = attend(query, key, value, visible, highest, total, result, scale, PRECISION, CAP)
+    highest, total, result = add_sinks(sink_ptr, head, exists, highest, total, result)
     total = tl.where(exists, total, 1.0)
     result = result / total[:, None]
     tl.store(lse_ptr + (batch * heads + head) * decisions + decision, highest + tl.log2(total), mask=exists)
@@ -126,7 +130,7 @@ def _backward_query(
     upstream_b, upstream_t, upstream_h, grad_b, grad_h, grad_t, decoded_rows, decisions, prompt, shift, scale,
     softmax_scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """The query gradients of BLOCK_M rows."""
     tile, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -150,14 +154,16 @@ def _backward_query(
         # [BLOCK_N, DP] twice
         key = load_rows(keys + token * key_t, column, token >= 0, D, DP, False)
         value = load_rows(values + token * value_t, column, token >= 0, D, DP, False)
-        query_grad = attend_backward(query, key, value, None, lse, delta, upstream, query_grad, scale, PRECISION)
+        query_grad = attend_backward(query, key, value, None, lse, delta, upstream, query_grad, scale, PRECISION, CAP)
     for start in range(whole, last + 1, BLOCK_N):
         token = (start + tl.arange(0, BLOCK_N)).to(INDEX)
         # [BLOCK_N, DP] twice
         key = load_rows(keys + token * key_t, column, token <= last, D, DP, True)
         value = load_rows(values + token * value_t, column, token <= last, D, DP, True)
         visible = token[None, :] <= position[:, None]
-        query_grad = attend_backward(query, key, value, visible, lse, delta, upstream, query_grad, scale, PRECISION)
+        query_grad = attend_backward(
+            query, key, value, visible, lse, delta, upstream, query_grad, scale, PRECISION, CAP
+        )
     grad_row = query_grad_ptr + batch * grad_b + head.to(tl.int64) * grad_h + decoded * grad_t
     mask = exists[:, None] & (column < D)[None, :]
     result = (query_grad * softmax_scale).to(query_grad_ptr.dtype.element_ty)
@@ -173,7 +179,7 @@ def _backward_key_value(
     decoded_rows, decisions, length, prompt, shift, stride, scale,
     softmax_scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradients of BLOCK_N keys and values, to which the partial steps are added: (B, Hkv, T, D) float32."""
     block, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -202,7 +208,7 @@ def _backward_key_value(
         )  # fmt: skip
         visible = token[:, None] <= position[None, :]
         key_grad, value_grad = attend_backward_keys(
-            query, key, value, visible, lse, delta, upstream, key_grad, value_grad, scale, PRECISION
+            query, key, value, visible, lse, delta, upstream, key_grad, value_grad, scale, PRECISION, CAP
         )
     for tile in range(whole, tiles):
         decision, head, position, padding = _rows(position_ptr, padding_ptr, batch, tile, decisions, G, BLOCK_M)
@@ -211,7 +217,7 @@ def _backward_key_value(
             batch, kv_head * G + head, heads, decision, decisions, position, prompt, shift, decoded_rows, column, D, DP,
         )  # fmt: skip
         key_grad, value_grad = attend_backward_keys(
-            query, key, value, None, lse, delta, upstream, key_grad, value_grad, scale, PRECISION
+            query, key, value, None, lse, delta, upstream, key_grad, value_grad, scale, PRECISION, CAP
         )
     present = (token >= tl.load(padding_ptr + batch).to(tl.int32))[:, None]  # no row sees padding
     place = (batch * sums_b + kv_head.to(tl.int64) * sums_h + wide * sums_t)[:, None] + column[None, :]
@@ -226,7 +232,7 @@ def forward(inputs: AttentionInputs, plan: Plan, output: Tensor) -> Tensor:
     output (B, R, H, D): the other positions stay untouched. Returns (B, H, C) float32, in units of log 2, undefined
     where there is no step.
     """
-    query, key, value, scaling = inputs
+    query, key, value, scaling, terms = inputs
     batch, heads, _, head_dim = query.shape
     kv_heads, decisions = key.shape[1], plan.full_positions.shape[1]
     lse = torch.empty(batch, heads, decisions, dtype=torch.float32, device=query.device)
@@ -237,7 +243,7 @@ def forward(inputs: AttentionInputs, plan: Plan, output: Tensor) -> Tensor:
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
         decisions, plan.prompt_length, key.shape[2] - query.shape[2], scaling * LOG2E,
         G=heads // kv_heads, D=head_dim, DP=padded_head(head_dim), INDEX=index_type(key, value),
-        PRECISION=precision(query), **sizes,
+        PRECISION=precision(query), **kernel_terms(terms), **sizes,
     )  # fmt: skip
     return lse
 
@@ -250,11 +256,12 @@ def backward(
     lse: what `forward` returned; upstream (B, R, H, D): gradient of the output; delta (B, H, R) float32: its dot
     product with the output. Returns two (B, Hkv, T, D) float32 sums, to which the partial rows are added.
     """
-    query, key, value, scaling = inputs
+    query, key, value, scaling, terms = inputs
     batch, heads, queries, head_dim = query.shape
     kv_heads, length, decisions, decoded = key.shape[1], key.shape[2], plan.full_positions.shape[1], upstream.shape[1]
     group = heads // kv_heads
     shared = {"G": group, "D": head_dim, "DP": padded_head(head_dim), "PRECISION": precision(query)}
+    shared["CAP"] = cap_of(terms)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *upstream.stride()[:3])
     rows = (query, key, value, plan.full_positions, plan.left_padding, lse, delta, upstream)
     key_grad = torch.empty_like(key, dtype=torch.float32)

@@ -33,7 +33,7 @@ def forward(inputs: AttentionInputs, plan: Plan, output: Tensor) -> Tensor:
 
     output (B, R, H, D): the other positions stay untouched. Returns (B, H, C) float32, in units of log 2.
     """
-    query, key, value, scaling = inputs
+    query, key, value, scaling, _ = inputs
     prompt, stride = plan.prompt_length, plan.stride
     batch, heads, queries, head_dim = query.shape
     steps = (key.shape[2] - prompt) // stride
@@ -59,7 +59,7 @@ def backward(
     lse: what `forward` returned; upstream (B, R, H, D): gradient of `output`. Returns two (B, Hkv, T, D) float32 sums,
     to which the partial steps are added.
     """
-    query, key, value, scaling = inputs
+    query, key, value, scaling, _ = inputs
     prompt, stride = plan.prompt_length, plan.stride
     steps = lse.shape[2] - 1
     after = prompt + steps * stride

@@ -23,11 +23,16 @@ from refreshkv.ops.tiles import (
     LOG2E,
     MANY_PROGRAMS,
     add_parts,
+    add_sinks,
     attend,
     block_sizes,
+    cap_of,
+    cap_slope,
+    capped,
     dot_parts,
     fits,
     index_type,
+    kernel_terms,
     load_parts,
     load_rows,
     padded_head,
@@ -92,9 +97,9 @@ def _forward(
     query_ptr, key_ptr, value_ptr, anchor_ptr, start_ptr, latest_ptr, selected_ptr, budget_ptr, padding_ptr,
     output_ptr, lse_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_t, output_h,
-    anchors, intervals, full, tiles, width, length, prompt, shift, scale,
+    anchors, intervals, full, tiles, width, length, prompt, shift, scale, sink_ptr,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """The outputs and log-sum-exps of BLOCK_M rows."""
     interval, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -126,7 +131,7 @@ def _forward(
         token = tl.load(chosen + start + tl.arange(0, BLOCK_N)).to(INDEX)
         key = load_rows(keys + token * key_t, column, token >= 0, D, DP, False)
         value = load_rows(values + token * value_t, column, token >= 0, D, DP, False)
-        highest, total, result = attend(query, key, value, None, highest, total, result, scale, PRECISION)
+        highest, total, result = attend(query, key, value, None, highest, total, result, scale, PRECISION, CAP)
     for start in range(whole, end, BLOCK_N):
         number = start + tl.arange(0, BLOCK_N)
         token, bounded, is_chosen = _listed(chosen, number, most, first)
@@ -134,8 +139,9 @@ def _forward(
         key = load_rows(keys + token.to(INDEX) * key_t, column, number < end, D, DP, True)
         value = load_rows(values + token.to(INDEX) * value_t, column, number < end, D, DP, True)
         visible = _visible(bounded, is_chosen, position, left, budget)
-        highest, total, result = attend(query, key, value, visible, highest, total, result, scale, PRECISION)
+        highest, total, result = attend(query, key, value, visible, highest, total, result, scale, PRECISION, CAP)
 
+    highest, total, result = add_sinks(sink_ptr, head, partial, highest, total, result)
     total = tl.where(partial, total, 1.0)
     result = result / total[:, None]
     decoded = position.to(tl.int64) - prompt
@@ -151,18 +157,27 @@ def tile_backward(
     query, upstream, lse, delta, query_grad, key_row, value_row, key_grad_row, value_grad_row, column, exists, visible,
     scale, softmax_scale,
     D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    CAP: tl.constexpr,
 ):  # fmt: skip
-    """Adds one tile's part to the gradients of its keys and values in memory; returns the query gradient's sum."""
+    """Adds one tile's part to the gradients of its keys and values in memory; returns the query gradient's sum.
+
+    CAP: as in `tiles.capped`.
+    """
     # PARTS times [BLOCK_N, WIDTH], twice
     key = load_parts(key_row, column, exists, D, WIDTH, PARTS, MASKED)
     value = load_parts(value_row, column, exists, D, WIDTH, PARTS, MASKED)
-    weight = tl.exp2(dot_parts(query, key, PARTS, PRECISION) * scale - lse[:, None])
+    # [BLOCK_M, BLOCK_N]
+    logits = capped(dot_parts(query, key, PARTS, PRECISION) * scale, CAP)
+    weight = tl.exp2(logits - lse[:, None])
     if visible is not None:
         weight = tl.where(visible, weight, 0.0)
     weight_grad = dot_parts(upstream, value, PARTS, PRECISION)
     rounded = tl.trans(weight.to(upstream[0].dtype))
     add_parts(value_grad_row, column, exists, rounded, upstream, D, WIDTH, PARTS, MASKED, PRECISION)
-    logit_grad = (weight * (weight_grad - delta[:, None]) * softmax_scale).to(key[0].dtype)
+    logit_grad = weight * (weight_grad - delta[:, None]) * softmax_scale
+    if CAP is not None:
+        logit_grad = logit_grad * cap_slope(logits, CAP)
+    logit_grad = logit_grad.to(key[0].dtype)
     sums = ()
     for part in tl.static_range(PARTS):
         sums = sums + (tl.dot(logit_grad, key[part], query_grad[part], input_precision=PRECISION),)
@@ -179,6 +194,7 @@ def _backward(
     anchors, intervals, full, tiles, width, length, prompt, shift, scale, softmax_scale,
     G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    CAP: tl.constexpr,
 ):  # fmt: skip
     """Query gradients stay in registers; those of keys and values are added to memory in float32, tile by tile.
 
@@ -225,7 +241,7 @@ def _backward(
         query_grad = tile_backward(
             query, upstream, lse, delta, query_grad,
             keys + token * key_t, values + token * value_t, key_grads + token * sums_t, value_grads + token * sums_t,
-            column, token >= 0, None, scale, softmax_scale, D, WIDTH, PARTS, False, PRECISION,
+            column, token >= 0, None, scale, softmax_scale, D, WIDTH, PARTS, False, PRECISION, CAP,
         )  # fmt: skip
     for start in range(tl.maximum(whole, begin), end, BLOCK_N):
         number = start + tl.arange(0, BLOCK_N)
@@ -235,7 +251,7 @@ def _backward(
         query_grad = tile_backward(
             query, upstream, lse, delta, query_grad,
             keys + token * key_t, values + token * value_t, key_grads + token * sums_t, value_grads + token * sums_t,
-            column, number < end, visible, scale, softmax_scale, D, WIDTH, PARTS, True, PRECISION,
+            column, number < end, visible, scale, softmax_scale, D, WIDTH, PARTS, True, PRECISION, CAP,
         )  # fmt: skip
     grad_row = query_grad_ptr + batch * grad_b + head.to(tl.int64) * grad_h + decoded * grad_t
     for part in tl.static_range(PARTS):
@@ -267,7 +283,7 @@ def forward(inputs: AttentionInputs, plan: Plan, segments: Segments, selected: T
 
     selected (B, Hkv, A, W) int32. Returns the positions' log-sum-exp (B, H, R) float32, in units of log 2.
     """
-    query, key, value, scaling = inputs
+    query, key, value, scaling, terms = inputs
     batch, heads, _, head_dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
     lse = torch.empty(batch, heads, length - plan.prompt_length, dtype=torch.float32, device=query.device)
@@ -279,7 +295,7 @@ def forward(inputs: AttentionInputs, plan: Plan, segments: Segments, selected: T
         segments.anchors.shape[1], segments.count, segments.full, tiles, selected.shape[-1], length,
         plan.prompt_length, length - query.shape[2],
         scaling * LOG2E, G=heads // kv_heads, D=head_dim, DP=padded_head(head_dim), INDEX=index_type(key, value),
-        PRECISION=precision(query), **sizes,
+        PRECISION=precision(query), **kernel_terms(terms), **sizes,
     )  # fmt: skip
     return lse
 
@@ -300,7 +316,7 @@ def backward(
     product with the output. gradients: of the queries after the prompt (B, H, R, D), zero at partial steps, and of keys
     and values (B, Hkv, T, D), float32 and in one layout.
     """
-    query, key, value, scaling = inputs
+    query, key, value, scaling, terms = inputs
     query_grad, key_grad, value_grad = gradients
     batch, heads, _, head_dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
@@ -320,7 +336,7 @@ def backward(
         plan.prompt_length, length - query.shape[2],
         scaling * LOG2E, scaling,
         G=group, D=head_dim, INDEX=index_type(key, value, key_grad), PRECISION=precision(query),
-        PARTS=padded_head(head_dim) // sizes["WIDTH"], SPLITS=splits, **sizes,
+        PARTS=padded_head(head_dim) // sizes["WIDTH"], SPLITS=splits, CAP=cap_of(terms), **sizes,
     )  # fmt: skip
     if splits > 1:
         query_grad += sums

@@ -27,7 +27,7 @@ from refreshkv.ops.selection.top_k import (
     store_lowest,
     token_of,
 )
-from refreshkv.ops.state import FullSteps, Plan, SelectionOptions
+from refreshkv.ops.state import PLAIN_SOFTMAX, FullSteps, Plan, SelectionOptions, SoftmaxTerms
 from refreshkv.ops.tiles import on_its_device
 
 MAX_SCORES = 2**27
@@ -171,7 +171,14 @@ def _order(
 
 
 def select_all(
-    query: Tensor, key: Tensor, plan: Plan, options: SelectionOptions, scaling: float, lse: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    plan: Plan,
+    options: SelectionOptions,
+    scaling: float,
+    lse: Tensor | None = None,
+    *,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> Tensor:
     """What the full steps of a plan keep and, after them, what its selecting steps keep: (B, Hkv, A, W) int32.
 
@@ -179,14 +186,14 @@ def select_all(
     """
     full, selecting = plan.full_positions.shape[1], plan.selecting
     if selecting == 0:
-        return select(query, key, plan.steps, options, scaling, lse)
+        return select(query, key, plan.steps, options, scaling, lse, terms=terms)
     shape = (*key.shape[:2], full + selecting, plan.width)
     selected = torch.empty(shape, dtype=torch.int32, device=query.device)
-    select(query, key, plan.steps, options, scaling, lse, into=selected[:, :, :full])
+    select(query, key, plan.steps, options, scaling, lse, terms=terms, into=selected[:, :, :full])
     codes, scales = (key, None) if plan.score_bits == 16 else quantized(key, plan.score_bits)
     select(
         query, codes, plan.selecting_steps, options, scaling,
-        key_scales=scales, own_first=True, into=selected[:, :, full:],
+        terms=terms, key_scales=scales, own_first=True, into=selected[:, :, full:],
     )  # fmt: skip
     return selected
 
@@ -200,6 +207,7 @@ def select(
     scaling: float,
     lse: Tensor | None = None,
     *,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
     key_scales: Tensor | None = None,
     own_first: bool = False,
     into: Tensor | None = None,
@@ -207,7 +215,7 @@ def select(
     """`refreshkv.ops.naive.select` by kernels: (B, Hkv, C, W) int32.
 
     Args:
-        query, key, steps, options, scaling, own_first: as there.
+        query, key, steps, options, scaling, own_first, terms: as there.
         lse: what `log_sum_exp` gives, if known.
         key_scales: (B, Hkv, L) float32, a factor of each key; None: they are all 1.
         into: where to write the selections, some of the steps of a larger (B, Hkv, A, W) int32 tensor.
@@ -217,7 +225,7 @@ def select(
     decisions, pairs = positions.shape[1], batch * kv_heads
     keys = ScoredKeys(key, key_scales)
     if lse is None:
-        lse = log_sum_exp(query, keys, positions, left_padding, options.observation_window, scaling)
+        lse = log_sum_exp(query, keys, positions, left_padding, options.observation_window, scaling, terms)
     if into is None:
         into = torch.empty(batch, kv_heads, decisions, width, dtype=torch.int32, device=query.device)
     chunk = min(decisions, max(1, MAX_SCORES // (pairs * length)))
@@ -231,7 +239,7 @@ def select(
     kind = {"POOL": options.pool_kernel, "AHEAD": options.pool_ahead, "OWN": own_first}
     for first in range(0, decisions, chunk):
         count = min(chunk, decisions - first)
-        write_scores(query, keys, steps, lse, score, first, count, scaling)
+        write_scores(query, keys, steps, lse, score, first, count, scaling, terms)
         rows = (score, positions, left_padding, budgets, brackets)
         _bracket[count, pairs](
             *rows, decisions, first, length, *windows, **kind, SAMPLE=sample, MARGIN=MARGIN, BITS=BITS, num_warps=8

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.ops.state import FullSteps
-from refreshkv.ops.tiles import LOG2E, MANY_PROGRAMS, block_sizes, padded_head, precision
+from refreshkv.ops.state import PLAIN_SOFTMAX, FullSteps, SoftmaxTerms
+from refreshkv.ops.tiles import LOG2E, MANY_PROGRAMS, block_sizes, cap_of, capped, padded_head, precision
 
 
 class ScoredKeys(NamedTuple):
@@ -33,7 +33,7 @@ def _log_sum_exp(
     query_ptr, key_ptr, scale_ptr, position_ptr, padding_ptr, lse_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, decisions, splits, length, shift, scale,
     SCALED: tl.constexpr, G: tl.constexpr, OBSERVERS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Writes the log-sum-exp of every observing query of every full step over each split of its keys:
     (splits, B, H, C, O), in units of log 2. A row is a triple (decision step, observer, head of the group)."""
@@ -71,6 +71,7 @@ def _log_sum_exp(
             # [BLOCK_N]
             factor = tl.load(scale_ptr + (batch * tl.num_programs(1) + kv_head) * length + token, mask=token <= last)
             logits *= factor[None, :]
+        logits = capped(logits, CAP)
         visible = token[None, :] <= position[:, None]
         logits = tl.where(visible, logits, -float("inf"))
         higher = tl.maximum(highest, tl.max(logits, 1))
@@ -104,7 +105,7 @@ def _scores(
     query_ptr, key_ptr, scale_ptr, position_ptr, padding_ptr, lse_ptr, score_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, decisions, first, steps, length, kv_heads, shift, scale,
     SCALED: tl.constexpr, G: tl.constexpr, OBSERVERS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Writes the scores of a chunk of decision steps: probabilities, their maximum over the group, its mean over the
     observers: (B, Hkv, steps, L)."""
@@ -141,7 +142,7 @@ def _scores(
             query = tl.load(query_row[:, None] + column[None, :], mask=exists[:, None] & in_head[None, :], other=0.0)
             place = ((batch * kv_heads * G + head) * decisions + decision) * OBSERVERS + observer
             lse = tl.load(lse_ptr + place, mask=exists, other=0.0)
-            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * factor
+            logits = capped(tl.dot(query, tl.trans(key), input_precision=PRECISION) * factor, CAP)
             best = tl.maximum(best, logits - lse[:, None])
         visible = (token[None, :] <= position[:, None]) & exists[:, None]
         score += tl.where(visible, tl.exp2(best), 0.0)
@@ -153,9 +154,15 @@ def _scores(
 
 
 def log_sum_exp(
-    query: Tensor, keys: ScoredKeys, positions: Tensor, left_padding: Tensor, observation_window: int, scaling: float
+    query: Tensor,
+    keys: ScoredKeys,
+    positions: Tensor,
+    left_padding: Tensor,
+    observation_window: int,
+    scaling: float,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> Tensor:
-    """The observing queries' log-sum-exp over their own keys: (B, H, C, O) float32, in units of log 2.
+    """The observing queries' log-sum-exp over their own keys, and their sinks: (B, H, C, O) float32, in units of log 2.
 
     query (B, H, Q, D): the last Q positions; positions (B, C); left_padding (B,).
     """
@@ -174,13 +181,15 @@ def log_sum_exp(
         scaling * LOG2E,
         SCALED=keys.scales is not None, G=group,
         OBSERVERS=observation_window, D=head_dim, DP=padded_head(head_dim), PRECISION=precision(query),
-        **sizes,
+        CAP=cap_of(terms), **sizes,
     )  # fmt: skip
-    if splits == 1:
-        return lse[0]
-    merged = torch.empty_like(lse[0])
-    _merge_splits[triton.cdiv(merged.numel(), 32),](lse, merged, merged.numel(), splits, BLOCK=32)
-    return merged
+    merged = lse[0]
+    if splits > 1:
+        merged = torch.empty_like(merged)
+        _merge_splits[triton.cdiv(merged.numel(), 32),](lse, merged, merged.numel(), splits, BLOCK=32)
+    if terms.sinks is None:
+        return merged
+    return torch.logaddexp2(merged, terms.sinks.float()[:, None, None] * LOG2E)
 
 
 def write_scores(
@@ -192,6 +201,7 @@ def write_scores(
     first: int,
     count: int,
     scaling: float,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> None:
     """Writes the scores of the steps `first .. first + count - 1` into `score`: (B, Hkv, count, L) float32.
 
@@ -207,5 +217,5 @@ def write_scores(
         steps.positions.shape[1], first, count, length, kv_heads, length - queries, scaling * LOG2E,
         SCALED=keys.scales is not None, G=heads // kv_heads,
         OBSERVERS=lse.shape[3], D=head_dim, DP=padded_head(head_dim),
-        PRECISION=precision(query), **sizes,
+        PRECISION=precision(query), CAP=cap_of(terms), **sizes,
     )  # fmt: skip

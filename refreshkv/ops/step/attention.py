@@ -21,7 +21,17 @@ from torch import Tensor
 from refreshkv.ops.selection.top_k import PREFERRED
 from refreshkv.ops.step.selecting.keeping import keep_choice
 from refreshkv.ops.step.selecting.scoring import score_share, store_own_score_key
-from refreshkv.ops.tiles import BUDGET, LAST_FULL, PADDING, PROMPT_LENGTH, ROW_COLUMNS, padded_head
+from refreshkv.ops.tiles import (
+    BUDGET,
+    LAST_FULL,
+    PADDING,
+    PROMPT_LENGTH,
+    ROW_COLUMNS,
+    capped,
+    load_sinks,
+    padded_head,
+    with_sink,
+)
 
 REFRESH, FULL, COMPACT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """What a cache is: one that refreshes; one that is always read whole; one of at most K entries, whose first
@@ -81,13 +91,13 @@ def _ranks_left(last_full, budget, padding, since):
 def _walk(
     query, keys, values, selected, logits_row, first, last, left, oldest, slot, highest, total, result, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, BLOCK_N: tl.constexpr,
-    line, WHOLE: tl.constexpr, STORE: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
+    line, WHOLE: tl.constexpr, STORE: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Takes the entries `first .. last - 1` of a batch row into the running softmax.
 
     WHOLE: entry `i` is position `oldest + i`; else the first `left` entries are the selection's, and those after them
     the positions from `oldest` on. STORE writes the logits at their positions, into lines of `line` numbers; SKIP
-    passes over `slot`.
+    passes over `slot`. CAP: as in `tiles.capped`.
     """
     column, row = tl.arange(0, DP), tl.arange(0, MP)
     in_head = column < D
@@ -107,7 +117,8 @@ def _walk(
         # [BLOCK_N, DP] twice
         key = tl.load(keys + place, mask=here, other=0.0)
         value = tl.load(values + place, mask=here, other=0.0)
-        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        # [MP, BLOCK_N]
+        logits = capped(tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale, CAP)
         if STORE:
             place = row.to(tl.int64)[:, None] * line + token[None, :]
             tl.store(logits_row + place, logits, mask=(row < G)[:, None] & exists[None, :])
@@ -133,7 +144,7 @@ def _attend(
     OBSERVERS: tl.constexpr, MODE: tl.constexpr, SIMILARITY: tl.constexpr, STORE: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, SELECTS: tl.constexpr, DH: tl.constexpr, MR: tl.constexpr,
     BITS: tl.constexpr, BINS: tl.constexpr, SCORED: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
-    ATTENDS: tl.constexpr,
+    ATTENDS: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """One share of the keys of one batch row and key/value head: its maximum and sum (B, H, N), its output
     (B, H, N, D). At selecting steps the logits of the share by the score keys instead. Without ATTENDS, other steps of
@@ -192,7 +203,7 @@ def _attend(
     values = values_ptr + pair.to(tl.int64) * capacity * D
     line = room if SELECTS else capacity  # of logits
     logits_row = logit_ptr + (batch * H + kv_head * G) * line
-    logit = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
+    logit = capped(tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale, CAP)
     if own:
         if slot < capacity:
             place = slot.to(tl.int64) * D + column
@@ -212,19 +223,19 @@ def _attend(
             score_share(
                 query_ptr, key_ptr, code_ptr, token_scale_ptr, observer_ptr, histogram_ptr, counter_ptr, logit_ptr,
                 score_highest_ptr, score_total_ptr, query_h, kv_heads, capacity, room, scale, pair, position, padding,
-                split, splits, G, D, DH, MR, OBSERVERS, BITS, BINS, SCORED, PRECISION, ASM, STAGES,
+                split, splits, G, D, DH, MR, OBSERVERS, BITS, BINS, SCORED, PRECISION, ASM, STAGES, CAP,
             )  # fmt: skip
         elif ATTENDS:
             _attend_share(
                 query, logit, new_value, keys, values, selected_ptr + pair.to(tl.int64) * width, logits_row,
                 partial_ptr, highest_ptr, total_ptr, batch * H + kv_head * G, split, splits, full, count, left, oldest,
-                slot, capacity, line, scale, G, D, DP, MP, BLOCK_N, MODE, STORE, PRECISION,
+                slot, capacity, line, scale, G, D, DP, MP, BLOCK_N, MODE, STORE, PRECISION, CAP,
             )  # fmt: skip
     else:
         _attend_share(
             query, logit, new_value, keys, values, selected_ptr + pair.to(tl.int64) * width, logits_row, partial_ptr,
             highest_ptr, total_ptr, batch * H + kv_head * G, split, splits, full, count, left, oldest, slot, capacity,
-            line, scale, G, D, DP, MP, BLOCK_N, MODE, STORE, PRECISION,
+            line, scale, G, D, DP, MP, BLOCK_N, MODE, STORE, PRECISION, CAP,
         )  # fmt: skip
 
 
@@ -233,7 +244,7 @@ def _attend_share(
     query, logit, new_value, keys, values, selected, logits_row, partial_ptr, highest_ptr, total_ptr, first_head,
     split, splits, full, count, left, oldest, slot, capacity, line, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, BLOCK_N: tl.constexpr, MODE: tl.constexpr,
-    STORE: tl.constexpr, PRECISION: tl.constexpr,
+    STORE: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Attention to one share of `count` entries, and of the first share to the token itself, whose logits and value are
     known: maximum and sum (B, H, N), output (B, H, N, D), of the group's heads from `first_head` on."""
@@ -252,12 +263,12 @@ def _attend_share(
     if full:
         highest, total, result = _walk(
             query, keys, values, selected, logits_row, first, last, left, oldest, slot, highest, total, result,
-            scale, G, D, DP, MP, BLOCK_N, line, True, STORE, MODE == COMPACT, PRECISION,
+            scale, G, D, DP, MP, BLOCK_N, line, True, STORE, MODE == COMPACT, PRECISION, CAP,
         )  # fmt: skip
     else:
         highest, total, result = _walk(
             query, keys, values, selected, logits_row, first, last, left, oldest, slot, highest, total, result,
-            scale, G, D, DP, MP, BLOCK_N, line, False, False, False, PRECISION,
+            scale, G, D, DP, MP, BLOCK_N, line, False, False, False, PRECISION, CAP,
         )  # fmt: skip
     place = (first_head + row) * splits + split
     tl.store(highest_ptr + place, highest, mask=row < G)
@@ -268,12 +279,13 @@ def _attend_share(
 
 @triton.jit
 def merge_shares(
-    partial_ptr, highest_ptr, total_ptr, output_ptr, head, splits, D: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr
+    partial_ptr, highest_ptr, total_ptr, sink_ptr, output_ptr, head, member, splits,
+    D: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
-    """Merges the shares of one query head, in fixed order, into its output [D].
+    """Merges the shares of one query head, in fixed order, and its sink, if there are sinks, into its output [D].
 
     head: its number among all batch rows' heads; partial (B, H, N, D), highest and total (B, H, N), output
-    (B, 1, H, D).
+    (B, 1, H, D). member: the head's number among those of its batch row; sinks (H,).
     """
     number, column = tl.arange(0, NP), tl.arange(0, DP)
     # [NP] twice
@@ -283,7 +295,16 @@ def merge_shares(
     there = (highest > -float("inf"))[:, None] & (column < D)[None, :]
     # [NP, DP]
     result = tl.load(partial_ptr + (head * splits + number)[:, None] * D + column[None, :], mask=there, other=0.0)
-    result = tl.sum(result * weight[:, None], 0) / tl.sum(total * weight, 0)
+    result = tl.sum(result * weight[:, None], 0)
+    total = tl.sum(total * weight, 0)
+    if sink_ptr is not None:
+        top = tl.max(highest, 0)
+        sink = load_sinks(sink_ptr, member, None)
+        higher = tl.maximum(top, sink)
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.exp2(sink - higher)
+        result = result * shrink
+    result = result / total
     tl.store(output_ptr + head * D + column, result.to(output_ptr.dtype.element_ty), mask=column < D)
 
 
@@ -291,7 +312,7 @@ def merge_shares(
 def _finish(
     partial_ptr, highest_ptr, total_ptr, output_ptr, length_ptr, row_ptr, full_ptr, logit_ptr, score_ptr, ranking_ptr,
     selecting_ptr, chosen_partial_ptr, chosen_highest_ptr, chosen_total_ptr, list_ptr, count_ptr, chosen_ranking_ptr,
-    selected_ptr, kept_ranking_ptr, flag_ptr,
+    selected_ptr, kept_ranking_ptr, flag_ptr, sink_ptr,
     kv_heads, capacity, room, splits, chosen_splits, list_room, width, recent, sinks,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr, POOL: tl.constexpr,
     BEFORE: tl.constexpr, RANK: tl.constexpr, OBSERVED: tl.constexpr, BLOCK: tl.constexpr,
@@ -312,13 +333,19 @@ def _finish(
         if SELECTS:
             if selecting >= 0:
                 merge_shares(
-                    chosen_partial_ptr, chosen_highest_ptr, chosen_total_ptr, output_ptr, head, chosen_splits, D, DP,
-                    CNP,
+                    chosen_partial_ptr, chosen_highest_ptr, chosen_total_ptr, sink_ptr, output_ptr, head,
+                    kv_head * G + part, chosen_splits, D, DP, CNP,
                 )  # fmt: skip
             else:
-                merge_shares(partial_ptr, highest_ptr, total_ptr, output_ptr, head, splits, D, DP, NP)
+                merge_shares(
+                    partial_ptr, highest_ptr, total_ptr, sink_ptr, output_ptr, head, kv_head * G + part, splits, D, DP,
+                    NP,
+                )  # fmt: skip
         else:
-            merge_shares(partial_ptr, highest_ptr, total_ptr, output_ptr, head, splits, D, DP, NP)
+            merge_shares(
+                partial_ptr, highest_ptr, total_ptr, sink_ptr, output_ptr, head, kv_head * G + part, splits, D, DP,
+                NP,
+            )  # fmt: skip
         if (part == 0) & (pair == 0):
             tl.store(length_ptr, tl.load(length_ptr) + 1)
     elif RANK:
@@ -335,6 +362,8 @@ def _finish(
             top = tl.where(member < G, top, 0.0)
             total = tl.sum(total * tl.exp2(highest - top[:, None]), 1)
             lse = top + tl.log2(tl.where(member < G, total, 1.0))
+            if sink_ptr is not None:
+                lse = with_sink(lse, load_sinks(sink_ptr, kv_head * G + member, member < G))
             padding = tl.load(row_ptr + batch * ROW_COLUMNS + PADDING).to(tl.int32)
             line = room if SELECTS else capacity  # of logits
             rows = logit_ptr + (batch * heads + kv_head * G) * line

@@ -15,6 +15,7 @@ from refreshkv.ops.selection.score_keys import padded_half
 from refreshkv.ops.state import (
     ENTRIES_USED,
     PARTIAL_STEPS,
+    PLAIN_SOFTMAX,
     TAIL,
     CompactState,
     Decisions,
@@ -23,6 +24,7 @@ from refreshkv.ops.state import (
     SelectingState,
     SelectionOptions,
     SelectionScratch,
+    SoftmaxTerms,
     StepOptions,
 )
 from refreshkv.ops.step import attention, transfer
@@ -31,7 +33,7 @@ from refreshkv.ops.step import observers as observing
 from refreshkv.ops.step.selecting import bins, scoring
 from refreshkv.ops.step.selecting.launches import choose_and_attend
 from refreshkv.ops.step.selecting.state import SelectingScratch
-from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, padded_head, precision
+from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, cap_of, padded_head, precision, sinks_of
 
 RANKING_PROGRAMS = 1024
 """About how many programs rank the positions of all batch rows."""
@@ -45,10 +47,11 @@ def decode_step(
     options: StepOptions,
     scaling: float,
     chosen: SelectingState | None = None,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> Tensor:
     """`refreshkv.ops.naive.decode_step` by kernels: (B, 1, H, D)."""
     scratch = SelectionScratch.empty(query.shape[:1], *state.keys.shape[1:], query.device)
-    output = attend_and_rank(query, key, value, state, scratch, options, scaling, chosen)
+    output = attend_and_rank(query, key, value, state, scratch, options, scaling, chosen, terms=terms)
     select(scratch, state.length, state.decisions, options)
     return output
 
@@ -99,6 +102,7 @@ def attend_and_rank(
     chosen: SelectingState | None = None,
     *,
     attends: bool = True,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> Tensor:
     """A step without the selection of full steps, which `select` makes from what this writes into `scratch`:
     (B, 1, H, D). A selecting step makes its own; unless it `attends`, its output has no meaning."""
@@ -107,16 +111,15 @@ def attend_and_rank(
     if options.select_stride is not None:
         assert chosen is not None
         selecting = Selecting(chosen, SelectingScratch.empty(state.keys, state.observers), options)
-    shares = attend(
-        query, key, value, state, scaling, options=options, scratch=scratch, selecting=selecting, attends=attends
-    )
+    kind = {"options": options, "scratch": scratch, "selecting": selecting, "attends": attends}
+    shares = attend(query, key, value, state, scaling, terms=terms, **kind)
     scores = shares.logits
     if options.selection.observation_window > 1:
-        scores = _observed_scores(state, scratch.full, shares.splits, scaling)
+        scores = _observed_scores(state, scratch.full, shares.splits, scaling, terms)
     if selecting is not None:
-        choose_and_attend(query, state, selecting.scratch, options.selection, scaling, attends=attends)
+        choose_and_attend(query, state, selecting.scratch, options.selection, scaling, attends=attends, terms=terms)
     output = query.new_empty(query.shape[0], 1, *query.shape[1::2])
-    finish(shares, output, state, scores, options.selection, scratch, selecting)
+    finish(shares, output, state, scores, options.selection, scratch, selecting, sinks=sinks_of(terms))
     return output
 
 
@@ -129,13 +132,14 @@ def full_step(
     length: Tensor,
     row_state: Tensor,
     scaling: float,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> Tensor:
     """`refreshkv.ops.naive.full_step` by kernels: (B, 1, H, D)."""
     query, key, value = _unit_stride(query, key, value)
     state = _undecided(keys, values, length, row_state)
-    shares = attend(query, key, value, state, scaling)
+    shares = attend(query, key, value, state, scaling, terms=terms)
     output = query.new_empty(query.shape[0], 1, *query.shape[1::2])
-    finish(shares, output, state, shares.total)
+    finish(shares, output, state, shares.total, sinks=sinks_of(terms))
     return output
 
 
@@ -201,6 +205,7 @@ def attend(
     store: bool = False,
     selecting: Selecting | None = None,
     attends: bool = True,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> Shares:
     """The first launch of a step. A cache that refreshes comes with `options` and `scratch`, and with `selecting` if it
     has selecting steps; unless it `attends`, its other steps only store the token. A compact one comes with `slots`
@@ -233,7 +238,7 @@ def attend(
         MODE=mode.value, SIMILARITY=threshold is not None, STORE=store, PRECISION=precision(query),
         SELECTS=selecting is not None, DH=padded_half(head_dim), MR=max(8, triton.next_power_of_2(group * observers)),
         BITS=bits, BINS=bins.BINS, ASM=scoring.unpacks_by_ptx(query), ATTENDS=attends,
-        **scoring.tile_of(query, bits), **attention.tile_of(query),
+        CAP=cap_of(terms), **scoring.tile_of(query, bits), **attention.tile_of(query),
     )  # fmt: skip
     return shares
 
@@ -256,10 +261,12 @@ def finish(
     options: SelectionOptions | None = None,
     scratch: SelectionScratch | None = None,
     selecting: Selecting | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """The last launch: merges the shares into output (B, 1, H, D) and counts the token. With `options` and `scratch`
     it ranks the positions of full batch rows, from the logits (B, H, L) of a single observer, or from the `scores`
-    (B, Hkv, L) of several; with `selecting` it keeps the choice of the batch rows that had a selecting step."""
+    (B, Hkv, L) of several; with `selecting` it keeps the choice of the batch rows that had a selecting step. sinks:
+    (H,), of the softmax."""
     batch, kv_heads, capacity, head_dim = state.keys.shape
     group = output.shape[2] // kv_heads
     full, rankings = (shares.total,) * 2 if scratch is None else (scratch.full, scratch.rankings)
@@ -267,7 +274,7 @@ def finish(
     programs = min(triton.cdiv(capacity, attention.RANKED), max(1, RANKING_PROGRAMS // (batch * kv_heads)))
     attention._finish[group + (0 if scratch is None else programs), batch * kv_heads](
         shares.partial, shares.highest, shares.total, output, state.length, state.row_state, full, shares.logits,
-        scores, rankings, *_choice_buffers(selecting, state, shares.total), kv_heads, capacity, shares.logits.shape[-1],
+        scores, rankings, *_choice_buffers(selecting, state, shares.total), sinks, kv_heads, capacity, shares.logits.shape[-1],
         shares.splits, *_list_sizes(selecting), state.selected.shape[-1], options.recent_window, options.sink_tokens,
         G=group, GP=triton.next_power_of_2(group), D=head_dim, DP=padded_head(head_dim),
         NP=max(2, triton.next_power_of_2(shares.splits)), POOL=options.pool_kernel, BEFORE=options.pooled_before,
@@ -315,7 +322,7 @@ def select(scratch: SelectionScratch, length: Tensor, decisions: Decisions, opti
     )  # fmt: skip
 
 
-def _observed_scores(state: LayerState, full: Tensor, splits: int, scaling: float) -> Tensor:
+def _observed_scores(state: LayerState, full: Tensor, splits: int, scaling: float, terms: SoftmaxTerms) -> Tensor:
     """Mean over the observing queries of their group's highest probability: (B, Hkv, L) float32, at full steps."""
     observers, keys, row_state = state.observers, state.keys, state.row_state
     batch, heads, window, head_dim = observers.shape
@@ -325,6 +332,7 @@ def _observed_scores(state: LayerState, full: Tensor, splits: int, scaling: floa
     total = torch.empty_like(highest)
     scores = torch.empty(batch, kv_heads, capacity, dtype=torch.float32, device=observers.device)
     shared = {"G": group, "D": head_dim, "DP": padded_head(head_dim), "PRECISION": precision(keys)}
+    shared["CAP"] = cap_of(terms)
     small = keys.element_size() * padded_head(head_dim) > 256
     tile = min(16 if small else 64, max(16, triton.next_power_of_2(window * group)))
     observing._observer_sums[splits, triton.cdiv(window * group, tile), pairs](
@@ -334,6 +342,7 @@ def _observed_scores(state: LayerState, full: Tensor, splits: int, scaling: floa
     programs = min(triton.cdiv(capacity, 128), max(1, RANKING_PROGRAMS // pairs))
     observing._observer_scores[programs, pairs](
         observers, keys, row_state, full, highest, total, scores, kv_heads, capacity, splits, scaling * LOG2E,
+        sinks_of(terms),
         GP=max(16, triton.next_power_of_2(group)), NP=max(2, triton.next_power_of_2(splits)), OBSERVERS=window,
         BLOCK_N=32 if small else 128, **shared, **SAME_IN_ALL_THREADS,
     )  # fmt: skip

@@ -9,14 +9,14 @@ room for, `N` splits, `O` observing queries; the query of position `p` is in slo
 import triton
 import triton.language as tl
 
-from refreshkv.ops.tiles import PADDING, ROW_COLUMNS
+from refreshkv.ops.tiles import PADDING, ROW_COLUMNS, capped, load_sinks, with_sink
 
 
 @triton.jit
 def _observer_sums(
     observer_ptr, keys_ptr, row_ptr, full_ptr, highest_ptr, total_ptr, kv_heads, capacity, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, OBSERVERS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Maximum and sum of each observing query over one share of the keys that it sees: two (B, H, O, N)."""
     split, tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -46,7 +46,8 @@ def _observer_sums(
             here = (token < last)[:, None] & in_head[None, :]
             # [BLOCK_N, DP]
             key = tl.load(keys + token.to(tl.int64)[:, None] * D + column[None, :], mask=here, other=0.0)
-            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+            # [BLOCK_M, BLOCK_N]
+            logits = capped(tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale, CAP)
             visible = (token[None, :] <= seen_from[:, None]) & (token < last)[None, :]
             logits = tl.where(visible, logits, -float("inf"))
             higher = tl.maximum(highest, tl.max(logits, 1))
@@ -61,8 +62,9 @@ def _observer_sums(
 @triton.jit
 def _observer_scores(
     observer_ptr, keys_ptr, row_ptr, full_ptr, highest_ptr, total_ptr, score_ptr, kv_heads, capacity, splits, scale,
+    sink_ptr,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr, OBSERVERS: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Probabilities, maximum over the group, mean over the observing queries: (B, Hkv, L) float32."""
     pair = tl.program_id(1)
@@ -92,11 +94,13 @@ def _observer_scores(
                 top = tl.where(in_group, tl.max(highest, 1), 0.0)
                 total = tl.sum(total * tl.exp2(highest - top[:, None]), 1)
                 lse = top + tl.log2(tl.where(in_group, total, 1.0))
+                if sink_ptr is not None:
+                    lse = with_sink(lse, load_sinks(sink_ptr, kv_head * G + member, in_group))
                 slot = head * OBSERVERS + seen_from % OBSERVERS
                 observers = observer_ptr + slot[:, None] * D + column[None, :]
                 # [GP, DP]
                 query = tl.load(observers, mask=in_group[:, None] & in_head[None, :], other=0.0)
-                logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale - lse[:, None]
+                logits = capped(tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale, CAP) - lse[:, None]
                 best = tl.max(tl.where(in_group[:, None], logits, -float("inf")), 0)
                 score += tl.where(token <= seen_from, tl.exp2(best), 0.0)
             tl.store(score_ptr + pair.to(tl.int64) * capacity + token, score / present, mask=token <= position)

@@ -16,6 +16,7 @@ from refreshkv.ops.choice import CHOICE
 from refreshkv.ops.state import (
     BUDGET,
     ENTRIES_USED,
+    PLAIN_SOFTMAX,
     CompactState,
     Decisions,
     LayerState,
@@ -23,6 +24,7 @@ from refreshkv.ops.state import (
     SelectingState,
     SelectionOptions,
     SelectionScratch,
+    SoftmaxTerms,
     StepOptions,
 )
 
@@ -37,6 +39,7 @@ def decode_step(
     options: StepOptions,
     scaling: float,
     chosen: SelectingState | None = None,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> Tensor:
     """Appends one token to a layer's cache and attends with its query (specification, sections 2 to 4 and 10).
 
@@ -48,10 +51,11 @@ def decode_step(
         options: when the step is full or selecting, and what it then keeps.
         scaling: factor of the logits.
         chosen: changed in place as well; needed if `options.select_stride` is set.
+        terms: what the model changes in the softmax besides.
 
     Returns (B, 1, H, D).
     """
-    return _decode_step(query, key, value, *state, *(chosen or NO_SELECTING_STEPS), *options.flat(), scaling)
+    return _decode_step(query, key, value, *state, *(chosen or NO_SELECTING_STEPS), *options.flat(), scaling, *terms)
 
 
 @torch.library.custom_op("refreshkv::decode_step", mutates_args=(*LayerState._fields, *SelectingState._fields))
@@ -80,17 +84,20 @@ def _decode_step(
     pool_ahead: bool,
     select_stride: int | None,
     scaling: float,
+    sinks: Tensor | None,
+    softcap: float | None,
 ) -> Tensor:
     state = LayerState(keys, values, length, row_state, selected, ranking, mean_query, observers, full_steps)
     chosen = SelectingState(codes, scales, selecting_steps)
     selection = SelectionOptions(pool_kernel, observation_window, recent_window, sink_tokens, pool_ahead)
     options = StepOptions(stride, threshold, selection, select_stride)
+    terms = SoftmaxTerms(sinks, softcap)
     if CHOICE.uses_kernels(query):
         from refreshkv.ops.step import launches  # imports Triton, which machines without a GPU may lack
 
         with torch.cuda.device_of(query):
-            return launches.decode_step(query, key, value, state, options, scaling, chosen)
-    return naive.decode_step(query, key, value, state, options, scaling, chosen)
+            return launches.decode_step(query, key, value, state, options, scaling, chosen, terms)
+    return naive.decode_step(query, key, value, state, options, scaling, chosen, terms)
 
 
 @torch.no_grad()
@@ -206,6 +213,7 @@ def attend_step(
     options: StepOptions,
     scaling: float,
     chosen: SelectingState | None = None,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> Tensor:
     """`decode_step` of one of N layers by kernels, without the selection of full steps, which `select_step` makes for
     all of them.
@@ -215,7 +223,7 @@ def attend_step(
         state: the layer's keys, values, length and observers, and the decisions of all layers, (N, ...).
         scratch: that of all layers, (N, ...); this layer writes its part.
         layer: which of the N layers this is.
-        options, scaling, chosen: as in `decode_step`.
+        options, scaling, chosen, terms: as in `decode_step`.
 
     Returns (B, 1, H, D). scratch, and the decisions, which a selecting step changes, are left out of `mutates_args` on
     purpose: declared, functionalization would clone them. That is safe because only `select_step` and later steps read
@@ -224,7 +232,7 @@ def attend_step(
     keys, values, length, row_state, selected, ranking, mean_query, observers, _ = state
     return _attend_step(
         query, key, value, keys, values, length, observers, *(chosen or NO_SELECTING_STEPS), row_state, selected,
-        ranking, mean_query, list(scratch), layer, *options.flat(), scaling,
+        ranking, mean_query, list(scratch), layer, *options.flat(), scaling, *terms,
     )  # fmt: skip
 
 
@@ -257,6 +265,8 @@ def _attend_step(
     pool_ahead: bool,
     select_stride: int | None,
     scaling: float,
+    sinks: Tensor | None,
+    softcap: float | None,
 ) -> Tensor:
     from refreshkv.ops.step import launches
 
@@ -268,7 +278,8 @@ def _attend_step(
     options = StepOptions(stride, threshold, selection, select_stride)
     with torch.cuda.device_of(query):
         own = SelectionScratch(*scratch).of(layer)
-        return launches.attend_and_rank(query, key, value, state, own, options, scaling, chosen)
+        terms = SoftmaxTerms(sinks, softcap)
+        return launches.attend_and_rank(query, key, value, state, own, options, scaling, chosen, terms=terms)
 
 
 def select_step(scratch: SelectionScratch, length: Tensor, decisions: Decisions, options: StepOptions) -> None:
@@ -327,6 +338,8 @@ def full_step(
     length: Tensor,
     row_state: Tensor,
     scaling: float,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Appends one token to a cache and attends to all tokens.
 
@@ -337,15 +350,17 @@ def full_step(
         length: () int64: tokens so far, changed in place.
         row_state: (B, 4) int64, of which the padded columns are read.
         scaling: factor of the logits.
+        sinks, softcap: as in `refreshkv.ops.state.SoftmaxTerms`.
 
     Returns (B, 1, H, D).
     """
+    terms = SoftmaxTerms(sinks, softcap)
     if CHOICE.uses_kernels(keys):
         from refreshkv.ops.step import launches
 
         with torch.cuda.device_of(keys):
-            return launches.full_step(query, key, value, keys, values, length, row_state, scaling)
-    return naive.full_step(query, key, value, keys, values, length, row_state, scaling)
+            return launches.full_step(query, key, value, keys, values, length, row_state, scaling, terms)
+    return naive.full_step(query, key, value, keys, values, length, row_state, scaling, terms)
 
 
 def compact_step(

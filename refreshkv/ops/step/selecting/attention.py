@@ -9,7 +9,7 @@ import triton.language as tl
 
 from refreshkv.ops.step.selecting.shares import place_in_list
 from refreshkv.ops.step.selecting.threshold import CHOICE_COLUMNS, LIMIT, THRESHOLD
-from refreshkv.ops.tiles import PADDING, ROW_COLUMNS
+from refreshkv.ops.tiles import PADDING, ROW_COLUMNS, capped
 
 PROGRAMS_PER_PROCESSOR = 4
 """Programs of `_attend_to_chosen` for each multiprocessor: all run at once."""
@@ -27,7 +27,7 @@ def _attend_to_chosen(
     partial_ptr, highest_ptr, total_ptr, query_b, query_h, kv_heads, capacity, ranking_room, list_room, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, RUN: tl.constexpr, LISTED: tl.constexpr,
     LIST_STAGES: tl.constexpr, ATTENDS: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Attends to one share of the chosen positions of one batch row and key/value head: maximum and sum (B, H, N),
     output (B, H, N, D).
@@ -84,7 +84,8 @@ def _attend_to_chosen(
                 # [BLOCK_N, DP] twice
                 key = tl.load(keys + place, mask=here, other=0.0)
                 value = tl.load(values + place, mask=here, other=0.0)
-                logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+                # [MP, BLOCK_N]
+                logits = capped(tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale, CAP)
                 logits = tl.where(exists[None, :], logits, -float("inf"))
                 higher = tl.maximum(highest, tl.max(logits, 1))
                 weight = tl.exp2(logits - higher[:, None])

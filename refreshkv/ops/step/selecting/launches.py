@@ -8,11 +8,11 @@ Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `
 import triton
 from torch import Tensor
 
-from refreshkv.ops.state import LayerState, SelectionOptions
+from refreshkv.ops.state import PLAIN_SOFTMAX, LayerState, SelectionOptions, SoftmaxTerms
 from refreshkv.ops.step.attention import tile_of
 from refreshkv.ops.step.selecting import attention, bins, ranking, shares, threshold
 from refreshkv.ops.step.selecting.state import SelectingScratch
-from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, padded_head, precision
+from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, cap_of, padded_head, precision, sinks_of
 
 
 def choose_and_attend(
@@ -23,6 +23,7 @@ def choose_and_attend(
     scaling: float,
     *,
     attends: bool = True,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> None:
     """Three launches: ranks the positions by their logits, finds the threshold, and attends to the chosen ones.
 
@@ -33,17 +34,25 @@ def choose_and_attend(
         options: how positions rank.
         scaling: factor of the logits.
         attends: whether to attend to them, or only to list them.
+        terms: the softmax's.
     """
-    rank(state, scratch, options)
+    rank(state, scratch, options, terms=terms)
     find_threshold(state, scratch, options)
-    attend(query, state, scratch, scaling, attends=attends)
+    attend(query, state, scratch, scaling, attends=attends, terms=terms)
 
 
-def rank(state: LayerState, scratch: SelectingScratch, options: SelectionOptions, warps: int = 4) -> None:
+def rank(
+    state: LayerState,
+    scratch: SelectingScratch,
+    options: SelectionOptions,
+    warps: int = 4,
+    *,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
+) -> None:
     """The second launch of a step: writes the rankings of all positions, and counts them.
 
     Args:
-        state, scratch, options: as in `choose_and_attend`.
+        state, scratch, options, terms: as in `choose_and_attend`.
         warps: of each program.
     """
     batch, kv_heads, rows, room = scratch.logits.shape
@@ -52,7 +61,7 @@ def rank(state: LayerState, scratch: SelectingScratch, options: SelectionOptions
     ranking._rank[parts, batch * kv_heads](
         scratch.logits, scratch.highest, scratch.total, state.row_state, scratch.selecting, scratch.scores,
         scratch.rankings, scratch.histogram, kv_heads, room, splits, options.recent_window, options.sink_tokens,
-        float(group * options.pool_kernel),
+        float(group * options.pool_kernel), sinks_of(terms),
         G=group, MP=triton.next_power_of_2(rows), NP=max(2, triton.next_power_of_2(splits)),
         OBSERVERS=options.observation_window, POOL=options.pool_kernel, BEFORE=options.pooled_before,
         BLOCK=shares.RANKED, BINS=bins.BINS, FINE=bins.FINE, BIN_BITS=bins.BIN_BITS, num_warps=warps,
@@ -80,7 +89,13 @@ def find_threshold(
 
 
 def attend(
-    query: Tensor, state: LayerState, scratch: SelectingScratch, scaling: float, *, attends: bool = True
+    query: Tensor,
+    state: LayerState,
+    scratch: SelectingScratch,
+    scaling: float,
+    *,
+    attends: bool = True,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> None:
     """The fourth launch of a step: lists the chosen positions and attends to them, in shares.
 
@@ -97,5 +112,5 @@ def attend(
         G=group, D=head_dim, DP=padded_head(head_dim), MP=max(16, triton.next_power_of_2(group)), RUN=shares.RUN,
         LISTED=min(attention.MOST_LISTED, triton.next_power_of_2(list_room)), LIST_STAGES=attention.LIST_STAGES,
         PRECISION=precision(query),
-        ATTENDS=attends, **tile_of(query),
+        ATTENDS=attends, CAP=cap_of(terms), **tile_of(query),
     )  # fmt: skip

@@ -15,13 +15,13 @@ from refreshkv.ops.selection.top_k import FIRST, PREFERRED
 from refreshkv.ops.step.selecting.bins import bin_of, top_bin
 from refreshkv.ops.step.selecting.scoring import LEAST
 from refreshkv.ops.step.selecting.shares import share
-from refreshkv.ops.tiles import BUDGET, PADDING, ROW_COLUMNS
+from refreshkv.ops.tiles import BUDGET, PADDING, ROW_COLUMNS, load_sinks, with_sink
 
 
 @triton.jit
 def _rank(
     logit_ptr, highest_ptr, total_ptr, row_ptr, selecting_ptr, score_ptr, ranking_ptr, histogram_ptr,
-    kv_heads, room, splits, recent, sinks, reach,
+    kv_heads, room, splits, recent, sinks, reach, sink_ptr,
     G: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, OBSERVERS: tl.constexpr, POOL: tl.constexpr,
     BEFORE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr,
 ):  # fmt: skip
@@ -42,6 +42,9 @@ def _rank(
         top = tl.maximum(tl.max(highest, 1), LEAST)
         total = tl.sum(total * tl.exp2(highest - top[:, None]), 1)
         lse = top + tl.log2(tl.where(total > 0.0, total, 1.0))  # LEAST for a row that sees nothing
+        if sink_ptr is not None:
+            head = pair % kv_heads * G + row % G
+            lse = with_sink(lse, load_sinks(sink_ptr, head, row < G * OBSERVERS))
 
         logits_row = logit_ptr + pair_row * room
         scores = score_ptr + pair.to(tl.int64) * room

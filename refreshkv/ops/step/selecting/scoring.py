@@ -22,6 +22,7 @@ from refreshkv.ops.selection.score_keys import (
 )
 from refreshkv.ops.step.selecting.shares import share
 from refreshkv.ops.step.selecting.threshold import COUNTERS
+from refreshkv.ops.tiles import capped
 
 TILE = {"SCORED": 128, "STAGES": 5}
 """Score keys that `score_share` takes at once, and tiles that it loads ahead, for 16-bit caches."""
@@ -42,13 +43,13 @@ def score_share(
     total_ptr, query_h, kv_heads, capacity, room, scale, pair, position, padding, split, splits,
     G: tl.constexpr, D: tl.constexpr, DH: tl.constexpr, MR: tl.constexpr, OBSERVERS: tl.constexpr,
     BITS: tl.constexpr, BINS: tl.constexpr, SCORED: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Computes the logits of one share of the positions of one batch row and key/value head, (B, Hkv, R, L), in units
     of log 2, and their maximum and sum, (B, Hkv, R, N).
 
     query_ptr, key_ptr: the batch row's queries, and the token's own key. The first program also scores the token
-    itself, and clears the histogram and the counters for the launches that follow.
+    itself, and clears the histogram and the counters for the launches that follow. CAP: as in `tiles.capped`.
     """
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
     row, column = tl.arange(0, MR), tl.arange(0, DH)
@@ -73,7 +74,7 @@ def score_share(
         dot = tl.sum(low_query.to(tl.float32) * low, 1) + tl.sum(high_query.to(tl.float32) * high, 1)
         if BITS < 16:
             dot = dot * tl.sum(token_scale, 0)
-        own_logit = tl.where(sees >= position, dot * scale, -float("inf"))
+        own_logit = tl.where(sees >= position, capped(dot * scale, CAP), -float("inf"))
         tl.store(logits_row + row.to(tl.int64) * room + position, own_logit, mask=row < G * OBSERVERS)
         tl.store(histogram_ptr + pair * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
         tl.store(counter_ptr + COUNTERS * pair + tl.arange(0, COUNTERS), tl.zeros([COUNTERS], tl.int32))
@@ -102,6 +103,7 @@ def score_share(
         else:
             # [SCORED]
             logits = logits * (tl.load(token_scales + known) * scale)[:, None]
+        logits = capped(logits, CAP)
         visible = (token >= padding)[:, None] & (token < last)[:, None]
         if OBSERVERS > 1:
             visible = visible & (token[:, None] <= sees[None, :])
