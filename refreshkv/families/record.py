@@ -40,8 +40,9 @@ This page is written by `refreshkv models --try all --record` and compared with 
 *Layers* are those of the tiny model: *full* attention is refreshed, *sliding* windows and *recurrent* states (linear
 attention, convolutions) stay in transformers' own cache layers, *empty* ones cache nothing.
 
-- With attention sinks, a softcap, or values of another size than the keys, plain PyTorch computes the attention, on
-  GPUs too: right, and several times slower than the kernels. `refreshkv doctor` says which form computes what.
+- Attention sinks and a softcap go through the kernels ([which of them ran where](method.md#limits)). With values of
+  another size than the keys, plain PyTorch computes the attention, on GPUs too: right, and several times slower than
+  the kernels. `refreshkv doctor` says which form computes what.
 - A model with recurrent layers takes no prefix store, no sequence parallelism, and no steps back (assisted decoding):
   each is refused in one line.
 """

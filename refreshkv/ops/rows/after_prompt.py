@@ -78,9 +78,10 @@ def _forward(
     sinks: Tensor | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A `Plan`, `SelectionOptions` and `SoftmaxTerms`, flat for torch. Returns the output (B, R, H, D), and for the gradients the
-    log-sum-exp of the full steps (B, H, C) and of the others (B, H, R), float32, and either the two tensors of
-    `KeyLists`, where blocks gather their keys together, or the selections (B, Hkv, A, W) int32 and nothing."""
+    """A `Plan`, `SelectionOptions` and `SoftmaxTerms`, flat for torch. Returns the output (B, R, H, D), and for the
+    gradients the log-sum-exp of the full steps (B, H, C) and of the others (B, H, R), float32, sinks included, and
+    either the two tensors of `KeyLists`, where blocks gather their keys together, or the selections (B, Hkv, A, W)
+    int32 and nothing."""
     schedule = (full_positions, latest, budgets, left_padding, prompt_length, stride)
     shape = (width, droppable, uniform, recurring)
     plan = Plan(*schedule, *shape, selecting_positions, score_bits, select_stride)

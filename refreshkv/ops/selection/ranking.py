@@ -239,7 +239,7 @@ def select(
     kind = {"POOL": options.pool_kernel, "AHEAD": options.pool_ahead, "OWN": own_first}
     for first in range(0, decisions, chunk):
         count = min(chunk, decisions - first)
-        write_scores(query, keys, steps, lse, score, first, count, scaling, terms)
+        write_scores(query, keys, steps, lse, score, first, count, scaling, terms=terms)
         rows = (score, positions, left_padding, budgets, brackets)
         _bracket[count, pairs](
             *rows, decisions, first, length, *windows, **kind, SAMPLE=sample, MARGIN=MARGIN, BITS=BITS, num_warps=8

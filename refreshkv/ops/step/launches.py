@@ -274,8 +274,9 @@ def finish(
     programs = min(triton.cdiv(capacity, attention.RANKED), max(1, RANKING_PROGRAMS // (batch * kv_heads)))
     attention._finish[group + (0 if scratch is None else programs), batch * kv_heads](
         shares.partial, shares.highest, shares.total, output, state.length, state.row_state, full, shares.logits,
-        scores, rankings, *_choice_buffers(selecting, state, shares.total), sinks, kv_heads, capacity, shares.logits.shape[-1],
-        shares.splits, *_list_sizes(selecting), state.selected.shape[-1], options.recent_window, options.sink_tokens,
+        scores, rankings, *_choice_buffers(selecting, state, shares.total), sinks, kv_heads, capacity,
+        shares.logits.shape[-1], shares.splits, *_list_sizes(selecting), state.selected.shape[-1],
+        options.recent_window, options.sink_tokens,
         G=group, GP=triton.next_power_of_2(group), D=head_dim, DP=padded_head(head_dim),
         NP=max(2, triton.next_power_of_2(shares.splits)), POOL=options.pool_kernel, BEFORE=options.pooled_before,
         RANK=scratch is not None, OBSERVED=options.observation_window > 1, BLOCK=attention.RANKED,
