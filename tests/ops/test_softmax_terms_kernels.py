@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from refreshkv import NEVER, RefreshConfig
+from refreshkv import NEVER, RefreshCache, RefreshConfig, Simulation
 from refreshkv.baselines.full import FullLayer
 from refreshkv.cache.layer import RefreshLayer
 from refreshkv.ops import naive
 from refreshkv.ops.choice import CHOICE, Choice
 from refreshkv.ops.state import SoftmaxTerms
 from tests.helpers.marks import slow_unless
+from tests.helpers.models import random_ids, tiny_enabled
 
 pytest.importorskip("triton")
 
@@ -135,6 +136,43 @@ def test_rows_of_awkward_lengths(monkeypatch, length, fewest):
     monkeypatch.setattr(block_steps, "FEWEST_SEGMENTS", fewest)
     prompt, stride = length // 3, max(5, length // 20)
     compare_rows((1, length, prompt, 2, 1, 16, RefreshConfig(budget=11, stride=stride), 3), "both", seed=length)
+
+
+@pytest.mark.slow
+def test_torch_compile_takes_rows_with_terms_whole():
+    """One graph for both directions; the same values and gradients as without."""
+    query, key, value = inputs(1, 27, 2, 1, 16)
+    plan, options = plan_of(query, 14, RefreshConfig(budget=9, stride=5))
+    sinks = terms_of("both", 2).sinks.requires_grad_()
+
+    def attend(query, key, value, sinks):
+        return after_prompt.refresh_rows(query, key, value, plan, options, 0.25, SoftmaxTerms(sinks, 2.0))
+
+    leaves, results = (query, key, value, sinks), []
+    for form in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        output = form(*leaves)
+        results.append((output, *torch.autograd.grad(output.square().sum(), leaves)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("family", slow_unless(["gemma2"], ["gpt_oss", "gemma2"]))
+@torch.no_grad()
+def test_models_decode_by_kernels(monkeypatch, family):
+    """Through a cache whose layers select together, and in one pass: the logits of the naive form."""
+    config = RefreshConfig(budget=5, stride=3, select_stride=2, score_bits=8)
+    model, ids = tiny_enabled(config, family=family, dtype=torch.float32, head_dim=16).to(DEVICE), random_ids(1, 12)
+    ids, results = ids.to(DEVICE), []
+    for kernels in (False, True):
+        monkeypatch.setattr(Choice, "uses_kernels", lambda choice, tensor, kernels=kernels: kernels)
+        cache, logits = RefreshCache(model.config, 12), []
+        for columns in ids.split([8, 1, 1, 1, 1], dim=1):
+            logits.append(model(columns, past_key_values=cache).logits)
+        assert (cache.layers[0].joint is not None) == kernels
+        whole = model(ids, simulation=Simulation(8, config), use_cache=False).logits
+        results.append((torch.cat(logits, dim=1), whole))
+    for found in results[1]:
+        torch.testing.assert_close(found, results[0][0], rtol=0, atol=1e-3)
+    torch.testing.assert_close(results[0][1], results[0][0], rtol=0, atol=1e-3)
 
 
 def test_cudnn_gets_no_full_steps_with_terms(monkeypatch):
