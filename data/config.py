@@ -39,6 +39,10 @@ NUMBERS = {
 """Range of the numbers of `DataConfig`."""
 
 
+SHORTEST_FIM_ROW = 8
+"""Tokens of a fill-in-the-middle sequence: four special tokens, and some text."""
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """The groups of documents that are kept for validation and for testing; all others are for training."""
@@ -49,6 +53,35 @@ class HeldOut:
     def __post_init__(self) -> None:
         if twice := sorted(set(self.validation) & set(self.test)):
             raise SettingsError(f"data.held_out names {twice[0]} both for validation and for test")
+
+
+@dataclass(frozen=True)
+class FimConfig:
+    """`data.fim`: which documents become fill-in-the-middle sequences, and the tokens that mark the parts.
+
+    Raises `SettingsError` for values outside their range, and for a token that is named twice.
+    """
+
+    prefix_token: str
+    """The token before the text that precedes the gap, such as <fim_prefix>."""
+    suffix_token: str
+    """The token before the text that follows the gap."""
+    middle_token: str
+    """The token before the text that fills the gap."""
+    share: float = 0.5
+    """Share of documents (0 to 1), chosen by the hash of their text. The sequences of all others stay as they are."""
+    fragment_length: int = 100
+    """Mean characters of a fragment (>= 1). Each fragment becomes tokens by itself."""
+
+    def __post_init__(self) -> None:
+        validate_numbers(self, {"share": Range(0, 1), "fragment_length": COUNT}, "data.fim.")
+        if len({*self.names}) < 3 or not all(self.names):
+            raise SettingsError("data.fim: prefix_token, suffix_token and middle_token must be three different tokens")
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """The three tokens."""
+        return self.prefix_token, self.suffix_token, self.middle_token
 
 
 @dataclass(frozen=True)
@@ -100,6 +133,8 @@ class DataConfig:
     holds one example; the tasks take turns."""
     task_examples: int = 10_000
     """For path=tasks: examples in all splits together, one in each row (>= 1)."""
+    fim: FimConfig | None = None
+    """Make fill-in-the-middle sequences of some documents (`refreshkv.data.fim`); needs `tokenizer`."""
 
     def __post_init__(self) -> None:
         for key in ("folder", "path", "split", "text_column"):
@@ -116,10 +151,26 @@ class DataConfig:
             )
         if self.held_out is not None and self.group_column is None:
             raise SettingsError("data.held_out names groups of documents: set data.group_column too")
+        if self.fim is not None:
+            self._validate_fim()
         if self.path in BUILT_IN:
             self._validate_nothing_ignored()
         elif self.path in FILE_BUILDERS and not self.data_files:
             raise SettingsError(f"data.path={self.path} reads files of yours: name them in data.data_files")
+
+    def _validate_fim(self) -> None:
+        if self.path in (GENERATED_TASKS, MIXTURE):
+            raise SettingsError(
+                f"data.fim means nothing for data.path={self.path}: leave it out or set it where documents are prepared"
+            )
+        if self.train_vocabulary is not None:
+            raise SettingsError(
+                "data.fim needs a tokenizer that has its tokens: set data.tokenizer in place of data.train_vocabulary"
+            )
+        if self.row_length < SHORTEST_FIM_ROW:
+            raise SettingsError(
+                f"data.row_length={self.row_length} is too short for data.fim: raise it to {SHORTEST_FIM_ROW} or more"
+            )
 
     def _validate_nothing_ignored(self) -> None:
         unused = [("name", None), ("data_files", None), ("split", "train")]

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from refreshkv.data.config import GENERATED_TASKS, DataConfig
 from refreshkv.data.content import fingerprint
+from refreshkv.data.fim import FillInTheMiddle
 from refreshkv.data.folder import SPLITS, TOKENIZER_FOLDER
 from refreshkv.data.sources import Document, load_documents, read_documents
 from refreshkv.data.tasks.rows import prompt_length, task_sequences, training_tasks
@@ -115,7 +116,7 @@ def _add_documents(
     tokenizer: PreTrainedTokenizerBase,
     writers: dict[str, SplitWriter],
 ) -> None:
-    groups, special = set(), SpecialTokens(tokenizer, "data.tokenizer")
+    groups, special = set(), SpecialTokens(tokenizer, "data.tokenizer", config.fim.names if config.fim else ())
     for document, token_ids in _tokenized(config, documents, special):
         groups.add(document.group)
         names = special.count_names(document.text)
@@ -139,12 +140,17 @@ def _add_examples(
 def _tokenized(
     config: DataConfig, documents: Dataset | IterableDataset, special: SpecialTokens
 ) -> Iterator[tuple[Document, list[int]]]:
-    """Each document, and its tokens with the end-of-text token."""
+    """Each document, and its tokens with the end-of-text token; or its fill-in-the-middle sequences."""
+    fim = None if config.fim is None else FillInTheMiddle(special.tokenizer, config.fim)
     end = cast(int, special.tokenizer.eos_token_id)
     for batch in _batches(_with_progress(read_documents(documents, config), documents, "tokenizing")):
         encoded = special.encode_texts([document.text for document in batch])
         for document, token_ids in zip(batch, encoded, strict=True):
-            yield document, [*token_ids, end]
+            digest = assign_document(document.text)[0]
+            if fim is not None and fim.is_chosen(digest):
+                yield document, fim.sequences(document.text, digest, config.row_length)
+            else:
+                yield document, [*token_ids, end]
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -34,10 +34,16 @@ class PreparationReport:
     def _contents(self) -> list[str]:
         info, row_length = self.info, self.info["data"]["row_length"]
         if "tasks" not in info:
+            fim = info["data"].get("fim")
+            added = (
+                "no other special token is added"
+                if fim is None
+                else f"about {fim['share']:.0%} of documents are fill-in-the-middle sequences, each with its own end"
+            )
             names = sum(counts["special_names"] for counts in info["splits"].values())
             return [
                 f"{self.folder}: rows of {row_length:,} tokens, no row of two documents; each document ends in "
-                f"{info['end_of_text']}, no other special token is added",
+                f"{info['end_of_text']}, {added}",
                 *([f"names of special tokens in the documents, kept as ordinary text: {names:,}"] if names else []),
             ]
         return [

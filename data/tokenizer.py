@@ -59,12 +59,16 @@ class SpecialTokens:
 
     Args:
         setting: names the tokenizer in errors.
+        further: added tokens that count as special here although the tokenizer does not say so. Some tokenizers have
+            fill-in-the-middle tokens of this kind.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, setting: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, setting: str, further: tuple[str, ...] = ()) -> None:
         self.tokenizer, self._setting = tokenizer, setting
         names: dict[int, str] = {
-            number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special
+            number: token.content
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special or token.content in further
         }
         names |= {cast(int, tokenizer.convert_tokens_to_ids(name)): name for name in tokenizer.all_special_tokens}
         unknown = cast("int | None", tokenizer.unk_token_id)

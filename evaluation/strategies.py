@@ -12,6 +12,7 @@ from transformers import Cache, PretrainedConfig
 
 from refreshkv import RefreshCache, RefreshConfig
 from refreshkv.baselines.ablation import GROUPS, AblationCache
+from refreshkv.baselines.cascading import CascadingCache, CascadingConfig
 from refreshkv.baselines.full import FullCache
 from refreshkv.baselines.h2o import H2OCache
 from refreshkv.baselines.snapkv import SnapKVCache
@@ -198,6 +199,18 @@ def _streaming(config: RefreshConfig, arguments: list[str]) -> Strategy:
     return _baseline(name, StreamingCache, budget=config.budget, sink_tokens=sinks)
 
 
+def _cascading(config: RefreshConfig, arguments: list[str]) -> Strategy:
+    _at_most(arguments, 2, "cascading:PARTS:ACCEPTANCE, such as cascading:4:score")
+    parts = _number(int, "PARTS", arguments[0]) if arguments else 4
+    acceptance = arguments[1] if len(arguments) > 1 else "count"
+    if acceptance not in ("count", "score"):
+        raise ValueError(f"ACCEPTANCE must be count or score, got {acceptance}")
+    settings = {"budget": config.budget, "parts": parts, "by_score": acceptance == "score"}
+    CascadingConfig(**settings)  # refuses what it cannot
+    name = f"cascading N={parts}" + (" by score" if settings["by_score"] else "")
+    return _baseline(name, CascadingCache, **settings)
+
+
 def _h2o(config: RefreshConfig, arguments: list[str]) -> Strategy:
     _at_most(arguments, 0, "h2o")
     return _baseline("H2O", H2OCache, budget=config.budget)
@@ -268,6 +281,7 @@ STRATEGIES: dict[str, Builder] = {
     "never": _never,
     "select": _select,
     "streaming": _streaming,
+    "cascading": _cascading,
     "h2o": _h2o,
     "snapkv": _snapkv,
     "grouped": _grouped,

@@ -214,7 +214,10 @@ def test_strategies_by_name(monkeypatch):
     cache = made[3].build_cache(model_config, 9)
     assert isinstance(cache, RefreshCache) and cache.config.stride == 9 and cache.get_max_length() == 9
     for name, message in [
-        ("h3o", "there is no 'h3o'; known are full, refresh, similarity, never, select, streaming, h2o, snapkv"),
+        (
+            "h3o",
+            "there is no 'h3o'; known are full, refresh, similarity, never, select, streaming, cascading, h2o, snapkv",
+        ),
         ("h2o:4", "h2o:4: too many arguments; it is written h2o"),
         ("streaming:-1", "sink tokens must be at least 0"),
         ("snapkv:64:4", "pool_kernel must be odd"),

@@ -55,6 +55,17 @@ def test_loops_of_all_weights(name, tmp_path):
     assert model.config.refreshkv["budget"] == 32 and decodes(model)
 
 
+def test_the_state_of_less_learns_what_left(tmp_path):
+    """On held-out text its error is below that of the small cache alone, and its kernels are saved."""
+    code, printed = run_example(EXAMPLES / "less.py", tmp_path)
+    assert code == 0, printed
+    lines = [line.rpartition(" ") for line in printed.splitlines() if line.startswith("held-out")]
+    figures = {name: float(figure) for name, _, figure in lines}
+    assert figures["held-out error with the state"] < 0.9 * figures["held-out error without the state"]
+    assert figures["held-out loss with the state"] < figures["held-out loss without the state"]
+    assert (tmp_path / "out.safetensors").exists()
+
+
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs the package trl")
 def test_sft_with_adapters(tmp_path):
     """LoRA, the loss of the assistant's tokens alone, gradient checkpointing, 10 steps."""

@@ -4,6 +4,7 @@ import torch
 from transformers import DynamicCache
 
 from refreshkv import RefreshCache, RefreshConfig
+from refreshkv.baselines.cascading import CascadingCache
 from refreshkv.baselines.full import FullCache
 from refreshkv.baselines.snapkv import SnapKVCache
 from refreshkv.baselines.streaming import StreamingCache
@@ -23,6 +24,7 @@ STRATEGIES = {
     "similarity": lambda config: RefreshCache(config, ROOM, SIMILAR),
     "selecting": lambda config: RefreshCache(config, ROOM, SELECTING),
     "streaming": lambda config: StreamingCache(config, ROOM, 0.3),
+    "cascading": lambda config: CascadingCache(config, ROOM, 0.3, 2),
     "snapkv": lambda config: SnapKVCache(config, ROOM, 0.3),
     "snapkv, the authors'": lambda config: SnapKVCache(config, ROOM, 0.3, 8, 5, "average"),
 }
