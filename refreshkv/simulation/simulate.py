@@ -135,13 +135,9 @@ class TrainingSimulation:
         self._decoder_handle = self._decoder.register_forward_pre_hook(
             self._add_simulation, with_kwargs=True, prepend=True
         )
-        self._follow(model)
-        SIMULATED.add(decoder_model)
-
-    def _follow(self, model: nn.Module) -> None:
-        """Takes losses from the calls of `model`, the decoder model itself or a peft model around it."""
-        self.outer = model
+        self._outer = model
         self._outer_handle = model.register_forward_hook(self._after_model, with_kwargs=True, always_call=True)
+        SIMULATED.add(decoder_model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TrainingSimulation":
         """Hooks of a copied model lead here, to the simulation of the original; they leave the copy's passes alone."""
@@ -161,8 +157,8 @@ class TrainingSimulation:
         """Goes on to the optimizer step `number`; refuses a distillation that the passes so far went without."""
         if self.distillation.weight and self._is_unfinished:
             raise SettingsError(
-                "simulate(distillation=...) was left out of this step, because the trainer does not call the model "
-                "that simulate() was given: put peft's adapters in before simulate(), and call the whole model"
+                "simulate(distillation=...) was left out of this step, because only a part of the model was called, "
+                "or its `forward`, past its hooks: call the model that simulate() was given"
             )
         self.number = number
 
@@ -175,14 +171,6 @@ class TrainingSimulation:
         self._decoder_handle.remove()
         self._outer_handle.remove()
         SIMULATED.discard(self.model)
-
-    def adopt(self, model: nn.Module | None) -> None:
-        """Takes losses from the calls of `model` from now on, if a trainer has put the simulated model into it (peft
-        calls the model inside by its `forward`, past the hooks)."""
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else None  # pyright: ignore
-        if inner is self.model and model is not self.outer and not self._is_removed:
-            self._outer_handle.remove()
-            self._follow(model)  # pyright: ignore[reportArgumentType]  # no model has no `get_base_model`
 
     @property
     def callback(self) -> TrainerCallback:
@@ -227,7 +215,7 @@ class TrainingSimulation:
 
     def _after_model(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the model, in training mode: counts the losses of its logits, and distils."""
-        if self._is_teaching or model is not self.outer or not model.training:
+        if self._is_teaching or model is not self._outer or not model.training:
             return None
         self._is_unfinished = False
         if output is None:  # an error ended the pass
@@ -287,14 +275,8 @@ class _Callback(TrainerCallback):
         self.simulation = simulation
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.simulation.adopt(model)
         self.simulation.number = state.global_step + 1
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

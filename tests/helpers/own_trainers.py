@@ -88,6 +88,8 @@ def with_trainer(kind: str, model, simulation, config: RunConfig, results: Path)
     trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[simulation.callback])
     trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
     trainer.train()
+    if "zero" in kind:
+        assert trainer.model_wrapped.zero_optimization_stage() == stage_of(kind)
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
@@ -116,10 +118,11 @@ def with_accelerate(kind: str, model, simulation, config: RunConfig, results: Pa
     training, rows = config.training, StepRows(config)
     plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_settings(stage_of(kind), config))
     # the schedule steps once a step, not once for each rank
-    accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin, step_scheduler_with_optimizer=False)
+    accelerator = Accelerator(deepspeed_plugin=plugin, step_scheduler_with_optimizer=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=0.0)
     schedule = get_scheduler(training.lr_schedule, optimizer, training.warmup_steps, training.steps)
     wrapped, optimizer, schedule = accelerator.prepare(model.train(), optimizer, schedule)
+    assert wrapped.zero_optimization_stage() == stage_of(kind)
     rank, world = accelerator.process_index, accelerator.num_processes
     losses = []
     for step in range(training.steps):
@@ -131,7 +134,9 @@ def with_accelerate(kind: str, model, simulation, config: RunConfig, results: Pa
         schedule.step()
         optimizer.zero_grad()
         simulation.step()
-        losses.append({"loss": float(accelerator.reduce(loss.detach(), "mean"))})
+        mean = loss.detach() / world
+        dist.all_reduce(mean)
+        losses.append({"loss": float(mean)})
     return losses
 
 
