@@ -21,7 +21,9 @@ def gain_table(config: ExperimentConfig, study: str, entries: Entries) -> list[l
         for text in texts:
             for name in names:
                 values = [_perplexity(config, study, one, text, name, entries) for one in (UNTRAINED, arm, other)]
-                lines += [[arm, other, text, name, *_cells(*values)]] if None not in values else []
+                known = [value for value in values if value is not None]
+                if len(known) == len(values):
+                    lines.append([arm, other, text, name, *_cells(*known)])
     return lines
 
 
