@@ -123,7 +123,7 @@ def with_accelerate(kind: str, model, simulation, config: RunConfig, results: Pa
     schedule = get_scheduler(training.lr_schedule, optimizer, training.warmup_steps, training.steps)
     wrapped, optimizer, schedule = accelerator.prepare(model.train(), optimizer, schedule)
     assert wrapped.zero_optimization_stage() == stage_of(kind)
-    rank, world = accelerator.process_index, accelerator.num_processes
+    rank, world = dist.get_rank(), dist.get_world_size()  # accelerate counts one process on CPUs
     losses = []
     for step in range(training.steps):
         mine = [rows[step * training.global_batch + number] for number in range(rank, training.global_batch, world)]
