@@ -2,6 +2,7 @@
 
 import math
 import random
+import warnings
 from dataclasses import replace
 
 import torch
@@ -36,6 +37,40 @@ def draw_simulation(
     budget = random.Random(f"{PURPOSE}, budget:{seed}:{step}").choice(settings.budgets)
     drawn = with_budget(with_strides(refresh, stride, settings.threshold, select_stride), budget)
     return simulation_of(settings, prompt_length, drawn)
+
+
+def fitted(settings: SimulationConfig, row_length: int, padding: int, seed: int, step: int) -> SimulationConfig | None:
+    """The settings with prompts that fit into rows of `row_length` columns, of which the shortest begins with
+    `padding`; None if it has no room for a prompt and one decoded token, with a warning.
+
+    Every prompt begins after the padding; by default it has at least a quarter of the shortest row's tokens.
+    """
+    if settings.pattern == "off":
+        return settings
+    if settings.pattern == "paper":
+        drawn = random.Random(f"{PURPOSE}:{seed}:{step}").choice(settings.strides)
+        if padding < row_length - drawn:
+            return settings
+        return _too_short(f"simulation.stride={drawn}")
+    given = settings.prompt_length
+    if given is None:
+        shortest = row_length - padding
+        if shortest < 2:
+            return _too_short("a prompt")
+        least, most = settings.prompt_range(shortest)
+        return settings if padding == 0 else replace(settings, prompt_length=[padding + least, padding + most])
+    least, most = given if isinstance(given, list) else (given, given)
+    least, most = max(least, padding + 1), min(most, row_length - 1)
+    if least > most:
+        return _too_short(f"simulation.prompt_length={given}")
+    return settings if isinstance(given, int) else replace(settings, prompt_length=[least, most])
+
+
+def _too_short(what: str) -> None:
+    """Warns of a pass that stays plain."""
+    warnings.warn(
+        f"simulate(): a sequence is too short for {what} and a decoded token: its pass stays plain", stacklevel=2
+    )
 
 
 def with_strides(

@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,7 +19,7 @@ from refreshkv.attention.enable import enable
 from refreshkv.config import RefreshConfig, Simulation
 from refreshkv.settings import SettingsError
 from refreshkv.simulation.distillation import DistillationConfig, divergence, without_dropout
-from refreshkv.simulation.draw import draw_simulation
+from refreshkv.simulation.draw import draw_simulation, fitted
 from refreshkv.simulation.positions import decoded_positions, partial_positions
 from refreshkv.simulation.settings import SimulationConfig
 
@@ -86,6 +87,17 @@ class LossFigures:
         self.sums[kind] += values.detach().double().where(where, 0.0).sum()
         self.tokens[kind] += where.sum()
 
+    def sum_over_ranks(self, device: torch.device) -> None:
+        """Adds the figures of all ranks, each of which has to call this; `device` is where their group adds up."""
+        values = [*self.sums.values(), *self.tokens.values(), self.passes, self.plain_passes]
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        totals = torch.stack([torch.as_tensor(value, dtype=kind, device=device) for value in values])
+        dist.all_reduce(totals)
+        *parts, passes, plain_passes = totals.tolist()
+        self.sums = dict(zip(KINDS, parts[: len(KINDS)], strict=True))
+        self.tokens = {kind: int(count) for kind, count in zip(KINDS, parts[len(KINDS) :], strict=True)}
+        self.passes, self.plain_passes = int(passes), int(plain_passes)
+
     def report(self) -> dict[str, float]:
         """The mean losses in nats, without a kind that had no token, and the share of plain passes."""
         means = {kind: float(self.sums[kind] / count) for kind, count in self.tokens.items() if count}
@@ -93,7 +105,7 @@ class LossFigures:
 
 
 class TrainingSimulation:
-    """What `simulate` returns. `remove()`, or the end of a `with` block, makes the model an ordinary one again."""
+    """What `simulate` returns. After `remove()`, or the end of a `with` block, no pass simulates."""
 
     def __init__(
         self,
@@ -116,12 +128,20 @@ class TrainingSimulation:
         self.model = decoder_model
         self._current: Simulation | None = None
         self._is_teaching = False
-        decoder: Any = decoder_model.base_model
-        self._handles = [
-            decoder.register_forward_pre_hook(self._add_simulation, with_kwargs=True, prepend=True),
-            model.register_forward_hook(self._after_model, with_kwargs=True),
-        ]
+        self._is_removed = False
+        self._is_unfinished = False
+        """Whether the decoder was called and the model's hook has not run since."""
+        self._decoder: Any = decoder_model.base_model
+        self._decoder_handle = self._decoder.register_forward_pre_hook(
+            self._add_simulation, with_kwargs=True, prepend=True
+        )
+        self._outer = model
+        self._outer_handle = model.register_forward_hook(self._after_model, with_kwargs=True, always_call=True)
         SIMULATED.add(decoder_model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TrainingSimulation":
+        """Hooks of a copied model lead here, to the simulation of the original; they leave the copy's passes alone."""
+        return self
 
     def __enter__(self) -> "TrainingSimulation":
         return self
@@ -131,12 +151,25 @@ class TrainingSimulation:
 
     def step(self) -> None:
         """Ends an optimizer step: the next pass belongs to the following one."""
-        self.number += 1
+        self._end_step(self.number + 1)
+
+    def _end_step(self, number: int) -> None:
+        """Goes on to the optimizer step `number`; refuses a distillation that the passes so far went without."""
+        if self.distillation.weight and self._is_unfinished:
+            raise SettingsError(
+                "simulate(distillation=...) was left out of this step, because only a part of the model was called, "
+                "or its `forward`, past its hooks: call the model that simulate() was given"
+            )
+        self.number = number
 
     def remove(self) -> None:
-        """Takes the hooks off the model. It stays enabled, and attends in full."""
-        for handle in self._handles:
-            handle.remove()
+        """Takes the hooks off the model. It keeps the refresh attention, which attends in full without a simulation;
+        `model.set_attn_implementation("sdpa")` exchanges that too."""
+        if self._is_removed:
+            return
+        self._is_removed = True
+        self._decoder_handle.remove()
+        self._outer_handle.remove()
         SIMULATED.discard(self.model)
 
     @property
@@ -146,34 +179,46 @@ class TrainingSimulation:
         return _Callback(self)
 
     def report(self) -> dict[str, float]:
-        """`loss full`, `loss partial`, `divergence` (nats a token) and `plain share` since the last report."""
+        """`loss full`, `loss partial`, `divergence` (nats a token) and `plain share` of this rank since the last
+        report; the callback's figures are those of all ranks."""
         figures, self.figures = self.figures.report(), LossFigures()
         return figures
 
-    def draw(self, length: int) -> Simulation | None:
+    def draw(self, length: int, padding: int = 0) -> Simulation | None:
         """What the current step simulates for sequences of `length` tokens; None for a plain step.
 
-        Sequences too short for the prompt and one decoded token stay plain.
+        padding: left padding of the shortest batch row, columns that no prompt may end in. A batch whose shortest row
+        has no room for a prompt and one decoded token stays plain.
         """
-        if length < 2 or (self.settings.pattern == "paper" and length <= min(self.settings.strides)):
+        settings = fitted(self.settings, length, padding, self.seed, self.number)
+        if settings is None:
             return None
-        return draw_simulation(self.settings, self.refresh, length, self.seed, self.number)
+        return draw_simulation(settings, self.refresh, length, self.seed, self.number)
 
     def _add_simulation(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the decoder, in training mode: adds the simulation to the keywords."""
-        if self._is_teaching or not decoder.training or _is_given(kwargs):
+        if getattr(decoder, "_is_replica", False):
+            raise SettingsError(
+                "simulate() does not work under torch.nn.DataParallel, which Trainer uses for several GPUs in one "
+                "process: start one process a GPU (torchrun or accelerate launch), or set CUDA_VISIBLE_DEVICES=0"
+            )
+        if self._is_teaching or decoder is not self._decoder or not decoder.training or _is_given(kwargs):
             return args, kwargs
         if kwargs.get("past_key_values") is not None:
             raise ValueError("a simulated training pass takes whole sequences: pass no past_key_values")
         inputs = kwargs.get("input_ids", args[0] if args else None)
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         assert inputs is not None, "transformers refuses a call with neither"
-        self._current = self.draw(inputs.shape[1])
+        self._current = self.draw(inputs.shape[1], _most_padding(kwargs.get("attention_mask")))
+        self._is_unfinished = self._current is not None
         return args, {**kwargs, "use_cache": False, "simulation": self._current}
 
     def _after_model(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the model, in training mode: counts the losses of its logits, and distils."""
-        if self._is_teaching or not model.training:
+        if self._is_teaching or model is not self._outer or not model.training:
+            return None
+        self._is_unfinished = False
+        if output is None:  # an error ended the pass
             return None
         self.figures.passes += 1
         self.figures.plain_passes += self._current is None
@@ -235,7 +280,7 @@ class _Callback(TrainerCallback):
         self.simulation.number = state.global_step + 1
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.simulation.number = state.global_step + 1
+        self.simulation._end_step(state.global_step + 1)
 
     def on_log(
         self,
@@ -246,6 +291,8 @@ class _Callback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if logs is not None and "loss" in logs:
+            if dist.is_initialized() and dist.get_world_size() > 1:  # every rank logs
+                self.simulation.figures.sum_over_ranks(args.device)
             figures = self.simulation.report()
             logs.update(figures)
             state.log_history[-1].update(figures)
@@ -254,6 +301,13 @@ class _Callback(TrainerCallback):
 def _is_given(kwargs: dict[str, Any]) -> bool:
     """Whether the caller has handed in a simulation of its own."""
     return kwargs.get("simulation") is not None or kwargs.get("refresh") is not None
+
+
+def _most_padding(mask: Any) -> int:
+    """The padding of the shortest batch row, from an attention mask (B, T); 0 without one."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return 0
+    return int((mask == 0).sum(dim=1).max())
 
 
 def _predicting(labels: Tensor) -> Tensor:

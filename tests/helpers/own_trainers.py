@@ -36,14 +36,19 @@ class StepRows(torch.utils.data.Dataset):
 
 
 def train_on_rank(kind: str, settings: dict[str, Any], results: str) -> None:
-    """Trains as `settings` say with another trainer; rank 0 writes the loss of each step to `results`."""
+    """Trains as `settings` say with another trainer; rank 0 writes the values of each step to `results`."""
     config = settings_from_dict(RunConfig, settings)
+    if "zero" in kind:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a C++ compiler builds it for minutes
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     with simulated(model, config) as simulation:
         run = with_trainer if kind.startswith("trainer") else in_a_plain_loop
-        losses = run(kind, model, simulation, config, Path(results))
+        run = with_accelerate if kind.startswith("accelerate") else run
+        steps = run(kind, model, simulation, config, Path(results))
     if dist.get_rank() == 0:
-        Path(results).write_text(json.dumps(losses))
+        Path(results).write_text(json.dumps(steps))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -55,13 +60,15 @@ def simulated(model, config: RunConfig):
         yield simulation
 
 
-def with_trainer(kind: str, model, simulation, config: RunConfig, results: Path) -> list[float]:
+def with_trainer(kind: str, model, simulation, config: RunConfig, results: Path) -> list[dict[str, float]]:
     """transformers' Trainer, which wraps the model for the ranks that the environment tells of."""
     training, rows = config.training, StepRows(config)
     sharded = {}
-    if kind == "trainer fsdp2":
+    if "fsdp2" in kind:
         wrapped = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         sharded = {"fsdp": "full_shard auto_wrap", "fsdp_config": wrapped}
+    if "zero" in kind:
+        sharded = {"deepspeed": deepspeed_settings(stage_of(kind), config)}
     arguments = TrainingArguments(
         output_dir=str(results.with_suffix("")),
         max_steps=training.steps,
@@ -81,10 +88,59 @@ def with_trainer(kind: str, model, simulation, config: RunConfig, results: Path)
     trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[simulation.callback])
     trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
     trainer.train()
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    if "zero" in kind:
+        assert trainer.model_wrapped.zero_optimization_stage() == stage_of(kind)
+    return [line for line in trainer.state.log_history if "loss" in line]
 
 
-def in_a_plain_loop(kind: str, model, simulation, config: RunConfig, results: Path) -> list[float]:
+def stage_of(kind: str) -> int:
+    """The ZeRO stage in the name of a case."""
+    return int(kind.split("zero")[1][0])
+
+
+def deepspeed_settings(stage: int, config: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's JSON for float32 on a CPU; ZeRO takes the optimizer of the trainer."""
+    return {
+        "zero_optimization": {"stage": stage},
+        "train_micro_batch_size_per_gpu": config.training.micro_batch,
+        "gradient_accumulation_steps": config.training.global_batch // config.training.micro_batch // 2,
+        "gradient_clipping": config.training.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def with_accelerate(kind: str, model, simulation, config: RunConfig, results: Path) -> list[dict[str, float]]:
+    """A loop around accelerate's DeepSpeed."""
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin
+
+    training, rows = config.training, StepRows(config)
+    plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_settings(stage_of(kind), config))
+    # the schedule steps once a step, not once for each rank
+    accelerator = Accelerator(deepspeed_plugin=plugin, step_scheduler_with_optimizer=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=0.0)
+    schedule = get_scheduler(training.lr_schedule, optimizer, training.warmup_steps, training.steps)
+    wrapped, optimizer, schedule = accelerator.prepare(model.train(), optimizer, schedule)
+    assert wrapped.zero_optimization_stage() == stage_of(kind)
+    rank, world = dist.get_rank(), dist.get_world_size()  # accelerate counts one process on CPUs
+    losses = []
+    for step in range(training.steps):
+        mine = [rows[step * training.global_batch + number] for number in range(rank, training.global_batch, world)]
+        ids = torch.stack([row["input_ids"] for row in mine])
+        loss = wrapped(input_ids=ids, labels=ids).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        simulation.step()
+        mean = loss.detach() / world
+        dist.all_reduce(mean)
+        losses.append({"loss": float(mean)})
+    return losses
+
+
+def in_a_plain_loop(kind: str, model, simulation, config: RunConfig, results: Path) -> list[dict[str, float]]:
     """A loop of one's own around DDP or FSDP2."""
     dist.init_process_group("gloo")
     rank, world, training, rows = dist.get_rank(), dist.get_world_size(), config.training, StepRows(config)
@@ -110,5 +166,5 @@ def in_a_plain_loop(kind: str, model, simulation, config: RunConfig, results: Pa
         simulation.step()
         mean = loss.detach() / world
         dist.all_reduce(mean)
-        losses.append(float(mean))
+        losses.append({"loss": float(mean)})
     return losses

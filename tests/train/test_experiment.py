@@ -20,6 +20,7 @@ from refreshkv.settings import SettingsError, load_settings, settings_from_dict,
 from refreshkv.train.config import RunConfig
 from refreshkv.train.experiment.comparison import gaps_closed
 from refreshkv.train.experiment.config import ExperimentConfig, merge
+from refreshkv.train.experiment.gains import gain_table
 from refreshkv.train.experiment.jobs import Command, Job, plan
 from refreshkv.train.experiment.report import perplexity_table, task_table, write_tables
 from refreshkv.train.experiment.results import Results
@@ -622,3 +623,29 @@ def test_the_scripts_themselves(tmp_path):
     assert second.returncode == 0, second.stdout + second.stderr
     assert "| whole | windows | 1 |" in second.stdout and "| refresh S=5 threshold 0.5 |" in second.stdout
     assert len(json.loads(Path(values["results"], "results.json").read_text())) == 4
+
+
+def test_an_arm_beside_another_has_its_share_of_the_gain(tmp_path):
+    """Gain: the untrained model's perplexity under a strategy, less the arm's; 4 of 5, and a dash beside no gain."""
+    arms = {"none": {"selections": ["paper"]}, "full": {"selections": ["paper"], "settings": {}}}
+    arms["lora"] = {"selections": ["paper"], "settings": {"simulation": {"pattern": "off"}}, "beside": "full"}
+    study = {"arms": ["none", "full", "lora"], "seeds": [0], "perplexity": None}
+    study["tradeoff"] = {"grid": "budgets", "data": ["rows"], "last_tokens": 12}
+    changed = {"arms": {"plain": {"selections": ["paper"], "settings": {}}, **arms}, "studies": {"small": study}}
+    config = experiment(tmp_path, **changed)
+
+    def entry(full, loss):
+        points = [
+            {"name": "a", "losses": {"rows": loss}, "read": 0.2},
+            {"name": "b", "losses": {"rows": 0.0}, "read": 0.2},
+        ]
+        return {"results": {"full attention": {"rows": full}, "points": points}}
+
+    entries = {"small/none/paper/tradeoff": entry(5.0, 1.0), "small/full/0/paper/tradeoff": entry(5.0, 0.0)}
+    assert len(gain_table(config, "small", entries)) == 1
+    entries["small/lora/0/paper/tradeoff"] = entry(4.0, 0.5)
+    _, first, second = gain_table(config, "small", entries)
+    assert first == ["lora", "full", "rows", "a", "10.000", "6.000", "5.000", "80.0 %"] and second[-1] == "-"
+    study["arms"] = ["none", "lora"]
+    with pytest.raises(SettingsError, match="arms.lora.beside=full needs that arm and a tradeoff"):
+        experiment(tmp_path, **changed)

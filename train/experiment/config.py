@@ -29,6 +29,9 @@ class Arm:
     """Names of `ExperimentConfig.selections` to evaluate under. The arm trains with the first."""
     settings: Fragment | None = None
     """Settings of the arm's runs, on top of the study's. None: the arm is not trained."""
+    beside: str | None = None
+    """Another arm, such as the same training with all weights beside adapters: a table says which share of its gain
+    this arm reaches. Needs `tradeoff`. None: no such table."""
 
 
 @dataclass
@@ -150,6 +153,8 @@ class ExperimentConfig:
                 raise SettingsError(f"arms.{name}.selections must name one or more of {', '.join(self.selections)}")
             for selection in arm.selections:
                 _check_known(f"arms.{name}.selections", selection, self.selections)
+            if arm.beside is not None:
+                _check_known(f"arms.{name}.beside", arm.beside, self.arms)
         for name, study in self.studies.items():
             self._check_study(name, study)
 
@@ -167,6 +172,12 @@ class ExperimentConfig:
             passed.append(start)
         for arm in study.arms:
             _check_known(f"studies.{name}.arms", arm, self.arms)
+            beside = self.arms[arm].beside
+            if beside is not None and (beside not in study.arms or study.tradeoff is None):
+                raise SettingsError(
+                    f"arms.{arm}.beside={beside} needs that arm and a tradeoff in studies.{name}: add both, or leave "
+                    "beside out"
+                )
             if self.arms[arm].settings is not None:
                 self.run_settings(name, arm, study.seeds[0], "model", "run")
         if UNTRAINED not in study.arms:

@@ -18,6 +18,7 @@ from refreshkv.train.experiment.comparison import (
     refreshing_strategies,
 )
 from refreshkv.train.experiment.config import PLAIN, ExperimentConfig
+from refreshkv.train.experiment.gains import gain_table
 from refreshkv.train.experiment.tradeoffs import tradeoff_tables
 
 
@@ -58,6 +59,9 @@ def _tradeoffs(config: ExperimentConfig, study: str, entries: Entries, folder: P
         if figure is not None:
             write_bytes(folder / image, figure)
             parts.append(f"![{study}]({image})\n")
+    gains = gain_table(config, study, entries)
+    if len(gains) > 1:
+        parts.append(f"## {study}: shares of another arm's gain\n\n{markdown_table(gains, text_columns=4)}\n")
     return parts
 
 

@@ -34,14 +34,26 @@ def bytes_read(config: ExperimentConfig, study: str, arm: str, name: str, entrie
     return _point(_finished(config, study, arm, entries)[0], name)["read"]
 
 
+def point_names(config: ExperimentConfig, study: str, arm: str, entries: Entries) -> tuple[list[str], list[str]]:
+    """The strategies and the texts that an arm was measured with; empty without figures."""
+    found = _finished(config, study, arm, entries)
+    if not found:
+        return [], []
+    results = found[0]["results"]
+    return [point["name"] for point in results["points"]], list(results["full attention"])
+
+
 def _table(
     config: ExperimentConfig, study: str, arms: list[str], text: str, names: list[str], entries: Entries
 ) -> list[list[str]]:
     lines = [["arm", "seeds", "full", "against plain", *names]]
     plain, base = (_gaps(config, study, arm, text, names, entries) for arm in (PLAIN, UNTRAINED))
-    of_plain = fmean(_full(config, study, PLAIN, text, entries)) if plain else None
+    of_plain = fmean(full_perplexities(config, study, PLAIN, text, entries)) if plain else None
     for arm in arms:
-        full, gaps = _full(config, study, arm, text, entries), _gaps(config, study, arm, text, names, entries)
+        full, gaps = (
+            full_perplexities(config, study, arm, text, entries),
+            _gaps(config, study, arm, text, names, entries),
+        )
         is_compared = of_plain is not None and arm not in (PLAIN, UNTRAINED)
         against = f"{100 * (fmean(full) / of_plain - 1):+.2f} %" if is_compared and of_plain else ""
         cells = []
@@ -58,7 +70,7 @@ def _finished(config: ExperimentConfig, study: str, arm: str, entries: Entries) 
     return finished_seeds(config, study, arm, config.arms[arm].selections[0], KIND, entries)
 
 
-def _full(config: ExperimentConfig, study: str, arm: str, text: str, entries: Entries) -> list[float]:
+def full_perplexities(config: ExperimentConfig, study: str, arm: str, text: str, entries: Entries) -> list[float]:
     """Full attention's perplexity for each finished seed."""
     return [entry["results"]["full attention"][text] for entry in _finished(config, study, arm, entries)]
 
@@ -67,7 +79,7 @@ def _gaps(
     config: ExperimentConfig, study: str, arm: str, text: str, names: list[str], entries: Entries
 ) -> dict[str, float]:
     """Strategy -> mean over seeds of its perplexity less full attention's; {} without figures."""
-    full = _full(config, study, arm, text, entries)
+    full = full_perplexities(config, study, arm, text, entries)
     if not full:
         return {}
     return {
