@@ -183,6 +183,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise SettingsError("tasks.NAME.key=value means nothing with --data")
     if kind != "suite" and len(options.model) > 1:
         raise SettingsError(f"--model: only a suite takes several; --{kind} takes one")
+    if options.revision is not None and len(options.model) > 1:
+        raise SettingsError("--revision is of one model: evaluate the others of the suite in runs of their own")
 
 
 def check_generation(options: argparse.Namespace, given: dict[str, bool]) -> None:

@@ -8,9 +8,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from refreshkv.gguf import is_gguf
 from refreshkv.identity import folder_identity
+from refreshkv.loading import hub_commit
 from refreshkv.settings import SettingsError
 from refreshkv.train.adapter_config import AdapterConfig
-from refreshkv.train.config import RunConfig
+from refreshkv.train.config import ModelConfig, RunConfig
 
 
 def validate_adapter(config: RunConfig, zero_stage: int, dry: bool) -> None:
@@ -59,15 +60,16 @@ def add_adapters(model: PreTrainedModel, adapter: AdapterConfig, seed: int) -> N
     _peft().inject_adapter_in_model(lora_settings(adapter), model)
 
 
-def lora_settings(adapter: AdapterConfig, base: str | None = None) -> Any:
-    """peft's settings of the adapters. base: path or Hub id of the model that they belong to."""
+def lora_settings(adapter: AdapterConfig, base: ModelConfig | None = None) -> Any:
+    """peft's settings of the adapters. base: the model that they belong to."""
     return _peft().LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         target_modules=adapter.targets or "all-linear",
         lora_dropout=adapter.dropout,
         modules_to_save=adapter.also_train or None,
-        base_model_name_or_path=base,
+        base_model_name_or_path=None if base is None else base.path,
+        revision=None if base is None else base.revision,
         task_type="CAUSAL_LM",
     )
 
@@ -107,7 +109,10 @@ def base_of(config: RunConfig, model_config: PretrainedConfig) -> str:
         return ""
     folder = Path(config.model.path).expanduser()
     found = folder_identity(folder) if folder.is_dir() else None
-    return found["weights"] if found else str(getattr(model_config, "_commit_hash", None) or "")
+    if found:
+        return found["weights"]
+    # newer releases of transformers do not note the commit
+    return str(getattr(model_config, "_commit_hash", None) or hub_commit(config.model.path, config.model.origin) or "")
 
 
 def validate_base(before: str, now: str, model: str | None, setting: str) -> None:
