@@ -19,6 +19,7 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from refreshkv.checksums import digest, file_checksum
 from refreshkv.layers import layer_kinds
+from refreshkv.quantized import int8_scales, quantized_parts
 from refreshkv.settings import SettingsError
 
 LENGTH_DEPENDENT_ROTARY = ("dynamic", "longrope")
@@ -110,9 +111,9 @@ def weights(model: nn.Module) -> str:
     left_out = _inactive_weights(model)
     derived = _derived_buffers(model)
     found: dict[str, list] = {}
-    for name, value in _named_tensors(model):
-        if name not in left_out:
-            found[_bare(name)] = [str(value.dtype), list(value.shape), _checksum(name, value, name in derived)]
+    parts = [part for n, whole in _named_tensors(model) if n not in left_out for part in quantized_parts(n, whole)]
+    for name, value in [*parts, *int8_scales(model)]:
+        found[_bare(name)] = [str(value.dtype), list(value.shape), _checksum(name, value, name in derived)]
     return digest(found)
 
 

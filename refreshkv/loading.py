@@ -20,6 +20,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from refreshkv.cache.refresh import saved_config
 from refreshkv.config import RefreshConfig
 from refreshkv.gguf import dequantize_options, forget_quantization, is_gguf, pretrained_location
+from refreshkv.quantized import keep_packed_form
 from refreshkv.ranges import LARGEST_COUNT, show
 from refreshkv.reading import refuse_special_files
 from refreshkv.settings import SettingsError
@@ -177,6 +178,7 @@ def load_model(name: str, setting: str, origin: Origin = PLAIN, **options: Any) 
         raise SettingsError(f"{setting}: {name} lacks {len(missing)} weights, the first being {missing[0]}")
     if broken := _first_not_finite(model):
         raise SettingsError(f"{setting}: {name} has weights that are not finite, the first in {broken}: copy it again")
+    keep_packed_form(model)
     if is_gguf(name):
         forget_quantization(model)
     vars(model).pop("generate", None)  # a loop in custom_generate/ would take the place of ours

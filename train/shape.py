@@ -63,7 +63,7 @@ class Shape:
     vocabulary: int
     work: Work
     packable: int
-    """Weights of the linear layers without the output layer, which `model.quantization` keeps in 4 bits."""
+    """Weights of the linear layers without the output layer, which 4-bit models keep packed."""
     adapters: AdapterShape | None = None
 
     @property
