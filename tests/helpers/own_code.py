@@ -23,10 +23,9 @@ from .scale import SCALE
 class OwnForCausalLM(LlamaForCausalLM):
     config_class = OwnConfig
 
-    def forward(self, *args, **kwargs):
-        output = super().forward(*args, **kwargs)
-        output.logits = output.logits * SCALE
-        return output
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.norm.register_forward_hook(lambda module, inputs, output: output * SCALE)
 """
 TOKENIZER = """\
 from transformers import PreTrainedTokenizerFast
@@ -38,7 +37,7 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 
 
 def write_model_with_code(folder: Path, scale: float = 2.0, texts: list[str] | None = None, **settings) -> Path:
-    """A model whose logits its own code multiplies by `scale`, and a tokenizer of a class of its own."""
+    """A model whose last hidden states its own code multiplies by `scale`, and a tokenizer of a class of its own."""
     vocabulary = 300
     model = tiny_model(vocab_size=vocabulary, max_position_embeddings=128, **settings)
     model.float().save_pretrained(folder)
