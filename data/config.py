@@ -116,6 +116,11 @@ class DataConfig:
     """With group_column: which groups are for validation and which for testing, in place of the hash."""
     tokenizer: str | None = None
     """Folder or Hub id of the model's tokenizer."""
+    tokenizer_revision: str | None = None
+    """Branch, tag or commit of `tokenizer` on the Hub; null for its main branch."""
+    trust_remote_code: bool = False
+    """Run Python code that `tokenizer`, or the tokenizer of one of `folders`, brings along, which may do anything.
+    Without it such a tokenizer is refused."""
     train_vocabulary: int | None = None
     """Without `tokenizer`: tokens of a byte-level BPE to train on the documents of the train split (>= 257)."""
     row_length: int = 1024
@@ -141,6 +146,8 @@ class DataConfig:
             if not getattr(self, key):
                 raise SettingsError(f"data.{key} must not be empty")
         validate_numbers(self, NUMBERS, "data.")
+        if self.tokenizer_revision is not None and self.tokenizer is None:
+            raise SettingsError("data.tokenizer_revision means nothing without data.tokenizer: set it too")
         if self.tasks is not None and self.path != GENERATED_TASKS:
             raise SettingsError(
                 f"data.tasks means nothing for data.path={self.path}: leave it out or set data.path=tasks"

@@ -11,7 +11,7 @@ from datasets import Dataset
 from refreshkv.data.config import DataConfig
 from refreshkv.data.folder import SPLITS, TOKENIZER_FOLDER
 from refreshkv.data.preparation import write_sequences
-from refreshkv.data.tokenizer import model_tokenizer
+from refreshkv.data.tokenizer import model_tokenizer, origin_of
 from refreshkv.data.writer import SplitWriter
 from refreshkv.identity import tokenizer_identity
 from refreshkv.settings import SettingsError
@@ -36,7 +36,7 @@ def write_mixture(config: DataConfig, folder: Path, parts: Sequence[Part]) -> di
     a longer part lie at equal distances. Raises `SettingsError` for parts that do not fit together.
     """
     _validate_alike(config, parts)
-    tokenizer = model_tokenizer(str(parts[0].tokenizer_folder))
+    tokenizer = model_tokenizer(str(parts[0].tokenizer_folder), origin_of(config))
     shutil.copytree(parts[0].tokenizer_folder, folder / TOKENIZER_FOLDER)
 
     def add(writers: dict[str, SplitWriter]) -> None:
@@ -69,7 +69,7 @@ def _add_in_turn(writer: SplitWriter, sources: list[Dataset], limit: int | None)
 
 def _validate_alike(config: DataConfig, parts: Sequence[Part]) -> None:
     """Raises `SettingsError` unless all parts have sequences of text of this length, in the same tokens."""
-    tokenizers = [tokenizer_identity(model_tokenizer(str(part.tokenizer_folder))) for part in parts]
+    tokenizers = [tokenizer_identity(model_tokenizer(str(part.tokenizer_folder), origin_of(config))) for part in parts]
     for part, tokenizer in zip(parts, tokenizers, strict=True):
         name, length = part.info["folder"], part.info["data"]["row_length"]
         if "tasks" in part.info:

@@ -24,7 +24,7 @@ from refreshkv.data.folder import SPLITS, TOKENIZER_FOLDER
 from refreshkv.data.sources import Document, load_documents, read_documents
 from refreshkv.data.tasks.rows import prompt_length, task_sequences, training_tasks
 from refreshkv.data.tasks.task import Task
-from refreshkv.data.tokenizer import SpecialTokens, model_tokenizer, train_tokenizer
+from refreshkv.data.tokenizer import SpecialTokens, model_tokenizer, origin_of, train_tokenizer
 from refreshkv.data.writer import SplitWriter
 from refreshkv.settings import SettingsError
 
@@ -70,7 +70,7 @@ def _prepare_documents(config: DataConfig, folder: Path) -> dict[str, Any]:
 def _prepare_tasks(config: DataConfig, folder: Path) -> dict[str, Any]:
     assert config.tasks is not None and config.tokenizer is not None  # `DataConfig` and `prepare_rows` check it
     tasks = training_tasks(config.tasks, config.row_length)
-    tokenizer = model_tokenizer(config.tokenizer)
+    tokenizer = model_tokenizer(config.tokenizer, origin_of(config))
     tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
     columns = ("prompt_length", "answer_length")
     info = write_sequences(config, tokenizer, folder, partial(_add_examples, config, tasks, tokenizer), columns)
@@ -82,7 +82,7 @@ def _prepare_tasks(config: DataConfig, folder: Path) -> dict[str, Any]:
 
 def _tokenizer(config: DataConfig, documents: Dataset | IterableDataset) -> PreTrainedTokenizerBase:
     if config.tokenizer is not None:
-        return model_tokenizer(config.tokenizer)
+        return model_tokenizer(config.tokenizer, origin_of(config))
     assert config.train_vocabulary is not None  # `prepare_rows` checks that it is given instead
     read = _with_progress(read_documents(documents, config), documents, "training the tokenizer")
     texts = (document.text for document in read if assign_split(document, config) == "train")

@@ -20,7 +20,7 @@ from refreshkv.data.preparation import LAYOUT, write_splits
 from refreshkv.data.report import PreparationReport, share_beyond
 from refreshkv.files import write_json
 from refreshkv.folders import resolved
-from refreshkv.loading import find_tokenizer
+from refreshkv.loading import Origin, find_tokenizer
 from refreshkv.reading import read_json, refuse_special_files
 from refreshkv.settings import SettingsError
 
@@ -136,12 +136,12 @@ def _validate_content(folder: Path, info: dict[str, Any], splits: DatasetDict) -
         raise ValueError(f"its files hold token ids that {INFO_FILE} does not tell of")
 
 
-def validate_same_tokens(model: str, rows: Rows) -> None:
+def validate_same_tokens(model: str, rows: Rows, origin: Origin) -> None:
     """Raises `SettingsError` if an id means another token to the model's tokenizer than to that of the rows.
 
     Either tokenizer may have tokens that the other lacks. Nothing is compared if the model has no tokenizer.
     """
-    own, used = find_tokenizer(model), find_tokenizer(rows.tokenizer_folder)
+    own, used = find_tokenizer(model, origin), find_tokenizer(rows.tokenizer_folder, origin.of_folder)
     if own is None or used is None:
         return
     ids = own.get_vocab()

@@ -11,21 +11,27 @@ from typing import Any, cast
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from refreshkv.loading import load_tokenizer
+from refreshkv.data.config import DataConfig
+from refreshkv.loading import PLAIN, Origin, load_tokenizer
 from refreshkv.settings import SettingsError
 
 END_OF_TEXT = "<|endoftext|>"
 """The only special token of a trained tokenizer: end of text, beginning of text, and padding."""
 
 
-def model_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def model_tokenizer(name: str, origin: Origin = PLAIN) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub id. Raises `SettingsError` if there is none or it has no end-of-text token."""
-    tokenizer = load_tokenizer(name, "data.tokenizer")
+    tokenizer = load_tokenizer(name, "data.tokenizer", origin)
     if tokenizer.eos_token_id is None:
         raise SettingsError(
             f"data.tokenizer={name} has no end-of-text token; set eos_token in its tokenizer_config.json"
         )
     return tokenizer
+
+
+def origin_of(config: DataConfig) -> Origin:
+    """Which state of `data.tokenizer` is loaded, and whether its code may run."""
+    return Origin(config.tokenizer_revision, config.trust_remote_code)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:

@@ -57,7 +57,7 @@ from refreshkv.evaluation.tasks.scores import (
 )
 from refreshkv.generation.inherited import refuse_own_settings
 from refreshkv.loading import load_tokenizer, model_folder, own_config
-from refreshkv.options import changed_config, chosen_device, task_values
+from refreshkv.options import changed_config, chosen_device, chosen_origin, task_values
 from refreshkv.prefix.store import PrefixStore
 from refreshkv.settings import SettingsError
 
@@ -75,7 +75,7 @@ def measure_perplexity(options: argparse.Namespace, command: str, processes: Pro
 
     path = model_folder(name)
     model = load_placed(path, options, processes)
-    check_tokens(model, path, rows)
+    check_tokens(model, path, rows, chosen_origin(options))
     config = _chosen_config(model, options)
     strategies = _perplexity_strategies(config, options)
     measured = protocol(
@@ -113,7 +113,7 @@ def measure_generation(options: argparse.Namespace, command: str, processes: Pro
         )
     path = model_folder(name)
     model = load_placed(path, options, processes)
-    check_tokens(model, path, rows)
+    check_tokens(model, path, rows, chosen_origin(options))
     refuse_own_settings(model)
     config = _chosen_config(model, options)
     if options.grid:
@@ -151,7 +151,7 @@ def score_tasks(options: argparse.Namespace, command: str, processes: Processes 
     output = options.output or Path("reports", Path(name).resolve().name)
     tasks = open_tasks(options.tasks, options.overrides, options.task_length)
     path = model_folder(name)
-    tokenizer = load_tokenizer(path, "--model")
+    tokenizer = load_tokenizer(path, "--model", chosen_origin(options))
     model = load_placed(path, options, processes)
     config = _chosen_config(model, options)
     default = ["full", "refresh", *(["similarity"] if config.threshold else []), "snapkv"]
@@ -186,7 +186,7 @@ def measure_suite(options: argparse.Namespace, command: str, root: Path, process
         return load_placed(path, options, processes)
 
     folder = processes.from_first(lambda: open_output(output, SUITE_FILES, options.overwrite, options.resume))
-    how = {"progress": processes.is_first, "processes": processes}
+    how = {"progress": processes.is_first, "processes": processes, "origin": chosen_origin(options)}
     results = run_suite(suite, opened, models, load, folder, options.batch_size, options.decode, **how)
 
     settings = {
@@ -210,14 +210,14 @@ def sweep_thresholds(options: argparse.Namespace, command: str, processes: Proce
     check_last_tokens(options.last_tokens, len(split[0]["input_ids"]))
     path = model_folder(options.model)
     model = load_placed(path, options, processes)
-    check_tokens(model, path, rows)
+    check_tokens(model, path, rows, chosen_origin(options))
     config = changed_config(own_config(model.config), options.overrides, budget=options.budget)
     strategies = sweep_strategies(config, options.strides or [config.stride], options.thresholds)
     enable(model, config)
     tokenizer, work = None, []
     if options.tasks:
         tasks = open_tasks(options.tasks, options.overrides, options.task_length)
-        tokenizer = load_tokenizer(path, "--model")
+        tokenizer = load_tokenizer(path, "--model", chosen_origin(options))
         work = make_examples(model, tokenizer, tasks, options.examples, progress=processes.is_first)
     folder = processes.from_first(lambda: open_output(output, SWEEP_FILES, options.overwrite, options.resume))
 
@@ -305,8 +305,9 @@ def _execution(model: PreTrainedModel, options: argparse.Namespace, processes: P
 
 
 def _where(options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
-    """What reports say of several processes and devices; nothing of one."""
+    """What reports say of several processes and devices, of a revision and of code; nothing of the defaults."""
     found = {"processes": processes.world if processes.world > 1 else None, "device map": options.device_map}
+    found |= chosen_origin(options).settings()
     return {name: value for name, value in found.items() if value is not None}
 
 

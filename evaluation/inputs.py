@@ -10,6 +10,7 @@ from refreshkv.data.content import SplitDigest
 from refreshkv.data.rows import Rows, load_rows, validate_same_tokens, validate_token_ids
 from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.data.tasks.task import Task
+from refreshkv.loading import Origin
 from refreshkv.options import task_values
 from refreshkv.settings import SettingsError
 
@@ -51,10 +52,10 @@ def sequences_fingerprint(sequences: Dataset) -> str:
     return digest.tokens
 
 
-def check_tokens(model: PreTrainedModel, path: str, rows: Rows) -> None:
+def check_tokens(model: PreTrainedModel, path: str, rows: Rows, origin: Origin) -> None:
     """Raises `SettingsError` if the sequences have other tokens than the model."""
     validate_token_ids(rows.info, vocabulary_size(model))
-    validate_same_tokens(path, rows)
+    validate_same_tokens(path, rows, origin)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -9,19 +9,19 @@ from transformers import PreTrainedModel
 from refreshkv.evaluation.processes import Processes
 from refreshkv.generation.inherited import forget_own_settings
 from refreshkv.loading import load_model
-from refreshkv.options import chosen_device
+from refreshkv.options import chosen_device, chosen_origin
 from refreshkv.settings import SettingsError
 
 
 def load_placed(path: str, options: argparse.Namespace, processes: Processes) -> PreTrainedModel:
     """Loads the model in a folder, or with a Hub id, in evaluation mode, where --device or --device-map put it.
 
-    options: those of `add_execution` and `add_device_map`. Each of several processes takes a GPU, or GPUs, of its own.
-    Raises `SettingsError` if the GPUs do not hold the whole model.
+    options: those of `add_origin`, `add_execution` and `add_device_map`. Each of several processes takes
+    a GPU, or GPUs, of its own. Raises `SettingsError` if the GPUs do not hold the whole model.
     """
     spread = {} if options.device_map is None else _device_map(options, processes)
     device = own_device(options.device, processes)
-    model = load_model(path, "--model", dtype=options.dtype, **spread)
+    model = load_model(path, "--model", chosen_origin(options), dtype=options.dtype, **spread)
     if options.ignore_generation_config:
         forget_own_settings(model)
     if spread:

@@ -30,10 +30,12 @@ from refreshkv.options import (
     add_budget,
     add_device,
     add_generation,
+    add_origin,
     add_overrides,
     changed_config,
     check_numbers,
     chosen_device,
+    chosen_origin,
 )
 from refreshkv.settings import SettingsError
 
@@ -43,10 +45,10 @@ CONTEXT = 8192
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
-    folder = model_folder(options.model)
-    tokenizer = load_tokenizer(folder, "MODEL")
+    folder, origin = model_folder(options.model), chosen_origin(options)
+    tokenizer = load_tokenizer(folder, "MODEL", origin)
     conversation = Conversation(tokenizer, options.system)
-    model = load_model(folder, "MODEL", dtype=options.dtype).eval()
+    model = load_model(folder, "MODEL", origin, dtype=options.dtype).eval()
     if options.ignore_generation_config:
         forget_own_settings(model)
     refuse_own_settings(model, taken=SAMPLING, samples=options.sample)
@@ -157,6 +159,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, help="with --sample (default: the model's generation settings)")
     parser.add_argument("--top-p", type=float, help="with --sample (default: the model's generation settings)")
     parser.add_argument("--seed", type=int, help="with --sample (default: 0)")
+    add_origin(parser)
     add_generation(parser)
     add_device(parser)
     add_overrides(parser)

@@ -181,8 +181,16 @@ def check_options(options: argparse.Namespace) -> None:
         raise SettingsError("--resume continues an evaluation and --overwrite replaces it: choose one")
     if kind in ("data", "generate") and any(override.startswith("tasks.") for override in options.overrides):
         raise SettingsError("tasks.NAME.key=value means nothing with --data")
+    check_models(options)
+
+
+def check_models(options: argparse.Namespace) -> None:
+    """Refuses several models, or one revision for several, where only one is meant."""
+    kind = options.kind
     if kind != "suite" and len(options.model) > 1:
         raise SettingsError(f"--model: only a suite takes several; --{kind} takes one")
+    if options.revision is not None and len(options.model) > 1:
+        raise SettingsError("--revision is of one model: evaluate the others of the suite in runs of their own")
 
 
 def check_generation(options: argparse.Namespace, given: dict[str, bool]) -> None:

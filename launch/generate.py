@@ -38,6 +38,7 @@ from refreshkv.options import (
     changed_config,
     check_numbers,
     chosen_device,
+    chosen_origin,
 )
 from refreshkv.prefix.prompt_cache import keep_all_tokens
 from refreshkv.prefix.recycling import Reuse, put_new, recycle
@@ -55,9 +56,9 @@ SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": 0.0}
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     prompt = read_prompt(options.prompt_file)
-    folder = model_folder(options.model)
-    tokenizer = load_tokenizer(folder, "--model")
-    model = load_model(folder, "--model", dtype=options.dtype).eval()
+    folder, origin = model_folder(options.model), chosen_origin(options)
+    tokenizer = load_tokenizer(folder, "--model", origin)
+    model = load_model(folder, "--model", origin, dtype=options.dtype).eval()
     if options.ignore_generation_config:
         forget_own_settings(model)
     refuse_own_settings(model, taken=SAMPLING, samples=options.sample)

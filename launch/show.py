@@ -30,11 +30,13 @@ from refreshkv.options import (
     add_budget,
     add_device,
     add_generation,
+    add_origin,
     add_overrides,
     add_schedule,
     changed_config,
     check_numbers,
     chosen_device,
+    chosen_origin,
 )
 from refreshkv.settings import SettingsError
 
@@ -43,9 +45,9 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     prompt = read_prompt(options.prompt_file)
     validate_output(options.output, options.overwrite)
-    folder = model_folder(options.model)
-    tokenizer = load_tokenizer(folder, "MODEL")
-    model = load_model(folder, "MODEL", dtype=options.dtype).eval()
+    folder, origin = model_folder(options.model), chosen_origin(options)
+    tokenizer = load_tokenizer(folder, "MODEL", origin)
+    model = load_model(folder, "MODEL", origin, dtype=options.dtype).eval()
     if options.ignore_generation_config:
         forget_own_settings(model)
     refuse_own_settings(model)
@@ -118,6 +120,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
     add_budget(parser)
     add_schedule(parser)
+    add_origin(parser)
     add_generation(parser)
     add_device(parser)
     add_overrides(parser)

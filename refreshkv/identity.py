@@ -1,9 +1,10 @@
 """Identifies models and tokenizers by all that they consist of: finished work is used again with the same ones only.
 
 A model's identity holds whatever changes a key, a value or a logit: its configuration without names and paths, its
-active adapters and their strength, and a checksum of all bytes of every weight.
+active adapters and their strength, a checksum of all bytes of every weight, and of code that it brought along.
 """
 
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,12 @@ import torch
 import xxhash
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from refreshkv.checksums import digest, file_checksum
 from refreshkv.layers import layer_kinds
+from refreshkv.quantized import int8_scales, quantized_parts
 from refreshkv.settings import SettingsError
 
 LENGTH_DEPENDENT_ROTARY = ("dynamic", "longrope")
@@ -75,13 +79,23 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
     Raises `SettingsError` if weights are not in memory.
     """
     whole = _base_model(model)
+    code = own_code(whole)
     return {
         "class": type(whole).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "config": plain_config(model.config),
         "adapters": adapters(model),
         "weights": weights(model),
+        **({} if code is None else {"code": code}),
     }
+
+
+def own_code(model: Any) -> str | None:
+    """A hash of the Python files of a model or tokenizer that brought its code along; None for one of a package."""
+    if not type(model).__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."):
+        return None
+    file = inspect.getfile(type(model))
+    return digest({Path(name).name: file_checksum(Path(name)) for name in [file, *get_relative_import_files(file)]})
 
 
 def plain_config(config: PretrainedConfig) -> dict[str, Any]:
@@ -97,9 +111,9 @@ def weights(model: nn.Module) -> str:
     left_out = _inactive_weights(model)
     derived = _derived_buffers(model)
     found: dict[str, list] = {}
-    for name, value in _named_tensors(model):
-        if name not in left_out:
-            found[_bare(name)] = [str(value.dtype), list(value.shape), _checksum(name, value, name in derived)]
+    parts = [part for n, whole in _named_tensors(model) if n not in left_out for part in quantized_parts(n, whole)]
+    for name, value in [*parts, *int8_scales(model)]:
+        found[_bare(name)] = [str(value.dtype), list(value.shape), _checksum(name, value, name in derived)]
     return digest(found)
 
 
@@ -239,14 +253,23 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
         rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
-    return digest([type(tokenizer).__name__, rules, special, cleans])
+    code = own_code(tokenizer)
+    return digest([type(tokenizer).__name__, rules, special, cleans, *([] if code is None else [code])])
 
 
 # ---- folders
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
 OTHER_FILES = ("config.json", "generation_config.json", "adapter_config.json", "*.index.json", "quantize_config.json")
-OTHER_FILES += ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
+OTHER_FILES += (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.py",
+)
 """The files of a model's folder, beside its weights, that its results depend on."""
 
 

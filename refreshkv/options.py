@@ -11,6 +11,7 @@ import torch
 
 from refreshkv.config import RefreshConfig
 from refreshkv.generation.inherited import IGNORE_OPTION
+from refreshkv.loading import Origin
 from refreshkv.ranges import COUNT, GIGABYTES, SECONDS, SEED, SHOWN_CHARACTERS, Range, validate_numbers
 from refreshkv.settings import SettingsError, load_settings
 
@@ -32,6 +33,22 @@ def add_model(parser: argparse.ArgumentParser, note: str = "", **settings: Any) 
     parser.add_argument(
         "--model", required=True, type=_model_name, help=f"folder or Hub id of a transformers decoder{note}", **settings
     )
+    add_origin(parser)
+
+
+def add_origin(parser: argparse.ArgumentParser) -> None:
+    """Adds --revision and --trust-remote-code; `chosen_origin` reads them."""
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub (default: its main branch)")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that the model or its tokenizer brings along, which may do anything (default: refuse it)",
+    )
+
+
+def chosen_origin(options: argparse.Namespace) -> Origin:
+    """The value of --revision and --trust-remote-code."""
+    return Origin(options.revision, options.trust_remote_code)
 
 
 def add_output(parser: argparse.ArgumentParser, default: str) -> None:

@@ -8,9 +8,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from refreshkv.gguf import is_gguf
 from refreshkv.identity import folder_identity
+from refreshkv.loading import hub_commit
+from refreshkv.quantized import FOUR_BITS, quantization_method
 from refreshkv.settings import SettingsError
 from refreshkv.train.adapter_config import AdapterConfig
-from refreshkv.train.config import RunConfig
+from refreshkv.train.config import ModelConfig, RunConfig
 
 
 def validate_adapter(config: RunConfig, zero_stage: int, dry: bool) -> None:
@@ -32,6 +34,27 @@ def validate_adapter(config: RunConfig, zero_stage: int, dry: bool) -> None:
         _peft()
     if model.quantization is not None:
         _bitsandbytes()
+
+
+def validate_quantized_model(config: RunConfig, model_config: PretrainedConfig, zero_stage: int) -> None:
+    """Raises `SettingsError` for a model with quantized weights that cannot be trained, or not like this."""
+    method = quantization_method(model_config)
+    if method is None or config.model.path is None or is_gguf(config.model.path):
+        return
+    model = f"model.path={config.model.path} holds {method} weights"
+    if config.model.quantization is not None:
+        raise SettingsError(f"{model}, which model.quantization would quantize twice: remove it")
+    if method not in FOUR_BITS:
+        raise SettingsError(
+            f"{model}, which are not trained, nor adapters beside them: name a folder with the original weights"
+        )
+    if config.training.adapter is None:
+        raise SettingsError(
+            f"{model}, which cannot be trained themselves: set training.adapter, such as training.adapter.rank=16, or "
+            "name a folder with the original weights"
+        )
+    if zero_stage == 3:
+        raise SettingsError(f"{model}, which ZeRO stage 3 does not divide: set training.deepspeed=zero2")
 
 
 def _validate_quantization(config: RunConfig, zero_stage: int) -> None:
@@ -59,23 +82,27 @@ def add_adapters(model: PreTrainedModel, adapter: AdapterConfig, seed: int) -> N
     _peft().inject_adapter_in_model(lora_settings(adapter), model)
 
 
-def lora_settings(adapter: AdapterConfig, base: str | None = None) -> Any:
-    """peft's settings of the adapters. base: path or Hub id of the model that they belong to."""
+def lora_settings(adapter: AdapterConfig, base: ModelConfig | None = None) -> Any:
+    """peft's settings of the adapters. base: the model that they belong to."""
     return _peft().LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         target_modules=adapter.targets or "all-linear",
         lora_dropout=adapter.dropout,
         modules_to_save=adapter.also_train or None,
-        base_model_name_or_path=base,
+        base_model_name_or_path=None if base is None else base.path,
+        revision=None if base is None else base.revision,
         task_type="CAUSAL_LM",
     )
 
 
-def quantization_options(config: RunConfig, device: torch.device) -> dict[str, Any]:
-    """Options of `from_pretrained` that load the weights of linear layers in 4 bits, straight to `device`."""
+def quantization_options(config: RunConfig, model_config: PretrainedConfig, device: torch.device) -> dict[str, Any]:
+    """Options of `from_pretrained` that load quantized weights straight to `device`; none for ordinary weights.
+
+    They are quantized by `model.quantization`, or in the files already.
+    """
     if config.model.quantization is None:
-        return {}
+        return {} if quantization_method(model_config) is None else {"device_map": {"": device}}
     from transformers import BitsAndBytesConfig
 
     _bitsandbytes()
@@ -88,18 +115,6 @@ def quantization_options(config: RunConfig, device: torch.device) -> dict[str, A
     return {"quantization_config": settings, "device_map": {"": device}}
 
 
-def keep_packed_form(model: PreTrainedModel) -> None:
-    """Keeps bitsandbytes from packing 4-bit weights anew in evaluation mode.
-
-    On CPUs with AVX512-BF16 it would do so in place, with rounded scales and a product that has no gradient, and the
-    training after an evaluation would go on with them.
-    """
-    modules: list[Any] = list(model.modules())  # any: torch annotates every attribute as a tensor or a module
-    for module in modules:
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
 def base_of(config: RunConfig, model_config: PretrainedConfig) -> str:
     """What tells the model beside which adapters are trained from others: a hash of a folder's weights, or the Hub's
     commit. Empty for a run without adapters."""
@@ -107,7 +122,10 @@ def base_of(config: RunConfig, model_config: PretrainedConfig) -> str:
         return ""
     folder = Path(config.model.path).expanduser()
     found = folder_identity(folder) if folder.is_dir() else None
-    return found["weights"] if found else str(getattr(model_config, "_commit_hash", None) or "")
+    if found:
+        return found["weights"]
+    # newer releases of transformers do not note the commit
+    return str(getattr(model_config, "_commit_hash", None) or hub_commit(config.model.path, config.model.origin) or "")
 
 
 def validate_base(before: str, now: str, model: str | None, setting: str) -> None:

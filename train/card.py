@@ -55,8 +55,8 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
 `trust_remote_code=True` runs the code in `custom_generate/`, which refreshkv {version} put there. With refreshkv
-installed the same is `refreshkv.generate(AutoModelForCausalLM.from_pretrained(name), **inputs)`, and no code of the
-model's is run. A server with OpenAI's interface: `transformers serve --trust-remote-code {name}`."""
+installed the same is `refreshkv.generate(AutoModelForCausalLM.from_pretrained(name{code}), **inputs)`, and no code
+{other} is run. A server with OpenAI's interface: `transformers serve --trust-remote-code {name}`."""
 
 ADAPTER_USAGE = """\
 ## Usage
@@ -70,7 +70,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 name = "{name}"
 tokenizer = AutoTokenizer.from_pretrained(name)
-base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto"{how})
 model = PeftModel.from_pretrained(base, name).get_base_model()
 enable(model, RefreshConfig.from_dict(AutoConfig.from_pretrained(name).refreshkv))
 
@@ -109,7 +109,7 @@ def model_card(
 
     Raises `SettingsError` if that folder holds no report.
     """
-    trained = f"Trained, from {run.model.path}," if run.model.path and _is_hub_id(run.model.path) else "Trained"
+    trained = f"Trained, from {_base(run)}," if run.model.path and _is_hub_id(run.model.path) else "Trained"
     parts = [_front_matter(run, is_adapter), INTRODUCTION.format(name=name, origin=trained)]
     if report is not None:
         parts.append(_evaluation(load_report(report, "--report")))
@@ -117,7 +117,12 @@ def model_card(
     usage = ADAPTER_USAGE if is_adapter else USAGE
     base = run.model.path if run.model.path and _is_hub_id(run.model.path) else "BASE"
     new_tokens = min(256, run.data.row_length // 2)
-    parts.append(usage.format(name=name, base=base, version=__version__, new_tokens=new_tokens))
+    how = "".join(f", {name}={value!r}" for name, value in run.model.origin.settings().items())
+    own = run.model.trust_remote_code
+    code, other = (", trust_remote_code=True", "but the model's own") if own else ("", "of the model's")
+    parts.append(
+        usage.format(name=name, base=base, how=how, code=code, other=other, version=__version__, new_tokens=new_tokens)
+    )
     return "\n\n".join([*parts, CITATION]) + "\n"
 
 
@@ -127,6 +132,11 @@ def _front_matter(run: RunConfig, is_adapter: bool) -> str:
     if run.model.path and _is_hub_id(run.model.path):
         values["base_model"] = run.model.path
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
+
+
+def _base(run: RunConfig) -> str:
+    """The Hub id of the model that was trained further, and the revision that was asked for."""
+    return f"{run.model.path}" + (f" (revision {run.model.revision})" if run.model.revision else "")
 
 
 def _is_hub_id(path: str) -> bool:

@@ -3,10 +3,11 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
 
 from refreshkv.files import PARTIAL, flush_to_disk, remove_folder, write_json
 from refreshkv.settings import save_settings
@@ -79,6 +80,9 @@ def _write(
 def _describe(
     folder: Path, model: PreTrainedModel, config: RunConfig, state: State, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
+    if getattr(model, "_auto_class", None) is not None:  # a class of the model's own code
+        (folder / "model").mkdir()
+        custom_object_save(model, folder / "model", config=cast(Any, model.config))
     model.config.save_pretrained(folder / "model")
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder / "model")

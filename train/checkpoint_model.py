@@ -13,7 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedMode
 from transformers.utils import logging as transformers_logging
 
 from refreshkv.cache.refresh import saved_config
-from refreshkv.loading import CODE
+from refreshkv.loading import PLAIN, Origin, own_class
 from refreshkv.train.export_error import ExportError, one_line
 from refreshkv.train.safe_loading import tensors_only
 
@@ -56,11 +56,17 @@ def _rounded(weight: Any, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def checkpoint_model(checkpoint: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a checkpoint's configuration with these weights; `ExportError` unless each has its place."""
+def checkpoint_model(
+    checkpoint: Path, weights: dict[str, Tensor], dtype: torch.dtype, origin: Origin = PLAIN
+) -> PreTrainedModel:
+    """The model of a checkpoint's configuration with these weights; `ExportError` unless each has its place.
+
+    origin: of the model that was trained; whether the code in the checkpoint may run.
+    """
     try:
-        config = AutoConfig.from_pretrained(checkpoint / "model", **CODE)
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        config = AutoConfig.from_pretrained(checkpoint / "model", trust_remote_code=origin.trust_remote_code)
+        own = own_class(config, checkpoint / "model", origin.of_folder)
+        model_class = own or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except (OSError, ValueError, KeyError) as error:
         raise ExportError(f"CHECKPOINT: {checkpoint / 'model'} holds no known model: {one_line(error)}") from error
     saved_config(config)

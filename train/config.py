@@ -8,6 +8,7 @@ from transformers import SchedulerType
 
 from refreshkv.config import RefreshConfig
 from refreshkv.data.config import DataConfig
+from refreshkv.loading import Origin
 from refreshkv.ranges import COUNT, COUNT_OR_NONE, SECONDS, SEED, Range, validate_numbers
 from refreshkv.settings import SettingsError
 from refreshkv.simulation.distillation import DistillationConfig
@@ -42,6 +43,11 @@ class ModelConfig:
 
     path: str | None = None
     """Folder or Hub id of a transformers decoder."""
+    revision: str | None = None
+    """Branch, tag or commit of `path` on the Hub; null for its main branch."""
+    trust_remote_code: bool = False
+    """Run Python code that the model or its tokenizer brings along, which may do anything. Without it such a model is
+    refused."""
     scratch: dict[str, Any] | None = None
     """A new model with random weights: `model_type` and the fields of its transformers configuration."""
     prompt_attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
@@ -55,6 +61,13 @@ class ModelConfig:
             raise SettingsError("set either model.path (an existing model) or model.scratch (a new one)")
         if self.scratch is not None and "model_type" not in self.scratch:
             raise SettingsError("model.scratch needs a model_type, such as llama")
+        if self.scratch is not None and self.revision is not None:
+            raise SettingsError("model.revision means nothing with model.scratch: leave it out")
+
+    @property
+    def origin(self) -> Origin:
+        """Which state of `path` is loaded, and whether its code may run."""
+        return Origin(self.revision, self.trust_remote_code)
 
 
 @dataclass

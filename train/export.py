@@ -117,9 +117,10 @@ def _validate_form(checkpoint: Checkpoint, form: Form) -> None:
 def _write_model(checkpoint: Checkpoint, card: str, folder: Path) -> dict[str, Any]:
     """Writes and checks a whole model; the fields of `ExportResult` that follow from it."""
     dtype, merge_difference = DTYPES[checkpoint.settings.training.dtype], None
+    origin = checkpoint.settings.model.origin
     if checkpoint.settings.training.adapter is None:
         weights = consolidated_weights(checkpoint.folder, checkpoint.state.zero_stage, dtype)
-        model = checkpoint_model(checkpoint.folder, weights, dtype)
+        model = checkpoint_model(checkpoint.folder, weights, dtype, origin)
     else:
         adapted = adapted_model(checkpoint)
         model, merge_difference = merged_model(adapted, random_rows(adapted.get_base_model()))
@@ -130,7 +131,7 @@ def _write_model(checkpoint: Checkpoint, card: str, folder: Path) -> dict[str, A
     logits = logits_of(model, rows)
     _write(model, checkpoint.folder / "model", card, folder)
     del model  # both models at once would double the memory
-    reload_difference, decode_difference = check_export(folder, rows, logits)
+    reload_difference, decode_difference = check_export(folder, rows, logits, origin)
     return {
         "parameters": parameters,
         "dtype": str(dtype).removeprefix("torch."),

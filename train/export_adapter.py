@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from refreshkv.loading import CODE, load_model
+from refreshkv.loading import load_configuration, load_model
+from refreshkv.quantized import quantization_method
 from refreshkv.train.adapter import base_of, lora_settings, quantization_options, validate_base
 from refreshkv.train.checkpoint_model import consolidated_weights
 from refreshkv.train.checkpoint_reader import Checkpoint
@@ -30,7 +31,7 @@ def adapted_model(checkpoint: Checkpoint) -> Any:
     run, state = checkpoint.settings, checkpoint.state
     assert run.training.adapter is not None
     base = base_model(checkpoint)
-    model = peft.get_peft_model(base, lora_settings(run.training.adapter, run.model.path))
+    model = peft.get_peft_model(base, lora_settings(run.training.adapter, run.model))
     weights = consolidated_weights(checkpoint.folder, state.zero_stage, torch.float32, trained_alone=True)
     found = model.load_state_dict(
         {f"base_model.model.{name}": weight for name, weight in weights.items()}, strict=False
@@ -47,11 +48,13 @@ def base_model(checkpoint: Checkpoint) -> PreTrainedModel:
     run = checkpoint.settings
     assert run.model.path is not None
     dtype = torch.bfloat16 if run.training.dtype == "bf16" else torch.float32
-    model = load_model(run.model.path, "model.path", dtype=dtype, **quantization_options(run, torch.device("cpu")))
+    model_config = load_configuration(run.model.path, "model.path", run.model.origin)
+    options = quantization_options(run, model_config, torch.device("cpu"))
+    model = load_model(run.model.path, "model.path", run.model.origin, dtype=dtype, **options)
     validate_base(checkpoint.state.base, base_of(run, model.config), run.model.path, "CHECKPOINT")
-    if run.model.quantization is not None:
+    if quantization_method(model.config) is not None:
         model = _unpacked(model)
-    config = AutoConfig.from_pretrained(checkpoint.folder / "model", **CODE)
+    config = AutoConfig.from_pretrained(checkpoint.folder / "model", trust_remote_code=run.model.trust_remote_code)
     model.config.refreshkv = config.refreshkv
     return model.float()
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import refreshkv
 from refreshkv import RefreshConfig
 from refreshkv.cache.refresh import saved_config
-from refreshkv.loading import CODE
+from refreshkv.loading import PLAIN, Origin
 from refreshkv.parity import decoding_difference
 from refreshkv.train.checkpoint_model import quiet_transformers, validate_loading
 from refreshkv.train.export_error import ExportError
@@ -22,13 +22,13 @@ DECODING_TOLERANCE = 1e-3
 """Largest difference between decoding and the parallel form in float32, as a share of the largest logit."""
 
 
-def check_export(folder: Path, rows: Tensor, logits: Tensor) -> tuple[float, float]:
+def check_export(folder: Path, rows: Tensor, logits: Tensor, origin: Origin = PLAIN) -> tuple[float, float]:
     """Loads the model in `folder` and compares it with the checkpoint's; returns the largest logit difference of each.
 
     The model must compute `logits` (B, T, V) from `rows` (B, T), and decoding must equal its parallel form. Raises
     `ExportError` if one of the differences is too large.
     """
-    return compare_reloaded(_reload(folder), rows, logits)
+    return compare_reloaded(_reload(folder, origin), rows, logits)
 
 
 def compare_reloaded(model: PreTrainedModel, rows: Tensor, logits: Tensor) -> tuple[float, float]:
@@ -49,11 +49,11 @@ def compare_reloaded(model: PreTrainedModel, rows: Tensor, logits: Tensor) -> tu
     return reload_difference, decode_difference
 
 
-def _reload(folder: Path) -> PreTrainedModel:
+def _reload(folder: Path, origin: Origin) -> PreTrainedModel:
     with quiet_transformers():
         # output_loading_info makes it return a pair, which transformers' annotation leaves out
         model, loading = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            folder, dtype="auto", output_loading_info=True, **CODE
+            folder, dtype="auto", output_loading_info=True, trust_remote_code=origin.trust_remote_code
         )
     validate_loading("what was written", loading)
     return model

@@ -8,7 +8,8 @@ from transformers import PretrainedConfig
 
 from refreshkv.attention import sequence_parallel
 from refreshkv.data.rows import Rows, load_rows
-from refreshkv.train.adapter import validate_adapter
+from refreshkv.quantized import quantization_method
+from refreshkv.train.adapter import validate_adapter, validate_quantized_model
 from refreshkv.train.config import RunConfig
 from refreshkv.train.deepspeed_json import read_deepspeed_json, zero_stage
 from refreshkv.train.kernels import validate_kernels, validate_prompt_attention
@@ -47,6 +48,11 @@ class Job:
         """The prepared rows of a run that is no dry run."""
         assert self.sequences is not None
         return self.sequences
+
+    @property
+    def packed(self) -> str | None:
+        """The format of linear layers' weights of 4 bits; None for ordinary weights."""
+        return self.config.model.quantization or quantization_method(self.model_config)
 
     @property
     def output(self) -> Path:
@@ -97,6 +103,7 @@ def resolve(config: RunConfig, world: int, dry: bool = False) -> Job:
     sequence_parallel.check_sequence(config.parallel.sequence, world, config.data.row_length, model_config)
     count = micro_batches(config, world)
     validate_adapter(config, zero_stage(deepspeed), dry)
+    validate_quantized_model(config, model_config, zero_stage(deepspeed))
     if not dry:
         validate_optimizer(config.training)
         validate_trackers(config.training.report_to)
@@ -106,7 +113,7 @@ def resolve(config: RunConfig, world: int, dry: bool = False) -> Job:
         config=config,
         world=world,
         model_config=model_config,
-        shape=model_shape(model_config, config.training.adapter),
+        shape=model_shape(model_config, config.training.adapter, config.model.origin),
         deepspeed=deepspeed,
         zero_stage=zero_stage(deepspeed),
         micro_batches=count,

@@ -70,7 +70,7 @@ def _weights(job: Job) -> float:
     """The weights of the whole model, those of adapters included."""
     shape, size = job.shape, _number_size(job.config)
     adapters = 0 if shape.adapters is None else shape.adapters.trained
-    packed = shape.packable if job.config.model.quantization else 0
+    packed = shape.packable if job.packed else 0
     return size * (shape.parameters + adapters - packed) + NF4_BYTES * packed
 
 
@@ -95,7 +95,7 @@ def _activations(job: Job) -> tuple[float, float]:
     backward = size * (shape.hidden + mlp * shape.mlp) * _tokens(job)
     kept = (0.0 if training.activation_offload else inputs) + (shape.layers - recomputed) * layer
     # a layer of 4-bit weights is multiplied in the run's precision; the largest one is a matrix of the MLP
-    unpacked = size * shape.hidden * shape.mlp if job.config.model.quantization else 0
+    unpacked = size * shape.hidden * shape.mlp if job.packed else 0
     return kept, backward + unpacked + (layer if recomputed == shape.layers else 0.0)
 
 

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 import refreshkv
-from refreshkv.loading import CODE, load_model
+from refreshkv.loading import load_model
 from refreshkv.settings import SettingsError
-from refreshkv.train.adapter import add_adapters, keep_packed_form, quantization_options
+from refreshkv.train.adapter import add_adapters, quantization_options
 from refreshkv.train.engine import engine_settings, init_processes
 from refreshkv.train.job import Job
 from refreshkv.train.kernels import use_liger
@@ -28,13 +28,12 @@ def build_model(job: Job) -> PreTrainedModel:
     if config.model.path is not None:
         dtype = torch.bfloat16 if training.dtype == "bf16" else torch.float32
         with divided_while_loading(job):
-            options = quantization_options(config, _device())
-            model = load_model(config.model.path, "model.path", dtype=dtype, **options)
-        keep_packed_form(model)
+            options = quantization_options(config, job.model_config, _device())
+            model = load_model(config.model.path, "model.path", config.model.origin, dtype=dtype, **options)
     else:
         _validate_memory(job)
         torch.manual_seed(training.seed)
-        model = AutoModelForCausalLM.from_config(job.model_config, dtype=torch.float32, **CODE)
+        model = AutoModelForCausalLM.from_config(job.model_config, dtype=torch.float32)
     refreshkv.enable(model, config.refresh, prompt_attention=config.model.prompt_attention)
     if training.kernels == "liger":
         use_liger(model)

@@ -47,7 +47,7 @@ def _trained(job: Job) -> str:
     adapter = job.config.training.adapter
     if job.shape.adapters is None or adapter is None:
         return ""
-    packed = f", linear layers in {job.config.model.quantization}" if job.config.model.quantization else ""
+    packed = f", linear layers in {job.packed}" if job.packed else ""
     return f"{packed}; {job.shape.adapters.trained:,} trained (rank {adapter.rank})"
 
 

@@ -54,7 +54,7 @@ class Run:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer of the rows, which every checkpoint holds."""
-        return find_tokenizer(self.job.prepared.tokenizer_folder)
+        return find_tokenizer(self.job.prepared.tokenizer_folder, self.job.config.model.origin.of_folder)
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step: its columns of its group's rows."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from refreshkv.loading import CODE, load_configuration, validate_sizes
+from refreshkv.loading import PLAIN, Origin, load_configuration, own_class, validate_sizes
 from refreshkv.settings import SettingsError
 from refreshkv.train.adapter_config import AdapterConfig
 from refreshkv.train.adapter_shape import AdapterShape, adapter_shape
@@ -17,7 +17,7 @@ from refreshkv.train.flops import Work, model_work
 def model_configuration(model: ModelConfig) -> PretrainedConfig:
     """The transformers configuration of the model; `SettingsError` if there is none."""
     if model.path is not None:
-        return load_configuration(model.path, "model.path")
+        return load_configuration(model.path, "model.path", model.origin)
     assert model.scratch is not None  # `ModelConfig` has one of the two
     fields = dict(model.scratch)
     model_type = fields.pop("model_type")
@@ -63,7 +63,7 @@ class Shape:
     vocabulary: int
     work: Work
     packable: int
-    """Weights of the linear layers without the output layer, which `model.quantization` keeps in 4 bits."""
+    """Weights of the linear layers without the output layer, which 4-bit models keep packed."""
     adapters: AdapterShape | None = None
 
     @property
@@ -82,7 +82,7 @@ def _mlp_size(model_config: PretrainedConfig) -> int:
     return chosen * own + (getattr(decoder, "shared_expert_intermediate_size", None) or shared)
 
 
-def model_shape(model_config: PretrainedConfig, adapter: AdapterConfig | None = None) -> Shape:
+def model_shape(model_config: PretrainedConfig, adapter: AdapterConfig | None = None, origin: Origin = PLAIN) -> Shape:
     """The shape of a configuration's model, which is built without weights for it.
 
     Raises `SettingsError` if there is no such model, or if it lacks layers that `adapter` names.
@@ -95,7 +95,8 @@ def model_shape(model_config: PretrainedConfig, adapter: AdapterConfig | None = 
         )
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config, **CODE)
+            own = own_class(model_config, model_config.name_or_path, origin)
+            model = own._from_config(model_config) if own else AutoModelForCausalLM.from_config(model_config)
     except Exception as error:  # what a model makes of its settings differs from family to family
         raise SettingsError(
             f"model: no {model_config.model_type} model can be built with these settings (model.scratch, or the "

@@ -83,7 +83,7 @@ def validate_rows(config: RunConfig, available: int) -> None:
 def validate_tokens(config: RunConfig, model_config: PretrainedConfig, sequences: Rows) -> None:
     """Refuses rows made with another tokenizer than the model's."""
     if config.model.path is not None:
-        validate_same_tokens(config.model.path, sequences)
+        validate_same_tokens(config.model.path, sequences, config.model.origin)
     validate_token_ids(sequences.info, model_config.get_text_config(decoder=True).vocab_size)
 
 

@@ -25,7 +25,7 @@ from refreshkv.evaluation.processes import ALONE, Processes
 from refreshkv.evaluation.reports import EXAMPLES_FILE, ROWS_FILE
 from refreshkv.evaluation.suites.config import Corpus, Suite
 from refreshkv.evaluation.tasks.scores import ExampleRecords, TaskResult, evaluate_tasks, make_examples
-from refreshkv.loading import load_tokenizer
+from refreshkv.loading import PLAIN, Origin, load_tokenizer
 from refreshkv.settings import SettingsError
 
 
@@ -111,6 +111,7 @@ def run_suite(
     stepwise: bool | None = None,
     progress: bool = True,
     processes: Processes = ALONE,
+    origin: Origin = PLAIN,
 ) -> dict[str, Measured]:
     """Measures all that the suite's table shows; returns it by model.
 
@@ -121,6 +122,7 @@ def run_suite(
         stepwise: decode the corpora token by token under every strategy, so that all have times and memory. None: only
             the corpora whose times or memory the table shows.
         processes: those that share the work.
+        origin: of all models, as `load` takes it.
 
     Raises `SettingsError` for a model that the corpora or tasks do not fit.
     """
@@ -133,9 +135,9 @@ def run_suite(
         strategies = {of: suite.strategies(of, name) for of in [*opened.rows, *opened.tasks]}
         corpora = {of: own for of, own in opened.rows.items() if strategies[of]}
         for rows, _ in corpora.values():
-            check_tokens(model, path, rows)
+            check_tokens(model, path, rows, origin)
         tasks = {of: own for of, own in opened.tasks.items() if strategies[of]}
-        tokenizer = load_tokenizer(path, "--model") if tasks else None
+        tokenizer = load_tokenizer(path, "--model", origin) if tasks else None
         work = {}  # before the long part: some tasks may not fit the model
         if tokenizer is not None:
             work = {

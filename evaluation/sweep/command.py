@@ -22,6 +22,7 @@ from refreshkv.evaluation.sweep.tradeoff_report import (
     write_tradeoff_report,
 )
 from refreshkv.loading import model_folder, own_config
+from refreshkv.options import chosen_origin
 from refreshkv.settings import SettingsError
 
 
@@ -36,7 +37,7 @@ def sweep_grid(options: argparse.Namespace, command: str, processes: Processes =
     path = model_folder(options.model)
     model = load_placed(path, options, processes)
     for rows, _ in opened.values():
-        check_tokens(model, path, rows)
+        check_tokens(model, path, rows, chosen_origin(options))
     enable(model, own_config(model.config))
     folder = processes.from_first(lambda: open_output(output, FILES, options.overwrite, options.resume))
 
@@ -58,6 +59,7 @@ def sweep_grid(options: argparse.Namespace, command: str, processes: Processes =
         "sequences": len(next(iter(texts.values()))),
         "grid": options.grid,
         "dtype": str(model.dtype).removeprefix("torch."),
+        **chosen_origin(options).settings(),
     }
     fingerprints = {name: sequences_fingerprint(rows) for name, rows in texts.items()}
     report = build_tradeoff_report(tradeoff, options.model, settings, command, fingerprints)

@@ -5,7 +5,7 @@ import inspect
 from typing import Any
 
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from refreshkv.attention.function import refresh_attention
 from refreshkv.attention.masks import left_padding_mask
@@ -53,7 +53,7 @@ def enable(
     if getattr(model.config.get_text_config(decoder=True), "attention_dropout", 0.0):
         raise SettingsError("attention dropout is not simulated: set attention_dropout=0 in the model's config")
     _own_config(model)
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(_attention_names(model.config))
     model.config.refreshkv = config.to_dict()
     attach(model, _decoders(model), modules, ModelCalls(kinds, prompt_attention))
     announce_chunks(model)
@@ -109,6 +109,14 @@ def _own_config(model: PreTrainedModel) -> None:
         config = vars(module).get("config")
         if config is not None and id(config) in copies:
             module.config = copies[id(config)]
+
+
+def _attention_names(config: PretrainedConfig) -> str | dict[str, str]:
+    """The refresh attention for the decoder; encoders of images and the like keep theirs."""
+    decoder = config.get_text_config(decoder=True)
+    if decoder is config:
+        return NAME
+    return {"": NAME, **{name: NAME for name in config.sub_configs if getattr(config, name, None) is decoder}}
 
 
 def _decoders(model: PreTrainedModel) -> list[nn.Module]:

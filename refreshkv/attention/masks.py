@@ -32,7 +32,10 @@ def left_padding_mask(
     if torch.compiler.is_compiling() and attention_mask is None:
         return None  # while it is traced transformers cannot see packed sequences: the attention looks at positions
     if not allow_is_causal_skip and q_length > 1:
-        raise ValueError("packed sequences and custom masks are not supported: give each batch row one sequence")
+        raise ValueError(
+            "packed sequences and custom masks are not supported: give each batch row one sequence; images "
+            "whose tokens attend to later ones (Gemma 3) are not supported either"
+        )
     if attention_mask is None:
         return None
     if attention_mask.shape[1] < kv_length + kv_offset:

@@ -19,6 +19,11 @@ LARGE = (".safetensors", "tokenizer.json")
 """Endings of files that go by LFS; the Hub decides by size and content."""
 
 
+def _commit(revision: str) -> str:
+    is_commit = re.fullmatch("[0-9a-f]{40}", revision)
+    return COMMIT if revision == "main" else revision if is_commit else hashlib.sha1(revision.encode()).hexdigest()
+
+
 class HubServer:
     """`with HubServer(token) as hub`: serves at `hub.url`; afterwards look at `repositories` and `calls`."""
 
@@ -28,6 +33,8 @@ class HubServer:
         """Answer every call with this status."""
         self.repositories: dict[str, dict[str, Any]] = {}
         """Repository id -> {"private": bool, "files": {path: bytes}}"""
+        self.revisions: dict[tuple[str, str], dict[str, bytes]] = {}
+        """Repository id and branch or commit -> files, of all but the main branch."""
         self.calls: list[str] = []
         """"METHOD /path", in order."""
         self.objects: dict[str, bytes] = {}
@@ -35,10 +42,21 @@ class HubServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
-    def add(self, repo: str, folder: Path) -> None:
-        """Adds a repository with the files of a folder."""
+    def add(self, repo: str, folder: Path, branch: str = "main") -> str:
+        """Adds a branch of a repository with the files of a folder; returns its commit."""
         files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-        self.repositories[repo] = {"private": False, "files": files}
+        if branch == "main":
+            self.repositories[repo] = {"private": False, "files": files}
+            return COMMIT
+        commit = _commit(branch)
+        self.revisions |= {(repo, branch): files, (repo, commit): files}
+        return commit
+
+    def files(self, repo: str, revision: str) -> dict[str, bytes] | None:
+        """The files of a branch or a commit; None if there is none."""
+        if revision in ("main", COMMIT):
+            return self.repositories.get(repo, {"files": {}})["files"]
+        return self.revisions.get((repo, revision))
 
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -93,9 +111,11 @@ class _Handler(BaseHTTPRequestHandler):
             return b"".join(parts)
         return self.rfile.read(int(self.headers["Content-Length"] or 0))
 
-    def _answer(self, status: int, content: Any) -> None:
+    def _answer(self, status: int, content: Any, code: str | None = None) -> None:
         data = json.dumps(content).encode()
         self.send_response(status)
+        if code is not None:
+            self.send_header("X-Error-Code", code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -109,34 +129,38 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.repositories.setdefault(repo, {"private": private, "files": {}})
         self._answer(status, {"url": f"{self.hub.url}/{repo}", "name": repo, "id": "0"})
 
-    def info(self, repo: str) -> None:
+    def info(self, repo: str, revision: str | None = None) -> None:
         if repo not in self.hub.repositories:
             return self._answer(404, {"error": "Repository not found"})
-        known = self.hub.repositories[repo]
-        siblings = [{"rfilename": path} for path in known["files"]]
-        content = {"id": repo, "modelId": repo, "private": known["private"], "sha": COMMIT, "siblings": siblings}
+        known, files = self.hub.repositories[repo], self.hub.files(repo, revision or "main")
+        if files is None:
+            return self._answer(404, {"error": "Revision not found"}, code="RevisionNotFound")
+        siblings = [{"rfilename": path} for path in files]
+        commit = _commit(revision or "main")
+        content = {"id": repo, "modelId": repo, "private": known["private"], "sha": commit, "siblings": siblings}
         self._answer(200, {**content, "tags": []})
 
-    def resolve(self, repo: str, path: str) -> None:
+    def resolve(self, repo: str, revision: str, path: str) -> None:
         """The content of a file, or of its head alone."""
-        files = self.hub.repositories.get(repo, {"files": {}})["files"]
-        if path not in files:
+        files = self.hub.files(repo, revision)
+        if not files or path not in files:
             self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound" if files else "RepoNotFound")
-            self.send_header("X-Repo-Commit", COMMIT)
+            missing = "RevisionNotFound" if files is None else "RepoNotFound"
+            self.send_header("X-Error-Code", "EntryNotFound" if files else missing)
+            self.send_header("X-Repo-Commit", _commit(revision))
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
         self.send_response(200)
         self.send_header("ETag", f'"{hashlib.sha256(files[path]).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", _commit(revision))
         self.send_header("Content-Length", str(len(files[path])))
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(files[path])
 
-    def tree(self, repo: str) -> None:
-        files = self.hub.repositories[repo]["files"]
+    def tree(self, repo: str, revision: str) -> None:
+        files = self.hub.files(repo, revision) or {}
         self._answer(200, [{"type": "file", "path": p, "size": len(c), "oid": COMMIT} for p, c in files.items()])
 
     def validate_yaml(self) -> None:
@@ -178,10 +202,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 ROUTES = (
     ("POST", "/api/repos/create", _Handler.create),
-    ("GET", "/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", _Handler.info),
-    ("GET", "/([^/]+/[^/]+)/resolve/[^/]+/(.+)", _Handler.resolve),
-    ("HEAD", "/([^/]+/[^/]+)/resolve/[^/]+/(.+)", _Handler.resolve),
-    ("GET", "/api/models/([^/]+/[^/]+)/tree/main", _Handler.tree),
+    ("GET", "/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", _Handler.info),
+    ("GET", "/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", _Handler.resolve),
+    ("HEAD", "/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", _Handler.resolve),
+    ("GET", "/api/models/([^/]+/[^/]+)/tree/([^/]+)", _Handler.tree),
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),
     ("POST", "/api/models/([^/]+/[^/]+)/preupload/main", _Handler.preupload),
     ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", _Handler.lfs_batch),

@@ -180,9 +180,20 @@ class ExperimentConfig:
                 )
             if self.arms[arm].settings is not None:
                 self.run_settings(name, arm, study.seeds[0], "model", "run")
+        self._check_models(name, study)
         if UNTRAINED not in study.arms:
             raise SettingsError(f"studies.{name}.arms must have {UNTRAINED}, which the others are compared with")
         self._check_evaluations(name, study)
+
+    def _check_models(self, name: str, study: Study) -> None:
+        arms = [self.arms[arm].settings for arm in study.arms]
+        for part in (self.settings, study.settings, study.base, study.continued, *arms):
+            model = (part or {}).get("model")
+            for key in ("revision", "trust_remote_code"):
+                if isinstance(model, dict) and key in model:
+                    raise SettingsError(
+                        f"studies.{name}: experiments take no model.{key}: name a folder whose model needs neither"
+                    )
 
     def data(self, study: str) -> Fragment:
         """The `data` section of the study's runs."""
