@@ -19,9 +19,9 @@ def draw_simulation(
 ) -> Simulation | None:
     """The simulation of one optimizer step, the same on every rank; None for a plain step.
 
-    whole: prompt length, stride, select stride, budget and chunks are drawn independently and uniformly. paper: the last
-    `stride` tokens of the row are partial and never refreshed (appendix A.1). Raises `SettingsError` if the prompt does
-    not lie inside the row.
+    whole: prompt length, stride, select stride, budget and chunks are drawn independently and uniformly. paper: the
+    last `stride` tokens of the row are partial and never refreshed (appendix A.1). Raises `SettingsError` if the prompt
+    does not lie inside the row.
     """
     if settings.pattern == "off" or random.Random(f"{PURPOSE}, plain:{seed}:{step}").random() < settings.plain_share:
         return None

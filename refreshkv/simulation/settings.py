@@ -27,8 +27,8 @@ class SimulationConfig:
     """Size K of the small cache: tokens or a share of the prompt, or a list from which each step draws, by a draw of
     its own, so that a model learns to do with several; null for `refresh.budget`. Not used by paper and off."""
     chunks: int | None | list[int] = None
-    """Number of chunks that the prompt is cut into, at places drawn uniformly (docs/chunks.md): a fixed number, or a list
-    from which each step draws; null, or 1 in a list, for a prompt in one piece. Not used by paper and off."""
+    """Number of chunks that the prompt is cut into, at places drawn uniformly (docs/chunks.md): a fixed number, or a
+    list from which each step draws; null, or 1 in a list, for a prompt in one piece. Not used by paper and off."""
     threshold: float | None = None
     """Similarity threshold of the simulated steps; None for the fixed schedule."""
     plain_share: float = 0.0
