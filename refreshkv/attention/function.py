@@ -8,6 +8,7 @@ Shapes: `B` batch rows, `T` query positions, `L` key positions, `H` query heads,
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,6 +89,8 @@ def refresh_attention(
         changes = _changes_of(layer, terms)
         if layer.is_decoding:
             return layer.step(query, key, value, factor, **changes), None
+        if layer.columns is not None:
+            dense = replace(dense, columns=layer.columns)
         block: Any = _prompt_block  # torch.compiler.disable hides its signature
         return block(dense, query, key, value, layer), None
     return dense(query, key, value), None
@@ -153,8 +156,8 @@ def _simulate(
         return ops.whole_sequence(query, key, value, plan, options, dense.scaling)
     computed = computed_length(query, prompt) if may_choose else prompt
     parts = SplitAtPrompt.apply(query, key, value, prompt, computed, config.observation_window)
-    *early, late_query, key, value = parts
-    output = _prompt(dense, *early, simulation)[:, :prompt]
+    early_query, early_key, early_value, late_query, key, value = parts
+    output = _prompt(dense, early_query, early_key, early_value, simulation)[:, :prompt]
     decoded = ops.refresh_rows(late_query, key, value, plan, options, dense.scaling, dense.terms)
     return torch.cat([output, decoded], dim=1)
 
