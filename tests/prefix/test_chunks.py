@@ -12,6 +12,7 @@ from refreshkv.prefix.chunks import generate_from_chunks, load_chunks
 from refreshkv.prefix.recycling import recycle
 from refreshkv.prefix.rotary import find_rotations
 from refreshkv.prefix.store import PrefixStore
+from tests.helpers.marks import slow_tuples_unless, slow_unless
 from tests.helpers.models import FAMILIES, random_ids, tiny_enabled, tiny_model
 from tests.helpers.prefix_stores import FIXED, ROOM, SELECTING, greedy, known_tokens, remember
 
@@ -97,10 +98,10 @@ def test_keys_that_nothing_known_turns_are_refused():
 
 def test_one_chunk_is_prefix_reuse_bit_for_bit():
     """So is a chunk that is the beginning of a longer stored prompt."""
+    model, ids = tiny_enabled(dtype=torch.float32), random_ids(1, LENGTH)
+    store = store_of(model)
+    remember(model, store, ids[:, :120])
     for config in (FIXED, SELECTING):
-        model, ids = tiny_enabled(dtype=torch.float32), random_ids(1, LENGTH)
-        store = store_of(model)
-        remember(model, store, ids[:, :120])
         caches = [RefreshCache(model.config, ROOM, config) for _ in range(2)]
         assert recycle(store, caches[0], ids[:, :120], least=1).tokens == 118
         reuse = load_chunks(store, caches[1], [ids[0, :118]], first=16)
@@ -109,8 +110,13 @@ def test_one_chunk_is_prefix_reuse_bit_for_bit():
         assert torch.equal(recycled, chunked)
 
 
-@pytest.mark.parametrize("config", [FIXED, SELECTING], ids=["fixed", "selecting"])
-@pytest.mark.parametrize("kind", ["default", "yarn"])
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    slow_tuples_unless(
+        [("default", FIXED), ("yarn", SELECTING)],
+        [(kind, config) for kind in ROTARY for config in (FIXED, SELECTING)],
+    ),
+)
 def test_served_rows_are_simulated_rows(kind, config):
     """Decoded from chunks that were stored in another order, score keys of 4 bits included."""
     model, ids = rotary_model(kind), random_ids(1, LENGTH)
@@ -168,7 +174,7 @@ def blended_one_by_one(model, ids, states, columns):
     return states
 
 
-@pytest.mark.parametrize("columns", [[70], [0, 69, 70, 71, 74, 90, 109], [70, 75, 76]])
+@pytest.mark.parametrize("columns", slow_unless([[70, 75, 76]], [[70], [0, 69, 70, 71, 74, 90, 109], [70, 75, 76]]))
 def test_blending_is_computing_the_tokens_one_by_one(columns):
     for model in (tiny_enabled(layers=3), tiny_enabled(family="gpt_oss", layer_types=["full_attention"] * 3)):
         ids = random_ids(1, LENGTH)

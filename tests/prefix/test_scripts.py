@@ -94,7 +94,7 @@ def test_generate_refuses(folder, capsys):
         (document, "--documents needs --prefix-store"),
         ((*store, "--recompute-first", "5"), "--recompute-first needs --documents"),
         ((*store, *document, "--full"), "--documents needs a small cache"),
-        ((*store, *document, "--recompute-changed", "2"), "changed must be a share from 0 to 1"),
+        ((*store, *document, "--recompute-changed", "2"), "--recompute-changed must be "),
         ((*store, *document, "--max-new-tokens", "300"), "--documents: --max-new-tokens=300 and the prompt's 300"),
         (("--prefix-store-gb", "1"), "--prefix-store-gb needs --prefix-store"),
         ((*store, "--prefix-store-gb", "0"), "--prefix-store-gb must be more than 0"),
