@@ -89,8 +89,6 @@ def refresh_attention(
         changes = _changes_of(layer, terms)
         if layer.is_decoding:
             return layer.step(query, key, value, factor, **changes), None
-        if layer.columns is not None:
-            dense = replace(dense, columns=layer.columns)
         block: Any = _prompt_block  # torch.compiler.disable hides its signature
         return block(dense, query, key, value, layer), None
     return dense(query, key, value), None
@@ -172,7 +170,7 @@ def _prompt(dense: DenseAttention, query: Tensor, key: Tensor, value: Tensor, si
 @torch.compiler.disable
 def _prompt_block(dense: DenseAttention, query: Tensor, key: Tensor, value: Tensor, layer: PreallocatedLayer) -> Tensor:
     """Ordinary attention of a prompt block, then the layer's selection after its last token: returns (B, T, H, D)."""
-    output = dense(query, key, value)
+    output = (dense if layer.columns is None else replace(dense, columns=layer.columns))(query, key, value)
     left_padding = _no_padding(query) if dense.left_padding is None else dense.left_padding
     layer.end_block(query, left_padding, dense.scaling, **_changes_of(layer, dense.terms))
     return output
