@@ -11,6 +11,10 @@ anything else (penalties, stop strings, ...) is refused, unless --ignore-generat
 
 With --prefix-store DIR the keys and values of prompts are kept in that folder, and a prompt that begins like an earlier
 one is computed from where they differ (docs/prefix-store.md).
+
+With --documents FILE ... besides, these files come before the prompt, each as a chunk that was computed by itself, in
+any order and in any later prompt (docs/chunks.md). --recompute-first N or --recompute-changed SHARE computes a part of
+their tokens again, with all that comes before them.
 """
 
 import argparse
@@ -40,6 +44,7 @@ from refreshkv.options import (
     chosen_device,
     chosen_origin,
 )
+from refreshkv.prefix.chunks import load_chunks
 from refreshkv.prefix.prompt_cache import keep_all_tokens
 from refreshkv.prefix.recycling import Reuse, put_new, recycle
 from refreshkv.prefix.store import PrefixStore
@@ -65,6 +70,9 @@ def main(arguments: list[str]) -> None:
     cast(nn.Module, model).to(chosen_device(options.device))
     if options.tuned and model.device.type != "cuda":
         raise SettingsError(f"--tuned compiles for a GPU, and the model is on the {model.device.type}: leave it out")
+    if options.documents:
+        generate_after_documents(model, tokenizer, prompt, options)
+        return
     ids = encode(prompt, tokenizer, model, options.max_new_tokens)
     cache = make_cache(model, ids.shape[1], options)
     if options.prefix_store is None:
@@ -82,14 +90,48 @@ def generate_with_store(
     options: argparse.Namespace,
 ) -> None:
     """As without a store, but the prompt's beginning is taken from the store, and a new prompt is stored."""
-    most = int((options.prefix_store_gb or PREFIX_STORE_GB) * 10**9)
-    shared = bool(options.prefix_store_shared)
-    store = PrefixStore(options.prefix_store, most, model, setting="--prefix-store", shared=shared)
+    store = open_store(model, options)
     filled = keep_all_tokens(DynamicCache(config=model.config) if cache is None else cache)
     reuse = recycle(store, filled, ids)
     streamer = generate(model, tokenizer, ids, filled, options)
     print(f"\n{generation_table(ids.shape[1], streamer, cache, str(reuse), decoding(model, options))}")
     print(store_prompt(store, ids, filled, reuse, streamer.prompt_seconds))
+
+
+def generate_after_documents(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, options: argparse.Namespace
+) -> None:
+    """Continues the documents and the prompt behind them; the store gives or gets each document as a chunk."""
+    new, names = options.max_new_tokens, options.documents
+    texts = [read_text(name, "--documents") for name in names]
+    chunks = [
+        encode(text, tokenizer, model, new, f"--documents: {name}") for name, text in zip(names, texts, strict=True)
+    ]
+    question = encode(prompt, tokenizer, model, new, behind_documents=True)
+    ids = torch.cat([*chunks, question], dim=1)
+    validate_length(ids.shape[1], model, new, "--documents")
+    cache = make_cache(model, ids.shape[1], options)
+    assert cache is not None  # --full is refused
+    least = max(2, cache.config.observation_window)
+    if question.shape[1] < least:
+        raise SettingsError(
+            f"--prompt-file: {question.shape[1]} tokens behind the documents, {least} are needed at least"
+        )
+    reuse = load_chunks(
+        open_store(model, options),
+        cache,
+        list(chunks),
+        first=options.recompute_first or 0,
+        changed=options.recompute_changed or 0.0,
+    )
+    streamer = generate(model, tokenizer, ids, cache, options)
+    print(f"\n{generation_table(ids.shape[1], streamer, cache, str(reuse), decoding(model, options))}")
+
+
+def open_store(model: PreTrainedModel, options: argparse.Namespace) -> PrefixStore:
+    most = int((options.prefix_store_gb or PREFIX_STORE_GB) * 10**9)
+    shared = bool(options.prefix_store_shared)
+    return PrefixStore(options.prefix_store, most, model, setting="--prefix-store", shared=shared)
 
 
 def store_prompt(store: PrefixStore, ids: torch.Tensor, cache: Cache, reuse: Reuse, seconds: float) -> str:
@@ -174,33 +216,50 @@ def read_prompt(name: str) -> str:
 
 
 def encode(
-    prompt: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_new_tokens: int
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    max_new_tokens: int,
+    setting: str = "--prompt-file",
+    behind_documents: bool = False,
 ) -> torch.Tensor:
     """The prompt's tokens, (1, P) int64 on the model's device. Raises `SettingsError` if the model cannot take them.
 
     Special tokens that the prompt names are special tokens. Those that the tokenizer puts behind every text are left
-    out: they would end it.
+    out: they would end it; and so are those in front of it, if it comes behind documents.
     """
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = position_limit(model)
     size = len(prompt.encode())
     if limit is not None and size > limit * MOST_BYTES_PER_TOKEN:  # tokenizing it would take minutes and gigabytes
         raise SettingsError(
-            f"--prompt-file: {size / 1e6:,.1f} MB are more than the model's max_position_embeddings={limit} tokens hold"
+            f"{setting}: {size / 1e6:,.1f} MB are more than the model's max_position_embeddings={limit} tokens hold"
         )
-    behind = len(SpecialTokens(tokenizer, "--model").added[1])
+    before, behind = (len(added) for added in SpecialTokens(tokenizer, "--model").added)
     ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].long().to(model.device)
-    ids = ids[:, : ids.shape[1] - behind]
+    ids = ids[:, before if behind_documents else 0 : ids.shape[1] - behind]
     length, vocabulary = ids.shape[1], cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     if length == 0:
-        raise SettingsError("--prompt-file: the prompt has no tokens")
+        raise SettingsError(f"{setting}: the prompt has no tokens")
     if int(ids.max()) >= vocabulary:
         raise SettingsError(f"--model: its tokenizer gives token {int(ids.max())}, but the model has only {vocabulary}")
+    validate_length(length, model, max_new_tokens)
+    return ids
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Most tokens of a text that the model's configuration allows; None if it does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def validate_length(length: int, model: PreTrainedModel, max_new_tokens: int, also: str | None = None) -> None:
+    """Raises `SettingsError` if the prompt's tokens and the new ones are more than the model takes."""
+    limit = position_limit(model)
     if limit is not None and length + max_new_tokens > limit:
+        where = "" if also is None else f"{also}: "
         raise SettingsError(
-            f"--max-new-tokens={max_new_tokens} and the prompt's {length} tokens are more than the model's "
+            f"{where}--max-new-tokens={max_new_tokens} and the prompt's {length} tokens are more than the model's "
             f"max_position_embeddings={limit}"
         )
-    return ids
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -225,6 +284,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--prefix-store-shared", action="store_true", default=None, help="other users read and write there too"
     )
+    parser.add_argument("--documents", nargs="+", metavar="FILE", help="texts before the prompt, each a stored chunk")
+    parser.add_argument("--recompute-first", type=int, help="first tokens of each document to compute again")
+    parser.add_argument("--recompute-changed", type=float, help="or the share of their tokens to compute again")
     add_device(parser)
     add_overrides(parser)
     options = parser.parse_intermixed_args(arguments)
@@ -245,7 +307,11 @@ def validate(options: argparse.Namespace) -> None:
     if not options.sample:
         refuse_given(options, ("temperature", "top_p", "seed"), "needs --sample")
     if options.prefix_store is None:
-        refuse_given(options, ("prefix_store_gb", "prefix_store_shared"), "needs --prefix-store")
+        refuse_given(options, ("prefix_store_gb", "prefix_store_shared", "documents"), "needs --prefix-store")
+    if not options.documents:
+        refuse_given(options, ("recompute_first", "recompute_changed"), "needs --documents")
+    elif options.full:
+        raise SettingsError("--documents needs a small cache: leave out --full (--budget 100% keeps everything)")
 
 
 def refuse_given(options: argparse.Namespace, names: tuple[str, ...], reason: str) -> None:

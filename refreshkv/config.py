@@ -1,9 +1,10 @@
 """The schedule and the selection, as one small dataclass saved under "refreshkv" in a model's config.json."""
 
 import dataclasses
+import itertools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -210,9 +211,39 @@ class Simulation:
     recurring: bool = False
     """Whether later passes have the same prompt length and stride. On a GPU their full steps then go to cuDNN, which
     takes about 100 ms to plan for each new shape: that pays only where the shape comes again."""
+    chunks: Sequence[int] | Sequence[Sequence[int]] | None = None
+    """Ends of the prompt's chunks in columns, ascending, the last one `prompt_length`: of all batch rows, or a sequence
+    for each of them. The tokens of a chunk before the last one attend to their own chunk and the first `sink_tokens`
+    tokens only, the last chunk and all that follows to everything (docs/specification.md, section 12). None: one
+    chunk."""
 
     def __post_init__(self) -> None:
         validate_whole("prompt_length", self.prompt_length, 1)
+        if self.chunks is None:
+            return
+        if self.config.rectify:
+            raise SettingsError("chunks and rectify=True exclude each other: set rectify=False, or leave out chunks")
+        is_shared = all(isinstance(end, int) for end in self.chunks)
+        rows = [tuple(row) for row in ([self.chunks] if is_shared else self.chunks)]  # pyright: ignore[reportArgumentType]
+        for row in rows:
+            _validate_ends(row, self.prompt_length)
+            if len(row) > 1 and row[-1] - row[-2] < self.config.observation_window:
+                raise SettingsError(
+                    f"the last of chunks={list(row)} has fewer tokens than "
+                    f"observation_window={self.config.observation_window}: make it longer, or the window smaller"
+                )
+        object.__setattr__(self, "chunks", rows[0] if is_shared else tuple(rows))  # hashable, as the whole
+
+    def chunk_ends(self, rows: int) -> list[tuple[int, ...]]:
+        """The ends of the chunks of each of `rows` batch rows; `SettingsError` if `chunks` is for another number."""
+        chunks: Any = self.chunks
+        if chunks is None:
+            return [(self.prompt_length,)] * rows
+        if isinstance(chunks[0], int):
+            return [chunks] * rows
+        if len(chunks) != rows:
+            raise SettingsError(f"chunks are given for {len(chunks)} rows, and the batch has {rows}: give one for each")
+        return list(chunks)
 
 
 @dataclass
@@ -248,6 +279,16 @@ def _validate_budget(budget: Any) -> None:
         )
     if isinstance(budget, int) and budget == 1:
         warnings.warn('budget=1 keeps one token; for all of the prompt write 1.0 or "100%"', stacklevel=4)
+
+
+def _validate_ends(ends: tuple[Any, ...], prompt_length: int) -> None:
+    """Raises `SettingsError` unless the ends of chunks are positive and ascending, and the last is the prompt's."""
+    for end in ends:
+        validate_whole("chunks", end, 1)
+    if not ends or ends[-1] != prompt_length or any(end >= later for end, later in itertools.pairwise(ends)):
+        raise SettingsError(
+            f"chunks={list(ends)} must be ascending ends of chunks, the last of them prompt_length={prompt_length}"
+        )
 
 
 def _is_finite(value: Any) -> bool:

@@ -135,6 +135,8 @@ NUMBERS = {
     "minutes": SECONDS,
     "prefix_store_gb": GIGABYTES,
     "ranks": Range(1, 1_000_000),
+    "recompute_changed": Range(0, 1, hint="it is a share of the documents' tokens"),
+    "recompute_first": COUNT,
     "rows": COUNT,
     "seed": SEED,
     "strides": COUNT,

@@ -18,4 +18,8 @@ def heaviest_simulation(config: RunConfig) -> Simulation | None:
     prompt_length = settings.prompt_range(length)[0]
     budgets = [with_budget(config.refresh, budget) for budget in settings.budgets]
     largest = max(budgets, key=lambda refresh: refresh.largest_budget(prompt_length))
-    return simulation_of(settings, prompt_length, with_strides(largest, stride, None, select_stride))
+    refresh = with_strides(largest, stride, None, select_stride)
+    ends = None  # chunks save memory, but a model that cannot have them should fail before the first step
+    if max(settings.chunk_counts) > 1 and prompt_length > refresh.observation_window:
+        ends = (prompt_length - refresh.observation_window, prompt_length)
+    return simulation_of(settings, prompt_length, refresh, ends)

@@ -46,11 +46,20 @@ class DenseAttention:
     """The further keywords that transformers gave the attention function."""
     terms: SoftmaxTerms = PLAIN_SOFTMAX
     """What the model changes in the softmax besides."""
+    columns: Tensor | None = None
+    """(T,) int64: the columns of the queries; None: the last T of the keys' columns."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query (B, H, T, D): the last T of L positions; key and value (B, Hkv, L, D). Returns (B, T, H, D)."""
+        """query (B, H, T, D): the last T of L positions, or those of `columns`; key and value (B, Hkv, L, D).
+
+        Returns (B, T, H, D).
+        """
         if not self.terms.is_plain:
             output = self._with_terms(query, key, value)
+        elif self.implementation.startswith("flash") and self.columns is not None:
+            raise SettingsError(
+                f"prompt_attention={self.implementation} knows no tokens that are computed again: set it to sdpa"
+            )
         elif self.implementation.startswith("flash"):
             output = self._flash(query, key, value)
         elif self._is_block(query, key, value):
@@ -70,7 +79,7 @@ class DenseAttention:
                 "and prompt_attention=sdpa"
             )
         queries, keys = query.shape[2], key.shape[2]
-        mask = _visible(self.left_padding, queries, keys, self.sliding_window, query.device)
+        mask = self._visible(queries, keys, query.device)
         if self.terms.softcap is not None:
             return capped_attention(query, key, value, mask, self.scaling, self.terms).transpose(1, 2)
         assert self.terms.sinks is not None
@@ -84,7 +93,7 @@ class DenseAttention:
     def _is_short_block(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether the block has so few queries behind so many keys that these should be read once for all of them."""
         is_plain = self.implementation == "sdpa" and not self.dropout and self.sliding_window is None
-        return is_plain and CHOICE.takes_short_block(query, key, value)
+        return is_plain and self.columns is None and CHOICE.takes_short_block(query, key, value)
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         module, config = self.module, copy(self.module.config)
@@ -101,7 +110,7 @@ class DenseAttention:
         if self._can_use_causal_flag(query) and queries not in (1, keys):
             mask = causal_lower_right(queries, keys)
         else:
-            mask = _causal_mask(self.left_padding, queries, keys, self.sliding_window, query.device)
+            mask = self._causal_mask(queries, keys, query.device)
         # With a mask over 64 keys more than a multiple of 128, cuDNN's gradient of a query whose scores all lie below
         # -88 is nan.
         first = 1 if isinstance(mask, Tensor) and keys % 128 == 64 else 0
@@ -115,8 +124,28 @@ class DenseAttention:
     def _can_use_causal_flag(self, query: Tensor) -> bool:
         """True if the mask is plain bottom-right causal and a GPU's kernels know it by name: they then skip hidden
         keys, and no (T, L) mask is built and read."""
-        is_plain = self.left_padding is None and self.sliding_window is None and not torch.compiler.is_compiling()
+        is_plain = self.left_padding is None and self.sliding_window is None and self.columns is None
+        is_plain = is_plain and not torch.compiler.is_compiling()
         return is_plain and query.is_cuda and query.dtype != torch.float64
+
+    def _causal_mask(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """The causal mask (B or 1, 1, T, L) bool, or None where the implementation's own causal flag means the same."""
+        is_plain = self.left_padding is None and self.columns is None and queries in (1, keys)
+        if is_plain and (self.sliding_window is None or keys <= self.sliding_window):
+            return None
+        return self._visible(queries, keys, device)
+
+    def _visible(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        """Which of the L keys each of the T queries sees: (B or 1, 1, T, L) bool."""
+        column = torch.arange(keys, device=device)
+        rows = torch.arange(keys - queries, keys, device=device) if self.columns is None else self.columns
+        row = rows.unsqueeze(-1)
+        mask = column <= row
+        if self.sliding_window is not None:
+            mask = mask & (column > row - self.sliding_window)
+        if self.left_padding is None:
+            return mask[None, None]
+        return (mask & _key_mask(self.left_padding, keys).unsqueeze(1)).unsqueeze(1)
 
 
 class _UpstreamInLayout(torch.autograd.Function):
@@ -139,24 +168,3 @@ class _UpstreamInLayout(torch.autograd.Function):
 def _key_mask(left_padding: Tensor, columns: int) -> Tensor:
     """(B, L) bool: which keys are real tokens."""
     return torch.arange(columns, device=left_padding.device) >= left_padding[:, None]
-
-
-def _causal_mask(
-    left_padding: Tensor | None, queries: int, keys: int, window: int | None, device: torch.device
-) -> Tensor | None:
-    """The causal mask (B or 1, 1, T, L) bool, or None where the implementation's own causal flag means the same."""
-    if left_padding is None and queries in (1, keys) and (window is None or keys <= window):
-        return None
-    return _visible(left_padding, queries, keys, window, device)
-
-
-def _visible(left_padding: Tensor | None, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Which of the last L keys each of the last T queries sees: (B or 1, 1, T, L) bool."""
-    column = torch.arange(keys, device=device)
-    row = torch.arange(keys - queries, keys, device=device).unsqueeze(-1)
-    mask = column <= row
-    if window is not None:
-        mask = mask & (column > row - window)
-    if left_padding is None:
-        return mask[None, None]
-    return (mask & _key_mask(left_padding, keys).unsqueeze(1)).unsqueeze(1)

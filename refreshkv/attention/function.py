@@ -8,12 +8,14 @@ Shapes: `B` batch rows, `T` query positions, `L` key positions, `H` query heads,
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from refreshkv import ops
+from refreshkv.attention.chunks import chunked_prompt
 from refreshkv.attention.dense import DenseAttention
 from refreshkv.attention.masks import padding_from_mask
 from refreshkv.attention.split import SplitAtPrompt, computed_length
@@ -141,24 +143,34 @@ def _simulate(
         trace.full_steps[dense.module.layer_idx] = position_flags(plan.full_positions, length)
         if plan.selecting_positions is not None:
             trace.selecting_steps[dense.module.layer_idx] = position_flags(plan.selecting_positions, length)
+    if simulation.chunks is not None:
+        _validate_chunks(average_heads)
     if prompt == length:
-        return dense(query, key, value)
+        return _prompt(dense, query, key, value, simulation)
     options = config.selection_options()
     may_choose = dense.implementation == "sdpa" and dense.terms.is_plain  # any other attention is the user's own choice
+    may_choose = may_choose and simulation.chunks is None  # the fast forms know one chunk only
     if may_choose and CHOICE.takes_whole_sequence(query, key, value, plan):
         return ops.whole_sequence(query, key, value, plan, options, dense.scaling)
     computed = computed_length(query, prompt) if may_choose else prompt
     parts = SplitAtPrompt.apply(query, key, value, prompt, computed, config.observation_window)
-    *early, late_query, key, value = parts
-    output = dense(*early)[:, :prompt]
+    early_query, early_key, early_value, late_query, key, value = parts
+    output = _prompt(dense, early_query, early_key, early_value, simulation)[:, :prompt]
     decoded = ops.refresh_rows(late_query, key, value, plan, options, dense.scaling, dense.terms)
     return torch.cat([output, decoded], dim=1)
+
+
+def _prompt(dense: DenseAttention, query: Tensor, key: Tensor, value: Tensor, simulation: Simulation) -> Tensor:
+    """Attention of a simulated prompt, whole or in chunks: query (B, H, T, D) -> (B, T, H, D)."""
+    if simulation.chunks is None:
+        return dense(query, key, value)
+    return chunked_prompt(dense, query, key, value, simulation)
 
 
 @torch.compiler.disable
 def _prompt_block(dense: DenseAttention, query: Tensor, key: Tensor, value: Tensor, layer: PreallocatedLayer) -> Tensor:
     """Ordinary attention of a prompt block, then the layer's selection after its last token: returns (B, T, H, D)."""
-    output = dense(query, key, value)
+    output = (dense if layer.columns is None else replace(dense, columns=layer.columns))(query, key, value)
     left_padding = _no_padding(query) if dense.left_padding is None else dense.left_padding
     layer.end_block(query, left_padding, dense.scaling, **_changes_of(layer, dense.terms))
     return output
@@ -196,6 +208,12 @@ def _validate_streams(simulation: Simulation, average_heads: Callable[[Tensor], 
     """Refuses two streams of a sequence that is spread over processes, each of which would double its own columns."""
     if average_heads is not None:
         raise SettingsError("rectify=True with parallel.sequence > 1 is not supported: set parallel.sequence=1")
+
+
+def _validate_chunks(average_heads: Callable[[Tensor], Tensor] | None) -> None:
+    """Refuses chunks of a sequence that is spread over processes, which no test covers."""
+    if average_heads is not None:
+        raise SettingsError("chunks with parallel.sequence > 1 are not supported: set parallel.sequence=1")
 
 
 def _no_padding(query: Tensor) -> Tensor:

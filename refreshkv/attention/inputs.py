@@ -52,6 +52,8 @@ def validate_inputs(module: Any, inputs: dict[str, Any]) -> None:
             "text, call reset() first"
         )
     _refuse_packing(inputs, rows, new)
+    if isinstance(cache, PreallocatedCache) and cache.columns is not None:
+        return  # tokens of a prompt in any places, which the cache knows
     past = _past_length(cache, new)
     if past is None:
         return

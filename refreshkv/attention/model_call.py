@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.cache_utils import StaticLayer
 
+from refreshkv.attention.chunks import validate_layers
 from refreshkv.attention.inputs import validate_inputs, without_packing
 from refreshkv.attention.two_streams import OTHER_LAYERS, add_stream, join_streams
 from refreshkv.cache.preallocated import PreallocatedCache
@@ -205,6 +206,8 @@ def _begin_call(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         raise ValueError("refresh= is the older name of simulation=: pass one of them")
     simulation = kwargs.get("simulation") or kwargs.get("refresh")
     calls, is_ours = module.refreshkv_calls, isinstance(cache, PreallocatedCache)
+    if simulation is not None and simulation.chunks is not None:
+        validate_layers(len(calls.refreshable), len(calls.kinds))
     if simulation is not None and is_ours:
         raise ValueError("simulation=Simulation(...) and a RefreshCache exclude each other: pass one of them")
     if given or is_ours or calls.innermost() is None:

@@ -57,6 +57,8 @@ class PreallocatedLayer(CacheLayerMixin):
     """Whether values may have another size than keys."""
     last_queries = 1
     """How many tokens of a prompt have to follow a prefix that `load_prefix` put in: their queries are needed."""
+    columns: Tensor | None = None
+    """(n,) int64: the columns of the tokens that a block computes again; None: a block is appended."""
     # Tensors that the first tokens bring; transformers' class says None as well.
     keys: Tensor
     values: Tensor
@@ -430,6 +432,8 @@ class PreallocatedCache(Cache):
         super().__init__(
             layers=[make_layer() if kind.is_refreshed else layer for kind, layer in zip(self.kinds, own, strict=True)]
         )
+        self.columns: Tensor | None = None
+        """(n,) int64: the columns of the tokens that the next pass computes again; None: a pass appends its tokens."""
         self.is_broken = False
         """Whether an error broke off a pass after layers of transformers' own had changed."""
         self._own_layers_changed = False

@@ -71,7 +71,7 @@ def fill_cache(cache: Cache, prefix: HostPrefix, devices: list[torch.device]) ->
         stream.wait_stream(torch.cuda.current_stream(device))
     for number, device in enumerate(devices):
         with torch.cuda.stream(streams[device]) if number in buffered else nullcontext():
-            _fill_layer(cache, number, *_keys_values(prefix, number, device, prefix.columns))
+            fill_layer(cache, number, *_keys_values(prefix, number, device, prefix.columns))
         if number in buffered:
             buffered[number].wait_for(streams[device])
     first = next(iter(buffered.values()), None)
@@ -86,7 +86,8 @@ def _keys_values(prefix: HostPrefix, number: int, device: torch.device, columns:
     return keys, prefix.on_device(f"value.{number}", device, columns)
 
 
-def _fill_layer(cache: Cache, number: int, keys: Tensor, values: Tensor) -> None:
+def fill_layer(cache: Cache, number: int, keys: Tensor, values: Tensor) -> None:
+    """Puts keys and values (B, Hkv, n, D) into layer `number` of an empty cache."""
     layer = cache.layers[number] if number < len(cache.layers) else None
     if isinstance(layer, PreallocatedLayer):
         layer.load_prefix(keys, values)

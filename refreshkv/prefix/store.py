@@ -12,10 +12,13 @@ finds an entry is `refreshkv.prefix.index.NearestSentence`.
 Shapes: `P` tokens of a prompt.
 """
 
+import time
+from functools import cached_property
 from pathlib import Path
 from threading import RLock
 
 import numpy as np
+import torch
 import xxhash
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
@@ -30,7 +33,8 @@ from refreshkv.prefix.entry import Backend, Entry, Ids, as_tokens, device_name
 from refreshkv.prefix.entry_file import entry_bytes
 from refreshkv.prefix.fill import HostPrefix, fill_cache, validate_takes_prefix
 from refreshkv.prefix.index import Index, LongestPrefix, common_prefix
-from refreshkv.prefix.prompt_cache import prompt_states
+from refreshkv.prefix.prompt_cache import PromptCache, prompt_states
+from refreshkv.prefix.rotary import Rotation, find_rotations
 from refreshkv.settings import SettingsError
 
 
@@ -123,6 +127,40 @@ class PrefixStore:
         self.touch(present or entry)
         return present or entry
 
+    @torch.no_grad()
+    def put_chunk(self, ids: Ids) -> Entry | None:
+        """Computes a chunk (n,) alone, from position 0, and stores it, unless a stored prompt begins with all of it.
+
+        Returns the entry whose first n tokens are the chunk's, for `refreshkv.prefix.chunks.load_chunks` at any place
+        of a prompt; None if the chunk alone is larger than `max_bytes`. Raises as `put`.
+        """
+        ids = as_tokens(ids)
+        depth, known = self.match(ids)
+        if known is not None and depth == len(ids):
+            self.touch(known)
+            return known
+        began, tokens = time.perf_counter(), torch.from_numpy(ids).to(self.model.device).unsqueeze(0)
+        cache = PromptCache(self.model.config, len(ids))
+        self.model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return self.put(ids, cache, seconds=time.perf_counter() - began)
+
+    def read(self, entry: Entry, tokens: int) -> dict[str, Tensor]:
+        """Keys and values of the entry's first tokens in host memory, as in `Entry.tensors`. Raises `DamagedEntry`."""
+        names = [f"{kind}.{number}" for number in range(len(self.devices)) for kind in ("key", "value")]
+        return self._backend.read(entry, tokens, names)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """The device of each layer's attention."""
+        return [next(module.parameters()).device for module in attention_modules(self.model)]
+
+    @cached_property
+    def rotations(self) -> list[Rotation | None]:
+        """How the rotary embedding turns each layer's keys. Raises `SettingsError` as `find_rotations`."""
+        return find_rotations(self.model)
+
     def _validate_same_model(self) -> None:
         """Raises `SettingsError` if the model has changed since the store was opened, such as its active adapter.
 
@@ -187,14 +225,12 @@ class PrefixStore:
         self._validate_same_model()
         lengths = [columns - padding for padding in paddings]
         _validate_load(entries, cache, lengths)
-        devices = [next(module.parameters()).device for module in attention_modules(self.model)]
-        names = [f"{kind}.{number}" for number in range(len(devices)) for kind in ("key", "value")]
         tensors = [
-            self._backend.read(entry, length, names) if entry is not None and length > 0 else {}
+            self.read(entry, length) if entry is not None and length > 0 else {}
             for entry, length in zip(entries, lengths, strict=True)
         ]
         prefix = HostPrefix(tensors, paddings, columns)
-        fill_cache(cache, prefix, devices)
+        fill_cache(cache, prefix, self.devices)
         for entry in filter(None, entries):
             self.touch(entry)
         return prefix.nbytes

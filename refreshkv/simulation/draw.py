@@ -20,9 +20,9 @@ def draw_simulation(
 ) -> Simulation | None:
     """The simulation of one optimizer step, the same on every rank; None for a plain step.
 
-    whole: prompt length, stride, select stride and budget are drawn independently and uniformly. paper: the last
-    `stride` tokens of the row are partial and never refreshed (appendix A.1). Raises `SettingsError` if the prompt does
-    not lie inside the row.
+    whole: prompt length, stride, select stride, budget and chunks are drawn independently and uniformly. paper: the
+    last `stride` tokens of the row are partial and never refreshed (appendix A.1). Raises `SettingsError` if the prompt
+    does not lie inside the row.
     """
     if settings.pattern == "off" or random.Random(f"{PURPOSE}, plain:{seed}:{step}").random() < settings.plain_share:
         return None
@@ -36,7 +36,18 @@ def draw_simulation(
     select_stride = random.Random(f"{PURPOSE}, select:{seed}:{step}").choice(settings.select_strides)
     budget = random.Random(f"{PURPOSE}, budget:{seed}:{step}").choice(settings.budgets)
     drawn = with_budget(with_strides(refresh, stride, settings.threshold, select_stride), budget)
-    return simulation_of(settings, prompt_length, drawn)
+    ends = _draw_ends(settings, prompt_length, drawn, random.Random(f"{PURPOSE}, chunks:{seed}:{step}"))
+    return simulation_of(settings, prompt_length, drawn, ends)
+
+
+def _draw_ends(
+    settings: SimulationConfig, prompt_length: int, refresh: RefreshConfig, draw: random.Random
+) -> tuple[int, ...] | None:
+    """The ends of the prompt's chunks, as many as drawn if they fit; None for one. The last chunk holds the observation
+    window."""
+    room = prompt_length - refresh.observation_window
+    cuts = min(draw.choice(settings.chunk_counts) - 1, max(0, room))
+    return (*sorted(draw.sample(range(1, room + 1), cuts)), prompt_length) if cuts else None
 
 
 def fitted(settings: SimulationConfig, row_length: int, padding: int, seed: int, step: int) -> SimulationConfig | None:
@@ -91,10 +102,12 @@ def never_refreshed(refresh: RefreshConfig) -> RefreshConfig:
     return with_strides(refresh, NEVER, None, None)
 
 
-def simulation_of(settings: SimulationConfig, prompt_length: int, refresh: RefreshConfig) -> Simulation:
+def simulation_of(
+    settings: SimulationConfig, prompt_length: int, refresh: RefreshConfig, chunks: tuple[int, ...] | None = None
+) -> Simulation:
     """A simulation; few shapes recur if the prompt length is fixed, or follows from the stride as under paper."""
     recurring = settings.pattern == "paper" or isinstance(settings.prompt_length, int)
-    return Simulation(prompt_length, refresh, recurring=recurring)
+    return Simulation(prompt_length, refresh, recurring=recurring, chunks=chunks)
 
 
 def effective_strides(simulation: Simulation | None, length: int, trace: Trace | None = None) -> dict[str, float]:

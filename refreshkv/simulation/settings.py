@@ -26,6 +26,9 @@ class SimulationConfig:
     budget: int | float | None | list[int | float] = None
     """Size K of the small cache: tokens or a share of the prompt, or a list from which each step draws, by a draw of
     its own, so that a model learns to do with several; null for `refresh.budget`. Not used by paper and off."""
+    chunks: int | None | list[int] = None
+    """Number of chunks that the prompt is cut into, at places drawn uniformly (docs/chunks.md): a fixed number, or a
+    list from which each step draws; null, or 1 in a list, for a prompt in one piece. Not used by paper and off."""
     threshold: float | None = None
     """Similarity threshold of the simulated steps; None for the fixed schedule."""
     plain_share: float = 0.0
@@ -42,7 +45,11 @@ class SimulationConfig:
                 )
         if self.budget is not None:
             self._validate_budgets(self.budget if isinstance(self.budget, list) else [self.budget])
-        for name in ("prompt_length", "select_stride", "budget"):
+        if not self.chunk_counts or any(COUNT.problem(count) for count in self.chunk_counts):
+            raise SettingsError(
+                f"simulation.chunks must be null or one or more whole numbers >= 1, got {show(self.chunks)}"
+            )
+        for name in ("prompt_length", "select_stride", "budget", "chunks"):
             if self.pattern != "whole" and getattr(self, name) is not None:
                 raise SettingsError(
                     f"simulation.{name} is not used by simulation.pattern={self.pattern}: remove it, or use whole"
@@ -102,6 +109,11 @@ class SimulationConfig:
     def select_strides(self) -> list[int | None]:
         """The select strides a step may draw; None stands for no selecting steps."""
         return self.select_stride if isinstance(self.select_stride, list) else [self.select_stride]
+
+    @property
+    def chunk_counts(self) -> list[int]:
+        """The numbers of chunks a step may draw."""
+        return self.chunks if isinstance(self.chunks, list) else [1 if self.chunks is None else self.chunks]
 
     def prompt_range(self, row_length: int) -> tuple[int, int]:
         """Least and most prompt length in tokens, for rows of `row_length`; `SettingsError` if outside the row."""

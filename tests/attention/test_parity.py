@@ -5,7 +5,15 @@ import torch
 
 from refreshkv import NEVER, RefreshConfig, Simulation, Trace
 from tests.helpers.marks import slow_unless
-from tests.helpers.models import FAMILIES, decode_logits, padded_positions, random_ids, tiny_enabled, tiny_model
+from tests.helpers.models import (
+    FAMILIES,
+    decode_chunks,
+    decode_logits,
+    padded_positions,
+    random_ids,
+    tiny_enabled,
+    tiny_model,
+)
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
@@ -176,6 +184,49 @@ def test_rectified_full_steps_of_every_family(family, case):
     model, ids = tiny_enabled(family=family, layers=3), random_ids(3, 45, seed=case)
     assert_parity(model, ids, prompt, config)
     assert_parity(model, ids, prompt, config, with_left_padding(ids, prompt))
+
+
+# prompts in chunks: chunks of one token, sinks across chunks, each schedule
+CHUNKED = [
+    ((5, 6, 17, 30), RefreshConfig(budget=8, stride=5)),
+    ((1, 29, 30), RefreshConfig(budget=0.3, stride=3, threshold=0.0)),
+    ((3, 9, 20, 30), RefreshConfig(budget=9, stride=7, sink_tokens=5, observation_window=4, recent_window=2)),
+    ((10, 20, 30), RefreshConfig(budget=8, select_stride=2, score_bits=4, stride=NEVER, pool_ahead=True)),
+    ((30,), RefreshConfig(budget=8, stride=4)),
+]
+
+
+@pytest.mark.parametrize("case", slow_unless([1, 2, 3], range(len(CHUNKED))))
+def test_prompts_in_chunks(case):
+    """All rows alike; then each row with chunks of its own, some of them within its padding."""
+    ends, config = CHUNKED[case]
+    model, ids = tiny_enabled(seed=3), random_ids(3, 45, seed=case)
+    with torch.no_grad():
+        found = model(ids, simulation=Simulation(30, config, chunks=ends)).logits
+    for row in range(3):
+        torch.testing.assert_close(found[row], decode_chunks(model, ids[row : row + 1], ends, config)[0])
+    mask = with_left_padding(ids, 23)  # 0, 7 and 22 columns
+    rows = [ends, (12, 30), (23, 25, 30)]
+    with torch.no_grad():
+        simulation = Simulation(30, config, chunks=rows)
+        found = model(
+            ids, attention_mask=mask, position_ids=padded_positions(mask), simulation=simulation, use_cache=False
+        ).logits
+    for row, padding in enumerate((45 - mask.sum(dim=1)).tolist()):
+        own = tuple(end - padding for end in rows[row] if end > padding)
+        expected = decode_chunks(model, ids[row : row + 1, padding:], own, config)[0]
+        torch.testing.assert_close(found[row, padding:], expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", slow_unless(["stablelm"], FAMILIES))
+def test_prompts_in_chunks_of_every_family(family):
+    (ends, config), ids = CHUNKED[2], random_ids(1, 45, seed=5)
+    model = tiny_enabled(family=family, layers=3)
+    with torch.no_grad():
+        found = model(ids, simulation=Simulation(30, config, chunks=ends)).logits
+        whole = model(ids, simulation=Simulation(30, config)).logits
+    torch.testing.assert_close(found, decode_chunks(model, ids, ends, config), rtol=0, atol=1e-10)
+    assert (found - whole)[:, 9:].abs().max() > 1e-3
 
 
 def test_selecting_steps_of_each_schedule():

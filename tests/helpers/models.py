@@ -2,6 +2,7 @@
 
 import torch
 import transformers
+from transformers import DynamicCache
 
 import refreshkv
 from refreshkv import RefreshCache, RefreshConfig
@@ -123,3 +124,27 @@ def decode_logits(model, ids, prompt_length, config, attention_mask=None, offloa
         logits = model(ids[:, start:end], past_key_values=cache, use_cache=True, **extra).logits
         parts.append(logits if end == prompt_length else logits[:, -1:])
     return torch.cat(parts, dim=1), cache
+
+
+@torch.no_grad()
+def decode_chunks(model, ids, ends, config):
+    """Logits (1, T, V) of one row (1, T) without padding: each chunk of the prompt by itself where it stands, behind
+    the sinks, the last one in a cache that holds them all, then one token at a time."""
+    sinks, states, parts = DynamicCache(), [], []
+    for start, end in zip([0, *ends], ends[:-1], strict=False):
+        cache, known = DynamicCache(), min(start, config.sink_tokens)
+        for number, layer in enumerate(sinks.layers if known else ()):
+            cache.update(layer.keys[:, :, :known], layer.values[:, :, :known], number)
+        positions = torch.arange(start, end).unsqueeze(0)
+        parts.append(model(ids[:, start:end], past_key_values=cache, position_ids=positions).logits)
+        states.append([(layer.keys[:, :, known:], layer.values[:, :, known:]) for layer in cache.layers])
+        for number, layer in enumerate(states[-1]):
+            sinks.update(*layer, number)
+    cache, done = RefreshCache(model.config, ids.shape[1], config), ends[-2] if len(ends) > 1 else 0
+    if done:
+        for number, layer in enumerate(cache.layers):
+            layer.load_prefix(*(torch.cat(blocks, dim=2) for blocks in zip(*(s[number] for s in states), strict=True)))
+    for end in range(ends[-1], ids.shape[1] + 1):
+        parts.append(model(ids[:, done:end], past_key_values=cache, use_cache=True).logits)
+        done = end
+    return torch.cat(parts, dim=1)

@@ -590,6 +590,7 @@ def _numbers() -> Iterator[Case]:
         "simulation.stride": ("0", "[]", HUGE, HUGER),
         "simulation.prompt_length": ("0", "-1", "48", HUGE, "[30, 8]", "[1, 2, 3]"),
         "simulation.threshold": (".nan", ".inf"),
+        "simulation.chunks": ("0", "[]", "[2, 0]", HUGE),
         "simulation.plain_share": ("-1", "1", ".nan"),
         "distillation.weight": ("-1", ".nan", ".inf", FINITE),
         "parallel.sequence": ("0", "3", HUGE),

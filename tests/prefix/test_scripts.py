@@ -71,9 +71,31 @@ def test_generate(folder, capsys, strategy):
     assert len(list((folder / "store").glob("*.safetensors"))) == 2
 
 
+def test_generate_after_documents(folder, capsys):
+    """Known documents in another order; with all tokens computed again the text is that of the whole prompt."""
+    texts = {"first.txt": PROMPT[:70], "second.txt": PROMPT[70:100], "whole.txt": PROMPT, "question.txt": PROMPT[100:]}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    first, second = str(folder / "first.txt"), str(folder / "second.txt")
+    store = ("--prefix-store", str(folder / "store"), "--documents")
+    expected, _ = generated(capsys, folder, "whole.txt")
+    text, rows = generated(capsys, folder, "question.txt", *store, first, second, "--recompute-changed", "1")
+    assert text == expected and rows["prompt tokens"] == "150"
+    assert rows["prefix store"].startswith("chunks of 100 tokens, 0 of them known, 30 computed again, in ")
+    text, rows = generated(capsys, folder, "question.txt", *store, second, first, "--recompute-first", "5")
+    assert rows["prefix store"].startswith("chunks of 100 tokens, 100 of them known, 5 computed again, in ")
+    assert text != expected
+
+
 def test_generate_refuses(folder, capsys):
     store = ("--prefix-store", str(folder / "store"))
+    document = ("--documents", str(folder / "other.txt"))
     for more, message in [
+        (document, "--documents needs --prefix-store"),
+        ((*store, "--recompute-first", "5"), "--recompute-first needs --documents"),
+        ((*store, *document, "--full"), "--documents needs a small cache"),
+        ((*store, *document, "--recompute-changed", "2"), "--recompute-changed must be "),
+        ((*store, *document, "--max-new-tokens", "300"), "--documents: --max-new-tokens=300 and the prompt's 300"),
         (("--prefix-store-gb", "1"), "--prefix-store-gb needs --prefix-store"),
         ((*store, "--prefix-store-gb", "0"), "--prefix-store-gb must be more than 0"),
         (("--prefix-store", str(folder)), "--prefix-store .* holds .*: choose a new or an empty folder"),

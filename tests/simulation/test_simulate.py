@@ -49,6 +49,17 @@ def test_a_plain_loop(checkpointing):
     torch.testing.assert_close(model(input_ids=batches[0]).logits, other(input_ids=batches[0]).logits)
 
 
+def test_prompts_in_chunks():
+    model, other = models()
+    settings, ids = SimulationConfig(stride=[2, 5], chunks=3), random_ids(2, LENGTH)
+    with simulate(model, settings, seed=SEED, refresh=REFRESH) as simulation:
+        assert len(simulation.draw(LENGTH).chunks) == 3
+        loss = model(input_ids=ids, labels=ids).loss
+        torch.testing.assert_close(loss, expected_loss(other, ids, 1, settings), rtol=0, atol=1e-12)
+        whole = expected_loss(other, ids, 1, SimulationConfig(stride=[2, 5]))
+        assert (loss - whole).abs() > 1e-4
+
+
 def test_figures_by_kind_of_position():
     model, other = models()
     ids, labels = random_ids(2, LENGTH), random_ids(2, LENGTH)

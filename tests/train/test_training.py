@@ -485,6 +485,20 @@ def test_simulations_follow_from_seed_and_step():
     assert draw_simulation(SimulationConfig(pattern="off"), refresh, ROW_LENGTH, 7, 1) is None
 
 
+def test_chunks_are_drawn_apart():
+    """Everything else stays what it is without; ends are ascending and leave the last chunk the observation window."""
+    refresh = RefreshConfig(budget=8, observation_window=3)
+    settings = SimulationConfig(prompt_length=[1, 30], stride=[5, 10])
+    drawn = [draw_simulation(replace(settings, chunks=[1, 4]), refresh, ROW_LENGTH, 7, step) for step in range(80)]
+    for step, simulation in enumerate(drawn):
+        assert replace(simulation, chunks=None) == draw_simulation(settings, refresh, ROW_LENGTH, 7, step)
+        if simulation.chunks is not None:
+            assert simulation.chunks[-1] - simulation.chunks[-2] >= 3
+            assert len(simulation.chunks) == min(4, simulation.prompt_length - 2)
+    assert 15 < sum(simulation.chunks is None for simulation in drawn) < 65
+    assert len({simulation.chunks for simulation in drawn}) > 15
+
+
 def test_budgets_are_drawn_apart():
     """Everything else stays what it is without; a warning comes only if no budget is small."""
     refresh = RefreshConfig(budget=8, select_stride=2)

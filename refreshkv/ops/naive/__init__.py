@@ -4,6 +4,7 @@ Faster forms have the same signatures and are tested against these.
 """
 
 from refreshkv.ops.naive.attention import grouped_attention
+from refreshkv.ops.naive.chunks import chunk_mask, chunked_prompt
 from refreshkv.ops.naive.rectified import rectified_rows
 from refreshkv.ops.naive.rows import refresh_rows, visible_keys, whole_sequence
 from refreshkv.ops.naive.score_keys import empty_score_keys, write_score_keys
@@ -25,6 +26,8 @@ from refreshkv.ops.naive.step import (
 
 __all__ = [
     "choose_step",
+    "chunk_mask",
+    "chunked_prompt",
     "compact_step",
     "copy_tokens",
     "decode",
