@@ -15,6 +15,8 @@ from torch import Tensor
 
 from refreshkv import ops
 from refreshkv.attention.dense import DenseAttention
+from refreshkv.attention.look_ahead_module import Rotation, look_ahead_of
+from refreshkv.attention.look_ahead_plan import plan_with_look_ahead
 from refreshkv.attention.masks import padding_from_mask
 from refreshkv.attention.split import SplitAtPrompt, computed_length
 from refreshkv.attention.two_streams import simulate_streams
@@ -46,6 +48,7 @@ def refresh_attention(
     average_heads: Callable[[Tensor], Tensor] | None = None,
     s_aux: Tensor | None = None,
     softcap: float | None = None,
+    rotation: Rotation | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, in transformers' interface.
@@ -65,6 +68,7 @@ def refresh_attention(
         average_heads: maps the mean query of this process's heads, (B, C, D), to the mean over all processes' heads
             (`refreshkv.attention.sequence_parallel`).
         s_aux: (H,), attention sinks. softcap: bound of the logits.
+        rotation: the rotary embedding of the T positions, if the layer has look-ahead queries.
 
     Returns (B, T, H, D), and None in the place of attention weights.
     """
@@ -76,19 +80,19 @@ def refresh_attention(
     if sliding_window is None and simulation is not None:
         _begin_layer(module, query, dropout, left_padding, kwargs)
         if simulation.config.rectify:
-            _validate_streams(simulation, average_heads)
+            _validate_streams(simulation, average_heads, rotation)
             return simulate_streams(dense, query, key, value, simulation, trace), None
-        return _simulate(dense, query, key, value, simulation, trace, average_heads), None
+        return _simulate(dense, query, key, value, simulation, trace, average_heads, rotation), None
     if sliding_window is None and refresh_cache is not None:
         _begin_layer(module, query, dropout, left_padding, kwargs)
         layer: Any = refresh_cache.layers[module.layer_idx]
         if not torch.compiler.is_compiling():
             layer.validate_attention(query, key, value)
-        changes = _changes_of(layer, terms)
+        changes = _changes_of(layer, terms, module, query, rotation)
         if layer.is_decoding:
             return layer.step(query, key, value, factor, **changes), None
         block: Any = _prompt_block  # torch.compiler.disable hides its signature
-        return block(dense, query, key, value, layer), None
+        return block(dense, query, key, value, layer, changes), None
     return dense(query, key, value), None
 
 
@@ -112,16 +116,31 @@ def _begin_layer(
     module.refreshkv_calls.note(module.layer_idx)
 
 
-def _changes_of(layer: PreallocatedLayer, terms: SoftmaxTerms) -> dict[str, SoftmaxTerms]:
-    """What a layer's `end_block` and `step` get besides; refuses changes of the softmax that it cannot follow."""
-    if terms.is_plain:
-        return {}
-    if not layer.takes_terms:
-        raise SettingsError(
-            f"the model's attention has {'sinks' if terms.sinks is not None else 'a softcap'}, which "
-            f"{type(layer).__name__} does not follow: decode with RefreshCache(..., offload=False) or FullCache"
-        )
-    return {"terms": terms}
+def _changes_of(
+    layer: PreallocatedLayer, terms: SoftmaxTerms, module: Any, query: Tensor, rotation: Rotation | None
+) -> dict[str, Any]:
+    """What a layer's `end_block` and `step` get besides: changes of the softmax, and the look-ahead queries of the
+    call's last token, (B, H, m, D). Refuses what the layer cannot follow."""
+    changes: dict[str, Any] = {}
+    if not terms.is_plain:
+        if not layer.takes_terms:
+            raise SettingsError(
+                f"the model's attention has {'sinks' if terms.sinks is not None else 'a softcap'}, which "
+                f"{type(layer).__name__} does not follow: decode with RefreshCache(..., offload=False) or FullCache"
+            )
+        changes["terms"] = terms
+    look_ahead = look_ahead_of(module)
+    if look_ahead is not None and layer.takes_look_ahead is not None:
+        if not layer.takes_look_ahead:
+            raise SettingsError(
+                f"the model has look-ahead queries, which {type(layer).__name__} does not follow: decode with "
+                "RefreshCache(..., offload=False), or call remove_look_ahead(model)"
+            )
+        assert rotation is not None  # the attention module's hook adds it
+        last = Rotation(*(part[:, -1:] for part in rotation))
+        with torch.no_grad():
+            changes["look_ahead"] = look_ahead(query[:, :, -1:], last).squeeze(2)
+    return changes
 
 
 def _simulate(
@@ -132,6 +151,7 @@ def _simulate(
     simulation: Simulation,
     trace: Trace | None,
     average_heads: Callable[[Tensor], Tensor] | None,
+    rotation: Rotation | None,
 ) -> Tensor:
     """Attention of all positions of known tokens in one pass (specification, section 8): returns (B, T, H, D)."""
     length, prompt, config = query.shape[2], simulation.prompt_length, simulation.config
@@ -143,6 +163,8 @@ def _simulate(
             trace.selecting_steps[dense.module.layer_idx] = position_flags(plan.selecting_positions, length)
     if prompt == length:
         return dense(query, key, value)
+    if (look_ahead := look_ahead_of(dense.module)) is not None:
+        plan = plan_with_look_ahead(look_ahead, dense, query, key, plan, simulation, trace, rotation)
     options = config.selection_options()
     may_choose = dense.implementation == "sdpa" and dense.terms.is_plain  # any other attention is the user's own choice
     if may_choose and CHOICE.takes_whole_sequence(query, key, value, plan):
@@ -156,11 +178,18 @@ def _simulate(
 
 
 @torch.compiler.disable
-def _prompt_block(dense: DenseAttention, query: Tensor, key: Tensor, value: Tensor, layer: PreallocatedLayer) -> Tensor:
+def _prompt_block(
+    dense: DenseAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: PreallocatedLayer,
+    changes: dict[str, Any],
+) -> Tensor:
     """Ordinary attention of a prompt block, then the layer's selection after its last token: returns (B, T, H, D)."""
     output = dense(query, key, value)
     left_padding = _no_padding(query) if dense.left_padding is None else dense.left_padding
-    layer.end_block(query, left_padding, dense.scaling, **_changes_of(layer, dense.terms))
+    layer.end_block(query, left_padding, dense.scaling, **changes)
     return output
 
 
@@ -192,8 +221,15 @@ def _validate_prompt(simulation: Simulation, length: int, keys: int, left_paddin
         raise SettingsError(f"prompt_length={prompt} is outside the row of {length} tokens")
 
 
-def _validate_streams(simulation: Simulation, average_heads: Callable[[Tensor], Tensor] | None) -> None:
-    """Refuses two streams of a sequence that is spread over processes, each of which would double its own columns."""
+def _validate_streams(
+    simulation: Simulation, average_heads: Callable[[Tensor], Tensor] | None, rotation: Rotation | None
+) -> None:
+    """Refuses two streams of a sequence that is spread over processes, each of which would double its own columns, and
+    of a model with look-ahead queries."""
+    if rotation is not None:
+        raise SettingsError(
+            "rectify=True does not follow look-ahead queries: set rectify=False, or call remove_look_ahead(model)"
+        )
     if average_heads is not None:
         raise SettingsError("rectify=True with parallel.sequence > 1 is not supported: set parallel.sequence=1")
 
