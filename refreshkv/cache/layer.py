@@ -319,7 +319,8 @@ class RefreshLayer(PreallocatedLayer):
         look_ahead: Tensor | None,
     ) -> Tensor:
         options, chosen = self.config.step_options(), self.selecting_state()
-        return naive.decode_step(query, key, value, self.state(), options, scaling, chosen, terms, look_ahead)
+        further = {"terms": terms, "look_ahead": look_ahead}
+        return naive.decode_step(query, key, value, self.state(), options, scaling, chosen, **further)
 
     def selecting_state(self) -> SelectingState | None:
         """What the layer holds for selecting steps; None if it has none."""
