@@ -77,23 +77,23 @@ def refresh_attention(
     left_padding = padding_from_mask(attention_mask)
     terms = SoftmaxTerms(s_aux, softcap)
     dense = DenseAttention(module, left_padding, factor, dropout, sliding_window, prompt_attention, kwargs, terms)
-    if sliding_window is None and simulation is not None:
-        _begin_layer(module, query, dropout, left_padding, kwargs)
+    if sliding_window is not None or (simulation is None and refresh_cache is None):
+        return dense(query, key, value), None
+    _begin_layer(module, query, dropout, left_padding, kwargs)
+    if simulation is not None:
         if simulation.config.rectify:
             _validate_streams(simulation, average_heads, rotation)
             return simulate_streams(dense, query, key, value, simulation, trace), None
         return _simulate(dense, query, key, value, simulation, trace, average_heads, rotation), None
-    if sliding_window is None and refresh_cache is not None:
-        _begin_layer(module, query, dropout, left_padding, kwargs)
-        layer: Any = refresh_cache.layers[module.layer_idx]
-        if not torch.compiler.is_compiling():
-            layer.validate_attention(query, key, value)
-        changes = _changes_of(layer, terms, module, query, rotation)
-        if layer.is_decoding:
-            return layer.step(query, key, value, factor, **changes), None
-        block: Any = _prompt_block  # torch.compiler.disable hides its signature
-        return block(dense, query, key, value, layer, changes), None
-    return dense(query, key, value), None
+    assert refresh_cache is not None
+    layer: Any = refresh_cache.layers[module.layer_idx]
+    if not torch.compiler.is_compiling():
+        layer.validate_attention(query, key, value)
+    changes = _changes_of(layer, terms, module, query, rotation)
+    if layer.is_decoding:
+        return layer.step(query, key, value, factor, **changes), None
+    block: Any = _prompt_block  # torch.compiler.disable hides its signature
+    return block(dense, query, key, value, layer, changes), None
 
 
 def _validate_module(module: Any, kwargs: dict[str, Any]) -> None:

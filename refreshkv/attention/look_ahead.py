@@ -3,7 +3,6 @@
 Each full-attention layer gets a `LookAhead` as a child of its attention module.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ CHANGING_FREQUENCIES = ("dynamic", "longrope")
 
 def look_ahead_modules(model: nn.Module) -> dict[int, LookAhead]:
     """The look-ahead queries of each layer, by the layer's number; empty without any."""
-    owners: Iterator[Any] = (module for module in model.modules() if look_ahead_of(module) is not None)
+    owners: Any = (module for module in model.modules() if look_ahead_of(module) is not None)
     return {module.layer_idx: module.look_ahead for module in owners}
 
 

@@ -43,6 +43,7 @@ class LookAhead(nn.Module):
         """A."""
         self.up = nn.Parameter(torch.zeros(kv_heads, queries, rank, head_dim, **placement))
         """B."""
+        self.frequencies: Tensor
         self.register_buffer("frequencies", torch.zeros(head_dim // 2, **placement))
         """(D / 2,): radians a position."""
 

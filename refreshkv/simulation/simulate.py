@@ -188,12 +188,12 @@ class TrainingSimulation:
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         assert inputs is not None, "transformers refuses a call with neither"
         self._current = self.draw(inputs.shape[1])
-        added = {"use_cache": False, "simulation": self._current}
+        added: dict[str, Any] = {"use_cache": False, "simulation": self._current}
         if self.look_ahead is not None:
-            self._trace = kwargs.get("trace") or Trace()
-            self._trace.measured_steps = self.look_ahead.measured_steps
-            self._trace.look_ahead_divergences.clear()
-            added["trace"] = self._trace
+            trace: Trace = kwargs.get("trace") or Trace()
+            trace.measured_steps = self.look_ahead.measured_steps
+            trace.look_ahead_divergences.clear()
+            self._trace = added["trace"] = trace
         return args, {**kwargs, **added}
 
     def _after_model(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
