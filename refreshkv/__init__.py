@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from refreshkv.attention.enable import enable
+    from refreshkv.attention.look_ahead import add_look_ahead, remove_look_ahead
+    from refreshkv.attention.look_ahead_config import LookAheadConfig
+    from refreshkv.attention.look_ahead_file import load_look_ahead, save_look_ahead
     from refreshkv.cache.refresh import RefreshCache
     from refreshkv.config import NEVER, RefreshConfig, Simulation, Trace
     from refreshkv.generation.compilation import tuned_compilation
@@ -29,6 +32,7 @@ __all__ = [
     "NEVER",
     "DistillationConfig",
     "DraftCounts",
+    "LookAheadConfig",
     "RefreshCache",
     "RefreshConfig",
     "SettingsError",
@@ -36,10 +40,14 @@ __all__ = [
     "SimulationConfig",
     "Trace",
     "__version__",
+    "add_look_ahead",
     "decode_ahead",
     "decode_lossless",
     "enable",
     "generate",
+    "load_look_ahead",
+    "remove_look_ahead",
+    "save_look_ahead",
     "simulate",
     "tuned_compilation",
 ]
@@ -47,6 +55,7 @@ __all__ = [
 _MODULES = {
     "DistillationConfig": "refreshkv.simulation.distillation",
     "DraftCounts": "refreshkv.generation.lossless",
+    "LookAheadConfig": "refreshkv.attention.look_ahead_config",
     "NEVER": "refreshkv.config",
     "RefreshCache": "refreshkv.cache.refresh",
     "RefreshConfig": "refreshkv.config",
@@ -54,10 +63,14 @@ _MODULES = {
     "Simulation": "refreshkv.config",
     "SimulationConfig": "refreshkv.simulation.settings",
     "Trace": "refreshkv.config",
+    "add_look_ahead": "refreshkv.attention.look_ahead",
     "decode_ahead": "refreshkv.generation.decode_ahead",
     "decode_lossless": "refreshkv.generation.lossless",
     "enable": "refreshkv.attention.enable",
     "generate": "refreshkv.generation.generate",
+    "load_look_ahead": "refreshkv.attention.look_ahead_file",
+    "remove_look_ahead": "refreshkv.attention.look_ahead",
+    "save_look_ahead": "refreshkv.attention.look_ahead_file",
     "simulate": "refreshkv.simulation.simulate",
     "tuned_compilation": "refreshkv.generation.compilation",
 }

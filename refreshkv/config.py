@@ -258,6 +258,12 @@ class Trace:
     dense_states: Tensor | None = None
     """With `rectify`, the last hidden states under full attention, (B, T, E), which the pass computes anyway; the
     model's output layer makes the full-attention logits of them. Not detached. None without `rectify`."""
+    measured_steps: int = 0
+    """Most full steps, and likewise selecting steps, of a layer whose score is compared with the attention after it,
+    for a model with look-ahead queries; set by the caller, 0 for none."""
+    look_ahead_divergences: dict[int, Tensor] = field(default_factory=dict)
+    """For each layer with look-ahead queries, the mean divergence of these scores, a scalar with a graph that leads to
+    the look-ahead queries alone (docs/specification.md, section 13)."""
 
 
 def _share_from_percent(text: str) -> float:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from transformers import SchedulerType
 
+from refreshkv.attention.look_ahead_config import LookAheadConfig
 from refreshkv.config import RefreshConfig
 from refreshkv.data.config import DataConfig
 from refreshkv.loading import Origin
@@ -112,6 +113,8 @@ class TrainingConfig:
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
     """adamw: two float32 moments per parameter. adamw-8bit: the same in blocks of 8 bits, a quarter of the memory (GPUs
     only; needs the package bitsandbytes)."""
+    look_ahead: LookAheadConfig | None = None
+    """Train look-ahead queries beside the attention, which help to choose the small cache; null for none."""
     loss: LossKind = "chunked"
     """How the loss is computed. chunked: from the logits of some thousand positions at a time. logits: from all logits
     at once, the plain form."""

@@ -16,6 +16,7 @@ from transformers import get_scheduler
 from refreshkv.train.config import TrainingConfig
 from refreshkv.train.deepspeed_json import offloads
 from refreshkv.train.job import Job
+from refreshkv.train.look_ahead import parameter_groups
 from refreshkv.train.optimizer import eight_bit_adamw
 
 
@@ -55,7 +56,7 @@ def build_engine(model: nn.Module, job: Job, mpu: Any = None, universal: bool = 
     settings = engine_settings(job)
     if universal:
         settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = parameter_groups(model, training)
     optimizer = None
     if training.optimizer == "adamw-8bit":
         del settings["optimizer"]

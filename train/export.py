@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from refreshkv.attention.look_ahead_file import split_weights, write_weights
 from refreshkv.files import RECORD_FILE, write_json, write_text
 from refreshkv.folders import resolved
 from refreshkv.settings import SettingsError
@@ -74,8 +76,10 @@ def export(
     """Writes the model of a checkpoint as a transformers folder, reloads it and checks what it computes.
 
     The weights are the optimizer's float32 master weights, rounded to the run's `training.dtype`. The reloaded model
-    must give the logits of these weights, and decoding through `RefreshCache` the logits of `Simulation`. The folder
-    appears when both hold; before that there is only `<output>.partial`, which an error removes.
+    must give the logits of these weights, and decoding through `RefreshCache` the logits of `Simulation`. Look-ahead
+    queries (`training.look_ahead`) are a file of their own beside the model, whose numbers must be the checkpoint's
+    when `refreshkv.enable` has found it. The folder appears when all hold; before that there is only
+    `<output>.partial`, which an error removes.
 
     Of a checkpoint of adapters (`training.adapter`) it writes the base model with the adapters merged into its weights,
     which must give the logits of the adapters beside it; or, with form="adapter", the adapters in float32 in peft's
@@ -118,8 +122,10 @@ def _write_model(checkpoint: Checkpoint, card: str, folder: Path) -> dict[str, A
     """Writes and checks a whole model; the fields of `ExportResult` that follow from it."""
     dtype, merge_difference = DTYPES[checkpoint.settings.training.dtype], None
     origin = checkpoint.settings.model.origin
+    look_ahead: dict[str, Tensor] = {}
     if checkpoint.settings.training.adapter is None:
         weights = consolidated_weights(checkpoint.folder, checkpoint.state.zero_stage, dtype)
+        weights, look_ahead = split_weights(weights)
         model = checkpoint_model(checkpoint.folder, weights, dtype, origin)
     else:
         adapted = adapted_model(checkpoint)
@@ -130,8 +136,10 @@ def _write_model(checkpoint: Checkpoint, card: str, folder: Path) -> dict[str, A
     rows, parameters = random_rows(model), model.num_parameters()
     logits = logits_of(model, rows)
     _write(model, checkpoint.folder / "model", card, folder)
+    if look_ahead:
+        write_weights(look_ahead, folder)
     del model  # both models at once would double the memory
-    reload_difference, decode_difference = check_export(folder, rows, logits, origin)
+    reload_difference, decode_difference = check_export(folder, rows, logits, origin, look_ahead)
     return {
         "parameters": parameters,
         "dtype": str(dtype).removeprefix("torch."),

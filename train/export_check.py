@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import refreshkv
 from refreshkv import RefreshConfig
+from refreshkv.attention.look_ahead_file import look_ahead_weights
 from refreshkv.cache.refresh import saved_config
 from refreshkv.loading import PLAIN, Origin
 from refreshkv.parity import decoding_difference
@@ -22,13 +23,24 @@ DECODING_TOLERANCE = 1e-3
 """Largest difference between decoding and the parallel form in float32, as a share of the largest logit."""
 
 
-def check_export(folder: Path, rows: Tensor, logits: Tensor, origin: Origin = PLAIN) -> tuple[float, float]:
+def check_export(
+    folder: Path, rows: Tensor, logits: Tensor, origin: Origin = PLAIN, look_ahead: dict[str, Tensor] | None = None
+) -> tuple[float, float]:
     """Loads the model in `folder` and compares it with the checkpoint's; returns the largest logit difference of each.
 
-    The model must compute `logits` (B, T, V) from `rows` (B, T), and decoding must equal its parallel form. Raises
-    `ExportError` if one of the differences is too large.
+    The model must compute `logits` (B, T, V) from `rows` (B, T), and decoding must equal its parallel form. Of
+    a run with look-ahead queries, the model must have exactly `look_ahead`, their weights as in `look_ahead_weights`.
+    Raises `ExportError` if one of the differences is too large.
     """
-    return compare_reloaded(_reload(folder, origin), rows, logits)
+    model = _reload(folder, origin)
+    differences = compare_reloaded(model, rows, logits)
+    found, expected = look_ahead_weights(model), look_ahead or {}
+    if found.keys() != expected.keys() or any(not torch.equal(found[name], expected[name].float()) for name in found):
+        raise ExportError(
+            "the reloaded model does not have the checkpoint's look-ahead queries: export with the release that "
+            "trained it; nothing was exported"
+        )
+    return differences
 
 
 def compare_reloaded(model: PreTrainedModel, rows: Tensor, logits: Tensor) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from refreshkv.train.adapter import validate_adapter, validate_quantized_model
 from refreshkv.train.config import RunConfig
 from refreshkv.train.deepspeed_json import read_deepspeed_json, zero_stage
 from refreshkv.train.kernels import validate_kernels, validate_prompt_attention
+from refreshkv.train.look_ahead import validate_look_ahead
 from refreshkv.train.optimizer import validate_optimizer
 from refreshkv.train.shape import Shape, model_configuration, model_shape
 from refreshkv.train.trackers import validate_trackers
@@ -104,6 +105,7 @@ def resolve(config: RunConfig, world: int, dry: bool = False) -> Job:
     count = micro_batches(config, world)
     validate_adapter(config, zero_stage(deepspeed), dry)
     validate_quantized_model(config, model_config, zero_stage(deepspeed))
+    validate_look_ahead(config, zero_stage(deepspeed))
     if not dry:
         validate_optimizer(config.training)
         validate_trackers(config.training.report_to)

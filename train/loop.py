@@ -92,7 +92,7 @@ def prepared(job: Job, resume: bool, overwrite: bool) -> Iterator[CausalLossMode
             validate_base(checkpoint.state.base, base, config.model.path, "--resume")
         if config.hub.repo:
             validate_push(config.hub.repo, "hub.repo")
-    model = CausalLossModel(build_model(job), config.training.loss, config.distillation)
+    model = CausalLossModel(build_model(job), config.training.loss, config.distillation, config.training.look_ahead)
     with locked_run(job.output) if is_first else nullcontext():
         if is_first:
             validate_output(job.output, config, resume, overwrite)  # another job may have ended in it by now

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from refreshkv.attention.look_ahead import mean_divergence
+from refreshkv.attention.look_ahead_config import LookAheadConfig
 from refreshkv.config import Simulation, Trace
 from refreshkv.settings import SettingsError
 from refreshkv.simulation.distillation import DistillationConfig, divergence, without_dropout
@@ -38,6 +40,8 @@ class LossSums(NamedTuple):
     divergence: Tensor
     """Divergences from the full-attention pass, over the tokens after the prompt."""
     divergence_tokens: Tensor
+    look_ahead: Tensor
+    """The mean divergence of the look-ahead queries' scores times the number of tokens; 0 without any."""
 
 
 class CausalLossModel(nn.Module):
@@ -51,15 +55,22 @@ class CausalLossModel(nn.Module):
         model: a transformers decoder after `refreshkv.enable`.
         kind: how the sums are computed (`TrainingConfig.loss`).
         distillation: adds the divergence from a full-attention pass; None for none.
+        look_ahead: adds the divergence of the scores of the look-ahead queries that `model` has; None for none.
 
     Raises `SettingsError` if the logits of `model` are not the output of one linear layer.
     """
 
-    def __init__(self, model: PreTrainedModel, kind: LossKind, distillation: DistillationConfig | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        kind: LossKind,
+        distillation: DistillationConfig | None = None,
+        look_ahead: LookAheadConfig | None = None,
+    ):
         super().__init__()
         validate_output_layer(model)
         validate_router_loss(model)
-        self.distillation = distillation or DistillationConfig()
+        self.distillation, self.look_ahead = distillation or DistillationConfig(), look_ahead
         layer = model.get_output_embeddings()
         assert layer is not None  # it has been validated
         model.set_output_embeddings(LossHead(layer, kind, self.distillation))
@@ -68,6 +79,8 @@ class CausalLossModel(nn.Module):
             self.add_module(name, child)
         self.has_frozen = any(not part.requires_grad for part in self.parameters())
         """Whether some weights are not trained; they are no part of `state_dict` then."""
+        if look_ahead is not None:  # its checkpoints are whole, also beside a frozen model
+            self.has_frozen = False
         if self.has_frozen:
             self.register_state_dict_post_hook(drop_frozen)
 
@@ -116,12 +129,20 @@ class CausalLossModel(nn.Module):
         if self.distillation.weight and simulation is not None:
             with torch.no_grad(), without_dropout(self.causal_lm):
                 teacher = self._hidden_states(inputs, None, None)
+        if self.look_ahead is not None:
+            trace = trace or Trace()
+            trace.measured_steps = self.look_ahead.measured_steps
+            trace.look_ahead_divergences.clear()
         hidden, routers = self._hidden_states_and_router_loss(inputs, simulation, trace)
         head = self.causal_lm.get_output_embeddings()
         assert head is not None
         sums = LossSums(*head(hidden, targets, counted=counted, partial=partial, decoded=decoded, teacher=teacher))
         if routers is not None:  # a mean over tokens, like the losses once they are divided by all tokens
             sums = sums._replace(objective=sums.objective + routers * sums.tokens)
+        if self.look_ahead is not None and trace is not None:  # likewise
+            found = mean_divergence(self.causal_lm, trace)
+            objective = sums.objective + self.look_ahead.weight * found * sums.tokens
+            sums = sums._replace(objective=objective, look_ahead=found.detach() * sums.tokens)
         return tuple(sums)
 
     def _hidden_states_and_router_loss(
@@ -219,7 +240,7 @@ def _sums(objective: Tensor, losses: Tensor, partial: Tensor, divergences: Tenso
     losses, divergences = losses.float(), divergences.float()
     tokens, divergence_tokens = (values.new_full((), len(values)) for values in (losses, divergences))
     parts = losses.where(partial, 0.0).sum(), partial.sum().float()
-    return LossSums(objective, losses.sum(), tokens, *parts, divergences.sum(), divergence_tokens)
+    return LossSums(objective, losses.sum(), tokens, *parts, divergences.sum(), divergence_tokens, tokens * 0.0)
 
 
 def _at_least_float(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from refreshkv.train.adapter import add_adapters, quantization_options
 from refreshkv.train.engine import engine_settings, init_processes
 from refreshkv.train.job import Job
 from refreshkv.train.kernels import use_liger
+from refreshkv.train.look_ahead import prepare_look_ahead
 from refreshkv.train.recomputation import recompute_layers
 
 
@@ -35,6 +36,7 @@ def build_model(job: Job) -> PreTrainedModel:
         torch.manual_seed(training.seed)
         model = AutoModelForCausalLM.from_config(job.model_config, dtype=torch.float32)
     refreshkv.enable(model, config.refresh, prompt_attention=config.model.prompt_attention)
+    prepare_look_ahead(model, training)
     if training.kernels == "liger":
         use_liger(model)
     if training.adapter is not None:

@@ -37,9 +37,9 @@ def train_step(
     Raises `NotFinite` on all ranks; if it is the loss, the step has not been taken.
     """
     sums = backward(engine, batches, simulation, sequence_parallel_size, note, trace)
-    total, count, partial, partial_count, divergence, divergence_count = sums
+    total, count, partial, partial_count, divergence, divergence_count, look_ahead = sums
     note("an optimizer step")
-    if not math.isfinite(total + divergence):
+    if not math.isfinite(total + divergence + look_ahead):
         raise NotFinite("loss")
     norm = step_and_norm(engine)
     if not math.isfinite(norm):
@@ -52,7 +52,11 @@ def train_step(
         "grad norm": norm,
         "tokens": count,
     }
-    return {**values, "divergence": divergence / divergence_count} if divergence_count else values
+    if divergence_count:
+        values["divergence"] = divergence / divergence_count
+    if look_ahead:
+        values["look-ahead divergence"] = look_ahead / count
+    return values
 
 
 def backward(

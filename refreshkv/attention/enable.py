@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from refreshkv.attention.function import refresh_attention
+from refreshkv.attention.look_ahead_file import load_saved
 from refreshkv.attention.masks import left_padding_mask
 from refreshkv.attention.model_call import NAME, ModelCalls, attach
 from refreshkv.cache.refresh import saved_config
@@ -31,7 +32,8 @@ def enable(
     Afterwards `model(ids, simulation=Simulation(...))` simulates the refresh pattern over known tokens (`refresh=` is
     the older name of this keyword), `trace=Trace()` beside it records the full steps,
     `model.generate(..., past_key_values=RefreshCache(...))` decodes with the pattern, and calls with neither use full
-    attention. Each such call checks that all full-attention layers took part in it.
+    attention. Each such call checks that all full-attention layers took part in it. Look-ahead queries that were saved
+    with the model (`save_look_ahead`) are loaded with it.
 
     Args:
         model: a transformers decoder whose attention goes through `AttentionInterface`.
@@ -57,6 +59,7 @@ def enable(
     model.config.refreshkv = config.to_dict()
     attach(model, _decoders(model), modules, ModelCalls(kinds, prompt_attention))
     announce_chunks(model)
+    load_saved(model)
     return model
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from refreshkv import ops
 from refreshkv.attention.chunks import chunked_prompt
 from refreshkv.attention.dense import DenseAttention
+from refreshkv.attention.look_ahead_module import Rotation, look_ahead_of
+from refreshkv.attention.look_ahead_plan import plan_with_look_ahead
 from refreshkv.attention.masks import padding_from_mask
 from refreshkv.attention.split import SplitAtPrompt, computed_length
 from refreshkv.attention.two_streams import simulate_streams
@@ -48,6 +50,7 @@ def refresh_attention(
     average_heads: Callable[[Tensor], Tensor] | None = None,
     s_aux: Tensor | None = None,
     softcap: float | None = None,
+    rotation: Rotation | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, in transformers' interface.
@@ -64,9 +67,8 @@ def refresh_attention(
         trace: receives the layer's full and selecting steps.
         refresh_cache: the cache that this call appends to and decodes from.
         prompt_attention: transformers' attention for the prompt and for ordinary attention.
-        average_heads: maps the mean query of this process's heads, (B, C, D), to the mean over all processes' heads
-            (`refreshkv.attention.sequence_parallel`).
-        s_aux: (H,), attention sinks. softcap: bound of the logits.
+        average_heads: maps the mean query of this process's heads, (B, C, D), to that over all processes' heads.
+        s_aux: (H,), attention sinks. softcap: bound of the logits. rotation: the rotary embedding, for look-ahead.
 
     Returns (B, T, H, D), and None in the place of attention weights.
     """
@@ -75,23 +77,23 @@ def refresh_attention(
     left_padding = padding_from_mask(attention_mask)
     terms = SoftmaxTerms(s_aux, softcap)
     dense = DenseAttention(module, left_padding, factor, dropout, sliding_window, prompt_attention, kwargs, terms)
-    if sliding_window is None and simulation is not None:
-        _begin_layer(module, query, dropout, left_padding, kwargs)
+    if sliding_window is not None or (simulation is None and refresh_cache is None):
+        return dense(query, key, value), None
+    _begin_layer(module, query, dropout, left_padding, kwargs)
+    if simulation is not None:
         if simulation.config.rectify:
-            _validate_streams(simulation, average_heads)
+            _validate_streams(simulation, average_heads, rotation)
             return simulate_streams(dense, query, key, value, simulation, trace), None
-        return _simulate(dense, query, key, value, simulation, trace, average_heads), None
-    if sliding_window is None and refresh_cache is not None:
-        _begin_layer(module, query, dropout, left_padding, kwargs)
-        layer: Any = refresh_cache.layers[module.layer_idx]
-        if not torch.compiler.is_compiling():
-            layer.validate_attention(query, key, value)
-        changes = _changes_of(layer, terms)
-        if layer.is_decoding:
-            return layer.step(query, key, value, factor, **changes), None
-        block: Any = _prompt_block  # torch.compiler.disable hides its signature
-        return block(dense, query, key, value, layer), None
-    return dense(query, key, value), None
+        return _simulate(dense, query, key, value, simulation, trace, average_heads, rotation), None
+    assert refresh_cache is not None
+    layer: Any = refresh_cache.layers[module.layer_idx]
+    if not torch.compiler.is_compiling():
+        layer.validate_attention(query, key, value)
+    changes = _changes_of(layer, terms, module, query, rotation)
+    if layer.is_decoding:
+        return layer.step(query, key, value, factor, **changes), None
+    block: Any = _prompt_block  # torch.compiler.disable hides its signature
+    return block(dense, query, key, value, layer, changes), None
 
 
 def _validate_module(module: Any, kwargs: dict[str, Any]) -> None:
@@ -114,16 +116,31 @@ def _begin_layer(
     module.refreshkv_calls.note(module.layer_idx)
 
 
-def _changes_of(layer: PreallocatedLayer, terms: SoftmaxTerms) -> dict[str, SoftmaxTerms]:
-    """What a layer's `end_block` and `step` get besides; refuses changes of the softmax that it cannot follow."""
-    if terms.is_plain:
-        return {}
-    if not layer.takes_terms:
-        raise SettingsError(
-            f"the model's attention has {'sinks' if terms.sinks is not None else 'a softcap'}, which "
-            f"{type(layer).__name__} does not follow: decode with RefreshCache(..., offload=False) or FullCache"
-        )
-    return {"terms": terms}
+def _changes_of(
+    layer: PreallocatedLayer, terms: SoftmaxTerms, module: Any, query: Tensor, rotation: Rotation | None
+) -> dict[str, Any]:
+    """What a layer's `end_block` and `step` get besides: changes of the softmax, and the look-ahead queries of the
+    call's last token, (B, H, m, D). Refuses what the layer cannot follow."""
+    changes: dict[str, Any] = {}
+    if not terms.is_plain:
+        if not layer.takes_terms:
+            raise SettingsError(
+                f"the model's attention has {'sinks' if terms.sinks is not None else 'a softcap'}, which "
+                f"{type(layer).__name__} does not follow: decode with RefreshCache(..., offload=False) or FullCache"
+            )
+        changes["terms"] = terms
+    look_ahead = look_ahead_of(module)
+    if look_ahead is not None and layer.takes_look_ahead is not None:
+        if not layer.takes_look_ahead:
+            raise SettingsError(
+                f"the model has look-ahead queries, which {type(layer).__name__} does not follow: decode with "
+                "RefreshCache(..., offload=False), or call remove_look_ahead(model)"
+            )
+        assert rotation is not None  # the attention module's hook adds it
+        last = Rotation(*(part[:, -1:] for part in rotation))
+        with torch.no_grad():
+            changes["look_ahead"] = look_ahead(query[:, :, -1:], last).squeeze(2)
+    return changes
 
 
 def _simulate(
@@ -134,6 +151,7 @@ def _simulate(
     simulation: Simulation,
     trace: Trace | None,
     average_heads: Callable[[Tensor], Tensor] | None,
+    rotation: Rotation | None,
 ) -> Tensor:
     """Attention of all positions of known tokens in one pass (specification, section 8): returns (B, T, H, D)."""
     length, prompt, config = query.shape[2], simulation.prompt_length, simulation.config
@@ -147,6 +165,8 @@ def _simulate(
         _validate_chunks(average_heads)
     if prompt == length:
         return _prompt(dense, query, key, value, simulation)
+    if (look_ahead := look_ahead_of(dense.module)) is not None:
+        plan = plan_with_look_ahead(look_ahead, dense, query, key, plan, simulation, trace, rotation)
     options = config.selection_options()
     may_choose = dense.implementation == "sdpa" and dense.terms.is_plain  # any other attention is the user's own choice
     may_choose = may_choose and simulation.chunks is None  # the fast forms know one chunk only
@@ -168,11 +188,18 @@ def _prompt(dense: DenseAttention, query: Tensor, key: Tensor, value: Tensor, si
 
 
 @torch.compiler.disable
-def _prompt_block(dense: DenseAttention, query: Tensor, key: Tensor, value: Tensor, layer: PreallocatedLayer) -> Tensor:
+def _prompt_block(
+    dense: DenseAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: PreallocatedLayer,
+    changes: dict[str, Any],
+) -> Tensor:
     """Ordinary attention of a prompt block, then the layer's selection after its last token: returns (B, T, H, D)."""
     output = (dense if layer.columns is None else replace(dense, columns=layer.columns))(query, key, value)
     left_padding = _no_padding(query) if dense.left_padding is None else dense.left_padding
-    layer.end_block(query, left_padding, dense.scaling, **_changes_of(layer, dense.terms))
+    layer.end_block(query, left_padding, dense.scaling, **changes)
     return output
 
 
@@ -204,8 +231,15 @@ def _validate_prompt(simulation: Simulation, length: int, keys: int, left_paddin
         raise SettingsError(f"prompt_length={prompt} is outside the row of {length} tokens")
 
 
-def _validate_streams(simulation: Simulation, average_heads: Callable[[Tensor], Tensor] | None) -> None:
-    """Refuses two streams of a sequence that is spread over processes, each of which would double its own columns."""
+def _validate_streams(
+    simulation: Simulation, average_heads: Callable[[Tensor], Tensor] | None, rotation: Rotation | None
+) -> None:
+    """Refuses two streams of a sequence that is spread over processes, each of which would double its own columns, and
+    of a model with look-ahead queries."""
+    if rotation is not None:
+        raise SettingsError(
+            "rectify=True does not follow look-ahead queries: set rectify=False, or call remove_look_ahead(model)"
+        )
     if average_heads is not None:
         raise SettingsError("rectify=True with parallel.sequence > 1 is not supported: set parallel.sequence=1")
 

@@ -24,6 +24,7 @@ from transformers.cache_utils import StaticLayer
 
 from refreshkv.attention.chunks import validate_layers
 from refreshkv.attention.inputs import validate_inputs, without_packing
+from refreshkv.attention.look_ahead_module import look_ahead_of, rotation_of
 from refreshkv.attention.two_streams import OTHER_LAYERS, add_stream, join_streams
 from refreshkv.cache.preallocated import PreallocatedCache
 from refreshkv.config import Simulation, Trace
@@ -269,6 +270,8 @@ def _add_keywords(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
         added.update(simulation=simulation, trace=trace)
     if cache is not None:
         added["refresh_cache"] = cache
+    if look_ahead_of(module) is not None and (simulation is not None or cache is not None):
+        added["rotation"] = rotation_of(kwargs)
     return args, {**kwargs, **added}
 
 

@@ -56,7 +56,7 @@ class AblationConfig:
 class AblationLayer(RefreshLayer):
     """A layer of RefreshKV with one part changed. It has the state of `RefreshLayer`."""
 
-    takes_terms = takes_other_values = False
+    takes_terms = takes_other_values = takes_look_ahead = False
 
     def __init__(self, max_cache_len: int, settings: AblationConfig):
         super().__init__(max_cache_len, RefreshConfig(budget=settings.budget, stride=settings.stride))
@@ -86,7 +86,14 @@ class AblationLayer(RefreshLayer):
             self.row_state[:, LAST_FULL] = torch.where(is_full, last, self.row_state[:, LAST_FULL])
         return output.transpose(1, 2)
 
-    def _select(self, observers: Tensor, last: Tensor, scaling: float, terms: SoftmaxTerms = PLAIN_SOFTMAX) -> Tensor:
+    def _select(
+        self,
+        observers: Tensor,
+        last: Tensor,
+        scaling: float,
+        terms: SoftmaxTerms = PLAIN_SOFTMAX,
+        look_ahead: Tensor | None = None,
+    ) -> Tensor:
         assert terms.is_plain  # refused before
         return self._best(observers[:, :, -1:], self._known_keys(), last, scaling)
 

@@ -57,7 +57,7 @@ class FetchingLayer(RefreshLayer):
         *(name for name in RefreshLayer.batch_state if name not in FAR),
         *(f"near_{name}" for name in NearState._fields if name != "length"),
     )
-    takes_terms = takes_other_values = False
+    takes_terms = takes_other_values = takes_look_ahead = False
     is_croppable = False  # tokens have moved
 
     @staticmethod

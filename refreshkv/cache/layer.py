@@ -52,7 +52,7 @@ class RefreshLayer(PreallocatedLayer):
     """
 
     batch_state = tuple(name for name in LayerState._fields if name != "length")
-    takes_terms = takes_other_values = True
+    takes_terms = takes_other_values = takes_look_ahead = True
     observers: Tensor
     kept_observers: Tensor
 
@@ -84,6 +84,8 @@ class RefreshLayer(PreallocatedLayer):
         self.joint: JointState | None = None
         self.number = 0
         """Number of this layer in `joint`."""
+        self.has_look_ahead = False
+        """Whether look-ahead queries observe, so that plain PyTorch computes the steps."""
 
     def __setstate__(self, state: dict) -> None:
         """Restores a copy: pickle makes new tensors where the original has slices of the joint state."""
@@ -185,19 +187,33 @@ class RefreshLayer(PreallocatedLayer):
 
     @torch.compiler.disable
     def end_block(
-        self, query: Tensor, left_padding: Tensor, scaling: float, terms: SoftmaxTerms = PLAIN_SOFTMAX
+        self,
+        query: Tensor,
+        left_padding: Tensor,
+        scaling: float,
+        terms: SoftmaxTerms = PLAIN_SOFTMAX,
+        look_ahead: Tensor | None = None,
     ) -> None:
         """Ends a prompt block: its last position is a full step, and steps count from there (specification, section 7).
 
         After `drop_steps`, a block of the dropped tokens and one more is a full step of the steps before it (section
-        11). query (B, H, n, D): the block's queries; left_padding (B,) int64; terms: the softmax's.
+        11). query (B, H, n, D): the block's queries; left_padding (B,) int64; terms: the softmax's; look_ahead
+        (B, H, m, D): the look-ahead queries of its last token.
         """
+        self.has_look_ahead = look_ahead is not None
+        if self.has_look_ahead and (self.awaits_accept or self.config.rectify):
+            raise SettingsError(
+                "look-ahead queries are not followed by lossless decoding, nor by rectify=True: set rectify=False and "
+                "use generate(), or take them off the model with remove_look_ahead(model)"
+            )
         if self.awaits_accept:
             self.awaits_accept, self.waiting = False, Block(query.detach(), left_padding, scaling, terms)
             return
-        self._end_block(query, left_padding, scaling, terms)
+        self._end_block(query, left_padding, scaling, terms, look_ahead)
 
-    def _end_block(self, query: Tensor, left_padding: Tensor, scaling: float, terms: SoftmaxTerms) -> None:
+    def _end_block(
+        self, query: Tensor, left_padding: Tensor, scaling: float, terms: SoftmaxTerms, look_ahead: Tensor | None
+    ) -> None:
         length, window = self.length, self.config.observation_window
         self._validate_padding(left_padding, query.shape[2])
         query = query.detach()  # a selection has no gradient
@@ -205,7 +221,7 @@ class RefreshLayer(PreallocatedLayer):
             self.prompt_length = length
         latest = self._latest_queries(query, length, window)
         is_step = self.dropped is not None and query.shape[2] == self.dropped + 1
-        self._select_after_block(latest, left_padding, scaling, terms, keeps_schedule=is_step)
+        self._select_after_block(latest, left_padding, scaling, terms, look_ahead, keeps_schedule=is_step)
 
     def _select_after_block(
         self,
@@ -213,6 +229,7 @@ class RefreshLayer(PreallocatedLayer):
         left_padding: Tensor,
         scaling: float,
         terms: SoftmaxTerms,
+        look_ahead: Tensor | None = None,
         keeps_schedule: bool = False,
     ) -> None:
         """Selects at the last token, by the last O queries `latest` (B, H, O, D), and begins decoding.
@@ -228,7 +245,7 @@ class RefreshLayer(PreallocatedLayer):
             self.row_state.copy_(torch.stack([last, budgets, left_padding, last + 1], dim=1))
         self.dropped = None
         self.mean_query.copy_(mean_query(latest[:, :, -1:]).squeeze(1))
-        self.selected.copy_(self._select(latest, last, scaling, terms))
+        self.selected.copy_(self._select(latest, last, scaling, terms, look_ahead))
         # The rankings count by their order only: descending numbers stand for the order of `selected`.
         self.ranking.copy_(torch.arange(self.width, 0, -1, device=self.device).expand_as(self.ranking))
         slots = torch.arange(length - window, length, device=latest.device) % window
@@ -260,27 +277,48 @@ class RefreshLayer(PreallocatedLayer):
             kept = self.observers[:, :, torch.arange(before - missing, before, device=query.device) % window]
         return torch.cat([kept, latest], dim=2)
 
+    @property
+    def attends_by_kernels(self) -> bool:
+        return not self.has_look_ahead and super().attends_by_kernels
+
     def step(
-        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, terms: SoftmaxTerms = PLAIN_SOFTMAX
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        terms: SoftmaxTerms = PLAIN_SOFTMAX,
+        look_ahead: Tensor | None = None,
     ) -> Tensor:
-        """One decoding step: query (B, H, 1, D), key and value (B, Hkv, 1, D) -> (B, 1, H, D)."""
+        """One decoding step: query (B, H, 1, D), key and value (B, Hkv, 1, D) -> (B, 1, H, D); look_ahead (B, H, m, D):
+        its look-ahead queries, None without any."""
         self.phase = Phase.DECODING
         if self.joint is not None:
             return self.joint.step(self, query, key, value, scaling, terms)
         if not self.has_operator:
-            return self._plain_step(query, key, value, scaling, terms)  # pyright: ignore[reportAttributeAccessIssue]  # disable()
+            return self._plain_step(query, key, value, scaling, terms, look_ahead)  # pyright: ignore[reportAttributeAccessIssue]  # disable()
         operator, options = self.operator(decode_step), self.config.step_options()
         return operator(query, key, value, self.state(), options, scaling, self.selecting_state(), terms)
 
     @property
     def has_operator(self) -> bool:
-        """Whether `decode_step`, which knows keys and values of one size only, computes the steps."""
-        return self.keys.shape[-1] == self.values.shape[-1]
+        """Whether `decode_step`, which knows keys and values of one size only, and no look-ahead queries, computes the
+        steps."""
+        return not self.has_look_ahead and self.keys.shape[-1] == self.values.shape[-1]
 
     @torch.compiler.disable
-    def _plain_step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, terms: SoftmaxTerms) -> Tensor:
+    def _plain_step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        terms: SoftmaxTerms,
+        look_ahead: Tensor | None,
+    ) -> Tensor:
         options, chosen = self.config.step_options(), self.selecting_state()
-        return naive.decode_step(query, key, value, self.state(), options, scaling, chosen, terms)
+        further = {"terms": terms, "look_ahead": look_ahead}
+        return naive.decode_step(query, key, value, self.state(), options, scaling, chosen, **further)
 
     def selecting_state(self) -> SelectingState | None:
         """What the layer holds for selecting steps; None if it has none."""
@@ -314,13 +352,21 @@ class RefreshLayer(PreallocatedLayer):
         if self.has_selecting_steps:
             self.selecting_steps[:, length:] = False
 
-    def _select(self, observers: Tensor, last: Tensor, scaling: float, terms: SoftmaxTerms = PLAIN_SOFTMAX) -> Tensor:
+    def _select(
+        self,
+        observers: Tensor,
+        last: Tensor,
+        scaling: float,
+        terms: SoftmaxTerms = PLAIN_SOFTMAX,
+        look_ahead: Tensor | None = None,
+    ) -> Tensor:
         """The positions that the last token keeps, (B, Hkv, W), by rank, as far as ranks may drop before the next full
         step."""
         keys = self._known_keys()
         _, budgets, left_padding, _ = (column.contiguous() for column in self.row_state.unbind(1))
         droppable = self.width if self.drops_many else self.config.step_options().longest_segment
-        steps = FullSteps(last.unsqueeze(-1), budgets, left_padding, self.width, droppable)
+        ahead = None if look_ahead is None else look_ahead.unsqueeze(2)
+        steps = FullSteps(last.unsqueeze(-1), budgets, left_padding, self.width, droppable, ahead)
         options = self.config.selection_options()
         if not self.has_operator:
             return naive.select(observers, keys, steps, options, scaling, terms=terms).squeeze(2)

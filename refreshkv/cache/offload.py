@@ -50,7 +50,7 @@ class OffloadedLayer(RefreshLayer):
 
     near_state = ("near_keys", "near_values", "near_row_state", "near_selected", "near_positions")
     batch_state = (*RefreshLayer.batch_state, *near_state)
-    takes_terms = takes_other_values = False
+    takes_terms = takes_other_values = takes_look_ahead = False
     is_croppable = False  # the host has moved tokens
 
     def __init__(self, max_cache_len: int, config: RefreshConfig):

@@ -53,6 +53,8 @@ class PreallocatedLayer(CacheLayerMixin):
     """Whether `load_prefix` may put in the first tokens: False if the choice of entries needs all queries."""
     takes_terms = False
     """Whether the layer follows attention sinks and a softcap (`refreshkv.ops.state.SoftmaxTerms`)."""
+    takes_look_ahead: bool | None = None
+    """Whether the layer's selection follows look-ahead queries; None: it has no selection that these concern."""
     takes_other_values = False
     """Whether values may have another size than keys."""
     last_queries = 1

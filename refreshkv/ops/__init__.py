@@ -7,6 +7,7 @@ computes what is decided in `choice`, once, by this table (16 bits: float16 and 
 |---|---|---|
 | all | `naive` | on CPUs, in float64, with REFRESHKV_OPS=naive in the environment |
 | all but `write_score_keys` | `naive` | values of another size than the keys |
+| `refresh_rows`, `select`, decoding steps | `naive` | look-ahead queries |
 | `prompt_block`: a prompt, no gradient | `rows/cudnn.py` | 256 queries or more, 16 bits, no padding, eager |
 | `short_block`: a few tokens behind many | `rows/short_block.py` | 16 bits, eager, no gradient |
 | `whole_sequence`: all positions | `rows/whole_sequence.py` | at most 1/64 of it decoded, uniform, 16 bits, eager |
@@ -54,7 +55,7 @@ def refresh_rows(
 
     Returns (B, R, H, D), differentiable in query, key, value and the terms' sinks; the selection is not differentiated.
     """
-    if CHOICE.attends_by_kernels(key, value):
+    if CHOICE.attends_by_kernels(key, value) and plan.full_look_ahead is None:
         from refreshkv.ops.rows import after_prompt  # imports Triton, which machines without a GPU may lack
 
         return after_prompt.refresh_rows(query, key, value, plan, options, scaling, terms)
@@ -142,7 +143,7 @@ def select(
     Returns (B, Hkv, C, W) integers by rank, best first, -1 past the end; ranks other than the `steps.droppable` lowest
     may come in any order.
     """
-    if CHOICE.uses_kernels(query):
+    if CHOICE.uses_kernels(query) and steps.look_ahead is None:
         from refreshkv.ops.selection import ranking
 
         return ranking.select(query, key, steps, options, scaling, terms=terms)

@@ -60,6 +60,8 @@ class Choice:
 
     def takes_whole_sequence(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> bool:
         """True if `ops.whole_sequence` is the faster way for query (B, H, T, D), key and value (B, Hkv, T, D)."""
+        if plan.full_look_ahead is not None:
+            return False
         length = query.shape[2]
         is_short = (length - plan.prompt_length) * TAIL_SHARE <= length
         if not (is_short and plan.uniform and self.uses_kernels(query)) or torch.compiler.is_compiling():
@@ -105,6 +107,7 @@ class Choice:
             ("float64, or tensors on the CPU", "plain PyTorch"),
             ("values of another size than keys", "plain PyTorch, several times slower"),
             ("attention sinks, softcap", "Triton wherever it is named below, also in place of cuDNN; prompts by torch"),
+            ("look-ahead queries", "plain PyTorch, for decoding steps, the selection and the positions after a prompt"),
             ("prompt in a cache", f"cuDNN from {FEWEST_QUERIES} tokens on, 16 bits, no padding; else torch's fastest"),
             (
                 "a few tokens behind many",

@@ -107,6 +107,9 @@ class FullSteps(NamedTuple):
     """Slots of a selection, at least the largest `min(K, position + 1)`."""
     droppable: int
     """How many of the lowest ranks a segment can lose: those are wanted in order, the others in any order."""
+    look_ahead: Tensor | None = None
+    """(B, H, C, m, D): the look-ahead queries of each step, which observe beside its own (specification, section 13).
+    None without any."""
 
 
 class Plan(NamedTuple):
@@ -140,16 +143,21 @@ class Plan(NamedTuple):
     """Bits of the score keys."""
     select_stride: int | None = None
     """Decoding steps from one selecting step to the next, None without selecting steps."""
+    full_look_ahead: Tensor | None = None
+    """(B, H, C, m, D): the look-ahead queries of the full steps; None without any."""
+    selecting_look_ahead: Tensor | None = None
+    """(B, H, E, m, D): likewise of the selecting steps."""
 
     @property
     def steps(self) -> FullSteps:
         """What the selection of the full steps needs of the plan."""
-        return FullSteps(self.full_positions, self.budgets, self.left_padding, self.width, self.droppable)
+        kept = (self.budgets, self.left_padding, self.width, self.droppable)
+        return FullSteps(self.full_positions, *kept, self.full_look_ahead)
 
     @property
     def selecting_steps(self) -> FullSteps:
         """What the selection of the selecting steps needs of the plan, which has some."""
-        return self.steps._replace(positions=self.selecting_positions)
+        return self.steps._replace(positions=self.selecting_positions, look_ahead=self.selecting_look_ahead)
 
     @property
     def selecting(self) -> int:

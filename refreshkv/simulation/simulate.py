@@ -16,7 +16,9 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from refreshkv.attention.enable import enable
-from refreshkv.config import RefreshConfig, Simulation
+from refreshkv.attention.look_ahead import ensure_look_ahead, freeze_model, mean_divergence
+from refreshkv.attention.look_ahead_config import LookAheadConfig
+from refreshkv.config import RefreshConfig, Simulation, Trace
 from refreshkv.settings import SettingsError
 from refreshkv.simulation.distillation import DistillationConfig, divergence, without_dropout
 from refreshkv.simulation.draw import draw_simulation, fitted
@@ -26,8 +28,8 @@ from refreshkv.simulation.settings import SimulationConfig
 LOSS_CHUNK = 1024
 """Positions whose losses are computed at a time for the figures, so that float32 logits of few positions exist."""
 
-KINDS = ("loss full", "loss partial", "divergence")
-"""What the figures are means of, a value for each predicted token."""
+KINDS = ("loss full", "loss partial", "divergence", "look-ahead divergence")
+"""What the figures are means of, a value for each predicted token; for the last a value for each pass."""
 
 LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
 """Keywords of a model's call that only its loss uses."""
@@ -42,6 +44,7 @@ def simulate(
     seed: int = 0,
     refresh: RefreshConfig | None = None,
     distillation: DistillationConfig | None = None,
+    look_ahead: LookAheadConfig | None = None,
 ) -> "TrainingSimulation":
     """Lets every training-mode forward pass of `model` simulate the refresh pattern; evaluation mode stays as it is.
 
@@ -64,10 +67,13 @@ def simulate(
         refresh: the selection; None for the one that `model.config.refreshkv` holds. Written there.
         distillation: adds to the loss that the model returns the divergence from its own predictions with full
             attention, for one more forward pass; None for none. The call then needs `labels`.
+        look_ahead: puts look-ahead queries beside the attention, unless the model has some of this shape, and adds the
+            divergence of their scores to the loss that the model returns; None for none. Call this before the
+            optimizer is made, and save with `save_look_ahead`.
 
     Raises `SettingsError` if the model cannot be refreshed or is simulated already.
     """
-    return TrainingSimulation(model, settings or SimulationConfig(), seed, refresh, distillation)
+    return TrainingSimulation(model, settings or SimulationConfig(), seed, refresh, distillation, look_ahead)
 
 
 @dataclass
@@ -114,11 +120,20 @@ class TrainingSimulation:
         seed: int,
         refresh: RefreshConfig | None,
         distillation: DistillationConfig | None = None,
+        look_ahead: LookAheadConfig | None = None,
     ):
         decoder_model = _transformers_model(model)
         if decoder_model in SIMULATED:
             raise SettingsError("this model is simulated already: call remove() of the first simulation")
+        if look_ahead is not None and decoder_model is not model:
+            raise SettingsError("simulate(look_ahead=...) with adapters is not supported: leave one of them out")
         enable(decoder_model, refresh)
+        self.frozen: list[nn.Parameter] = []
+        """Parameters that `remove` trains again."""
+        self.look_ahead = look_ahead
+        if look_ahead is not None:
+            ensure_look_ahead(decoder_model, look_ahead, seed)
+            self.frozen = freeze_model(decoder_model) if look_ahead.freeze_model else []
         self.settings, self.seed = settings, seed
         self.distillation = distillation or DistillationConfig()
         self.refresh = RefreshConfig.from_dict(decoder_model.config.refreshkv)
@@ -127,6 +142,7 @@ class TrainingSimulation:
         self.figures = LossFigures()
         self.model = decoder_model
         self._current: Simulation | None = None
+        self._trace: Trace | None = None
         self._is_teaching = False
         self._is_removed = False
         self._is_unfinished = False
@@ -163,13 +179,15 @@ class TrainingSimulation:
         self.number = number
 
     def remove(self) -> None:
-        """Takes the hooks off the model. It keeps the refresh attention, which attends in full without a simulation;
-        `model.set_attn_implementation("sdpa")` exchanges that too."""
+        """Takes the hooks off the model. It stays enabled, keeps its look-ahead queries, and attends in full without a
+        simulation; `model.set_attn_implementation("sdpa")` exchanges that too."""
         if self._is_removed:
             return
         self._is_removed = True
         self._decoder_handle.remove()
         self._outer_handle.remove()
+        for part in self.frozen:
+            part.requires_grad_(True)
         SIMULATED.discard(self.model)
 
     @property
@@ -179,8 +197,8 @@ class TrainingSimulation:
         return _Callback(self)
 
     def report(self) -> dict[str, float]:
-        """`loss full`, `loss partial`, `divergence` (nats a token) and `plain share` of this rank since the last
-        report; the callback's figures are those of all ranks."""
+        """`loss full`, `loss partial`, `divergence`, `look-ahead divergence` (in nats) and `plain share` of this rank
+        since the last report; the callback's figures are those of all ranks."""
         figures, self.figures = self.figures.report(), LossFigures()
         return figures
 
@@ -211,7 +229,13 @@ class TrainingSimulation:
         assert inputs is not None, "transformers refuses a call with neither"
         self._current = self.draw(inputs.shape[1], _most_padding(kwargs.get("attention_mask")))
         self._is_unfinished = self._current is not None
-        return args, {**kwargs, "use_cache": False, "simulation": self._current}
+        added: dict[str, Any] = {"use_cache": False, "simulation": self._current}
+        if self.look_ahead is not None:
+            trace: Trace = kwargs.get("trace") or Trace()
+            trace.measured_steps = self.look_ahead.measured_steps
+            trace.look_ahead_divergences.clear()
+            self._trace = added["trace"] = trace
+        return args, {**kwargs, **added}
 
     def _after_model(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the model, in training mode: counts the losses of its logits, and distils."""
@@ -233,6 +257,8 @@ class TrainingSimulation:
                 )
             assert logits is not None
             output.loss = output.loss + self._distillation_loss(args, kwargs, logits)
+        if self.look_ahead is not None:
+            self._add_look_ahead_loss(output, labels, kwargs)
         log_probs = getattr(output, "log_probs", None)
         if has_logits:
             assert labels is not None and logits is not None
@@ -240,6 +266,22 @@ class TrainingSimulation:
         elif labels is not None and log_probs is not None and log_probs.shape == labels[:, 1:].shape:
             self._count_losses(-log_probs, labels)  # TRL's output layer, which returns no logits
         return output
+
+    def _add_look_ahead_loss(self, output: Any, labels: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Adds the weighted divergence of the look-ahead queries' scores to the model's loss, in the share of its
+        tokens if the loss is divided by the tokens of several passes."""
+        assert self.look_ahead is not None and self._trace is not None
+        if labels is None or getattr(output, "loss", None) is None:
+            raise SettingsError(
+                "simulate(look_ahead=...) adds to the loss that the model returns: pass labels= to the model (no loss "
+                "of the trainer's own)"
+            )
+        found = mean_divergence(self.model, self._trace)
+        if self._current is not None:
+            self.figures.add("look-ahead divergence", found, torch.ones_like(found, dtype=torch.bool))
+        tokens = kwargs.get("num_items_in_batch")
+        share = 1.0 if tokens is None else (labels[:, 1:] != -100).sum() / tokens
+        output.loss = output.loss + self.look_ahead.weight * share * found
 
     def _count_losses(self, losses: Tensor, labels: Tensor) -> None:
         """Adds the losses (B, T - 1) of labels (B, T) to the figures."""

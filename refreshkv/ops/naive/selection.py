@@ -1,8 +1,8 @@
 """Which positions a full or selecting step keeps, in plain PyTorch (docs/specification.md, sections 3, 5 and 10).
 
 Shapes: `B` batch rows, `Q` positions of the queries, `L` positions of the keys, `H` query heads, `Hkv` key/value heads,
-`G = H / Hkv`, `D` head size, `N` steps that select, `W` slots of a selection, `O` observing queries. Positions are
-columns, left padding included; -1 stands for a position that does not exist.
+`G = H / Hkv`, `D` head size, `N` steps that select, `W` slots of a selection, `O` observing queries, `m`
+look-ahead queries. Positions are columns, left padding included; -1 stands for a position that does not exist.
 """
 
 import torch
@@ -36,9 +36,11 @@ def select(
     left_padding = steps.left_padding
     chunk = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * options.observation_window * key.shape[2]))
     parts = []
-    for here in steps.positions.split(chunk, dim=1):
+    for first in range(0, steps.positions.shape[1], chunk):
+        here = steps.positions[:, first : first + chunk]
+        look_ahead = None if steps.look_ahead is None else steps.look_ahead[:, :, first : first + chunk]
         observers = observing_queries(query, here - (key.shape[2] - query.shape[2]), options.observation_window)
-        scores = observed_scores(observers, key, here, left_padding, scaling, terms)
+        scores = observed_scores(observers, key, here, left_padding, scaling, terms, look_ahead)
         scores = pool(scores, here, left_padding, options.pool_kernel, options.pool_ahead)
         parts.append(best_positions(scores, steps._replace(positions=here), options, own_first=own_first))
     return torch.cat(parts, dim=2)
@@ -68,16 +70,27 @@ def observed_scores(
     left_padding: Tensor,
     scaling: float,
     terms: SoftmaxTerms = PLAIN_SOFTMAX,
+    look_ahead: Tensor | None = None,
 ) -> Tensor:
     """The scores of all positions: softmax probabilities, their maximum over the group, its mean over the observing
     queries.
 
-    Arguments as in `observed_probabilities`. Returns (B, Hkv, N, L) float32.
+    look_ahead (B, H, N, m, D): the mean of the step's own maximum and of those of these queries takes the place of the
+    step's own; None without any. Other arguments as in `observed_probabilities`. Returns (B, Hkv, N, L) float32.
     """
-    probabilities = observed_probabilities(observers, key, positions, left_padding, scaling, terms)
+    probabilities = observed_probabilities(observers, key, positions, left_padding, scaling, terms).amax(dim=2)
+    if look_ahead is not None:
+        count = look_ahead.shape[3]
+        alone = look_ahead.flatten(2, 3).unsqueeze(3)  # (B, H, N * m, 1, D)
+        ahead = observed_probabilities(alone, key, positions.repeat_interleave(count, 1), left_padding, scaling, terms)
+        ahead = ahead.amax(dim=2).squeeze(3).unflatten(2, (-1, count))  # (B, Hkv, N, m, L)
+        own = probabilities[..., -1:, :]
+        # the mean as own + differences: equal queries change no bit of it
+        mean = own + (ahead - own).sum(dim=3, keepdim=True) / (count + 1)
+        probabilities = torch.cat([probabilities[..., :-1, :], mean], dim=3)
     # a batch row may have fewer positions than observers
     present = (positions + 1 - left_padding.unsqueeze(-1)).clamp(min=1, max=observers.shape[3])
-    return probabilities.amax(dim=2).sum(dim=3) / present[:, None, :, None]
+    return probabilities.sum(dim=3) / present[:, None, :, None]
 
 
 def observed_probabilities(

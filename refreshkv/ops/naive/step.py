@@ -39,11 +39,12 @@ def decode_step(
     scaling: float,
     chosen: SelectingState | None = None,
     terms: SoftmaxTerms = PLAIN_SOFTMAX,
+    look_ahead: Tensor | None = None,
 ) -> Tensor:
     """One decoding step of one layer, in place; arguments and result as in `refreshkv.ops.step.operators.decode_step`.
 
     `state.ranking` serves the kernels only and stays as it is. chosen: changed in place as well; needed if
-    `options.select_stride` is set.
+    `options.select_stride` is set. look_ahead: (B, H, m, D), the step's look-ahead queries; None without any.
     """
     position = int(state.length)
     state.keys[:, :, position], state.values[:, :, position] = key[:, :, 0], value[:, :, 0]
@@ -58,13 +59,15 @@ def decode_step(
         _store_score_key(chosen, known[:, :, -1], position)
         is_selecting = (step % options.select_stride == 0) & ~is_full
         if bool(is_selecting.any()):
-            best = _select(state, position, _score_keys(chosen, known), options, scaling, terms, own_first=True)
+            best = _select(
+                state, position, _score_keys(chosen, known), options, scaling, terms, look_ahead, own_first=True
+            )
             own = attend_to_positions(query, known, contents, best, scaling, terms)
             output = torch.where(is_selecting[:, None, None, None], own, output)
             _keep(state, position, best, is_selecting)
         chosen.selecting_steps[:, position] = is_selecting
     if bool(is_full.any()):
-        best = _select(state, position, known, options, scaling, terms, own_first=False)
+        best = _select(state, position, known, options, scaling, terms, look_ahead, own_first=False)
         _keep(state, position, best, is_full)
         state.mean_query.copy_(torch.where(is_full[:, None], now, state.mean_query))
         state.full_steps[:, position] = is_full
@@ -91,7 +94,9 @@ def choose_step(
     _store_score_key(chosen, known[:, :, -1], position)
     is_selecting = (position - (state.row_state[:, PROMPT_LENGTH] - 1)) % options.select_stride == 0
     if bool(is_selecting.any()):
-        best = _select(state, position, _score_keys(chosen, known), options, scaling, PLAIN_SOFTMAX, own_first=True)
+        best = _select(
+            state, position, _score_keys(chosen, known), options, scaling, PLAIN_SOFTMAX, None, own_first=True
+        )
         _keep(state, position, best, is_selecting)
     chosen.selecting_steps[:, position] = is_selecting
     state.length.add_(1)
@@ -122,6 +127,7 @@ def _select(
     options: StepOptions,
     scaling: float,
     terms: SoftmaxTerms,
+    look_ahead: Tensor | None,
     *,
     own_first: bool,
 ) -> Tensor:
@@ -131,7 +137,8 @@ def _select(
     back = torch.arange(window - 1, -1, -1, device=key.device)
     observers = state.observers[:, :, (position - back) % window]
     positions = torch.full_like(budgets, position)[:, None]
-    steps = FullSteps(positions, budgets, left_padding, width, droppable=width)
+    ahead = None if look_ahead is None else look_ahead.unsqueeze(2)
+    steps = FullSteps(positions, budgets, left_padding, width, droppable=width, look_ahead=ahead)
     chosen = select(observers, key, steps, options.selection, scaling, own_first=own_first, terms=terms)
     return chosen.squeeze(2)
 

@@ -23,10 +23,13 @@ from refreshkv.ops.selection import ranking
 from refreshkv.ops.state import PLAIN_SOFTMAX, AttentionInputs, Plan, SelectionOptions, SoftmaxTerms
 from refreshkv.ops.tiles import LOG2E, on_its_device, padded_head
 
-PLAN, OPTIONS = 3, 3 + len(Plan._fields)
+FIELDS = Plan._fields.index("full_look_ahead")
+"""Fields of a plan that the kernels take: those before the look-ahead queries."""
+
+PLAN, OPTIONS = 3, 3 + FIELDS
 """Where the plan and the options begin among the operators' arguments, after query, key and value."""
 
-OTHERS = len(Plan._fields) + len(SelectionOptions._fields) + 1
+OTHERS = FIELDS + len(SelectionOptions._fields) + 1
 """How many arguments without gradient follow query, key and value; after them come the sinks and the softcap."""
 
 
@@ -47,7 +50,7 @@ def refresh_rows(
     (B, R, H, D)."""
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
     run = _forward_operator if torch.compiler.is_compiling() else _Rows.apply
-    output, *_ = run(query, key, value, *plan, *options, scaling, *terms)
+    output, *_ = run(query, key, value, *plan[:FIELDS], *options, scaling, *terms)
     return output
 
 
@@ -221,7 +224,7 @@ _backward_operator = torch.library.custom_op("refreshkv::rows_backward", _backwa
 
 @_forward_operator.register_fake
 def _(query, key, value, *others):
-    plan, (batch, heads, _, _) = Plan(*others[: len(Plan._fields)]), query.shape
+    plan, (batch, heads, _, _) = Plan(*others[:FIELDS]), query.shape
     lse = query.new_empty(batch, heads, key.shape[2] - plan.prompt_length, dtype=torch.float32)
     results = (_output_like(query, key, plan.prompt_length), _lse_like(query, plan.full_positions), lse)
     if positions := block_steps.block_positions(query, key, plan):

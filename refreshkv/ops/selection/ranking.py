@@ -220,7 +220,7 @@ def select(
         key_scales: (B, Hkv, L) float32, a factor of each key; None: they are all 1.
         into: where to write the selections, some of the steps of a larger (B, Hkv, A, W) int32 tensor.
     """
-    positions, budgets, left_padding, width, _ = steps
+    positions, budgets, left_padding, width, *_ = steps
     batch, kv_heads, length, _ = key.shape
     decisions, pairs = positions.shape[1], batch * kv_heads
     keys = ScoredKeys(key, key_scales)
@@ -254,7 +254,7 @@ def select(
 
 def _store_by_rank(steps: FullSteps, chosen: Tensor, into: Tensor, first: int, count: int) -> None:
     """Stores what the steps `first .. first + count - 1` chose, in `chosen`, by rank in `into` (B, Hkv, C, W)."""
-    positions, budgets, left_padding, width, droppable = steps
+    positions, budgets, left_padding, width, droppable, _ = steps
     batch, kv_heads = into.shape[:2]
     if width > LARGEST_SORT:
         here = slice(first, first + count)

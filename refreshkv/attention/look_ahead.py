@@ -1,0 +1,166 @@
+"""Learned look-ahead: trained queries that observe beside a step's own one (docs/specification.md, section 13).
+
+Each full-attention layer gets a `LookAhead` as a child of its attention module.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from refreshkv.attention.look_ahead_config import LookAheadConfig
+from refreshkv.attention.look_ahead_module import CHILD, LookAhead, Rotation, look_ahead_of, turned_back
+from refreshkv.config import RefreshConfig, Simulation, Trace
+from refreshkv.errors import NotRefreshable
+from refreshkv.settings import SettingsError
+
+CONFIG_KEY = "refreshkv_look_ahead"
+"""Entry of a model's config.json: how many queries there are and of which rank. The weights are in a file beside it."""
+
+PROBED_TOKENS = 8
+"""Equal tokens that `add_look_ahead` computes to see how a model turns its queries."""
+
+CHANGING_FREQUENCIES = ("dynamic", "longrope")
+"""Rotary embeddings whose frequencies depend on the length of the text."""
+
+
+def look_ahead_modules(model: nn.Module) -> dict[int, LookAhead]:
+    """The look-ahead queries of each layer, by the layer's number; empty without any."""
+    owners: Any = (module for module in model.modules() if look_ahead_of(module) is not None)
+    return {module.layer_idx: module.look_ahead for module in owners}
+
+
+def add_look_ahead(model: PreTrainedModel, queries: int = 2, rank: int = 8, seed: int = 0) -> PreTrainedModel:
+    """Puts look-ahead queries beside the attention of each full-attention layer of an enabled model; returns the model.
+
+    Simulated passes and `RefreshCache` follow them from then on; untrained, they change nothing. They are parameters of
+    the model, which `save_look_ahead` saves and `enable` finds again.
+
+    Raises `NotRefreshable` if a layer's query before the rotary embedding cannot be found: it must be a rotation of the
+    usual form of the whole head, which a pass over a few equal tokens shows.
+    """
+    LookAheadConfig(queries=queries, rank=rank)
+    calls: Any = getattr(model, "refreshkv_calls", None)
+    if calls is None:
+        raise SettingsError("call refreshkv.enable(model) before look-ahead queries are added")
+    if look_ahead_modules(model):
+        raise SettingsError("the model has look-ahead queries already: call remove_look_ahead(model) first")
+    _validate_frequencies(model)
+    attention: list[Any] = [
+        module
+        for module in model.modules()
+        if hasattr(module, "refreshkv_calls") and getattr(module, "layer_idx", None) in calls.refreshable
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    for module in attention:
+        weight = next(module.parameters())
+        kv_heads = _kv_heads(module)
+        floating = weight.dtype if weight.is_floating_point() else torch.float32
+        added = LookAhead(kv_heads, module.head_dim, queries, rank, dtype=floating, device=weight.device)
+        start = torch.randn(added.down.shape, generator=generator) * module.head_dim**-0.5
+        with torch.no_grad():
+            added.down.copy_(start)
+        module.add_module(CHILD, added)
+    try:
+        _find_frequencies(model)
+    except BaseException:
+        remove_look_ahead(model)
+        raise
+    model.config.refreshkv_look_ahead = {"queries": queries, "rank": rank}
+    return model
+
+
+def ensure_look_ahead(model: PreTrainedModel, settings: LookAheadConfig, seed: int) -> None:
+    """Adds look-ahead queries of these settings to an enabled model, unless it has them from an earlier training."""
+    found = getattr(model.config, CONFIG_KEY, None)
+    wanted = {"queries": settings.queries, "rank": settings.rank}
+    if found is None:
+        add_look_ahead(model, settings.queries, settings.rank, seed)
+    elif found != wanted:
+        raise SettingsError(
+            f"look_ahead: the model has {found['queries']} look-ahead queries of rank {found['rank']}, not "
+            f"{settings.queries} of rank {settings.rank}: set the same, or call remove_look_ahead(model) before"
+        )
+
+
+def mean_divergence(model: nn.Module, trace: Trace) -> Tensor:
+    """The mean over layers of the divergences that a pass left in its trace, a scalar that every look-ahead query takes
+    part in: 0 for a plain pass."""
+    found = list(trace.look_ahead_divergences.values())
+    parts = [part for module in look_ahead_modules(model).values() for part in module.parameters()]
+    nothing = torch.stack([part.float().sum() for part in parts]).sum() * 0.0
+    return torch.stack(found).float().mean() + nothing if found else nothing
+
+
+def remove_look_ahead(model: PreTrainedModel) -> PreTrainedModel:
+    """Takes the look-ahead queries off a model; returns it."""
+    for module in [module for module in model.modules() if look_ahead_of(module) is not None]:
+        del module._modules[CHILD]
+    if hasattr(model.config, CONFIG_KEY):
+        delattr(model.config, CONFIG_KEY)
+    return model
+
+
+def freeze_model(model: nn.Module) -> list[nn.Parameter]:
+    """Leaves only the look-ahead queries to train; returns the parameters that this froze."""
+    own = {id(part) for module in look_ahead_modules(model).values() for part in module.parameters()}
+    frozen = [part for part in model.parameters() if part.requires_grad and id(part) not in own]
+    for part in frozen:
+        part.requires_grad_(False)
+    return frozen
+
+
+def _kv_heads(module: Any) -> int:
+    heads = module.config.num_attention_heads
+    return heads // getattr(module, "num_key_value_groups", 1)
+
+
+def _validate_frequencies(model: PreTrainedModel) -> None:
+    """Refuses rotary embeddings whose frequencies depend on the length: a look-ahead turns by fixed ones."""
+    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    changing = [kind.get("rope_type") for kind in kinds if kind.get("rope_type") in CHANGING_FREQUENCIES]
+    if changing:
+        raise NotRefreshable(
+            f"look-ahead: the frequencies of this model's rotary embedding ({changing[0]}) change with the length of "
+            "the text; use it without look-ahead"
+        )
+
+
+@torch.no_grad()
+def _find_frequencies(model: PreTrainedModel) -> None:
+    """Fills in each layer's frequencies, from a pass over equal tokens at different positions.
+
+    There each layer has the same query before the rotary embedding at every position. Raises `NotRefreshable` for a
+    layer in which turning the queries back does not give that.
+    """
+    seen: dict[int, tuple[Tensor, Rotation]] = {}
+    layers = look_ahead_modules(model)
+
+    def note(number: int) -> Any:
+        return lambda module, args, output: seen.__setitem__(number, args)
+
+    handles = [module.register_forward_hook(note(number)) for number, module in layers.items()]
+    ids = torch.full((1, PROBED_TOKENS), model.config.get_text_config(decoder=True).vocab_size // 2)
+    was_training = model.training
+    try:
+        model.eval()
+        every = Simulation(1, RefreshConfig(budget=PROBED_TOKENS, stride=1))
+        model(ids.to(model.device), simulation=every, use_cache=False)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    for number, module in layers.items():
+        query, rotation = seen[number]
+        cos, sin = (part.float() for part in rotation)
+        # position 0 turns by nothing, position 1 by one frequency
+        module.frequencies.copy_(torch.atan2(sin[0, 1], cos[0, 1])[: cos.shape[-1] // 2])
+        before = turned_back(query.float(), cos[:, None], sin[:, None])
+        tolerance = max(torch.finfo(part.dtype).eps for part in (query, torch.zeros(1))) ** 0.5
+        if not (before - before[:, :, :1]).abs().max() <= tolerance * before.abs().max():
+            raise NotRefreshable(
+                f"look-ahead: the query of layer {number} before the rotary embedding cannot be found, because the "
+                "layer turns its queries in another way, or not at all; use the model without look-ahead"
+            )
