@@ -128,8 +128,8 @@ def own_class(config: PretrainedConfig, name: str | Path, origin: Origin) -> Any
     if reference is None or not origin.trust_remote_code:
         return None
     is_elsewhere = "--" in reference and reference.partition("--")[0] != str(name)
-    revision = {} if is_elsewhere or origin.revision is None else {"code_revision": origin.revision}
-    found = get_class_from_dynamic_module(reference, str(name), **revision)
+    revision = None if is_elsewhere else origin.revision
+    found = get_class_from_dynamic_module(reference, str(name), code_revision=revision)
     found.register_for_auto_class("AutoModelForCausalLM")
     return found
 

@@ -95,7 +95,7 @@ def model_shape(model_config: PretrainedConfig, adapter: AdapterConfig | None = 
         )
     try:
         with torch.device("meta"):
-            own = own_class(model_config, model_config.name_or_path, origin)
+            own = own_class(model_config, model_config.name_or_path or "", origin)
             model = own._from_config(model_config) if own else AutoModelForCausalLM.from_config(model_config)
     except Exception as error:  # what a model makes of its settings differs from family to family
         raise SettingsError(
