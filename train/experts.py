@@ -42,14 +42,15 @@ def active_parameters(model: PreTrainedModel) -> int:
 
 
 def multiplied_weights(model: PreTrainedModel) -> int:
-    """Weights that a token is multiplied with: those of all linear layers, and of the experts that it is sent to."""
+    """Weights that a token is multiplied with: those of linear layers, of routers, and of the experts that it is sent
+    to."""
     experts, linear, routed = _first(model.config, COUNTS) or 0, 0, 0
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
             is_linear = isinstance(module, nn.Linear) and parameter.dim() == 2
             if _is_expert(name, parameter, experts):
                 routed += parameter.numel() if is_linear or parameter.dim() == 3 else 0
-            elif is_linear:
+            elif is_linear or _is_router(module, parameter, experts):
                 linear += parameter.numel()
     return linear + round(routed * expert_share(model.config))
 
@@ -78,6 +79,11 @@ def router_loss(model: PreTrainedModel, router_logits: Any, attention_mask: Tens
     assert function is not None and router_logits is not None  # it has been validated
     experts, chosen = _first(model.config, COUNTS), chosen_experts(model.config)
     return function(router_logits, experts, chosen, attention_mask)
+
+
+def _is_router(module: nn.Module, parameter: Tensor, experts: int) -> bool:
+    """Whether a parameter is a router's matrix (experts, hidden size), which many families keep in no linear layer."""
+    return parameter.dim() == 2 and len(parameter) == experts > 0 and not isinstance(module, nn.Embedding)
 
 
 def _loss_function(model: PreTrainedModel) -> Any:

@@ -2,15 +2,19 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from refreshkv import RefreshConfig, SettingsError, Simulation
 from refreshkv.settings import settings_from_dict
 from refreshkv.train.batch import make_batch
 from refreshkv.train.config import RunConfig
 from refreshkv.train.experts import active_parameters, expert_share, multiplied_weights, validate_router_loss
+from refreshkv.train.flops import model_work
 from refreshkv.train.job import resolve
 from refreshkv.train.loss import CausalLossModel, LossSums
 from refreshkv.train.preflight import report
+from refreshkv.train.shape import model_shape
 from tests.helpers.models import random_ids, tiny_enabled
 
 SIMULATION = Simulation(9, RefreshConfig(budget=6, stride=4))
@@ -26,7 +30,8 @@ def test_a_token_passes_through_its_own_experts_only():
     routed = sum(parameter.numel() for module in experts for parameter in module.parameters() if parameter.dim() == 3)
     assert expert_share(model.config) == 0.5
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-    assert multiplied_weights(model) == linear + routed // 2
+    routers = sum(layer.mlp.router.weight.numel() for layer in model.model.layers)
+    assert multiplied_weights(model) == linear + routers + routed // 2
     whole = sum(parameter.numel() for module in experts for parameter in module.parameters())
     assert abs(active_parameters(model) - (model.num_parameters() - whole / 2)) <= 1
 
@@ -65,3 +70,29 @@ def test_the_preflight_names_active_parameters():
     assert job.shape.active == job.shape.parameters - routed * 3 // 4 and job.shape.mlp == 32
     line = next(line for line in report(job, None, 1e12).splitlines() if line.startswith("model"))
     assert f"{job.shape.active:,} active a token, no load-balancing loss" in line
+
+
+A3B = {
+    "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 768, "tie_word_embeddings": False,
+}  # fmt: skip
+"""The shape of Qwen3-30B-A3B, whose card names 30.5 billion parameters, 3.3 of them activated."""
+
+
+def test_the_forecast_of_a_large_mixture_counts_as_its_card_does():
+    shape = model_shape(AutoConfig.for_model(**A3B))
+    assert f"{shape.parameters / 1e9:.1f}" == "30.5" and 3.3e9 < shape.active < 3.4e9
+
+
+def test_the_forecast_of_a_small_mixture_is_what_torch_counts():
+    """The same shape, a sixteenth as wide: operations of a forward pass, whose attention here computes all pairs."""
+    small = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 3, "head_dim": 8, "num_experts": 32}
+    config = AutoConfig.for_model(**{**A3B, **small, "moe_intermediate_size": 48})
+    config._attn_implementation, config._experts_implementation = "eager", "eager"
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), random_ids(1, 64) % 512
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        model(ids, use_cache=False)
+    work, length = model_work(model), ids.shape[1]
+    pairs = 4 * length**2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    assert counted.get_total_flops() == pytest.approx(2 * work.weights * length + pairs, rel=0.001)
