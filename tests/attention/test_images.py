@@ -10,7 +10,7 @@ import transformers
 
 from refreshkv import RefreshCache, RefreshConfig, Simulation, enable
 
-IMAGE, BEFORE, BEHIND, VOCABULARY = 90, 92, 93, 96
+IMAGE, VIDEO, BEFORE, BEHIND, VOCABULARY = 90, 91, 92, 93, 96
 PROMPT, NEW = 24, 10
 TEXT = {
     "vocab_size": VOCABULARY,
@@ -46,7 +46,7 @@ def qwen(family):
     rotary = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
     return build(
         family, text_config={**TEXT, "rope_parameters": rotary}, vision_config=vision, image_token_id=IMAGE,
-        video_token_id=91, vision_start_token_id=BEFORE, vision_end_token_id=BEHIND,
+        video_token_id=VIDEO, vision_start_token_id=BEFORE, vision_end_token_id=BEHIND,
     )  # fmt: skip
 
 
@@ -100,6 +100,7 @@ def generate(model, name, **settings):
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), **kinds, **image, **settings, do_sample=False, max_new_tokens=NEW,
         min_new_tokens=NEW, return_dict_in_generate=True, output_logits=True, pad_token_id=0,
+        suppress_tokens=[IMAGE, VIDEO, BEFORE, BEHIND],  # an image's token without an image would be refused
     )  # fmt: skip
     return out.sequences, torch.stack(out.logits, dim=1)
 
