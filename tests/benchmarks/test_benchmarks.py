@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.models import tiny_enabled
+from tests.helpers.jobs import VOCABULARY, make_rows
+from tests.helpers.models import tiny_enabled, tiny_model
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SHAPE = "--layers 2 --hidden 128 --intermediate 256 --heads 4 --kv-heads 2 --vocabulary 512".split()
@@ -81,3 +82,21 @@ def test_it_runs_to_the_table(tmp_path, strategies, options):
     results = json.loads((tmp_path / "decode.json").read_text())
     assert [result["strategy"] for result in results] == strategies.split(",")
     assert all(result["ms"] > 0 for result in results) and (tmp_path / "decode.png").exists()
+
+
+def test_the_acceptance_of_a_model_on_its_texts(tmp_path, monkeypatch, capsys):
+    rows = make_rows(tmp_path)
+    tiny_model(vocab_size=VOCABULARY).save_pretrained(tmp_path / "model")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import acceptance
+
+    options = (
+        "--split validation --rows 3 --batch-size 2 --prompt 30 --new 12 --budget 8 --recent 2 --dtype float32".split()
+    )
+    folders = ["--model", str(tmp_path / "model"), "--data", str(rows), "--output", str(tmp_path)]
+    for drawn in ([], ["--sample"]):
+        monkeypatch.setattr(sys, "argv", ["acceptance.py", *options, *folders, *drawn])
+        acceptance.main()
+        result = json.loads((tmp_path / "acceptance.json").read_text())["results"][0]
+        assert result["tokens"] == 24 and 0 < result["accepted"] <= result["judged"] <= result["steps"] * 3
+        assert f"{result['acceptance']:.1%}" in capsys.readouterr().out

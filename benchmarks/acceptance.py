@@ -1,0 +1,94 @@
+"""How many drafts of lossless decoding full attention accepts: a real model on prepared sequences.
+
+    python benchmarks/acceptance.py --model DIR_OR_HUB_ID --data ROWS [--data ROWS] [--rows 16] [--new 256] [--sample]
+
+Each row's first tokens are a prompt, after which the model writes --new tokens by decode_lossless, greedily or drawn at
+temperature 1. Drafts come from RefreshConfig.recommended(). Prints for each text the share of the judged drafts that
+was accepted, and the tokens of a round, the block with full attention; --output DIR writes acceptance.json.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from output import save
+from refreshkv import DraftCounts, RefreshCache, RefreshConfig, decode_lossless, enable
+from refreshkv.evaluation.inputs import open_split
+from refreshkv.tables import column_table
+
+
+def main() -> None:
+    args = read_arguments()
+    refresh = RefreshConfig.recommended(budget=args.budget, recent_window=args.recent)
+    dtype = getattr(torch, args.dtype)
+    model = enable(AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval(), refresh)
+    results = []
+    for folder in args.data:
+        rows = open_split(folder, args.split, args.rows)[1]
+        prompts = torch.as_tensor(rows[:]["input_ids"])[:, : args.prompt].to(args.device)
+        counts = DraftCounts()
+        for some in tqdm(prompts.split(args.batch_size), desc=Path(folder).name, unit="batch"):
+            write(model, some, refresh, counts, args)
+        results.append({"data": Path(folder).name, **vars(counts), "acceptance": counts.acceptance})
+        results[-1]["tokens a round"] = counts.tokens_per_round
+    save(args.output, "acceptance.json", {"settings": settings(args), "results": results})
+    print(table(results))
+
+
+def write(model: Any, prompts: Tensor, refresh: RefreshConfig, counts: DraftCounts, args: argparse.Namespace) -> None:
+    """Texts after these prompts, (B, P); the counts grow by what was drafted and accepted."""
+    torch.manual_seed(args.seed)
+    model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        past_key_values=RefreshCache(model.config, prompts.shape[1] + args.new + 64, refresh),
+        max_new_tokens=args.new,
+        **({"do_sample": True, "top_k": 0} if args.sample else {"do_sample": False}),
+        eos_token_id=None,
+        pad_token_id=0,
+        disable_compile=True,
+        custom_generate=decode_lossless,
+        draft_length=args.draft_length,
+        drafts=counts,
+    )
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {**vars(args), "output": None}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    lines = [
+        (line["data"], str(line["judged"]), f"{line['acceptance']:.1%}", f"{line['tokens a round']:.2f}")
+        for line in results
+    ]
+    return column_table([("text", "judged drafts", "accepted", "tokens a round"), *lines], text_columns=1)
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or hub id")
+    parser.add_argument("--data", required=True, action="append", help="folder of prepared sequences; may come again")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--rows", type=int, default=16, help="sequences of each text")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=7680, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=256, help="tokens that are written after it")
+    parser.add_argument("--budget", type=int, default=1024, help="tokens of the small cache")
+    parser.add_argument("--recent", type=int, default=192, help="the last tokens, which are always kept")
+    parser.add_argument("--sample", action="store_true", help="draw tokens at temperature 1 instead of the likeliest")
+    parser.add_argument("--draft-length", type=int, help="drafts of a round (default: by the acceptance so far)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="folder for acceptance.json")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
