@@ -91,7 +91,7 @@ def test_the_acceptance_of_a_model_on_its_texts(tmp_path, monkeypatch, capsys):
     import acceptance
 
     options = (
-        "--split validation --rows 3 --batch-size 2 --prompt 30 --new 12 --budget 8 --recent 2 --dtype float32".split()
+        "--split validation --rows 3 --batch-size 2 --prompt 30 --new 12 --budget 28 --recent 2 --dtype float32".split()
     )
     folders = ["--model", str(tmp_path / "model"), "--data", str(rows), "--output", str(tmp_path)]
     for drawn in ([], ["--sample"]):
