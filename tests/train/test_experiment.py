@@ -400,6 +400,13 @@ def test_finished_work_of_other_settings_is_not_used_again(finished, tmp_path, w
     assert not (tmp_path / "results/results.json").exists()
 
 
+def test_rows_of_an_earlier_release_lack_settings_that_have_their_defaults(finished, tmp_path):
+    data = settings_to_dict(settings_from_dict(DataConfig, finished.data("small")))
+    del data["trust_remote_code"], data["fim"]
+    (tmp_path / "rows/rows.json").write_text(json.dumps({"data": data}))
+    plan(finished, set())
+
+
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "3", '{"a": 1}', '{"a": {}}', '{"a": {"kind": "perplexity", "study": 1}}', "\xff"]
 )

@@ -175,10 +175,13 @@ def _difference(command: Command, settings: Fragment) -> str | None:
 
 
 def _prepared_settings(info: Path) -> dict[str, Any]:
-    """The settings in a rows.json; {} if they cannot be read: whoever opens the rows says why."""
+    """The settings in a rows.json; {} if they cannot be read: whoever opens the rows says why.
+
+    Settings that came with a later release have their defaults.
+    """
     try:
         settings = json.loads(info.read_text(encoding="utf-8"))["data"]
-        return settings if isinstance(settings, dict) else {}
+        return settings_to_dict(DataConfig()) | settings if isinstance(settings, dict) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
