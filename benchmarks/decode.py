@@ -69,7 +69,6 @@ def main() -> None:
     args = read_arguments()
     model = random_llama(args, "cuda", torch.bfloat16)
     enable(model, refresh_config(args))
-    add_softmax_terms(model, args)
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     results = []
@@ -103,8 +102,6 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=0.125, help="a fraction of the context, or whole tokens if > 1")
     parser.add_argument("--acceptance", type=float, default=0.95, help="of drafts (default: %(default)s)")
     parser.add_argument("--observation-window", type=int, default=1)
-    parser.add_argument("--softcap", type=float, help="bound of the attention's logits, as Gemma 2's 50")
-    parser.add_argument("--sinks", action="store_true", help="one more term in each head's softmax, as gpt-oss")
     parser.add_argument("--cycles", type=int, default=5, help="strides that are timed, after two to warm up")
     parser.add_argument("--pieces", action="store_true", help="time the launches of a step one by one as well")
     add_shape(parser, SHAPE)
@@ -117,18 +114,6 @@ def read_arguments() -> argparse.Namespace:
         args.layers, args.cases, args.cycles = 4, "4096:1,8192:4", 2
     args.budget = int(args.budget) if args.budget > 1 else args.budget
     return args
-
-
-def add_softmax_terms(model: LlamaForCausalLM, args: argparse.Namespace) -> None:
-    """Gives each layer's attention the softcap and the sinks of the options, as Gemma 2 and gpt-oss do."""
-    terms: dict[str, Any] = {"softcap": args.softcap} if args.softcap else {}
-    if args.sinks:
-        terms["s_aux"] = torch.randn(args.heads, device=model.device, dtype=model.dtype)
-    if terms:
-        for layer in model.model.layers:
-            layer.self_attn.register_forward_pre_hook(
-                lambda module, inputs, keywords: (inputs, {**keywords, **terms}), with_kwargs=True
-            )
 
 
 def refresh_config(args: argparse.Namespace, threshold: float | None = None) -> RefreshConfig:
