@@ -15,7 +15,9 @@ and `fetched` is the share of the chosen tokens that the last selecting step fet
 lossless:2:4bit (drafts by select:2:4bit, checked by full attention; weights are random, so a coin of --acceptance
 decides how many drafts are right), streaming, h2o, snapkv; static and dynamic are transformers' own caches. `GB moved`
 is what a token's step has to read. Prints a line for each, pieces of the step with --pieces, and a table at the end;
---output DIR writes decode.json after each line, and decode.png.
+--output DIR writes decode.json after each line, and decode.png. With --terms every case is timed three times: with the
+ordinary softmax, with attention sinks (`refresh+sinks`) and with a softcap (`refresh+softcap`); full, refresh and
+select take them.
 """
 
 import argparse
@@ -23,8 +25,10 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,6 +67,10 @@ REFRESHING = ("refresh", "similarity", "offloaded")
 OURS = ("full", *REFRESHING, "streaming", "h2o", "snapkv")
 SELECTING = re.compile(r"(?P<offloaded>offloaded-)?(?P<kind>select|lossless):(?P<stride>\d+):(?P<bits>\d+)bit")
 """Strategies with selecting steps."""
+TERMS = ("", "+sinks", "+softcap")
+"""What --terms appends to the names of strategies."""
+SOFTCAP = 50.0
+"""Gemma 2's."""
 
 
 def main() -> None:
@@ -74,12 +82,14 @@ def main() -> None:
     results = []
     for case in args.cases.split(","):
         context, batch = map(int, case.split(":"))
-        for strategy in args.strategies.split(","):
+        for strategy, terms in [(name, terms) for name in args.strategies.split(",") for terms in timed_terms(args)]:
             time_it = time_lossless if strategy.startswith("lossless") else time_strategy
             try:
-                result = time_it(model, strategy, context, batch, bandwidth, args)
+                with added_terms(model, terms):
+                    result = time_it(model, strategy, context, batch, bandwidth, args)
             except torch.OutOfMemoryError:
                 result = {"context": context, "batch": batch, "strategy": strategy, "ms": None}
+            result["strategy"] = strategy + terms
             results.append(result)
             print(json.dumps(result), flush=True)
             forget()
@@ -103,6 +113,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--acceptance", type=float, default=0.95, help="of drafts (default: %(default)s)")
     parser.add_argument("--observation-window", type=int, default=1)
     parser.add_argument("--cycles", type=int, default=5, help="strides that are timed, after two to warm up")
+    parser.add_argument("--terms", action="store_true", help="with attention sinks and with a softcap as well")
     parser.add_argument("--pieces", action="store_true", help="time the launches of a step one by one as well")
     add_shape(parser, SHAPE)
     parser.add_argument("--quick", action="store_true", help="4 layers, 4K and 8K contexts: does everything run?")
@@ -114,6 +125,30 @@ def read_arguments() -> argparse.Namespace:
         args.layers, args.cases, args.cycles = 4, "4096:1,8192:4", 2
     args.budget = int(args.budget) if args.budget > 1 else args.budget
     return args
+
+
+def timed_terms(args: argparse.Namespace) -> tuple[str, ...]:
+    return TERMS if args.terms else TERMS[:1]
+
+
+@contextmanager
+def added_terms(model: LlamaForCausalLM, terms: str) -> Iterator[None]:
+    """Gives every layer's softmax random sinks, or a softcap, as the attention of gpt-oss and of Gemma 2 does."""
+    handles = []
+    for layer in cast(Any, model.model.layers) if terms else ():
+        sinks = torch.randn(model.config.num_attention_heads, device=model.device, dtype=model.dtype)
+        keyword = {"s_aux": sinks} if terms == "+sinks" else {"softcap": SOFTCAP}
+        hook = partial(_add_keyword, keyword)
+        handles.append(layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add_keyword(keyword: dict[str, Any], module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return args, {**kwargs, **keyword}
 
 
 def refresh_config(args: argparse.Namespace, threshold: float | None = None) -> RefreshConfig:

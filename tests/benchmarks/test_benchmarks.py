@@ -57,6 +57,23 @@ def test_a_filled_cache_decodes(script, strategy, context):
     assert int(cache.get_seq_length()) == length + 4
 
 
+@torch.no_grad()
+def test_the_softmax_is_timed_with_terms(script):
+    """Each of them changes the logits of prompt and step, and is gone afterwards."""
+    model, ids = tiny_enabled(), torch.arange(3, 15).unsqueeze(0)
+    assert script.timed_terms(argparse.Namespace(terms=True)) == ("", "+sinks", "+softcap")
+    logits = []
+    for terms in ("", "+sinks", "+softcap", ""):
+        script.SOFTCAP = 1.0
+        with script.added_terms(model, terms):
+            cache = script.FullCache(model.config, 20)
+            model(ids, past_key_values=cache)
+            logits.append(model(ids[:, :1], past_key_values=cache).logits)
+    plain, sinks, softcap, again = logits
+    assert torch.equal(plain, again)
+    assert all((found - plain).abs().max() > 1e-3 for found in (sinks, softcap))
+
+
 def test_lossless_decoding_is_timed_at_the_acceptance_that_is_asked_for(script):
     model, args = tiny_enabled(), argparse.Namespace(budget=0.25, stride=3, observation_window=2)
     cache = script.make_cache(model, "lossless:2:4bit", 300, 24, args)
@@ -72,6 +89,7 @@ def test_lossless_decoding_is_timed_at_the_acceptance_that_is_asked_for(script):
     [
         ("full,refresh,lossless:2:4bit,offloaded,snapkv,static,dynamic", []),
         ("full,refresh,similarity,select:2:4bit,h2o", ["--loop", "graph"]),
+        ("full,refresh,select:2:4bit", ["--terms"]),
     ],
 )
 def test_it_runs_to_the_table(tmp_path, strategies, options):
@@ -80,7 +98,8 @@ def test_it_runs_to_the_table(tmp_path, strategies, options):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "decode.json").read_text())
-    assert [result["strategy"] for result in results] == strategies.split(",")
+    terms = ("", "+sinks", "+softcap") if "--terms" in options else ("",)
+    assert [result["strategy"] for result in results] == [s + t for s in strategies.split(",") for t in terms]
     assert all(result["ms"] > 0 for result in results) and (tmp_path / "decode.png").exists()
 
 
