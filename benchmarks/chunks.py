@@ -13,8 +13,8 @@ recomputation is not simulated. `question alone` is the last chunk without the o
 nats a token, those over the full prompt's under full attention with the standard error over the sequences, the share of
 the N tokens at which the most likely token is the same, and the tokens that were computed of those before the question.
 
---time: documents of random tokens are in the store (host memory, page-locked on a machine with a GPU), and a question of
-random tokens follows. Milliseconds from the tokens to the first new one, medians, through the cache that
+--time: documents of random tokens are in the store (host memory, page-locked on a machine with a GPU), and a question
+of random tokens follows. Milliseconds from the tokens to the first new one, medians, through the cache that
 `generate_from_chunks` uses with `RefreshConfig.recommended()`, against computing the whole prompt through that cache.
 `load ms` is the host's time in `load_chunks`, `peak GB` the most memory of the GPU, weights included. The model has
 Llama-3.1-8B's shape and random weights; on a CPU a small one.
@@ -42,7 +42,6 @@ from refreshkv.evaluation.inputs import check_tokens, open_split
 from refreshkv.evaluation.perplexity.evaluation import check_last_tokens
 from refreshkv.evaluation.reports import hardware
 from refreshkv.loading import PLAIN, load_model, model_folder
-from refreshkv.options import comma_separated
 from refreshkv.prefix.chunks import load_chunks
 from refreshkv.prefix.store import PrefixStore
 from refreshkv.tables import column_table
@@ -52,7 +51,7 @@ SMALL = {"layers": 4, "hidden": 512, "intermediate": 1536, "heads": 8, "kv_heads
 FULL_PROMPT, ALONE, QUESTION_ALONE = "full prompt", "chunks alone", "question alone"
 WAYS: dict[str, dict[str, Any]] = {ALONE: {}, "first 16": {"first": 16}, "changed 15 %": {"changed": 0.15}}
 """Ways to use stored chunks: name -> what `load_chunks` computes again."""
-AFTER = ("full", "recommended")
+FULL, RECOMMENDED = "full", "recommended"
 """Attention after the prompt: to all tokens, or from the small cache of `RefreshConfig.recommended()`."""
 STORE_BYTES = 4 * 10**9
 """Room for the chunks of a few sequences: each is used by all ways, and then never again."""
@@ -85,9 +84,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--last-tokens", type=int, default=512, help="scored tokens (default: %(default)s)")
     parser.add_argument("--chunks", type=int, default=8, help="of a prompt, the question included (default: 8)")
-    parser.add_argument(
-        "--after", type=comma_separated, default=list(AFTER), help="of full,recommended (default: both)"
-    )
+    parser.add_argument("--only-full", action="store_true", help="leave out the small cache after the prompt")
     parser.add_argument("--budget", type=float, default=0.125, help="of recommended (default: %(default)s)")
     parser.add_argument("--time", action="store_true", help="measure the time to the first token")
     parser.add_argument("--documents", type=int, default=8, help="known documents (default: %(default)s)")
@@ -105,8 +102,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--loss needs --model and --data")
     if args.loss and args.chunks < 2:
         parser.error(f"--chunks={args.chunks}: at least one chunk and the question make two")
-    if unknown := set(args.after) - set(AFTER):
-        parser.error(f"--after: there is no {unknown.pop()}; known are {', '.join(AFTER)}")
     return args
 
 
@@ -147,24 +142,25 @@ def score(model, store: PrefixStore, ids: Tensor, args: argparse.Namespace) -> S
     """The last tokens of one sequence (1, T) after each kind of prompt."""
     last, length = args.last_tokens, ids.shape[1]
     ends = equal_ends(length - last, args.chunks)
-    question, found = ends[-2], {}
+    question = ends[-2]
     chunks = [ids[0, start:end] for start, end in zip((0, *ends), ends[:-1], strict=False)]
-    if "full" in args.after:
-        found[FULL_PROMPT, "full"] = *continued(model, FullCache(model.config, length), ids, last), length - last
-    for name, amount in WAYS.items() if "full" in args.after else ():
-        cache = FullCache(model.config, length)
+
+    def new_cache() -> FullCache:
+        return FullCache(model.config, length)
+
+    found = {(FULL_PROMPT, FULL): (*continued(model, new_cache(), ids, last), question)}
+    for name, amount in WAYS.items():
+        cache = new_cache()
         reuse = load_chunks(store, cache, chunks, **amount)
-        scored = continued(model, cache, ids[:, question:], last)
-        found[name, "full"] = *scored, reuse.recomputed_tokens
-    if "full" in args.after:
-        cache = FullCache(model.config, length)
-        found[QUESTION_ALONE, "full"] = *continued(model, cache, ids[:, question:], last), 0
+        found[name, FULL] = *continued(model, cache, ids[:, question:], last), reuse.recomputed_tokens
+    found[QUESTION_ALONE, FULL] = *continued(model, new_cache(), ids[:, question:], last), 0
+    if args.only_full:
+        return found
     config = RefreshConfig.recommended(budget=args.budget)
-    simulations = {FULL_PROMPT: None, ALONE: ends} if "recommended" in args.after else {}
-    for name, own_ends in simulations.items():
+    for name, own_ends, computed in ((FULL_PROMPT, None, question), (ALONE, ends, 0)):
         simulation = Simulation(length - last, config, chunks=own_ends)
         logits = model(ids, simulation=simulation, use_cache=False, logits_to_keep=last + 1).logits
-        found[name, "recommended"] = *judged(logits, ids, last), 0 if own_ends else length - last
+        found[name, RECOMMENDED] = *judged(logits, ids, last), computed
     return found
 
 
@@ -181,7 +177,7 @@ def judged(logits: Tensor, ids: Tensor, last: int) -> tuple[Tensor, Tensor]:
 
 def loss_lines(data: str, scored: list[Scored]) -> list[dict[str, Any]]:
     """One line for each kind of prompt and attention after it, over all sequences."""
-    reference = next(iter(scored[0]))
+    reference = FULL_PROMPT, FULL
     lines = []
     for key in scored[0]:
         means = [float(row[key][0].double().mean()) for row in scored]
