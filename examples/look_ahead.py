@@ -1,12 +1,15 @@
 """Trains look-ahead queries beside a frozen model, and compares with the model without them:
 
-    python examples/look_ahead.py [OUTPUT] [--steps 15] [--rows 8] [--queries 2] [--rank 8] [--seed 0] [--windows]
+    python examples/look_ahead.py [OUTPUT] [--selection paper windows] [--steps 15] [--rows 8] [--queries 2] [--rank 8]
+    python examples/look_ahead.py --model DIR --data ROWS --data ROWS2 --train ROWS --budget 1024 --device cuda ...
 
-The text is NumPy's own tests, which the model of `base/` has not read: every fifth file is for the comparison.
+Each selection gets queries of its own: the paper's, and the recommended one's windows. Without --data, the text is
+NumPy's own tests, which the model of `base/` has not read: every fifth file is for the comparison.
 """
 
 import argparse
 import math
+import time
 from pathlib import Path
 
 import numpy
@@ -23,30 +26,46 @@ from refreshkv import (
     save_look_ahead,
     simulate,
 )
+from refreshkv.attention.look_ahead import look_ahead_modules
+from refreshkv.data.rows import load_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-BATCH, LENGTH, PROMPT = 4, 512, 384
+LENGTH = 512
 
 parser = argparse.ArgumentParser()
-parser.add_argument("output", nargs="?", help="folder for the model with its look-ahead queries")
+parser.add_argument("output", nargs="?", help="folder for the model with the first selection's look-ahead queries")
+parser.add_argument("--model", default=ROOT / "base/python-4m")
+parser.add_argument("--data", action="append", default=[], help="prepared rows whose test split is scored; repeatable")
+parser.add_argument("--train", help="prepared rows whose train split is learned from; the first --data without it")
+parser.add_argument("--selection", nargs="+", choices=("paper", "windows"), default=["paper"])
+parser.add_argument("--budget", type=int, default=64, help="K")
 parser.add_argument("--steps", type=int, default=15)
-parser.add_argument("--rows", type=int, default=8, help="rows of the comparison")
+parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
+parser.add_argument("--measured-steps", type=int, default=8, help="steps of a pass whose divergence is computed")
+parser.add_argument("--rows", type=int, default=8, help="test sequences of each text")
+parser.add_argument("--scored", type=int, default=128, help="last tokens that are scored, after a prompt of the rest")
+parser.add_argument("--length", type=int, help="only the first tokens of each sequence")
 parser.add_argument("--queries", type=int, default=2)
 parser.add_argument("--rank", type=int, default=8)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--learning-rate", type=float, default=1e-2)
-parser.add_argument("--windows", action="store_true", help="4 observing queries, 12 recent positions, pooling ahead")
+parser.add_argument("--device", default="cpu")
+parser.add_argument("--dtype", default="float32", help="of the model; the look-ahead queries are trained in float32")
 options = parser.parse_args()
 
-torch.manual_seed(options.seed)
-model = AutoModelForCausalLM.from_pretrained(ROOT / "base/python-4m", dtype=torch.float32).train()
-tokenizer = AutoTokenizer.from_pretrained(ROOT / "base/python-4m")
-windows = {"observation_window": 4, "recent_window": 12, "pool_ahead": True} if options.windows else {}
-refresh = RefreshConfig(budget=64, **windows)
-patterns = {
-    "full step every 10": RefreshConfig(budget=64, stride=10, **windows),
-    "selecting step every 3": RefreshConfig(budget=64, stride=NEVER, select_stride=3, **windows),
-}
+
+def read_rows():
+    """The training sequences, and the test sequences of each text by its name: (N, T) each."""
+    if options.data:
+        split = load_rows(options.train or options.data[0]).train
+        train = split[torch.randperm(len(split))[: options.steps * options.batch].tolist()]["input_ids"]
+        tests = {Path(name).name: load_rows(name).test[: options.rows]["input_ids"] for name in options.data}
+    else:
+        files = sorted(Path(numpy.__file__).parent.glob("*/tests/test_*.py"))
+        train, test = rows_of([file for number, file in enumerate(files) if number % 5]), rows_of(files[::5])
+        tests = {"NumPy": test[torch.linspace(0, len(test) - 1, options.rows).long()]}
+    cut = slice(options.length)
+    return train[:, cut].to(options.device), {name: rows[:, cut].to(options.device) for name, rows in tests.items()}
 
 
 def rows_of(files: list[Path]) -> torch.Tensor:
@@ -56,52 +75,99 @@ def rows_of(files: list[Path]) -> torch.Tensor:
     return joined[: len(joined) // LENGTH * LENGTH].view(-1, LENGTH)
 
 
+def windows_of(selection: str) -> dict:
+    """What a selection changes in the paper's settings: the recommended windows, smaller for small budgets."""
+    if selection == "paper":
+        return {}
+    found = RefreshConfig.recommended()
+    recent = min(found.recent_window, options.budget // 5)
+    observers = found.observation_window
+    return {"observation_window": observers, "recent_window": recent, "pool_ahead": True}
+
+
+def patterns_of(selection: str) -> dict[str, RefreshConfig]:
+    """The compared patterns of a selection."""
+    common = {"budget": options.budget, **windows_of(selection)}
+    return {
+        "full step every 10": RefreshConfig(stride=10, **common),
+        "selecting step every 3": RefreshConfig(stride=NEVER, select_stride=3, **common),
+    }
+
+
 @torch.no_grad()
-def losses() -> dict[str, float]:
-    """Loss in nats a token after the prompt, of rows for comparison: with full attention and with each pattern."""
-    simulations = {"full": None, **{name: Simulation(PROMPT, config) for name, config in patterns.items()}}
-    found = {}
-    for name, simulation in simulations.items():
-        sums = 0.0
-        for row in test:
-            logits = model(row[None], simulation=simulation, use_cache=False).logits[0, PROMPT - 1 : -1]
-            sums += float(torch.nn.functional.cross_entropy(logits, row[PROMPT:]))
-        found[name] = sums / len(test)
-    return found
+def losses(rows: torch.Tensor, config: RefreshConfig | None) -> torch.Tensor:
+    """Nats a scored token of each row (N, T), under a pattern, or under full attention: (N,)."""
+    simulation = None if config is None else Simulation(rows.shape[1] - options.scored, config)
+    found = []
+    for row in rows:
+        output = model(row[None], simulation=simulation, use_cache=False, logits_to_keep=options.scored + 1)
+        found.append(torch.nn.functional.cross_entropy(output.logits[0, :-1].float(), row[-options.scored :]))
+    return torch.stack(found).double()
 
 
-files = sorted(Path(numpy.__file__).parent.glob("*/tests/test_*.py"))
-train = rows_of([file for number, file in enumerate(files) if number % 5])
-test = rows_of(files[::5])
-test = test[torch.linspace(0, len(test) - 1, options.rows).long()]
+def train_queries(selection: str) -> None:
+    """Puts look-ahead queries beside the frozen model's attention and trains them under a selection."""
+    length, scored = train.shape[1], options.scored
+    prompts = [length - 2 * scored, length - scored + scored // 8]
+    settings = SimulationConfig(stride=[10, NEVER], select_stride=[3, None], prompt_length=prompts)
+    look_ahead = LookAheadConfig(
+        options.queries, options.rank, measured_steps=options.measured_steps, freeze_model=True
+    )
+    refresh = RefreshConfig(budget=options.budget, **windows_of(selection))
+    model.train()
+    with simulate(model, settings, seed=options.seed, refresh=refresh, look_ahead=look_ahead) as simulation:
+        for module in look_ahead_modules(model).values():
+            module.float()
+        trained = [part for part in model.parameters() if part.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.0)
+        for step in range(options.steps):
+            for group in optimizer.param_groups:  # falls to 0 in a line
+                group["lr"] = options.learning_rate * (1 - step / options.steps)
+            batch = train[order[torch.arange(step * options.batch, (step + 1) * options.batch) % len(train)]]
+            model(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            simulation.step()
+            if (step + 1) % max(1, options.steps // 15) == 0:
+                figures = "  ".join(f"{name} {value:.4f}" for name, value in simulation.report().items())
+                print(f"step {step + 1:3}  {figures}", flush=True)
+    model.eval()
+
+
+torch.manual_seed(options.seed)
+model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).to(options.device)
+tokenizer = AutoTokenizer.from_pretrained(options.model)
+train, tests = read_rows()
 order = torch.randperm(len(train))
 
-settings = SimulationConfig(stride=[10, NEVER], select_stride=[3, None], prompt_length=[256, 400])
-look_ahead = LookAheadConfig(options.queries, options.rank, measured_steps=8, freeze_model=True)
-with simulate(model, settings, seed=options.seed, refresh=refresh, look_ahead=look_ahead) as simulation:
-    trained = [part for part in model.parameters() if part.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.0)
-    for step in range(options.steps):
-        for group in optimizer.param_groups:  # falls to 0 in a line
-            group["lr"] = options.learning_rate * (1 - step / options.steps)
-        batch = train[order[torch.arange(step * BATCH, (step + 1) * BATCH) % len(train)]]
-        model(input_ids=batch, labels=batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        simulation.step()
-        if (step + 1) % max(1, options.steps // 15) == 0:
-            figures = "  ".join(f"{name} {value:.4f}" for name, value in simulation.report().items())
-            print(f"step {step + 1:3}  {figures}", flush=True)
+table, seconds = [], 0.0
+for number, selection in enumerate(options.selection):
+    began = time.monotonic()
+    train_queries(selection)
+    seconds += time.monotonic() - began
+    if options.output and number == 0:
+        save_look_ahead(model, options.output)
+        tokenizer.save_pretrained(options.output)
+    cases = [(text, name) for text in tests for name in patterns_of(selection)]
+    with_queries = {case: losses(tests[case[0]], patterns_of(selection)[case[1]]) for case in cases}
+    remove_look_ahead(model)
+    full = {text: losses(rows, None) for text, rows in tests.items()}
+    for text, name in cases:
+        before, after = losses(tests[text], patterns_of(selection)[name]), with_queries[text, name]
+        gain, gap = before - after, before - full[text]
+        error = gain.std() / len(gain) ** 0.5 / gap.mean()
+        figures = " | ".join(f"{math.exp(found.mean()):.4f}" for found in (full[text], before, after))
+        closed = f"{(gain.mean() / gap.mean()).item():.1%} +- {error.item():.1%}"
+        table.append(f"| {text} | {selection} | {name} | {figures} | {closed} |")
 
-model.eval()
-if options.output:
-    save_look_ahead(model, options.output)
-    tokenizer.save_pretrained(options.output)
-with_queries = losses()
-remove_look_ahead(model)
-without = losses()
-print(f"{'pattern':24} {'perplexity without':>18} {'with':>8} {'gap closed':>10}")
-for name, before in without.items():
-    gap = before - without["full"]
-    closed = f"{(before - with_queries[name]) / gap:10.1%}" if gap else ""
-    print(f"{name:24} {math.exp(before):18.4f} {math.exp(with_queries[name]):8.4f} {closed}")
+print(
+    f"\nperplexity of the last {options.scored} of {train.shape[1]} tokens, K = {options.budget}, {options.rows} rows"
+)
+print("| text | selection | pattern | full attention | without | with | gap closed |\n|---|---|---|---|---|---|---|")
+print("\n".join(table))
+memory = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if options.device.startswith("cuda") else ""
+device = torch.cuda.get_device_name() if memory else "CPU"
+print(
+    f"\n{options.queries} queries of rank {options.rank}, {options.steps} steps of {options.batch} rows, seed "
+    f"{options.seed}; {device}{memory}; training {seconds:.0f} s"
+)

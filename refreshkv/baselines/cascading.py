@@ -1,10 +1,11 @@
 """Cascading KV cache: sub-caches that each accept half of what leaves the one before.
 
-Willette et al., "Training-Free Exact/Approximate Cascading KV Cache", https://arxiv.org/abs/2406.17808. As there, the
-first tokens stay, the newest sub-cache accepts every token, and a token that leaves a full sub-cache is accepted by the
-next one if that has room, and else every second time. With the running score, a token that is not accepted takes the
-newest entry's place if it has the higher score; by count alone it is gone. The score is an exponential moving average
-of the attention that an entry receives, maximum over the heads of the group.
+Willette et al., "Training-Free Exponential Context Extension via Cascading KV Cache", ICLR 2025,
+https://arxiv.org/abs/2406.17808. As there, the first tokens stay, the newest sub-cache accepts every token, and a token
+that leaves a full sub-cache is accepted by the next one if that has room, and else every second time. With the running
+score, a token that is not accepted takes the newest entry's place if it has the higher score; by count alone it is
+gone. The score is an exponential moving average of the attention that an entry receives, maximum over the heads of the
+group.
 
 Departures: entries keep the positions that they were written with, and the prompt attends to all of itself, as in all
 baselines here; a sub-cache accepts everything until it is full. With one sub-cache it is StreamingLLM.

@@ -58,20 +58,29 @@ def _layers(config: PretrainedConfig) -> int:
     return sum(kind.is_refreshed for kind in layer_kinds(config))
 
 
-def held(length: int, prompt_length: int, budget: int, sink_tokens: int) -> Tensor:
-    """Which tokens the cache holds at each query position, the token itself included: (T, T) bool. All, in a prompt."""
-    row, column = torch.arange(length)[:, None], torch.arange(length)
+def held(length: int, prompt_length: int, budget: int, sink_tokens: int, positions: Tensor | None = None) -> Tensor:
+    """Which of `length` tokens the cache holds at each query position, the token itself included: (Q, T) bool. All, in
+    a prompt. positions (Q,): the query positions; None: all."""
+    positions = torch.arange(length) if positions is None else positions
+    row, column = positions[:, None], torch.arange(length, device=positions.device)
     recent = (column < sink_tokens) | (column >= row - (budget - sink_tokens)) | (row < prompt_length)
     return recent & (column <= row)
 
 
 def parallel(
-    query: Tensor, key: Tensor, value: Tensor, kernels: LowRankKernels, held_tokens: Tensor, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernels: LowRankKernels,
+    held_tokens: Tensor,
+    scaling: float,
+    positions: Tensor | None = None,
 ) -> Tensor:
-    """The attention of all tokens at once, with gradients: query (B, H, T, D), key, value (B, Hkv, T, D), held_tokens
-    (T, T) bool as from `held` -> (B, H, T, D). Tokens before the query that are not held are in the low-rank state."""
-    groups = query.shape[1] // key.shape[1]
-    causal = torch.ones_like(held_tokens).tril()
+    """The attention of Q known tokens at once, with gradients: query (B, H, Q, D), key, value (B, Hkv, T, D),
+    held_tokens (Q, T) bool as from `held` -> (B, H, Q, D). positions (Q,): the query positions; None: all. Tokens
+    before the query that are not held are in the low-rank state."""
+    groups, column = query.shape[1] // key.shape[1], torch.arange(key.shape[2], device=key.device)
+    causal = column <= (column if positions is None else positions)[:, None]
     logits = query @ key.repeat_interleave(groups, 1).transpose(-1, -2) * scaling
     logits = logits.masked_fill(~held_tokens, -torch.inf)
     shift = logits.amax(-1, keepdim=True).clamp(min=0.0).detach()  # at least 0, so that exp(-shift) stays finite
