@@ -55,6 +55,19 @@ def test_compiled_steps_give_the_same_tokens(case):
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma2"])
+def test_steps_with_sinks_or_a_softcap_are_one_graph(family):
+    """Without sliding windows, with which generate() does not compile."""
+    settings = {"experts_implementation": "batched_mm"} if family == "gpt_oss" else {}  # a loop over experts breaks
+    settings |= {"dtype": torch.float32, "layer_types": ["full_attention"] * 3}
+    model, ids = tiny_enabled(family=family, **settings), random_ids(2, 20)
+    expected, _ = generate(model, ids, None, CONFIGS["fixed"], compiled=False)
+    found, _ = generate(model, ids, None, CONFIGS["fixed"], compiled=True)
+    assert torch.equal(found, expected)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
 def test_neither_steps_nor_prompts_nor_caches_recompile():
     model, config = tiny_enabled(), CONFIGS["similarity"]
     cache = None
