@@ -4,14 +4,15 @@
     python benchmarks/chunks.py --time [--documents 8] [--document-tokens 4096] [--question-tokens 64]
 
 --loss: a prepared sequence of T tokens is a prompt of T - N and its last N tokens. The prompt is cut into equal chunks.
-All but the last come from a store in host memory, through `load_chunks`: alone, with the first 16 tokens of each
-computed again, or with the 15 % of tokens that full attention changes most. The last chunk is the question: it attends
-to everything before it. It and the N tokens are computed in one block with full attention, so what is lost is lost by
-the chunks. With `recommended` after it, the N tokens are decoded from the small cache of `RefreshConfig.recommended()`
-instead: the loss of one `Simulation`, which equals decoding. It knows the full prompt and chunks alone, for
-recomputation is not simulated. `question alone` is the last chunk without the others. The table has for each text the
-nats a token, those over the full prompt's under full attention with the standard error over the sequences, the share of
-the N tokens at which the most likely token is the same, and the tokens that were computed of those before the question.
+All but the last come from a store in host memory, through `load_chunks`: alone, with the first --first tokens of each
+computed again, or with the share --changed of all their tokens that full attention changes most. The last chunk is the
+question: it attends to everything before it. It and the N tokens are computed in one block with full attention, so what
+is lost is lost by the chunks. With `recommended` after it, the N tokens are decoded from the small cache of
+`RefreshConfig.recommended()` instead: the loss of one `Simulation`, which equals decoding. It knows the full prompt and
+chunks alone, for recomputation is not simulated. `question alone` is the last chunk without the others. The table has
+for each text the nats a token, those over the full prompt's under full attention with the standard error over the
+sequences, the share of the N tokens at which the most likely token is the same, and how many of the tokens before the
+question were computed in the request.
 
 --time: documents of random tokens are in the store (host memory, page-locked on a machine with a GPU), and a question
 of random tokens follows. Milliseconds from the tokens to the first new one, medians, through the cache that
@@ -19,7 +20,7 @@ of random tokens follows. Milliseconds from the tokens to the first new one, med
 `load ms` is the host's time in `load_chunks`, `peak GB` the most memory of the GPU, weights included. The model has
 Llama-3.1-8B's shape and random weights; on a CPU a small one.
 
---output DIR writes chunks.json, after each text and each kind of prompt.
+--output DIR writes chunks.json, after each sequence and each kind of prompt.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from tqdm import tqdm
 from transformers import Cache
 
 from measuring import SHAPE, add_shape, free_memory, random_llama
@@ -49,8 +51,6 @@ from refreshkv.tables import column_table
 SMALL = {"layers": 4, "hidden": 512, "intermediate": 1536, "heads": 8, "kv_heads": 2, "vocabulary": 4096}
 """The model's shape on a CPU."""
 FULL_PROMPT, ALONE, QUESTION_ALONE = "full prompt", "chunks alone", "question alone"
-WAYS: dict[str, dict[str, Any]] = {ALONE: {}, "first 16": {"first": 16}, "changed 15 %": {"changed": 0.15}}
-"""Ways to use stored chunks: name -> what `load_chunks` computes again."""
 FULL, RECOMMENDED = "full", "recommended"
 """Attention after the prompt: to all tokens, or from the small cache of `RefreshConfig.recommended()`."""
 STORE_BYTES = 4 * 10**9
@@ -86,6 +86,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, default=8, help="of a prompt, the question included (default: 8)")
     parser.add_argument("--only-full", action="store_true", help="leave out the small cache after the prompt")
     parser.add_argument("--budget", type=float, default=0.125, help="of recommended (default: %(default)s)")
+    parser.add_argument("--first", type=int, default=16, help="of each chunk, 0 leaves it out (default: %(default)s)")
+    parser.add_argument("--changed", type=float, default=0.15, help="0 leaves it out (default: %(default)s)")
     parser.add_argument("--time", action="store_true", help="measure the time to the first token")
     parser.add_argument("--documents", type=int, default=8, help="known documents (default: %(default)s)")
     parser.add_argument("--document-tokens", type=int, default=4096 if on_gpu else 256, help="(default: %(default)s)")
@@ -105,6 +107,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def ways(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Ways to use stored chunks: name -> what `load_chunks` computes again."""
+    found: dict[str, dict[str, Any]] = {ALONE: {}}
+    if args.first:
+        found[f"first {args.first}"] = {"first": args.first}
+    if args.changed:
+        found[f"changed {args.changed:.0%}"] = {"changed": args.changed}
+    return found
+
+
 def about(args: argparse.Namespace) -> str:
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     return f"{hardware()}, {versions}, {args.dtype}, {time.strftime('%d %B %Y')}"
@@ -122,14 +134,13 @@ def measure_losses(results: dict[str, Any], args: argparse.Namespace) -> None:
     for data in args.data:
         rows, sequences = open_split(data, "test", args.rows)
         check_tokens(model, folder, rows, PLAIN)
-        began, scored = time.perf_counter(), []
-        for row in sequences:
+        earlier, scored = results["loss"], []
+        for row in tqdm(sequences, desc=data, unit=" rows"):
             ids = row["input_ids"].unsqueeze(0).to(args.device)  # pyright: ignore[reportCallIssue, reportArgumentType, reportIndexIssue]
             check_last_tokens(args.last_tokens, ids.shape[1])
             scored.append(score(model, store, ids, args))
-        results["loss"] += loss_lines(data, scored)
-        save(args.output, "chunks.json", results)
-        print(f"{data}: {len(scored)} sequences in {time.perf_counter() - began:.0f} s", flush=True)
+            results["loss"] = earlier + loss_lines(data, scored)
+            save(args.output, "chunks.json", results)
 
 
 def equal_ends(length: int, chunks: int) -> tuple[int, ...]:
@@ -149,7 +160,7 @@ def score(model, store: PrefixStore, ids: Tensor, args: argparse.Namespace) -> S
         return FullCache(model.config, length)
 
     found = {(FULL_PROMPT, FULL): (*continued(model, new_cache(), ids, last), question)}
-    for name, amount in WAYS.items():
+    for name, amount in ways(args).items():
         cache = new_cache()
         reuse = load_chunks(store, cache, chunks, **amount)
         found[name, FULL] = *continued(model, cache, ids[:, question:], last), reuse.recomputed_tokens
@@ -216,9 +227,9 @@ def measure_times(results: dict[str, Any], args: argparse.Namespace) -> None:
         store.put_chunk(part)
     seconds = time.perf_counter() - began
     print(f"{args.documents} documents computed and stored in {seconds:.2f} s, {store.size / 1e9:.2f} GB", flush=True)
-    for name, amount in {FULL_PROMPT: None, **WAYS}.items():
-        free_memory()
+    for name, amount in {FULL_PROMPT: None, **ways(args)}.items():
         if args.device == "cuda":
+            free_memory()
             torch.cuda.reset_peak_memory_stats()
         runs = [first_token(model, store, parts, amount) for _ in range(1 + args.repeat)][1:]
         peak = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else 0.0

@@ -30,8 +30,7 @@ def losses(model, ids, mask):
 
 
 def test_losses_are_those_of_masks(script, tmp_path, capsys):
-    """Chunks alone are a mask, and the first tokens computed again another: in the first layer only, so the model has
-    two and the second kind is compared by its direction."""
+    """Full prompts, and chunks alone: computed by the model itself with a mask."""
     model, ids = tiny_model(dtype=torch.float32), random_ids(ROWS, LENGTH)
     model.save_pretrained(tmp_path / "model")
     save_rows(tmp_path / "rows", {"train": ids.tolist(), "validation": [], "test": ids.tolist()}, VOCABULARY)
@@ -41,7 +40,7 @@ def test_losses_are_those_of_masks(script, tmp_path, capsys):
     found = json.loads((tmp_path / "out" / "chunks.json").read_text())["loss"]
     lines = {(line["prompt"], line["then"]): line for line in found}
     assert list(lines) == [
-        *((name, "full") for name in ("full prompt", *script.WAYS, "question alone")),
+        *((name, "full") for name in ("full prompt", "chunks alone", "first 16", "changed 15%", "question alone")),
         ("full prompt", "recommended"),
         ("chunks alone", "recommended"),
     ]
@@ -59,16 +58,16 @@ def test_losses_are_those_of_masks(script, tmp_path, capsys):
     assert lines["chunks alone", "full"]["±"] == pytest.approx(torch.tensor(over).std().item() / ROWS**0.5, abs=2e-5)
     assert lines["full prompt", "full"]["agreement"] == 1 and lines["chunks alone", "full"]["agreement"] < 1
     assert [line["computed"] for line in found] == [52, 0, 32, 8, 0, 52, 0]
-    assert "changed 15 %" in capsys.readouterr().out
+    assert "changed 15%" in capsys.readouterr().out
 
 
 def test_times_and_their_table(script, tmp_path, capsys):
     shape = "--layers 2 --hidden 64 --intermediate 64 --heads 4 --kv-heads 2 --vocabulary 128".split()
-    sizes = "--documents 3 --document-tokens 40 --question-tokens 8 --repeat 1 --dtype float32".split()
+    sizes = "--documents 3 --document-tokens 40 --question-tokens 8 --repeat 1 --first 4 --dtype float32".split()
     script.main(["--time", *shape, *sizes, "--output", str(tmp_path)])
     found = json.loads((tmp_path / "chunks.json").read_text())["time"]
-    assert [line["prompt"] for line in found] == ["full prompt", *script.WAYS]
-    assert [line["recomputed"] for line in found] == [0, 0, 32, 18]
+    assert [line["prompt"] for line in found] == ["full prompt", "chunks alone", "first 4", "changed 15%"]
+    assert [line["recomputed"] for line in found] == [0, 0, 8, 18]
     assert all(line["first token ms"] > 0 for line in found) and found[0]["times faster"] == 1
     assert "chunks alone" in capsys.readouterr().out
 
