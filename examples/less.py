@@ -51,7 +51,7 @@ def read_rows():
     if options.data:
         split = load_rows(options.train or options.data[0]).train
         train = split[torch.randperm(len(split))[: options.steps * options.batch].tolist()]["input_ids"]
-        tests = {Path(name).name: load_rows(name).test[: options.rows]["input_ids"] for name in options.data}
+        tests = {name: load_rows(name).test[: options.rows]["input_ids"] for name in options.data}
     else:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         text = "".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "train").glob("*.py")))

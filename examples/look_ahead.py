@@ -59,7 +59,7 @@ def read_rows():
     if options.data:
         split = load_rows(options.train or options.data[0]).train
         train = split[torch.randperm(len(split))[: options.steps * options.batch].tolist()]["input_ids"]
-        tests = {Path(name).name: load_rows(name).test[: options.rows]["input_ids"] for name in options.data}
+        tests = {name: load_rows(name).test[: options.rows]["input_ids"] for name in options.data}
     else:
         files = sorted(Path(numpy.__file__).parent.glob("*/tests/test_*.py"))
         train, test = rows_of([file for number, file in enumerate(files) if number % 5]), rows_of(files[::5])
