@@ -80,9 +80,12 @@ def windows_of(selection: str) -> dict:
     if selection == "paper":
         return {}
     found = RefreshConfig.recommended()
-    recent = min(found.recent_window, options.budget // 5)
-    observers = found.observation_window
-    return {"observation_window": observers, "recent_window": recent, "pool_ahead": True}
+    return {
+        "observation_window": found.observation_window,
+        "recent_window": min(found.recent_window, options.budget // 5),
+        "pool_kernel": found.pool_kernel,
+        "pool_ahead": found.pool_ahead,
+    }
 
 
 def patterns_of(selection: str) -> dict[str, RefreshConfig]:
