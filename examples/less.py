@@ -150,6 +150,8 @@ optimizers = {case: torch.optim.Adam(kernels.parameters(), options.learning_rate
 
 began, order = time.monotonic(), torch.randperm(len(train))
 for step in range(options.steps):
+    for optimizer in optimizers.values():
+        optimizer.param_groups[0]["lr"] = options.learning_rate * (1 - step / options.steps)  # falls to 0 in a line
     record(train[order[torch.arange(step * options.batch, (step + 1) * options.batch) % len(train)]])
     means = {}
     for (budget, seed), kernels in trained.items():
