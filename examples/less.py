@@ -1,6 +1,8 @@
 """Trains the kernels of LESS on a frozen model, and compares a small cache without and with their state:
 
-    python examples/less.py [OUTPUT] [--model DIR --data ROWS --data ROWS2 --train ROWS --budget 1024 256 --device cuda]
+    python examples/less.py [OUTPUT] [--budget 24] [--steps 40] [--rows 8] [--rank 8] [--seed 0 1]
+    python examples/less.py --model DIR --data ROWS --data ROWS2 --train ROWS3 --budget 1024 256 --scored 512 \\
+        --steps 300 --batch 1 --positions 256 --rows 24 --device cuda --dtype bfloat16
 
 Each layer's low-rank state learns to give the output of full attention, from the queries, keys and values that the
 model computes under full attention. Then the last tokens of test sequences are scored under full attention,

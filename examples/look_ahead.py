@@ -1,7 +1,8 @@
 """Trains look-ahead queries beside a frozen model, and compares with the model without them:
 
     python examples/look_ahead.py [OUTPUT] [--selection paper windows] [--steps 15] [--rows 8] [--queries 2] [--rank 8]
-    python examples/look_ahead.py --model DIR --data ROWS --data ROWS2 --train ROWS --budget 1024 --device cuda ...
+    python examples/look_ahead.py --model DIR --data ROWS --data ROWS2 --train ROWS3 --budget 1024 --scored 512 \\
+        --selection paper windows --steps 100 --batch 1 --measured-steps 4 --rows 16 --device cuda --dtype bfloat16
 
 Each selection gets queries of its own: the paper's, and the recommended one's windows. Without --data, the text is
 NumPy's own tests, which the model of `base/` has not read: every fifth file is for the comparison.
