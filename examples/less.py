@@ -2,7 +2,7 @@
 
     python examples/less.py [OUTPUT] [--budget 24] [--steps 40] [--rows 8] [--rank 8] [--seed 0 1]
     python examples/less.py --model DIR --data ROWS --data ROWS2 --train ROWS3 --budget 1024 256 --scored 512 \\
-        --steps 300 --batch 1 --positions 256 --rows 24 --device cuda --dtype bfloat16
+        --steps 300 --batch 1 --positions 256 --learning-rate 1e-2 --rows 24 --device cuda --dtype bfloat16
 
 Each layer's low-rank state learns to give the output of full attention, from the queries, keys and values that the
 model computes under full attention. Then the last tokens of test sequences are scored under full attention,
@@ -149,7 +149,7 @@ for budget in options.budget:
             kernel.key_out.data *= 0.01  # or thousands of tokens that left outweigh the cache at the start
 without = make_kernels(model.config, options.rank).to(options.device)
 for kernel in without:
-    torch.nn.init.zeros_(kernel.key_out)  # the state has no weight
+    kernel.key_out.data *= 0.0  # the state has no weight
 optimizers = {case: torch.optim.Adam(kernels.parameters(), options.learning_rate) for case, kernels in trained.items()}
 
 began, order = time.monotonic(), torch.randperm(len(train))
