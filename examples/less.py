@@ -1,6 +1,8 @@
 """Trains the kernels of LESS on a frozen model, and compares a small cache without and with their state:
 
-    python examples/less.py [OUTPUT] [--model DIR --data ROWS --data ROWS2 --train ROWS --budget 1024 256 --device cuda]
+    python examples/less.py [OUTPUT] [--budget 24] [--steps 40] [--rows 8] [--rank 8] [--seed 0 1]
+    python examples/less.py --model DIR --data ROWS --data ROWS2 --train ROWS3 --budget 1024 256 --scored 512 \\
+        --steps 300 --batch 1 --positions 256 --learning-rate 1e-2 --rows 24 --device cuda --dtype bfloat16
 
 Each layer's low-rank state learns to give the output of full attention, from the queries, keys and values that the
 model computes under full attention. Then the last tokens of test sequences are scored under full attention,
@@ -51,7 +53,7 @@ def read_rows():
     if options.data:
         split = load_rows(options.train or options.data[0]).train
         train = split[torch.randperm(len(split))[: options.steps * options.batch].tolist()]["input_ids"]
-        tests = {Path(name).name: load_rows(name).test[: options.rows]["input_ids"] for name in options.data}
+        tests = {name: load_rows(name).test[: options.rows]["input_ids"] for name in options.data}
     else:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         text = "".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "train").glob("*.py")))
@@ -143,13 +145,17 @@ for budget in options.budget:
     for seed in options.seed:
         torch.manual_seed(seed)
         trained[budget, seed] = make_kernels(model.config, options.rank).to(options.device)
+        for kernel in trained[budget, seed]:
+            kernel.key_out.data *= 0.01  # or thousands of tokens that left outweigh the cache at the start
 without = make_kernels(model.config, options.rank).to(options.device)
 for kernel in without:
-    torch.nn.init.zeros_(kernel.key_out)  # the state has no weight
+    kernel.key_out.data *= 0.0  # the state has no weight
 optimizers = {case: torch.optim.Adam(kernels.parameters(), options.learning_rate) for case, kernels in trained.items()}
 
 began, order = time.monotonic(), torch.randperm(len(train))
 for step in range(options.steps):
+    for optimizer in optimizers.values():
+        optimizer.param_groups[0]["lr"] = options.learning_rate * (1 - step / options.steps)  # falls to 0 in a line
     record(train[order[torch.arange(step * options.batch, (step + 1) * options.batch) % len(train)]])
     means = {}
     for (budget, seed), kernels in trained.items():

@@ -1,7 +1,8 @@
 """Trains look-ahead queries beside a frozen model, and compares with the model without them:
 
     python examples/look_ahead.py [OUTPUT] [--selection paper windows] [--steps 15] [--rows 8] [--queries 2] [--rank 8]
-    python examples/look_ahead.py --model DIR --data ROWS --data ROWS2 --train ROWS --budget 1024 --device cuda ...
+    python examples/look_ahead.py --model DIR --data ROWS --data ROWS2 --train ROWS3 --budget 1024 --scored 512 \\
+        --selection paper windows --steps 100 --batch 1 --measured-steps 4 --rows 16 --device cuda --dtype bfloat16
 
 Each selection gets queries of its own: the paper's, and the recommended one's windows. Without --data, the text is
 NumPy's own tests, which the model of `base/` has not read: every fifth file is for the comparison.
@@ -59,7 +60,7 @@ def read_rows():
     if options.data:
         split = load_rows(options.train or options.data[0]).train
         train = split[torch.randperm(len(split))[: options.steps * options.batch].tolist()]["input_ids"]
-        tests = {Path(name).name: load_rows(name).test[: options.rows]["input_ids"] for name in options.data}
+        tests = {name: load_rows(name).test[: options.rows]["input_ids"] for name in options.data}
     else:
         files = sorted(Path(numpy.__file__).parent.glob("*/tests/test_*.py"))
         train, test = rows_of([file for number, file in enumerate(files) if number % 5]), rows_of(files[::5])
@@ -80,9 +81,12 @@ def windows_of(selection: str) -> dict:
     if selection == "paper":
         return {}
     found = RefreshConfig.recommended()
-    recent = min(found.recent_window, options.budget // 5)
-    observers = found.observation_window
-    return {"observation_window": observers, "recent_window": recent, "pool_ahead": True}
+    return {
+        "observation_window": found.observation_window,
+        "recent_window": min(found.recent_window, options.budget // 5),
+        "pool_kernel": found.pool_kernel,
+        "pool_ahead": found.pool_ahead,
+    }
 
 
 def patterns_of(selection: str) -> dict[str, RefreshConfig]:

@@ -46,6 +46,10 @@ def test_decoding_equals_the_parallel_and_the_literal_form(budget, sinks):
     found, layer = run_layer(cache, query, key, value)
     whole = parallel(query, key, value, kernels, held(PROMPT + STEPS, PROMPT, budget, sinks), SCALING)
     torch.testing.assert_close(found, whole[:, :, PROMPT:].transpose(1, 2), rtol=0, atol=1e-10)
+    some = torch.tensor([PROMPT + STEPS - 1, 1, PROMPT - 1, PROMPT + 3])
+    seen = held(PROMPT + STEPS, PROMPT, budget, sinks, some)
+    part = parallel(query[:, :, some], key, value, kernels, seen, SCALING, some)
+    torch.testing.assert_close(part, whole[:, :, some], rtol=0, atol=1e-10)
     if budget == 12:
         for head in range(4):
             expected = literal(query, key, value, kernels, head, budget, sinks)

@@ -8,12 +8,14 @@ import time
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import refreshkv
 from refreshkv import RefreshConfig
+from refreshkv.attention.look_ahead import look_ahead_modules
 from refreshkv.parity import decoding_difference
 from tests.helpers.jobs import ROOT
+from tests.helpers.rows import save_rows
 
 pytestmark = pytest.mark.slow
 EXAMPLES = ROOT / "examples"
@@ -21,12 +23,12 @@ LONGEST = 60
 """Seconds."""
 
 
-def run_example(script, folder):
+def run_example(script, folder, *options):
     """Runs a script on the CPU, with one thread; its exit code and what it printed."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, str(script), str(folder / "out")],
+        [sys.executable, str(script), str(folder / "out"), *options],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -64,6 +66,47 @@ def test_the_state_of_less_learns_what_left(tmp_path):
     assert figures["held-out error with the state"] < 0.9 * figures["held-out error without the state"]
     assert figures["held-out loss with the state"] < figures["held-out loss without the state"]
     assert (tmp_path / "out.safetensors").exists()
+
+
+def table(printed):
+    """The lines of a printed table, each a list of its cells, without the head."""
+    lines = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+    return lines[1:]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Prepared sequences of 128 tokens, of this repository's own text."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "base" / "python-4m")
+    ids = tokenizer((ROOT / "train" / "config.py").read_text())["input_ids"]
+    sequences = [ids[first : first + 128] for first in range(0, 8 * 128, 128)]
+    folder = tmp_path_factory.mktemp("examples") / "rows"
+    splits = {"train": sequences[:5], "validation": sequences[5:6], "test": sequences[6:]}
+    save_rows(folder, splits, tokenizer.vocab_size)
+    return folder
+
+
+def test_less_takes_prepared_rows_and_several_budgets_and_seeds(rows, tmp_path):
+    options = ["--data", str(rows), "--steps", "3", "--rows", "2", "--scored", "32"]
+    code, printed = run_example(EXAMPLES / "less.py", tmp_path, *options, "--budget", "24", "12", "--seed", "0", "1")
+    assert code == 0, printed
+    lines = table(printed)
+    assert [line[1:3] for line in lines] == [["24", "0"], ["24", "1"], ["12", "0"], ["12", "1"]]
+    assert all(float(line[4]) > 1 for line in lines), "the small cache lost nothing, so nothing was measured"
+    assert len({line[5] for line in lines}) == 4, "budgets and seeds have kernels of their own"
+    names = {f"out-{budget}-{seed}.safetensors" for budget in (24, 12) for seed in (0, 1)}
+    assert {file.name for file in tmp_path.glob("*.safetensors")} == names
+
+
+def test_look_ahead_queries_are_compared_and_saved(rows, tmp_path):
+    options = ["--data", str(rows), "--budget", "24", "--scored", "32", "--steps", "3", "--batch", "2", "--rows", "2"]
+    code, printed = run_example(EXAMPLES / "look_ahead.py", tmp_path, *options, "--selection", "paper", "windows")
+    assert code == 0, printed
+    lines = table(printed)
+    assert [line[1] for line in lines] == ["paper", "paper", "windows", "windows"]
+    assert all(float(line[3]) < float(line[4]) for line in lines) and all(line[4] != line[5] for line in lines)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert decodes(model) and look_ahead_modules(model)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs the package trl")
