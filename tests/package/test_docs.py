@@ -49,10 +49,10 @@ def test_links_lead_somewhere(page):
     assert list(broken_links(page)) == []
 
 
-def points():
-    (entry,) = json.loads((RESULTS / "smollm2" / "results.json").read_text()).values()
-    assert entry["arm"] == "none", "the table is of the untrained model"
-    return {point["name"]: point for point in entry["results"]["points"]}
+def points(entry="none/ahead"):
+    """The points of one of the experiment's models, by name."""
+    entries = json.loads((RESULTS / "smollm2" / "results.json").read_text())
+    return {point["name"]: point for point in entries[f"smollm2/{entry}/tradeoff"]["results"]["points"]}
 
 
 def percent(share, digits):
@@ -70,12 +70,12 @@ def test_the_first_table_of_the_results():
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
     ]
     first = {tuple(line[:2]): line[2:] for line in lines[2 : 2 + len(LINES_OF_RESULTS)]}
-    assert lines[0] == ["K", "selection", "bytes read", "code", "English", "after training"]
-    measured = points()
+    assert lines[0] == ["K", "selection", "bytes read", "code", "English", "code, trained", "English, trained"]
     for line, name in LINES_OF_RESULTS.items():
-        point = measured[name]
-        losses = [shown(point["losses"][corpus]) for corpus in (CODE, ENGLISH)]
-        assert first.pop(line) == [percent(point["read"], 1), *losses, "not measured"]
+        trained = "paper/0/paper" if name.startswith("paper") else "recommended/0/ahead"
+        both = [points(entry)[name] for entry in ("none/ahead", trained)]
+        losses = [shown(point["losses"][corpus]) for point in both for corpus in (CODE, ENGLISH)]
+        assert first.pop(line) == [percent(both[0]["read"], 1), *losses]
     assert not first
 
 
@@ -113,6 +113,9 @@ def test_the_table_of_the_readme():
         code, english, read = rounded(f"ahead, 48 recent: select S=2 4 bits, K={size}", 1)
         text = f"K = L/{share}: {code} and {english}, reading {percent(read, digits)}"
         assert text in table["Smaller budgets"]
+    losses = points("recommended/0/ahead")["ahead: select S=2 4 bits, K=1024"]["losses"]
+    after = [percent(losses[corpus], 1) for corpus in (CODE, ENGLISH)]
+    assert "after training with the pattern {} and {}".format(*after) in table["A small loss"]
 
     speeds = json.loads((RESULTS / "decode-h200.json").read_text())
     ms = {(line["context"], line["batch"], line["strategy"]): line["ms"] for line in speeds}

@@ -592,6 +592,12 @@ def draw_one_of_each_kind():
             ["30m-8k/base", "30m-8k/distilled-1", "30m-8k/distilled-2"],
         ),
         ("plain-share", {"small/mixed25-2"}, "small/none/paper/perplexity", []),
+        (
+            "smollm2",
+            {"smollm2/none", "smollm2/plain-0"},
+            "smollm2/recommended/0/ahead/tradeoff",
+            [f"smollm2/{arm}-0" for arm in ("whole-paper", "recommended-lora", "distilled", "strides", "fixed")],
+        ),
     ],
 )
 def test_the_figures_of_the_repository(tmp_path, monkeypatch, name, planned, known, left):
