@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from refreshkv.train import trackers
 from refreshkv.train.config import RunConfig
 from refreshkv.train.log import RunLog
 from refreshkv.train.run_folder import claim_output, foreign_file, validate_output
-from tests.helpers.jobs import run_settings
+from tests.helpers.jobs import ROOT, make_rows, read_metrics, run_settings, write_config
 
 VALUES = [{"loss": 3.0 - step / 10, "loss partial": 2.5, "tokens/s": 1000.0 + step} for step in range(1, 5)]
 
@@ -27,6 +30,11 @@ def log_steps(config, first, last):
         log.step(step, VALUES[step - 1])
     log.evaluation(last, {"full": 4.0, "refresh": 5.0})
     log.close()
+
+
+def stored(folder):
+    """The bytes of all files in a folder."""
+    return b"".join(file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file())
 
 
 def needs(name):
@@ -84,9 +92,11 @@ def test_wandb_offline(tmp_path, monkeypatch):
 
 
 @needs("mlflow")
-def test_mlflow_offline(tmp_path):
+def test_mlflow_offline(tmp_path, monkeypatch):
     import mlflow
 
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # mlflow sets it: taken back after the test
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     output = tmp_path / "run"
     config = config_for(output, "mlflow")
     claim_output(output, config, overwrite=False)
@@ -102,7 +112,34 @@ def test_trackio_offline(tmp_path, monkeypatch):
     config = config_for(output, "trackio")
     claim_output(output, config, overwrite=False)
     log_steps(config, 1, 3)
-    assert any(file.is_file() for file in (tmp_path / "trackio").rglob("*"))
+    content = stored(tmp_path / "trackio")
+    assert b'"loss":2.7' in content and b"loss_partial" in content and b"perplexity/refresh" in content
+
+
+@pytest.mark.slow
+@needs("wandb")
+@needs("trackio")
+@needs("mlflow")
+def test_a_run_reports_to_all_four(tmp_path):
+    """One run of each, with the values of metrics.jsonl, and nothing in the run's folder that is not the run's."""
+    import mlflow
+
+    output, folder = tmp_path / "run", tmp_path / "trackio"
+    training = {"steps": 3, "save_every": 3, "report_to": ["tensorboard", "wandb", "trackio", "mlflow"]}
+    config = write_config(run_settings(make_rows(tmp_path), output, training=training))
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(folder), "DS_ACCELERATOR": "cpu"}
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(config)]
+    done = subprocess.run(command, env={**environment, **offline}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    logged = [values["loss"] for _, values in sorted(read_metrics(output).items())]
+    assert scalars(output)["loss"] == [(step, pytest.approx(loss)) for step, loss in enumerate(logged, 1)]
+    assert f'"loss":{logged[-1]}'.encode() in stored(folder)
+    mlflow.set_tracking_uri(f"sqlite:///{output / 'mlflow.db'}")
+    (run,) = mlflow.search_runs(experiment_names=[trackers.PROJECT], output_format="list")
+    assert run.data.metrics["loss"] == pytest.approx(logged[-1])
+    (file,) = (output / "wandb").glob("offline-run-*/*.wandb")
+    assert b"loss_partial" in file.read_bytes() and foreign_file(output) is None
 
 
 def test_a_missing_package_is_refused(monkeypatch):
