@@ -23,7 +23,7 @@ import importlib, pkgutil, sys, refreshkv
 from refreshkv.cli import EXTRAS
 assert refreshkv.__file__.startswith(sys.argv[1]), refreshkv.__file__
 found = {module.name for module in pkgutil.walk_packages(refreshkv.__path__, "refreshkv.")}
-optional = {module for modules in EXTRAS.values() for module in modules}
+optional = {module for modules in EXTRAS.values() for module in modules} | {"axolotl"}  # which loads its plugin itself
 for name in sorted(found):
     try:
         importlib.import_module(name)
