@@ -1,5 +1,7 @@
 """simulate() under torch.compile: each step's own draw is followed, whatever is compiled."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -41,3 +43,26 @@ def test_losses_and_gradients(way, steps):
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-9)
     assert len(drawn) > 2 and torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_inductor(tmp_path, monkeypatch):
+    """The default backend, which compiles C++ on CPUs: two draws, from an empty cache."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    settings, kind = SimulationConfig(stride=3, prompt_length=[10, 30]), {"dtype": torch.float32, "layers": 1}
+    model, other = tiny_model(**kind).train(), enable(tiny_model(**kind), REFRESH).train()
+    with simulate(model, settings, SEED, REFRESH) as simulation:
+        run, drawn = torch.compile(model), set()
+        for step in range(1, 3):
+            ids, draw = random_ids(2, LENGTH, step), draw_simulation(settings, REFRESH, LENGTH, SEED, step)
+            loss, expected = run(input_ids=ids, labels=ids).loss, other(input_ids=ids, labels=ids, simulation=draw).loss
+            torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+            loss.backward()
+            expected.backward()
+            drawn.add(draw)
+            simulation.step()
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-5)
+    assert len(drawn) == 2 and any(tmp_path.rglob("*.cpp"))

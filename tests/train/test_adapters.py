@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import refreshkv
 from refreshkv import RefreshConfig, SettingsError
-from refreshkv.settings import settings_from_dict
+from refreshkv.settings import load_settings, settings_from_dict
 from refreshkv.simulation.draw import draw_simulation
 from refreshkv.train.adapter import add_adapters
 from refreshkv.train.adapter_config import AdapterConfig
@@ -26,12 +26,14 @@ from refreshkv.train.export_error import ExportError
 from refreshkv.train.job import resolve
 from refreshkv.train.loss import CausalLossModel, LossSums
 from refreshkv.train.memory import memory_needed
+from refreshkv.train.preflight import report
 from refreshkv.train.recomputation import recompute_layers
 from refreshkv.train.resume import needs_conversion
 from refreshkv.train.run_folder import State, finished_checkpoints
 from tests.helpers.adapter_runs import SAVE_EVERY, STEPS, adapter_settings, finish, make_base, start
-from tests.helpers.jobs import make_rows, read_metrics
+from tests.helpers.jobs import ROOT, make_rows, read_metrics
 from tests.helpers.models import random_ids, tiny_enabled, tiny_model
+from tests.helpers.scripts import load_script
 
 peft = pytest.importorskip("peft")
 
@@ -247,6 +249,30 @@ def test_another_layout_is_refused(stage, world, refuses):
             needs_conversion(state, world, stage, has_adapters=True)
     else:
         assert needs_conversion(state, world, stage, has_adapters=True) is False
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "together", "packed"), [("lora", 80, 24.0, ""), ("qlora", 24, 13.7, ", linear layers in nf4")]
+)
+def test_the_ready_configs_fit_as_docs_say(name, gigabytes, together, packed, tmp_path, monkeypatch):
+    """By the report of --dry-run for Llama-3.1-8B's shape. Trained weights by hand: rank times inputs and outputs."""
+    monkeypatch.chdir(ROOT)
+    shape = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    shape |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "max_position_embeddings": 131072}))
+    config = load_settings(RunConfig, f"llama31-8b-8k-{name}", [f"model.path={tmp_path}"])
+    text = report(resolve(config, 1, dry=True), gigabytes * 1e9, 1e15)
+    trained = 32 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    assert f"8,030,261,248 parameters, 32 layers, bf16{packed}; {trained:,} trained (rank 32)" in text
+    found = float(next(line for line in text.splitlines() if "together" in line).split()[1])
+    assert found == pytest.approx(together, abs=0.05) and f"fits        yes: {gigabytes:.1f} GB a GPU" in text
+
+
+@pytest.mark.parametrize(("option", "file"), [("--merge", "model.safetensors"), ("--adapter", "adapter_config.json")])
+def test_the_command_exports_both(trained, tmp_path, capsys, option, file):
+    load_script("export").main([str(trained), str(tmp_path / "out"), option])
+    assert (tmp_path / "out" / file).is_file() and (tmp_path / "out" / "config.json").is_file()
+    assert ("merged against the adapters" in capsys.readouterr().out) == (option == "--merge")
 
 
 def test_the_card_names_the_adapter(rows, base, tmp_path, trained):
