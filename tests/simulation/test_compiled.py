@@ -46,6 +46,7 @@ def test_losses_and_gradients(way, steps):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_inductor(tmp_path, monkeypatch):
     """The default backend, which compiles C++ on CPUs: two draws, from an empty cache."""
