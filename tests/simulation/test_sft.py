@@ -60,6 +60,7 @@ def test_losses_of_the_assistants_tokens(tmp_path, checkpointing):
         max_length=128,
         assistant_only_loss=True,
         gradient_checkpointing=checkpointing,
+        loss_type="nll",
         save_strategy="no",
         report_to=[],
         use_cpu=True,
