@@ -67,6 +67,16 @@ def test_the_losses_of_our_own_loop(kind, settings, expected, tmp_path):
         assert has_equal_figures(steps, expected) and "loss partial" in steps[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["trainer", "trainer fsdp2", "trainer zero2"])
+def test_accumulation(kind, settings, expected, tmp_path):
+    """Two micro-batches a step on each of two ranks."""
+    accumulated = {**settings, "training": {**settings["training"], "micro_batch": 2}}
+    steps = steps_of(kind, accumulated, tmp_path)
+    assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in expected], abs=1e-5)
+    assert has_equal_figures(steps, expected) and "loss partial" in steps[0]
+
+
 @pytest.fixture(scope="module")
 def distilled(settings, tmp_path_factory):
     settings = {**settings, "distillation": {"weight": 0.5, "temperature": 2.0}}
