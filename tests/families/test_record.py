@@ -2,10 +2,15 @@
 
 import pytest
 import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import ModelOutput
+from transformers.models.auto import configuration_auto, modeling_auto
 
+from refreshkv import RefreshCache
 from refreshkv.families.record import PAGE, load_record, markdown_page, outcomes_of, summary, text_table
 from refreshkv.families.tiny import families
 from refreshkv.families.trial import try_family
+from refreshkv.launch import models as command
 
 RECORD = load_record()
 RECORDED = outcomes_of(RECORD)
@@ -46,3 +51,44 @@ def test_the_page_is_made_from_the_record():
 def test_the_table_has_a_line_for_each_family():
     lines = text_table(RECORD).splitlines()
     assert [line.split()[0] for line in lines[:-1]] == list(RECORDED) and lines[-1] == summary(RECORD)
+
+
+class NewcomerConfig(LlamaConfig):
+    model_type = "newcomer"
+
+
+class NewcomerForCausalLM(LlamaForCausalLM):
+    config_class = NewcomerConfig
+
+
+@pytest.fixture
+def newcomer(monkeypatch):
+    """A family that another release of transformers might have, and nothing here knows."""
+    for table in (configuration_auto.CONFIG_MAPPING, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING):
+        monkeypatch.setattr(table, "_extra_content", dict(table._extra_content))
+    AutoConfig.register("newcomer", NewcomerConfig)
+    AutoModelForCausalLM.register(NewcomerConfig, NewcomerForCausalLM)
+    monkeypatch.setitem(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "newcomer", "NewcomerForCausalLM")
+    return "newcomer"
+
+
+def test_a_family_of_another_release_is_reported_without_an_edit(newcomer, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--try", newcomer])
+    assert ended.value.code == 0
+    assert "newcomer: passes  2 full" in capsys.readouterr().out.splitlines()
+
+
+def test_such_a_family_that_gives_other_numbers_fails(newcomer, monkeypatch, capsys):
+    """As where a release changes what a decoder does with a cache."""
+    monkeypatch.setattr(NewcomerForCausalLM, "forward", with_other_logits)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--try", newcomer])
+    assert ended.value.code == 1
+    assert "newcomer: fails  decoding and simulating" in capsys.readouterr().out
+
+
+def with_other_logits(model, input_ids, position_ids=None, past_key_values=None, **keywords):
+    keywords |= {"position_ids": position_ids, "past_key_values": past_key_values}
+    output = LlamaForCausalLM.forward(model, input_ids, **keywords)
+    return output if not isinstance(past_key_values, RefreshCache) else ModelOutput(logits=output.logits * 1.1)
