@@ -4,7 +4,8 @@
     refreshkv models --try qwen3_next gemma2
     refreshkv models --try all --record
 
-Without options the recorded result is printed. The exit code is 1 if a tried family fails: it then gives other numbers
+Families that read images are tried with text, and some of them with an image in the prompt too (`NAME+image`). Without
+options the recorded result is printed. The exit code is 1 if a tried family fails: it then gives other numbers
 than it should, or breaks off with an error that is no refusal.
 """
 
@@ -13,7 +14,17 @@ import json
 import sys
 
 from refreshkv import cli
-from refreshkv.families.record import PAGE, RECORD, load_record, make_record, markdown_page, summary, text_table
+from refreshkv.families import images
+from refreshkv.families.record import (
+    PAGE,
+    RECORD,
+    WITH_IMAGE,
+    load_record,
+    make_record,
+    markdown_page,
+    summary,
+    text_table,
+)
 from refreshkv.families.tiny import families
 from refreshkv.families.trial import Outcome, try_family
 from refreshkv.files import write_text
@@ -31,17 +42,26 @@ def main(arguments: list[str]) -> None:
         print(text_table(load_record()))
         return
     names = list(families()) if options.tried == ["all"] else options.tried
-    record = make_record({name: _try(name) for name in names})
+    outcomes = {name: _try(name) for name in names}
+    record = make_record(outcomes, {name: _try_images(name) for name in names if name in images.MODELS})
     print(summary(record))
     if options.record:
         _write(record, whole=options.tried == ["all"])
-    sys.exit(1 if any(values["result"] == "fails" for values in record["families"].values()) else 0)
+    results = [values["result"] for what in ("families", "images") for values in record[what].values()]
+    sys.exit(1 if "fails" in results else 0)
 
 
 def _try(name: str) -> Outcome:
     if name not in families():
-        raise SettingsError(f"--try {name}: the installed transformers has no such causal language model")
-    outcome = try_family(name)
+        raise SettingsError(f"--try {name}: the installed transformers has no such decoder")
+    return _printed(name, try_family(name))
+
+
+def _try_images(name: str) -> Outcome:
+    return _printed(name + WITH_IMAGE, images.try_images(name))
+
+
+def _printed(name: str, outcome: Outcome) -> Outcome:
     print(f"{name}: {outcome.result}  {outcome.reason or outcome.layers}", flush=True)
     return outcome
 
@@ -54,7 +74,8 @@ def _write(record: dict, whole: bool) -> None:
         before = load_record()
         if before["transformers"] != record["transformers"]:
             raise SettingsError("--record of some families needs the release of the others: give --try all")
-        record = {**record, "families": dict(sorted({**before["families"], **record["families"]}.items()))}
+        merged = {what: dict(sorted({**before[what], **record[what]}.items())) for what in ("families", "images")}
+        record = {**record, **merged}
     write_text(RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     write_text(PAGE, markdown_page(record))
 

@@ -1,15 +1,25 @@
 """Tiny random models of every decoder family of the installed transformers, by one rule for their sizes.
 
-The families are those of transformers' own table of causal language models. A configuration's fields get small values
-by their names, in nested configurations too; what a family needs besides stands in `OVERRIDES`.
+The families are those of transformers' own tables of causal language models and of models that read images and text.
+A configuration's fields get small values by their names, in nested configurations too; what a family needs besides
+stands in `OVERRIDES`.
 """
 
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from refreshkv.layers import layer_kinds
 from refreshkv.settings import SettingsError
@@ -78,21 +88,34 @@ LARGE_WEIGHTS = _named("initializer_range init_std", 0.2)
 EXPERTS: dict[str, Any] = {"experts_implementation": "eager"}
 """Experts one by one: the fast forms know no float64."""
 
+ROTARY_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+"""Time, height and width of a token's position, in heads of 8."""
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "gpt_neo": {"attention_types": [[["global"], 2]], "num_layers": 2},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},
     "ministral": {"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), {"vision_start_token_id": VOCABULARY - 1}),
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
-}
-"""Families whose sizes hang together in their own way."""
+    **dict.fromkeys(
+        (
+            "glm46v_text", "glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_omni_text", "qwen2_5_vl_text",
+            "qwen2_vl_text", "qwen3_omni_moe_text",
+        ),
+        ROTARY_SECTIONS,
+    ),
+}  # fmt: skip
+"""Families whose sizes hang together in their own way; nested configurations by their own model types."""
 
 
 def families() -> dict[str, str]:
-    """transformers' table of causal language models: model type -> name of the model's class."""
-    return {name: str(model_class) for name, model_class in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())}
+    """transformers' tables of causal language models and of models that read images and text: model type -> name of the
+    model's class, the former's where a model type is in both."""
+    names = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    return {name: str(model_class) for name, model_class in sorted(names.items())}
 
 
 def tiny_config(family: str) -> PretrainedConfig:
@@ -116,12 +139,14 @@ def tiny_config(family: str) -> PretrainedConfig:
 def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
     """A tiny random model of a family, in evaluation mode."""
     config = tiny_config(family)
+    is_text = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    auto: Any = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
     with torch.device("meta"):
-        size = AutoModelForCausalLM.from_config(config).num_parameters()
+        size = auto.from_config(config).num_parameters()
     if size > LARGEST:
         raise ValueError(f"its smallest model here has {size:,} parameters: OVERRIDES lacks this family's sizes")
     torch.manual_seed(seed)
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **EXPERTS)
+    model: Any = auto.from_config(config, dtype=dtype, **EXPERTS)
     return model.eval()
 
 
@@ -144,7 +169,8 @@ def _values(plain: PretrainedConfig, layers: int) -> dict[str, Any]:
     for name in plain.sub_configs:
         nested = getattr(plain, name, None)
         if isinstance(nested, PretrainedConfig):
-            values[name] = type(nested)(**_values(nested, layers)).to_dict()
+            changes = OVERRIDES.get(nested.model_type, {})
+            values[name] = type(nested)(**{**_values(nested, layers), **changes}).to_dict()
     return values
 
 

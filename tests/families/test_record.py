@@ -7,6 +7,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.auto import configuration_auto, modeling_auto
 
 from refreshkv import RefreshCache
+from refreshkv.families.images import MODELS
 from refreshkv.families.record import PAGE, load_record, markdown_page, outcomes_of, summary, text_table
 from refreshkv.families.tiny import families
 from refreshkv.families.trial import try_family
@@ -42,6 +43,7 @@ def test_the_record_has_every_family_and_fifty_pass():
     assert results.count("passes") >= 50 and "fails" not in results
     if IS_RECORDED_RELEASE:
         assert list(RECORDED) == list(families())
+    assert sorted(MODELS) == list(RECORD["images"])
 
 
 def test_the_page_is_made_from_the_record():
@@ -50,7 +52,8 @@ def test_the_page_is_made_from_the_record():
 
 def test_the_table_has_a_line_for_each_family():
     lines = text_table(RECORD).splitlines()
-    assert [line.split()[0] for line in lines[:-1]] == list(RECORDED) and lines[-1] == summary(RECORD)
+    with_images = [f"{name}+image" for name in RECORD["images"]]
+    assert [line.split()[0] for line in lines[:-1]] == [*RECORDED, *with_images] and lines[-1] == summary(RECORD)
 
 
 class NewcomerConfig(LlamaConfig):

@@ -1,11 +1,15 @@
-"""A hybrid and a mixture of experts through the whole road: prepare, train on 2 ranks, export, evaluate, generate."""
+"""A hybrid and a mixture of experts through the whole road: prepare, train on 2 ranks, export, evaluate, generate; all
+weights, and adapters beside them."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.helpers.jobs import ROOT, SCRATCH, make_rows, read_metrics, run_job, run_settings
 
@@ -47,12 +51,26 @@ def rows(tmp_path_factory):
     return make_rows(tmp_path_factory.mktemp("rows"))
 
 
+def base_of(name, rows, folder):
+    """A model with random weights and the tokenizer of the rows."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[name])).save_pretrained(folder)
+    shutil.copytree(rows / "tokenizer", folder, dirs_exist_ok=True)
+    return str(folder)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("trained", ["all weights", "adapters"])
 @pytest.mark.parametrize("name", MODELS)
-def test_prepare_train_export_evaluate_generate(name, rows, tmp_path):
+def test_prepare_train_export_evaluate_generate(name, trained, rows, tmp_path):
     training = {"steps": 4, "save_every": 4, "log_every": 1, "activation_checkpointing": True}
+    export = ["export", "run", "model"]
     settings = run_settings(rows, tmp_path / "run", training=training)
     settings["model"] = {"scratch": MODELS[name]}
+    if trained == "adapters":
+        settings["model"] = {"path": base_of(name, rows, tmp_path / "base")}
+        settings["training"] |= {"adapter": {"rank": 4, "alpha": 8.0}, "learning_rate": 1e-2}
+        export.append("--merge")
     code, printed = run_job(settings, "--dry-run", ranks=1)
     assert code == 0, printed
     assert "active a token" in printed and ("load-balancing loss times 0.01" in printed) == (name == "experts")
@@ -61,7 +79,7 @@ def test_prepare_train_export_evaluate_generate(name, rows, tmp_path):
     losses = [values["loss"] for values in read_metrics(tmp_path / "run").values()]
     assert len(losses) == 4 and losses[-1] < losses[0]
 
-    assert "decoding against the parallel form" in refreshkv(tmp_path, "export", "run", "model")
+    assert "decoding against the parallel form" in refreshkv(tmp_path, *export)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["model_type"] == MODELS[name]["model_type"] and config["refreshkv"]["budget"] == 8
     refreshkv(
