@@ -50,7 +50,13 @@ def build(family: str, **settings: Any) -> Any:
 
 def qwen(family: str) -> Any:
     """Each token has three positions: time, height and width."""
-    vision = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    vision: dict[str, Any] = {
+        "depth": 1,
+        "num_heads": 2,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
     if family == "Qwen2VL":
         vision |= {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}
     else:

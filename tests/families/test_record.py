@@ -1,10 +1,12 @@
 """Every decoder family of the installed transformers passes or is refused in one line, as recorded."""
 
+from typing import Any
+
 import pytest
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.modeling_outputs import ModelOutput
 from transformers.models.auto import configuration_auto, modeling_auto
+from transformers.utils.generic import ModelOutput
 
 from refreshkv import RefreshCache
 from refreshkv.families.images import MODELS
@@ -93,5 +95,5 @@ def test_such_a_family_that_gives_other_numbers_fails(newcomer, monkeypatch, cap
 
 def with_other_logits(model, input_ids, position_ids=None, past_key_values=None, **keywords):
     keywords |= {"position_ids": position_ids, "past_key_values": past_key_values}
-    output = LlamaForCausalLM.forward(model, input_ids, **keywords)
-    return output if not isinstance(past_key_values, RefreshCache) else ModelOutput(logits=output.logits * 1.1)
+    logits: Any = LlamaForCausalLM.forward(model, input_ids, **keywords).logits
+    return ModelOutput(logits=logits * 1.1 if isinstance(past_key_values, RefreshCache) else logits)
