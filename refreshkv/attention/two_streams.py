@@ -67,8 +67,6 @@ def simulate_streams(
 ) -> Tensor:
     """Attention of one layer in both streams: query (B, H, T + R, D), key and value (B, Hkv, T + R, D) -> (B, T + R, H,
     D)."""
-    if not dense.terms.is_plain:
-        raise SettingsError("rectify=True is not simulated with attention sinks or a softcap: set rectify=False")
     config, prompt = simulation.config, simulation.prompt_length
     length = streams_length(query.shape[2], prompt)
     first = tuple(tensor[:, :, :length] for tensor in (query, key, value))
@@ -80,5 +78,5 @@ def simulate_streams(
     output = dense(*first)
     if prompt == length:
         return output
-    decoded = ops.rectified_rows(query, key, value, plan, config.selection_options(), dense.scaling)
+    decoded = ops.rectified_rows(query, key, value, plan, config.selection_options(), dense.scaling, dense.terms)
     return torch.cat([output, decoded], dim=1)

@@ -63,7 +63,13 @@ def refresh_rows(
 
 
 def rectified_rows(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: SelectionOptions, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    options: SelectionOptions,
+    scaling: float,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> Tensor:
     """Attention of the decoded stream of a rectified pass (specification, section 11), in plain PyTorch on any device.
 
@@ -73,10 +79,11 @@ def rectified_rows(
         plan: the refresh pattern of the T positions, with the fixed schedule.
         options: how full steps rank positions.
         scaling: factor of the logits.
+        terms: what the model changes in the softmax besides.
 
-    Returns (B, R, H, D), differentiable in query, key and value; the selection is not differentiated.
+    Returns (B, R, H, D), differentiable in query, key, value and the terms' sinks; the selection is not differentiated.
     """
-    return naive.rectified_rows(query, key, value, plan, options, scaling)
+    return naive.rectified_rows(query, key, value, plan, options, scaling, terms)
 
 
 def whole_sequence(

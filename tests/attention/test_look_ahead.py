@@ -63,7 +63,7 @@ def test_one_pass_equals_decoding_with_left_padding(schedule):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "olmo3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "olmo3", "gemma2"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_one_pass_equals_decoding_in_every_family(family, schedule):
     model = with_random_look_ahead(family=family)
@@ -158,6 +158,8 @@ def test_saved_queries_come_back_with_the_model(tmp_path):
     [
         ("nanochat", "turns its queries in another way"),
         ("stablelm", "of the 8 dimensions"),
+        ("gpt_oss", "of the 8 dimensions"),
+        ("qwen3_next", "of the 8 dimensions"),
     ],
 )
 def test_a_query_that_cannot_be_turned_back_is_refused(family, message):

@@ -12,9 +12,17 @@ from refreshkv.baselines.streaming import StreamingCache
 from refreshkv.families.tiny import tiny_model as tiny_family
 from refreshkv.ops.naive.rows import selections, visible_keys
 from refreshkv.ops.state import SoftmaxTerms
-from tests.attention.test_parity import CASES, EVERY_SELECTING, SELECTING, assert_parity, with_left_padding
+from tests.attention.test_parity import (
+    CASES,
+    CHUNKED,
+    EVERY_SELECTING,
+    RECTIFIED,
+    SELECTING,
+    assert_parity,
+    with_left_padding,
+)
 from tests.helpers.exact_linear_attention import use_exact_linear_attention
-from tests.helpers.models import CHANGED, padded_positions, random_ids, tiny_enabled, tiny_model
+from tests.helpers.models import CHANGED, decode_chunks, padded_positions, random_ids, tiny_enabled, tiny_model
 
 CONFIG = RefreshConfig(budget=6, stride=4)
 FEW = [CASES[4], CASES[18], CASES[-1], SELECTING[0], SELECTING[4]]
@@ -34,6 +42,38 @@ def test_parity(family, cases, monkeypatch):
     for prompt, config in cases:
         prompt = min(prompt, 38)
         assert_parity(model, ids, prompt, config, with_left_padding(ids, prompt) if config.threshold else None)
+
+
+WHOLE = {"layer_types": ["full_attention"] * 3}
+"""No sliding windows, which the tests below need."""
+WITH_WINDOWS = ["gpt_oss", "gemma2", "mimo_v2_flash"]
+
+
+@pytest.mark.parametrize("family", WITH_WINDOWS)
+@pytest.mark.parametrize("cases", [RECTIFIED[4:6], pytest.param(RECTIFIED, marks=pytest.mark.slow)])
+def test_rectified_full_steps(family, cases):
+    model, ids = tiny_enabled(family=family, **WHOLE), random_ids(3, 45, seed=5)
+    for prompt, config in cases:
+        assert_parity(model, ids, prompt, config, with_left_padding(ids, prompt))
+
+
+@pytest.mark.parametrize("family", WITH_WINDOWS)
+@pytest.mark.parametrize("cases", [CHUNKED[2:3], pytest.param(CHUNKED, marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_prompts_in_chunks(family, cases):
+    model, ids = tiny_enabled(family=family, **WHOLE), random_ids(1, 45, seed=5)
+    for ends, config in cases:
+        found = model(ids, simulation=Simulation(30, config, chunks=ends)).logits
+        torch.testing.assert_close(found, decode_chunks(model, ids, ends, config), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", CHANGED)
+def test_other_layers_are_neither_rectified_nor_taken_in_chunks(family):
+    model, ids = tiny_enabled(family=family), random_ids(1, 40)
+    for simulation in (Simulation(30, CONFIG, chunks=(5, 30)), Simulation(30, RefreshConfig(budget=6, rectify=True))):
+        with pytest.raises(SettingsError, match="full attention in every layer") as caught:
+            model(ids, simulation=simulation)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("family", CHANGED)

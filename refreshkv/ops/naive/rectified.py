@@ -15,11 +15,17 @@ from refreshkv.ops.naive.attention import grouped_attention
 from refreshkv.ops.naive.rows import visible_keys
 from refreshkv.ops.naive.score_keys import score_keys_of
 from refreshkv.ops.naive.selection import select
-from refreshkv.ops.state import Plan, SelectionOptions
+from refreshkv.ops.state import PLAIN_SOFTMAX, Plan, SelectionOptions, SoftmaxTerms
 
 
 def rectified_rows(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: SelectionOptions, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    options: SelectionOptions,
+    scaling: float,
+    terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> Tensor:
     """The outputs of stream S, (B, R, H, D); arguments as in `refreshkv.ops.rectified_rows`.
 
@@ -27,14 +33,14 @@ def rectified_rows(
     """
     length = (query.shape[2] + plan.prompt_length) // 2
     dense_query, dense_key = (tensor.detach()[:, :, :length] for tensor in (query, key))
-    selected = select(dense_query, dense_key, plan.steps, options, scaling)
+    selected = select(dense_query, dense_key, plan.steps, options, scaling, terms=terms)
     if plan.selecting:
-        chosen = _chosen_by_stream(query.detach(), key.detach(), plan, options, scaling)
+        chosen = _chosen_by_stream(query.detach(), key.detach(), plan, options, scaling, terms)
         selected = torch.cat([selected, chosen], dim=2)
     visible = visible_keys(plan, selected, columns=length)
     is_own = _is_own_stream(plan, length, query.device)
     both = torch.cat([visible & ~is_own, (visible & is_own)[..., plan.prompt_length :]], dim=-1)
-    return grouped_attention(query[:, :, length:], key, value, both, scaling).transpose(1, 2)
+    return grouped_attention(query[:, :, length:], key, value, both, scaling, terms).transpose(1, 2)
 
 
 def _is_own_stream(plan: Plan, length: int, device: torch.device) -> Tensor:
@@ -45,7 +51,9 @@ def _is_own_stream(plan: Plan, length: int, device: torch.device) -> Tensor:
     return column > last_full.unsqueeze(-1)
 
 
-def _chosen_by_stream(query: Tensor, key: Tensor, plan: Plan, options: SelectionOptions, scaling: float) -> Tensor:
+def _chosen_by_stream(
+    query: Tensor, key: Tensor, plan: Plan, options: SelectionOptions, scaling: float, terms: SoftmaxTerms
+) -> Tensor:
     """What the selecting steps keep, (B, Hkv, E, W) int64, -1 at those that are full: they score the keys of D up to
     the last full step and those of S after it."""
     prompt, length = plan.prompt_length, (query.shape[2] + plan.prompt_length) // 2
@@ -62,5 +70,5 @@ def _chosen_by_stream(query: Tensor, key: Tensor, plan: Plan, options: Selection
         queries, keys = (torch.cat([whole[:, :, : anchor + 1], whole[:, :, own]], dim=2) for whole in (query, key))
         here = steps._replace(positions=steps.positions[:, inside])
         scored = score_keys_of(keys, plan.score_bits)
-        chosen[:, :, inside] = select(queries, scored, here, options, scaling, own_first=True)
+        chosen[:, :, inside] = select(queries, scored, here, options, scaling, own_first=True, terms=terms)
     return chosen
