@@ -50,6 +50,7 @@ class Case:
     distilled: bool = False
     whole_layers: bool = False
     """Stage 3 gathers a layer at a time, not each of its modules."""
+    family: str = "llama"
 
     @property
     def distillation(self) -> DistillationConfig:
@@ -61,7 +62,8 @@ def shape_of(case: Case) -> dict[str, int]:
 
 
 def model_of(case: Case):
-    return tiny_enabled(dtype=torch.float32, initializer_range=0.12, **shape_of(case))
+    own = {"final_logit_softcapping": None} if case.family == "gemma2" else {}  # which the loss does not follow
+    return tiny_enabled(family=case.family, dtype=torch.float32, initializer_range=0.12, **shape_of(case), **own)
 
 
 def all_rows() -> dict[str, Tensor]:

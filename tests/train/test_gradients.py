@@ -32,6 +32,8 @@ DISTILLED = [Case(3, 2, "fixed", recompute=True, distilled=True), Case(1, 2, "si
 
 SELECTING = [Case(1, 2, "selecting"), Case(0, 4, "selecting", kv_heads=2)]
 
+SOFTCAP = [Case(0, 2, "selecting", family="gemma2")]
+
 LAYOUTS = {1: [1], 2: [1, 2], 4: [2, 4]}
 """Ranks -> how many share a row."""
 
@@ -41,7 +43,7 @@ def cases_of(world, everything):
     cases only where all ranks share a row."""
     cases = [
         case
-        for case in ALL + FEW_GROUPS + ORDINARY + HALF + WHOLE_LAYERS + DISTILLED + SELECTING
+        for case in ALL + FEW_GROUPS + ORDINARY + HALF + WHOLE_LAYERS + DISTILLED + SELECTING + SOFTCAP
         if case.sequence in LAYOUTS[world]
     ]
     if everything:
