@@ -23,7 +23,7 @@ class ChunkedLoss(torch.autograd.Function):
     """The objective of hidden states (N, E) under an output layer (V, E), each loss (N,) and each divergence (M,).
 
     teacher (M, E): hidden states of the full-attention pass; teacher_rows (M,) int64: which of the N positions they
-    belong to, ascending.
+    belong to, ascending. softcap: bound of the logits, None without one.
 
     The forward pass computes the gradients too, one chunk of positions at a time, since a backward pass would need the
     logits again; the backward pass only scales them. The losses and divergences that it returns beside the objective
@@ -31,7 +31,7 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, teacher, teacher_rows, distillation):
+    def forward(ctx, hidden, weight, bias, targets, teacher, teacher_rows, distillation, softcap=None):
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         losses = torch.empty(len(targets), dtype=gradients.dtype, device=hidden.device)
         divergences = losses.new_empty(0 if teacher is None else len(teacher))
@@ -40,12 +40,13 @@ class ChunkedLoss(torch.autograd.Function):
         bounds = _chunk_bounds(teacher_rows, starts, len(targets))
         for start, (first, last) in zip(starts, pairwise(bounds), strict=True):
             chunk, teacher_chunk = slice(start, start + chunk_length), slice(first, last)
-            logits = F.linear(hidden[chunk], weight, bias).to(gradients.dtype)
+            logits = capped(F.linear(hidden[chunk], weight, bias).to(gradients.dtype), softcap)
+            slope = None if softcap is None else 1 - (logits / softcap).square()
             kl_grad = rows = None
             if last > first:
                 assert teacher is not None  # no position has a teacher otherwise
                 rows = teacher_rows[teacher_chunk] - start
-                teacher_logits = F.linear(teacher[teacher_chunk], weight, bias).to(gradients.dtype)
+                teacher_logits = capped(F.linear(teacher[teacher_chunk], weight, bias).to(gradients.dtype), softcap)
                 divergences[teacher_chunk], kl_grad = divergence_and_gradient(
                     logits[rows], teacher_logits, distillation.temperature
                 )
@@ -57,6 +58,8 @@ class ChunkedLoss(torch.autograd.Function):
                 logits_grad = logits.sub_(log_sum).exp_().scatter_add_(1, target, torch.full_like(log_sum, -1.0))
                 if kl_grad is not None and rows is not None:
                     logits_grad.index_add_(0, rows, kl_grad, alpha=distillation.weight)
+                if slope is not None:
+                    logits_grad.mul_(slope)
                 gradients.add(chunk, logits_grad, hidden[chunk], weight)
         gradients.save(ctx)
         ctx.mark_non_differentiable(losses, divergences)
@@ -67,7 +70,12 @@ class ChunkedLoss(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)
         # the sums over chunks are float32, the parameters' gradients have the parameters' dtype
         scaled = [None if dtype is None else (next(saved) * upstream).to(dtype) for dtype in ctx.gradient_dtypes]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """`softcap * tanh(logits / softcap)`, as some models bound what their output layer gives; None: the logits."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 class _Gradients:

@@ -16,14 +16,14 @@ from refreshkv.attention.look_ahead_config import LookAheadConfig
 from refreshkv.config import Simulation, Trace
 from refreshkv.settings import SettingsError
 from refreshkv.simulation.distillation import DistillationConfig, divergence, without_dropout
-from refreshkv.train.chunked_loss import ChunkedLoss
+from refreshkv.train.chunked_loss import ChunkedLoss, capped
 from refreshkv.train.experts import router_loss, router_loss_weight, validate_router_loss
 from refreshkv.train.frozen import drop_frozen
 
 LossKind = Literal["chunked", "logits"]
 
-POSTPROCESSED = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale")
-"""Configuration fields of models that change the logits after the output layer."""
+POSTPROCESSED = ("logits_scaling", "logit_scale", "output_multiplier_scale")
+"""Configuration fields of models that change the logits after the output layer, and that the loss does not follow."""
 
 
 class LossSums(NamedTuple):
@@ -57,7 +57,8 @@ class CausalLossModel(nn.Module):
         distillation: adds the divergence from a full-attention pass; None for none.
         look_ahead: adds the divergence of the scores of the look-ahead queries that `model` has; None for none.
 
-    Raises `SettingsError` if the logits of `model` are not the output of one linear layer.
+    Raises `SettingsError` if the logits of `model` are not the output of one linear layer, or its output bounded by
+    `final_logit_softcapping`.
     """
 
     def __init__(
@@ -73,7 +74,8 @@ class CausalLossModel(nn.Module):
         self.distillation, self.look_ahead = distillation or DistillationConfig(), look_ahead
         layer = model.get_output_embeddings()
         assert layer is not None  # it has been validated
-        model.set_output_embeddings(LossHead(layer, kind, self.distillation))
+        softcap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+        model.set_output_embeddings(LossHead(layer, kind, self.distillation, softcap))
         self._causal_lm = (model,)  # in a tuple, since as a child it would put its own name before all others
         for name, child in model.named_children():
             self.add_module(name, child)
@@ -162,7 +164,8 @@ class CausalLossModel(nn.Module):
 
 
 def validate_output_layer(model: PreTrainedModel) -> None:
-    """Raises `SettingsError` unless the logits are what one linear layer makes of the last hidden states."""
+    """Raises `SettingsError` unless the logits are what one linear layer, with a softcap or without, makes of the last
+    hidden states."""
     decoder = model.config.get_text_config(decoder=True)
     changed = [name for name in POSTPROCESSED if getattr(decoder, name, None) not in (None, 1, 1.0)]
     reason = None
@@ -181,13 +184,16 @@ class LossHead(nn.Linear):
 
     The loss is computed inside the layer's own forward pass because ZeRO 3 gathers its weight there and only there.
 
-    layer: the output layer whose weight and bias this one takes over.
+    layer: the output layer whose weight and bias this one takes over. softcap: bound of the losses' logits (Gemma 2);
+    without targets the model applies it itself.
     """
 
-    def __init__(self, layer: nn.Linear, kind: LossKind, distillation: DistillationConfig):
+    def __init__(
+        self, layer: nn.Linear, kind: LossKind, distillation: DistillationConfig, softcap: float | None = None
+    ):
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
-        self.training, self.kind, self.distillation = layer.training, kind, distillation
+        self.training, self.kind, self.distillation, self.softcap = layer.training, kind, distillation, softcap
 
     def forward(
         self,
@@ -226,12 +232,13 @@ class LossHead(nn.Linear):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The objective, each loss (N,) and each divergence (M,)."""
         if self.kind == "chunked":
-            return ChunkedLoss.apply(hidden, self.weight, self.bias, targets, teacher, teacher_rows, self.distillation)
-        logits = _at_least_float(super().forward(hidden))
+            known = (targets, teacher, teacher_rows, self.distillation, self.softcap)
+            return ChunkedLoss.apply(hidden, self.weight, self.bias, *known)
+        logits = capped(_at_least_float(super().forward(hidden)), self.softcap)
         losses, divergences = F.cross_entropy(logits, targets, reduction="none"), logits.new_zeros(0)
         if teacher is not None:
             assert teacher_rows is not None
-            teacher_logits = _at_least_float(super().forward(teacher)).detach()
+            teacher_logits = capped(_at_least_float(super().forward(teacher)), self.softcap).detach()
             divergences = divergence(logits[teacher_rows], teacher_logits, self.distillation.temperature)
         return losses.sum() + self.distillation.weight * divergences.sum(), losses, divergences
 

@@ -62,8 +62,7 @@ def shape_of(case: Case) -> dict[str, int]:
 
 
 def model_of(case: Case):
-    own = {"final_logit_softcapping": None} if case.family == "gemma2" else {}  # which the loss does not follow
-    return tiny_enabled(family=case.family, dtype=torch.float32, initializer_range=0.12, **shape_of(case), **own)
+    return tiny_enabled(family=case.family, dtype=torch.float32, initializer_range=0.12, **shape_of(case))
 
 
 def all_rows() -> dict[str, Tensor]:

@@ -128,12 +128,14 @@ def test_the_gradient_of_the_divergence():
 
 @pytest.mark.parametrize("kind", ["logits", "chunked"])
 @pytest.mark.parametrize("loss_on", ["all", "answers"])
-def test_the_objective_of_a_distillation(monkeypatch, kind, loss_on):
-    """Against plain autograd over two whole passes, the full-attention one without gradient."""
+@pytest.mark.parametrize("settings", [{}, {"family": "gemma2", "final_logit_softcapping": 2.0}])
+def test_the_objective_of_a_distillation(monkeypatch, kind, loss_on, settings):
+    """Against plain autograd over two whole passes, the full-attention one without gradient; also with a softcap of the
+    logits."""
     monkeypatch.setattr(chunked_loss, "LOGITS_AT_ONCE", 7 * 61)
     distillation = DistillationConfig(weight=0.7, temperature=2.0)
     batch = make_batch(rows(), loss_on, torch.device("cpu"))
-    truth = tiny_enabled(dtype=torch.float32)
+    truth = tiny_enabled(dtype=torch.float32, **settings)
     logits = truth(batch.ids, simulation=SIMULATION, use_cache=False).logits
     with torch.no_grad():
         teacher = truth(batch.ids, use_cache=False).logits
@@ -143,7 +145,7 @@ def test_the_objective_of_a_distillation(monkeypatch, kind, loss_on):
     pulled = 4.0 * (log_teacher.exp() * (log_teacher - log_student)).sum()
     (3.0 * (losses + 0.7 * pulled)).backward()
 
-    model = tiny_enabled(dtype=torch.float32)
+    model = tiny_enabled(dtype=torch.float32, **settings)
     sums, gradients = sums_and_gradients(kind, batch, model, distillation=distillation)
     assert float(sums.total) == pytest.approx(float(losses.detach()), rel=1e-5)
     assert float(sums.divergence) == pytest.approx(float(pulled.detach()), rel=1e-4) and float(pulled.detach()) > 1e-3
