@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from refreshkv.simulation.distillation import divergence_and_gradient
 
@@ -41,7 +42,7 @@ class ChunkedLoss(torch.autograd.Function):
         for start, (first, last) in zip(starts, pairwise(bounds), strict=True):
             chunk, teacher_chunk = slice(start, start + chunk_length), slice(first, last)
             logits = capped(F.linear(hidden[chunk], weight, bias).to(gradients.dtype), softcap)
-            slope = None if softcap is None else 1 - (logits / softcap).square()
+            slope = None if softcap is None else (logits / softcap).square_().neg_().add_(1)
             kl_grad = rows = None
             if last > first:
                 assert teacher is not None  # no position has a teacher otherwise
@@ -71,6 +72,11 @@ class ChunkedLoss(torch.autograd.Function):
         # the sums over chunks are float32, the parameters' gradients have the parameters' dtype
         scaled = [None if dtype is None else (next(saved) * upstream).to(dtype) for dtype in ctx.gradient_dtypes]
         return (*scaled, None, None, None, None, None)
+
+
+def logit_softcap(config: PretrainedConfig) -> float | None:
+    """The bound of a model's logits, None without one."""
+    return getattr(config.get_text_config(decoder=True), "final_logit_softcapping", None)
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:

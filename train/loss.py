@@ -16,7 +16,7 @@ from refreshkv.attention.look_ahead_config import LookAheadConfig
 from refreshkv.config import Simulation, Trace
 from refreshkv.settings import SettingsError
 from refreshkv.simulation.distillation import DistillationConfig, divergence, without_dropout
-from refreshkv.train.chunked_loss import ChunkedLoss, capped
+from refreshkv.train.chunked_loss import ChunkedLoss, capped, logit_softcap
 from refreshkv.train.experts import router_loss, router_loss_weight, validate_router_loss
 from refreshkv.train.frozen import drop_frozen
 
@@ -74,8 +74,7 @@ class CausalLossModel(nn.Module):
         self.distillation, self.look_ahead = distillation or DistillationConfig(), look_ahead
         layer = model.get_output_embeddings()
         assert layer is not None  # it has been validated
-        softcap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
-        model.set_output_embeddings(LossHead(layer, kind, self.distillation, softcap))
+        model.set_output_embeddings(LossHead(layer, kind, self.distillation, logit_softcap(model.config)))
         self._causal_lm = (model,)  # in a tuple, since as a child it would put its own name before all others
         for name, child in model.named_children():
             self.add_module(name, child)

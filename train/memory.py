@@ -1,6 +1,6 @@
 """Memory that a run needs on each GPU, in bytes by purpose, from the shapes of the model and of DeepSpeed's buffers."""
 
-from refreshkv.train.chunked_loss import LOGITS_AT_ONCE
+from refreshkv.train.chunked_loss import LOGITS_AT_ONCE, logit_softcap
 from refreshkv.train.config import RunConfig
 from refreshkv.train.deepspeed_json import offloads
 from refreshkv.train.job import Job
@@ -142,6 +142,8 @@ def _logits(job: Job) -> float:
     is_trained = shape.adapters is None  # adapters leave the output layer's weight as it is
     # forward: the float32 sum of the weight's gradient, what a chunk adds to it, the chunk's logits and their gradient
     forward = (weight * (4 + size) if is_trained else 0) + at_once * (4 + size)
+    if logit_softcap(job.model_config) is not None:  # for the chunk: what the softcap is computed in, and its slope
+        forward += 8 * at_once
     if distilled:  # for the chunk: the teacher's logits, the logarithms of both sides and the gradient
         forward += 16 * at_once + size * tokens * shape.hidden
     backward = weight * (4 + 4 + size) if is_trained else 0.0  # the sum, the scaled sum, the rounded one
