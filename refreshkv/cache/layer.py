@@ -353,12 +353,7 @@ class RefreshLayer(PreallocatedLayer):
             self.selecting_steps[:, length:] = False
 
     def _select(
-        self,
-        observers: Tensor,
-        last: Tensor,
-        scaling: float,
-        terms: SoftmaxTerms = PLAIN_SOFTMAX,
-        look_ahead: Tensor | None = None,
+        self, observers: Tensor, last: Tensor, scaling: float, terms: SoftmaxTerms, look_ahead: Tensor | None
     ) -> Tensor:
         """The positions that the last token keeps, (B, Hkv, W), by rank, as far as ranks may drop before the next full
         step."""
