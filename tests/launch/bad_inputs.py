@@ -354,7 +354,6 @@ OUTPUTS = {
 }
 """Every folder that a command writes: the command, and how errors name the folder."""
 
-
 OUTPUTS_FOR_ALL = ("prepare", "train", "evaluate", "store")
 """Commands that are given every kind of folder; the others share their checks."""
 
