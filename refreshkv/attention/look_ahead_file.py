@@ -13,6 +13,7 @@ from transformers.utils.hub import cached_file
 
 from refreshkv.attention.look_ahead import CONFIG_KEY, add_look_ahead, look_ahead_modules
 from refreshkv.attention.look_ahead_module import CHILD
+from refreshkv.reading import refuse_special_files
 from refreshkv.settings import SettingsError
 
 LOOK_AHEAD_FILE = "look_ahead.safetensors"
@@ -62,6 +63,7 @@ def load_look_ahead(model: PreTrainedModel, file: str | Path) -> None:
     Raises `SettingsError` if the file cannot be read or does not fit the model.
     """
     path = Path(file) / LOOK_AHEAD_FILE if Path(file).is_dir() else Path(file)
+    refuse_special_files(path, "look-ahead")
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
