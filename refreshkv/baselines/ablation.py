@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from refreshkv.cache.layer import RefreshLayer
-from refreshkv.cache.preallocated import Phase, PreallocatedCache
+from refreshkv.cache.preallocated import PreallocatedCache
+from refreshkv.cache.preallocated_layer import Phase
 from refreshkv.config import RefreshConfig
 from refreshkv.ops.naive.selection import best_positions, observed_probabilities, pool
 from refreshkv.ops.naive.step import decode

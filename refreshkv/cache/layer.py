@@ -12,7 +12,7 @@ from torch import Tensor
 
 from refreshkv import ops
 from refreshkv.cache.joint_state import JointState, join_layers
-from refreshkv.cache.preallocated import Phase, PreallocatedLayer
+from refreshkv.cache.preallocated_layer import Phase, PreallocatedLayer
 from refreshkv.config import RefreshConfig
 from refreshkv.ops import naive
 from refreshkv.ops.schedule import mean_query
