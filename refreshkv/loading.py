@@ -176,13 +176,18 @@ def load_model(name: str, setting: str, origin: Origin = PLAIN, **options: Any) 
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise SettingsError(f"{setting}: {name} lacks {len(missing)} weights, the first being {missing[0]}")
-    if broken := _first_not_finite(model):
-        raise SettingsError(f"{setting}: {name} has weights that are not finite, the first in {broken}: copy it again")
+    validate_finite(model, f"{setting}: {name}")
     keep_packed_form(model)
     if is_gguf(name):
         forget_quantization(model)
     vars(model).pop("generate", None)  # a loop in custom_generate/ would take the place of ours
     return model
+
+
+def validate_finite(model: PreTrainedModel, whose: str) -> None:
+    """Raises `SettingsError`, which begins with `whose`, for a model with NaN or infinity among its weights."""
+    if broken := _first_not_finite(model):
+        raise SettingsError(f"{whose} has weights that are not finite, the first in {broken}: copy it again")
 
 
 def _first_not_finite(model: PreTrainedModel) -> str | None:

@@ -21,7 +21,7 @@ from refreshkv.evaluation.harness.costs import HarnessCosts, costs_of_decoding
 from refreshkv.evaluation.harness.scoring import Answer, Scored, Text, decoded, simulated
 from refreshkv.evaluation.strategies import STRATEGIES, Strategy, build_strategy, refreshing
 from refreshkv.evaluation.tasks.scores import CAPACITY_STEP
-from refreshkv.loading import own_config
+from refreshkv.loading import Origin, load_configuration, own_config, validate_finite
 from refreshkv.options import changed_config
 from refreshkv.settings import SettingsError
 
@@ -55,7 +55,12 @@ class RefreshLM(HFLM):
         **settings: Any,
     ) -> None:
         own = {key: value for key, value in settings.items() if key == "refresh" or key.startswith("refresh.")}
-        super().__init__(pretrained=pretrained, **{key: settings[key] for key in settings.keys() - own.keys()})
+        theirs = {key: settings[key] for key in settings.keys() - own.keys()}
+        if isinstance(pretrained, str) and "gguf_file" not in theirs:
+            origin = Origin(theirs.get("revision"), bool(theirs.get("trust_remote_code", False)))
+            load_configuration(pretrained, "pretrained", origin)
+        super().__init__(pretrained=pretrained, **theirs)
+        validate_finite(self.model, f"pretrained: {self.model.name_or_path}")
         overrides = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in own.items()]
         flags = {"budget": None if budget is None else str(budget)}
         self.strategy = _strategy(strategy, changed_config(own_config(self.model.config), overrides, **flags))

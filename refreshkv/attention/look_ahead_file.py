@@ -69,7 +69,7 @@ def load_look_ahead(model: PreTrainedModel, file: str | Path) -> None:
     except (OSError, SafetensorError) as error:
         raise SettingsError(f"look-ahead: {path} cannot be read: {str(error).splitlines()[0]}") from None
     shapes = {tuple(weight.shape[1:4:2]) for name, weight in weights.items() if name.endswith(".down")}
-    if len(shapes) != 1:
+    if len(shapes) != 1 or any(len(shape) != 2 for shape in shapes):
         raise SettingsError(f"look-ahead: {path} holds no look-ahead queries: save them with save_look_ahead")
     queries, rank = shapes.pop()
     add_look_ahead(model, queries, rank)
