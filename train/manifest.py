@@ -7,6 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from refreshkv.checksums import content_checksum
+from refreshkv.errors import SettingsError
 from refreshkv.files import flush_to_disk, write_json
 from refreshkv.reading import read_own_json
 
@@ -42,6 +43,8 @@ def find_damage(folder: Path, rank: int = 0, world: int = 1, only: tuple[str, ..
             problems += [f"{name} is not in its {MANIFEST_FILE}" for name in unlisted_files(folder, entries)]
     except KeyError as error:
         problems = [f"{error.args[0]} is not in its {MANIFEST_FILE}"]
+    except SettingsError as error:
+        problems = [str(error)]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         problems = [f"{MANIFEST_FILE} cannot be read ({type(error).__name__})"]
     found = [problem for share in gather(problems, world) for problem in share if problem]
