@@ -38,7 +38,6 @@ NUMBERS = {
 }
 """Range of the numbers of `DataConfig`."""
 
-
 SHORTEST_FIM_ROW = 8
 """Tokens of a fill-in-the-middle sequence: four special tokens, and some text."""
 

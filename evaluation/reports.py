@@ -89,6 +89,8 @@ def open_output(folder: str | Path, names: tuple[str, ...], overwrite: bool, res
 
 def _is_ours(file: Path) -> bool:
     """Whether an evaluation has written this report, or these records; figures and tables alone do not tell."""
+    if not file.is_file():
+        return False
     try:
         if file.suffix == ".jsonl":
             with file.open(encoding="utf-8") as lines:

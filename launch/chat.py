@@ -41,10 +41,12 @@ from refreshkv.settings import SettingsError
 
 CONTEXT = 8192
 """Most tokens of a chat, unless the model takes fewer."""
+NOT_TEXT = "{} is not UTF-8 text: convert it, for example with iconv -t utf-8"
 
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
+    validate_text(options.system or "", "--system")
     folder, origin = model_folder(options.model), chosen_origin(options)
     tokenizer = load_tokenizer(folder, "MODEL", origin)
     conversation = Conversation(tokenizer, options.system)
@@ -81,10 +83,21 @@ def messages() -> Iterator[str]:
             text = input("> " if sys.stdin is not None and sys.stdin.isatty() else "").strip()
         except (EOFError, RuntimeError):  # a closed standard input is a RuntimeError
             return
+        except UnicodeDecodeError:
+            raise SettingsError(NOT_TEXT.format("standard input")) from None
+        validate_text(text, "standard input")
         if text == "/exit":
             return
         if text:
             yield text
+
+
+def validate_text(text: str, whose: str) -> None:
+    """Raises `SettingsError` for a text with bytes that are not UTF-8, which some locales let through."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise SettingsError(NOT_TEXT.format(whose)) from None
 
 
 def answer(

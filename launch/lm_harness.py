@@ -8,8 +8,10 @@ all of its commands and options. docs/evaluation.md lists what the model takes.
 """
 
 import sys
+import traceback
 
 from refreshkv import cli
+from refreshkv.settings import SettingsError
 
 
 def main(arguments: list[str]) -> None:
@@ -18,7 +20,18 @@ def main(arguments: list[str]) -> None:
     import refreshkv.evaluation.harness.model  # noqa: F401  # registers the model
 
     sys.argv = ["refreshkv lm-eval", *arguments]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        if isinstance(error, SettingsError) or not is_raised_by_harness(error):
+            raise
+        raise SettingsError(f"lm_eval: {' '.join(str(error).split())}") from error
+
+
+def is_raised_by_harness(error: Exception) -> bool:
+    """Whether the harness refuses its own arguments with this error, such as a task that it does not know."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").startswith("lm_eval.")
 
 
 if __name__ == "__main__":

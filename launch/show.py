@@ -38,6 +38,7 @@ from refreshkv.options import (
     chosen_device,
     chosen_origin,
 )
+from refreshkv.reading import refuse_special_files
 from refreshkv.settings import SettingsError
 
 
@@ -105,6 +106,7 @@ def validate_output(output: Path, overwrite: bool) -> None:
     validate_folder(output.parent, "--output")
     if output.is_dir():
         raise SettingsError(f"--output {output} is a folder: name a file, such as {output / 'page.html'}")
+    refuse_special_files(output, "--output")  # a pipe would be waited for
     if output.exists() and not overwrite:
         raise SettingsError(f"--output {output} is there already: replace it with --overwrite, or name another file")
     if not output.parent.is_dir():

@@ -14,6 +14,9 @@ from typing import Any
 
 import xxhash
 
+from refreshkv.errors import SettingsError
+from refreshkv.reading import read_own_json
+
 CHUNK = 1 << 22
 JUST_NOW = 1.0
 """Seconds. Facts about a file that changed so lately are not kept: it may change again within the clock's step."""
@@ -71,8 +74,8 @@ def _cache_folder() -> Path:
 
 def _kept(place: Path) -> dict[str, Any] | None:
     try:
-        known = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = read_own_json(place, "the cache folder")
+    except SettingsError:
         return None
     return known if isinstance(known, dict) and known.keys() == {"stamps", "value"} else None
 

@@ -12,6 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from refreshkv.folders import named, validate_folder
+from refreshkv.reading import read_own_json
 
 PARTIAL = ".partial"
 """How the names of unfinished files and folders end."""
@@ -115,7 +116,7 @@ def not_on_record(folder: Path, leave_out: Sequence[str] = ()) -> str | None:
     None if all of it is ours. leave_out: names at the top of the folder that do not count.
     """
     try:
-        files = json.loads((folder / RECORD_FILE).read_text())["files"]
+        files = read_own_json(folder / RECORD_FILE, "the record")["files"]
         recorded = {str(name): int(size) for name, size in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"has no list of the files that were written there ({RECORD_FILE}), so all of it may be yours"

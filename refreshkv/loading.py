@@ -36,6 +36,8 @@ LARGEST_SIZES = {
     "max_position_embeddings": LARGEST_COUNT,
 }
 """Numbers of a model's configuration, and the largest that a machine could hold."""
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Settings of generation that are numbers of tokens."""
 OPTIONS = ("--revision", "--trust-remote-code")
 ORIGIN_SETTINGS = {
     "model.path": ("model.revision", "model.trust_remote_code=true"),
@@ -173,16 +175,39 @@ def load_model(name: str, setting: str, origin: Origin = PLAIN, **options: Any) 
         raise SettingsError(
             f"{setting}: no model could be loaded from {_source(name)}: {_reason(error, setting)}"
         ) from error
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
-        raise SettingsError(f"{setting}: {name} lacks {len(missing)} weights, the first being {missing[0]}")
-    if broken := _first_not_finite(model):
-        raise SettingsError(f"{setting}: {name} has weights that are not finite, the first in {broken}: copy it again")
+    validate_whole(loading, f"{setting}: {name}")
+    validate_finite(model, f"{setting}: {name}")
+    _validate_token_ids(model, f"{setting}: {name}")
     keep_packed_form(model)
     if is_gguf(name):
         forget_quantization(model)
     vars(model).pop("generate", None)  # a loop in custom_generate/ would take the place of ours
     return model
+
+
+def _validate_token_ids(model: PreTrainedModel, whose: str) -> None:
+    """Raises `SettingsError`, which begins with `whose`, for special tokens that are no numbers of tokens."""
+    for name in TOKEN_IDS:
+        value = getattr(model.generation_config, name, None)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+                raise SettingsError(
+                    f"{whose} has {name}={show(value)} in generation_config.json or config.json: it must be the number "
+                    "of a token, or a list of such numbers"
+                )
+
+
+def validate_whole(loading: dict[str, Any], whose: str) -> None:
+    """Raises `SettingsError`, which begins with `whose`, if the loading info of `from_pretrained` has missing weights:
+    transformers draws them at random."""
+    if missing := sorted(loading["missing_keys"]):
+        raise SettingsError(f"{whose} lacks {len(missing)} weights, the first being {missing[0]}")
+
+
+def validate_finite(model: PreTrainedModel, whose: str) -> None:
+    """Raises `SettingsError`, which begins with `whose`, for a model with NaN or infinity among its weights."""
+    if broken := _first_not_finite(model):
+        raise SettingsError(f"{whose} has weights that are not finite, the first in {broken}: copy it again")
 
 
 def _first_not_finite(model: PreTrainedModel) -> str | None:

@@ -108,6 +108,13 @@ def read_json(path: str | Path, setting: str, largest: int = LARGEST_REPORT) -> 
         raise SettingsError(f"{setting}: {path} is not readable JSON: {_one_line(error)}") from None
 
 
+def read_own_json(path: str | Path, setting: str) -> Any:
+    """`read_json` of a file that we have written: a pipe in its place is refused, where `read_json` would wait for a
+    writer."""
+    refuse_special_files(path, setting)
+    return read_json(path, setting)
+
+
 def read_yaml_value(path: str | Path, setting: str) -> Any:
     """The value of a YAML file, None for an empty one; `SettingsError` as in `parse_yaml` and `read_text`."""
     text = read_text(path, setting, LARGEST_SETTINGS)

@@ -1,7 +1,6 @@
 """The model card of an exported checkpoint: what it is, how it was trained, what that changed, how to use it."""
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from refreshkv.config import NEVER
 from refreshkv.data.config import DataConfig
 from refreshkv.data.folder import INFO_FILE
 from refreshkv.evaluation.perplexity.report import load_report, markdown_table
+from refreshkv.reading import read_own_json
 from refreshkv.train.config import RunConfig
 from refreshkv.train.run_folder import State
 
@@ -226,7 +226,7 @@ def _file_names(files: Any) -> str | None:
 def _prepared_splits(folder: str, fingerprint: str) -> dict[str, dict[str, int]] | None:
     """Counts of the prepared rows per split; None if the rows are gone, or are not those of this run."""
     try:
-        info = json.loads((Path(folder).expanduser() / INFO_FILE).read_text())
+        info = read_own_json(Path(folder).expanduser() / INFO_FILE, "data.folder")
         return info["splits"] if info["fingerprint"] == fingerprint else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

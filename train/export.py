@@ -1,6 +1,5 @@
 """Writes the model of a training checkpoint as a plain transformers folder, and checks it against the checkpoint."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 from refreshkv.attention.look_ahead_file import split_weights, write_weights
 from refreshkv.files import RECORD_FILE, write_json, write_text
 from refreshkv.folders import resolved
+from refreshkv.reading import read_own_json
 from refreshkv.settings import SettingsError
 from refreshkv.tables import column_table
 from refreshkv.train.card import model_card
@@ -179,5 +179,5 @@ def _describe(description: Path, card: str, folder: Path) -> None:
         if file.name != "config.json":
             (shutil.copytree if file.is_dir() else shutil.copyfile)(file, folder / file.name)
     for file in folder.glob("*config.json"):
-        write_json(file, without_local_paths(json.loads(file.read_text(encoding="utf-8"))))
+        write_json(file, without_local_paths(read_own_json(file, "CHECKPOINT")))
     write_text(folder / "README.md", card)

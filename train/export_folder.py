@@ -1,11 +1,12 @@
 """The folder that an export is written to: complete or absent, and only an earlier export is ever replaced."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from refreshkv.errors import SettingsError
 from refreshkv.files import FolderKind, complete_folder
+from refreshkv.reading import read_own_json
 from refreshkv.train.export_error import ExportError, one_line
 
 
@@ -24,8 +25,8 @@ def export_folder(target: Path, checkpoint: Path, overwrite: bool) -> Iterator[P
 def is_export(folder: Path) -> bool:
     """Whether `folder` holds a model that carries its refresh schedule."""
     try:
-        return "refreshkv" in json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError, TypeError):
+        return "refreshkv" in read_own_json(folder / "config.json", "OUT")
+    except (SettingsError, TypeError):
         return False
 
 

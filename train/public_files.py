@@ -8,6 +8,7 @@ from typing import Any
 import xxhash
 import yaml
 
+from refreshkv.reading import read_bytes, read_own_json, refuse_special_files
 from refreshkv.train.manifest import MANIFEST_FILE
 from refreshkv.train.run_folder import RUN_FILE
 
@@ -18,8 +19,10 @@ LOCAL_PATH = re.compile(r"[/~.\\]|[A-Za-z]:[/\\]")
 ABSOLUTE_PATH = re.compile(r"[/~\\]|[A-Za-z]:[/\\]")
 
 
-def without_local_paths(values: dict[str, Any]) -> dict[str, Any]:
+def without_local_paths(values: Any) -> Any:
     """A model configuration's values without those that name a file or folder of this machine."""
+    if not isinstance(values, dict):
+        return values
     return {
         name: value
         for name, value in values.items()
@@ -29,7 +32,7 @@ def without_local_paths(values: dict[str, Any]) -> dict[str, Any]:
 
 def public_run(file: Path) -> bytes:
     """The content of a run.yaml; of each absolute path the last part stays: `llama` of `/home/user/models/llama`."""
-    content = file.read_bytes()
+    content = _content(file)
     values = yaml.safe_load(content)
     public = _last_parts(values)
     return content if public == values else yaml.safe_dump(public, sort_keys=False, allow_unicode=True).encode()
@@ -55,14 +58,19 @@ def public_checkpoint(folder: Path) -> dict[str, Path | bytes]:
 
 
 def _public_model_file(file: Path) -> bytes:
-    content = file.read_bytes()
+    content = _content(file)
     values = json.loads(content)
     public = without_local_paths(values)
     return content if public == values else json.dumps(public, indent=2).encode()
 
 
+def _content(file: Path) -> bytes:
+    refuse_special_files(file, "hub.repo")
+    return read_bytes(file, "hub.repo")
+
+
 def _manifest_with(file: Path, changed: dict[str, bytes]) -> bytes:
-    manifest = json.loads(file.read_text())
+    manifest = read_own_json(file, "hub.repo")
     for name, content in changed.items():
         manifest["files"][name] = {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
     return json.dumps(manifest, indent=1).encode()

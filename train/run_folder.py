@@ -6,17 +6,18 @@ not go on.
 """
 
 import fnmatch
-import json
 import re
 import shutil
 import uuid
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from refreshkv.files import PARTIAL, REMOVED, clear_removed, remove_folder, write_json
 from refreshkv.folders import make_folder, validate_folder
+from refreshkv.ranges import show
+from refreshkv.reading import read_own_json, refuse_special_files
 from refreshkv.settings import SettingsError, read_yaml, save_settings, settings_from_dict, settings_to_dict
 from refreshkv.train.config import RunConfig, current_names
 from refreshkv.train.run_lock import LOCK_FILE
@@ -122,18 +123,21 @@ def note_saved(output: Path, step: int) -> None:
 
 def _identity(output: Path) -> dict[str, Any]:
     path = output / IDENTITY_FILE
-    try:
-        values = json.loads(path.read_text()) if path.exists() else {}
-        if not isinstance(values, dict):
-            raise ValueError("it is no section with keys")
-        return values
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    values = read_own_json(path, "training.output") if path.exists() else {}
+    if not isinstance(values, dict):
+        raise SettingsError(f"training.output: {path} holds no section with keys")
+    return values
 
 
 def read_state(checkpoint: Path) -> State:
-    """The state.json of a finished checkpoint."""
-    return State(**json.loads((checkpoint / STATE_FILE).read_text()))
+    """The state.json of a finished checkpoint. Raises `ValueError` or `TypeError` if it cannot be read, or has other
+    keys or values of another kind."""
+    state = State(**read_own_json(checkpoint / STATE_FILE, "its state"))
+    for field in fields(State):
+        value = getattr(state, field.name)
+        if type(value) is not field.type:
+            raise ValueError(f"{field.name} in its {STATE_FILE} is {show(value)}")
+    return state
 
 
 def read_run(folder: Path) -> RunConfig:
@@ -141,7 +145,9 @@ def read_run(folder: Path) -> RunConfig:
 
     Raises `SettingsError` if it cannot be read or has settings that do not exist.
     """
-    values = read_yaml(folder / RUN_FILE, f"the settings of the run in {folder}")
+    setting = f"the settings of the run in {folder}"
+    refuse_special_files(folder / RUN_FILE, setting)
+    values = read_yaml(folder / RUN_FILE, setting)
     if not values:
         raise SettingsError(
             f"{folder / RUN_FILE} is empty, and a run needs its settings: restore it, or name another folder"
@@ -184,9 +190,9 @@ def foreign_file(output: Path) -> str | None:
 
 def _foreign_in_checkpoint(folder: Path) -> str | None:
     try:
-        listed = {*json.loads((folder / "manifest.json").read_text())["files"], "manifest.json"}
+        listed = {*read_own_json(folder / "manifest.json", "its manifest")["files"], "manifest.json"}
         is_known = listed.__contains__
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         is_known = _is_written_in_checkpoints
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
     return next((name for name in names if not is_known(name)), None)

@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from refreshkv.folders import make_folder
+from refreshkv.reading import refuse_special_files
 from refreshkv.settings import SettingsError
 
 LOCK_FILE = ".training"
@@ -20,7 +22,7 @@ def locked_run(output: Path) -> Iterator[None]:
     Raises `SettingsError` if another job trains in it. A file system without locks gets a warning and no lock.
     """
     make_folder(output, "training.output")
-    with (output / LOCK_FILE).open("a") as file:
+    with _opened(output / LOCK_FILE) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -32,6 +34,15 @@ def locked_run(output: Path) -> Iterator[None]:
                 f"training.output={output} cannot be locked ({error.strerror}): start no second job in it", stacklevel=3
             )
         yield
+
+
+def _opened(path: Path) -> IO[str]:
+    """Opens or makes the file; `SettingsError` if something else has its name."""
+    try:
+        refuse_special_files(path, "training.output")  # a pipe would be waited for
+        return path.open("a")
+    except OSError as error:
+        raise SettingsError(f"training.output: {path} cannot be opened: {error.strerror}; move it away") from None
 
 
 def validate_unlocked(output: Path) -> None:

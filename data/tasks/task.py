@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from refreshkv.chat_template import chat_text
 from refreshkv.data.tasks.family import Family, Problem
 from refreshkv.data.tasks.template import Template, load_template
 from refreshkv.data.tokenizer import SpecialTokens
@@ -185,7 +186,9 @@ def _chat_tokens(special: SpecialTokens, text: str) -> list[int]:
 def _chat(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> str:
     if getattr(tokenizer, "chat_template", None) is None:
         raise SettingsError(f"tasks.{name}.chat: the tokenizer has no chat template; set it to false")
-    messages = [{"role": "user", "content": text}]
-    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert isinstance(chat, str)
+    chat = chat_text(tokenizer, [{"role": "user", "content": text}], f"tasks.{name}.chat")
+    if text.strip() not in chat:
+        raise SettingsError(
+            f"tasks.{name}.chat: the tokenizer's chat template changes the prompt or leaves it out; set it to false"
+        )
     return chat

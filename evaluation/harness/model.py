@@ -21,7 +21,7 @@ from refreshkv.evaluation.harness.costs import HarnessCosts, costs_of_decoding
 from refreshkv.evaluation.harness.scoring import Answer, Scored, Text, decoded, simulated
 from refreshkv.evaluation.strategies import STRATEGIES, Strategy, build_strategy, refreshing
 from refreshkv.evaluation.tasks.scores import CAPACITY_STEP
-from refreshkv.loading import own_config
+from refreshkv.loading import Origin, load_configuration, own_config, validate_finite, validate_whole
 from refreshkv.options import changed_config
 from refreshkv.settings import SettingsError
 
@@ -47,7 +47,7 @@ class RefreshLM(HFLM):
 
     def __init__(
         self,
-        pretrained: str | PreTrainedModel,
+        pretrained: str | PreTrainedModel | None = None,
         strategy: str | None = None,
         budget: int | float | None = None,
         rolling_prompt: int | None = None,
@@ -55,7 +55,15 @@ class RefreshLM(HFLM):
         **settings: Any,
     ) -> None:
         own = {key: value for key, value in settings.items() if key == "refresh" or key.startswith("refresh.")}
-        super().__init__(pretrained=pretrained, **{key: settings[key] for key in settings.keys() - own.keys()})
+        theirs = {key: settings[key] for key in settings.keys() - own.keys()}
+        _validate_pretrained(pretrained, theirs)
+        try:
+            super().__init__(pretrained=pretrained, **theirs)
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            raise SettingsError(f"--model_args: {error}: leave it out") from error
+        validate_finite(self.model, f"pretrained: {self.model.name_or_path}")
         overrides = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in own.items()]
         flags = {"budget": None if budget is None else str(budget)}
         self.strategy = _strategy(strategy, changed_config(own_config(self.model.config), overrides, **flags))
@@ -70,6 +78,14 @@ class RefreshLM(HFLM):
         accelerator = getattr(self, "accelerator", None)
         if accelerator is not None:  # the harness divides examples over processes on GPUs only
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+
+    def _create_model(self, pretrained: str, *arguments: Any, **settings: Any) -> None:
+        loader = self.AUTO_MODEL_CLASS
+        self.AUTO_MODEL_CLASS = _WholeModels(loader)
+        try:
+            super()._create_model(pretrained, *arguments, **settings)
+        finally:
+            self.AUTO_MODEL_CLASS = loader
 
     # ---- what the harness calls
 
@@ -163,6 +179,27 @@ class RefreshLM(HFLM):
         for costs in self.gather_object(self._new_costs) or ():
             self.costs.add(costs)
         self._new_costs = HarnessCosts()
+
+
+class _WholeModels:
+    """In the place of transformers' class for models: refuses those without some of their weights."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def from_pretrained(self, name: str, **settings: Any) -> PreTrainedModel:
+        model, loading = self.loader.from_pretrained(name, output_loading_info=True, **settings)
+        validate_whole(loading, f"pretrained: {name}")
+        return model
+
+
+def _validate_pretrained(pretrained: str | PreTrainedModel | None, settings: dict[str, Any]) -> None:
+    """Raises `SettingsError` if no model is named, or if the folder or repository holds none."""
+    if pretrained is None:
+        raise SettingsError("--model_args: pretrained is missing: name a model's folder or Hub id")
+    if isinstance(pretrained, str) and not {"gguf_file", "subfolder"} & settings.keys():
+        origin = Origin(settings.get("revision"), bool(settings.get("trust_remote_code", False)))
+        load_configuration(pretrained, "pretrained", origin)
 
 
 def _strategy(name: str | None, config: RefreshConfig) -> Strategy:

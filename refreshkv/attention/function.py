@@ -22,7 +22,8 @@ from refreshkv.attention.look_ahead_plan import plan_with_look_ahead
 from refreshkv.attention.masks import padding_from_mask
 from refreshkv.attention.split import SplitAtPrompt, computed_length
 from refreshkv.attention.two_streams import simulate_streams
-from refreshkv.cache.preallocated import PreallocatedCache, PreallocatedLayer
+from refreshkv.cache.preallocated import PreallocatedCache
+from refreshkv.cache.preallocated_layer import PreallocatedLayer
 from refreshkv.config import Simulation, Trace
 from refreshkv.ops.choice import CHOICE
 from refreshkv.ops.schedule import position_flags

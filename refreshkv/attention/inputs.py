@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import Cache
 
 from refreshkv.attention.masks import padding_from_mask
-from refreshkv.cache.preallocated import PreallocatedCache, RowStart, validate_room
+from refreshkv.cache.preallocated import PreallocatedCache, RowStart
+from refreshkv.cache.preallocated_layer import validate_room
 
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """Keywords that tell flash attention where the sequences of a packed row begin."""

@@ -13,6 +13,7 @@ from transformers.utils.hub import cached_file
 
 from refreshkv.attention.look_ahead import CONFIG_KEY, add_look_ahead, look_ahead_modules
 from refreshkv.attention.look_ahead_module import CHILD
+from refreshkv.reading import refuse_special_files
 from refreshkv.settings import SettingsError
 
 LOOK_AHEAD_FILE = "look_ahead.safetensors"
@@ -62,12 +63,13 @@ def load_look_ahead(model: PreTrainedModel, file: str | Path) -> None:
     Raises `SettingsError` if the file cannot be read or does not fit the model.
     """
     path = Path(file) / LOOK_AHEAD_FILE if Path(file).is_dir() else Path(file)
+    refuse_special_files(path, "look-ahead")
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise SettingsError(f"look-ahead: {path} cannot be read: {str(error).splitlines()[0]}") from None
     shapes = {tuple(weight.shape[1:4:2]) for name, weight in weights.items() if name.endswith(".down")}
-    if len(shapes) != 1:
+    if len(shapes) != 1 or any(len(shape) != 2 for shape in shapes):
         raise SettingsError(f"look-ahead: {path} holds no look-ahead queries: save them with save_look_ahead")
     queries, rank = shapes.pop()
     add_look_ahead(model, queries, rank)

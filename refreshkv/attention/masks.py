@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from refreshkv.cache.preallocated import validate_room
+from refreshkv.cache.preallocated_layer import validate_room
 
 
 def left_padding_mask(

@@ -10,17 +10,19 @@ slots of a selection.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from refreshkv.cache.layer import RefreshLayer
-from refreshkv.cache.preallocated import Phase, PreallocatedCache
+from refreshkv.cache.preallocated import PreallocatedCache
+from refreshkv.cache.preallocated_layer import Phase
 from refreshkv.config import RefreshConfig
 from refreshkv.ops.naive.selection import best_positions, observed_probabilities, pool
 from refreshkv.ops.naive.step import decode
-from refreshkv.ops.state import LAST_FULL, PADDING, PLAIN_SOFTMAX, PROMPT_LENGTH, FullSteps, SoftmaxTerms
+from refreshkv.ops.state import LAST_FULL, PADDING, PROMPT_LENGTH, FullSteps
 from refreshkv.settings import SettingsError
 
 GROUPS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -86,15 +88,9 @@ class AblationLayer(RefreshLayer):
             self.row_state[:, LAST_FULL] = torch.where(is_full, last, self.row_state[:, LAST_FULL])
         return output.transpose(1, 2)
 
-    def _select(
-        self,
-        observers: Tensor,
-        last: Tensor,
-        scaling: float,
-        terms: SoftmaxTerms = PLAIN_SOFTMAX,
-        look_ahead: Tensor | None = None,
-    ) -> Tensor:
-        assert terms.is_plain  # refused before
+    def _select(self, observers: Tensor, last: Tensor, scaling: float, *changes: Any) -> Tensor:
+        """As `RefreshLayer._select`. `changes`, of the softmax and the look-ahead queries, are none: this layer takes
+        neither."""
         return self._best(observers[:, :, -1:], self._known_keys(), last, scaling)
 
     def _best(self, query: Tensor, key: Tensor, last: Tensor, scaling: float) -> Tensor:

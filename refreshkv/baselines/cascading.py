@@ -26,7 +26,8 @@ from transformers import PretrainedConfig
 
 from refreshkv.baselines.compact import CompactLayer
 from refreshkv.baselines.streaming import StreamingConfig
-from refreshkv.cache.preallocated import Phase, PreallocatedCache
+from refreshkv.cache.preallocated import PreallocatedCache
+from refreshkv.cache.preallocated_layer import Phase
 from refreshkv.config import RefreshConfig, validate_whole
 from refreshkv.ops.naive.step import grouped_attention
 from refreshkv.settings import SettingsError

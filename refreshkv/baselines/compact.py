@@ -9,7 +9,7 @@ Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `
 import torch
 from torch import Tensor
 
-from refreshkv.cache.preallocated import Phase, PreallocatedLayer
+from refreshkv.cache.preallocated_layer import Phase, PreallocatedLayer
 from refreshkv.config import RefreshConfig
 from refreshkv.ops.state import CompactState
 from refreshkv.ops.step.operators import compact_step

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from refreshkv.cache.preallocated import Phase, PreallocatedCache, PreallocatedLayer
+from refreshkv.cache.preallocated import PreallocatedCache
+from refreshkv.cache.preallocated_layer import Phase, PreallocatedLayer
 from refreshkv.ops import naive
 from refreshkv.ops.state import PLAIN_SOFTMAX, SoftmaxTerms
 from refreshkv.ops.step.operators import full_step

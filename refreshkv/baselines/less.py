@@ -20,7 +20,8 @@ from transformers import PretrainedConfig
 
 from refreshkv.baselines.compact import CompactLayer
 from refreshkv.baselines.streaming import StreamingConfig, StreamingLayer
-from refreshkv.cache.preallocated import Phase, PreallocatedCache
+from refreshkv.cache.preallocated import PreallocatedCache
+from refreshkv.cache.preallocated_layer import Phase
 from refreshkv.layers import layer_kinds
 from refreshkv.settings import SettingsError
 

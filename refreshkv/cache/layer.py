@@ -12,7 +12,7 @@ from torch import Tensor
 
 from refreshkv import ops
 from refreshkv.cache.joint_state import JointState, join_layers
-from refreshkv.cache.preallocated import Phase, PreallocatedLayer
+from refreshkv.cache.preallocated_layer import Phase, PreallocatedLayer
 from refreshkv.config import RefreshConfig
 from refreshkv.ops import naive
 from refreshkv.ops.schedule import mean_query
@@ -353,12 +353,7 @@ class RefreshLayer(PreallocatedLayer):
             self.selecting_steps[:, length:] = False
 
     def _select(
-        self,
-        observers: Tensor,
-        last: Tensor,
-        scaling: float,
-        terms: SoftmaxTerms = PLAIN_SOFTMAX,
-        look_ahead: Tensor | None = None,
+        self, observers: Tensor, last: Tensor, scaling: float, terms: SoftmaxTerms, look_ahead: Tensor | None
     ) -> Tensor:
         """The positions that the last token keeps, (B, Hkv, W), by rank, as far as ranks may drop before the next full
         step."""

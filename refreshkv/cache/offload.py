@@ -28,7 +28,7 @@ from torch import Tensor
 
 from refreshkv import ops
 from refreshkv.cache.layer import RefreshLayer
-from refreshkv.cache.preallocated import Phase
+from refreshkv.cache.preallocated_layer import Phase
 from refreshkv.config import NEVER, RefreshConfig
 from refreshkv.ops import naive
 from refreshkv.ops.choice import CHOICE

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from refreshkv.cache.preallocated import Phase
+from refreshkv.cache.preallocated_layer import Phase
 from refreshkv.cache.refresh import RefreshCache
 from refreshkv.ops.state import PADDING
 

@@ -4,11 +4,10 @@ A chat template is a text with the messages in it. The tokens of an answer in th
 model wrote, so only what stands behind the last answer is tokenized, and the tokens before it stay as they are.
 """
 
-from typing import Any
-
 from transformers import PreTrainedTokenizerBase
 
 from refreshkv.cache.refresh import RefreshCache
+from refreshkv.chat_template import chat_text
 from refreshkv.settings import SettingsError
 
 ANSWER = "\x02the answer\x03"
@@ -65,8 +64,7 @@ class Conversation:
         return behind if found and start == self._rendered(before) else None
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
-        text: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text
+        return chat_text(self.tokenizer, messages, "--model")
 
 
 def steps_line(cache: RefreshCache, prompt_tokens: int) -> str:

@@ -72,7 +72,7 @@ def write_custom_generate(model_folder: str | Path) -> Path:
 
 def is_ours(file: Path) -> bool:
     """Whether a file begins with our header."""
-    return file.read_text(encoding="utf-8", errors="replace").startswith(HEADER.partition("{")[0])
+    return file.is_file() and file.read_text(encoding="utf-8", errors="replace").startswith(HEADER.partition("{")[0])
 
 
 @lru_cache(maxsize=1)

@@ -22,7 +22,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils.generic import ModelOutput
 
-from refreshkv.cache.preallocated import PreallocatedCache, validate_room
+from refreshkv.cache.preallocated import PreallocatedCache
+from refreshkv.cache.preallocated_layer import validate_room
 
 
 def decode_ahead(

@@ -1,6 +1,5 @@
 """Entries in a folder that processes share, one file each."""
 
-import json
 import os
 import re
 import stat
@@ -20,6 +19,7 @@ from refreshkv.folders import make_folder
 from refreshkv.identity import first_difference
 from refreshkv.prefix.entry import DamagedEntry, Entry
 from refreshkv.prefix.entry_file import SUFFIX, UNREADABLE, read_entry, read_tensors, write_entry
+from refreshkv.reading import read_own_json
 from refreshkv.settings import SettingsError
 
 LAYOUT = 2
@@ -87,7 +87,10 @@ class FolderBackend:
                     write_json(file, identity, indent=1, durable=True)
         if not self._shared:
             self._make_private()
-        there = json.loads(file.read_text())
+        try:
+            there = read_own_json(file, self._setting)
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
         there = there if isinstance(there, dict) else {}
         if there.get("layout") in EARLIER_LAYOUTS:
             raise SettingsError(

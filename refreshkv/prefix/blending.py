@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from refreshkv.cache.preallocated import Phase, PreallocatedCache, PreallocatedLayer
+from refreshkv.cache.preallocated import PreallocatedCache
+from refreshkv.cache.preallocated_layer import Phase, PreallocatedLayer
 from refreshkv.ops.state import PLAIN_SOFTMAX, SoftmaxTerms
 from refreshkv.settings import SettingsError
 

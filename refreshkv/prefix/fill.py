@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache
 
 from refreshkv.baselines.compact import CompactLayer
-from refreshkv.cache.preallocated import PreallocatedLayer
+from refreshkv.cache.preallocated_layer import PreallocatedLayer
 from refreshkv.settings import SettingsError
 
 

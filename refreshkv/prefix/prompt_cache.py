@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from refreshkv.baselines.compact import CompactLayer
 from refreshkv.baselines.full import FullCache
-from refreshkv.cache.preallocated import PreallocatedLayer
+from refreshkv.cache.preallocated_layer import PreallocatedLayer
 
 
 class PromptCache(FullCache):

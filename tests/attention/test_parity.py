@@ -52,7 +52,6 @@ CASES = [
     (20, RefreshConfig(budget=0.4, stride=4, threshold=0.1, observation_window=5, recent_window=3, sink_tokens=2)),
 ]
 
-
 # steps that choose again: each select stride, each number of bits, both poolings, each schedule
 SCHEDULES = {"never": {"stride": NEVER}, "fixed": {"stride": 5}, "similarity": {"stride": 3, "threshold": 0.0}}
 SELECTING = [

@@ -549,6 +549,10 @@ def test_chat_template_wraps_the_question(tokenizer):
     with pytest.raises(SettingsError, match="niah_single_1.chat: the tokenizer has no chat template"):
         next(made.examples(tokenizer, 1))
     chatty = train_tokenizer(["a b"] * 3, 300)
+    for template, reason in {"{% for": "does not take", "{# #}": "writes nothing", "hello": "leaves it out"}.items():
+        chatty.chat_template = template
+        with pytest.raises(SettingsError, match=f"niah_single_1.chat: the tokenizer's chat template .*{reason}"):
+            next(made.examples(chatty, 1))
     chatty.chat_template = "<user>{{ messages[0]['content'] }}</user><model>"
     example = next(task("niah_single_1", chat=True, length=3000).examples(chatty, 1))
     assert example.prompt.startswith("<user>The text") and "</user><model>The text gives" in example.prompt

@@ -132,6 +132,28 @@ def test_a_tokenizer_without_a_template_is_refused(script, tmp_path):
         script.main([str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for", "unexpected"),
+        ("{{ raise_exception('no users') }}", "no users"),
+        ("{{ nothing.there }}", "undefined"),
+        ("{# #}", "writes nothing"),
+    ],
+)
+def test_templates_that_fail_are_refused_in_one_line(template, reason):
+    with pytest.raises(SettingsError, match=f"--model: the tokenizer's chat template .*{reason}"):
+        Conversation(chat_tokenizer(template)).prompt("ABC")
+
+
+@pytest.mark.parametrize("line", ["\udcfc", None], ids=["let through by the locale", "refused by the stream"])
+def test_lines_that_are_no_text_are_refused_in_one_line(script, folder, monkeypatch, line):
+    stream = io.TextIOWrapper(io.BytesIO(b"\xfc\n"), "utf-8") if line is None else io.StringIO(line)
+    monkeypatch.setattr("sys.stdin", stream)
+    with pytest.raises(SettingsError, match="standard input is not UTF-8 text"):
+        list(script.messages())
+
+
 def test_sampling_takes_a_seed(script, folder, monkeypatch, capsys):
     options = (folder, "--max-new-tokens", "9", "--sample", "--temperature", "2.0")
     first, again, other = (

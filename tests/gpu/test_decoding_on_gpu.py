@@ -194,7 +194,7 @@ def test_a_trained_model_goes_on_with_the_same_tokens(monkeypatch, settings, com
     asked |= {"compile_config": compile_config}
     texts = [
         (ROOT / "refreshkv" / name).read_text()
-        for name in ("cache/preallocated.py", "cache/offload.py", "prefix/store.py")
+        for name in ("cache/preallocated_layer.py", "cache/offload.py", "prefix/store.py")
     ]
     prompts = [tokenizer(text, return_tensors="pt").input_ids[:, :1800].cuda() for text in texts]
     runs = []

@@ -115,51 +115,51 @@ def with_accelerate(kind: str, model, simulation, config: RunConfig, results: Pa
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin
 
-    training, rows = config.training, StepRows(config)
     plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_settings(stage_of(kind), config))
     # the schedule steps once a step, not once for each rank
     accelerator = Accelerator(deepspeed_plugin=plugin, step_scheduler_with_optimizer=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=0.0)
-    schedule = get_scheduler(training.lr_schedule, optimizer, training.warmup_steps, training.steps)
-    wrapped, optimizer, schedule = accelerator.prepare(model.train(), optimizer, schedule)
+    wrapped, optimizer, schedule = accelerator.prepare(model.train(), *optimizer_and_schedule(model, config))
     assert wrapped.zero_optimization_stage() == stage_of(kind)
+    return loop(wrapped, optimizer, schedule, simulation, config, accelerator.backward)
+
+
+def in_a_plain_loop(kind: str, model, simulation, config: RunConfig, results: Path) -> list[dict[str, float]]:
+    """A loop of one's own around DDP or FSDP2."""
+    dist.init_process_group("gloo")
+    model.train()
+    if kind == "fsdp2":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    wrapped = DistributedDataParallel(model) if kind == "ddp" else model
+
+    def backward(loss: torch.Tensor) -> None:
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(wrapped.parameters(), config.training.max_grad_norm)
+
+    return loop(wrapped, *optimizer_and_schedule(wrapped, config), simulation, config, backward)
+
+
+def optimizer_and_schedule(model, config: RunConfig):
+    training = config.training
+    optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=0.0)
+    return optimizer, get_scheduler(training.lr_schedule, optimizer, training.warmup_steps, training.steps)
+
+
+def loop(wrapped, optimizer, schedule, simulation, config: RunConfig, backward) -> list[dict[str, float]]:
+    """The run's steps with a model that its library has wrapped; returns the mean loss of the ranks at each step.
+
+    `backward(loss)` computes the gradients and clips them.
+    """
+    training, rows = config.training, StepRows(config)
     rank, world = dist.get_rank(), dist.get_world_size()  # accelerate counts one process on CPUs
     losses = []
     for step in range(training.steps):
         mine = [rows[step * training.global_batch + number] for number in range(rank, training.global_batch, world)]
         ids = torch.stack([row["input_ids"] for row in mine])
         loss = wrapped(input_ids=ids, labels=ids).loss
-        accelerator.backward(loss)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        simulation.step()
-        mean = loss.detach() / world
-        dist.all_reduce(mean)
-        losses.append({"loss": float(mean)})
-    return losses
-
-
-def in_a_plain_loop(kind: str, model, simulation, config: RunConfig, results: Path) -> list[dict[str, float]]:
-    """A loop of one's own around DDP or FSDP2."""
-    dist.init_process_group("gloo")
-    rank, world, training, rows = dist.get_rank(), dist.get_world_size(), config.training, StepRows(config)
-    model.train()
-    if kind == "fsdp2":
-        mesh = init_device_mesh("cpu", (world,))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    wrapped = DistributedDataParallel(model) if kind == "ddp" else model
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=training.learning_rate, weight_decay=0.0)
-    schedule = get_scheduler(training.lr_schedule, optimizer, training.warmup_steps, training.steps)
-    losses = []
-    for step in range(training.steps):
-        mine = [rows[step * training.global_batch + number] for number in range(rank, training.global_batch, world)]
-        ids = torch.stack([row["input_ids"] for row in mine])
-        loss = wrapped(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(wrapped.parameters(), training.max_grad_norm)
+        backward(loss)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

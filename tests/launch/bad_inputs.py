@@ -193,6 +193,9 @@ def cases() -> list[Case]:
         *_commands(),
         *_pages(),
         *_placing(),
+        *_chats(),
+        *_harness(),
+        *_special_files(),
     ]
     assert len({case.name for case in found}) == len(found)
     return found
@@ -215,6 +218,82 @@ def _placing() -> Iterator[Case]:
     yield Case("evaluate: no address of the others", EVALUATE, ("MASTER_ADDR", "torchrun"), settings=one_of_two)
     both = f"{EVALUATE} --device cpu --device-map auto"
     yield Case("evaluate: a device and a device map", both, ("--device ", "--device-map"))
+
+
+CHAT = "chat model --max-new-tokens 4"
+
+
+def _chats() -> Iterator[Case]:
+    """What a user types, and the template that a tokenizer brings along."""
+    template = "model/chat_template.jinja"
+    good: dict[str, Any] = {template: "{% for m in messages %}{{ m.content }} {% endfor %}", "in": "word01 word02\n"}
+    yield Case("chat: no template", CHAT, ("chat template",), {"in": "a\n"}, stdin="in")
+    for what, content in {
+        "is broken": "{% for",
+        "refuses": "{{ raise_exception('no users') }}",
+        "names nothing": "{{ nothing.there }}",
+        "counts too far": "{% for i in range(1000000000) %}x{% endfor %}",
+        "writes nothing": "{# nothing #}",
+        "is a pipe": pipe,
+    }.items():
+        words = ("MODEL|--model", "template")
+        yield Case(f"chat: the template {what}", CHAT, words, {**good, template: content}, stdin="in")
+    for locale in ("C", "C.UTF-8"):
+        files, settings = {**good, "in": LATIN + b"\n"}, {"environment": {"LC_ALL": locale}}
+        words = ("standard input", "UTF-8")
+        yield Case(f"chat: not UTF-8, LC_ALL={locale}", CHAT, words, files, stdin="in", settings=settings)
+    yield Case("chat: --system not UTF-8", f"{CHAT} --system \udcfcber", ("--system", "UTF-8"), good, stdin="in")
+    yield Case("chat: --context 0", f"{CHAT} --context 0", ("--context",), good, stdin="in")
+    yield Case("chat: a long context", f"{CHAT} --context 100000", ("--context", "512"), good, stdin="in")
+    chat = f"{TASKS} tasks.niah_single_1.chat=true"
+    for what, content in {"is broken": "{% for", "writes nothing": "{# #}", "leaves out the prompt": "hello"}.items():
+        yield Case(f"evaluate: the chat template {what}", chat, ("niah_single_1.chat", "template"), {template: content})
+
+
+def _harness() -> Iterator[Case]:
+    """The lm-evaluation-harness' own command line, and its arguments for our model."""
+    task = {
+        "task": "t",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "task.jsonl"}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "label",
+    }
+    line = {"text": "word01 word02 word03 word04", "choices": [" word01", " word02"], "label": 0}
+    files = {"own": folder, "own/t.yaml": yaml.safe_dump(task), "task.jsonl": json.dumps(line) + "\n"}
+    command = "lm-eval --model refreshkv --tasks t --include_path own --device cpu --model_args "
+    lm_eval = f"{command}pretrained=model"
+    tensors = "model/model.safetensors"
+    yield Case("lm-eval: no such task", lm_eval.replace("--tasks t", "--tasks u"), ("lm_eval", "u"), files)
+    yield Case("lm-eval: no model is named", f"{command}strategy=full", ("--model_args", "pretrained"), files)
+    yield Case("lm-eval: no such model", f"{command}pretrained=nowhere", ("pretrained", "nowhere"), files)
+    yield Case("lm-eval: an unknown argument", f"{lm_eval},nonesuch=3", ("--model_args", "nonesuch"), files)
+    yield Case("lm-eval: missing weights", lm_eval, ("pretrained", "up_proj"), {**files, tensors: missing_weights})
+    yield Case("lm-eval: NaN weights", lm_eval, ("pretrained", "norm"), {**files, tensors: nan_weights})
+
+
+def _special_files() -> Iterator[Case]:
+    """Named pipes in the place of files of earlier work, and look-ahead queries that are none."""
+    for name in ("state.json", "run.yaml", "manifest.json", "mp_rank_00_model_states.pt", "model/config.json"):
+        words = ("CHECKPOINT", name.rpartition("/")[2], "pipe", "step-0000001")
+        yield Case(f"export: {name} of a checkpoint is a pipe", EXPORT, words, {f"{CHECKPOINT}/{name}": pipe})
+    taken = {"out": folder, "out/config.json": pipe}
+    yield Case("export: the folder's config.json is a pipe", "export run out --overwrite", ("OUT",), taken)
+    for name, content in {"run.json": pipe, ".training": pipe, "metrics.jsonl": pipe}.items():
+        more = f"{RESUME} training.save_every=1"
+        yield Case(f"resume: {name} of a run is a pipe", more, (name, "pipe"), {f"run/{name}": content})
+    report = {"report/report.json": pipe, "report/rows.jsonl": pipe}
+    yield Case("evaluate: the report is a pipe", EVALUATE.replace("new", "report --overwrite"), ("--output",), report)
+    page = f"{SHOW} --output page.html --overwrite"
+    yield Case("show: the page is a pipe", page, ("--output", "page.html", "pipe"), {"page.html": pipe})
+    announced = edited(refreshkv_look_ahead={"queries": 2, "rank": 4})
+    for what, content in {"missing": None, "text": "x" * 100, "a folder": folder, "a pipe": pipe}.items():
+        files = {"model/config.json": announced}
+        files |= {} if content is None else {"model/look_ahead.safetensors": content}
+        yield Case(f"generate: look-ahead queries are {what}", GENERATE, ("look_ahead.safetensors",), files)
 
 
 def _prompts() -> Iterator[Case]:
@@ -353,7 +432,6 @@ OUTPUTS = {
     "fetch": (f"{FETCH} {{}}", "--output"),
 }
 """Every folder that a command writes: the command, and how errors name the folder."""
-
 
 OUTPUTS_FOR_ALL = ("prepare", "train", "evaluate", "store")
 """Commands that are given every kind of folder; the others share their checks."""
@@ -632,6 +710,8 @@ MODELS_FOR_ALL = (
 def _models() -> Iterator[Case]:
     """Models that are missing, broken or larger than any machine."""
     config, tensors, tokenizer = "model/config.json", "model/model.safetensors", "model/tokenizer.json"
+    ends = {"model/generation_config.json": '{"eos_token_id": "x"}'}
+    yield Case("generate: the last token is text", GENERATE, ("--model", "eos_token_id"), ends)
     users = {"generate": GENERATE, "evaluate": EVALUATE, "tasks": TASKS, "sweep": SWEEP, "suite": SUITE}
     trains = f"{TRAIN} model.scratch=null model.path=model data.tokenizer=model data.train_vocabulary=null"
     bad: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {

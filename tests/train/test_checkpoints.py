@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,7 +71,12 @@ def resumed(output, **training):
 
 
 def content(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Each file's bytes; of what is no file, its kind and address."""
+    found = {}
+    for path in folder.rglob("*"):
+        status = path.lstat()
+        found[path] = path.read_bytes() if path.is_file() else (stat.S_IFMT(status.st_mode), status.st_ino)
+    return found
 
 
 def gone(name):
@@ -89,6 +95,41 @@ def listed(name, text):
         write_manifest(folder)
 
     return change
+
+
+def pipe(name):
+    """A named pipe that nothing writes to: who opens it waits without end."""
+
+    def change(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return change
+
+
+def folder_instead(name):
+    def change(folder):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return change
+
+
+def device(name):
+    def change(folder):
+        (folder / name).unlink()
+        (folder / name).symlink_to("/dev/zero")
+
+    return change
+
+
+def unlisted_pipe(folder):
+    os.mkfifo(folder / "model" / "generation_config.json")
+
+
+def unlisted_settings(folder):
+    pipe("run.yaml")(folder)
+    write_manifest(folder)
 
 
 def shorter(folder):
@@ -128,6 +169,7 @@ DAMAGES = {
     "state is a list": listed("state.json", "[]"),
     "state is null": listed("state.json", "null"),
     "state with other keys": listed("state.json", '{"steps": 4}'),
+    "state with values of another kind": listed("state.json", json.dumps({**STATE, "tokens": "many"})),
     "state of another step": listed("state.json", json.dumps({**STATE, "step": 2})),
     "state not on the manifest": left_out_of_the_manifest,
     "no settings": gone("run.yaml"),
@@ -143,6 +185,19 @@ DAMAGES = {
     "weights cut off": shorter,
     "one rank too many": another_rank,
     "model file too many": model_code,
+    "manifest is a pipe": pipe("manifest.json"),
+    "state is a pipe": pipe("state.json"),
+    "settings are a pipe": pipe("run.yaml"),
+    "settings are a pipe and not on the manifest": unlisted_settings,
+    "weights are a pipe": pipe("mp_rank_00_model_states.pt"),
+    "model file is a pipe": pipe("model/config.json"),
+    "model file is a pipe too many": unlisted_pipe,
+    "manifest is a folder": folder_instead("manifest.json"),
+    "state is a folder": folder_instead("state.json"),
+    "weights are a folder": folder_instead("mp_rank_00_model_states.pt"),
+    "manifest is a device": device("manifest.json"),
+    "settings are a device": device("run.yaml"),
+    "weights are a device": device("mp_rank_00_model_states.pt"),
     "empty": emptied,
     "half removed": half_removed,
 }

@@ -6,9 +6,11 @@ import sys
 from dataclasses import replace
 
 import huggingface_hub.constants
+import huggingface_hub.hf_api
 import pytest
 import torch
 import transformers.dynamic_module_utils as dynamic_modules
+import transformers.utils.hub
 
 from refreshkv import RefreshConfig, SettingsError, enable
 from refreshkv.data.config import DataConfig
@@ -108,6 +110,9 @@ def hub(monkeypatch, tmp_path):
             "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
         }.items():  # fmt: skip
             monkeypatch.setattr(huggingface_hub.constants, name, value)
+        # both libraries keep a client for the process, with the address that was in force when it was made
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
         yield server
 
 
@@ -126,6 +131,8 @@ def test_a_revision_is_the_one_that_is_loaded(hub, tmp_path):
         assert job.shape.parameters == loaded.num_parameters()
         run.training.adapter = AdapterConfig()
         assert base_of(run, job.model_config) == hub_commit(REPOSITORY, origin)
+    # each question went to this Hub: another one would be waited for
+    assert f"GET /api/models/{REPOSITORY}/tree/{commit}/additional_chat_templates" in hub.calls
     with pytest.raises(SettingsError, match="--model: no model could be loaded"):
         load_model(REPOSITORY, "--model", replace(TRUSTED, revision="never"))
 

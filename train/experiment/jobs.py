@@ -13,6 +13,7 @@ import yaml
 from refreshkv.data.config import DataConfig
 from refreshkv.data.folder import INFO_FILE
 from refreshkv.files import write_text
+from refreshkv.reading import read_own_json
 from refreshkv.settings import SettingsError, settings_from_dict, settings_to_dict
 from refreshkv.train.checkpoint_reader import is_trained
 from refreshkv.train.config import RunConfig
@@ -180,7 +181,7 @@ def _prepared_settings(info: Path) -> dict[str, Any]:
     Settings that came with a later release have their defaults.
     """
     try:
-        settings = json.loads(info.read_text(encoding="utf-8"))["data"]
+        settings = read_own_json(info, "data.folder")["data"]
         return settings_to_dict(DataConfig()) | settings if isinstance(settings, dict) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

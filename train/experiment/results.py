@@ -13,7 +13,7 @@ from refreshkv.config import RefreshConfig
 from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.files import write_json
 from refreshkv.identity import folder_identity
-from refreshkv.reading import read_json
+from refreshkv.reading import read_json, read_own_json
 from refreshkv.settings import SettingsError, settings_from_dict, settings_to_dict
 from refreshkv.train.config import RunConfig, current_names
 from refreshkv.train.experiment.config import ExperimentConfig, Perplexity, Tasks, Tradeoff
@@ -134,7 +134,7 @@ class Results:
         """The report of a finished evaluation. Raises `SettingsError` if it measured something else than the experiment
         now asks for, such as before its settings were changed."""
         try:
-            found = json.loads(report.path.read_text(encoding="utf-8"))
+            found = read_own_json(report.path, "output")
             different = self._difference(report, found)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
             raise SettingsError(

@@ -32,7 +32,6 @@ PLAN, OPTIONS = 3, 3 + FIELDS
 OTHERS = FIELDS + len(SelectionOptions._fields) + 1
 """How many arguments without gradient follow query, key and value; after them come the sinks and the softcap."""
 
-
 SINKS = 10
 """Where the sinks stand among the arguments of `_backward` after query, key and value."""
 

@@ -1,0 +1,79 @@
+"""Named pipes in the place of files that we have written: who reads them says so at once, and never waits."""
+
+import os
+
+import pytest
+
+from refreshkv.attention.look_ahead_file import load_look_ahead
+from refreshkv.checksums import digest, remembered
+from refreshkv.evaluation.reports import open_output
+from refreshkv.files import RECORD_FILE, not_on_record
+from refreshkv.generation.custom_generate import FOLDER, write_custom_generate
+from refreshkv.prefix.backend_folder import FolderBackend
+from refreshkv.settings import SettingsError
+from refreshkv.train.card import _prepared_splits
+from refreshkv.train.experiment.jobs import _prepared_settings
+from refreshkv.train.export_folder import is_export
+from refreshkv.train.public_files import public_run
+from refreshkv.train.run_folder import foreign_file, read_run, read_state, run_id
+from refreshkv.train.run_lock import locked_run
+from tests.helpers.models import tiny_model
+
+pytestmark = pytest.mark.timeout(20)
+
+
+def lock(folder):
+    with locked_run(folder):
+        pass
+
+
+REFUSED = {
+    "run.json": run_id,
+    "run.yaml": read_run,
+    "state.json": read_state,
+    ".training": lock,
+    "public.yaml": lambda folder: public_run(folder / "public.yaml"),
+    "look_ahead.safetensors": lambda folder: load_look_ahead(tiny_model(), folder),
+    "store.json": lambda folder: FolderBackend(folder, {}, "--prefix-store"),
+    "report.json": lambda folder: open_output(folder, ("report.json",), overwrite=True),
+    "records.jsonl": lambda folder: open_output(folder, ("records.jsonl",), overwrite=True),
+    f"{FOLDER}/generate.py": write_custom_generate,
+}
+"""File -> what reads it and refuses it in one line."""
+
+TAKEN_FOR_ABSENT = {
+    RECORD_FILE: (not_on_record, "has no list of the files"),
+    "config.json": (is_export, "False"),
+    "rows.json": (lambda folder: _prepared_settings(folder / "rows.json"), "{}"),
+    "checkpoints/step-0000002/manifest.json": (foreign_file, "None"),
+}
+"""File -> what reads it and what it returns, as for a file that is not there."""
+
+
+def with_pipe(folder, name):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_pipes_are_refused_in_one_line(tmp_path, name):
+    with pytest.raises(SettingsError) as raised:
+        REFUSED[name](with_pipe(tmp_path, name))
+    assert name.rpartition("/")[2].partition(".")[0] in str(raised.value) and "\n" not in str(raised.value)
+    assert (tmp_path / name).is_fifo()
+
+
+@pytest.mark.parametrize("name", TAKEN_FOR_ABSENT)
+def test_pipes_are_no_files_of_ours(tmp_path, name):
+    read, found = TAKEN_FOR_ABSENT[name]
+    assert found in str(read(with_pipe(tmp_path, name)))
+    assert (tmp_path / name).is_fifo()
+
+
+def test_rows_and_kept_facts_are_computed_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("REFRESHKV_CACHE", str(tmp_path))
+    with_pipe(tmp_path, "rows.json")
+    assert _prepared_splits(str(tmp_path), "any") is None
+    with_pipe(tmp_path, f"{digest(['a fact', []])}.json")
+    assert remembered("a fact", [], lambda: 3) == 3
