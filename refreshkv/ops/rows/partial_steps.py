@@ -278,6 +278,24 @@ def _backward_kernel(rows: int, intervals: int, device: torch.device) -> str:
     return "partial_backward_64"
 
 
+FORWARD_REGISTERS = 168
+"""Most registers of a thread of the forward kernel, for 16-bit inputs and heads of 65 to 128.
+
+Up to 168, three programs share the 65536 registers of a GPU's processor; from 169 on, two. Without a limit, ptxas takes
+150 to 180 of its own accord, another number after each small change.
+"""
+
+
+def _register_limit(query: Tensor) -> dict[str, int]:
+    """The compiler option of the forward kernel that keeps `FORWARD_REGISTERS`.
+
+    Other tiles have none: narrower ones take fewer by themselves, up to the limit if there is one; those of float32 and
+    of wider heads would spill.
+    """
+    limited = query.element_size() == 2 and padded_head(query.shape[-1]) == 128
+    return {"maxnreg": FORWARD_REGISTERS} if limited else {}
+
+
 def forward(inputs: AttentionInputs, plan: Plan, segments: Segments, selected: Tensor, output: Tensor) -> Tensor:
     """Writes the partial steps' positions into `output` (B, R, H, D); the full steps' positions stay untouched.
 
@@ -295,7 +313,7 @@ def forward(inputs: AttentionInputs, plan: Plan, segments: Segments, selected: T
         segments.anchors.shape[1], segments.count, segments.full, tiles, selected.shape[-1], length,
         plan.prompt_length, length - query.shape[2],
         scaling * LOG2E, G=heads // kv_heads, D=head_dim, DP=padded_head(head_dim), INDEX=index_type(key, value),
-        PRECISION=precision(query), **kernel_terms(terms), **sizes,
+        PRECISION=precision(query), **kernel_terms(terms), **sizes, **_register_limit(query),
     )  # fmt: skip
     return lse
 
