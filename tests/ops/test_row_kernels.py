@@ -131,6 +131,25 @@ def test_values_and_gradients(name):
     compare(CASES[name])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "capability", "limited"),
+    [
+        (torch.bfloat16, 128, (9, 0), True),
+        (torch.float16, 96, (9, 0), True),
+        (torch.float32, 128, (9, 0), False),
+        (torch.bfloat16, 64, (9, 0), False),
+        (torch.bfloat16, 256, (9, 0), False),
+        (torch.bfloat16, 128, (8, 0), False),
+    ],
+)
+def test_where_registers_are_limited(monkeypatch, dtype, head_dim, capability, limited):
+    """The forward pass of partial steps: the tiles and the GPUs that were looked at."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    limit = {"maxnreg": 168} if limited else {}
+    assert partial_steps._register_limit(dtype, head_dim, torch.device("cuda")) == limit
+    assert partial_steps._register_limit(dtype, head_dim, torch.device("cpu")) == {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fewest", [1, 1000])
 @pytest.mark.parametrize("name", ["a fraction of padded rows", "selecting", "selecting by 4 bits, pooling ahead"])

@@ -279,21 +279,26 @@ def _backward_kernel(rows: int, intervals: int, device: torch.device) -> str:
 
 
 FORWARD_REGISTERS = 168
-"""Most registers of a thread of the forward kernel, for 16-bit inputs and heads of 65 to 128.
+"""Most registers of a thread of the forward kernel on Hopper GPUs, for 16-bit inputs and heads of 65 to 128.
 
-Up to 168, three programs share the 65536 registers of a GPU's processor; from 169 on, two. Without a limit, ptxas takes
-150 to 180 of its own accord, another number after each small change.
+Up to 168, three programs share the 65536 registers of a multiprocessor; from 169 on, two. Without a limit ptxas takes
+150 to 190, another number after each small change.
 """
 
+HOPPER = 9
+"""The major compute capability of H100 and H200."""
 
-def _register_limit(query: Tensor) -> dict[str, int]:
-    """The compiler option of the forward kernel that keeps `FORWARD_REGISTERS`.
 
-    Other tiles have none: narrower ones take fewer by themselves, up to the limit if there is one; those of float32 and
-    of wider heads would spill.
+def _register_limit(dtype: torch.dtype, head_dim: int, device: torch.device) -> dict[str, int]:
+    """The compiler option of the forward kernel that keeps to `FORWARD_REGISTERS`.
+
+    Other tiles have none: narrower ones take fewer by themselves, but up to the limit if there is one; those of float32
+    and of wider heads would spill.
     """
-    limited = query.element_size() == 2 and padded_head(query.shape[-1]) == 128
-    return {"maxnreg": FORWARD_REGISTERS} if limited else {}
+    limited = dtype.itemsize == 2 and padded_head(head_dim) == 128 and device.type == "cuda"
+    if limited and torch.cuda.get_device_capability(device)[0] == HOPPER:
+        return {"maxnreg": FORWARD_REGISTERS}
+    return {}
 
 
 def forward(inputs: AttentionInputs, plan: Plan, segments: Segments, selected: Tensor, output: Tensor) -> Tensor:
@@ -306,6 +311,7 @@ def forward(inputs: AttentionInputs, plan: Plan, segments: Segments, selected: T
     kv_heads, length = key.shape[1], key.shape[2]
     lse = torch.empty(batch, heads, length - plan.prompt_length, dtype=torch.float32, device=query.device)
     sizes = block_sizes("partial_forward", query)
+    sizes |= _register_limit(query.dtype, head_dim, query.device)
     tiles = triton.cdiv(segments.longest * (heads // kv_heads), sizes["BLOCK_M"])
     _forward[segments.count * tiles, kv_heads, batch](
         query, key, value, *segments[:3], selected, plan.budgets, plan.left_padding, output, lse,
@@ -313,7 +319,7 @@ def forward(inputs: AttentionInputs, plan: Plan, segments: Segments, selected: T
         segments.anchors.shape[1], segments.count, segments.full, tiles, selected.shape[-1], length,
         plan.prompt_length, length - query.shape[2],
         scaling * LOG2E, G=heads // kv_heads, D=head_dim, DP=padded_head(head_dim), INDEX=index_type(key, value),
-        PRECISION=precision(query), **kernel_terms(terms), **sizes, **_register_limit(query),
+        PRECISION=precision(query), **kernel_terms(terms), **sizes,
     )  # fmt: skip
     return lse
 
