@@ -26,7 +26,7 @@ from refreshkv.train.validation import setting_warnings
 
 
 def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> None:
-    """Trains as `config` says; every process of the job calls it. The folder `training.output` gets all results.
+    """Runs a training job. Every process of the job calls this; all results go to the folder `training.output`.
 
     Raises `SettingsError` before anything is written if the settings cannot work, `TrainingStopped` when a loss or a
     gradient is not finite, and `SystemExit(STOPPED)` once everything is saved after SIGTERM or SIGUSR1. When a process
@@ -42,11 +42,11 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
         Watchdog(training.timeout, output) as watchdog,
         ExitStack() as connected,
     ):
-        # Connect. Waiting may take longer than the watchdog allows, because the watchdog's message says more.
+        # Connect. This times out later than the watchdog, whose message says more about what is missing.
         watchdog.note("connecting to the other processes")
         rank, _ = init_processes(2 * training.timeout)
-        # From here on SIGTERM waits for the end of a step. Earlier it must end a process at once: the launcher sends it
-        # to those that wait for a process which has refused to start.
+        # From here on the loop handles SIGTERM at the end of a step. Until here SIGTERM must end the process at once:
+        # if one process refuses to start, the launcher sends SIGTERM to the others, which wait for it.
         stop = connected.enter_context(StopRequest())
 
         # Resume.
@@ -79,7 +79,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
 
 @contextmanager
 def prepared(job: Job, resume: bool, overwrite: bool) -> Iterator[CausalLossModel]:
-    """Yields the built model. The run's folder is claimed and stays locked; on a refusal nothing has been written."""
+    """Yields the built model, and locks the run's folder meanwhile. A refused run has written nothing."""
     config, is_first = job.config, os.environ.get("RANK", "0") == "0"
     if is_first:
         validate_unlocked(job.output)

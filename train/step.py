@@ -12,7 +12,7 @@ from refreshkv.train.loss import LossSums
 
 
 class NotFinite(ArithmeticError):
-    """A loss or a gradient is infinite or no number; `str()` is "loss" or "gradient"."""
+    """A loss or a gradient is infinite or nan; `str()` is "loss" or "gradient"."""
 
 
 def train_step(
@@ -23,7 +23,7 @@ def train_step(
     note: Callable[[str], None] = lambda doing: None,
     trace: Trace | None = None,
 ) -> dict[str, float]:
-    """Takes one optimizer step; returns its values by readable name, which are equal on all ranks.
+    """Takes one optimizer step; returns its figures by name, equal on all ranks.
 
     The loss is the mean over the counted tokens of all ranks, however many each rank has.
 
@@ -31,10 +31,10 @@ def train_step(
         engine: DeepSpeed's engine of a `CausalLossModel`.
         batches: this rank's micro-batches.
         sequence_parallel_size: ranks that share each row.
-        note: called with what is being done, as a sign of progress.
+        note: called with a description of the current work, as a sign of progress.
         trace: receives the full steps of this rank's last micro-batch.
 
-    Raises `NotFinite` on all ranks; if it is the loss, the step has not been taken.
+    Raises `NotFinite` on all ranks. If the loss is not finite, the optimizer step is not taken.
     """
     sums = backward(engine, batches, simulation, sequence_parallel_size, note, trace)
     total, count, partial, partial_count, divergence, divergence_count, look_ahead = sums
@@ -67,9 +67,9 @@ def backward(
     note: Callable[[str], None],
     trace: Trace | None = None,
 ) -> list[float]:
-    """Computes the gradients of the mean objective over the counted tokens of all ranks; the step is not taken.
+    """Computes the gradients of the mean objective over the counted tokens of all ranks, without an optimizer step.
 
-    Returns the `LossSums` of all ranks together, without the objective.
+    Returns the `LossSums`, summed over all ranks, without the objective.
     """
     engine.train()
     tokens = torch.stack([batch.counted.sum() for batch in batches]).sum().float()
@@ -89,8 +89,8 @@ def backward(
 
 
 def gradient_scale(engine, sequence_parallel_size: int) -> float:
-    """The number of ranks over which DeepSpeed averages gradients: all of them at ZeRO stage 3, below it one rank of
-    each row. Multiplied by it, the average is the sum that the mean over tokens needs."""
+    """The number of ranks over which DeepSpeed averages gradients: all ranks at ZeRO stage 3, below it one rank of each
+    row. The objective is multiplied by this number, so that the average becomes a sum."""
     world = dist.get_world_size()
     return world if engine.zero_optimization_stage() == 3 else world / sequence_parallel_size
 
@@ -99,7 +99,7 @@ def step_and_norm(engine) -> float:
     """Takes the optimizer step; returns the norm of its gradients before clipping."""
     if (
         engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled()
-    ):  # there is no DeepSpeed optimizer that has the norm
+    ):  # no DeepSpeed optimizer computes the norm
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         engine.step()

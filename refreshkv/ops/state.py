@@ -1,4 +1,4 @@
-"""The structs that operations take in place of long argument lists: tensors and numbers, nothing computed.
+"""Structs of tensors and numbers that operations take instead of long argument lists.
 
 Shapes: `B` batch rows, `T` positions, `P` prompt length, `R = T - P`, `S` stride, `C` decision steps, the prompt's end
 included, `H` query heads, `Hkv` key/value heads, `D` head size, `L` tokens the cache has room for, `W` slots of a
@@ -22,16 +22,16 @@ UNBOUNDED = 2**31 - 1
 """More steps than any text has."""
 
 TAIL = 16
-"""Lowest ranks that the kernels of a decoding step put in order at a time: a queue drops them one by one."""
+"""How many of the lowest ranks the kernels of a decoding step sort at a time: a queue drops them one by one."""
 
 
 class SoftmaxTerms(NamedTuple):
-    """What some models change in the softmax, beside its scaling (docs/specification.md, section 14)."""
+    """Terms by which some models change the softmax (docs/specification.md, section 14)."""
 
     sinks: Tensor | None = None
-    """(H,): a further term of each query head in the denominator, exp(sink); None: no such term."""
+    """(H,): the softmax of each query head has the further term exp(sink) in its denominator; None: no such term."""
     softcap: float | None = None
-    """Each logit `x` becomes `softcap * tanh(x / softcap)`; None: it stays."""
+    """Each logit `x` becomes `softcap * tanh(x / softcap)`; None: no softcap."""
 
     @property
     def is_plain(self) -> bool:
@@ -95,7 +95,7 @@ PARTIAL_STEPS = StepOptions(UNBOUNDED, None, SelectionOptions(1, 1, 0, 0))
 
 
 class FullSteps(NamedTuple):
-    """The full steps, or the selecting steps, whose selections are wanted."""
+    """The full steps, or the selecting steps, for which an operation computes selections."""
 
     positions: Tensor
     """(B, C) int64: the step's position, or -1 where the step is not full."""
@@ -106,10 +106,10 @@ class FullSteps(NamedTuple):
     width: int
     """Slots of a selection, at least the largest `min(K, position + 1)`."""
     droppable: int
-    """How many of the lowest ranks a segment can lose: those are wanted in order, the others in any order."""
+    """How many of the lowest ranks the queue can drop within a segment. Only these must be sorted."""
     look_ahead: Tensor | None = None
-    """(B, H, C, m, D): the look-ahead queries of each step, which observe beside its own (specification, section 13).
-    None without any."""
+    """(B, H, C, m, D): the look-ahead queries of each step, further observers (specification, section 13). None without
+    any."""
 
 
 class Plan(NamedTuple):
@@ -131,11 +131,11 @@ class Plan(NamedTuple):
     width: int
     """Slots of a selection: `min(K, T)` for the largest K."""
     droppable: int
-    """How many of the lowest ranks a segment can lose before the next full step."""
+    """How many of the lowest ranks the queue can drop before the next full step."""
     uniform: bool
     """Whether every decision step is full and no batch row is padded."""
     recurring: bool
-    """Whether later passes have this prompt length and stride again, so that kernels planned for one shape pay."""
+    """Whether later passes have the same prompt length and stride, so that planning kernels for this shape pays."""
     selecting_positions: Tensor | None = None
     """(B, E) int64: the positions of the selecting steps, -1 where such a step is full (specification, section 10).
     None without selecting steps."""
@@ -150,18 +150,18 @@ class Plan(NamedTuple):
 
     @property
     def steps(self) -> FullSteps:
-        """What the selection of the full steps needs of the plan."""
+        """The full steps, as a selection takes them."""
         kept = (self.budgets, self.left_padding, self.width, self.droppable)
         return FullSteps(self.full_positions, *kept, self.full_look_ahead)
 
     @property
     def selecting_steps(self) -> FullSteps:
-        """What the selection of the selecting steps needs of the plan, which has some."""
+        """The selecting steps, as a selection takes them. The plan must have some."""
         return self.steps._replace(positions=self.selecting_positions, look_ahead=self.selecting_look_ahead)
 
     @property
     def selecting(self) -> int:
-        """E: how many steps at multiples of the select stride there are, those that are full included."""
+        """E: number of steps at multiples of the select stride, including those that are full."""
         return 0 if self.selecting_positions is None else self.selecting_positions.shape[1]
 
 
@@ -179,14 +179,15 @@ class AttentionInputs(NamedTuple):
 
 
 class Decisions(NamedTuple):
-    """What one layer's decoding has decided so far: the state that a selection writes. Of N layers: (N, B, ...)."""
+    """The state that a selection writes: one layer's decisions so far. The tensors of N layers are (N, B, ...)."""
 
     row_state: Tensor
     """(B, 4) int64, by the columns above."""
     selected: Tensor
-    """(B, Hkv, W) int32: the selected positions by rank, best first; the ranks that may still drop are in order."""
+    """(B, Hkv, W) int32: the selected positions, best first; only the ranks that may soon be dropped are certain to be
+    sorted."""
     ranking: Tensor
-    """(B, Hkv, W) int32: the bits of their scores, kept for the kernels."""
+    """(B, Hkv, W) int32: the bits of their scores, by which the kernels sort."""
     mean_query: Tensor
     """(B, D) float32: the mean query of the last full step."""
     full_steps: Tensor
@@ -218,9 +219,9 @@ class LayerState(NamedTuple):
 
 
 class SelectingState(NamedTuple):
-    """What a layer's cache holds besides, if it has selecting steps: its score keys, and which steps were selecting.
+    """What a layer's cache also holds if it has selecting steps: the score keys, and which steps were selecting.
 
-    All three are None in an operator's arguments if it has none.
+    Without selecting steps all three are None in an operator's arguments.
     """
 
     codes: Tensor | None
@@ -240,8 +241,8 @@ class SelectingState(NamedTuple):
 
 
 class NearState(NamedTuple):
-    """The small cache on the GPU of a layer whose keys and values are in host memory, C slots. The selected tokens are
-    in slots `0 .. W-1`, in no order, and the tokens since the selection in those from W on."""
+    """The small cache, on the GPU, of a layer with keys and values in host memory. Of its C slots `0 .. W-1` hold the
+    selected tokens, in any order, and those from W on the tokens since the selection."""
 
     keys: Tensor
     """(B, Hkv, C, D)."""
@@ -253,28 +254,28 @@ class NearState(NamedTuple):
     """(B, 4) int64: as in `Decisions`, by slots in place of positions."""
     selected: Tensor
     """(B, Hkv, W) int32: the slots of the selected tokens by rank. A selecting step attends to its own token as the
-    newest one, and until the next step the slot of the last stands in its place."""
+    newest one; until the next step the token's rank has the slot of the last rank instead."""
     held: Tensor
-    """(B, Hkv, W) int32: the position of the token in each slot, -1 for none."""
+    """(B, Hkv, W) int32: the position of the token in each slot, -1 for an empty slot."""
     slot_of: Tensor
     """(B, Hkv, L) int32: the slot of each position's token, -1 where it is not held."""
     own: Tensor
     """(B, Hkv, 2) int32: the rank and the slot of the token of the last selecting step, -1 before the first."""
     fetched: Tensor
-    """(B, Hkv, W) int32: the position that each slot fetches at this step, -1 for none."""
+    """(B, Hkv, W) int32: the position of the token that each slot fetches at this step, -1 for none."""
     wanted: Tensor
     """(B,) bool: whether this step fetches."""
 
     def as_layer(self, state: LayerState, observers: Tensor) -> LayerState:
-        """The small cache as that of a layer with PARTIAL_STEPS only, which leave the rest of the layer's `state` as it
-        is; observers: (B, H, 1, D), any."""
+        """The small cache as the state of a layer that takes PARTIAL_STEPS only. Such steps do not change the remaining
+        fields, which are those of the layer's `state`; observers: (B, H, 1, D), any values."""
         small = (self.keys, self.values, self.length, self.row_state, self.selected)
         return LayerState(*small, state.ranking, state.mean_query, observers, state.full_steps)
 
 
 class CompactState(NamedTuple):
-    """The state of a cache of at most K entries, with one entry more than its budget, `E = K + 1`, in which a full
-    cache has one free for the next token."""
+    """The state of a cache of at most K entries. Its buffers have `E = K + 1` entries, so that a full cache has one
+    free entry for the next token."""
 
     keys: Tensor
     """(B, Hkv, E, D)."""
@@ -287,22 +288,24 @@ class CompactState(NamedTuple):
     slots: Tensor
     """(B, Hkv) int64: the entry that the next token takes."""
     scores: Tensor
-    """(B, Hkv, E) float32: the entries' accumulated probability, maximum over the group at each query, for H2O."""
+    """(B, Hkv, E) float32: for H2O, each entry's probability summed over queries, the maximum over the group at
+    each."""
     positions: Tensor
-    """(B, Hkv, E) int64: the entries' positions, for H2O."""
+    """(B, Hkv, E) int64: for H2O, the entries' positions."""
 
 
 class SelectionScratch(NamedTuple):
-    """What a step leaves for the selection that ends it: of one layer (B, ...), or of several (N, B, ...)."""
+    """What a decoding step writes for the selection at its end: (B, ...) for one layer, (N, B, ...) for several."""
 
     full: Tensor
     """(B,) int32: the step's position where it was full, else -1."""
     arrived: Tensor
-    """(B, Hkv) int32: zeros, on which the selection's programs count themselves."""
+    """(B, Hkv) int32: zeros; a counter of the selection's programs."""
     rankings: Tensor
-    """(B, Hkv, L) int32: the ranking of each position of full batch rows, the higher the better."""
+    """(B, Hkv, L) int32: the ranking of each position in batch rows whose step is full, the higher the better."""
     now: Tensor
-    """(B, D) float32: the step's mean query of full batch rows, written under the similarity schedule only."""
+    """(B, D) float32: the step's mean query in batch rows whose step is full, written under the similarity schedule
+    only."""
 
     @classmethod
     def empty(
@@ -317,5 +320,5 @@ class SelectionScratch(NamedTuple):
         )
 
     def of(self, layer: int) -> "SelectionScratch":
-        """The part of one of several layers."""
+        """The scratch tensors of one of several layers."""
         return SelectionScratch(*(part[layer] for part in self))

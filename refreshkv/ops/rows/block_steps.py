@@ -1,8 +1,8 @@
 """Triton kernels for partial and selecting steps in short segments: a block of positions attends to its key list.
 
-A program computes the rows of one block, pairs (position, head of the group): every key of its list is gathered once
-for all of them, and a bit of the key's mask says whether a row sees it. Rows that see nothing are full steps, or lie
-beyond the sequence.
+A program computes one block. Its rows are pairs (position, query head of the group). It gathers each key of the block's
+list once for all rows; a key's mask has one bit per position, which says whether the position attends to the key. Rows
+that attend to no key belong to full steps, or lie beyond the sequence.
 
 Shapes: `B` batch rows, `T` positions, `P` prompt length, `R = T - P`, `H` query heads, `Hkv` key/value heads,
 `G = H / Hkv`, `D` head size, `J` blocks; a program has BLOCK_M rows and takes BLOCK_N keys at a time.
@@ -36,7 +36,8 @@ from refreshkv.ops.tiles import (
 
 @triton.jit
 def _rows(block, positions, prompt, length, kv_head, G: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The rows of a block: each one's bit in the masks, query head and position after the prompt, and if it exists."""
+    """The rows of a block, [BLOCK_M] each: bit in the masks, query head, position after the prompt, and whether it
+    exists."""
     row = tl.arange(0, BLOCK_M)
     bit = row // G
     decoded = block * positions + bit - 1
@@ -46,8 +47,8 @@ def _rows(block, positions, prompt, length, kv_head, G: tl.constexpr, BLOCK_M: t
 
 @triton.jit
 def _listed(tokens, room, start, count, bit, BLOCK_N: tl.constexpr):
-    """The tokens [BLOCK_N] at some numbers of a list, whose last is repeated past the end; and which of them each row
-    sees: [BLOCK_M, BLOCK_N]."""
+    """Entries `start .. start + BLOCK_N - 1` of a list of tokens: the tokens [BLOCK_N], of which the last is repeated
+    past the end, and which of them each row attends to, [BLOCK_M, BLOCK_N]."""
     number = start + tl.arange(0, BLOCK_N)
     # [BLOCK_N] twice
     token = tl.load(tokens + tl.minimum(number, count - 1))
@@ -63,7 +64,7 @@ def _forward(
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INDEX: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """The outputs and log-sum-exps of one block; the latter are infinite where a row sees nothing."""
+    """Writes the outputs and log-sum-exps of one block; the latter are infinite where a row attends to no key."""
     block, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_heads, rows = tl.num_programs(1), length - prompt
     bit, head, decoded, exists = _rows(block, positions, prompt, length, kv_head, G, BLOCK_M)
@@ -153,13 +154,13 @@ def _backward(
 
 
 FEWEST_SEGMENTS = 3
-"""Segments that fill a tile of rows, at least, where blocks are the faster form: with fewer, what they share seldom
-makes up for the lists."""
+"""Least number of segments in a tile of rows for which blocks are faster than `partial_steps`: fewer segments seldom
+share enough keys to make up for building the lists."""
 
 
 def block_positions(query: Tensor, key: Tensor, plan: Plan) -> int | None:
-    """Positions of a block, as many whole segments as fill a tile of rows; None if `partial_steps` is the faster form
-    for query (B, H, Q, D) and key (B, Hkv, T, D)."""
+    """Number of positions in a block: those of as many whole segments as fill a tile of rows. None if `partial_steps`
+    is faster for query (B, H, Q, D) and key (B, Hkv, T, D)."""
     most = block_sizes("partial_forward", query)["BLOCK_M"] // (query.shape[1] // key.shape[1])
     longest = longest_interval(plan, key.shape[2])
     whole = min(LARGEST_BLOCK, most) // longest
@@ -168,9 +169,9 @@ def block_positions(query: Tensor, key: Tensor, plan: Plan) -> int | None:
 
 
 def forward(inputs: AttentionInputs, plan: Plan, positions: int, lists: KeyLists, output: Tensor) -> Tensor:
-    """Writes the partial and selecting steps' positions into `output` (B, R, H, D).
+    """Writes the outputs of partial and selecting steps into `output` (B, R, H, D).
 
-    positions: of a block. Returns the log-sum-exp (B, H, R) float32, in units of log 2, infinite at full steps.
+    positions: number of positions in a block. Returns the base-2 log-sum-exp (B, H, R) float32, infinite at full steps.
     """
     query, key, value, scaling, terms = inputs
     batch, heads, _, head_dim = query.shape
@@ -206,7 +207,7 @@ def backward(
     group = heads // kv_heads
     sizes = block_sizes("partial_backward_64", query) | {"BLOCK_M": tile_of(positions * group)}
     splits = max(1, min(MANY_SPLITS, MANY_PROGRAMS // (4 * blocks * kv_heads * batch)))
-    # several programs add to one row: in float32, joined with the full steps' rows afterwards
+    # several programs add to one row: they add in float32, and the sums join the full steps' gradients afterwards
     sums = query_grad if splits == 1 else torch.zeros(query_grad.shape, dtype=torch.float32, device=query.device)
     _backward[blocks * splits, kv_heads, batch](
         query, key, value, *lists, lse, delta, upstream, sums, key_grad, value_grad,
@@ -222,5 +223,5 @@ def backward(
 
 
 def tile_of(rows: int) -> int:
-    """The tile of a block's rows: a power of two, at least 16."""
+    """BLOCK_M for a block of this many rows: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(rows))
