@@ -45,7 +45,7 @@ class DenseAttention:
     keywords: dict[str, Any]
     """The further keywords that transformers gave the attention function."""
     terms: SoftmaxTerms = PLAIN_SOFTMAX
-    """What the model changes in the softmax besides."""
+    """Changes of the softmax in this model."""
     columns: Tensor | None = None
     """(T,) int64: the columns of the queries; None: the last T of the keys' columns."""
 
@@ -86,21 +86,22 @@ class DenseAttention:
         return attention_with_sinks(query, key, value, mask, self.scaling, self.terms.sinks).transpose(1, 2)
 
     def _is_block(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether the project's own kernel for a later block of a prompt is the fastest."""
+        """Whether the project's kernel for a later block of a prompt is the fastest for these tensors."""
         is_plain = self.implementation == "sdpa" and not self.dropout and self._can_use_causal_flag(query)
         return is_plain and CHOICE.takes_prompt_block(query, key, value)
 
     def _is_short_block(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether the block has so few queries behind so many keys that these should be read once for all of them."""
+        """Whether the block has few queries and many keys, so that a kernel should read the keys once for all
+        queries."""
         is_plain = self.implementation == "sdpa" and not self.dropout and self.sliding_window is None
         return is_plain and self.columns is None and CHOICE.takes_short_block(query, key, value)
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         module, config = self.module, copy(self.module.config)
-        # transformers reads the implementation's name from the module's config, where "refreshkv" stands
+        # transformers reads the implementation's name from the module's config, which says "refreshkv"
         config._attn_implementation = self.implementation
         stand_in = SimpleNamespace(config=config, is_causal=True, layer_idx=module.layer_idx, modules=module.modules)
-        # position_ids only serve to find packed sequences, which are refused, and are those of the whole sequence
+        # transformers uses position_ids only to find packed sequences, which are refused
         keywords = {name: value for name, value in self.keywords.items() if name != "position_ids"}
         mask = None if self.left_padding is None else _key_mask(self.left_padding, key.shape[2])
         return self._call(stand_in, query, key, value, mask, keywords)
@@ -122,8 +123,8 @@ class DenseAttention:
         return ALL_ATTENTION_FUNCTIONS[self.implementation](module, query, key, value, mask, **settings, **keywords)[0]
 
     def _can_use_causal_flag(self, query: Tensor) -> bool:
-        """True if the mask is plain bottom-right causal and a GPU's kernels know it by name: they then skip hidden
-        keys, and no (T, L) mask is built and read."""
+        """True if the mask is plain bottom-right causal and a GPU kernel has a flag for it: the kernel then skips
+        masked keys, and no (T, L) mask is built."""
         is_plain = self.left_padding is None and self.sliding_window is None and self.columns is None
         is_plain = is_plain and not torch.compiler.is_compiling()
         return is_plain and query.is_cuda and query.dtype != torch.float64
@@ -136,7 +137,7 @@ class DenseAttention:
         return self._visible(queries, keys, device)
 
     def _visible(self, queries: int, keys: int, device: torch.device) -> Tensor:
-        """Which of the L keys each of the T queries sees: (B or 1, 1, T, L) bool."""
+        """Which of the L keys each of the T queries may attend to: (B or 1, 1, T, L) bool."""
         column = torch.arange(keys, device=device)
         rows = torch.arange(keys - queries, keys, device=device) if self.columns is None else self.columns
         row = rows.unsqueeze(-1)

@@ -37,7 +37,7 @@ def enable(
 
     Args:
         model: a transformers decoder whose attention goes through `AttentionInterface`.
-        config: written to `model.config.refreshkv`, and so into an exported config.json; None reads that key back.
+        config: written to `model.config.refreshkv`, and so into an exported config.json; None takes what is there.
         prompt_attention: transformers' attention for prompts, sliding-window layers and calls without refresh.
 
     Raises `NotRefreshable`, a `SettingsError`, if the model's layers cannot be refreshed, and `SettingsError` if it has
@@ -64,9 +64,9 @@ def enable(
 
 
 def _modules_of(model: PreTrainedModel, kinds: list[LayerKind]) -> list[Any]:
-    """The attention modules of the layers that attend, by their numbers.
+    """The attention modules of the layers that have attention.
 
-    Raises `NotRefreshable` if there is not exactly one for each, or if no layer has full attention.
+    Raises `NotRefreshable` unless each such layer has exactly one, and at least one layer has full attention.
     """
     attending = [number for number, kind in enumerate(kinds) if kind.attends]
     if not any(kind.is_refreshed for kind in kinds):
@@ -76,7 +76,7 @@ def _modules_of(model: PreTrainedModel, kinds: list[LayerKind]) -> list[Any]:
         raise NotRefreshable(f"every layer of this model {what}, so there is no full cache to refresh{way_out}")
     modules: list[Any] = [module for module in attention_modules(model) if module.layer_idx in attending]
     name = type(model).__name__
-    if len(modules) > len(attending):  # decoders of pairs have attention to an encoder too, which is not causal
+    if len(modules) > len(attending):  # decoders of encoder-decoder models also have cross-attention
         modules = [module for module in modules if module.is_causal]
     elif modules and not any(module.is_causal for module in modules):
         raise NotRefreshable(
@@ -97,7 +97,7 @@ def _modules_of(model: PreTrainedModel, kinds: list[LayerKind]) -> list[Any]:
 
 
 def _uses_interface(model: PreTrainedModel) -> bool:
-    """Whether transformers can exchange the attention of the model's decoder, as far as it says."""
+    """Whether transformers can replace the attention of the model's decoder, according to transformers itself."""
     holders = [module for module in (model, *model.modules()) if isinstance(module, PreTrainedModel)]
     innermost: Any = [holder for holder in holders if attention_modules(holder)][-1]
     can_exchange = getattr(innermost, "_can_set_attn_implementation", None)  # not a public name
@@ -107,7 +107,7 @@ def _uses_interface(model: PreTrainedModel) -> bool:
 def _own_config(model: PreTrainedModel) -> None:
     """Gives `model` a copy of its configuration, so that other models with the same one stay as they are."""
     copies: dict[int, Any] = {}
-    copy.deepcopy(model.config, copies)  # which also notes the copies of the parts
+    copy.deepcopy(model.config, copies)  # `copies` then has the copies of sub-configurations too
     for module in model.modules():
         config = vars(module).get("config")
         if config is not None and id(config) in copies:
@@ -115,7 +115,7 @@ def _own_config(model: PreTrainedModel) -> None:
 
 
 def _attention_names(config: PretrainedConfig) -> str | dict[str, str]:
-    """The refresh attention for the decoder; encoders of images and the like keep theirs."""
+    """The refresh attention for the decoder; other parts, such as image encoders, keep theirs."""
     decoder = config.get_text_config(decoder=True)
     if decoder is config:
         return NAME
@@ -123,7 +123,7 @@ def _attention_names(config: PretrainedConfig) -> str | dict[str, str]:
 
 
 def _decoders(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules within `model`, perhaps itself, that can be called with tokens and lead to its attention."""
+    """The modules of `model`, perhaps itself, that take tokens and contain its attention modules."""
     inner = [
         module
         for module in model.modules()

@@ -31,8 +31,8 @@ from refreshkv.ops.state import SoftmaxTerms
 from refreshkv.settings import SettingsError
 
 UNSUPPORTED = ("position_bias",)
-"""Changes of the softmax that some models ask for. Without them the numbers would not be the model's, so a simulation
-or a cache is refused for such models."""
+"""Keywords by which some models change the softmax, and which we do not support: without them the outputs would not be
+the model's, so a simulation or a cache is refused."""
 
 
 def refresh_attention(
@@ -68,10 +68,10 @@ def refresh_attention(
         trace: receives the layer's full and selecting steps.
         refresh_cache: the cache that this call appends to and decodes from.
         prompt_attention: transformers' attention for the prompt and for ordinary attention.
-        average_heads: maps the mean query of this process's heads, (B, C, D), to that over all processes' heads.
+        average_heads: maps the mean query of this process's heads, (B, C, D), to the mean over all processes' heads.
         s_aux: (H,), attention sinks. softcap: bound of the logits. rotation: the rotary embedding, for look-ahead.
 
-    Returns (B, T, H, D), and None in the place of attention weights.
+    Returns (B, T, H, D), and None instead of attention weights.
     """
     _validate_module(module, kwargs)
     factor: float = module.head_dim**-0.5 if scaling is None else scaling
@@ -98,7 +98,7 @@ def refresh_attention(
 
 
 def _validate_module(module: Any, kwargs: dict[str, Any]) -> None:
-    """Refuses modules that `refreshkv.enable` has not seen, and attention in both directions."""
+    """Refuses modules of models without `refreshkv.enable`, and bidirectional attention."""
     if not hasattr(module, "refreshkv_calls"):
         raise RuntimeError(
             f'a {type(module).__name__} has the attention "refreshkv" by its config, perhaps another model\'s, but '
@@ -112,7 +112,7 @@ def _validate_module(module: Any, kwargs: dict[str, Any]) -> None:
 def _begin_layer(
     module: Any, query: Tensor, dropout: float, left_padding: Tensor | None, kwargs: dict[str, Any]
 ) -> None:
-    """Refuses what neither a simulation nor a cache can follow, and counts the layer as one that follows."""
+    """Refuses arguments that simulations and caches do not support, and notes that the layer takes part in the call."""
     _validate(query, dropout, left_padding, kwargs)
     module.refreshkv_calls.note(module.layer_idx)
 
@@ -120,8 +120,8 @@ def _begin_layer(
 def _changes_of(
     layer: PreallocatedLayer, terms: SoftmaxTerms, module: Any, query: Tensor, rotation: Rotation | None
 ) -> dict[str, Any]:
-    """What a layer's `end_block` and `step` get besides: changes of the softmax, and the look-ahead queries of the
-    call's last token, (B, H, m, D). Refuses what the layer cannot follow."""
+    """Further keywords of a layer's `end_block` and `step`: `terms`, the changes of the softmax, and `look_ahead`, the
+    look-ahead queries of the call's last token, (B, H, m, D). Refuses those that the layer does not support."""
     changes: dict[str, Any] = {}
     if not terms.is_plain:
         if not layer.takes_terms:
@@ -169,7 +169,7 @@ def _simulate(
     if (look_ahead := look_ahead_of(dense.module)) is not None:
         plan = plan_with_look_ahead(look_ahead, dense, query, key, plan, simulation, trace, rotation)
     options = config.selection_options()
-    may_choose = dense.implementation == "sdpa" and dense.terms.is_plain  # any other attention is the user's own choice
+    may_choose = dense.implementation == "sdpa" and dense.terms.is_plain  # the user chose any other attention
     may_choose = may_choose and simulation.chunks is None  # the fast forms know one chunk only
     if may_choose and CHOICE.takes_whole_sequence(query, key, value, plan):
         return ops.whole_sequence(query, key, value, plan, options, dense.scaling)
@@ -205,7 +205,7 @@ def _prompt_block(
 
 
 def _validate(query: Tensor, dropout: float, left_padding: Tensor | None, kwargs: dict[str, Any]) -> None:
-    """Refuses what neither a simulation nor a cache can follow."""
+    """Refuses arguments that simulations and caches do not support."""
     if dropout:
         raise ValueError(f"attention dropout ({dropout}) is not simulated: set model.config.attention_dropout to 0")
     for name in UNSUPPORTED:
@@ -235,8 +235,8 @@ def _validate_prompt(simulation: Simulation, length: int, keys: int, left_paddin
 def _validate_streams(
     simulation: Simulation, average_heads: Callable[[Tensor], Tensor] | None, rotation: Rotation | None
 ) -> None:
-    """Refuses two streams of a sequence that is spread over processes, each of which would double its own columns, and
-    of a model with look-ahead queries."""
+    """Refuses `rectify` for a model with look-ahead queries, and for sequences that are spread over processes, each of
+    which would double its own columns."""
     if rotation is not None:
         raise SettingsError(
             "rectify=True does not follow look-ahead queries: set rectify=False, or call remove_look_ahead(model)"
@@ -246,7 +246,7 @@ def _validate_streams(
 
 
 def _validate_chunks(average_heads: Callable[[Tensor], Tensor] | None) -> None:
-    """Refuses chunks of a sequence that is spread over processes, which no test covers."""
+    """Refuses chunks for sequences that are spread over processes: no test covers them."""
     if average_heads is not None:
         raise SettingsError("chunks with parallel.sequence > 1 are not supported: set parallel.sequence=1")
 

@@ -1,9 +1,9 @@
-"""Refuses calls of a model whose inputs disagree, whatever form they come in.
+"""Refuses calls of a model whose inputs disagree.
 
-transformers looks for packed sequences only without a mask and without a cache, compares no lengths when a mask is all
-ones, and leaves out in silence what an attention does not give. So the hooks look at the inputs before the pass:
-tokens, mask, positions and cache must be of one length, a batch row is one sequence, and what the attention cannot
-return is refused.
+transformers looks for packed sequences only without a mask and without a cache, compares no lengths if a mask is all
+ones, and silently omits outputs that an attention does not return. So a hook checks the inputs before each pass:
+tokens, mask, positions and cache must agree in length, each batch row must be one sequence, and outputs that the
+attention cannot return are refused.
 
 Shapes: `B` batch rows, `n` tokens of the call, `L` tokens with the cached ones.
 """
@@ -25,13 +25,13 @@ NOT_RETURNED = {
     "output_attentions": 'leave it out, or call model.set_attn_implementation("eager") for such passes',
     "head_mask": "leave it out",
 }
-"""What the refresh attention ignores, and the way out."""
+"""Arguments that the refresh attention would ignore, and what to do instead."""
 
 
 def validate_inputs(module: Any, inputs: dict[str, Any]) -> None:
-    """Refuses a call of `module` with these inputs, by name, if they disagree; notes in a cache how its rows begin.
+    """Refuses a call of `module` if its inputs (name -> value) disagree; notes in the cache how its rows begin.
 
-    Raises `ValueError`. Reads no values on a GPU in a decoding step, so that the host does not wait for it there.
+    Raises `ValueError`. In a decoding step it reads no values from a GPU, so the host does not wait.
     """
     if getattr(module.config, "is_causal", True) is False:
         raise ValueError("the refresh attention is causal: config.is_causal=False is not supported")
@@ -54,7 +54,7 @@ def validate_inputs(module: Any, inputs: dict[str, Any]) -> None:
         )
     _refuse_packing(inputs, rows, new)
     if isinstance(cache, PreallocatedCache) and cache.columns is not None:
-        return  # tokens of a prompt in any places, which the cache knows
+        return  # tokens that are computed again, in the columns that the cache names
     past = _past_length(cache, new)
     if past is None:
         return
@@ -70,7 +70,7 @@ def validate_inputs(module: Any, inputs: dict[str, Any]) -> None:
 
 
 def without_packing(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs without the keywords of packed rows; `validate_inputs` has seen that each row is one sequence."""
+    """The inputs without the keywords of packed rows; `validate_inputs` has checked that each row is one sequence."""
     return {name: value for name, value in inputs.items() if name not in PACKING}
 
 
@@ -100,7 +100,7 @@ def _validate_mask_shape(mask: Any, rows: int, new: int, past: int) -> None:
 
 
 def _hidden(mask: Any, columns: int) -> Tensor | None:
-    """(B, L) bool: which columns are padding; None without any known."""
+    """(B, L) bool: which columns are padding; None if that is not known."""
     if not isinstance(mask, Tensor):
         return None
     if mask.ndim == 2:
@@ -136,7 +136,7 @@ def _validate_positions(
     """Refuses positions that do not count up by one within a row; returns how the rows begin.
 
     positions: (B or 1, n), or None for the model's own, which count columns. Positions of images, (3, B, n), are not
-    looked at. None is returned where the host would have to wait.
+    checked. Returns None where the host would have to wait for the device.
     """
     if positions is not None and positions.ndim != 2:
         return None
@@ -164,7 +164,7 @@ def _validate_positions(
 
 
 def _validate_start(cache: PreallocatedCache, starts: list[RowStart], past: int, new: int) -> None:
-    """Refuses tokens whose padding or positions are not those of the cached ones, and notes those of new rows."""
+    """Refuses tokens whose padding or positions do not continue the cached ones, and notes those of new rows."""
     known = cache.row_starts if past > 0 else None
     if past > 0 and known is None and cache.has_prefix:  # stored prompts are computed from position 0
         known = [RowStart(None, -(start.padding or 0)) for start in starts]
@@ -174,7 +174,7 @@ def _validate_start(cache: PreallocatedCache, starts: list[RowStart], past: int,
         # without a mask the first tokens have no padding
         cache.row_starts = [start._replace(padding=start.padding or 0) for start in starts] if past == 0 else starts
         return
-    # a step needs no mask, the layers know their padding; a block without a mask would attend to it
+    # a step needs no mask, because the layers know their padding; a block without a mask would attend to padding
     default = 0 if new > 1 else None
     hidden = [default if start.padding is None else start.padding for start in starts]
     expected = [start.padding for start in known]

@@ -1,4 +1,4 @@
-"""Learned look-ahead: trained queries that observe beside a step's own one (docs/specification.md, section 13).
+"""Learned look-ahead: trained queries, further observers beside a step's own query (docs/specification.md, section 13).
 
 Each full-attention layer gets a `LookAhead` as a child of its attention module.
 """
@@ -16,10 +16,10 @@ from refreshkv.errors import NotRefreshable
 from refreshkv.settings import SettingsError
 
 CONFIG_KEY = "refreshkv_look_ahead"
-"""Entry of a model's config.json: how many queries there are and of which rank. The weights are in a file beside it."""
+"""Entry of a model's config.json with the number of queries and their rank. The weights are in a file beside it."""
 
 PROBED_TOKENS = 8
-"""Equal tokens that `add_look_ahead` computes to see how a model turns its queries."""
+"""Number of equal tokens in the pass by which `add_look_ahead` finds how a model rotates its queries."""
 
 CHANGING_FREQUENCIES = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies depend on the length of the text."""
@@ -32,13 +32,13 @@ def look_ahead_modules(model: nn.Module) -> dict[int, LookAhead]:
 
 
 def add_look_ahead(model: PreTrainedModel, queries: int = 2, rank: int = 8, seed: int = 0) -> PreTrainedModel:
-    """Puts look-ahead queries beside the attention of each full-attention layer of an enabled model; returns the model.
+    """Adds look-ahead queries to each full-attention layer of an enabled model; returns the model.
 
-    Simulated passes and `RefreshCache` follow them from then on; untrained, they change nothing. They are parameters of
-    the model, which `save_look_ahead` saves and `enable` finds again.
+    From then on simulated passes and `RefreshCache` use them; untrained, they change nothing. They are parameters of
+    the model; `save_look_ahead` saves them, and `enable` loads them.
 
-    Raises `NotRefreshable` if a layer's query before the rotary embedding cannot be found: it must be a rotation of the
-    usual form of the whole head, which a pass over a few equal tokens shows.
+    Raises `NotRefreshable` unless each layer rotates the whole head by a rotary embedding of the usual form, which a
+    pass over a few equal tokens checks.
     """
     LookAheadConfig(queries=queries, rank=rank)
     calls: Any = getattr(model, "refreshkv_calls", None)
@@ -85,8 +85,8 @@ def ensure_look_ahead(model: PreTrainedModel, settings: LookAheadConfig, seed: i
 
 
 def mean_divergence(model: nn.Module, trace: Trace) -> Tensor:
-    """The mean over layers of the divergences that a pass left in its trace, a scalar that every look-ahead query takes
-    part in: 0 for a plain pass."""
+    """The mean over layers of the divergences in the trace of a pass, a scalar; 0 for a plain pass. Every look-ahead
+    parameter gets a gradient from it, perhaps zero."""
     found = list(trace.look_ahead_divergences.values())
     parts = [part for module in look_ahead_modules(model).values() for part in module.parameters()]
     nothing = torch.stack([part.float().sum() for part in parts]).sum() * 0.0
@@ -94,7 +94,7 @@ def mean_divergence(model: nn.Module, trace: Trace) -> Tensor:
 
 
 def remove_look_ahead(model: PreTrainedModel) -> PreTrainedModel:
-    """Takes the look-ahead queries off a model; returns it."""
+    """Removes the look-ahead queries from a model; returns the model."""
     for module in [module for module in model.modules() if look_ahead_of(module) is not None]:
         del module._modules[CHILD]
     if hasattr(model.config, CONFIG_KEY):
@@ -103,7 +103,7 @@ def remove_look_ahead(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def freeze_model(model: nn.Module) -> list[nn.Parameter]:
-    """Leaves only the look-ahead queries to train; returns the parameters that this froze."""
+    """Freezes all parameters but the look-ahead queries; returns the parameters that it froze."""
     own = {id(part) for module in look_ahead_modules(model).values() for part in module.parameters()}
     frozen = [part for part in model.parameters() if part.requires_grad and id(part) not in own]
     for part in frozen:
@@ -117,7 +117,7 @@ def _kv_heads(module: Any) -> int:
 
 
 def _validate_frequencies(model: PreTrainedModel) -> None:
-    """Refuses rotary embeddings whose frequencies depend on the length: a look-ahead turns by fixed ones."""
+    """Refuses rotary embeddings whose frequencies depend on the length: look-ahead queries use fixed frequencies."""
     parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     kinds = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
     changing = [kind.get("rope_type") for kind in kinds if kind.get("rope_type") in CHANGING_FREQUENCIES]
@@ -130,10 +130,10 @@ def _validate_frequencies(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _find_frequencies(model: PreTrainedModel) -> None:
-    """Fills in each layer's frequencies, from a pass over equal tokens at different positions.
+    """Sets each layer's rotary frequencies by a pass over equal tokens at different positions.
 
-    There each layer has the same query before the rotary embedding at every position. Raises `NotRefreshable` for a
-    layer in which turning the queries back does not give that.
+    With equal tokens a layer's query before the rotary embedding is the same at every position. Raises `NotRefreshable`
+    for a layer whose queries, rotated back, are not equal.
     """
     seen: dict[int, tuple[Tensor, Rotation]] = {}
     layers = look_ahead_modules(model)
@@ -155,7 +155,7 @@ def _find_frequencies(model: PreTrainedModel) -> None:
     for number, module in layers.items():
         query, rotation = seen[number]
         cos, sin = (part.float() for part in rotation)
-        # position 0 turns by nothing, position 1 by one frequency
+        # the angles are 0 at position 0, and the frequencies at position 1
         module.frequencies.copy_(torch.atan2(sin[0, 1], cos[0, 1])[: cos.shape[-1] // 2])
         before = turned_back(query.float(), cos[:, None], sin[:, None])
         tolerance = max(torch.finfo(part.dtype).eps for part in (query, torch.zeros(1))) ** 0.5

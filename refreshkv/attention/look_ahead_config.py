@@ -7,17 +7,17 @@ from refreshkv.ranges import COUNT, Range, validate_numbers
 
 @dataclass
 class LookAheadConfig:
-    """Look-ahead queries beside the attention, and their training."""
+    """Number, size and training of look-ahead queries."""
 
     queries: int = 2
     """Look-ahead queries m of each key/value head."""
     rank: int = 8
-    """Rank of the matrix by which each of them changes the step's query."""
+    """Rank of the matrix by which each look-ahead query changes the step's query."""
     weight: float = 1.0
-    """Weight of the divergence of a step's score from the attention after it; the next-token loss has weight 1."""
+    """Weight of the divergence between a step's scores and the attention after it; the next-token loss has weight 1."""
     measured_steps: int = 16
-    """Most full steps, and likewise selecting steps, of a layer and pass whose divergence is computed; they are evenly
-    spread."""
+    """The divergence is computed for at most this many full steps, and as many selecting steps, of each layer and pass,
+    evenly spread."""
     learning_rate: float = 1e-3
     """Peak learning rate of the look-ahead queries (in `simulate` the optimizer is yours)."""
     freeze_model: bool = False

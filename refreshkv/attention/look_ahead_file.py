@@ -1,4 +1,4 @@
-"""The look-ahead queries of a model as a file beside it: saved, and found again by `enable`."""
+"""Saves the look-ahead queries of a model in a file beside the model, and loads them from it, as `enable` does."""
 
 import re
 from pathlib import Path
@@ -32,7 +32,8 @@ def look_ahead_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def split_weights(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A model's weights by name without its look-ahead queries', and these as `look_ahead_weights` names them."""
+    """Splits a model's weights, name -> tensor, into those of the model and those of its look-ahead queries, named as
+    by `look_ahead_weights`."""
     own = {}
     for name, weight in weights.items():
         if found := IN_A_MODEL.search(name):
@@ -58,7 +59,7 @@ def write_weights(weights: dict[str, Tensor], folder: str | Path) -> None:
 
 
 def load_look_ahead(model: PreTrainedModel, file: str | Path) -> None:
-    """Puts the look-ahead queries of a file, or of the file in a folder, beside the attention of an enabled model.
+    """Adds the look-ahead queries of a file, or of the file in a folder, to an enabled model.
 
     Raises `SettingsError` if the file cannot be read or does not fit the model.
     """

@@ -1,7 +1,7 @@
 """Look-ahead queries of one layer, a small module within its attention module (docs/specification.md, section 13).
 
-They follow from the step's own query before the rotary embedding, which is the query that the attention is given,
-turned back by the cosines and sines that the layer is given.
+They are computed from the step's own query before the rotary embedding. To find it, the query that the attention gets
+is rotated back by the cosines and sines that the layer gets.
 
 Shapes: `B` batch rows, `T` positions, `N` steps that select, `H` query heads, `Hkv` key/value heads, `G = H / Hkv`,
 `D` head size, `m` look-ahead queries, `R` rank.
@@ -19,21 +19,21 @@ CHILD = "look_ahead"
 
 
 class Rotation(NamedTuple):
-    """The rotary embedding of a call's positions, as an attention module was given it."""
+    """The rotary embedding of a call's positions, as the attention module gets it."""
 
     cos: Tensor
     """(B or 1, T, D)."""
     sin: Tensor
 
     def at(self, columns: Tensor) -> "Rotation":
-        """That of the columns (B, N)."""
+        """The rotary embedding at the columns (B, N)."""
         index = columns.unsqueeze(-1).expand(-1, -1, self.cos.shape[-1])
         return Rotation(*(part.expand(len(columns), -1, -1).gather(1, index) for part in self))
 
 
 class LookAhead(nn.Module):
-    """The look-ahead queries `RoPE(a + delta_i) (r + r A_i B_i)` of one layer, with parameters for m x Hkv queries.
-    With `B_i = 0` and `delta_i = 0`, as they begin, each is the step's own query to the last bit."""
+    """The look-ahead queries `RoPE(a + delta_i) (r + r A_i B_i)` of one layer, m for each key/value head. Initially
+    `B_i = 0` and `delta_i = 0`, and each query equals the step's own query bit for bit."""
 
     def __init__(self, kv_heads: int, head_dim: int, queries: int, rank: int, **placement: Any):
         super().__init__()
@@ -67,19 +67,20 @@ class LookAhead(nn.Module):
         before = turned_back(query, cos, sin).unflatten(1, (kv_heads, -1))
         change = torch.einsum("bkgnd,kmdr,kmre->bkgnme", before, self.down.to(wide), self.up.to(wide)).flatten(1, 2)
         change = turned(change, cos.unsqueeze(3), sin.unsqueeze(3))
-        # (Hkv, m, D): the further turn by delta
+        # (Hkv, m, D): the further rotation by delta
         angles = (self.offsets.to(wide).unsqueeze(-1) * self.frequencies.to(wide)).repeat(1, 1, 2)
         angles = angles.repeat_interleave(query.shape[1] // kv_heads, dim=0)[None, :, None]  # (1, H, 1, m, D)
         return turned(query.unsqueeze(3) + change, angles.cos(), angles.sin())
 
 
 def turned(vector: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The rotary embedding in its usual form, in which dimension `d` and `d + D / 2` turn together: (..., D)."""
+    """Applies the rotary embedding in its usual form, which rotates the dimensions `d` and `d + D / 2` as a pair: (...,
+    D)."""
     return vector * cos + _half_turned(vector) * sin
 
 
 def turned_back(vector: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The inverse of `turned`, also where cosines and sines carry a factor (yarn)."""
+    """The inverse of `turned`, also if cosines and sines include a factor (yarn)."""
     return (vector * cos - _half_turned(vector) * sin) / (cos * cos + sin * sin)
 
 

@@ -1,4 +1,4 @@
-"""The look-ahead queries of a simulated pass, and how far their scores are from the attention that follows.
+"""The look-ahead queries of a simulated pass, and the divergence between their scores and the attention that follows.
 
 Shapes: `B` batch rows, `T` positions, `N` steps that select, `H` query heads, `Hkv` key/value heads, `D` head size,
 `m` look-ahead queries.
@@ -25,9 +25,10 @@ def plan_with_look_ahead(
     trace: Trace | None,
     rotation: Rotation | None,
 ) -> Plan:
-    """The plan with the look-ahead queries of its full and selecting steps; a trace that asks gets their divergence.
+    """The plan with the look-ahead queries of its full and selecting steps; writes their divergence into the trace, if
+    it has `measured_steps`.
 
-    query (B, H, T, D), key (B, Hkv, T, D): those of the whole sequence; dense: what else the attention knows.
+    query (B, H, T, D), key (B, Hkv, T, D): those of the whole sequence; dense: the layer, its scaling and softmax.
     """
     assert rotation is not None  # the attention module's hook adds it
     groups = [(plan.full_positions, key)]

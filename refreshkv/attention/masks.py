@@ -16,11 +16,11 @@ def left_padding_mask(
     allow_is_causal_skip: bool = True,
     **kwargs,
 ) -> Tensor | None:
-    """The mask function registered with transformers: the number of padded columns of each row, or None without any.
+    """Returns the number of padded columns of each batch row, or None without padding.
 
     Takes transformers' mask arguments; attention_mask is (B, columns) bool. Returns (B, 1, 1, 1) int64, counted from
-    the layer's first key: transformers hands on a mask of four dimensions as it is. Raises `ValueError` for padding
-    elsewhere than on the left and for packed sequences, whose masks the attention could not see.
+    the layer's first key, because transformers passes a mask of four dimensions on unchanged. Raises `ValueError` for
+    padding that is not on the left, and for packed sequences, whose masks the attention would not get.
     """
     if isinstance(q_offset, Tensor):  # the length is on the device, and kv_length is the cache's room
         if q_length == 1:  # a decoding step: the cache's layers know their padding

@@ -1,7 +1,7 @@
-"""What one call of a model tells its attention modules: the simulation, the trace and the cache.
+"""Passes the simulation, the trace and the cache of a model's call on to its attention modules.
 
-Decoders differ in what they hand down to their layers: StableLM and Nemotron drop keywords that they do not know, and
-OLMo 3 and NanoChat replace `use_cache`. So nothing travels through the layers here. A hook on the model takes
+Decoders differ in what they pass on to their layers: StableLM and Nemotron drop keywords that they do not know, and
+OLMo 3 and NanoChat replace `use_cache`. So nothing is passed through the layers here. A hook on the model takes
 `simulation=` and `trace=` out of the call and keeps them in the model's `ModelCalls`. A hook on each attention module
 reads them there and adds them to the keywords that transformers passes on to the attention function.
 
@@ -46,7 +46,7 @@ runs no Python, so it cannot count them in each call."""
 _NUMBERS = itertools.count()
 
 KEYWORDS = ("simulation", "refresh", "trace")
-"""What a model's call may be given; `refresh` is the older name of `simulation`."""
+"""Our keywords of a model's call; `refresh` is the older name of `simulation`."""
 
 
 @dataclass(eq=False)  # calls of several threads are told apart by identity
@@ -71,7 +71,7 @@ class ModelCall:
 
     @property
     def purpose(self) -> tuple[int, int, bool]:
-        """What tells a call from another one around it."""
+        """Identifies what the call does: a call within another one with the same purpose is a part of it."""
         return id(self.simulation), id(self.trace), self.uses_cache
 
 
@@ -145,7 +145,7 @@ class ModelCalls:
             call.layers.add(layer)
 
     def end(self, owner: Any, is_complete: bool) -> None:
-        """Closes the call of `owner`, if it opened one; raises `RuntimeError` if it is complete and layers lacked."""
+        """Closes the call of `owner`, if it opened one; raises `RuntimeError` if a complete call left layers out."""
         call = self.innermost()
         if call is None or call.owner is not owner:
             return
@@ -175,7 +175,7 @@ def _note_traced(number: int, layer: int) -> bool:
 def attach(model: nn.Module, decoders: list[nn.Module], modules: list[Any], calls: ModelCalls) -> None:
     """Registers the hooks on the model, on its decoders and on its attention modules.
 
-    decoders: whatever within the model can be called with tokens, perhaps the model itself.
+    decoders: the modules of the model, perhaps itself, that take tokens.
     """
     hooks: dict[Any, Any] = {model: _begin_call, **dict.fromkeys(decoders, _begin_decoder_call)}
     for module, begin in hooks.items():
@@ -219,7 +219,7 @@ def _begin_call(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
 
 
 def _begin_decoder_call(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Before the decoder: opens a call, and takes the keywords out of it, which no layer knows."""
+    """Before the decoder: opens a call, and removes our keywords, which no layer knows."""
     _begin_call(module, args, kwargs)
     return args, without_packing({name: value for name, value in kwargs.items() if name not in KEYWORDS})
 
@@ -294,7 +294,7 @@ def _by_name(module: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]
 
 
 def _refuse_other_uses(module: Any, cache: Any, inputs: dict[str, Any]) -> None:
-    """Refuses caches and inputs that the model would not use, or not as they are meant."""
+    """Refuses caches and inputs that the model would ignore or misread."""
     has_our_cache, has_our_attention = isinstance(cache, PreallocatedCache), module.config._attn_implementation == NAME
     if has_our_cache and inputs.get("use_cache") is False:
         raise ValueError(f"use_cache=False and a {type(cache).__name__} exclude each other: leave one out")
@@ -303,7 +303,7 @@ def _refuse_other_uses(module: Any, cache: Any, inputs: dict[str, Any]) -> None:
             "the refresh attention has no use for a static cache: pass past_key_values=RefreshCache(...), or for "
             'ordinary attention model.set_attn_implementation("sdpa")'
         )
-    if torch.compiler.is_compiling():  # what the prompt before the compiled steps was told holds for them too
+    if torch.compiler.is_compiling():  # the prompt's pass before the compiled steps was checked
         if not has_our_attention and (has_our_cache or inputs.get("simulation") is not None):
             raise RuntimeError(NOT_OURS)
         return

@@ -2,9 +2,9 @@
 
 Outside the attention a process has `T / N` columns of a sequence. Around it Ulysses exchanges columns for heads: the
 attention function sees all T positions and `H / N` query heads. Budgets, selection and partial steps are per key/value
-head and need no communication. Two things do: the mean query of the similarity schedule is over all heads; and with
-more processes than key/value heads the query heads of one key/value head, whose maximum selects, are on several
-processes.
+head and need no communication. Two computations need it: the mean query of the similarity schedule, which is over all
+heads; and, with more processes than key/value heads, the maximum over the query heads of a group, which are then on
+several processes.
 
 Shapes: `B` sequences, `T` positions, `H` query heads, `Hkv` key/value heads, `D` head size, `N` processes per sequence.
 """
@@ -52,9 +52,9 @@ def start(model: PreTrainedModel, size: int, micro_batch: int) -> Any:
     """Spreads the sequences of `model` (after `refreshkv.enable`) over groups of `size` neighbouring ranks.
 
     From here on every training pass of an enabled model in this process takes `micro_batch` sequences of T / N columns
-    with their `position_ids`, on all ranks of the group together. In evaluation mode each process works alone, on whole
-    sequences. Returns the argument of `deepspeed.initialize(mpu=...)`: None for `size=1`, which changes nothing. `stop`
-    ends it.
+    with their `position_ids`, at the same time on all ranks of the group. In evaluation mode each process works alone,
+    on whole sequences. Returns the argument of `deepspeed.initialize(mpu=...)`: None for `size=1`, which changes
+    nothing. `stop` ends it.
     """
     if size == 1:
         return None
@@ -121,9 +121,9 @@ class _Groups:
         return total / self.size
 
     def whole_group(self, query: Tensor) -> tuple[Tensor, slice]:
-        """All query heads of this process's key/value head, (B, G, T, D), and which of them are its own.
+        """All query heads of this process's key/value head, (B, G, T, D), and the slice of this process's own heads.
 
-        Only its own carry gradients: the others serve the selection, which is not differentiated.
+        Only its own heads have gradients: the others are for the selection, which is not differentiated.
         """
         parts = [torch.empty_like(query) for _ in range(self.size)]
         dist.all_gather(parts, query.detach().contiguous(), group=self.sequence)

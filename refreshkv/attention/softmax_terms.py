@@ -1,4 +1,5 @@
-"""Ordinary attention with attention sinks or a softcap, in memory that grows with the tokens and not with their square.
+"""Ordinary attention with attention sinks or a softcap. A mask (T, L) exists, but never all logits (B, H, T, L) at
+once.
 
 Shapes: `B` batch rows, `T` query positions, `L` key positions, `H` query heads, `Hkv` key/value heads, `G = H / Hkv`,
 `D` size of a key, `E` size of a value.
@@ -24,8 +25,9 @@ def attention_with_sinks(
 ) -> Tensor:
     """Attention with a further term exp(sink) in the denominator, by torch's own attention.
 
-    The sinks are the logits of one more key, whose value is zero: heads get G more dimensions, in which a query is 1 in
-    the dimension of its own head within the group, that key is the group's sinks, and all other keys are 0.
+    The sinks become the logits of one more key, whose value is zero. For this each head gets G more dimensions. There a
+    query is 1 in the dimension of its head within the group and else 0, the new key holds the group's sinks, and all
+    other keys are 0.
 
     query (B, H, T, D); key (B, Hkv, L, D); value (B, Hkv, L, E); visible (B or 1, 1, T, L) bool; sinks (H,). Returns
     (B, H, T, E), differentiable in all but `visible`.
@@ -54,7 +56,7 @@ def capped_attention(
     chunk = max(1, LOGITS_AT_ONCE // (query.shape[0] * query.shape[1] * key.shape[2]))
     parts = []
     for queries, seen in zip(query.split(chunk, dim=2), visible.split(chunk, dim=2), strict=True):
-        # a padded query sees nothing: let it see everything, since its output is not used
+        # a padded query attends to nothing, which would give nan: let it attend to everything; its output is not used
         seen = (seen | ~seen.any(dim=-1, keepdim=True)).expand(len(query), -1, -1, -1)
         arguments = (queries, key, value, seen, scaling, terms)
         if torch.is_grad_enabled() and visible.shape[2] > chunk:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 LENGTH_STEP = 128
-"""On a GPU the prompt's attention is computed for a multiple of this many positions, and the further ones are thrown
-away: cuDNN takes some ten milliseconds to plan for each new length, and it computes tiles of 128 positions anyway."""
+"""On a GPU the prompt's attention is computed for a multiple of this many positions, and the surplus outputs are
+dropped: cuDNN takes some ten milliseconds to plan for each new length, and it computes tiles of 128 positions
+anyway."""
 
 
 def computed_length(query: Tensor, prompt_length: int) -> int:
@@ -23,7 +24,7 @@ class SplitAtPrompt(torch.autograd.Function):
     positions on, and the whole keys and values.
 
     Backward adds the gradients in one pass; autograd by itself would first pad each of them with zeros. Queries beyond
-    the prompt get no gradient from the prompt's part, whose outputs there are thrown away.
+    the prompt get no gradient from the prompt's part, because its surplus outputs are dropped.
     """
 
     @staticmethod

@@ -1,9 +1,9 @@
 """A rectified simulation: the tokens after the prompt go through the model twice, in two streams, in one pass.
 
 Stream D is the model under full attention. Stream S decodes from the small caches that D's full steps select, and
-begins again from D at every full step (docs/specification.md, section 11). The decoder gets the T tokens and behind
-them, with the same positions, the R after the prompt once more. Its output is joined: D's states at the prompt and at
-full steps, S's at the others.
+begins again from D at every full step (docs/specification.md, section 11). The decoder's input is the T tokens,
+followed by a copy of the R tokens after the prompt with the same positions. The output joins both streams: D's states
+in the prompt and at full steps, S's at all other positions.
 
 Shapes: `B` batch rows, `T` positions, `P` prompt length, `R = T - P`, `E` hidden size, `H` query heads, `Hkv` key/value
 heads, `D` head size.
@@ -24,7 +24,7 @@ OTHER_LAYERS = "rectify=True needs full attention in every layer, and this model
 
 
 def streams_length(columns: int, prompt_length: int) -> int:
-    """T, the tokens of one stream, of the `columns` = T + R that the layers see."""
+    """T, the length of one stream, from the number of columns of the layers, T + R."""
     return (columns + prompt_length) // 2
 
 

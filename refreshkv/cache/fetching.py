@@ -1,9 +1,9 @@
-"""Full keys and values in pinned host memory, for schedules without full steps: steps that a CUDA graph can hold.
+"""Full keys and values in pinned host memory, for schedules without full steps: a CUDA graph can capture these steps.
 
 With `stride=NEVER`, a select stride, and score keys of 8 or 4 bits, which are on the GPU, no step after the prompt
-reads all of the host's keys. A selecting step chooses by the score keys and fetches the chosen tokens that the small
-cache does not hold yet; every step attends to the small cache, and stores its token in the host's buffers over the bus.
-All of it is decided on the device (`refreshkv.ops.step.operators.fetching_step`), so the layer is compiled and captured
+reads all of the host's keys. A selecting step selects by the score keys and fetches the selected tokens that the small
+cache does not hold yet. Every step attends to the small cache, and stores its token in the host's buffers over the bus.
+The device makes all decisions (`refreshkv.ops.step.operators.fetching_step`), so the layer is compiled and captured
 like one whose keys and values are on the GPU. `OffloadedLayer` serves the other schedules.
 
 Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `L` tokens, `W` slots of a selection.
@@ -75,7 +75,7 @@ class FetchingLayer(RefreshLayer):
         return self._held_by_host(torch.zeros(shape, dtype=like.dtype, pin_memory=like.is_cuda), like.device)
 
     def _held_by_host(self, host: Tensor, device: torch.device) -> Tensor:
-        """A host buffer as `keys` or `values`: on the device, if that is a GPU, without a copy."""
+        """A host buffer as a tensor of `device`, without a copy."""
         return HostMemory(host).on(device) if device.type == "cuda" else host
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -100,7 +100,7 @@ class FetchingLayer(RefreshLayer):
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             ops.copy_tokens(states, buffer, 0, start, end - start)
         self._store_score_keys(key_states, start)
-        if start > 0:  # a later block attends to all tokens: they are on the device until its attention ends
+        if start > 0:  # a later block attends to all tokens: their copies stay on the device until its attention ends
             key_states, value_states = (buffer[:, :, :end].clone() for buffer in (self.keys, self.values))
         self.block = (key_states, value_states)
         return self.block

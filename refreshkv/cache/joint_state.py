@@ -1,7 +1,7 @@
 """The joint state of a cache's layers: one launch selects for all of them at the end of a decoding step.
 
-A selection is a search with a few steps that follow each other. For one layer alone it leaves most of a GPU idle, and a
-launch for a layer whose step was not full is wasted. No layer needs its selection before the next token.
+A selection is a search in a few dependent stages. For one layer alone it leaves most of a GPU idle, and a launch for a
+layer whose step was not full is wasted. No layer needs its selection before the next token.
 
 Shapes: `N` layers, `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size.
 """
@@ -96,7 +96,7 @@ class JointState:
 
 
 def join_layers(layers: Iterable[JoinableLayer]) -> None:
-    """Gives the layers on one device and of one shape a `JointState`, if they are computed by kernels."""
+    """Gives all layers of one device and shape a `JointState`, if kernels compute them."""
     groups = defaultdict(list)
     for layer in layers:
         if layer.is_initialized:

@@ -31,7 +31,7 @@ from refreshkv.settings import SettingsError
 
 
 class Block(NamedTuple):
-    """A block whose selection waits until it is known how many of its tokens stay."""
+    """A block of drafts. Its selection waits until `accept` says how many of its tokens stay."""
 
     query: Tensor
     """(B, H, n, D): the block's queries."""
@@ -42,7 +42,7 @@ class Block(NamedTuple):
 
 
 class RefreshLayer(PreallocatedLayer):
-    """One full-attention layer: the keys and values of all tokens, and what the layer decided.
+    """One full-attention layer: the keys and values of all tokens, and the layer's decisions.
 
     All state is tensors of fixed size: `keys`, `values` (B, Hkv, max_cache_len, D), `full_steps` (B, max_cache_len),
     `row_state` (B, 4), `selected`, `ranking` (B, Hkv, W), `observers` (B, H, O, D), `mean_query` (B, D),
@@ -61,34 +61,34 @@ class RefreshLayer(PreallocatedLayer):
         self.config = config
         self.last_queries = config.observation_window
         self.drops_many = config.step_options().longest_segment > TAIL
-        """Whether more ranks may drop before the next full step than the kernels put in order at a time."""
+        """Whether the queue may drop more ranks before the next full step than the kernels sort at a time."""
         self.width = min(config.largest_budget(max_cache_len), max_cache_len)
         self.has_selecting_steps = config.select_stride is not None
         self.score_state = ("score_codes", "score_scales") if config.score_bits < 16 else ()
         """Names of the buffers of the score keys."""
         if self.has_selecting_steps:
             self.batch_state = (*self.batch_state, *self.score_state, "selecting_steps")
-        if config.rectify:  # the host follows the steps, and a full step drops several tokens
+        if config.rectify:  # the host counts the steps, and a full step removes several tokens
             self.is_compileable = self.is_croppable = False
         self.prompt_length = 0
         """Tokens before the first decoding step. Later tokens have other keys and values than under full attention."""
         self.dropped: int | None = None
-        """Tokens that `drop_steps` has forgotten, until the block that computes them again; None without any."""
+        """Number of tokens that `drop_steps` removed, until a block computes them again; None if there are none."""
         self.waiting: Block | None = None
-        """The last block, if its selection waits for `accept`."""
+        """The last block, as long as its selection waits for `accept`."""
         self.awaits_accept = False
         """Whether the next block's selection waits for `accept`."""
         self.earlier_layers: tuple[RefreshLayer, ...] = ()
-        """In the last layer of a cache: the layers before it, with which it may select. The other layers do not know
-        those behind them: a circle of references would keep the buffers until Python's collector looks for circles."""
+        """In the last layer of a cache: the layers before it, with which it may share a `JointState`. Other layers do
+        not refer to later ones: a reference cycle would keep the buffers until Python's garbage collector finds it."""
         self.joint: JointState | None = None
         self.number = 0
         """Number of this layer in `joint`."""
         self.has_look_ahead = False
-        """Whether look-ahead queries observe, so that plain PyTorch computes the steps."""
+        """Whether the layer has look-ahead queries; plain PyTorch then computes the steps."""
 
     def __setstate__(self, state: dict) -> None:
-        """Restores a copy: pickle makes new tensors where the original has slices of the joint state."""
+        """Restores a copy: where the original has slices of the joint state, pickle makes separate tensors."""
         vars(self).update(state)
         for name in Decisions._fields if self.joint is not None else ():
             setattr(self, name, getattr(self.joint, name)[self.number])
@@ -151,8 +151,8 @@ class RefreshLayer(PreallocatedLayer):
             raise RuntimeError(f"{self.dropped} tokens were dropped: give them with the new ones, not {count} tokens")
 
     def drop_steps(self, *, awaits_accept: bool = False) -> int:
-        """Forgets the tokens of the steps since the last block, and returns their number: the next tokens are a block
-        that begins with them.
+        """Removes the tokens of the steps since the last block, and returns their number. The next call must be a block
+        that begins with these tokens.
 
         awaits_accept: the block's selection waits for `accept`.
         """
@@ -167,12 +167,13 @@ class RefreshLayer(PreallocatedLayer):
         return dropped
 
     def keep_observers(self) -> None:
-        """Before steps that will be dropped: keeps the observers, which they overwrite."""
+        """Copies the observers. Call this before steps that will be dropped, because they overwrite the observers."""
         self._keep("kept_observers", self.observers)
 
     def accept(self, counts: Tensor, length: int, left_padding: Tensor) -> None:
-        """Selects after the block that `drop_steps(awaits_accept=True)` announced, of which rows keep `counts` (B,)
-        tokens; each row's last one is in column `length - 1` now, and its first one behind `left_padding` (B,)."""
+        """Makes the selection that waits since the block after `drop_steps(awaits_accept=True)`. counts (B,): how many
+        tokens of the block each row keeps; its last token is now in column `length - 1`, its first behind
+        `left_padding` (B,)."""
         block = self.waiting
         assert block is not None, "no block waits"
         self.waiting, start = None, self.length - block.query.shape[2]
@@ -196,9 +197,9 @@ class RefreshLayer(PreallocatedLayer):
     ) -> None:
         """Ends a prompt block: its last position is a full step, and steps count from there (specification, section 7).
 
-        After `drop_steps`, a block of the dropped tokens and one more is a full step of the steps before it (section
-        11). query (B, H, n, D): the block's queries; left_padding (B,) int64; terms: the softmax's; look_ahead
-        (B, H, m, D): the look-ahead queries of its last token.
+        After `drop_steps`, a block of the dropped tokens and one more is a full step (section 11). query (B, H, n, D):
+        the block's queries; left_padding (B,) int64; terms: changes of the softmax; look_ahead (B, H, m, D): the
+        look-ahead queries of its last token.
         """
         self.has_look_ahead = look_ahead is not None
         if self.has_look_ahead and (self.awaits_accept or self.config.rectify):
@@ -217,7 +218,7 @@ class RefreshLayer(PreallocatedLayer):
         length, window = self.length, self.config.observation_window
         self._validate_padding(left_padding, query.shape[2])
         query = query.detach()  # a selection has no gradient
-        if length - query.shape[2] in (self.prompt_length, self.prefix_length):  # no step came in between
+        if length - query.shape[2] in (self.prompt_length, self.prefix_length):  # no decoding step came before it
             self.prompt_length = length
         latest = self._latest_queries(query, length, window)
         is_step = self.dropped is not None and query.shape[2] == self.dropped + 1
@@ -234,7 +235,7 @@ class RefreshLayer(PreallocatedLayer):
     ) -> None:
         """Selects at the last token, by the last O queries `latest` (B, H, O, D), and begins decoding.
 
-        keeps_schedule: budget and steps stay those of the prompt.
+        keeps_schedule: keep the prompt's budget, and go on counting steps from the prompt.
         """
         length, window = self.length, self.config.observation_window
         last = torch.full_like(left_padding, length - 1)
@@ -246,7 +247,7 @@ class RefreshLayer(PreallocatedLayer):
         self.dropped = None
         self.mean_query.copy_(mean_query(latest[:, :, -1:]).squeeze(1))
         self.selected.copy_(self._select(latest, last, scaling, terms, look_ahead))
-        # The rankings count by their order only: descending numbers stand for the order of `selected`.
+        # Only the order of the rankings matters: descending numbers give that of `selected`.
         self.ranking.copy_(torch.arange(self.width, 0, -1, device=self.device).expand_as(self.ranking))
         slots = torch.arange(length - window, length, device=latest.device) % window
         self._keep("observers", torch.zeros_like(latest).index_copy(2, slots, latest))
@@ -260,7 +261,7 @@ class RefreshLayer(PreallocatedLayer):
             join_layers((*self.earlier_layers, self))
 
     def _latest_queries(self, query: Tensor, length: int, window: int) -> Tensor:
-        """The last O queries in order, (B, H, O, D): those of the block, after those that were kept before it."""
+        """The last O queries in order, (B, H, O, D): those of the block, preceded by earlier observers."""
         latest = query[:, :, -window:]
         missing = window - latest.shape[2]
         if missing == 0:
@@ -302,8 +303,7 @@ class RefreshLayer(PreallocatedLayer):
 
     @property
     def has_operator(self) -> bool:
-        """Whether `decode_step`, which knows keys and values of one size only, and no look-ahead queries, computes the
-        steps."""
+        """Whether `decode_step` computes the steps: it needs keys and values of one size, and no look-ahead queries."""
         return not self.has_look_ahead and self.keys.shape[-1] == self.values.shape[-1]
 
     @torch.compiler.disable
@@ -355,8 +355,8 @@ class RefreshLayer(PreallocatedLayer):
     def _select(
         self, observers: Tensor, last: Tensor, scaling: float, terms: SoftmaxTerms, look_ahead: Tensor | None
     ) -> Tensor:
-        """The positions that the last token keeps, (B, Hkv, W), by rank, as far as ranks may drop before the next full
-        step."""
+        """The positions that the last token selects, (B, Hkv, W), best first; the ranks that the queue may drop before
+        the next full step are sorted."""
         keys = self._known_keys()
         _, budgets, left_padding, _ = (column.contiguous() for column in self.row_state.unbind(1))
         droppable = self.width if self.drops_many else self.config.step_options().longest_segment

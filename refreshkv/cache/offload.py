@@ -1,19 +1,19 @@
-"""Full keys and values in pinned host memory, the small cache on the GPU: for contexts that do not fit there.
+"""Full keys and values in pinned host memory, the small cache on the GPU: for contexts too long for GPU memory.
 
-A decision step reads the host's buffers over the bus, in place, with the same operator as `RefreshLayer`; what it
-selected then moves to the GPU. The steps between read GPU memory only. There, near buffers hold the selected tokens in
-slots `0 .. W-1`, and behind them the tokens since the last selection. To the operator the near buffers are a cache like
-any other, in which the selected tokens happen to be the first ones: a later token `t` is at `t - base`. The number of
-selected tokens and the steps since the last selection are unchanged, and so is the queue (specification, section 4).
+A decision step reads the host's buffers over the bus, in place, with the same operator as `RefreshLayer`; the selected
+tokens are then copied to the GPU. All other steps read GPU memory only. There, near buffers hold the selected tokens in
+slots `0 .. W-1`, and behind them the tokens since the last selection. The operator treats the near buffers as an
+ordinary cache whose first tokens are the selected ones; a later token `t` is at `t - base`. The number of selected
+tokens and of steps since the last selection is the same, and so is the queue (specification, section 4).
 
-Score keys of 8 or 4 bits are on the GPU, so that a selecting step reads none of the host's keys to choose. Of what it
-chose, only those tokens move over the bus that the near buffers do not hold yet; they take the slots of those that are
-not chosen any more. Then it attends to the near buffers. With `score_bits=16` it scores by the host's keys.
+Score keys of 8 or 4 bits are on the GPU, so a selecting step selects without reading the host's keys. It copies over
+the bus only the selected tokens that the near buffers do not hold yet, into the slots of tokens that are no longer
+selected. Then it attends to the near buffers. With `score_bits=16` it computes scores from the host's keys.
 
 The host knows from the step counter which steps are decision or selecting steps; it never reads back what they decided.
-Steps are not captured into a CUDA graph. With an observation window a decision step reads the keys twice more. Batch
-rows that change places, as in a beam search, are copied in host memory, whole. torch rounds each pinned buffer up to a
-power of two; PYTORCH_CUDA_ALLOC_CONF has settings for that.
+Steps are not captured into a CUDA graph. With an observation window a decision step reads the keys twice more. A beam
+search, which reorders batch rows, copies them whole in host memory. torch rounds each pinned buffer up to a power of
+two; PYTORCH_CUDA_ALLOC_CONF has settings for that.
 
 Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `W` slots of a selection, `C` slots of
 the near buffers.
@@ -37,7 +37,7 @@ from refreshkv.ops.step.operators import choose_step, decode_step
 from refreshkv.settings import SettingsError
 
 SLACK = 256
-"""Slots of the near buffers beyond those of visible tokens: when they are used up, the visible tokens move forward."""
+"""Slots of the near buffers beyond those of visible tokens. When all are used, the visible tokens move to the front."""
 
 
 class OffloadedLayer(RefreshLayer):
@@ -87,7 +87,7 @@ class OffloadedLayer(RefreshLayer):
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             ops.copy_tokens(states, buffer, 0, start, end - start)
         self._store_score_keys(key_states, start)
-        if start > 0:  # a later block attends to all tokens: they are on the device until its attention ends
+        if start > 0:  # a later block attends to all tokens: their copies stay on the device until its attention ends
             key_states, value_states = (self._to_device(buffer, end) for buffer in (self.keys, self.values))
         self.block = (key_states, value_states)
         return self.block
@@ -140,13 +140,13 @@ class OffloadedLayer(RefreshLayer):
     def _near_step(self, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, scaling: float) -> Tensor:
         """A partial step on the near buffers, with the selection of slots `selected`."""
         state = (self.near_keys, self.near_values, self.near_length, self.near_row_state, selected)
-        # the rest is changed by full steps only, and this is none; a slot for the one observer
+        # only full steps change the other fields; a copy of the query, because the step overwrites the one observer
         state = LayerState(*state, self.ranking, self.mean_query, query.clone(), self.full_steps)
         return decode_step(query, key, value, state, StepOptions(NEVER, None, SelectionOptions(1, 1, 0, 0)), scaling)
 
     def _decision_step(self, query: Tensor, key: Tensor, value: Tensor, position: int, scaling: float) -> Tensor:
-        """A step that may be full, on the host's buffers. Batch rows for which it was full, or a selecting step, then
-        change their small caches."""
+        """A step that may be full; it attends to the host's buffers. Batch rows for which it was full, or a selecting
+        step, then get a new small cache."""
         self._flush(position)
         output = super().step(query, key, value, scaling)
         if self.drops_many and CHOICE.uses_kernels(query):
@@ -166,8 +166,8 @@ class OffloadedLayer(RefreshLayer):
         return output
 
     def _selecting_step(self, query: Tensor, key: Tensor, value: Tensor, position: int, scaling: float) -> Tensor:
-        """A selecting step of all batch rows: chooses by the score keys, fetches what the near buffers do not hold, and
-        attends to them."""
+        """A selecting step of all batch rows: selects by the score keys, fetches the tokens that the near buffers lack,
+        and attends to the near buffers."""
         self._flush(position)
         self.phase = Phase.DECODING
         chosen, options = self.selecting_state(), self.config.step_options()
@@ -182,7 +182,8 @@ class OffloadedLayer(RefreshLayer):
         every = torch.ones_like(kept, dtype=torch.bool)
         for source, target in ((self.keys, self.near_keys), (self.values, self.near_values)):
             ops.gather_tokens(source, fetched, every, target)
-        # The token itself is attended to as the newest one; the last slot takes its place among the chosen.
+        # The step attends to its own token as the newest one; among the selected, the slot of the last rank replaces
+        # it.
         near = position - self.base
         last = slots.gather(2, (kept - 1)[:, None, None].expand(-1, slots.shape[1], 1))
         others = torch.where(self.selected == position, last, slots)
@@ -205,8 +206,8 @@ class OffloadedLayer(RefreshLayer):
         self.near_positions.copy_(torch.where(rows, held, self.near_positions))
 
     def _sort(self) -> None:
-        """Sorts the selections by rank. The kernels sort the lowest ranks only, shortly before they drop out; but the
-        slots of the near buffers do not move before the next full step."""
+        """Sorts the selections by rank. The kernels sort only the lowest ranks, shortly before the queue drops them.
+        But the slots of the near buffers stay fixed until the next selection, so all ranks must be sorted here."""
         anchors, budgets, padding, _ = self.row_state.unbind(1)
         size = torch.minimum(anchors + 1 - padding, budgets)[:, None, None]
         slot = torch.arange(self.width, device=self.device)
@@ -239,7 +240,7 @@ class OffloadedLayer(RefreshLayer):
         self._describe()
 
     def _flush(self, position: int) -> None:
-        """Copies the tokens before `position` that only the near buffers have to the host, and stores their score
+        """Copies to the host those tokens before `position` that only the near buffers hold, and stores their score
         keys."""
         if position == self.flushed:
             return

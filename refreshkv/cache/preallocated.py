@@ -23,10 +23,10 @@ class RowStart(NamedTuple):
     padding: int | None
     """Columns of padding before the row's first token; None if no call had a mask."""
     offset: int | None
-    """Position of a token less its column; None if the row had no token yet, or only the device knows."""
+    """Position of a token minus its column; None if the row had no token yet, or only the device knows."""
 
     def merged(self, later: "RowStart") -> "RowStart":
-        """What is known after a later call that agrees."""
+        """The union of both, after a later call that agrees."""
         return RowStart(*(old if new is None else new for old, new in zip(self, later, strict=True)))
 
 
@@ -68,7 +68,7 @@ class PreallocatedCache(Cache):
 
     @property
     def has_prefix(self) -> bool:
-        """Whether `load_prefix` put in the first tokens, and no block has followed yet."""
+        """Whether the first tokens come from `load_prefix`, and no block has followed yet."""
         return self.preallocated_layers()[0].prefix_length > 0
 
     @property
@@ -137,7 +137,8 @@ class PreallocatedCache(Cache):
             )
 
     def begin_step(self) -> int:
-        """Tokens that the next decoding step takes: the new one, and perhaps earlier ones that the cache forgets."""
+        """Number of tokens that the next decoding step takes: the new one, and perhaps earlier ones that the cache
+        removes."""
         return 1
 
     def continue_prompt(self) -> None:
@@ -178,7 +179,7 @@ class PreallocatedCache(Cache):
         self.row_starts = None if known is None else [known[row] for row in indices.tolist()]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each batch row `repeats` times, neighbours."""
+        """Repeats each batch row `repeats` times; the copies are neighbours."""
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise ValueError(f"repeats must be a whole number >= 1, got {repeats!r}")
         self._change_layers(
@@ -206,7 +207,7 @@ class PreallocatedCache(Cache):
         return all(isinstance(layer, PreallocatedLayer) and layer.is_croppable for layer in layers)
 
     def activate_past_recording(self) -> None:
-        """Keeps from here on what the next step changes, so that `crop(-1)` can take it back.
+        """From here on keeps a copy of what the next step changes, so that `crop(-1)` can take it back.
 
         Raises `NotImplementedError` if the cache is not croppable.
         """
@@ -232,7 +233,7 @@ class PreallocatedCache(Cache):
 
 
 def row_numbers(indices: Any, rows: int) -> Tensor:
-    """The numbers (any,) int64 of the batch rows that `indices`, numbers or a mask (B,) bool, chooses of `rows` rows.
+    """The numbers (any,) int64 of the batch rows that `indices`, numbers or a mask (B,) bool, selects from `rows` rows.
 
     Raises `ValueError` for others. Numbers on a GPU are not read by the host.
     """
@@ -267,7 +268,7 @@ class UndoLog:
         self._record()
 
     def accept_step(self) -> None:
-        """Records the state before the next step; refuses what was more than one step."""
+        """Records the state before the next step; refuses more than one step since the last record."""
         known = self.layers[0].known_length
         if known is not None and known > self.length + 1:
             raise NotImplementedError(CANNOT_CROP)

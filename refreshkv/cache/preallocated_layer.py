@@ -24,7 +24,7 @@ CANNOT_CROP = (
 
 
 class Phase(Enum):
-    """What a layer holds, and so what the next tokens are to it.
+    """What a layer holds, which determines how it treats the next tokens.
 
     EMPTY -> [FILLED ->] BLOCK -> DECODING -> STEP -> DECODING -> ... ; DECODING -> [CONTINUING ->] BLOCK for a further
     part of a prompt or another turn. A compiled step stays in DECODING. `reset` leads back to EMPTY.
@@ -42,8 +42,8 @@ class PreallocatedLayer(CacheLayerMixin):
     """A layer whose keys and values stay in buffers of fixed size and address.
 
     The first tokens are a block of a prompt, and so is every later call with more than one token. `update` appends a
-    block, and `end_block` follows after its attention. In between, `update` hands a single token through, and the
-    decoding operator that `step` calls appends it.
+    block, and `end_block` follows after its attention. For a decoding step, `update` only returns the single token's
+    key and value; the decoding operator that `step` calls appends them.
     """
 
     is_croppable = True
@@ -52,18 +52,18 @@ class PreallocatedLayer(CacheLayerMixin):
     batch_state: tuple[str, ...] = ("keys", "values")
     """Names of the tensors whose first dimension is the batch."""
     takes_prefix = True
-    """Whether `load_prefix` may put in the first tokens: False if the choice of entries needs all queries."""
+    """Whether `load_prefix` may fill in the first tokens; False if the selection needs the queries of all tokens."""
     takes_terms = False
-    """Whether the layer follows attention sinks and a softcap (`refreshkv.ops.state.SoftmaxTerms`)."""
+    """Whether the layer supports attention sinks and a softcap (`refreshkv.ops.state.SoftmaxTerms`)."""
     takes_look_ahead: bool | None = None
-    """Whether the layer's selection follows look-ahead queries; None: it has no selection that these concern."""
+    """Whether the layer's selection supports look-ahead queries; None: its selection does not depend on them."""
     takes_other_values = False
     """Whether values may have another size than keys."""
     last_queries = 1
-    """How many tokens of a prompt have to follow a prefix that `load_prefix` put in: their queries are needed."""
+    """How many tokens of a prompt must follow a prefix from `load_prefix`, because the layer needs their queries."""
     columns: Tensor | None = None
     """(n,) int64: the columns of the tokens that a block computes again; None: a block is appended."""
-    # Tensors that the first tokens bring; transformers' class says None as well.
+    # Tensors that exist from the first tokens on; transformers' class declares them as possibly None.
     keys: Tensor
     values: Tensor
     cumulative_length: Tensor
@@ -77,11 +77,11 @@ class PreallocatedLayer(CacheLayerMixin):
         self.known_length: int | None = 0
         """Tokens so far; None after compiled steps, which only the device counts."""
         self.prefix_length = 0
-        """Tokens that `load_prefix` put in, until the block after them ends."""
+        """Number of tokens from `load_prefix`, until the block after them ends."""
         self.block_end = 0
         """Tokens at the end of the last block; decoding steps count from there."""
         self.copies: torch.Event | torch.cuda.Event | None = None
-        """Recorded behind copies on another stream that the next attention has to wait for."""
+        """Event behind copies on another stream; the next attention waits for it."""
         # Whether generate() may compile a decoding step: on a GPU the naive form reads decisions back to the host.
         self.is_compileable = not CHOICE.naive_only
 
@@ -89,12 +89,12 @@ class PreallocatedLayer(CacheLayerMixin):
 
     @property
     def is_decoding(self) -> bool:
-        """Whether the tokens that `update` has just been given are a decoding step."""
+        """Whether the tokens of the last `update` are a decoding step."""
         return self.phase in (Phase.DECODING, Phase.STEP)
 
     def validate_attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Raises `SettingsError` unless an attention over key (B, Hkv, L, D) and value (B, Hkv, L, E) is the one that
-        the last `update` announced, over the keys and values that the layer was given."""
+        """Raises `SettingsError` unless key (B, Hkv, L, D) and value (B, Hkv, L, E) of an attention are those of the
+        last `update`, in number and size of heads, and this is its first attention."""
         if self.phase not in (Phase.BLOCK, Phase.STEP) or (self.phase is Phase.STEP and query.shape[2] != 1):
             raise SettingsError(
                 "the model computes several attentions from one key and value in a layer, for which a small cache "
@@ -164,7 +164,7 @@ class PreallocatedLayer(CacheLayerMixin):
     def _start_decoding(self) -> None:
         """Ends `end_block`: from here on single tokens are decoding steps.
 
-        The buffers are marked as static for CUDA graphs; the buffers of another cache are captured anew.
+        The buffers are marked as static for CUDA graphs; the buffers of another cache are captured again.
         """
         self.phase = Phase.DECODING
         self.prefix_length, self.block_end = 0, self.length
@@ -177,7 +177,8 @@ class PreallocatedLayer(CacheLayerMixin):
         return CHOICE.attends_by_kernels(self.keys, self.values)
 
     def operator(self, step: Callable) -> Callable:
-        """A decoding operator, as a compiled model may call it: the naive form on a GPU breaks the graph instead."""
+        """The decoding operator `step` for a compiled model. The naive form on a GPU cannot be captured, so it breaks
+        the graph."""
         return step if self.is_captured else torch.compiler.disable(step)
 
     def _mark_static(self, names: tuple[str, ...]) -> None:
@@ -187,8 +188,8 @@ class PreallocatedLayer(CacheLayerMixin):
     # ---- a prompt that is known in part, or comes in parts
 
     def load_prefix(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Puts in the first d columns of a prompt, known from an earlier run. The rest has to follow, and attends to
-        them.
+        """Fills in the first d columns of a prompt, computed in an earlier run. The rest must follow as a block, and
+        attends to them.
 
         Keys and values (B, Hkv, d, D). Raises `ValueError` unless the layer is empty, takes a prefix, and has room for
         the tokens.
@@ -217,7 +218,7 @@ class PreallocatedLayer(CacheLayerMixin):
             self.phase = Phase.CONTINUING
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for copies and pickles. These hold no autograd graph, so a cache with one is refused."""
+        """The state for copies and pickles. These cannot hold an autograd graph, so a cache with one is refused."""
         self._validate_copy()
         return dict(vars(self))
 
@@ -258,7 +259,7 @@ class PreallocatedLayer(CacheLayerMixin):
 
     @staticmethod
     def _shape_of(keys: Tensor, values: Tensor) -> tuple:
-        """The same of (B, Hkv, any, D) keys and values."""
+        """The same, for (B, Hkv, any, D) keys and values."""
         heads = PreallocatedLayer._heads(keys, values)
         return keys.shape[0], *heads, keys.dtype, values.dtype, keys.device
 
@@ -296,7 +297,7 @@ class PreallocatedLayer(CacheLayerMixin):
 
     @property
     def exact_length(self) -> int:
-        """How many of the first tokens have the keys and values that full attention would have left."""
+        """How many of the first tokens have the same keys and values as under full attention."""
         return self.length
 
     def synchronize(self) -> None:
@@ -330,11 +331,11 @@ class PreallocatedLayer(CacheLayerMixin):
         if self.is_initialized:
             self.cumulative_length.zero_()
             for buffer in (value for value in vars(self).values() if isinstance(value, Tensor) and value.requires_grad):
-                buffer.detach_()  # without no_grad() they would hold on to everything that was ever written
+                buffer.detach_()  # without no_grad() their graph would keep everything that was ever written
 
     def state_changed_by_step(self, length: int) -> tuple[str, ...]:
-        """Names of the tensors that the decoding step after `length` tokens may change, other than the length and what
-        is overwritten before anything reads it. `PreallocatedCache.crop` copies them and puts them back."""
+        """Names of the tensors that the decoding step after `length` tokens may change, except the length and entries
+        that are overwritten before anything reads them. The cache copies these tensors, and `crop` restores them."""
         return ()
 
     def forget_step(self, length: int) -> None:

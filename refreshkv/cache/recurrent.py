@@ -1,4 +1,4 @@
-"""Recurrent layers of transformers in our caches: emptying them, and changing their batch rows.
+"""Empties transformers' recurrent layers in our caches, and changes their batch rows.
 
 transformers' own class has no method that selects or repeats batch rows, and its `reset` keeps autograd graphs.
 """
@@ -15,7 +15,7 @@ STATES = ("conv_states", "recurrent_states")
 
 
 def forget(layer: LinearAttentionLayer) -> None:
-    """Empties the layer. Its states keep their addresses, unless an autograd graph hangs on them."""
+    """Empties the layer. Its states keep their addresses, unless they are part of an autograd graph."""
     if any(state.requires_grad for state in _states(layer)):
         _remake(layer)
     else:

@@ -21,22 +21,22 @@ class RefreshCache(PreallocatedCache):
     The full keys and values stay in buffers allocated at the first token; each full-attention layer decodes from its
     own selection of them. Sliding-window layers keep a transformers cache of their own.
 
-    On a GPU, `generate` compiles the decoding step and captures it into a CUDA graph by itself, unless a layer has a
-    sliding window; nothing in it waits for the device. `reset()` and use the same cache again: another one, or another
-    number of batch rows, is captured anew. A step beyond `max_cache_len` in a captured graph, called without generate()
-    and its mask, gives outputs that are not numbers, and the next look at the length raises.
+    On a GPU, `generate` compiles the decoding step and captures it into a CUDA graph, unless a layer has a sliding
+    window; the host does not wait for the device in it. For the next text call `reset()` and use the same cache:
+    another cache, or another number of batch rows, is captured again. A captured step beyond `max_cache_len`, called
+    without generate() and its mask, returns nan, and the next read of the length raises an error.
 
-    Several tokens at once are a block of the prompt, or a new turn; a single token after them is a decoding step. All
-    chunks of a prompt that generate(prefill_chunk_size=...) cuts are blocks, even one of a single token.
+    Several tokens at once are a block of the prompt, or a new turn; a single token after them is a decoding step. Each
+    chunk of a prompt from generate(prefill_chunk_size=...) is a block, even a chunk of a single token.
 
     Args:
         config: the model's configuration, `model.config`.
         max_cache_len: most tokens per batch row, prompt and generated ones together.
         refresh: schedule and selection; None takes the ones saved under "refreshkv" in `config`.
         offload: keep the full keys and values in pinned host memory, and only the small caches and the score keys of
-            fewer than 16 bits on the GPU. Full steps then take as long as the bus does, and steps are not captured,
-            unless there are none (`stride=NEVER` with a select stride and score keys of 8 or 4 bits): selecting steps
-            fetch what the small caches did not hold before.
+            fewer than 16 bits on the GPU. Full steps then read all keys and values over the bus, and steps are not
+            captured. Without full steps (`stride=NEVER` with a select stride and score keys of 8 or 4 bits) steps are
+            captured, and selecting steps fetch only the tokens that the small caches did not hold before.
 
     The model's configuration may also come first, without its name. The older names, `model_config=` for the model's
     configuration and `config=` for the `RefreshConfig`, work until the next release.
@@ -87,8 +87,8 @@ class RefreshCache(PreallocatedCache):
     # ---- several tokens again (docs/specification.md, section 11)
 
     def begin_step(self) -> int:
-        """Tokens that the next decoding step takes: 1, or with `rectify` at a full step the stride, for which it calls
-        `rectify()`."""
+        """Number of tokens that the next decoding step takes: 1. With `rectify`, at a full step, this calls `rectify()`
+        and returns the stride."""
         layer = self.refresh_layers()[0]
         if not (self.config.rectify and layer.is_decoding):
             return 1
@@ -96,10 +96,10 @@ class RefreshCache(PreallocatedCache):
         return self.rectify() + 1 if is_full else 1
 
     def rectify(self) -> int:
-        """Forgets the tokens since the last full step, and returns their number n.
+        """Removes the tokens since the last full step, and returns their number n.
 
-        The next call has to begin with these tokens. With one token more it is a full step that computes them again,
-        with more it is a further turn. Raises `NotImplementedError` where tokens cannot be forgotten: caches with
+        The next call must begin with these tokens. With one token more it is a full step that computes them again, with
+        several more it is another turn. Raises `NotImplementedError` where tokens cannot be forgotten: caches with
         offload=True, and layers that are not full attention.
         """
         self.validate_droppable()
@@ -108,19 +108,19 @@ class RefreshCache(PreallocatedCache):
 
     @property
     def exact_length(self) -> int:
-        """How many of the first tokens have the keys and values that full attention would have left."""
+        """How many of the first tokens have the same keys and values as under full attention."""
         return self.refresh_layers()[0].exact_length
 
     def begin_drafts(self) -> None:
-        """Before steps that `verify` will forget. Errors as in `rectify`."""
+        """Call this before steps that `verify` will remove. Errors as in `rectify`."""
         self.validate_droppable()
         for layer in self.refresh_layers():
             layer.keep_observers()
 
     def verify(self) -> int:
-        """Forgets the drafts, the tokens of all steps since the last block, and returns their number.
+        """Removes the drafts, which are the tokens of all steps since the last block, and returns their number.
 
-        The next call takes the drafts again, in a block. Its selection waits for `RowLengths.accept`.
+        The next call computes the drafts again in one block. Its selection waits for `RowLengths.accept`.
         """
         self.validate_droppable()
         dropped = [layer.drop_steps(awaits_accept=True) for layer in self.refresh_layers()]

@@ -1,9 +1,9 @@
 """Batch rows of different lengths in a cache that has one length, for lossless decoding.
 
-A softmax over keys does not depend on their order, and each key carries its rotary position. So a row that accepted
-fewer tokens than others is filled up: its first tokens move behind, and the columns that they leave become padding. A
-row that accepted more moves tokens from behind to its padding. The last tokens of a row always stand in order at the
-end. `restore` puts all tokens back in order.
+A softmax over keys does not depend on their order, and each key includes its rotary position. So a row that accepted
+fewer tokens than others moves its first tokens towards the end, and their old columns become padding. A row that
+accepted more moves tokens from the end into its padding. The last tokens of a row always stay in order at the end.
+`restore` puts all tokens back in order.
 
 Shapes: `B` batch rows, `L` columns of the cache, `n` tokens of a block, `k` tokens that move.
 """
@@ -22,8 +22,8 @@ TAIL = 64
 
 
 class Moves(NamedTuple):
-    """Which columns move where, (B, k) int64 each: first those of the tail, then single tokens in the places of which
-    the tail takes or that it leaves."""
+    """Source and target columns, (B, k) int64 each: of the tail, which shifts as a whole, and of single tokens, which
+    fill the columns that the tail leaves, or leave the columns that it takes."""
 
     tail_from: Tensor
     tail_to: Tensor
@@ -52,7 +52,7 @@ class RowLengths:
         self.lengths = torch.full_like(self.padding, cache.length)
         """(B,) int64: tokens of each row, its padding at the beginning included."""
         self.order = torch.arange(cache.capacity, device=self.padding.device).repeat(len(self.padding), 1)
-        """(B, max_cache_len): for each column the one in which its token stands in the text."""
+        """(B, max_cache_len): for each column of the cache, the column of its token in the text."""
         self.starts = cache.row_starts
 
     @property
@@ -61,7 +61,7 @@ class RowLengths:
         return self.padding + self.cache.length - self.lengths
 
     def accept(self, counts: Tensor) -> None:
-        """After a block of n tokens that `RefreshCache.verify` announced: keeps the first `counts` (B,) of each row's.
+        """Keeps the first `counts` (B,) tokens of each row, of the block of n tokens after `RefreshCache.verify`.
 
         0 keeps none: the row has ended.
         """
@@ -84,7 +84,8 @@ class RowLengths:
         self._note_starts(target)
 
     def _moves(self, start: int, counts: Tensor, target: int) -> Moves:
-        """Moves so that each row ends at column `target`: the block began at `start`, its first `counts` stay."""
+        """The moves after which each row ends at column `target`. start: first column of the block; counts (B,): tokens
+        of the block that each row keeps."""
         first = self.padding + start - self.lengths  # of each row's tokens
         shift = target - start - counts  # by which the tail moves to the right, or to the left
         most = int(shift.abs().max())
@@ -95,7 +96,7 @@ class RowLengths:
         tail_from = torch.where(number < (tail + counts)[:, None], tail_to - shift[:, None], tail_to)
         number = torch.arange(most, device=counts.device)
         gap, shift = start - tail, shift[:, None]
-        # to the right: the first tokens fill the gap before the tail; to the left: what the tail takes goes in front
+        # tail to the right: the row's first tokens fill the gap before it; to the left: tokens in its way move in front
         single_from = torch.where(shift > 0, first[:, None] + number, gap + shift + number)
         single_to = torch.where(shift > 0, gap + number, first[:, None] + shift + number)
         moves = number < shift.abs()
@@ -104,7 +105,7 @@ class RowLengths:
         return Moves(tail_from, tail_to, single_from, torch.where(moves, single_to, last))
 
     def _note_starts(self, target: int) -> None:
-        """Tells the cache how its rows begin, which later calls are compared with."""
+        """Writes into the cache how its rows begin; later calls are compared with this."""
         if self.starts is None:
             return
         extra = (target - self.lengths).tolist()
@@ -117,8 +118,8 @@ class RowLengths:
         ]
 
     def restore(self) -> None:
-        """Puts all tokens back in order: as many as the shortest row has, less those whose queries the next selection
-        needs. The rest has to follow as a block of a prompt."""
+        """Puts all tokens back in order. The cache then holds as many as the shortest row has, minus those whose
+        queries the next selection needs; the rest must follow as a block of a prompt."""
         window, now = self.cache.config.observation_window, self.cache.length
         length = max(1, int(self.lengths.min()) - (window - 1))
         column = torch.arange(now, device=self.order.device)
