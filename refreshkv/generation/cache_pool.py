@@ -1,4 +1,5 @@
-"""Caches that one model's requests take and give back, so that a request allocates and captures nothing anew."""
+"""Caches that requests to one model take and return, so that most requests allocate no memory and capture no CUDA
+graph."""
 
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ MOST_FREE = 8
 
 
 class Shape(NamedTuple):
-    """What a request's cache must be made for, apart from its capacity."""
+    """Properties of a request's cache besides its capacity."""
 
     rows: int
     """Batch rows."""
@@ -32,8 +33,8 @@ class CachePool:
     def take(self, model_config: PretrainedConfig, shape: Shape, tokens: int) -> RefreshCache:
         """An empty cache for `tokens` tokens per batch row: the smallest free one that is large enough, or a new one.
 
-        A new one takes the place of the free ones of this shape, which are all smaller. A cache that fits is used for
-        shorter texts too: on a GPU another one would be captured anew.
+        A new one replaces the free ones of this shape, which are all smaller. A large cache also serves shorter texts,
+        because on a GPU the step of another cache would be captured again.
         """
         fitting = [pair for pair in self.free if pair[0] == shape and pair[1].capacity >= tokens]
         if fitting:
@@ -46,5 +47,5 @@ class CachePool:
         return RefreshCache(config=model_config, max_cache_len=capacity, refresh=shape.refresh, offload=shape.offload)
 
     def give_back(self, shape: Shape, cache: RefreshCache) -> None:
-        """Keeps a cache for later requests; the one that was used longest ago makes room for it."""
+        """Keeps a cache for later requests; if there are too many, drops the least recently used one."""
         self.free = [*self.free, (shape, cache)][-MOST_FREE:]

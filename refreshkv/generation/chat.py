@@ -1,7 +1,7 @@
 """A chat whose turns stay in one cache: the tokens of each turn follow those that the cache holds.
 
-A chat template is a text with the messages in it. The tokens of an answer in that text may differ from those that the
-model wrote, so only what stands behind the last answer is tokenized, and the tokens before it stay as they are.
+A chat template renders the messages as one text. Tokenizing that text may give other tokens for an answer than the
+model generated. So only the text behind the last answer is tokenized, and the tokens before it are kept.
 """
 
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ class Conversation:
 
     Args:
         tokenizer: has a chat template; `SettingsError` if not.
-        system: what the model is told before the first message.
+        system: the system message.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None = None):
@@ -32,12 +32,12 @@ class Conversation:
         """Forgets all messages."""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         self.tokens: list[int] = []
-        """Those of the messages so far; empty: none are known, and the next prompt is all of the chat."""
+        """The tokens of the chat so far; empty if they are not known: the next prompt is then the whole chat."""
 
     def prompt(self, text: str) -> list[int]:
-        """Adds a message of the user's, and returns the tokens of the whole chat up to the next answer.
+        """Adds a user message, and returns the tokens of the whole chat up to the next answer.
 
-        They begin with `tokens`, or `tokens` is empty and a cache has to be reset.
+        They begin with `tokens`. If `tokens` is empty, the cache must be reset.
         """
         question = {"role": "user", "content": text}
         behind = self._text_behind_answer(question) if self.tokens else None
@@ -52,12 +52,13 @@ class Conversation:
         return [*known, *new]
 
     def add_answer(self, tokens: list[int], text: str) -> None:
-        """Adds an answer. tokens: all of the chat with it; empty if they are not known."""
+        """Adds an answer. tokens: those of the whole chat, this answer included; empty if they are not known."""
         self.tokens = tokens
         self.messages.append({"role": "assistant", "content": text})
 
     def _text_behind_answer(self, question: dict[str, str]) -> str | None:
-        """What the template writes behind the last answer; None if it writes the text before it in another way now."""
+        """The template's text behind the last answer; None if the template now renders the text before it
+        differently."""
         *before, _ = self.messages
         stand_in = {"role": "assistant", "content": ANSWER}
         start, found, behind = self._rendered([*before, stand_in, question]).partition(ANSWER)

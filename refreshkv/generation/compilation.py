@@ -1,9 +1,9 @@
-"""A compilation of the decoding step of one sequence in which matrix products read the weights at full speed.
+"""Compiles the decoding step of a single sequence so that matrix products read the weights at full speed.
 
     model.generate(..., compile_config=tuned_compilation())
 
-With one sequence at a time, most of a step is products of weight matrices with one vector. The libraries' kernels for
-products are made for several vectors; torch's compiler writes these products as sums, with tiles found by measuring.
+With one sequence, a step spends most of its time on products of weight matrices with one vector. Library kernels for
+products are made for several vectors. torch's compiler writes these products as sums, with tiles found by measuring.
 """
 
 from typing import Any
@@ -27,9 +27,9 @@ def tuned_compilation() -> CompileConfig:
     """A `compile_config` for `generate()` with a `RefreshCache` or one of `refreshkv.baselines`, with `decode_ahead`
     or without: the same step, compiled for a single sequence.
 
-    The first token takes some ten seconds longer, once for each model, GPU and version, as long as torch's compilation
-    cache is kept. Numbers differ from the default's by rounding in the last bit. Several sequences at a time (a batch,
-    beams) are neither faster nor slower.
+    The first decoding step takes some ten seconds longer, once for each model, GPU and version, as long as torch's
+    compilation cache is kept. Numbers differ from the default's by rounding in the last bit. Several sequences at a
+    time (a batch, beams) are neither faster nor slower.
     """
     mode: Any = None  # declared as a string, but options exclude a mode
     return CompileConfig(dynamic=False, mode=mode, options=dict(OPTIONS))

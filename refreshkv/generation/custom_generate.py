@@ -1,12 +1,12 @@
-"""Writes `custom_generate/` into a model's folder: what `generate()` needs of this package, for users without it.
+"""Writes `custom_generate/` into a model's folder: the code that `generate()` needs, for users without this package.
 
     AutoModelForCausalLM.from_pretrained(NAME, trust_remote_code=True).generate(**inputs)
 
-transformers then runs `custom_generate/generate.py` in the place of the model's own `generate`. It copies the files
-that this one imports, and knows no packages among them. So each module becomes one file, `refreshkv.cache.layer` for
-instance `cache_layer.py`, the same text with other imports. The files are made anew from the installed package each
-time; a stamp, taken from their sources, names them in torch's and transformers' registries, which know one owner a
-name: models of several releases can be used together, and beside the package.
+transformers then runs `custom_generate/generate.py` instead of the model's own `generate`. It copies the files that
+this one imports, but supports no packages among them. So each module becomes one file with rewritten imports: for
+instance, `refreshkv.cache.layer` becomes `cache_layer.py`. Each export writes the files again from the installed
+package. A name can be registered only once in torch's and transformers' registries, so registered names contain a hash
+of the sources: models of several releases can be used in one process, also beside the package.
 """
 
 import ast
@@ -92,7 +92,7 @@ def files() -> dict[str, str]:
 
 
 def sources_stamp(sources: dict[str, str]) -> str:
-    """12 digits that tell these sources from all others."""
+    """12 hexadecimal digits that identify these sources."""
     text = "\0".join(f"{module}\0{sources[module]}" for module in sorted(sources))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -161,7 +161,7 @@ def _relative_imports(node: ast.ImportFrom) -> list[str]:
 
 
 def _replace(lines: list[str], node: ast.ImportFrom, statements: list[str]) -> None:
-    """Puts other statements in the place of one, with its indentation and the comment behind it."""
+    """Replaces one statement by others, and keeps its indentation and the comment behind it."""
     first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
     indentation, comment = lines[first][: node.col_offset], lines[last][node.end_col_offset :]
     new = [indentation + statement for statement in statements]
@@ -170,7 +170,7 @@ def _replace(lines: list[str], node: ast.ImportFrom, statements: list[str]) -> N
 
 
 def _guarded(lines: list[str]) -> list[str]:
-    """The lines with imports of `OPTIONAL` in a block of their own, where transformers does not look for needs."""
+    """The lines with imports of `OPTIONAL` in a `try` block, where transformers does not look for requirements."""
     found = []
     for line in lines:
         is_optional = line.startswith((f"import {OPTIONAL}", f"from {OPTIONAL}"))

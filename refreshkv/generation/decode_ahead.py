@@ -1,10 +1,10 @@
-"""decode_ahead: the loop of `generate()` that never waits for the GPU, as transformers' own does after every token.
+"""decode_ahead: a loop for `generate()` that queues the next step before it reads the last one's result.
 
     model.generate(..., past_key_values=RefreshCache(...), custom_generate=decode_ahead)
 
-The answer to the question whether all sequences have ended is copied to the host while the next step is already queued,
-and read one step late. If that step was one too many, it is taken back: its token, its scores, its random numbers, and
-its changes of the cache.
+After each token transformers' own loop waits for the GPU to say whether all sequences have ended. Here this flag is
+copied to the host while the next step is already queued, and read one step late. If that step was one too many, it is
+taken back: its token, its scores, its random numbers, and its changes of the cache.
 """
 
 import math
@@ -40,20 +40,20 @@ def decode_ahead(
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Greedy search or sampling, given as `custom_generate` to `generate()`, which calls it.
 
-    Returns what transformers' own loop returns, with the same tokens, scores and cache, under a seed too: (B, P + new),
+    Returns what transformers' own loop returns, with the same tokens, scores and cache, also for a seed: (B, P + new),
     or the output that `return_dict_in_generate` asks for. input_ids (B, P).
 
-    Logits processors and stopping criteria are called as usual, and once more where the last step is taken back; one
-    that reads the device makes the host wait again. A criterion by time sees the host's clock, a step early.
+    Logits processors and stopping criteria are called as usual, and once more for a step that is taken back; one that
+    reads values from the device makes the host wait. A criterion on time is evaluated one step early.
 
     Args:
-        stream_to: a streamer; tokens come one step late. `generate()` must be given it under this name: `streamer=` and
-            `assistant_model=` are never handed to a `custom_generate`, which cannot know that they were given, so a
-            `streamer=` gets the prompt alone and an `assistant_model=` is not used. Nor does `generate()` hand on its
-            `tokenizer=`: stop strings go in as `stopping_criteria=[StopStringCriteria(tokenizer, [...])]`.
-        run_ahead: whether to queue a step before the one before is known not to be the last. None: on a GPU. Without
-            effect where `past_key_values` is not croppable (offloaded caches, sliding windows) or a cache of
-            transformers. There each step is waited for, unless only the number of tokens ends the text.
+        stream_to: a streamer; it gets tokens one step late. Pass it to `generate()` under this name, because
+            `generate()` does not pass `streamer=`, `assistant_model=` and `tokenizer=` on to a `custom_generate`: a
+            `streamer=` gets the prompt only, and an `assistant_model=` is not used. Pass stop strings as
+            `stopping_criteria=[StopStringCriteria(tokenizer, [...])]`.
+        run_ahead: whether to queue the next step before it is known whether the text has ended; None: on a GPU only. It
+            has no effect if `past_key_values` is not croppable (offloaded caches, sliding windows) or a cache of
+            transformers: the host then waits for each step, unless only the number of tokens ends the text.
 
     Raises `ValueError` for beams, encoder-decoder models and parameters that are spread over processes, and
     `RuntimeError` if probabilities to sample from are not numbers.
@@ -70,7 +70,7 @@ def decode_ahead(
     )
 
     sequences.add(forward.prompt(input_ids))
-    # the host waits for the first token: it is wanted soon, and compiling the step may take minutes
+    # the host waits for the first token, because compiling the next step may take minutes
     finished = is_watched and sequences.report().deliver(streamer)
     if not finished:
         runs_ahead = is_watched and _can_run_ahead(forward.cache, input_ids, run_ahead)
@@ -91,8 +91,8 @@ def _decode(
 ) -> None:
     """Takes steps until the sequences have `limit` tokens, or have ended.
 
-    is_watched: whether the host reads each step's report. undo: takes back the step after the end, which is queued
-    before the report on the last step is read; None: each report is read before the next step.
+    is_watched: whether the host reads each step's report. undo: takes back the surplus step that was queued before the
+    report of the last step was read; None: the host reads each report before the next step.
     """
     finished, awaited = False, None
     while not finished and sequences.ids.shape[1] < limit:
@@ -129,7 +129,7 @@ def refuse_other_modes(
 
 
 def _can_run_ahead(cache: Any, input_ids: Tensor, wanted: bool | None) -> bool:
-    """Whether to queue a step before the last one is known not to be the end."""
+    """Whether to queue the next step before it is known whether the text has ended."""
     wanted = input_ids.is_cuda if wanted is None else wanted
     return wanted and isinstance(cache, PreallocatedCache) and cache.is_croppable
 
@@ -166,7 +166,7 @@ class _Forward:
         if isinstance(self.cache, PreallocatedCache):
             validate_room(self.length + 1, self.cache.capacity)
         if self.inputs is not None:
-            # what transformers would prepare anew, without slicing sequences that grow
+            # the same inputs as transformers would prepare, without slicing sequences that grow
             self.inputs["input_ids"] = sequences.tokens[:, None]
             self.inputs["position_ids"] = self.inputs["position_ids"] + 1
             outputs = self.call(**self.inputs, return_dict=True)
@@ -222,7 +222,7 @@ class _Sequences:
     def add(self, outputs: Any) -> None:
         """Takes a model's outputs: appends one token to each sequence, and padding to those that have ended."""
         self.earlier = (self.ids, dict(self.records))
-        # a copy: the outputs' own memory may hold a whole prompt's logits, or those of the next step soon
+        # a copy: the outputs' memory may hold a whole prompt's logits, and the next step may overwrite it
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=self.ids.device)
         scores = self.process(self.ids, logits)
         found = {"scores": scores, "logits": logits}
@@ -235,9 +235,9 @@ class _Sequences:
         self.unfinished = self.unfinished & ~self.is_done(self.ids, self.records.get("scores"))
 
     def _choose(self, scores: Tensor) -> Tensor:
-        """Returns the likeliest token of (B, V) scores, or draws one: (B,).
+        """Returns the likeliest tokens (B,) of scores (B, V), or draws tokens.
 
-        The draw is that of torch.multinomial, which would wait for the device: the index of the largest quotient of a
+        A draw equals that of torch.multinomial, which would wait for the device: the index of the largest quotient of a
         probability and an exponentially distributed number.
         """
         if not self.do_sample:
@@ -247,7 +247,7 @@ class _Sequences:
         return probabilities.div(torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
 
     def report(self) -> "_Report":
-        """The report on the last step, on its way to the host."""
+        """The report of the last step, being copied to the host."""
         return _Report(self.unfinished.any(), self.tokens, self.invalid if self.do_sample else None)
 
     def take_back(self) -> None:

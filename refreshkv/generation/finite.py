@@ -1,4 +1,4 @@
-"""Notices logits that are not numbers while a text is generated: the likeliest of them would be any token."""
+"""Detects nan logits during generation, where the likeliest token would be an arbitrary one."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ from refreshkv.settings import SettingsError
 
 
 class FiniteLogits(LogitsProcessor):
-    """A logits processor that changes nothing, and refuses a model that computes nan.
+    """A logits processor that changes nothing, and raises an error for nan.
 
-    The first logits are read at once, for the host waits for the first token anyway; the others' flag stays on the
-    device until `validate`.
+    It checks the first logits at once, because the host waits for the first token anyway. For later logits a flag stays
+    on the device until `validate` reads it.
 
     Args:
         setting: names the model's setting in errors.

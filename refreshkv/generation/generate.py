@@ -1,4 +1,4 @@
-"""generate(): what a model's own `generate` does, decoded from a small cache that is sized, kept and used again here.
+"""generate(): does what a model's own `generate` does, with a small cache that it sizes, keeps and uses again.
 
     refreshkv.generate(model, **inputs, max_new_tokens=256)
 
@@ -47,15 +47,15 @@ def generate(
     stream_to: BaseStreamer | None = None,
     **settings: Any,
 ) -> Any:
-    """Generates as `model.generate` does, from a small cache: takes its arguments and returns what it returns.
+    """Generates like `model.generate`, but from a small cache. It takes the same arguments and returns the same values.
 
-    The model is enabled if need be. Its cache has room for the prompt and all tokens that the generation settings
-    allow, rounded up to a multiple of 128, and comes from the caches that earlier calls used. Calls from several
-    threads take turns.
+    The model is enabled if need be. The cache has room for the prompt and all tokens that the generation settings
+    allow, rounded up to a multiple of 128; caches of earlier calls are used again. Calls from several threads take
+    turns.
 
     `functools.partial(refreshkv.generate, model)` may stand in for `model.generate`, and the function may be given as
-    `model.generate(..., custom_generate=refreshkv.generate)`. There a streamer goes by the name `stream_to`, and stop
-    strings go in as a `StopStringCriteria`: transformers hands on neither `streamer` nor `tokenizer`.
+    `model.generate(..., custom_generate=refreshkv.generate)`. There pass a streamer as `stream_to` and stop strings as
+    a `StopStringCriteria`, because transformers passes on neither `streamer` nor `tokenizer`.
 
     Args:
         model: a transformers decoder.
@@ -68,12 +68,12 @@ def generate(
         offload: as in `RefreshCache`.
         stream_to: a streamer; the same as `streamer`.
         settings: further arguments of `model.generate`, `streamer`, `stop_strings` and `tokenizer` among them. With a
-            `custom_generate`, which is another loop, all goes to the model's own `generate`.
+            `custom_generate`, which is another loop, the model's own `generate` gets all arguments.
 
     Raises `SettingsError` if the model has no saved schedule and `refresh` is None.
     """
     call = Call(_state(model), refresh, cache_length, offload, settings.pop("streamer", None) or stream_to)
-    if hasattr(generation_config, "_eos_token_tensor"):  # transformers has prepared it: this is its `custom_generate`
+    if hasattr(generation_config, "_eos_token_tensor"):  # transformers prepared it: this is its `custom_generate`
         assert inputs is not None and generation_config is not None
         return _decode(model, inputs, generation_config=generation_config, call=call, **settings)
     arguments = {"inputs": inputs, "generation_config": generation_config, **settings}
@@ -92,7 +92,7 @@ def generate(
 
 @dataclass
 class ModelState:
-    """What is kept of one model between its calls."""
+    """What `generate` keeps of one model between calls."""
 
     pool: CachePool = field(default_factory=CachePool)
     turns: Turns = field(default_factory=Turns)
@@ -127,7 +127,7 @@ def _state(model: Any) -> ModelState:
 
 
 def _why_ordinary(model: Any, call: Call, arguments: dict[str, Any]) -> str | None:
-    """Why the model's own `generate` has to do it, after one warning; None if it decodes from a small cache.
+    """Why the model's own `generate` must serve the call, after one warning; None if a small cache can serve it.
 
     Enables the model.
     """
@@ -156,7 +156,7 @@ def _enable(model: Any, call: Call) -> None:
 
 
 def _other_way_of_decoding(model: Any, arguments: dict[str, Any]) -> str | None:
-    """What the call asks for that no small cache can follow, as a reason; None if it asks for nothing else."""
+    """Why no small cache can serve what the call asks for; None if one can."""
     assistant = arguments.get("assistant_model")
     names = ("inputs", "generation_config", "assistant_model", "custom_generate")
     rest = {name: value for name, value in arguments.items() if name not in names}
@@ -172,7 +172,7 @@ def _other_way_of_decoding(model: Any, arguments: dict[str, Any]) -> str | None:
 
 
 def _with_criteria(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with a stopping criterion for stop strings: transformers would not find the tokenizer for them."""
+    """The arguments with stop strings as a stopping criterion, because transformers would not pass on the tokenizer."""
     arguments, strings = _taken_out(model, "stop_strings", arguments)
     tokenizer = arguments.pop("tokenizer", None)
     if strings is None:
@@ -193,7 +193,7 @@ def _taken_out(model: Any, name: str, arguments: dict[str, Any]) -> tuple[dict[s
         changed["generation_config"] = config = copy.deepcopy(config)
         setattr(config, name, None)
     if of_model is not None:
-        changed[name] = None  # an argument that is None counts for more than the model's own setting
+        changed[name] = None  # an argument None overrides the model's own setting
     return changed, value
 
 
@@ -221,7 +221,7 @@ def _decode(model: Any, input_ids: Tensor, *, generation_config: GenerationConfi
 
 
 def _decode_from_pool(model: Any, input_ids: Tensor, call: Call, settings: dict[str, Any]) -> Any:
-    """`decode_ahead` from the caller's cache, or from one of the pool, which gets it back."""
+    """`decode_ahead` with the caller's cache, or with one from the pool, which is then returned to it."""
     config, given = settings["generation_config"], settings.get("past_key_values")
     if isinstance(given, PreallocatedCache) or getattr(given, "_is_user_defined", False):
         return decode_ahead(model, input_ids, stream_to=call.streamer, **settings)

@@ -1,6 +1,6 @@
-"""The generation settings that a model's own files set (generation_config.json): taken by name, or refused.
+"""Finds the generation settings of a model's own files (generation_config.json), and refuses those that change a text.
 
-`generate()` takes all of them unseen, under whatever arguments it is given. Our scripts take those that they print.
+`generate()` applies all of them silently, beneath its arguments. Our commands apply only those that they print.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,7 +24,7 @@ WITHOUT_EFFECT = (
     *("assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size", "use_mtp", "disable_compile"),
     *("encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "continuous_batching_config"),
 )
-"""Our scripts always give these themselves, or they mean nothing without beams, an assistant or an encoder."""
+"""Our commands always set these themselves, or these have no effect without beams, an assistant or an encoder."""
 
 IGNORE_OPTION = "--ignore-generation-config"
 """The scripts' option to leave the model's own generation settings out."""
@@ -33,7 +33,7 @@ IGNORE_OPTION = "--ignore-generation-config"
 def own_settings(model: PreTrainedModel) -> dict[str, Any]:
     """The generation settings of the model's files that differ from those of plain greedy decoding, by name.
 
-    Those without an effect on our scripts, and the tokens that begin and end a text, are left out.
+    Settings without an effect on our commands, and the tokens that begin and end a text, are left out.
     """
     plain, known = GenerationConfig._get_default_generation_params(), GenerationConfig().to_dict()
     found = {}
@@ -63,7 +63,7 @@ def refuse_own_settings(model: PreTrainedModel, taken: Iterable[str] = (), sampl
 
 @contextmanager
 def without_own_settings(model: Any) -> Iterator[None]:
-    """While the block runs, `model.generate()` takes nothing but its arguments and the model's special tokens."""
+    """While the block runs, `model.generate()` uses only its arguments and the model's special tokens."""
     owner = getattr(model, "module", model)  # DeepSpeed's engine passes attributes on to its module
     own = owner.generation_config
     owner.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in TOKENS})

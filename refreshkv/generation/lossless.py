@@ -2,10 +2,10 @@
 
     model.generate(..., past_key_values=RefreshCache(...), custom_generate=decode_lossless)
 
-A round drafts some tokens with decoding steps from the small cache. Then it forgets what these steps wrote, and
-computes the drafts again as one block with full attention. Drafts are accepted while they are what full attention says;
-the first other one is replaced, and the small cache is selected anew. Keys and values that stay are full attention's.
-Batch rows accept different numbers of drafts (`refreshkv.cache.row_lengths`).
+A round drafts some tokens with decoding steps from the small cache. Then it removes what these steps wrote, and
+computes the drafts again as one block with full attention. It accepts drafts as long as full attention agrees, replaces
+the first other one, and selects a new small cache. The remaining keys and values are those of full attention. Batch
+rows accept different numbers of drafts (`refreshkv.cache.row_lengths`).
 
 Shapes: `B` batch rows, `T` columns of texts, `d` drafts of a round, `n = d + 1` tokens of its block, `V` vocabulary.
 """
@@ -27,11 +27,11 @@ from refreshkv.generation.decode_ahead import refuse_other_modes
 from refreshkv.settings import SettingsError
 
 MOST_DRAFT = 16
-"""Most drafts of a round, unless `draft_length` says."""
+"""Most drafts of a round, unless `draft_length` is given."""
 DRAFT_COST = 0.35
-"""Time of a step from the small cache, of that of a block: decides how many drafts are worth it. Any value is right."""
+"""Time of a small-cache step divided by that of a block: sets the number of drafts. Results are right for any value."""
 FIRST_ACCEPTANCE, MEMORY = 0.85, 0.9
-"""The acceptance that the first round reckons with, and the weight of earlier rounds against the last one."""
+"""The acceptance that the first round assumes, and the weight of earlier rounds in the running mean."""
 BY_LOGITS_ALONE = ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta")
 """Processors of transformers, `...LogitsWarper`, that do not look at the tokens so far."""
 
@@ -43,7 +43,7 @@ class DraftCounts:
     judged: int = 0
     """Drafts that full attention judged: those up to and including each row's first wrong one of a round."""
     accepted: int = 0
-    """Drafts that were what full attention says, or were accepted in sampling."""
+    """Drafts that were accepted: in greedy search those equal to full attention's token."""
     rounds: int = 0
     """Blocks with full attention after the prompt."""
     steps: int = 0
@@ -76,14 +76,14 @@ def decode_lossless(
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Greedy search or sampling, given as `custom_generate` to `generate()`, which calls it.
 
-    Greedy output is token for token that of full attention, as far as a token's logits do not depend on how many are
-    computed at a time; samples are distributed as full attention's (speculative sampling). Wants
-    `past_key_values=RefreshCache(...)`, best with `RefreshConfig.recommended(...)`. Logits processors and stopping
-    criteria see each row by itself and must depend on their arguments alone. Afterwards the cache holds the tokens that
-    all rows have but the last ones, with full attention's keys and values; the next call computes the rest.
+    Greedy tokens equal those of full attention, up to rounding that depends on how many tokens are computed at a time;
+    samples have full attention's distribution (speculative sampling). Needs `past_key_values=RefreshCache(...)`, best
+    with `RefreshConfig.recommended(...)`. Logits processors and stopping criteria see each row by itself and must
+    depend on their arguments alone. Afterwards the cache holds full attention's keys and values of the tokens up to the
+    end of the shortest row, without the last ones; the next call computes the rest.
 
     Args:
-        draft_length: drafts of each round. None: by the acceptance so far.
+        draft_length: drafts of each round; None: chosen by the acceptance so far.
         drafts: receives the counts.
 
     Returns (B, P + new), or the output that `return_dict_in_generate` asks for, without scores. Raises `SettingsError`
@@ -121,7 +121,7 @@ def decode_lossless(
 
 
 def best_draft_length(acceptance: float) -> int:
-    """How many drafts give the most tokens for their time, if each is accepted with this probability."""
+    """The number of drafts with the most tokens per time, if each is accepted with this probability."""
     share = min(acceptance, 0.999)
     gains = [(1 - share ** (n + 1)) / (1 - share) / (1 + DRAFT_COST * n) for n in range(1, MOST_DRAFT + 1)]
     return 1 + gains.index(max(gains))
@@ -289,7 +289,7 @@ class _Texts:
 
     @property
     def room(self) -> int:
-        """Drafts that may be of use to the shortest row."""
+        """Most drafts that the shortest row can still take."""
         if self.rules.max_length is None:
             return MOST_DRAFT
         return self.rules.max_length - int(self.known[~self.has_ended].min()) - 1
@@ -329,7 +329,7 @@ class _Texts:
 
 
 def _round(passes: _Passes, texts: _Texts, rules: Rules, lengths: RowLengths, count: int) -> tuple[int, int]:
-    """Drafts `count` tokens, computes them again, and keeps what is right; returns how many drafts were judged and
+    """Drafts `count` tokens, computes them again, and keeps the accepted ones; returns how many drafts were judged and
     accepted."""
     column = texts.known[:, None] + torch.arange(-1, count, device=texts.known.device)
     drafts, drafted = _draft(passes, texts, rules, count)

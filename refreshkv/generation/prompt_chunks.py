@@ -1,10 +1,10 @@
-"""What only `generate()` knows of a call: which tokens belong to the prompt, and all that the cache should hold.
+"""Tells a cache what only `generate()` knows: whether a call's tokens belong to the prompt, and all tokens so far.
 
-A prompt may come in chunks, `generate(prefill_chunk_size=...)`, and a cache may be left over from another text.
+A prompt may come in chunks, `generate(prefill_chunk_size=...)`, and a cache may still hold another text.
 
 The last chunk of a prompt may be a single token, which looks like a decoding step: the model is called with the same
-arguments. The one place where transformers says what a call is for is `prepare_inputs_for_generation`, the method of a
-model that its generation loops call before each pass, and which models override as they need it.
+arguments. Only `prepare_inputs_for_generation` shows what a call is for: transformers' generation loops call this
+method of a model before each pass, and some models override it.
 """
 
 from functools import partial, update_wrapper
@@ -18,7 +18,8 @@ from refreshkv.cache.preallocated import PreallocatedCache
 
 
 def announce_chunks(model: PreTrainedModel) -> None:
-    """Gives `model` a `prepare_inputs_for_generation` that first tells a `PreallocatedCache` of chunks of a prompt."""
+    """Gives `model` a `prepare_inputs_for_generation` that first announces chunks of a prompt to a
+    `PreallocatedCache`."""
     if "prepare_inputs_for_generation" not in vars(model) and hasattr(model, "prepare_inputs_for_generation"):
         generating: Any = model  # PreTrainedModel does not declare what generate() calls
         prepare = type(generating).prepare_inputs_for_generation  # whose signature generate() reads
@@ -26,10 +27,10 @@ def announce_chunks(model: PreTrainedModel) -> None:
 
 
 def _prepare_inputs(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The model's own `prepare_inputs_for_generation`, after the cache was told if the tokens are a chunk."""
+    """Tells the cache if the tokens are a chunk of a prompt, then calls the model's own method."""
     cache = kwargs.get("past_key_values")
-    # Only for a chunk of a prompt does transformers (5.17 to 5.23) not say how many of the tokens the cache lacks.
-    # Releases that say whether the prompt is being processed say so for a chunk.
+    # transformers (5.17 to 5.23) passes `next_sequence_length` except for a chunk of a prompt. Releases that pass
+    # `is_first_iteration` set it for a chunk.
     is_chunk = "next_sequence_length" not in kwargs and kwargs.get("is_first_iteration", True)
     if is_chunk and isinstance(cache, PreallocatedCache):
         cache.continue_prompt()
@@ -46,7 +47,7 @@ def _compare_tokens(cache: PreallocatedCache, ids: Tensor, new: int | None, is_p
     """Refuses a prompt that does not begin with the tokens in the cache, and remembers the tokens.
 
     ids: (B, L), of which the last `new` are not in the cache yet; `new` is None where `ids` are not all tokens, as in a
-    chunk of a prompt. The comparison then comes with the first step. It makes the host wait once for each prompt.
+    chunk of a prompt. The first decoding step then makes the comparison. The host waits for it once for each prompt.
     """
     if is_prompt:
         cache.tokens_are_compared = False

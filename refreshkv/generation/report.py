@@ -1,4 +1,4 @@
-"""What generating one text took: a streamer that times tokens, and a table of times, budget and full steps."""
+"""Reports the generation of one text: a streamer that times tokens, and a table of times, budget and full steps."""
 
 import time
 from itertools import groupby
@@ -12,7 +12,7 @@ from refreshkv.tables import column_table
 
 
 class TimedStreamer(TextStreamer):
-    """Prints the text token by token, and keeps the time at which the prompt and each token came in."""
+    """Prints the text token by token, and records when the prompt and each token arrive."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, **settings: Any):
         super().__init__(tokenizer, **settings)
@@ -48,7 +48,8 @@ def generation_table(
 ) -> str:
     """The table that `refreshkv generate` prints below the text.
 
-    cache: the cache that decoded; None for full attention. reuse: what came from a prompt store, if one was used.
+    cache: the cache that decoded; None for full attention. reuse: the reused part of the prompt, if a prompt store was
+    used.
     decoding: the settings under which tokens were chosen.
     """
     lines = [

@@ -1,7 +1,8 @@
-"""The requests of one model take turns, and those on a GPU run in one thread, whichever thread they come from.
+"""Requests to one model run one after another, and those on a GPU all run in one thread, whichever thread they come
+from.
 
-A decoding step that was captured into a CUDA graph belongs to the thread that captured it: torch captures the step of
-every other thread anew, with memory of its own, or fails. Servers have many threads.
+A captured CUDA graph of a decoding step belongs to the thread that captured it. In any other thread torch captures the
+step again, with more memory, or fails. Servers have many threads.
 """
 
 import contextvars
@@ -35,9 +36,10 @@ class Turns:
         self._lock = threading.RLock()
 
     def run(self, call: Callable[[Stop | None], Any], device: torch.device) -> Any:
-        """Returns `call(stop)` once no other request runs. `call` has to heed `stop`, unless it is None.
+        """Returns `call(stop)` once no other request runs. `call` must end the text when `stop` says so, unless it is
+        None.
 
-        On a GPU an interrupt (Ctrl-C) ends the text at its next token, and is raised then.
+        On a GPU an interrupt (Ctrl-C) ends the text at its next token and is raised afterwards.
         """
         if threading.current_thread().name.startswith(_NAME):  # a streamer that asks for another text
             return call(None)

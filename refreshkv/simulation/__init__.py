@@ -1,1 +1,1 @@
-"""The refresh pattern in training: what a step simulates, and `simulate` for trainers of one's own."""
+"""The refresh pattern in training: what a step simulates, and `simulate` for your own training loops."""

@@ -16,10 +16,11 @@ from refreshkv.ranges import Range, validate_numbers
 
 @dataclass
 class DistillationConfig:
-    """Adds the divergence of the two predictions to the loss of each decoded token, for one more forward pass."""
+    """Adds the divergence of the two predictions to the loss of each decoded token, at the cost of one more forward
+    pass."""
 
     weight: float = 0.0
-    """Weight of the divergence, where the next-token loss has weight 1; 0 for no distillation."""
+    """Weight of the divergence; the next-token loss has weight 1. 0 for no distillation."""
     temperature: float = 1.0
     """Divides the logits of both predictions. The divergence is multiplied by its square, so that the gradients keep
     their size."""
@@ -47,7 +48,7 @@ def divergence_and_gradient(student: Tensor, teacher: Tensor, temperature: float
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Turns dropout off, since the teacher must not predict with a random mask.
+    """Turns dropout off while the block runs, because the teacher must not predict with a random mask.
 
     The model stays in training mode, because only in that mode do ranks share rows.
     """

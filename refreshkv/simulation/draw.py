@@ -12,7 +12,7 @@ from refreshkv.config import NEVER, RefreshConfig, Simulation, Trace
 from refreshkv.simulation.settings import SimulationConfig
 
 PURPOSE = "simulation"
-"""Part of the random seed, so that these draws are independent of every other draw of the run."""
+"""Part of the random seed, which makes these draws independent of all other draws of the run."""
 
 
 def draw_simulation(
@@ -32,7 +32,7 @@ def draw_simulation(
         return simulation_of(settings, row_length - stride, never_refreshed(refresh))
     least, most = settings.prompt_range(row_length)
     prompt_length = draw.randint(least, most)
-    # a draw of its own, so that the others stay what they were without it
+    # generators of their own, so that these draws do not change the others
     select_stride = random.Random(f"{PURPOSE}, select:{seed}:{step}").choice(settings.select_strides)
     budget = random.Random(f"{PURPOSE}, budget:{seed}:{step}").choice(settings.budgets)
     drawn = with_budget(with_strides(refresh, stride, settings.threshold, select_stride), budget)
@@ -43,16 +43,16 @@ def draw_simulation(
 def _draw_ends(
     settings: SimulationConfig, prompt_length: int, refresh: RefreshConfig, draw: random.Random
 ) -> tuple[int, ...] | None:
-    """The ends of the prompt's chunks, as many as drawn if they fit; None for one. The last chunk holds the observation
-    window."""
+    """The ends of the prompt's chunks, as many as drawn if they fit; None for one chunk. The last chunk contains the
+    observation window."""
     room = prompt_length - refresh.observation_window
     cuts = min(draw.choice(settings.chunk_counts) - 1, max(0, room))
     return (*sorted(draw.sample(range(1, room + 1), cuts)), prompt_length) if cuts else None
 
 
 def fitted(settings: SimulationConfig, row_length: int, padding: int, seed: int, step: int) -> SimulationConfig | None:
-    """The settings with prompts that fit into rows of `row_length` columns, of which the shortest begins with
-    `padding`; None if it has no room for a prompt and one decoded token, with a warning.
+    """The settings with prompts that fit into rows of `row_length` columns, the shortest of which begins with `padding`
+    padded columns. None, with a warning, if that row has no room for a prompt and one decoded token.
 
     Every prompt begins after the padding; by default it has at least a quarter of the shortest row's tokens.
     """
@@ -105,16 +105,17 @@ def never_refreshed(refresh: RefreshConfig) -> RefreshConfig:
 def simulation_of(
     settings: SimulationConfig, prompt_length: int, refresh: RefreshConfig, chunks: tuple[int, ...] | None = None
 ) -> Simulation:
-    """A simulation; few shapes recur if the prompt length is fixed, or follows from the stride as under paper."""
+    """A simulation. It is `recurring` if the prompt length is fixed, or follows from the stride as in `paper`: then
+    only few shapes occur."""
     recurring = settings.pattern == "paper" or isinstance(settings.prompt_length, int)
     return Simulation(prompt_length, refresh, recurring=recurring, chunks=chunks)
 
 
 def effective_strides(simulation: Simulation | None, length: int, trace: Trace | None = None) -> dict[str, float]:
-    """Decoded tokens for each full step, and for each selecting step, of sequences of `length` tokens: the means over
-    layers and sequences by readable name, without those that the simulation has none of.
+    """Decoded tokens per full step and per selecting step of sequences of `length` tokens: means over layers and
+    sequences, by name. A kind of step that does not occur is left out.
 
-    trace: the steps that were taken under the similarity schedule, after the prompt's end; None for the fixed schedule.
+    trace: the recorded steps under the similarity schedule; None for the fixed schedule.
     """
     if simulation is None:
         return {}
@@ -132,11 +133,11 @@ def effective_strides(simulation: Simulation | None, length: int, trace: Trace |
 
 
 def _mean_steps(flags: dict[int, Tensor], prompt_length: int) -> float:
-    """How many positions after the prompt are flagged, on average: flags of each layer (B, T) bool."""
+    """The mean number of flagged positions after the prompt; flags: (B, T) bool of each layer."""
     after = [layer[:, prompt_length:].sum(dim=1).double().mean() for layer in flags.values()]
     return float(torch.stack(after).mean()) if after else 0.0
 
 
 def new_trace(simulation: Simulation | None) -> Trace | None:
-    """A trace for the full steps of a pass under the similarity schedule; None where they are known beforehand."""
+    """A trace for a pass under the similarity schedule; None if the schedule alone determines the full steps."""
     return Trace() if simulation is not None and simulation.config.threshold is not None else None

@@ -1,4 +1,4 @@
-"""Which positions of a simulated pass predict from the small cache, and which come after the prompt."""
+"""Finds the positions of a simulated pass that predict from the small cache, and those after the prompt."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What each training step simulates: the settings from which the draws are made."""
+"""Settings from which each training step draws what it simulates."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,24 +16,25 @@ class SimulationConfig:
     """whole: the refresh pattern over everything after the prompt. paper: the published recipe, the last `stride`
     tokens partial and never refreshed (appendix A.1). off: plain next-token training with full attention."""
     prompt_length: int | list[int] | None = None
-    """Prompt of each row in tokens: a fixed number, or [least, most], from which each step draws uniformly. None: from
-    a quarter of the row to all but the largest stride that fits into it. Not used by paper and off."""
+    """Prompt length of each row in tokens: a fixed number, or [least, most], between which each step draws uniformly.
+    None: between a quarter of the row and the row without the largest stride that fits into it. Not used by paper and
+    off."""
     stride: int | list[int] = field(default_factory=lambda: [5, 10, 25, 50])
     """Refresh stride: a fixed number, or a list from which each step draws; "never" for no refresh after the prompt."""
     select_stride: int | None | list[int | None] = None
-    """Select stride: a fixed number, or a list from which each step draws, by a draw of its own; null for no selecting
-    steps, also in a list. Not used by paper and off."""
+    """Select stride: a fixed number, or a list from which each step draws independently; null, also in a list, for no
+    selecting steps. Not used by paper and off."""
     budget: int | float | None | list[int | float] = None
-    """Size K of the small cache: tokens or a share of the prompt, or a list from which each step draws, by a draw of
-    its own, so that a model learns to do with several; null for `refresh.budget`. Not used by paper and off."""
+    """Size K of the small cache: tokens or a share of the prompt, or a list from which each step draws independently,
+    so that the model learns several budgets; null for `refresh.budget`. Not used by paper and off."""
     chunks: int | None | list[int] = None
-    """Number of chunks that the prompt is cut into, at places drawn uniformly (docs/chunks.md): a fixed number, or a
-    list from which each step draws; null, or 1 in a list, for a prompt in one piece. Not used by paper and off."""
+    """Number of chunks into which the prompt is cut, at uniformly drawn places (docs/chunks.md): a fixed number, or a
+    list from which each step draws; null, or 1 in a list, for one chunk. Not used by paper and off."""
     threshold: float | None = None
     """Similarity threshold of the simulated steps; None for the fixed schedule."""
     plain_share: float = 0.0
-    """Share of the steps that are plain next-token training with full attention. Positions at the end of a row hardly
-    ever lie in a drawn prompt; plain steps keep the model good at full attention there. Not used by off."""
+    """Share of the steps that are plain next-token training with full attention. A drawn prompt rarely contains the
+    positions at the end of a row; plain steps keep the model good at full attention there. Not used by off."""
 
     def __post_init__(self) -> None:
         self._validate_strides()
@@ -85,8 +86,8 @@ class SimulationConfig:
 
     @staticmethod
     def plain_values(values: dict[str, Any]) -> dict[str, Any]:
-        """The settings `values`, with a stride "never" as a number and a budget such as "12.5%" as a share, by
-        themselves or in a list."""
+        """The settings `values`, with a stride "never" replaced by a number and a budget such as "12.5%" by a share,
+        also in lists."""
         if (budget := values.get("budget")) is not None:
             budgets = [_budget(item) for item in budget] if isinstance(budget, list) else _budget(budget)
             values = {**values, "budget": budgets}
@@ -131,10 +132,10 @@ class SimulationConfig:
 
 
 def _budget(value: Any) -> Any:
-    """A budget as in the settings, with a text such as "12.5%" as a share."""
+    """A budget of the settings; a text such as "12.5%" becomes a share."""
     return RefreshConfig.plain_values({"budget": value})["budget"]
 
 
 def _stride(value: Any) -> Any:
-    """A stride as in the settings, with "never" as a number."""
+    """A stride of the settings; "never" becomes a number."""
     return NEVER if isinstance(value, str) and value.strip().lower() == "never" else value

@@ -26,10 +26,10 @@ from refreshkv.simulation.positions import decoded_positions, partial_positions
 from refreshkv.simulation.settings import SimulationConfig
 
 LOSS_CHUNK = 1024
-"""Positions whose losses are computed at a time for the figures, so that float32 logits of few positions exist."""
+"""Positions whose losses are computed at a time for the figures, to bound the memory of float32 logits."""
 
 KINDS = ("loss full", "loss partial", "divergence", "look-ahead divergence")
-"""What the figures are means of, a value for each predicted token; for the last a value for each pass."""
+"""Names of the figures. Each is a mean over predicted tokens, the last one over passes."""
 
 LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
 """Keywords of a model's call that only its loss uses."""
@@ -65,11 +65,11 @@ def simulate(
         settings: what a step simulates; None for the defaults of `SimulationConfig`.
         seed: seed of the draws.
         refresh: the selection; None for the one that `model.config.refreshkv` holds. Written there.
-        distillation: adds to the loss that the model returns the divergence from its own predictions with full
-            attention, for one more forward pass; None for none. The call then needs `labels`.
-        look_ahead: puts look-ahead queries beside the attention, unless the model has some of this shape, and adds the
-            divergence of their scores to the loss that the model returns; None for none. Call this before the
-            optimizer is made, and save with `save_look_ahead`.
+        distillation: adds the divergence from the model's own full-attention predictions to the loss that the model
+            returns, at the cost of one more forward pass; the call then needs `labels`. None: no distillation.
+        look_ahead: adds look-ahead queries to the model, unless it has some of this shape, and adds the divergence of
+            their scores to the loss that the model returns. Call this before the optimizer is made, and save with
+            `save_look_ahead`. None: no look-ahead.
 
     Raises `SettingsError` if the model cannot be refreshed or is simulated already.
     """
@@ -80,7 +80,7 @@ def simulate(
 class LossFigures:
     """Sums of losses since the last report, by the kind of position that predicts.
 
-    They stay on the device: only `report` reads them, so that no pass waits for the device.
+    They stay on the device, so that no pass waits for it; only `report` reads them.
     """
 
     sums: dict[str, float | Tensor] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
@@ -89,12 +89,13 @@ class LossFigures:
     plain_passes: int = 0
 
     def add(self, kind: str, values: Tensor, where: Tensor) -> None:
-        """Adds the `values` at the positions `where`, both of one shape."""
+        """Adds the `values` where `where` is True; both have the same shape."""
         self.sums[kind] += values.detach().double().where(where, 0.0).sum()
         self.tokens[kind] += where.sum()
 
     def sum_over_ranks(self, device: torch.device) -> None:
-        """Adds the figures of all ranks, each of which has to call this; `device` is where their group adds up."""
+        """Sums the figures over all ranks; every rank must call this. device: where their process group computes the
+        sum."""
         values = [*self.sums.values(), *self.tokens.values(), self.passes, self.plain_passes]
         kind = torch.float32 if device.type == "mps" else torch.float64
         totals = torch.stack([torch.as_tensor(value, dtype=kind, device=device) for value in values])
@@ -105,7 +106,7 @@ class LossFigures:
         self.passes, self.plain_passes = int(passes), int(plain_passes)
 
     def report(self) -> dict[str, float]:
-        """The mean losses in nats, without a kind that had no token, and the share of plain passes."""
+        """The mean losses in nats, except of kinds without a token, and the share of plain passes."""
         means = {kind: float(self.sums[kind] / count) for kind, count in self.tokens.items() if count}
         return {**means, "plain share": self.plain_passes / self.passes} if self.passes else {}
 
@@ -129,7 +130,7 @@ class TrainingSimulation:
             raise SettingsError("simulate(look_ahead=...) with adapters is not supported: leave one of them out")
         enable(decoder_model, refresh)
         self.frozen: list[nn.Parameter] = []
-        """Parameters that `remove` trains again."""
+        """Parameters that `remove` unfreezes."""
         self.look_ahead = look_ahead
         if look_ahead is not None:
             ensure_look_ahead(decoder_model, look_ahead, seed)
@@ -156,7 +157,7 @@ class TrainingSimulation:
         SIMULATED.add(decoder_model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TrainingSimulation":
-        """Hooks of a copied model lead here, to the simulation of the original; they leave the copy's passes alone."""
+        """The hooks of a copied model refer to this object; they do nothing in passes of the copy."""
         return self
 
     def __enter__(self) -> "TrainingSimulation":
@@ -170,7 +171,7 @@ class TrainingSimulation:
         self._end_step(self.number + 1)
 
     def _end_step(self, number: int) -> None:
-        """Goes on to the optimizer step `number`; refuses a distillation that the passes so far went without."""
+        """Continues with the optimizer step `number`; refuses if passes of this step left out the distillation."""
         if self.distillation.weight and self._is_unfinished:
             raise SettingsError(
                 "simulate(distillation=...) was left out of this step, because only a part of the model was called, "
@@ -179,8 +180,8 @@ class TrainingSimulation:
         self.number = number
 
     def remove(self) -> None:
-        """Takes the hooks off the model. It stays enabled, keeps its look-ahead queries, and attends in full without a
-        simulation; `model.set_attn_implementation("sdpa")` exchanges that too."""
+        """Removes the hooks. The model stays enabled, keeps its look-ahead queries, and uses full attention in calls
+        without a simulation; `model.set_attn_implementation("sdpa")` replaces that attention too."""
         if self._is_removed:
             return
         self._is_removed = True
@@ -193,7 +194,7 @@ class TrainingSimulation:
     @property
     def callback(self) -> TrainerCallback:
         """A callback for transformers' `Trainer`: it counts the optimizer steps, also after a resume, and adds the
-        figures to the log history."""
+        figures of all ranks to the log history."""
         return _Callback(self)
 
     def report(self) -> dict[str, float]:
@@ -203,10 +204,10 @@ class TrainingSimulation:
         return figures
 
     def draw(self, length: int, padding: int = 0) -> Simulation | None:
-        """What the current step simulates for sequences of `length` tokens; None for a plain step.
+        """Draws what the current step simulates for sequences of `length` tokens; None for a plain step.
 
-        padding: left padding of the shortest batch row, columns that no prompt may end in. A batch whose shortest row
-        has no room for a prompt and one decoded token stays plain.
+        padding: padded columns of the shortest batch row; the prompt ends behind them. A batch whose shortest row has
+        no room for a prompt and one decoded token gets a plain pass.
         """
         settings = fitted(self.settings, length, padding, self.seed, self.number)
         if settings is None:
@@ -268,8 +269,8 @@ class TrainingSimulation:
         return output
 
     def _add_look_ahead_loss(self, output: Any, labels: Tensor | None, kwargs: dict[str, Any]) -> None:
-        """Adds the weighted divergence of the look-ahead queries' scores to the model's loss, in the share of its
-        tokens if the loss is divided by the tokens of several passes."""
+        """Adds the weighted divergence of the look-ahead queries' scores to the model's loss. If the loss is divided by
+        the tokens of several passes, the divergence is multiplied by this pass's share of them."""
         assert self.look_ahead is not None and self._trace is not None
         if labels is None or getattr(output, "loss", None) is None:
             raise SettingsError(
