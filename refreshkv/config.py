@@ -57,13 +57,13 @@ class RefreshConfig:
     sink_tokens: int = 0
     """Number of first positions that are selected before all others (>= 0)."""
     select_stride: int | None = None
-    """Every `select_stride`-th decoding step (>= 1) that is not full is a *selecting step*: it chooses the small cache
-    by its own query and attends to exactly that (docs/specification.md, section 10). None: there are none."""
+    """Every `select_stride`-th decoding step (>= 1) that is not full is a *selecting step*: its query selects a new
+    small cache, and it attends to exactly that (docs/specification.md, section 10). None: there are none."""
     score_bits: Literal[16, 8, 4] = 16
-    """Bits of the numbers of the keys by which selecting steps choose; 16: of the keys themselves."""
+    """Bits per number of the score keys, with which selecting steps select; 16: the keys themselves."""
     pool_ahead: bool = False
-    """Whether the pooling window of a position ends at it instead of being centred on it, so that what follows an
-    attended position is kept."""
+    """Whether the pooling window of a position ends there instead of being centred on it: the positions after an
+    attended one are then kept with it."""
     rectify: bool = False
     """Whether a full step computes the tokens since the last full step again, with full attention, so that afterwards
     the cache is that of full attention (docs/specification.md, section 11). Fixed schedule only."""
@@ -212,10 +212,9 @@ class Simulation:
     """Whether later passes have the same prompt length and stride. On a GPU their full steps then go to cuDNN, which
     takes about 100 ms to plan for each new shape: that pays only where the shape comes again."""
     chunks: Sequence[int] | Sequence[Sequence[int]] | None = None
-    """Ends of the prompt's chunks in columns, ascending, the last one `prompt_length`: of all batch rows, or a sequence
-    for each of them. The tokens of a chunk before the last one attend to their own chunk and the first `sink_tokens`
-    tokens only, the last chunk and all that follows to everything (docs/specification.md, section 12). None: one
-    chunk."""
+    """Ends of the prompt's chunks in columns, ascending, the last one `prompt_length`: the same for all batch rows, or
+    one list for each. Tokens of the last chunk and later ones attend to everything; those of other chunks attend only
+    to their own chunk and the first `sink_tokens` tokens (docs/specification.md, section 12). None: one chunk."""
 
     def __post_init__(self) -> None:
         validate_whole("prompt_length", self.prompt_length, 1)
@@ -256,14 +255,14 @@ class Trace:
     selecting_steps: dict[int, Tensor] = field(default_factory=dict)
     """Likewise, which positions were selecting steps; empty without a `select_stride`."""
     dense_states: Tensor | None = None
-    """With `rectify`, the last hidden states under full attention, (B, T, E), which the pass computes anyway; the
-    model's output layer makes the full-attention logits of them. Not detached. None without `rectify`."""
+    """With `rectify`, the last hidden states under full attention, (B, T, E), which the pass computes anyway. The
+    model's output layer turns them into full-attention logits. Not detached. None without `rectify`."""
     measured_steps: int = 0
-    """Most full steps, and likewise selecting steps, of a layer whose score is compared with the attention after it,
-    for a model with look-ahead queries; set by the caller, 0 for none."""
+    """For a model with look-ahead queries: the divergence is computed for at most this many full steps, and as many
+    selecting steps, of each layer. The caller sets it; 0 for none."""
     look_ahead_divergences: dict[int, Tensor] = field(default_factory=dict)
-    """For each layer with look-ahead queries, the mean divergence of these scores, a scalar with a graph that leads to
-    the look-ahead queries alone (docs/specification.md, section 13)."""
+    """For each layer with look-ahead queries, the mean divergence of their scores, a scalar with gradients for the
+    look-ahead queries only (docs/specification.md, section 13)."""
 
 
 def _share_from_percent(text: str) -> float:

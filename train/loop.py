@@ -95,6 +95,6 @@ def prepared(job: Job, resume: bool, overwrite: bool) -> Iterator[CausalLossMode
     model = CausalLossModel(build_model(job), config.training.loss, config.distillation, config.training.look_ahead)
     with locked_run(job.output) if is_first else nullcontext():
         if is_first:
-            validate_output(job.output, config, resume, overwrite)  # another job may have ended in it by now
+            validate_output(job.output, config, resume, overwrite)  # another job may have used it since
             claim_output(job.output, config, overwrite)
         yield model

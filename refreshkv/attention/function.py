@@ -1,7 +1,7 @@
 """The attention function registered with transformers: a simulated pass, a prompt block, or a decoding step.
 
-Training and generation both come through here. A `Simulation` computes all positions of known tokens at once, a
-`RefreshCache` one token at a time; both equal `refreshkv.ops.naive`. Without either, attention is the ordinary one.
+Training and generation both call this function. With a `Simulation` it computes all positions of known tokens at once,
+with a `RefreshCache` one token at a time; both equal `refreshkv.ops.naive`. Without either it is ordinary attention.
 
 Shapes: `B` batch rows, `T` query positions, `L` key positions, `H` query heads, `Hkv` key/value heads, `D` head size,
 `P` prompt length.
