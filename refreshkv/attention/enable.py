@@ -30,10 +30,10 @@ def enable(
     """Gives `model` the refresh attention and returns it.
 
     Afterwards `model(ids, simulation=Simulation(...))` simulates the refresh pattern over known tokens (`refresh=` is
-    the older name of this keyword), `trace=Trace()` beside it records the full steps,
-    `model.generate(..., past_key_values=RefreshCache(...))` decodes with the pattern, and calls with neither use full
-    attention. Each such call checks that all full-attention layers took part in it. Look-ahead queries that were saved
-    with the model (`save_look_ahead`) are loaded with it.
+    the older name of this keyword), `trace=Trace()` records its full steps, `model.generate(...,
+    past_key_values=RefreshCache(...))` decodes with the pattern, and calls with neither use full attention. Each such
+    call checks that all full-attention layers took part in it. Look-ahead queries that were saved with the model
+    (`save_look_ahead`) are loaded with it.
 
     Args:
         model: a transformers decoder whose attention goes through `AttentionInterface`.

@@ -90,7 +90,7 @@ def _half_turned(vector: Tensor) -> Tensor:
 
 
 def look_ahead_of(module: nn.Module) -> LookAhead | None:
-    """The look-ahead queries beside an attention module; None without any."""
+    """The look-ahead queries of an attention module; None without any."""
     return module._modules.get(CHILD)  # pyright: ignore[reportReturnType]  # what add_look_ahead put there
 
 

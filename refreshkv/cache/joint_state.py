@@ -20,7 +20,8 @@ from refreshkv.ops.step.operators import attend_step, select_step
 
 
 class JoinableLayer(Protocol):
-    """What a `JointState` reads and writes of a `RefreshLayer`, beside the tensors that `Decisions` names."""
+    """The attributes of a `RefreshLayer` that a `JointState` reads and writes, besides the tensors named by
+    `Decisions`."""
 
     config: RefreshConfig
     device: torch.device

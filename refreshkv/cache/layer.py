@@ -321,7 +321,7 @@ class RefreshLayer(PreallocatedLayer):
         return naive.decode_step(query, key, value, self.state(), options, scaling, chosen, **further)
 
     def selecting_state(self) -> SelectingState | None:
-        """What the layer holds for selecting steps; None if it has none."""
+        """The layer's state for selecting steps; None without selecting steps."""
         if not self.has_selecting_steps:
             return None
         codes, scales = (self.score_codes, self.score_scales) if self.score_state else (None, None)

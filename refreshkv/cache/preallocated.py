@@ -40,7 +40,7 @@ class PreallocatedCache(Cache):
         if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int) or max_cache_len < 1:
             raise SettingsError(f"max_cache_len must be a whole number >= 1, got {max_cache_len!r}")
         self.kinds = layer_kinds(config)
-        """What each layer is."""
+        """The kind of each layer."""
         own = own_layers(config)
         super().__init__(
             layers=[make_layer() if kind.is_refreshed else layer for kind, layer in zip(self.kinds, own, strict=True)]

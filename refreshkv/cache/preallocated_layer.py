@@ -24,7 +24,7 @@ CANNOT_CROP = (
 
 
 class Phase(Enum):
-    """What a layer holds, which determines how it treats the next tokens.
+    """The state of a layer, which determines how it treats the next tokens.
 
     EMPTY -> [FILLED ->] BLOCK -> DECODING -> STEP -> DECODING -> ... ; DECODING -> [CONTINUING ->] BLOCK for a further
     part of a prompt or another turn. A compiled step stays in DECODING. `reset` leads back to EMPTY.

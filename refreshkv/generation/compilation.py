@@ -11,7 +11,7 @@ from typing import Any
 from transformers import CompileConfig
 
 OPTIONS = {
-    "triton.cudagraphs": True,  # what transformers' own default asks for, by the name of a mode
+    "triton.cudagraphs": True,  # as in transformers' own default, which names a mode
     "coordinate_descent_tuning": True,  # products with one row as sums; tiles by measuring
     "max_autotune_pointwise": True,  # from several starting points
     "combo_kernels": True,  # independent products, such as those for query, key and value, in one launch

@@ -21,7 +21,7 @@ ROOT = Path(refreshkv.__file__).parent
 FOLDER = "custom_generate"
 ENTRY = "refreshkv.generation.generate"
 REQUIREMENTS = "torch>=2.11\ntransformers>=5.17\n"
-"""What transformers asks of the user's environment before it runs the code."""
+"""Packages that transformers requires in the user's environment before it runs the code."""
 HEADER = "# Made by refreshkv {version} of {module}, sources {stamp}: changes are lost with the next export."
 LICENCE = "# SPDX-License-Identifier: Apache-2.0"
 OPTIONAL = "triton"
@@ -140,7 +140,7 @@ def flat(module: str) -> str:
 
 
 def rewritten(module: str, text: str, name: str) -> str:
-    """The text of a module as a file beside the others, registered under `name` instead of "refreshkv"."""
+    """The text of a module as a file among the others, with names registered under `name` instead of "refreshkv"."""
     lines = text.splitlines()
     for node in sorted(own_imports(ast.parse(text)), key=lambda node: node.lineno, reverse=True):
         _replace(lines, node, _relative_imports(node))

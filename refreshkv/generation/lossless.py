@@ -38,7 +38,7 @@ BY_LOGITS_ALONE = ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", 
 
 @dataclass
 class DraftCounts:
-    """What lossless decoding drafted and accepted, over all batch rows: `generate(..., drafts=DraftCounts())`."""
+    """Counts of lossless decoding, summed over batch rows: `generate(..., drafts=DraftCounts())`."""
 
     judged: int = 0
     """Drafts that full attention judged: those up to and including each row's first wrong one of a round."""
@@ -204,7 +204,7 @@ class Rules:
         self.padding: Tensor | None = getattr(config, "_pad_token_tensor", None)
 
     def distribution(self, ids: Tensor, lengths: Tensor, logits: Tensor) -> Tensor:
-        """What tokens are chosen from: the processed logits, or with sampling their probabilities.
+        """The distribution from which tokens are chosen: processed logits, or with sampling their probabilities.
 
         logits (B, n, V): of the tokens that follow the first `lengths`, `lengths + 1`, ... columns of ids (B, T).
         """
@@ -234,8 +234,8 @@ class Rules:
         """How many of the drafts (B, d) are accepted, (B,), and the token (B,) that follows them.
 
         drafted (B, d, V), wanted (B, d + 1, V): the distributions of the small cache and of full attention. In sampling
-        a draft x is accepted with probability min(1, wanted(x) / drafted(x)), else drawn anew from max(0, wanted -
-        drafted): the token is then distributed as `wanted` (Leviathan et al., 2023, arXiv 2211.17192).
+        a draft x is accepted with probability min(1, wanted(x) / drafted(x)), else another token is drawn from max(0,
+        wanted - drafted). The token then has the distribution `wanted` (Leviathan et al., 2023, arXiv 2211.17192).
         """
         count, row = drafts.shape[1], torch.arange(len(drafts), device=drafts.device)
         if count == 0:

@@ -166,7 +166,7 @@ class Plan(NamedTuple):
 
 
 class AttentionInputs(NamedTuple):
-    """What the kernels of known positions attend with."""
+    """Inputs of the attention kernels for known positions."""
 
     query: Tensor
     """(B, H, Q, D): the queries of the last Q positions."""
@@ -241,8 +241,8 @@ class SelectingState(NamedTuple):
 
 
 class NearState(NamedTuple):
-    """The small cache, on the GPU, of a layer with keys and values in host memory. Of its C slots `0 .. W-1` hold the
-    selected tokens, in any order, and those from W on the tokens since the selection."""
+    """The small cache, on the GPU, of a layer with keys and values in host memory. It has C slots: `0 .. W-1` hold the
+    selected tokens, in any order, and the slots from W on the tokens since the selection."""
 
     keys: Tensor
     """(B, Hkv, C, D)."""

@@ -20,7 +20,7 @@ PACKING = ("sample_packing", "eval_sample_packing", "pretraining_sample_concaten
 """Settings of axolotl that put several sequences into a row."""
 
 COLLATORS = ("data_collator", "eval_data_collator", "bench_data_collator")
-"""Where axolotl's trainers have what makes a batch: for training, evaluation, and its benchmarks."""
+"""Attributes of axolotl's trainers that hold a collator: for training, evaluation and its benchmarks."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class SectionConfig:
 
 
 class RefreshArgs(BaseModel):
-    """What the plugin adds to the settings that axolotl knows."""
+    """The section that the plugin adds to axolotl's settings."""
 
     refreshkv: dict[str, Any] | None = None
 
@@ -49,7 +49,7 @@ class RefreshPlugin(BasePlugin):
     simulation: TrainingSimulation | None = None
 
     def get_input_args(self) -> str:
-        """Where axolotl finds the settings of the plugin."""
+        """The name of the class with the plugin's settings."""
         return f"{__name__}.{RefreshArgs.__name__}"
 
     def pre_model_load(self, cfg: Any) -> None:

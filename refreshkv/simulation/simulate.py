@@ -112,7 +112,8 @@ class LossFigures:
 
 
 class TrainingSimulation:
-    """What `simulate` returns. After `remove()`, or the end of a `with` block, no pass simulates."""
+    """A model's simulation in training, made by `simulate`. After `remove()`, or after its `with` block, no pass
+    simulates."""
 
     def __init__(
         self,
