@@ -1,21 +1,22 @@
 """Requests of several clients at once: throughput, latency and memory of `refreshkv.generate`, by concurrency.
 
-    python benchmarks/serve.py [--concurrency 1,4,8] [--requests 16] [--longest 16384] [--new 64] [--dtype bfloat16] ...
+    python benchmarks/serve.py [--recommended] [--compare] [--concurrency 1,8] [--requests 8] [--longest 16384] ...
 
 Each client is a thread that asks for one text after the other, as the threads of a server do; `transformers serve`
 calls the same function, one request at a time. Prompts are random tokens of random lengths between half of --longest
-and all of it. A request with the longest prompt comes first, to warm up. `own` is the model's own `generate` with the
+and all of it. Requests with the longest prompt come first, to warm up. `own` is the model's own `generate` with the
 cache that transformers takes by itself, one request at a time too. The model has random weights.
 
-`recompiled` counts the graphs that torch compiled after the warm-up, `equal` the answers whose tokens are those of the
-same request alone (compared with --compare, which asks for each request alone first).
+`grown MB` is what the GPU holds more after the requests than before them, `recompiled` counts the graphs that torch
+compiled after the warm-up, and `equal` (--compare) the answers whose tokens are those of one client, who asks for one
+text after the other. --output gets each line as soon as it is measured.
 """
 
 import argparse
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,17 +52,27 @@ class Load:
     largest_latency: float
     peak_gb: float
     """Largest memory of the GPU, weights included; 0 on a CPU."""
+    grown_mb: float
+    """Memory of the GPU after the requests less that before them; 0 on a CPU."""
     recompiled: int
-    equal: int | None
+    equal: int | None = None
+    """Answers with the tokens of one client's; None without --compare."""
+
+
+WARM_UPS = {"refreshkv": 3, "own": 1}
+"""Requests before any is measured. Of `refreshkv` the first one compiles and the second one captures."""
 
 
 def main() -> None:
     args = parse()
     model = random_llama(args, args.device, getattr(torch, args.dtype))
     model.config.refreshkv = refresh_config(args).to_dict()
-    prompts = make_prompts(args)
-    results = [load for name in args.generate for load in loads(name, model, prompts, args)]
-    save(args.output, "serve.json", [asdict(result) for result in results])
+    prompts, results = make_prompts(args), []
+    for name in args.generate:
+        for load in loads(name, model, prompts, args):
+            print(load, flush=True)
+            results.append(load)
+            save(args.output, "serve.json", [asdict(result) for result in results])
     print(table(results))
 
 
@@ -78,20 +89,21 @@ def make_prompts(args: argparse.Namespace) -> list[Tensor]:
     return [torch.randint(1, args.vocabulary, (1, length), generator=generator).to(args.device) for length in lengths]
 
 
-def loads(name: str, model: Any, prompts: list[Tensor], args: argparse.Namespace) -> list[Load]:
+def loads(name: str, model: Any, prompts: list[Tensor], args: argparse.Namespace) -> Iterator[Load]:
     """The requests `prompts` at each concurrency, after the longest possible one."""
     ask = make_ask(name, model, args)
     longest = torch.randint(1, args.vocabulary, (1, args.longest), device=args.device)
-    for number in range(3):  # the first compiles, the second captures
+    for number in range(WARM_UPS[name]):
         began = time.perf_counter()
-        ask(longest)
+        ask(longest).cpu()
         print(f"{name}: warm-up {number + 1} took {time.perf_counter() - began:.1f} s", flush=True)
-    alone = [ask(prompt) for prompt in prompts] if args.compare else None
-    results = []
+    alone = None
     for clients in args.concurrency:
-        results.append(measure(name, ask, clients, prompts, alone, args))
-        print(results[-1], flush=True)
-    return results
+        load, answers = measure(name, ask, clients, prompts, args)
+        if args.compare:
+            alone = alone or answers
+            load.equal = sum(torch.equal(tokens, known) for tokens, known in zip(answers, alone, strict=True))
+        yield load
 
 
 def make_ask(name: str, model: Any, args: argparse.Namespace) -> Ask:
@@ -110,11 +122,13 @@ def make_ask(name: str, model: Any, args: argparse.Namespace) -> Ask:
 
 
 def measure(
-    name: str, ask: Ask, clients: int, prompts: list[Tensor], alone: list[Tensor] | None, args: argparse.Namespace
-) -> Load:
+    name: str, ask: Ask, clients: int, prompts: list[Tensor], args: argparse.Namespace
+) -> tuple[Load, list[Tensor]]:
+    """What the requests took, and their new tokens, (1, N) each."""
     free_memory()
     counters.clear()
     on_gpu = args.device.startswith("cuda")
+    held = torch.cuda.memory_allocated() if on_gpu else 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
 
@@ -127,11 +141,10 @@ def measure(
     with ThreadPoolExecutor(clients) as threads:
         answers = list(threads.map(timed, prompts))
     seconds = time.perf_counter() - began
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    free_memory()
     latencies = [latency for _, latency in answers]
-    equal = None
-    if alone is not None:
-        equal = sum(torch.equal(tokens, known.cpu()) for (tokens, _), known in zip(answers, alone, strict=True))
-    return Load(
+    load = Load(
         name,
         clients,
         seconds,
@@ -139,14 +152,16 @@ def measure(
         sum(tokens.numel() for tokens, _ in answers) / seconds,
         statistics.median(latencies),
         max(latencies),
-        torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0,
+        peak / 1e9,
+        (torch.cuda.memory_allocated() - held) / 1e6 if on_gpu else 0.0,
         counters["stats"]["unique_graphs"],
-        equal,
     )
+    return load, [tokens for tokens, _ in answers]
 
 
 def table(results: list[Load]) -> str:
-    titles = ("generate", "clients", "tokens/s", "requests/s", "latency s", "largest", "peak GB", "recompiled", "equal")
+    titles = ("generate", "clients", "tokens/s", "requests/s", "latency s", "largest", "peak GB", "grown MB")
+    titles = (*titles, "recompiled", "equal")
     lines = [
         (
             load.generate,
@@ -156,6 +171,7 @@ def table(results: list[Load]) -> str:
             f"{load.median_latency:.2f}",
             f"{load.largest_latency:.2f}",
             f"{load.peak_gb:.2f}",
+            f"{load.grown_mb:.1f}",
             str(load.recompiled),
             "" if load.equal is None else f"{load.equal} of {load.requests}",
         )
@@ -167,9 +183,9 @@ def table(results: list[Load]) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shape(parser, SHAPE)
-    parser.add_argument("--generate", type=lambda text: text.split(","), default=["own", "refreshkv"])
-    parser.add_argument("--concurrency", type=whole_numbers, default=[1, 4, 8], help="numbers of clients")
-    parser.add_argument("--requests", type=int, default=16, help="at each concurrency")
+    parser.add_argument("--generate", type=lambda text: text.split(","), default=["refreshkv", "own"])
+    parser.add_argument("--concurrency", type=whole_numbers, default=[1, 8], help="numbers of clients")
+    parser.add_argument("--requests", type=int, default=8, help="at each concurrency")
     parser.add_argument("--longest", type=int, default=16384, help="tokens of the longest prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--budget", type=float, default=0.125)
@@ -177,9 +193,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recommended", action="store_true", help="RefreshConfig.recommended() instead of the paper's")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compare", action="store_true", help="count the answers that equal those of single requests")
+    parser.add_argument("--compare", action="store_true", help="count the answers that equal those of one client")
     parser.add_argument("--output", type=Path, help="folder for serve.json")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.compare and args.concurrency[0] != 1:
+        parser.error("--compare compares with the answers of one client: begin --concurrency with 1")
+    return args
 
 
 if __name__ == "__main__":

@@ -119,3 +119,27 @@ def test_the_acceptance_of_a_model_on_its_texts(tmp_path, monkeypatch, capsys):
         result = json.loads((tmp_path / "acceptance.json").read_text())["results"][0]
         assert result["tokens"] == 24 and 0 < result["accepted"] <= result["judged"] <= result["steps"] * 3
         assert f"{result['acceptance']:.1%}" in capsys.readouterr().out
+
+
+def test_requests_of_clients_are_timed_and_compared(tmp_path, monkeypatch, capsys):
+    """Ours come first, and the file holds each line as soon as it is measured."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import serve
+
+    saved, save = [], serve.save
+
+    def noted(folder, name, results):
+        save(folder, name, results)
+        saved.append([(load["generate"], load["clients"]) for load in json.loads((folder / name).read_text())])
+
+    monkeypatch.setattr(serve, "save", noted)
+    options = "--longest 60 --new 4 --requests 2 --concurrency 1,2 --dtype float32 --device cpu --compare --recommended"
+    monkeypatch.setattr(sys, "argv", ["serve.py", *SHAPE, *options.split(), "--output", str(tmp_path)])
+    serve.main()
+    order = [("refreshkv", 1), ("refreshkv", 2), ("own", 1), ("own", 2)]
+    assert saved == [order[: number + 1] for number in range(4)]
+    assert all(load["equal"] == 2 for load in json.loads((tmp_path / "serve.json").read_text()))
+    assert capsys.readouterr().out.count("2 of 2") == 4
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--compare", "--concurrency", "4"])
+    with pytest.raises(SystemExit):
+        serve.main()

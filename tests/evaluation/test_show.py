@@ -123,6 +123,36 @@ def test_the_script_shows_what_the_cache_held(name, tmp_path):
         assert returned[layer] == came_back(made)
 
 
+BROWSER = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
+
+
+def in_a_browser(page, step, layer, head):
+    """What a headless browser makes of the page: positions of the marked tokens, and the number that it counted."""
+    address = f"{page.as_uri()}#step={step}&layer={layer}&head={head}"
+    line = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent}/profile"]
+    dom = subprocess.run([*line, "--dump-dom", address], capture_output=True, text=True, timeout=60).stdout
+    text = re.search(r'<p id="text">(.*?)</p>', dom, re.DOTALL)[1]
+    spans = re.findall(r"<span[^>]*>", text)
+    marked = [at for at, span in enumerate(spans) if "background" in span]
+    return marked, int(re.search(r'data-held="(\d+)"', dom)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser")
+@pytest.mark.parametrize("name", ["selecting steps", "by similarity"])
+def test_a_browser_marks_what_the_cache_held(name, tmp_path):
+    config = CONFIGS[name]
+    model, recording = recorded(config)
+    attended, chosen = held_by_the_cache(model, config, recording.tokens)
+    page = tmp_path / "page.html"
+    page.write_text(build_page(recording, [f"<{token}>" for token in recording.tokens], name, {}), encoding="utf-8")
+    some = random.Random(0).sample(sorted(chosen), 2) + random.Random(1).sample(sorted(attended), 2)
+    for layer, head, position in some:
+        marked, count = in_a_browser(page, position - (PROMPT - 1), layer, head)
+        held = chosen.get((layer, head, position)) or attended[layer, head, position]
+        assert marked == held and count == len(held)
+
+
 def came_back(made):
     """For each choice and head the positions that are kept, were not before, but earlier."""
     found, seen = [], [set() for _ in made[0].kept]
