@@ -24,7 +24,7 @@ class Conversation:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None = None):
         if not tokenizer.chat_template:
-            raise SettingsError("--model: its tokenizer has no chat template: continue texts with refreshkv generate")
+            raise SettingsError("MODEL: its tokenizer has no chat template: continue texts with refreshkv generate")
         self.tokenizer, self.system = tokenizer, system
         self.reset()
 

@@ -95,6 +95,19 @@ def answer(model, tokenizer, text, **settings):
     return tuple(tokenizer.decode(ids[0, length:], skip_special_tokens=True) for ids in found)
 
 
+def completed(client, text):
+    """What the server streams behind a text, without a chat template."""
+    chunks = client.completions.create(model=REPOSITORY, prompt=text, temperature=0, max_tokens=NEW, stream=True)
+    return "".join(chunk.choices[0].text or "" for chunk in chunks)
+
+
+def completion(model, tokenizer, text):
+    """What the package writes behind a text."""
+    inputs = tokenizer(text, return_tensors="pt")
+    ids = refreshkv.generate(model, **inputs, do_sample=False, max_new_tokens=NEW)
+    return tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
 @pytest.mark.slow
 def test_a_server_of_the_hub_alone_answers_as_the_package_does(model, tokenizer, folder, tmp_path):
     openai = pytest.importorskip("openai")
@@ -126,6 +139,7 @@ def test_a_server_of_the_hub_alone_answers_as_the_package_does(model, tokenizer,
             with ThreadPoolExecutor(8) as threads:
                 found = [text for text, _ in threads.map(streamed, texts)]
             assert found == [answer(model, tokenizer, text)[0] for text in texts]
+            assert completed(client, texts[0]) == completion(model, tokenizer, texts[0])
             stop = small[5]
             expected, _ = answer(model, tokenizer, texts[0], stop_strings=[stop])
             assert streamed(texts[0], stop=[stop])[0] == expected != small
