@@ -18,8 +18,16 @@ from refreshkv.config import RefreshConfig
 from refreshkv.evaluation.caches import Caches
 from refreshkv.evaluation.costs import Meter
 from refreshkv.evaluation.harness.costs import HarnessCosts, costs_of_decoding
+from refreshkv.evaluation.harness.presses import (
+    PREFIX,
+    PressStrategy,
+    build_press,
+    press_loop,
+    scored_behind_press,
+    validate_press,
+)
 from refreshkv.evaluation.harness.scoring import Answer, Scored, Text, decoded, simulated
-from refreshkv.evaluation.strategies import STRATEGIES, Strategy, build_strategy, refreshing
+from refreshkv.evaluation.strategies import Strategy, build_strategy, refreshing
 from refreshkv.evaluation.tasks.scores import CAPACITY_STEP
 from refreshkv.loading import Origin, load_configuration, own_config, validate_finite, validate_whole
 from refreshkv.options import changed_config
@@ -36,8 +44,8 @@ class RefreshLM(HFLM):
 
     Args:
         pretrained: folder or Hub id, as for `--model hf`.
-        strategy: as in `refreshkv evaluate --strategies`, such as select:2:4bit; None: the schedule and selection that
-            the model has saved, or the paper's.
+        strategy: as in `refreshkv evaluate --strategies`, such as select:2:4bit, or a press, such as
+            kvpress:SnapKVPress; None: the schedule and selection that the model has saved, or the paper's.
         budget: K, tokens of the small cache, or a share of the prompt.
         rolling_prompt: tokens of each window of a rolling perplexity that are the prompt, with full attention. The
             harness' own windows have a context of one token.
@@ -71,7 +79,9 @@ class RefreshLM(HFLM):
         self._least_prompt = 1
         self.costs, self._new_costs = HarnessCosts(), HarnessCosts()
         self._caches = Caches(self.model, record=False)  # prompts differ in length, so few caches are used again
-        if not self.strategy.is_full:
+        if isinstance(self.strategy, PressStrategy):
+            validate_press(self.strategy, self.model, self.batch_size)
+        elif not self.strategy.is_full:
             _validate_batch_size(self.batch_size)
             enable(self.model, self.strategy.config or RefreshConfig(), prompt_attention)
             self.model.generation_config.cache_implementation = None  # the strategy's cache takes its place
@@ -118,11 +128,14 @@ class RefreshLM(HFLM):
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         sequences, columns = context.shape
+        if not self.strategy.is_full and settings.get("num_beams", 1) != 1:
+            raise SettingsError(f"num_beams={settings['num_beams']}: a small cache decodes greedily or by sampling")
+        if isinstance(self.strategy, PressStrategy):
+            loop = press_loop(self.strategy, self._new_costs.add)
+            return super()._model_generate(context, max_length, stop, custom_generate=loop, **settings)
         if self.strategy.is_full:
             loop, cache = {}, DynamicCache(config=self.model.config.get_text_config(decoder=True))
         else:
-            if settings.get("num_beams", 1) != 1:
-                raise SettingsError(f"num_beams={settings['num_beams']}: a small cache decodes greedily or by sampling")
             loop = {"custom_generate": decode_ahead}
             cache = self._caches.take(self.strategy, sequences, columns, _rounded(max_length))
         meter = Meter(self.model)
@@ -155,6 +168,8 @@ class RefreshLM(HFLM):
     def _score(self, texts: list[Text]) -> Scored:
         if self.strategy.config is not None:
             return simulated(self.model, self.strategy.config, texts, self.softmax_dtype)
+        if isinstance(self.strategy, PressStrategy):
+            return scored_behind_press(self.model, self.strategy, texts[0])
         return decoded(self.model, self.strategy, texts[0], self._caches, _rounded)
 
     # ---- checks and costs
@@ -205,11 +220,8 @@ def _validate_pretrained(pretrained: str | PreTrainedModel | None, settings: dic
 def _strategy(name: str | None, config: RefreshConfig) -> Strategy:
     if name is None:
         return refreshing(OWN, config)
-    if name.startswith("kvpress"):
-        raise SettingsError(
-            f"strategy={name}: the presses of kvpress are not run: its releases need transformers below 5.3, and "
-            f"refreshkv 5.17 or later; known are {', '.join(STRATEGIES)}"
-        )
+    if name.startswith(PREFIX):
+        return build_press(name, config)
     try:
         return build_strategy(name, config)
     except SettingsError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from refreshkv import cli
 from refreshkv.data.tasks.words import coined_words
@@ -16,6 +17,7 @@ from refreshkv.data.tokenizer import train_tokenizer
 from refreshkv.launch.command import FILES
 from refreshkv.settings import SettingsError
 from tests.helpers.models import decode_logits, tiny_model
+from tests.helpers.presses import kvpress_or_like
 from tests.helpers.ranks import run_ranks
 
 TASKS = {
@@ -69,7 +71,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def evaluated(folder, model="refreshkv", tasks=NAMES, limit=None, **arguments):
+def evaluated(folder, model="refreshkv", tasks=NAMES, limit=None, batch_size=2, **arguments):
     """The results of the harness."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -81,7 +83,7 @@ def evaluated(folder, model="refreshkv", tasks=NAMES, limit=None, **arguments):
         {"pretrained": str(folder / "model"), **arguments},
         tasks=list(tasks),
         device="cpu",
-        batch_size=2,
+        batch_size=batch_size,
         limit=limit,
         bootstrap_iters=0,
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
@@ -143,7 +145,7 @@ def test_continuations_are_scored_as_they_would_be_decoded(folder, hf):
 def model_of(folder, **arguments):
     from refreshkv.evaluation.harness.model import RefreshLM
 
-    return RefreshLM(pretrained=str(folder / "model"), device="cpu", batch_size=2, **arguments)
+    return RefreshLM(pretrained=str(folder / "model"), device="cpu", **{"batch_size": 2, **arguments})
 
 
 def test_answers_come_from_the_small_cache(folder, hf):
@@ -187,7 +189,6 @@ def test_rolling_perplexity(folder):
     ("arguments", "words"),
     [
         ({"strategy": "refreshed:5"}, "strategy: there is no 'refreshed'"),
-        ({"strategy": "kvpress:SnapKVPress"}, "the presses of kvpress are not run"),
         ({"strategy": "refresh:5", "budget": 0}, "budget"),
         ({"strategy": "refresh:5", "refresh.strides": 2}, "strides"),
         ({"strategy": "refresh:5", "rolling_prompt": 0.5}, "rolling_prompt must be a whole number"),
@@ -206,6 +207,79 @@ def test_what_cannot_be_scored_is_refused(folder):
         evaluated(folder, tasks=["read_words"], limit=1, strategy="refresh:5")
     with pytest.raises(SettingsError, match="strategy=SnapKV: a rolling perplexity"):
         evaluated(folder, tasks=["read_words"], limit=1, strategy="snapkv", budget=8)
+
+
+def logits_without(model, ids, prompt, dropped):
+    """The naive form of a press that drops these positions of the prompt: nothing behind the prompt attends to them."""
+    length = ids.shape[1]
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    mask[:, :, prompt:, dropped] = False
+    with torch.no_grad():
+        return model(ids, attention_mask=mask).logits[0]
+
+
+def test_a_press_is_full_attention_without_what_it_drops(folder, hf, monkeypatch):
+    """StreamingLLMPress drops the same positions in all layers and heads: all but the first four and the last."""
+    kvpress_or_like(monkeypatch)
+    own = {"strategy": "kvpress:StreamingLLMPress", "budget": 0.5, "batch_size": 1}
+    found, lm = evaluated(folder, limit=2, **own), model_of(folder, **own)
+    assert answers(found)["choose_words"] != answers(hf)["choose_words"][:2]
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+
+    def dropped(prompt):
+        return slice(4, prompt - (int(prompt * 0.5) - 4))
+
+    for sample in found["samples"]["choose_words"]:
+        for (context, end), ((value, is_greedy),) in zip(sample["arguments"], sample["resps"], strict=True):
+            prompt, tokens = lm._encode_pair(context, end)
+            logits = logits_without(model, torch.tensor([prompt + tokens]), len(prompt), dropped(len(prompt)))
+            logits = logits[len(prompt) - 1 : -1].log_softmax(-1)
+            assert value == pytest.approx(float(logits.gather(1, torch.tensor(tokens)[:, None]).sum()), abs=1e-4)
+            assert is_greedy == (logits.argmax(-1).tolist() == tokens)
+    for sample in found["samples"]["continue_words"]:
+        context = lm.tok_encode(sample["arguments"][0][0])
+        ids = torch.tensor([context])
+        for _ in range(24):
+            logits = logits_without(model, ids, len(context), dropped(len(context)))
+            ids = torch.cat([ids, logits[-1].argmax().reshape(1, 1)], dim=1)
+        text = lm.tok_decode(ids[0, len(context) :].tolist())
+        assert sample["resps"][0][0] == text.split("ab")[0]
+    metadata = found["config"]["refreshkv"]
+    assert metadata["settings"] == {"press": "StreamingLLMPress", "budget": 0.5, "n_sink": "4"}
+    assert metadata["cache_bytes"] > 0 and metadata["decoding_steps"] > 0
+    assert metadata["strategy"] == "kvpress StreamingLLMPress"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"strategy": "kvpress:SnapKV"}, "only presses of kvpress that score tokens and prune"),
+        ({"strategy": "kvpress:AnswerPress"}, "only presses of kvpress that score tokens and prune"),
+        ({"strategy": "kvpress:StreamingLLMPress", "batch_size": 2}, "scores padding as tokens: write 1"),
+        ({"strategy": "kvpress:StreamingLLMPress", "budget": 30}, "a press leaves a share of the prompt"),
+    ],
+)
+def test_presses_that_would_be_wrong_are_refused(folder, monkeypatch, arguments, words):
+    kvpress_or_like(monkeypatch)
+    with pytest.raises(SettingsError, match=words):
+        model_of(folder, **{"batch_size": 1, **arguments})
+
+
+@pytest.mark.parametrize("family", ["mistral", "llama"])
+def test_presses_need_layers_of_full_attention(family):
+    from refreshkv.evaluation.harness.presses import PressStrategy, validate_press
+
+    strategy = PressStrategy("kvpress X", {"press": "X"}, lambda *_: None)
+    if family == "llama":
+        return validate_press(strategy, tiny_model(), 1)
+    with pytest.raises(SettingsError, match="layers without full attention"):
+        validate_press(strategy, tiny_model(family=family, sliding_window=12), 1)
+
+
+def test_presses_need_kvpress(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kvpress", None)
+    with pytest.raises(SettingsError, match="kvpress cannot be imported .*pip install --no-deps kvpress"):
+        model_of(folder, strategy="kvpress:SnapKVPress", batch_size=1)
 
 
 def as_rank(folder, output):

@@ -203,12 +203,17 @@ def test_a_model_without_refreshable_layers_decodes_with_its_own_attention(by_ke
     model = tiny_model(**settings, layer_types=["sliding_attention"] * 2)
     ids = random_ids(1, 30)
     expected = model.generate(ids, **GREEDY)
-    with pytest.warns(UserWarning, match="every layer of this model has a sliding window.* its own attention"):
+
+    def call():
         if by_keyword:
-            found = model.generate(ids, custom_generate=refreshkv.generate, **GREEDY)
-        else:
-            found = refreshkv.generate(model, ids, **GREEDY)
-    assert torch.equal(found, expected)
+            return model.generate(ids, custom_generate=refreshkv.generate, **GREEDY)
+        return refreshkv.generate(model, ids, **GREEDY)
+
+    with pytest.warns(UserWarning, match="every layer of this model has a sliding window.* its own attention") as said:
+        found = [call(), call()]
+    assert all(torch.equal(one, expected) for one in found)
+    lines = [str(warning.message) for warning in said if "refreshkv" in str(warning.message)]
+    assert len(lines) == 1 and "\n" not in lines[0]
 
 
 def test_the_callers_own_cache_and_implementations_of_others():
