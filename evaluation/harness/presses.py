@@ -116,8 +116,11 @@ class PressedSteps:
     def prompt(self, ids: Tensor) -> Tensor:
         """ids (1, P) -> logits (1, V) of the token behind them."""
         self.length = ids.shape[1]
-        with pressed(self.model, self.press):
-            return self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
+        try:
+            with pressed(self.model, self.press):
+                return self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
+        except AssertionError as error:  # how presses refuse prompts that are too short and models that do not fit
+            raise SettingsError(f"strategy={PREFIX}{type(self.press).__name__}: {error}") from None
 
     def step(self, token: Tensor) -> Tensor:
         """token (1, 1) -> logits (1, V) of the next one. Its position is that of the whole text, not the cache's."""

@@ -276,6 +276,13 @@ def test_presses_need_layers_of_full_attention(family):
         validate_press(strategy, tiny_model(family=family, sliding_window=12), 1)
 
 
+def test_a_prompt_that_a_press_does_not_take_is_refused(folder, monkeypatch):
+    kvpress_or_like(monkeypatch)
+    lm = model_of(folder, strategy="kvpress:StreamingLLMPress", batch_size=1)
+    with pytest.raises(SettingsError, match="strategy=kvpress:StreamingLLMPress: Input should contain more tokens"):
+        lm._loglikelihood_tokens([(None, [5, 6, 7], [8, 9])])
+
+
 def test_presses_need_kvpress(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "kvpress", None)
     with pytest.raises(SettingsError, match="kvpress cannot be imported .*pip install --no-deps kvpress"):

@@ -42,6 +42,7 @@ class StreamingLLMPress(ScorerPress):
     n_sink: int = 4
 
     def score(self, keys):
+        assert keys.shape[2] > self.n_sink, "Input should contain more tokens"
         scores = torch.arange(keys.shape[2], dtype=torch.float32).expand(keys.shape[:3]).clone()
         scores[..., : self.n_sink] = torch.inf
         return scores
