@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache
 
 from refreshkv.attention.masks import padding_from_mask
+from refreshkv.cache.keyword import given_cache
 from refreshkv.cache.preallocated import PreallocatedCache, RowStart
 from refreshkv.cache.preallocated_layer import validate_room
 
@@ -46,7 +47,7 @@ def validate_inputs(module: Any, inputs: dict[str, Any]) -> None:
     tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
     if not isinstance(tokens, Tensor) or tokens.ndim < 2:
         return  # the model itself says what is wrong
-    (rows, new), cache = tokens.shape[:2], inputs.get("past_key_values")
+    (rows, new), cache = tokens.shape[:2], given_cache(inputs)
     if new == 0:
         raise ValueError(
             "the call has no tokens that the cache does not hold: give each row at least one, and to begin another "

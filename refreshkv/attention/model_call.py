@@ -26,6 +26,7 @@ from refreshkv.attention.chunks import validate_layers
 from refreshkv.attention.inputs import validate_inputs, without_packing
 from refreshkv.attention.look_ahead_module import look_ahead_of, rotation_of
 from refreshkv.attention.two_streams import OTHER_LAYERS, add_stream, join_streams
+from refreshkv.cache.keyword import given_cache
 from refreshkv.cache.preallocated import PreallocatedCache
 from refreshkv.config import Simulation, Trace
 from refreshkv.layers import RECURRENT, LayerKind
@@ -198,7 +199,7 @@ def attach(model: nn.Module, decoders: list[nn.Module], modules: list[Any], call
 def _begin_call(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Before the model: opens a call. The keywords stay, for the decoder's hook."""
     inputs = _by_name(module, args, kwargs)
-    cache = inputs.get("past_key_values")
+    cache = given_cache(inputs)
     _refuse_other_uses(module, cache, inputs)
     given = [name for name in KEYWORDS if name in kwargs]
     if torch.compiler.is_compiling() and not given:
@@ -277,7 +278,7 @@ def _add_keywords(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
 
 def _given_cache(args: tuple, kwargs: dict[str, Any]) -> PreallocatedCache | None:
     """The cache among an attention module's arguments, which families name differently."""
-    cache = kwargs.get("past_key_values")
+    cache = given_cache(kwargs)
     if cache is not None:
         return cache if isinstance(cache, PreallocatedCache) else None
     return next((value for value in (*kwargs.values(), *args) if isinstance(value, PreallocatedCache)), None)

@@ -23,6 +23,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from refreshkv.attention.enable import PROMPT_ATTENTIONS, enable
 from refreshkv.attention.model_call import NAME
+from refreshkv.cache.keyword import CACHE_NAME, given_cache
 from refreshkv.cache.preallocated import PreallocatedCache
 from refreshkv.cache.refresh import saved_config
 from refreshkv.config import RefreshConfig
@@ -136,7 +137,7 @@ def _why_ordinary(model: Any, call: Call, arguments: dict[str, Any]) -> str | No
     except NotRefreshable as error:
         reason = f"{error}; {OWN_ATTENTION}"
     else:
-        cache = arguments.get("past_key_values")
+        cache = given_cache(arguments)
         if cache is not None and not isinstance(cache, PreallocatedCache):
             return "the caller's own cache"
         reason = _other_way_of_decoding(model, arguments)
@@ -222,7 +223,7 @@ def _decode(model: Any, input_ids: Tensor, *, generation_config: GenerationConfi
 
 def _decode_from_pool(model: Any, input_ids: Tensor, call: Call, settings: dict[str, Any]) -> Any:
     """`decode_ahead` with the caller's cache, or with one from the pool, which is then returned to it."""
-    config, given = settings["generation_config"], settings.get("past_key_values")
+    config, given = settings["generation_config"], given_cache(settings)
     if isinstance(given, PreallocatedCache) or getattr(given, "_is_user_defined", False):
         return decode_ahead(model, input_ids, stream_to=call.streamer, **settings)
     embeddings = settings.get("inputs_embeds")
@@ -231,7 +232,7 @@ def _decode_from_pool(model: Any, input_ids: Tensor, call: Call, settings: dict[
     shape = Shape(rows, call.refresh or saved_config(model.config, "refresh"), call.offload)
     cache = call.state.pool.take(model.config, shape, max(config.max_length + prompt, call.cache_length or 0))
     try:
-        return decode_ahead(model, input_ids, stream_to=call.streamer, **{**settings, "past_key_values": cache})
+        return decode_ahead(model, input_ids, stream_to=call.streamer, **{**settings, CACHE_NAME: cache})
     finally:
         if not config.return_dict_in_generate:  # an output that holds the cache is the caller's
             call.state.pool.give_back(shape, cache)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from refreshkv.cache.keyword import given_cache
 from refreshkv.cache.preallocated import PreallocatedCache
 
 
@@ -28,7 +29,7 @@ def announce_chunks(model: PreTrainedModel) -> None:
 
 def _prepare_inputs(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Tells the cache if the tokens are a chunk of a prompt, then calls the model's own method."""
-    cache = kwargs.get("past_key_values")
+    cache = given_cache(kwargs)
     # transformers (5.17 to 5.23) passes `next_sequence_length` except for a chunk of a prompt. Releases that pass
     # `is_first_iteration` set it for a chunk.
     is_chunk = "next_sequence_length" not in kwargs and kwargs.get("is_first_iteration", True)

@@ -18,6 +18,7 @@ from transformers.training_args import TrainingArguments
 from refreshkv.attention.enable import enable
 from refreshkv.attention.look_ahead import ensure_look_ahead, freeze_model, mean_divergence
 from refreshkv.attention.look_ahead_config import LookAheadConfig
+from refreshkv.cache.keyword import given_cache
 from refreshkv.config import RefreshConfig, Simulation, Trace
 from refreshkv.settings import SettingsError
 from refreshkv.simulation.distillation import DistillationConfig, divergence, without_dropout
@@ -224,7 +225,7 @@ class TrainingSimulation:
             )
         if self._is_teaching or decoder is not self._decoder or not decoder.training or _is_given(kwargs):
             return args, kwargs
-        if kwargs.get("past_key_values") is not None:
+        if given_cache(kwargs) is not None:
             raise ValueError("a simulated training pass takes whole sequences: pass no past_key_values")
         inputs = kwargs.get("input_ids", args[0] if args else None)
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
