@@ -22,6 +22,12 @@ from tests.helpers.models import tiny_model
 pytestmark = pytest.mark.timeout(20)
 
 
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch):
+    """Who waits for a pipe's writer waits longer than a test may take."""
+    monkeypatch.setattr("refreshkv.reading.SECONDS_FOR_A_WRITER", 1000.0)
+
+
 def lock(folder):
     with locked_run(folder):
         pass
@@ -60,7 +66,7 @@ def with_pipe(folder, name):
 def test_pipes_are_refused_in_one_line(tmp_path, name):
     with pytest.raises(SettingsError) as raised:
         REFUSED[name](with_pipe(tmp_path, name))
-    assert name.rpartition("/")[2].partition(".")[0] in str(raised.value) and "\n" not in str(raised.value)
+    assert name.partition("/")[0] in str(raised.value) and "\n" not in str(raised.value)
     assert (tmp_path / name).is_fifo()
 
 
