@@ -8,40 +8,56 @@ was accepted, and the tokens of a round, the block with full attention; --output
 """
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 from output import save
-from refreshkv import DraftCounts, RefreshCache, RefreshConfig, decode_lossless, enable
-from refreshkv.evaluation.inputs import open_split
+from refreshkv import DraftCounts, RefreshCache, RefreshConfig, SettingsError, decode_lossless, enable
+from refreshkv.evaluation.inputs import check_tokens, open_split
+from refreshkv.evaluation.reports import hardware
+from refreshkv.loading import PLAIN, load_model, model_folder
 from refreshkv.tables import column_table
 
 
 def main() -> None:
     args = read_arguments()
     refresh = RefreshConfig.recommended(budget=args.budget, recent_window=args.recent)
-    dtype = getattr(torch, args.dtype)
-    model = enable(AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval(), refresh)
+    folder, dtype = model_folder(args.model), getattr(torch, args.dtype)
+    model = load_model(folder, "--model", dtype=dtype).to(args.device).eval()  # pyright: ignore[reportArgumentType]  # transformers' wrapper of it hides `self`
+    enable(model, refresh)
+    about = f"{hardware()}, torch {torch.__version__}, {time.strftime('%d %B %Y')}"
     results = []
-    for folder in args.data:
-        rows = open_split(folder, args.split, args.rows)[1]
-        prompts = torch.as_tensor(rows[:]["input_ids"])[:, : args.prompt].to(args.device)
+    for data in args.data:
+        prompts = read_prompts(model, folder, data, args).to(args.device)
         counts = DraftCounts()
-        for some in tqdm(prompts.split(args.batch_size), desc=Path(folder).name, unit="batch"):
-            write(model, some, refresh, counts, args)
-        results.append({"data": Path(folder).name, **vars(counts), "acceptance": counts.acceptance})
+        for batch in tqdm(prompts.split(args.batch_size), desc=Path(data).name, unit="batch"):
+            write(model, batch, refresh, counts, args)
+        results.append({"data": Path(data).name, **vars(counts), "acceptance": counts.acceptance})
         results[-1]["tokens a round"] = counts.tokens_per_round
-    save(args.output, "acceptance.json", {"settings": settings(args), "results": results})
-    print(table(results))
+    save(args.output, "acceptance.json", {"about": about, "settings": settings(args), "results": results})
+    print(about, table(results), sep="\n")
+
+
+def read_prompts(model: Any, folder: str, data: str, args: argparse.Namespace) -> Tensor:
+    """The first tokens of the prepared sequences, (rows, P). Raises `SettingsError` if the sequences are shorter than
+    --prompt, or have other tokens than the model in `folder`."""
+    rows, sequences = open_split(data, args.split, args.rows)
+    check_tokens(model, folder, rows, PLAIN)
+    ids = torch.as_tensor(sequences[:]["input_ids"])
+    if not 1 <= args.prompt <= ids.shape[1]:
+        raise SettingsError(
+            f"--prompt={args.prompt}: the sequences of {data} have {ids.shape[1]} tokens: ask for fewer"
+        )
+    return ids[:, : args.prompt]
 
 
 def write(model: Any, prompts: Tensor, refresh: RefreshConfig, counts: DraftCounts, args: argparse.Namespace) -> None:
-    """Texts after these prompts, (B, P); the counts grow by what was drafted and accepted."""
+    """Generates after these prompts, (B, P), and adds to `counts` what was drafted and accepted."""
     torch.manual_seed(args.seed)
     model.generate(
         prompts,

@@ -16,8 +16,8 @@ lossless:2:4bit (drafts by select:2:4bit, checked by full attention; weights are
 decides how many drafts are right), streaming, h2o, snapkv; static and dynamic are transformers' own caches. `GB moved`
 is what a token's step has to read. Prints a line for each, pieces of the step with --pieces, and a table at the end;
 --output DIR writes decode.json after each line, and decode.png. With --terms every case is timed three times: with the
-ordinary softmax, with attention sinks (`refresh+sinks`) and with a softcap (`refresh+softcap`); full, refresh and
-select take them.
+ordinary softmax, with attention sinks (`refresh+sinks`) and with a softcap (`refresh+softcap`); full, refresh,
+similarity and select take them.
 """
 
 import argparse
@@ -69,6 +69,8 @@ SELECTING = re.compile(r"(?P<offloaded>offloaded-)?(?P<kind>select|lossless):(?P
 """Strategies with selecting steps."""
 TERMS = ("", "+sinks", "+softcap")
 """What --terms appends to the names of strategies."""
+TAKE_TERMS = ("full", "refresh", "similarity", "select")
+"""Strategies, without what follows a colon, that can be timed with --terms."""
 SOFTCAP = 50.0
 """Gemma 2's."""
 
@@ -121,6 +123,9 @@ def read_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.tuned and args.loop == "graph":
         parser.error("--tuned is about compiling, and --loop graph captures the uncompiled step: leave one out")
+    for strategy in args.strategies.split(",") if args.terms else ():
+        if strategy.partition(":")[0] not in TAKE_TERMS:  # static and dynamic would ignore the terms
+            parser.error(f"--terms: {strategy} takes no sinks and no softcap: leave it out of --strategies")
     if args.quick:
         args.layers, args.cases, args.cycles = 4, "4096:1,8192:4", 2
     args.budget = int(args.budget) if args.budget > 1 else args.budget

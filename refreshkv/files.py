@@ -118,7 +118,7 @@ def not_on_record(folder: Path, leave_out: Sequence[str] = ()) -> str | None:
     try:
         files = read_own_json(folder / RECORD_FILE, "the record")["files"]
         recorded = {str(name): int(size) for name, size in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"has no list of the files that were written there ({RECORD_FILE}), so all of it may be yours"
     for name in _names_below(folder):
         if name == RECORD_FILE or name in leave_out:

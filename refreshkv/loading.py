@@ -42,6 +42,7 @@ OPTIONS = ("--revision", "--trust-remote-code")
 ORIGIN_SETTINGS = {
     "model.path": ("model.revision", "model.trust_remote_code=true"),
     "data.tokenizer": ("data.tokenizer_revision", "data.trust_remote_code=true"),
+    "pretrained": ("revision", "trust_remote_code=True"),
 }
 """Setting that names a model or a tokenizer -> the settings of its `Origin`; for all others `OPTIONS`."""
 

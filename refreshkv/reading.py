@@ -64,16 +64,20 @@ def read_bytes(path: str | Path, setting: str, largest: int = LARGEST_TEXT) -> b
 def refuse_special_files(path: str | Path, setting: str) -> None:
     """Raises `SettingsError` if a file, or one below a folder, is a pipe or a device: libraries would wait for it.
 
-    What cannot be looked at passes: reading it says why.
+    What cannot be looked at passes: reading it says why. Hidden folders inside pass too, for libraries do not read
+    them: .git may be large, and programs keep sockets in such folders.
     """
-    files = [os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names] or [str(path)]
-    for file in files:
+    files = []
+    for parent, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [os.path.join(parent, name) for name in names]
+    for file in files or [str(path)]:
         try:
             mode = os.stat(file).st_mode
         except (OSError, ValueError):
             continue
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise SettingsError(f"{setting}: {file} is a pipe or a device, not a file")
+            raise SettingsError(f"{setting}: {file} is a pipe, a socket or a device, not a file")
 
 
 def refuse_special_sources(sources: Any, setting: str) -> None:

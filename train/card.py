@@ -228,7 +228,7 @@ def _prepared_splits(folder: str, fingerprint: str) -> dict[str, dict[str, int]]
     try:
         info = read_own_json(Path(folder).expanduser() / INFO_FILE, "data.folder")
         return info["splits"] if info["fingerprint"] == fingerprint else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

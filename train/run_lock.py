@@ -37,12 +37,14 @@ def locked_run(output: Path) -> Iterator[None]:
 
 
 def _opened(path: Path) -> IO[str]:
-    """Opens or makes the file; `SettingsError` if something else has its name."""
+    """Opens or makes the file; `SettingsError` if that fails, or if it is a pipe, for which opening would wait."""
+    refuse_special_files(path, "training.output")
     try:
-        refuse_special_files(path, "training.output")  # a pipe would be waited for
         return path.open("a")
     except OSError as error:
-        raise SettingsError(f"training.output: {path} cannot be opened: {error.strerror}; move it away") from None
+        raise SettingsError(
+            f"training.output: {path} cannot be opened ({error.strerror}): name another folder"
+        ) from error
 
 
 def validate_unlocked(output: Path) -> None:

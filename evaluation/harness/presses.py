@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from refreshkv.config import RefreshConfig
@@ -47,7 +47,12 @@ def build_press(text: str, config: RefreshConfig) -> PressStrategy:
     kind = _press_class(name)
     own = {field.name: str(field.default) for field in dataclasses.fields(kind) if field.name != "compression_ratio"}
     settings = {"press": name, "budget": config.budget, **own}
-    return PressStrategy(f"kvpress {name}", settings, lambda model, tokens: DynamicCache(config=model))
+    return PressStrategy(f"kvpress {name}", settings, _new_cache)
+
+
+def _new_cache(model_config: PretrainedConfig, tokens: int = 0) -> DynamicCache:
+    """An empty cache of transformers; it grows, so the number of tokens does not matter."""
+    return DynamicCache(config=model_config.get_text_config(decoder=True))
 
 
 def _press_class(name: str) -> Any:
@@ -82,14 +87,13 @@ def validate_press(strategy: PressStrategy, model: PreTrainedModel, batch_size: 
     """Raises `SettingsError` where a press would be silently wrong."""
     if str(batch_size) != "1":
         raise SettingsError(f"--batch_size {batch_size}: {strategy.name} scores padding as tokens: write 1")
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+    if any(type(layer) is not DynamicLayer for layer in _new_cache(model.config).layers):
         raise SettingsError(f"{strategy.name}: the model has layers without full attention, which presses do not prune")
 
 
 @contextmanager
 def pressed(model: PreTrainedModel, press: Any) -> Iterator[None]:
-    """The press is at work in all passes inside; these must be prompts, from an empty cache."""
+    """Inside the block each pass of the model is pruned by the press; it must be a prompt, from an empty cache."""
 
     def with_positions(module: nn.Module, args: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         columns = keywords["hidden_states"].shape[1]
@@ -110,7 +114,7 @@ class PressedSteps:
 
     def __init__(self, model: Any, press: Any):
         self.model, self.press = model, press
-        self.cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        self.cache = _new_cache(model.config)
         self.length = 0
 
     def prompt(self, ids: Tensor) -> Tensor:

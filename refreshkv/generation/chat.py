@@ -65,7 +65,7 @@ class Conversation:
         return behind if found and start == self._rendered(before) else None
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
-        return chat_text(self.tokenizer, messages, "--model")
+        return chat_text(self.tokenizer, messages, "MODEL")
 
 
 def steps_line(cache: RefreshCache, prompt_tokens: int) -> str:

@@ -63,8 +63,8 @@ class FolderBackend:
             self._claim({"layout": LAYOUT, **identity})
         except SettingsError:
             raise
-        except (OSError, ValueError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or f"its {IDENTITY_FILE} is not readable"
+        except OSError as error:
+            reason = error.strerror or error
             raise SettingsError(f"{setting} {folder} cannot be used: {reason}; choose another folder") from None
 
     def _claim(self, identity: dict[str, Any]) -> None:
@@ -88,9 +88,11 @@ class FolderBackend:
         if not self._shared:
             self._make_private()
         try:
-            there = read_own_json(file, self._setting)
+            there = read_own_json(file, f"its {IDENTITY_FILE} is not readable")
         except SettingsError as error:
-            raise ValueError(str(error)) from None
+            raise SettingsError(
+                f"{self._setting} {self.folder} cannot be used: {error}; choose another folder"
+            ) from None
         there = there if isinstance(there, dict) else {}
         if there.get("layout") in EARLIER_LAYOUTS:
             raise SettingsError(

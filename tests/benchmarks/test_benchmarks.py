@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from refreshkv import SettingsError
 from tests.helpers.jobs import VOCABULARY, make_rows
 from tests.helpers.models import tiny_enabled, tiny_model
 
@@ -74,6 +75,14 @@ def test_the_softmax_is_timed_with_terms(script):
     assert all((found - plain).abs().max() > 1e-3 for found in (sinks, softcap))
 
 
+@pytest.mark.parametrize("strategy", ["static", "snapkv", "offloaded-select:2:4bit"])
+def test_strategies_without_terms_are_not_timed_with_them(script, strategy, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["decode.py", "--terms", "--strategies", f"full,select:2:4bit,{strategy}"])
+    with pytest.raises(SystemExit):
+        script.read_arguments()
+    assert f"--terms: {strategy} takes no sinks" in capsys.readouterr().err
+
+
 def test_lossless_decoding_is_timed_at_the_acceptance_that_is_asked_for(script):
     model, args = tiny_enabled(), argparse.Namespace(budget=0.25, stride=3, observation_window=2)
     cache = script.make_cache(model, "lossless:2:4bit", 300, 24, args)
@@ -119,6 +128,9 @@ def test_the_acceptance_of_a_model_on_its_texts(tmp_path, monkeypatch, capsys):
         result = json.loads((tmp_path / "acceptance.json").read_text())["results"][0]
         assert result["tokens"] == 24 and 0 < result["accepted"] <= result["judged"] <= result["steps"] * 3
         assert f"{result['acceptance']:.1%}" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["acceptance.py", *options, *folders, "--prompt", "9999"])
+    with pytest.raises(SettingsError, match="--prompt=9999: the sequences of .* ask for fewer"):
+        acceptance.main()
 
 
 def test_requests_of_clients_are_timed_and_compared(tmp_path, monkeypatch, capsys):

@@ -193,6 +193,8 @@ def test_rolling_perplexity(folder):
         ({"strategy": "refresh:5", "refresh.strides": 2}, "strides"),
         ({"strategy": "refresh:5", "rolling_prompt": 0.5}, "rolling_prompt must be a whole number"),
         ({"strategy": "refresh:5", "batch_size": "auto"}, "--batch_size auto"),
+        ({"strategy": "refresh:5", "nonesuch": 3}, "--model_args: .*nonesuch.*: leave it out"),
+        ({"strategy": "refresh:5", "revision": "main"}, "^revision=main: .* has no revisions: leave it out"),
     ],
 )
 def test_refusals(folder, arguments, words):

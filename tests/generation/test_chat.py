@@ -142,7 +142,7 @@ def test_a_tokenizer_without_a_template_is_refused(script, tmp_path):
     ],
 )
 def test_templates_that_fail_are_refused_in_one_line(template, reason):
-    with pytest.raises(SettingsError, match=f"--model: the tokenizer's chat template .*{reason}"):
+    with pytest.raises(SettingsError, match=f"MODEL: the tokenizer's chat template .*{reason}"):
         Conversation(chat_tokenizer(template)).prompt("ABC")
 
 

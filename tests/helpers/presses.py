@@ -25,9 +25,11 @@ class BasePress:
     def __call__(self, model):
         modules = [layer.self_attn for layer in model.model.layers]
         hooks = [module.register_forward_hook(self.forward_hook, with_kwargs=True) for module in modules]
-        yield
-        for hook in hooks:
-            hook.remove()
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 @dataclass

@@ -236,7 +236,7 @@ def _chats() -> Iterator[Case]:
         "writes nothing": "{# nothing #}",
         "is a pipe": pipe,
     }.items():
-        words = ("MODEL|--model", "template")
+        words = ("MODEL", "template")
         yield Case(f"chat: the template {what}", CHAT, words, {**good, template: content}, stdin="in")
     for locale in ("C", "C.UTF-8"):
         files, settings = {**good, "in": LATIN + b"\n"}, {"environment": {"LC_ALL": locale}}

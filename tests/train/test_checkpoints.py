@@ -445,6 +445,15 @@ def test_one_job_at_a_time_trains_in_a_folder(output):
     validate_unlocked(output)
 
 
+def test_a_lock_that_cannot_be_opened_is_refused(tmp_path):
+    (tmp_path / ".training").mkdir()
+    with (
+        pytest.raises(SettingsError, match=r"training.output: .*/\.training cannot .*Is a directory.*another folder"),
+        locked_run(tmp_path),
+    ):
+        pass
+
+
 def test_without_locks_training_goes_on_with_a_warning(tmp_path, monkeypatch):
     def no_locks(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")

@@ -176,14 +176,14 @@ def _difference(command: Command, settings: Fragment) -> str | None:
 
 
 def _prepared_settings(info: Path) -> dict[str, Any]:
-    """The settings in a rows.json; {} if they cannot be read: whoever opens the rows says why.
+    """The settings in a rows.json; {} if they cannot be read: opening the rows then raises the error.
 
-    Settings that came with a later release have their defaults.
+    Settings that an earlier release did not have are given their defaults.
     """
     try:
         settings = read_own_json(info, "data.folder")["data"]
         return settings_to_dict(DataConfig()) | settings if isinstance(settings, dict) else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return {}
 
 
