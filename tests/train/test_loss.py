@@ -60,11 +60,13 @@ def test_no_counted_token_leaves_gradients_of_zeros():
         assert all(gradient is not None and not gradient.any() for gradient in gradients.values()), kind
 
 
-def test_bfloat16_sums_its_chunks_in_float32(monkeypatch):
+@pytest.mark.parametrize("settings", [{}, {"family": "gemma2", "final_logit_softcapping": 2.0}])
+def test_bfloat16_sums_its_chunks_in_float32(monkeypatch, settings):
+    settings = {"dtype": torch.float32, "tie_word_embeddings": False, **settings}
     batch = make_batch(rows(), "all", torch.device("cpu"))
-    _, plain = sums_and_gradients("logits", batch)
+    _, plain = sums_and_gradients("logits", batch, tiny_enabled(**settings))
     monkeypatch.setattr(chunked_loss, "LOGITS_AT_ONCE", 61)
-    sums, found = sums_and_gradients("chunked", batch, tiny_enabled(dtype=torch.float32).bfloat16())
+    sums, found = sums_and_gradients("chunked", batch, tiny_enabled(**settings).bfloat16())
     assert sums.objective.dtype == torch.float32 and found["lm_head.weight"].dtype == torch.bfloat16
     error = (found["lm_head.weight"].float() - plain["lm_head.weight"]).norm() / plain["lm_head.weight"].norm()
     assert error < 0.1
