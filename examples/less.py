@@ -159,16 +159,16 @@ for step in range(options.steps):
     record(train[order[torch.arange(step * options.batch, (step + 1) * options.batch) % len(train)]])
     means = {}
     for (budget, seed), kernels in trained.items():
-        positions, means[budget] = some_positions(train.shape[1], budget), 0.0
+        positions, mean = some_positions(train.shape[1], budget), 0.0
         for error in errors(kernels, budget, positions):
             error.backward()  # layer by layer, so that one layer's graph exists at a time
-            means[budget] += error.detach() / len(kernels)
+            mean += error.item() / len(kernels)
+        means[f"K={budget} seed {seed}"] = mean
         optimizers[budget, seed].step()
         optimizers[budget, seed].zero_grad()
     if (step + 1) % max(1, options.steps // 10) == 0:
-        print(
-            f"step {step + 1}  " + "  ".join(f"K={k} error {float(mean):.4f}" for k, mean in means.items()), flush=True
-        )
+        figures = "  ".join(f"{case} error {mean:.4f}" for case, mean in means.items())
+        print(f"step {step + 1}  {figures}", flush=True)
 train_seconds, began = time.monotonic() - began, time.monotonic()
 
 full, streaming, less, recommended = {}, {}, {}, {}
@@ -178,11 +178,11 @@ for name, rows in tests.items():
         streaming[name, budget] = losses_under(without, budget, rows)
         for seed in options.seed:
             less[name, budget, seed] = losses_under(trained[budget, seed], budget, rows)
-        print(f"K = {budget}, seed {seed}")
-        print(f"{name} error without the state {test_error(without, budget, rows):.4f}")
-        print(f"{name} error with the state {test_error(trained[budget, seed], budget, rows):.4f}")
-        print(f"{name} loss without the state {streaming[name, budget].mean().item():.4f}")
-        print(f"{name} loss with the state {less[name, budget, seed].mean().item():.4f}", flush=True)
+            print(f"K = {budget}, seed {seed}")
+            print(f"{name} error without the state {test_error(without, budget, rows):.4f}")
+            print(f"{name} error with the state {test_error(trained[budget, seed], budget, rows):.4f}")
+            print(f"{name} loss without the state {streaming[name, budget].mean().item():.4f}")
+            print(f"{name} loss with the state {less[name, budget, seed].mean().item():.4f}", flush=True)
 
 model = refreshkv.enable(model, RefreshConfig())
 for name, rows in tests.items():

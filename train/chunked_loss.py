@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from refreshkv.ops.state import SoftmaxTerms
 from refreshkv.simulation.distillation import divergence_and_gradient
 
 LOGITS_AT_ONCE = 1 << 27
@@ -80,8 +81,8 @@ def logit_softcap(config: PretrainedConfig) -> float | None:
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """`softcap * tanh(logits / softcap)`, as some models bound what their output layer gives; None: the logits."""
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    """The logits of the output layer under a softcap; None: the logits as they are."""
+    return SoftmaxTerms(softcap=softcap).cap(logits)
 
 
 class _Gradients:

@@ -22,7 +22,10 @@ from refreshkv.train.frozen import drop_frozen
 
 LossKind = Literal["chunked", "logits"]
 
-POSTPROCESSED = ("logits_scaling", "logit_scale", "output_multiplier_scale")
+POSTPROCESSED = (
+    "logits_scaling", "logit_scale", "output_multiplier_scale", "output_multiplier", "lm_head_multiplier",
+    "logits_soft_cap",
+)  # fmt: skip
 """Configuration fields of models that change the logits after the output layer, and that the loss does not follow."""
 
 
@@ -165,17 +168,24 @@ class CausalLossModel(nn.Module):
 def validate_output_layer(model: PreTrainedModel) -> None:
     """Raises `SettingsError` unless the logits are what one linear layer, with a softcap or without, makes of the last
     hidden states."""
-    decoder = model.config.get_text_config(decoder=True)
+    decoder, layer = model.config.get_text_config(decoder=True), model.get_output_embeddings()
     changed = [name for name in POSTPROCESSED if getattr(decoder, name, None) not in (None, 1, 1.0)]
     reason = None
     if changed:
         reason = f"config.{changed[0]} changes its logits"
-    elif type(model.get_output_embeddings()) is not nn.Linear:
+    elif type(layer) is not nn.Linear:
         reason = "its output layer is not linear"
-    elif [*model.parameters(recurse=False), *model.buffers(recurse=False)]:
+    elif model.base_model is model:
+        reason = "transformers names no decoder within it"
+    elif not _weights(model) <= _weights(model.base_model) | _weights(layer):
         reason = "it has weights of its own beside its decoder and its output layer"
     if reason:
         raise SettingsError(f"training: losses of {type(model).__name__} cannot be computed here: {reason}")
+
+
+def _weights(module: nn.Module) -> set[Tensor]:
+    """The parameters and buffers of a module."""
+    return {*module.parameters(), *module.buffers()}
 
 
 class LossHead(nn.Linear):

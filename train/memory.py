@@ -134,18 +134,17 @@ def _logits(job: Job) -> float:
     """The loss with its gradients, and what the last norm saves."""
     training, shape, size, tokens = job.config.training, job.shape, _number_size(job.config), _tokens(job)
     distilled = job.config.distillation.weight > 0
+    slope = 0 if logit_softcap(job.model_config) is None else 4  # float32: what the gradient of a softcap needs
     norm = tokens * shape.hidden * (size if training.kernels == "liger" else 4 + size)
     if training.loss == "logits":
-        return norm + tokens * shape.vocabulary * (2 * size + 8) * (3 if distilled else 1)
+        return norm + tokens * shape.vocabulary * ((2 * size + 8) * (3 if distilled else 1) + slope)
     at_once = min(tokens * shape.vocabulary, LOGITS_AT_ONCE)
     weight = shape.hidden * shape.vocabulary
     is_trained = shape.adapters is None  # adapters leave the output layer's weight as it is
-    # forward: the float32 sum of the weight's gradient, what a chunk adds to it, the chunk's logits and their gradient
-    forward = (weight * (4 + size) if is_trained else 0) + at_once * (4 + size)
-    if logit_softcap(job.model_config) is not None:  # for the chunk: what the softcap is computed in, and its slope
-        forward += 8 * at_once
-    if distilled:  # for the chunk: the teacher's logits, the logarithms of both sides and the gradient
-        forward += 16 * at_once + size * tokens * shape.hidden
+    # forward: the float32 sum of the weight's gradient, what a chunk adds to it, the chunk's logits and as much again;
+    # with a teacher the chunk's logits, a copy, the teacher's, the logarithms of both sides, and the probabilities
+    forward = (weight * (4 + size) if is_trained else 0) + at_once * ((24 if distilled else 8) + slope)
+    forward += size * tokens * shape.hidden if distilled else 0
     backward = weight * (4 + 4 + size) if is_trained else 0.0  # the sum, the scaled sum, the rounded one
     return norm + 2 * size * tokens * shape.hidden + max(forward, backward)
 

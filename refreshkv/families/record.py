@@ -31,8 +31,9 @@ IMAGES = """
 ## Prompts with an image
 
 The text decoder of a model that reads images refreshes like any other; an image's tokens belong to the prompt. These
-families were given a prompt with an image (`refreshkv/families/images.py`): with a budget beyond the text they generate
-what they generate by their own attention, with a small one what the simulation predicts. Others were tried with text.
+families were given a prompt with an image (`refreshkv/families/images.py`). With a budget beyond the text those that
+pass generate what they generate by their own attention, with a small one what the simulation predicts. Others were
+tried with text.
 
 """
 
@@ -58,6 +59,9 @@ attention, convolutions) stay in transformers' own cache layers, *empty* ones ca
 - A model with recurrent layers takes no prefix store, no sequence parallelism, and no steps back (assisted decoding):
   each is refused in one line.
 - A model with sliding-window layers decodes without compilation, so that a step takes the time of its launches.
+- `refreshkv train` computes the loss from the output layer, and refuses families with more between decoder and logits
+  than a linear layer and a softcap: a dense layer (BERT and its kin, ModernBERT), or a multiplier (Cohere, Granite,
+  Falcon-H1). `simulate` in a trainer of your own uses the model's loss.
 - MLA (DeepSeek, Kimi) caches one compressed vector a token instead of keys and values, and is refused: a small cache
   would need a selection by compressed keys, and kernels that attend to them with the projections absorbed.
 

@@ -61,7 +61,8 @@ class Outcome(NamedTuple):
     """What became of a family."""
 
     result: Literal["passes", "refused", "fails", "not tried"]
-    """"refused": by a message of this package. "not tried": no tiny model could be made or called."""
+    """"refused": by a message of this package. "not tried": no tiny model could be made or called, or
+    transformers reloads other weights than it saved."""
     reason: str
     """One line; empty if it passes."""
     layers: str

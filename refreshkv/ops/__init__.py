@@ -51,7 +51,7 @@ def refresh_rows(
         plan: the refresh pattern of this layer.
         options: how full steps rank positions.
         scaling: factor of the logits.
-        terms: what the model changes in the softmax besides.
+        terms: attention sinks and softcap of the model.
 
     Returns (B, R, H, D), differentiable in query, key, value and the terms' sinks; the selection is not differentiated.
     """
@@ -79,7 +79,7 @@ def rectified_rows(
         plan: the refresh pattern of the T positions, with the fixed schedule.
         options: how full steps rank positions.
         scaling: factor of the logits.
-        terms: what the model changes in the softmax besides.
+        terms: attention sinks and softcap of the model.
 
     Returns (B, R, H, D), differentiable in query, key, value and the terms' sinks; the selection is not differentiated.
     """
@@ -145,7 +145,7 @@ def select(
         steps: the full steps, and how many positions each keeps.
         options: how they rank positions.
         scaling: factor of the logits.
-        terms: what the model changes in the softmax besides.
+        terms: attention sinks and softcap of the model.
 
     Returns (B, Hkv, C, W) integers by rank, best first, -1 past the end; ranks other than the `steps.droppable` lowest
     may come in any order.

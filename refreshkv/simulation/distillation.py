@@ -42,7 +42,7 @@ def divergence_and_gradient(student: Tensor, teacher: Tensor, temperature: float
     """`divergence`, (N,), and its gradient with respect to the student's logits, (N, V)."""
     student, teacher = ((logits / temperature).log_softmax(dim=1) for logits in (student, teacher))
     probabilities = teacher.exp()
-    found = (probabilities * (teacher - student)).sum(dim=1) * temperature**2
+    found = teacher.sub_(student).mul_(probabilities).sum(dim=1) * temperature**2
     return found, student.exp_().sub_(probabilities).mul_(temperature)
 
 

@@ -62,7 +62,8 @@ def shape_of(case: Case) -> dict[str, int]:
 
 
 def model_of(case: Case):
-    return tiny_enabled(family=case.family, dtype=torch.float32, initializer_range=0.12, **shape_of(case))
+    softcap = {"final_logit_softcapping": 2.0} if case.family == "gemma2" else {}
+    return tiny_enabled(family=case.family, dtype=torch.float32, initializer_range=0.12, **shape_of(case), **softcap)
 
 
 def all_rows() -> dict[str, Tensor]:

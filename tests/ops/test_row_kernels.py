@@ -148,6 +148,8 @@ def test_where_registers_are_limited(monkeypatch, dtype, head_dim, capability, l
     limit = {"maxnreg": 168} if limited else {}
     assert partial_steps._register_limit(dtype, head_dim, torch.device("cuda")) == limit
     assert partial_steps._register_limit(dtype, head_dim, torch.device("cpu")) == {}
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert partial_steps._register_limit(dtype, head_dim, torch.device("cuda")) == {}
 
 
 @pytest.mark.slow

@@ -32,7 +32,10 @@ DISTILLED = [Case(3, 2, "fixed", recompute=True, distilled=True), Case(1, 2, "si
 
 SELECTING = [Case(1, 2, "selecting"), Case(0, 4, "selecting", kv_heads=2)]
 
-SOFTCAP = [Case(0, 2, "selecting", family="gemma2")]
+SOFTCAP = [
+    Case(0, 2, "selecting", family="gemma2"),
+    Case(3, 2, "fixed", loss="logits", distilled=True, family="gemma2"),
+]
 
 LAYOUTS = {1: [1], 2: [1, 2], 4: [2, 4]}
 """Ranks -> how many share a row."""

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from refreshkv import RefreshConfig, Simulation
+from refreshkv.families.record import load_record, outcomes_of
+from refreshkv.families.tiny import tiny_model as tiny_family
 from refreshkv.settings import SettingsError
 from refreshkv.simulation.distillation import DistillationConfig, divergence, divergence_and_gradient
 from refreshkv.simulation.positions import partial_positions
 from refreshkv.train import chunked_loss
 from refreshkv.train.batch import answer_targets, make_batch
-from refreshkv.train.loss import CausalLossModel, LossSums
+from refreshkv.train.loss import POSTPROCESSED, CausalLossModel, LossSums, validate_output_layer
 from tests.helpers.models import random_ids, tiny_enabled, tiny_model
 
 SIMULATION = Simulation(7, RefreshConfig(budget=4, stride=5))
@@ -58,11 +60,13 @@ def test_no_counted_token_leaves_gradients_of_zeros():
         assert all(gradient is not None and not gradient.any() for gradient in gradients.values()), kind
 
 
-def test_bfloat16_sums_its_chunks_in_float32(monkeypatch):
+@pytest.mark.parametrize("settings", [{}, {"family": "gemma2", "final_logit_softcapping": 2.0}])
+def test_bfloat16_sums_its_chunks_in_float32(monkeypatch, settings):
+    settings = {"dtype": torch.float32, "tie_word_embeddings": False, **settings}
     batch = make_batch(rows(), "all", torch.device("cpu"))
-    _, plain = sums_and_gradients("logits", batch)
+    _, plain = sums_and_gradients("logits", batch, tiny_enabled(**settings))
     monkeypatch.setattr(chunked_loss, "LOGITS_AT_ONCE", 61)
-    sums, found = sums_and_gradients("chunked", batch, tiny_enabled(dtype=torch.float32).bfloat16())
+    sums, found = sums_and_gradients("chunked", batch, tiny_enabled(**settings).bfloat16())
     assert sums.objective.dtype == torch.float32 and found["lm_head.weight"].dtype == torch.bfloat16
     error = (found["lm_head.weight"].float() - plain["lm_head.weight"]).norm() / plain["lm_head.weight"].norm()
     assert error < 0.1
@@ -78,11 +82,36 @@ def test_calls_without_targets_give_logits_as_before():
         assert [name for name, _ in changed.named_parameters()] == names
 
 
-def test_models_and_packages_that_cannot_do_it_are_refused():
+@pytest.mark.parametrize("name", POSTPROCESSED)
+def test_models_that_change_their_logits_are_refused(name):
     model = tiny_model()
-    model.config.logits_scaling = 8.0
-    with pytest.raises(SettingsError, match="logits_scaling"):
+    setattr(model.config, name, 8.0)
+    with pytest.raises(SettingsError, match=f"config.{name} changes its logits"):
         CausalLossModel(model, "chunked")
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("bert", "has weights of its own beside its decoder"), ("kosmos-2.5", "transformers names no decoder within it")],
+)
+def test_models_with_more_than_a_decoder_and_an_output_layer_are_refused(family, reason):
+    with pytest.raises(SettingsError, match=reason) as caught:
+        CausalLossModel(tiny_family(family), "chunked")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name, how in outcomes_of(load_record()).items() if how.result == "passes"])
+@torch.no_grad()
+def test_the_logits_of_every_other_family_are_those_of_the_output_layer(family):
+    model, ids = tiny_family(family), random_ids(2, 12)
+    try:
+        validate_output_layer(model)
+    except SettingsError:
+        return
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    found = chunked_loss.capped(model.get_output_embeddings()(hidden), chunked_loss.logit_softcap(model.config))
+    torch.testing.assert_close(found, model(ids, use_cache=False).logits.to(found.dtype), rtol=0, atol=1e-5)
 
 
 def test_losses_by_kind_of_position():

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from transformers import Gemma2Config
 
 from refreshkv import NEVER, RefreshConfig, Simulation, Trace
 from refreshkv.settings import settings_from_dict
+from refreshkv.train.chunked_loss import LOGITS_AT_ONCE
 from refreshkv.train.config import RunConfig, SimulationConfig
 from refreshkv.train.flops import Work, model_work, step_flops, visible_keys
 from refreshkv.train.job import resolve
@@ -143,6 +145,19 @@ def test_less_is_needed_where_it_should_be(tmp_path):
     assert total("logits and loss", **checkpointed) < total("logits and loss", loss="logits", **checkpointed) / 2
     assert total("optimizer", optimizer="adamw-8bit") == total("optimizer") / 2
     assert total("optimizer's step", length=256, **checkpointed) == 8e9
+
+
+@pytest.mark.parametrize("loss", ["chunked", "logits"])
+def test_the_slope_of_a_softcap_takes_memory(tmp_path, loss):
+    """Four bytes for each of the logits, of which "chunked" has 512 MiB in float32 at once."""
+    settings = {"activation_checkpointing": True, "loss": loss}
+    config = run_config(tmp_path, **settings)
+    config.distillation.weight = 1.0  # its forward pass is then the larger part of "chunked"
+    job = JOB.with_settings(config, 4)
+    plain = memory_needed(job)["logits and loss"]
+    capped = replace(job, model_config=Gemma2Config(vocab_size=128256))
+    logits = 8192 * 128256 if loss == "logits" else LOGITS_AT_ONCE
+    assert memory_needed(capped)["logits and loss"] - plain == 4 * logits
 
 
 def test_what_is_not_recomputed_costs_no_time(tmp_path):

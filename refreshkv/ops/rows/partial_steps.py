@@ -296,6 +296,7 @@ def _register_limit(dtype: torch.dtype, head_dim: int, device: torch.device) -> 
     and of wider heads would spill.
     """
     limited = dtype.itemsize == 2 and padded_head(head_dim) == 128 and device.type == "cuda"
+    limited = limited and torch.version.hip is None  # some AMD GPUs have major version 9, and no such option
     if limited and torch.cuda.get_device_capability(device)[0] == HOPPER:
         return {"maxnreg": FORWARD_REGISTERS}
     return {}
