@@ -14,3 +14,8 @@ def given_cache(keywords: Mapping[str, Any]) -> Any:
     """The cache among a call's keywords, under either name; None without one."""
     cache = keywords.get(CACHE_NAME)
     return keywords.get("past_key_values") if cache is None else cache
+
+
+def as_keyword(cache: Any) -> dict[str, Any]:
+    """The cache under the installed release's name, for a call or an output."""
+    return {CACHE_NAME: cache}

@@ -22,7 +22,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils.generic import ModelOutput
 
-from refreshkv.cache.keyword import CACHE_NAME, given_cache
+from refreshkv.cache.keyword import as_keyword, given_cache
 from refreshkv.cache.preallocated import PreallocatedCache
 from refreshkv.cache.preallocated_layer import validate_room
 
@@ -259,7 +259,7 @@ class _Sequences:
         if not self.as_dict:
             return self.ids
         ids: Any = self.ids  # the field is declared as LongTensor, which no operation returns
-        return GenerateDecoderOnlyOutput(sequences=ids, **{CACHE_NAME: cache}, **self.records)
+        return GenerateDecoderOnlyOutput(sequences=ids, **{**as_keyword(cache), **self.records})
 
 
 class _Report:

@@ -23,7 +23,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from refreshkv.attention.enable import PROMPT_ATTENTIONS, enable
 from refreshkv.attention.model_call import NAME
-from refreshkv.cache.keyword import CACHE_NAME, given_cache
+from refreshkv.cache.keyword import as_keyword, given_cache
 from refreshkv.cache.preallocated import PreallocatedCache
 from refreshkv.cache.refresh import saved_config
 from refreshkv.config import RefreshConfig
@@ -232,7 +232,7 @@ def _decode_from_pool(model: Any, input_ids: Tensor, call: Call, settings: dict[
     shape = Shape(rows, call.refresh or saved_config(model.config, "refresh"), call.offload)
     cache = call.state.pool.take(model.config, shape, max(config.max_length + prompt, call.cache_length or 0))
     try:
-        return decode_ahead(model, input_ids, stream_to=call.streamer, **{**settings, CACHE_NAME: cache})
+        return decode_ahead(model, input_ids, stream_to=call.streamer, **settings | as_keyword(cache))
     finally:
         if not config.return_dict_in_generate:  # an output that holds the cache is the caller's
             call.state.pool.give_back(shape, cache)

@@ -21,7 +21,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from refreshkv.cache.keyword import CACHE_NAME, given_cache
+from refreshkv.cache.keyword import as_keyword, given_cache
 from refreshkv.cache.refresh import RefreshCache
 from refreshkv.cache.row_lengths import RowLengths
 from refreshkv.generation.decode_ahead import refuse_other_modes
@@ -116,7 +116,7 @@ def decode_lossless(
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(
             sequences=ids,  # pyright: ignore[reportArgumentType]  # declared as torch.LongTensor
-            **{CACHE_NAME: cache},
+            **as_keyword(cache),
         )
     return ids
 
@@ -173,7 +173,7 @@ class _Passes:
         """The logits (B, V) of drafted tokens (B,) in these columns (B,) of their texts, from the small cache."""
         # the cache's layers know the padding, and a compiled step takes no mask
         call = {"input_ids": tokens[:, None].contiguous(), "position_ids": columns[:, None] + self.offset}
-        output = self.step_call(**call, **{CACHE_NAME: self.cache}, use_cache=True, return_dict=True)
+        output = self.step_call(**call, **as_keyword(self.cache), use_cache=True, return_dict=True)
         return output.logits[:, -1].to(copy=True, dtype=torch.float32)
 
     def block(self, tokens: Tensor, columns: Tensor, padding: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class _Passes:
         if bool(padding.any()):
             column = torch.arange(self.cache.length + tokens.shape[1], device=tokens.device)
             inputs["attention_mask"] = (column >= padding[:, None]).long()
-        output = self.model(**inputs, **{CACHE_NAME: self.cache}, use_cache=True, return_dict=True)
+        output = self.model(**inputs, **as_keyword(self.cache), use_cache=True, return_dict=True)
         return output.logits.float()
 
 

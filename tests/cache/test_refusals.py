@@ -11,6 +11,7 @@ from refreshkv.baselines.full import FullCache
 from refreshkv.baselines.h2o import H2OCache
 from refreshkv.baselines.snapkv import SnapKVCache
 from refreshkv.baselines.streaming import StreamingCache
+from refreshkv.cache import keyword
 from tests.generation.test_generate import SLIDING
 from tests.helpers.models import random_ids, tiny_enabled, tiny_model
 
@@ -101,3 +102,13 @@ def test_batch_rows_that_there_are_not(name, indices, message):
         cache.batch_repeat_interleave(0)
     found, expected = (model(IDS[:, :1], past_key_values=each).logits for each in (cache, other))
     assert torch.equal(found, expected)
+
+
+def test_a_cache_is_found_under_the_names_of_all_releases(monkeypatch):
+    """transformers 5.24 calls it `cache`; calls may name it as before."""
+    cache = object()
+    for name in ("cache", "past_key_values"):
+        monkeypatch.setattr(keyword, "CACHE_NAME", name)
+        assert keyword.given_cache(keyword.as_keyword(cache)) is cache
+        assert keyword.given_cache({"past_key_values": cache, name: cache}) is cache
+        assert keyword.given_cache({"past_key_values": cache}) is cache and keyword.given_cache({}) is None
