@@ -2,9 +2,9 @@
 
     python benchmarks/acceptance.py --model DIR_OR_HUB_ID --data ROWS [--data ROWS] [--rows 16] [--new 256] [--sample]
 
-Each row's first tokens are a prompt, after which the model writes --new tokens by decode_lossless, greedily or drawn at
-temperature 1. Drafts come from RefreshConfig.recommended(). Prints for each text the share of the judged drafts that
-was accepted, and the tokens of a round, the block with full attention; --output DIR writes acceptance.json.
+The first tokens of each sequence are a prompt. The model generates --new tokens after it by decode_lossless, greedily
+or drawn at temperature 1. Drafts come from RefreshConfig.recommended(). For each text the table has the share of the
+judged drafts that full attention accepted, and the new tokens of a round. --output DIR writes acceptance.json.
 """
 
 import argparse
@@ -39,7 +39,9 @@ def main() -> None:
             write(model, batch, refresh, counts, args)
         results.append({"data": Path(data).name, **vars(counts), "acceptance": counts.acceptance})
         results[-1]["tokens a round"] = counts.tokens_per_round
-    save(args.output, "acceptance.json", {"about": about, "settings": settings(args), "results": results})
+    save(
+        args.output, "acceptance.json", {"about": about, "settings": {**vars(args), "output": None}, "results": results}
+    )
     print(about, table(results), sep="\n")
 
 
@@ -72,10 +74,6 @@ def write(model: Any, prompts: Tensor, refresh: RefreshConfig, counts: DraftCoun
         draft_length=args.draft_length,
         drafts=counts,
     )
-
-
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {**vars(args), "output": None}
 
 
 def table(results: list[dict[str, Any]]) -> str:
