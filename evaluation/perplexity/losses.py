@@ -99,9 +99,12 @@ def _losses(logits: Tensor, ids: Tensor) -> Tensor:
     """Losses (B, n) float32 of the last n tokens of ids (B, T), from their logits (B, n, vocabulary)."""
     chunk = max(1, LOGITS_AT_ONCE // (logits.shape[0] * logits.shape[2]))
     parts = zip(logits.split(chunk, dim=1), ids[:, -logits.shape[1] :].split(chunk, dim=1), strict=True)
-    return torch.cat(
-        [F.cross_entropy(part.float().transpose(1, 2), targets, reduction="none") for part, targets in parts], dim=1
-    )
+    return torch.cat([_cross_entropy(part, targets) for part, targets in parts], dim=1)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view_as(targets)
 
 
 class Measurement:
