@@ -206,10 +206,8 @@ def test_the_comparison_of_selections_is_whole():
 def test_budgets_of_equal_bytes_read_what_the_papers_selection_reads():
     built = [item.config for item in load_settings(Grid, find_config("limits", ("grids",))).build_strategies()]
     equal = [config.budget for config in built if config and (config.select_stride, config.score_bits) == (2, 4)]
-    context, scales = (
-        8192 - 512 / 2,
-        0.5 * 4 / (2 * 64 * 2),
-    )  # a float32 beside a key and a value of 64 numbers of 16 bits
+    context = 8192 - 512 / 2
+    scales = 0.5 * 4 / (2 * 64 * 2)  # a float32 beside a key and a value of 64 numbers of 16 bits
     for number, paper in enumerate((512, 256, 1024)):
         theirs = share_read(context, paper, full=0.1)
         assert theirs - 0.002 < share_read(context, equal[number], selecting=0.5, score_bits=4) <= theirs
