@@ -18,7 +18,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -182,11 +182,11 @@ def time_dense(inputs: Inputs, repeat: int, flash: bool) -> dict[str, float]:
 
 def layer_attention(query: Tensor, key: Tensor, value: Tensor, simulation: Simulation) -> Tensor:
     """A layer's whole attention, as a model calls it: (1, T, H, D)."""
-    module = SimpleNamespace(head_dim=query.shape[-1], layer_idx=0, is_causal=True, training=True)
+    module: Any = torch.nn.Module()  # with all that is read of an attention module
+    module.head_dim, module.layer_idx, module.is_causal = query.shape[-1], 0, True
     module.config, module.refreshkv_calls = SimpleNamespace(), ModelCalls([LayerKind(FULL)], "sdpa")
     module.num_key_value_groups = query.shape[1] // key.shape[1]
-    stand_in = cast(torch.nn.Module, module)  # it has all that is read
-    return refresh_attention(stand_in, query, key, value, None, simulation=simulation)[0]
+    return refresh_attention(module, query, key, value, None, simulation=simulation)[0]
 
 
 def time_case(

@@ -91,6 +91,31 @@ def block_sizes(kernel: str, query: Tensor) -> dict[str, int]:
     return sizes
 
 
+PARTIAL_REGISTERS = 128
+"""Most registers of a thread of the forward kernels of partial steps on Hopper GPUs, for 16-bit inputs and heads of 65
+to 128.
+
+Four programs then share the 65536 registers of a multiprocessor. Without a limit ptxas takes 150 to 190, another number
+after each small change; two or three programs then take 2 to 36 % longer.
+"""
+
+HOPPER = 9
+"""The major compute capability of H100 and H200."""
+
+
+def register_limit(dtype: torch.dtype, head_dim: int, device: torch.device) -> dict[str, int]:
+    """The compiler option of a forward kernel of partial steps that keeps to `PARTIAL_REGISTERS`.
+
+    Other tiles have none: narrower ones take fewer by themselves, but up to the limit if there is one; those of float32
+    and of wider heads would spill.
+    """
+    limited = dtype.itemsize == 2 and padded_head(head_dim) == 128 and device.type == "cuda"
+    limited = limited and torch.version.hip is None  # some AMD GPUs have major version 9, and no such option
+    if limited and torch.cuda.get_device_capability(device)[0] == HOPPER:
+        return {"maxnreg": PARTIAL_REGISTERS}
+    return {}
+
+
 def padded_head(head_dim: int) -> int:
     """The head size rounded up to a power of two, at least 16: the width of a tile."""
     return max(16, triton.next_power_of_2(head_dim))

@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend
 from refreshkv import NEVER, RefreshConfig, Simulation, enable
 from refreshkv.attention import dense
 from refreshkv.attention import function as attention
-from refreshkv.ops import naive
+from refreshkv.ops import naive, tiles
 from refreshkv.ops.choice import CHOICE
 from refreshkv.ops.state import SoftmaxTerms
 from tests.helpers.models import decode_logits, random_ids, tiny_model
@@ -99,10 +99,10 @@ SELECTING = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != partial_steps.HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != tiles.HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("sinks", [False, True])
-def test_three_programs_share_the_registers_of_a_multiprocessor(monkeypatch, sinks):
-    """The forward kernel of partial steps takes 27 to 36 % longer where only two do."""
+def test_four_programs_share_the_registers_of_a_multiprocessor(monkeypatch, sinks):
+    """The forward kernel of partial steps takes 27 to 36 % longer where only two do, 2 % where three do."""
     kernels, run = [], partial_steps._forward.run
     monkeypatch.setattr(partial_steps._forward, "run", lambda *args, **kwargs: kernels.append(run(*args, **kwargs)))
     query, key, value = (
@@ -112,7 +112,7 @@ def test_three_programs_share_the_registers_of_a_multiprocessor(monkeypatch, sin
     terms = SoftmaxTerms(query.new_zeros(8) if sinks else None, 50.0 if sinks else None)
     after_prompt.refresh_rows(query, key, value, plan, options, 128**-0.5, terms)
     threads = 32 * kernels[0].metadata.num_warps
-    assert 3 * threads * kernels[0].n_regs <= 65536
+    assert 4 * threads * kernels[0].n_regs <= 65536
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from refreshkv import NEVER, RefreshConfig, Simulation, enable, ops
-from refreshkv.ops import choice, naive
+from refreshkv.ops import choice, naive, tiles
 from refreshkv.ops.choice import CHOICE, Choice
 from refreshkv.ops.schedule import position_flags
 from tests.helpers.marks import slow_tuples_unless, slow_unless
@@ -145,11 +145,11 @@ def test_values_and_gradients(name):
 def test_where_registers_are_limited(monkeypatch, dtype, head_dim, capability, limited):
     """The forward pass of partial steps: the tiles and the GPUs that were looked at."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    limit = {"maxnreg": 168} if limited else {}
-    assert partial_steps._register_limit(dtype, head_dim, torch.device("cuda")) == limit
-    assert partial_steps._register_limit(dtype, head_dim, torch.device("cpu")) == {}
+    limit = {"maxnreg": 128} if limited else {}
+    assert tiles.register_limit(dtype, head_dim, torch.device("cuda")) == limit
+    assert tiles.register_limit(dtype, head_dim, torch.device("cpu")) == {}
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert partial_steps._register_limit(dtype, head_dim, torch.device("cuda")) == {}
+    assert tiles.register_limit(dtype, head_dim, torch.device("cuda")) == {}
 
 
 @pytest.mark.slow

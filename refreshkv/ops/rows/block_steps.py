@@ -30,6 +30,7 @@ from refreshkv.ops.tiles import (
     load_rows,
     padded_head,
     precision,
+    register_limit,
     zero_parts,
 )
 
@@ -179,6 +180,7 @@ def forward(inputs: AttentionInputs, plan: Plan, positions: int, lists: KeyLists
     group = heads // kv_heads
     lse = torch.empty(batch, heads, length - plan.prompt_length, dtype=torch.float32, device=query.device)
     sizes = block_sizes("partial_forward", query) | {"BLOCK_M": tile_of(positions * group)}
+    sizes |= register_limit(query.dtype, head_dim, query.device)
     _forward[blocks, kv_heads, batch](
         query, key, value, *lists, output, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],

@@ -37,6 +37,7 @@ from refreshkv.ops.tiles import (
     load_rows,
     padded_head,
     precision,
+    register_limit,
     zero_parts,
 )
 
@@ -278,30 +279,6 @@ def _backward_kernel(rows: int, intervals: int, device: torch.device) -> str:
     return "partial_backward_64"
 
 
-FORWARD_REGISTERS = 168
-"""Most registers of a thread of the forward kernel on Hopper GPUs, for 16-bit inputs and heads of 65 to 128.
-
-Up to 168, three programs share the 65536 registers of a multiprocessor; from 169 on, two. Without a limit ptxas takes
-150 to 190, another number after each small change.
-"""
-
-HOPPER = 9
-"""The major compute capability of H100 and H200."""
-
-
-def _register_limit(dtype: torch.dtype, head_dim: int, device: torch.device) -> dict[str, int]:
-    """The compiler option of the forward kernel that keeps to `FORWARD_REGISTERS`.
-
-    Other tiles have none: narrower ones take fewer by themselves, but up to the limit if there is one; those of float32
-    and of wider heads would spill.
-    """
-    limited = dtype.itemsize == 2 and padded_head(head_dim) == 128 and device.type == "cuda"
-    limited = limited and torch.version.hip is None  # some AMD GPUs have major version 9, and no such option
-    if limited and torch.cuda.get_device_capability(device)[0] == HOPPER:
-        return {"maxnreg": FORWARD_REGISTERS}
-    return {}
-
-
 def forward(inputs: AttentionInputs, plan: Plan, segments: Segments, selected: Tensor, output: Tensor) -> Tensor:
     """Writes the partial steps' positions into `output` (B, R, H, D); the full steps' positions stay untouched.
 
@@ -311,8 +288,7 @@ def forward(inputs: AttentionInputs, plan: Plan, segments: Segments, selected: T
     batch, heads, _, head_dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
     lse = torch.empty(batch, heads, length - plan.prompt_length, dtype=torch.float32, device=query.device)
-    sizes = block_sizes("partial_forward", query)
-    sizes |= _register_limit(query.dtype, head_dim, query.device)
+    sizes = block_sizes("partial_forward", query) | register_limit(query.dtype, head_dim, query.device)
     tiles = triton.cdiv(segments.longest * (heads // kv_heads), sizes["BLOCK_M"])
     _forward[segments.count * tiles, kv_heads, batch](
         query, key, value, *segments[:3], selected, plan.budgets, plan.left_padding, output, lse,
