@@ -20,6 +20,7 @@ from refreshkv.evaluation import strategies as decoding
 from refreshkv.evaluation.strategies import build_strategies
 from refreshkv.evaluation.tasks.scores import (
     AnswerGenerator,
+    BatchOptions,
     ExampleRecords,
     evaluate_tasks,
     left_padded,
@@ -55,7 +56,9 @@ def tasks():
 def run(model, tokenizer, tasks, path, names=("full", "refresh", "snapkv"), count=3, batch_size=2):
     work = make_examples(model, tokenizer, tasks, count, progress=False)
     strategies = build_strategies(list(names), CONFIG)
-    return evaluate_tasks(model, tokenizer, work, strategies, ExampleRecords(path), batch_size, progress=False)
+    return evaluate_tasks(
+        model, tokenizer, work, strategies, ExampleRecords(path), BatchOptions(batch_size), progress=False
+    )
 
 
 def by_name(results):
