@@ -131,8 +131,8 @@ class BatchOptions:
     batch_size: int = 1
     """Examples of one call of `generate`."""
     mix_tasks: bool = False
-    """Whether a batch may hold examples of several tasks: fewer decoding steps in all. It decodes as many tokens as the
-    longest answer of its tasks needs; each answer is then cut to its own task's `max_new_tokens`."""
+    """Whether a batch may hold examples of several tasks, those with the longest right answers first: fewer decoding
+    steps in all. Each answer is cut to its own task's `max_new_tokens`."""
     compiles: bool = True
     """Whether decoding steps are compiled on a GPU: quicker steps, after some ten seconds for each strategy and shape.
     `seconds` are times of generation only if they are."""
@@ -173,7 +173,7 @@ def evaluate_tasks(
     drawn = [[(task, example) for example in examples] for task, examples in work]
     total, begun = len(strategies) * sum(map(len, drawn)), batches.clock()
     with tqdm(total=total, unit=" examples", disable=not (progress and records.processes.is_first)) as bar:
-        for prompts in [sum(drawn, [])] if batches.mix_tasks else drawn:
+        for prompts in [_longest_first(sum(drawn, []))] if batches.mix_tasks else drawn:
             keys = {way.name: [_key(base, task, way, example) for task, example in prompts] for way in strategies}
             missing = _missing_batches(strategies, keys, records, batches.batch_size)
             bar.update(len(strategies) * len(prompts) - sum(len(numbers) for _, numbers in missing))
@@ -186,6 +186,10 @@ def evaluate_tasks(
                 for (_, numbers), _ in records.fill(turn, answers.of_batch):
                     bar.update(len(numbers))
     return _results(base, work, strategies, records)
+
+
+def _longest_first(prompts: list[Prompt]) -> list[Prompt]:
+    return sorted(prompts, key=lambda prompt: len(prompt[1].answer_ids), reverse=True)
 
 
 def _is_late(batches: BatchOptions, begun: float, records: ExampleRecords) -> bool:
