@@ -125,31 +125,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, help="of --sample (default: 1)")
     parser.add_argument("--seed", type=int, help="of --sample (default: 0)")
     parser.add_argument("--strides", type=whole_numbers, help="of the default strategies (default: 5,10,25,50)")
-    parser.add_argument("--task-length", type=int, help="tokens of prompt and answer (default: each task's own, 4096)")
-    parser.add_argument("--examples", type=int, help="examples of each task (default: 50, or the suite's)")
+    _add_tasks(parser)
     parser.add_argument(
         "--strategies",
         type=comma_separated,
         help=f"of {', '.join(STRATEGIES)}; refresh:10 and similarity:5:0.85 give stride and threshold, "
         "select:2:4bit select stride and score bits (default: with --data full, refresh at --strides, never; with "
         "--tasks full, refresh, snapkv; both: similarity with --threshold)",
-    )
-    parser.add_argument(
-        "--mix-tasks",
-        action="store_true",
-        default=None,
-        help="with --tasks: batches may hold examples of several tasks, which takes fewer decoding steps in all",
-    )
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="with --tasks: compile the decoding steps on a GPU, which pays for many examples (default: yes)",
-    )
-    parser.add_argument(
-        "--stop-after",
-        type=float,
-        metavar="SECONDS",
-        help="with --tasks: begin no batch after this time, and report what is finished",
     )
     parser.add_argument(
         "--decode",
@@ -179,6 +161,29 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     check_options(options)
     return options
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of --tasks, two of which a suite takes too."""
+    parser.add_argument("--task-length", type=int, help="tokens of prompt and answer (default: each task's own, 4096)")
+    parser.add_argument("--examples", type=int, help="examples of each task (default: 50, or the suite's)")
+    parser.add_argument(
+        "--mix-tasks",
+        action="store_true",
+        default=None,
+        help="with --tasks: batches may hold examples of several tasks, which takes fewer decoding steps in all",
+    )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="with --tasks: compile the decoding steps on a GPU, which pays for many examples (default: yes)",
+    )
+    parser.add_argument(
+        "--stop-after",
+        type=float,
+        metavar="SECONDS",
+        help="with --tasks: begin no batch after this time, and report what is finished",
+    )
 
 
 def check_options(options: argparse.Namespace) -> None:
