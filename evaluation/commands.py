@@ -49,6 +49,7 @@ from refreshkv.evaluation.sweep.report import build_sweep_report, sweep_table, w
 from refreshkv.evaluation.tasks.report import FILES as TASK_FILES
 from refreshkv.evaluation.tasks.report import build_task_report, task_table, write_task_report
 from refreshkv.evaluation.tasks.scores import (
+    BatchOptions,
     ExampleRecords,
     TaskResult,
     evaluate_tasks,
@@ -116,10 +117,7 @@ def measure_generation(options: argparse.Namespace, command: str, processes: Pro
     check_tokens(model, path, rows, chosen_origin(options))
     refuse_own_settings(model)
     config = _chosen_config(model, options)
-    if options.grid:
-        strategies = load_grid(options.grid).build_strategies()
-    else:
-        strategies = build_strategies(options.strategies or ["full", "refresh"], config)
+    strategies = _grid_or_named(options, ["full", "refresh"], config)
     enable(model, config)
     folder = open_output(output, GENERATION_FILES, options.overwrite, options.resume)
 
@@ -155,16 +153,21 @@ def score_tasks(options: argparse.Namespace, command: str, processes: Processes 
     model = load_placed(path, options, processes)
     config = _chosen_config(model, options)
     default = ["full", "refresh", *(["similarity"] if config.threshold else []), "snapkv"]
-    strategies = build_strategies(options.strategies or default, config)
+    strategies = _grid_or_named(options, default, config)
     enable(model, config)
     work = make_examples(model, tokenizer, tasks, options.examples, progress=processes.is_first)
     store = _open_store(model, options, processes)
     folder = processes.from_first(lambda: open_output(output, TASK_FILES, options.overwrite, options.resume))
     records = ExampleRecords(folder / EXAMPLES_FILE, processes)
 
-    results = evaluate_tasks(model, tokenizer, work, strategies, records, options.batch_size, store=store)
+    batches = BatchOptions(options.batch_size, options.mix_tasks, options.compile, options.stop_after)
+    results = evaluate_tasks(model, tokenizer, work, strategies, records, batches, store=store)
 
     settings = {**_execution(model, options, processes), "examples": options.examples}
+    if options.mix_tasks:
+        settings["batches"] = "of several tasks; a task's seconds are its share of theirs"
+    if not options.compile:
+        settings["compiled"] = "no; seconds are not those of generation at full speed"
     settings |= generation_settings(model, tokenizer)
     if store is not None:
         settings["prefix store"] = f"{options.prefix_store}; seconds are without the prompts'"
@@ -223,8 +226,10 @@ def sweep_thresholds(options: argparse.Namespace, command: str, processes: Proce
 
     how = {"batch_size": options.batch_size, "records": SequenceRecords(folder / ROWS_FILE, processes)}
     evaluation = evaluate(model, split, strategies, options.last_tokens, **how)
-    how["records"] = ExampleRecords(folder / EXAMPLES_FILE, processes)
-    results = [] if tokenizer is None else evaluate_tasks(model, tokenizer, work, strategies, **how)
+    results = []
+    if tokenizer is not None:
+        examples, batches = ExampleRecords(folder / EXAMPLES_FILE, processes), BatchOptions(options.batch_size)
+        results = evaluate_tasks(model, tokenizer, work, strategies, examples, batches)
 
     sweep = Sweep(evaluation, options.keep, _mean_scores(results))
     settings = {
@@ -242,6 +247,13 @@ def sweep_thresholds(options: argparse.Namespace, command: str, processes: Proce
     warnings = [f"warning: {text}" for text in evaluation.warnings]
     where = f"{output}: {', '.join(written)}"
     return "\n".join([sweep_table(sweep), *warnings, report["recommendation"]["text"], where])
+
+
+def _grid_or_named(options: argparse.Namespace, default: list[str], config: RefreshConfig) -> list[Strategy]:
+    """The strategies of --grid, or those that --strategies names. default: names without either."""
+    if options.grid:
+        return load_grid(options.grid).build_strategies()
+    return build_strategies(options.strategies or default, config)
 
 
 def _perplexity_strategies(config: RefreshConfig, options: argparse.Namespace) -> list[Strategy]:

@@ -62,13 +62,16 @@ class Processes:
         dist.all_gather_object(answers, _attempt(make))
         return [_result(answer) for answer in answers]
 
+    def turns(self, jobs: list[Job]) -> list[list[Job]]:
+        """The jobs in groups of `world`, one for each process; the last group may be smaller."""
+        return [jobs[start : start + self.world] for start in range(0, len(jobs), self.world)]
+
     def shared(self, jobs: list[Job], work: Callable[[Job], Found]) -> Iterator[tuple[Job, Found]]:
         """Divides the jobs over the processes; yields each with its result, in order, in all processes.
 
         All processes must have the same jobs. `work` is called for `world` of them at a time, one in each process.
         """
-        for start in range(0, len(jobs), self.world):
-            turn = jobs[start : start + self.world]
+        for turn in self.turns(jobs):
             found = self.from_all(lambda turn=turn: work(turn[self.rank]) if self.rank < len(turn) else None)
             yield from zip(turn, found, strict=False)  # pyright: ignore[reportReturnType]  # None has no job
 

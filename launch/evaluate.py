@@ -15,8 +15,9 @@ to full attention that is closed.
 With --generate N the model continues the first tokens of each sequence by N tokens, greedily and with --sample also by
 drawing, and full attention judges what it wrote: writes generation.json, generation.md, generation.png and texts.jsonl.
 
-With --tasks (docs/tasks.md) the model generates the answers, greedily. Writes tasks.json, tasks.md, and examples.jsonl
-with every answer. With --prefix-store DIR each prompt is computed once for all strategies (docs/prefix-store.md).
+With --tasks (docs/tasks.md) the model generates the answers, greedily. With --grid its strategies have selections and
+budgets of their own. Writes tasks.json, tasks.md, and examples.jsonl with every answer. With --prefix-store DIR each
+prompt is computed once for all strategies (docs/prefix-store.md).
 
 With --suite (docs/evaluation.md) it measures what a table or figure of the paper shows and writes suite.json, suite.md
 and, for a figure, suite.png, with the paper's numbers beside the measured ones. --rows, --examples, --task-length,
@@ -63,7 +64,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "last_tokens": (("data", "suite"), {"data": 256}),
     "rows": (("data", "generate", "suite"), {}),
     "generate": (("generate",), {}),
-    "grid": (("generate",), {}),
+    "grid": (("generate", "tasks"), {}),
     "sample": (("generate",), {"generate": False}),
     "temperature": (("generate",), {"generate": 1.0}),
     "top_p": (("generate",), {"generate": 1.0}),
@@ -72,6 +73,9 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "strategies": (("data", "generate", "tasks"), {}),
     "task_length": (("tasks", "suite"), {}),
     "examples": (("tasks", "suite"), {"tasks": 50}),
+    "mix_tasks": (("tasks",), {"tasks": False}),
+    "compile": (("tasks",), {"tasks": True}),
+    "stop_after": (("tasks",), {}),
     "ignore_generation_config": (("generate", "tasks", "suite"), {}),
     "prefix_store": (("tasks",), {}),
     "prefix_store_gb": (("tasks",), {"tasks": 20.0}),
@@ -113,14 +117,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--rows", type=int, help=f"sequences, spread over the split (default: {DEFAULT_ROWS} or all, or the suite's)"
     )
     parser.add_argument("--generate", type=int, metavar="N", help="with --data: tokens to generate after each prompt")
-    parser.add_argument("--grid", help="with --generate: strategies of a YAML file, or of a name in configs/grids")
+    parser.add_argument(
+        "--grid", help="with --generate and --tasks: strategies of a YAML file, or of a name in configs/grids"
+    )
     parser.add_argument("--sample", action="store_true", default=None, help="with --generate: also draw tokens")
     parser.add_argument("--temperature", type=float, help="of --sample (default: 1)")
     parser.add_argument("--top-p", type=float, help="of --sample (default: 1)")
     parser.add_argument("--seed", type=int, help="of --sample (default: 0)")
     parser.add_argument("--strides", type=whole_numbers, help="of the default strategies (default: 5,10,25,50)")
-    parser.add_argument("--task-length", type=int, help="tokens of prompt and answer (default: each task's own, 4096)")
-    parser.add_argument("--examples", type=int, help="examples of each task (default: 50, or the suite's)")
+    _add_tasks(parser)
     parser.add_argument(
         "--strategies",
         type=comma_separated,
@@ -158,6 +163,29 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of --tasks, two of which a suite takes too."""
+    parser.add_argument("--task-length", type=int, help="tokens of prompt and answer (default: each task's own, 4096)")
+    parser.add_argument("--examples", type=int, help="examples of each task (default: 50, or the suite's)")
+    parser.add_argument(
+        "--mix-tasks",
+        action="store_true",
+        default=None,
+        help="with --tasks: batches may hold examples of several tasks, which takes fewer decoding steps in all",
+    )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="with --tasks: compile the decoding steps on a GPU, which pays for many examples (default: yes)",
+    )
+    parser.add_argument(
+        "--stop-after",
+        type=float,
+        metavar="SECONDS",
+        help="with --tasks: begin no batch after this time, and report what is finished",
+    )
+
+
 def check_options(options: argparse.Namespace) -> None:
     """Refuses options that the chosen kind of evaluation does not take; gives the others their defaults."""
     check_numbers(options)
@@ -175,6 +203,8 @@ def check_options(options: argparse.Namespace) -> None:
             raise SettingsError(f"--{name.replace('_', '-')} means nothing with --{kind}")
     if kind == "generate":
         check_generation(options, given)
+    if kind in ("generate", "tasks"):
+        check_grid(options)
     if options.strides and options.strategies:
         raise SettingsError("--strides means nothing with --strategies: write refresh:STRIDE there")
     if options.resume and options.overwrite:
@@ -198,7 +228,12 @@ def check_generation(options: argparse.Namespace, given: dict[str, bool]) -> Non
     for name in ("temperature", "top_p", "seed"):
         if given[name] and not options.sample:
             raise SettingsError(f"--{name.replace('_', '-')} needs --sample")
-    if options.grid and (options.strategies or options.overrides or options.budget or options.threshold):
+
+
+def check_grid(options: argparse.Namespace) -> None:
+    """Refuses options that --grid leaves without effect."""
+    changes = [text for text in options.overrides if not text.startswith("tasks.")]
+    if options.grid and (options.strategies or changes or options.budget or options.threshold):
         raise SettingsError("--grid has strategies, budgets and settings of its own: leave out the others")
 
 

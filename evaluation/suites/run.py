@@ -24,7 +24,7 @@ from refreshkv.evaluation.perplexity.results import Evaluation, Result
 from refreshkv.evaluation.processes import ALONE, Processes
 from refreshkv.evaluation.reports import EXAMPLES_FILE, ROWS_FILE
 from refreshkv.evaluation.suites.config import Corpus, Suite
-from refreshkv.evaluation.tasks.scores import ExampleRecords, TaskResult, evaluate_tasks, make_examples
+from refreshkv.evaluation.tasks.scores import BatchOptions, ExampleRecords, TaskResult, evaluate_tasks, make_examples
 from refreshkv.loading import PLAIN, Origin, load_tokenizer
 from refreshkv.settings import SettingsError
 
@@ -152,9 +152,9 @@ def run_suite(
             evaluation = evaluate(model, split, strategies[of], decoded, **options)
             _add_perplexities(measured, of, evaluation, corpus.last_tokens)
         for of, examples in work.items():
-            options = {"batch_size": batch_size, "progress": progress}
+            batches = BatchOptions(batch_size)
             assert tokenizer is not None
-            scores = evaluate_tasks(model, tokenizer, examples, strategies[of], example_records, **options)
+            scores = evaluate_tasks(model, tokenizer, examples, strategies[of], example_records, batches, progress)
             _add_scores(measured, of, scores)
     return results
 

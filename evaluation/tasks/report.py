@@ -58,21 +58,27 @@ def _cells(report: dict[str, Any]) -> list[list[str]]:
     lines = [[*header, "seconds", "peak GiB", "cache MiB", "effective stride"]]
     for strategy in report["strategies"]:
         own = {result["task"]: result for result in report["results"] if result["decoding"] == strategy}
-        scores = [own[name]["scores"]["score"] for name in names]
-        scores += [fmean(scores)] if len(names) > 1 else []
+        scores = [own[name]["scores"]["score"] if name in own else None for name in names]
+        scores += [_mean(scores)] if len(names) > 1 else []
         held = [result["cache_bytes"] for result in own.values() if result["cache_bytes"] is not None]
         peaks = [result["peak_memory"] for result in own.values() if result["peak_memory"] is not None]
         lines.append(
             [
                 strategy,
-                *(f"{100 * score:.1f}" for score in scores),
-                f"{sum(result['seconds'] for result in own.values()):,.1f}",
+                *("-" if score is None else f"{100 * score:.1f}" for score in scores),
+                f"{sum(result['seconds'] for result in own.values()):,.1f}" if own else "-",
                 f"{max(peaks) / 2**30:.2f}" if peaks else "-",
                 f"{max(held) / 2**20:,.2f}" if held else "-",
                 _stride(list(own.values())),
             ]
         )
     return lines
+
+
+def _mean(scores: list[float | None]) -> float | None:
+    """The mean score; None if a task has none."""
+    found = [score for score in scores if score is not None]
+    return fmean(found) if len(found) == len(scores) else None
 
 
 def _stride(results: list[dict[str, Any]]) -> str:
@@ -85,6 +91,8 @@ def _notes(report: dict[str, Any]) -> list[str]:
     count = report["settings"]["examples"]
     lengths = sorted({f"{entry['settings']['length']:,}" for entry in report["tasks"].values()})
     notes = [f"scores in percent; {count} examples of each task, of up to {', '.join(lengths)} tokens each"]
+    if len(report["results"]) < len(report["tasks"]) * len(report["strategies"]):
+        notes.append("- is not finished (--stop-after): --resume continues")
     return notes + [
         f"{label}: {', '.join(entry['substitutes'])}"
         for label, entry in report["tasks"].items()

@@ -5,7 +5,8 @@ that an interrupted evaluation can continue.
 """
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, cast
@@ -101,6 +102,9 @@ class TaskResult:
 Work = list[tuple[Task, list[Example]]]
 """Tasks with their examples."""
 
+Prompt = tuple[Task, Example]
+"""An example and its task."""
+
 
 def make_examples(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[Task], count: int, progress: bool = True
@@ -120,6 +124,27 @@ def make_examples(
     return work
 
 
+@dataclass(frozen=True)
+class BatchOptions:
+    """How examples are put into batches, and when the evaluation ends. Scores differ by rounding at most."""
+
+    batch_size: int = 1
+    """Examples of one call of `generate`."""
+    mix_tasks: bool = False
+    """Whether a batch may hold examples of several tasks, those with the longest right answers first: fewer decoding
+    steps in all. Each answer is cut to its own task's `max_new_tokens`."""
+    compiles: bool = True
+    """Whether decoding steps are compiled on a GPU: quicker steps, after some ten seconds for each strategy and shape.
+    `seconds` are times of generation only if they are."""
+    stop_after: float | None = None
+    """Seconds after which no further batch is begun; None: no limit."""
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise SettingsError(f"--batch-size must be at least 1, got {self.batch_size}")
+
+
 @torch.no_grad()
 def evaluate_tasks(
     model: PreTrainedModel,
@@ -127,7 +152,7 @@ def evaluate_tasks(
     work: Work,
     strategies: list[Strategy],
     records: ExampleRecords,
-    batch_size: int = 1,
+    batches: BatchOptions = BatchOptions(),  # frozen
     progress: bool = True,
     store: PrefixStore | None = None,
 ) -> list[TaskResult]:
@@ -136,28 +161,52 @@ def evaluate_tasks(
     Args:
         model: a transformers decoder after `refreshkv.enable`, in evaluation mode.
         work: what `make_examples` returned.
-        batch_size: examples of one call of `generate`.
         records: the finished examples; several processes divide the others.
         store: keeps each prompt's keys and values for all strategies; `seconds` are then without the prompts'. One
             process only.
+
+    Returns the results task by task; those that `batches.stop_after` left unfinished are missing.
     """
-    if batch_size < 1:
-        raise SettingsError(f"--batch-size must be at least 1, got {batch_size}")
     assert store is None or records.processes.world == 1
-    generator = AnswerGenerator(model, tokenizer, strategies, store)
-    base, results = [fingerprint(model), tokenizer_identity(tokenizer), generator.settings], []
-    total = len(strategies) * sum(len(examples) for _, examples in work)
+    generator = AnswerGenerator(model, tokenizer, strategies, store, batches.compiles)
+    base = [fingerprint(model), tokenizer_identity(tokenizer), generator.settings]
+    drawn = [[(task, example) for example in examples] for task, examples in work]
+    total, begun = len(strategies) * sum(map(len, drawn)), batches.clock()
     with tqdm(total=total, unit=" examples", disable=not (progress and records.processes.is_first)) as bar:
-        for task, examples in work:
-            keys = {way.name: [_key(base, task, way, example) for example in examples] for way in strategies}
-            batches = _missing_batches(strategies, keys, records, batch_size)
-            bar.update(len(strategies) * len(examples) - sum(len(numbers) for _, numbers in batches))
+        for prompts in [_longest_first(sum(drawn, []))] if batches.mix_tasks else drawn:
+            keys = {way.name: [_key(base, task, way, example) for task, example in prompts] for way in strategies}
+            missing = _missing_batches(strategies, keys, records, batches.batch_size)
+            bar.update(len(strategies) * len(prompts) - sum(len(numbers) for _, numbers in missing))
             if store is not None:  # all strategies of a prompt follow each other, while the store has it
-                batches.sort(key=lambda batch: batch[1])
-            answers = _Answers(generator, task, examples, keys, bar)
-            for (_, numbers), _ in records.fill(batches, answers.of_batch):
-                bar.update(len(numbers))
-            results += [_result(task, way, [records[key] for key in keys[way.name]]) for way in strategies]
+                missing.sort(key=lambda batch: batch[1])
+            answers = _Answers(generator, prompts, keys, bar)
+            for turn in records.processes.turns(missing):
+                if _is_late(batches, begun, records):
+                    break
+                for (_, numbers), _ in records.fill(turn, answers.of_batch):
+                    bar.update(len(numbers))
+    return _results(base, work, strategies, records)
+
+
+def _longest_first(prompts: list[Prompt]) -> list[Prompt]:
+    return sorted(prompts, key=lambda prompt: len(prompt[1].answer_ids), reverse=True)
+
+
+def _is_late(batches: BatchOptions, begun: float, records: ExampleRecords) -> bool:
+    """Whether `stop_after` has passed, by the first process' clock."""
+    limit = batches.stop_after
+    return limit is not None and records.processes.from_first(lambda: batches.clock() - begun >= limit)
+
+
+def _results(base: list, work: Work, strategies: list[Strategy], records: ExampleRecords) -> list[TaskResult]:
+    """The result of each task under each strategy, as far as all of its examples are in `records`."""
+    results = []
+    for task, examples in work:
+        for strategy in strategies:
+            found = [records.get(_key(base, task, strategy, example)) for example in examples]
+            finished = [record for record in found if record is not None]
+            if len(finished) == len(examples):
+                results.append(_result(task, strategy, finished))
     return results
 
 
@@ -167,19 +216,20 @@ Batch = tuple[Strategy, list[int]]
 
 @dataclass(frozen=True)
 class _Answers:
-    """Generates the records of one task, batch by batch."""
+    """Generates records, batch by batch."""
 
     generator: "AnswerGenerator"
-    task: Task
-    examples: list[Example]
+    prompts: list[Prompt]
     keys: dict[str, list[str]]
     """Strategy -> the key of each example."""
     bar: tqdm
 
     def of_batch(self, batch: Batch) -> list[ExampleRecord]:
         strategy, numbers = batch
-        self.bar.set_description(f"{self.task.label}, {strategy.name}")
-        outputs = self.generator.generate(self.task, strategy, [self.examples[i] for i in numbers])
+        prompts = [self.prompts[i] for i in numbers]
+        labels = list(dict.fromkeys(task.label for task, _ in prompts))
+        self.bar.set_description(f"{labels[0] if len(labels) == 1 else f'{len(labels)} tasks'}, {strategy.name}")
+        outputs = self.generator.generate(strategy, prompts)
         own_keys = [self.keys[strategy.name][i] for i in numbers]
         return [ExampleRecord(key, **out) for key, out in zip(own_keys, outputs, strict=True)]
 
@@ -233,10 +283,12 @@ class AnswerGenerator:
         tokenizer: PreTrainedTokenizerBase,
         strategies: list[Strategy],
         store: PrefixStore | None,
+        compiles: bool = True,
     ) -> None:
         refuse_own_settings(model)
-        self._model, self._tokenizer, self._store = model, tokenizer, store
-        self._caches = Caches(model, record=store is None)  # with a store each batch has another strategy than the last
+        self._model, self._tokenizer, self._store, self._compiles = model, tokenizer, store, compiles
+        # with a store each batch has another strategy than the last
+        self._caches = Caches(model, record=compiles and store is None)
         for strategy in strategies if store is not None else ():
             validate_takes_prefix(strategy.build_cache(model.config, 1))
         self.settings = generation_settings(model, tokenizer)
@@ -244,10 +296,10 @@ class AnswerGenerator:
         padding = cast("int | None", tokenizer.pad_token_id)
         self._padding = self._stop[0] if padding is None else padding
 
-    def generate(self, task: Task, strategy: Strategy, examples: list[Example]) -> Iterator[dict[str, Any]]:
+    def generate(self, strategy: Strategy, prompts: list[Prompt]) -> Iterator[dict[str, Any]]:
         """Generates the answers of one batch; yields the fields of each `ExampleRecord`, all but the key."""
-        model, limit = self._model, task.family.max_new_tokens
-        ids, mask = left_padded([example.prompt_ids for example in examples], self._padding)
+        model, limit = self._model, max(task.family.max_new_tokens for task, _ in prompts)
+        ids, mask = left_padded([example.prompt_ids for _, example in prompts], self._padding)
         sequences, columns = ids.shape
         if self._store is not None:
             store_prompts(self._store, ids, mask)
@@ -267,12 +319,13 @@ class AnswerGenerator:
                 max_new_tokens=limit,
                 eos_token_id=self._stop,
                 pad_token_id=self._padding,
+                disable_compile=not self._compiles,
                 **GREEDY,
             )[:, columns:].tolist()  # waits for the GPU
         seconds, peak = meter.read()
         finite.validate()
-        for row, (example, generated) in enumerate(zip(examples, output, strict=True)):
-            tokens = _until(generated, self._stop)
+        for row, ((task, example), generated) in enumerate(zip(prompts, output, strict=True)):
+            tokens = _until(generated[: task.family.max_new_tokens], self._stop)
             prediction = self._tokenizer.decode(tokens, skip_special_tokens=True)
             assert isinstance(prediction, str)  # of one sequence
             yield {

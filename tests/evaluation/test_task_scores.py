@@ -18,8 +18,10 @@ from refreshkv.data.tasks.words import coined_words
 from refreshkv.data.tokenizer import train_tokenizer
 from refreshkv.evaluation import strategies as decoding
 from refreshkv.evaluation.strategies import build_strategies
+from refreshkv.evaluation.tasks.report import build_task_report, task_table
 from refreshkv.evaluation.tasks.scores import (
     AnswerGenerator,
+    BatchOptions,
     ExampleRecords,
     evaluate_tasks,
     left_padded,
@@ -55,7 +57,9 @@ def tasks():
 def run(model, tokenizer, tasks, path, names=("full", "refresh", "snapkv"), count=3, batch_size=2):
     work = make_examples(model, tokenizer, tasks, count, progress=False)
     strategies = build_strategies(list(names), CONFIG)
-    return evaluate_tasks(model, tokenizer, work, strategies, ExampleRecords(path), batch_size, progress=False)
+    return evaluate_tasks(
+        model, tokenizer, work, strategies, ExampleRecords(path), BatchOptions(batch_size), progress=False
+    )
 
 
 def by_name(results):
@@ -141,6 +145,41 @@ def test_finished_examples_are_not_computed_again(model, tokenizer, tasks, tmp_p
     assert [result.scores for result in results] == [result.scores for result in whole]
     again = run(model, tokenizer, tasks, path)
     assert len(generated) == 13 and again == results  # times included: nothing ran
+
+
+def test_batches_of_several_tasks(model, tokenizer, tasks, tmp_path):
+    """They have the answers of batches of one task, each no longer than its task's, and fewer batches."""
+    work = make_examples(model, tokenizer, tasks, 3, progress=False)
+    strategies = build_strategies(["full", "refresh", "select:2:4bit", "streaming"], CONFIG)
+
+    def answers(name, options):
+        evaluate_tasks(model, tokenizer, work, strategies, ExampleRecords(tmp_path / name), options, progress=False)
+        kept = ("prediction", "scores", "prompt_tokens", "new_tokens", "full_steps")
+        return {(one["task"], one["decoding"], one["index"]): [one[k] for k in kept] for one in lines(tmp_path / name)}
+
+    alone = answers("alone.jsonl", BatchOptions(3))
+    mixed = answers("mixed.jsonl", BatchOptions(6, mix_tasks=True))
+    assert mixed == alone and len(mixed) == 24
+    assert {one[3] for key, one in mixed.items() if key[0].startswith("niah")} == {12}  # its limit, not the chain's 20
+    assert len({one["seconds"] for one in lines(tmp_path / "mixed.jsonl")}) == len(strategies)
+
+
+def test_stopping_early_leaves_what_is_finished(model, tokenizer, tasks, tmp_path):
+    work = make_examples(model, tokenizer, tasks, 2, progress=False)
+    strategies, path = build_strategies(["full", "snapkv"], CONFIG), tmp_path / "examples.jsonl"
+    ticks = iter([0, 1, 2, 9, 9, 9])
+    options = BatchOptions(2, stop_after=5, clock=lambda: next(ticks))
+    results = evaluate_tasks(model, tokenizer, work, strategies, ExampleRecords(path), options, progress=False)
+    assert [(one.task, one.decoding) for one in results] == [("chain_of_key", "full"), ("chain_of_key", "SnapKV")]
+    again = evaluate_tasks(
+        model, tokenizer, work, strategies, ExampleRecords(path), BatchOptions(stop_after=0), progress=False
+    )
+    assert again == results and len(lines(path)) == 4  # nothing was computed
+    report = build_task_report(results, tasks, strategies, "model", {"examples": 2}, "command")
+    table = task_table(report).splitlines()
+    assert table[1].split()[2:4] == ["-", "-"] and "- is not finished" in table[-2]
+    report = build_task_report([], tasks, strategies, "model", {"examples": 2}, "command")
+    assert task_table(report).splitlines()[1].split()[1:5] == ["-"] * 4
 
 
 def test_what_a_prediction_depends_on_is_computed_anew(model, tokenizer, tasks, tmp_path):
@@ -331,9 +370,26 @@ def test_command_line(launch, folder, tmp_path, monkeypatch, capsys):
     assert Path("out/notes.txt").read_text() == "mine"
 
 
+def test_a_grid_of_strategies(launch, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    part = '{selections: [mine], strategies: ["refresh:4"], budgets: [0.25]}'
+    Path("grid.yaml").write_text(f"selections: {{mine: {{pool_kernel: 3}}}}\nparts: [{part}]")
+    own = [text for text in arguments(folder, "--examples", "1") if text not in ("--budget", "40")]
+    launch([*own, "--output", "out", "--grid", "grid.yaml", "--mix-tasks", "--no-compile", "--batch-size", "2"])
+    report = json.loads(Path("out/tasks.json").read_text())
+    assert list(report["strategies"]) == ["full", "mine: refresh S=4, K=0.25"] and len(report["results"]) == 4
+    assert report["strategies"]["mine: refresh S=4, K=0.25"]["pool_kernel"] == 3
+    assert report["settings"]["compiled"].startswith("no") and "several tasks" in report["settings"]["batches"]
+    capsys.readouterr()
+    launch([*own, "--output", "out", "--grid", "grid.yaml", "--resume", "--stop-after", "0"])
+    assert "not finished" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--grid", "tasks"], "--grid has strategies, budgets"),
+        (["--stop-after", "-1"], "--stop-after must be at least 0"),
         (["--rows", "5"], "--rows means nothing with --tasks"),
         (["--compare", "x"], "--compare means nothing with --tasks"),
         (["--strides", "5"], "--strides means nothing with --tasks"),

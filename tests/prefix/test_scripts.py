@@ -10,7 +10,7 @@ import torch
 
 from refreshkv import RefreshConfig, enable
 from refreshkv.evaluation.strategies import build_strategies
-from refreshkv.evaluation.tasks.scores import ExampleRecords, evaluate_tasks, make_examples
+from refreshkv.evaluation.tasks.scores import BatchOptions, ExampleRecords, evaluate_tasks, make_examples
 from refreshkv.prefix.store import PrefixStore
 from refreshkv.settings import SettingsError
 from tests.evaluation.test_task_scores import CONFIG, lines, model, tasks, tokenizer  # noqa: F401  fixtures
@@ -128,7 +128,9 @@ def test_tasks_compute_each_prompt_once(model, tokenizer, tasks, tmp_path):  # n
         path = tmp_path / f"{store is None}.jsonl"
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            evaluate_tasks(model, tokenizer, work, decodings, ExampleRecords(path), 2, progress=False, store=store)
+            evaluate_tasks(
+                model, tokenizer, work, decodings, ExampleRecords(path), BatchOptions(2), progress=False, store=store
+            )
         found[store is None] = {line["key"]: line for line in lines(path)}
         assert sum(computed) == (6 * 3 if store is None else 3)
     handle.remove()

@@ -537,6 +537,37 @@ def test_scores_of_tasks_by_hand(tmp_path):
     assert (tmp_path / "results/small-tasks.png").stat().st_size > 1000
 
 
+def test_tasks_under_a_grid(tmp_path):
+    """Each arm has one evaluation, whatever selections it has; figures of another grid are refused."""
+    (tmp_path / "grid.yaml").write_text(GRID)
+    values = settings(tmp_path)
+    tasks = {"names": ["vt", "fwe"], "length": 400, "grid": str(tmp_path / "grid.yaml"), "compile": False}
+    values["studies"]["small"] |= {"perplexity": None, "tasks": {**tasks, "mix_tasks": True}}
+    config = settings_from_dict(ExperimentConfig, values)
+    (none,) = [job for job in plan(config, set()) if job.name == "small/none"]
+    assert none.names == {"small/none/paper/tasks"}
+    line = " ".join(none.commands[0].arguments)
+    assert f"--mix-tasks --no-compile --grid {tmp_path}/grid.yaml" in line and "refresh." not in line
+    found = {"task": ["vt", "fwe"], "score": [0.5, 0.25]}
+    pairs = [(task, name) for task in found["task"] for name in ("full", *NAMES)]
+    entry = {"study": "small", "arm": "none", "seed": None, "selection": "paper", "kind": "tasks", "base model": None}
+    entry["results"] = [{"task": t, "decoding": n, "scores": {"score": {"vt": 0.5, "fwe": 0.25}[t]}} for t, n in pairs]
+    assert task_table(config, "small", {"small/none/paper/tasks": entry})[1] == [
+        *("none", "paper", "full", "1", "50.0", "25.0", "37.5")
+    ]
+    results = Results(config)
+    entry["settings"] = results._settings(entry)
+    (tmp_path / "results").mkdir(exist_ok=True)
+    (tmp_path / "results/results.json").write_text(json.dumps({"small/none/paper/tasks": entry}))
+    assert Results(config).entries
+    (tmp_path / "grid.yaml").write_text(GRID.replace("8, 4", "8, 5"))
+    with pytest.raises(SettingsError, match="small/none/paper/tasks with other settings"):
+        Results(settings_from_dict(ExperimentConfig, values))
+    values["studies"]["small"]["tasks"] = {**tasks, "strategies": ["full"]}
+    with pytest.raises(SettingsError, match="either strategies or a grid"):
+        settings_from_dict(ExperimentConfig, values)
+
+
 @pytest.mark.parametrize(
     "place, value, message",
     [

@@ -7,7 +7,7 @@ from refreshkv.config import RefreshConfig
 from refreshkv.data.config import DataConfig
 from refreshkv.data.tasks.registry import build_tasks
 from refreshkv.evaluation.perplexity.evaluation import check_last_tokens
-from refreshkv.evaluation.strategies import build_strategies
+from refreshkv.evaluation.strategies import Strategy, build_strategies
 from refreshkv.evaluation.sweep.grid import Grid, load_grid
 from refreshkv.ranges import COUNT, SEED, Range, show, validate_numbers
 from refreshkv.settings import SettingsError, settings_from_dict, validate_name
@@ -59,14 +59,30 @@ class Tasks:
     names: list[str]
     length: int
     """Tokens of prompt and answer."""
-    strategies: list[str]
+    strategies: list[str] = field(default_factory=list)
+    """As in --strategies, with each selection of an arm. Empty: those of `grid`."""
+    grid: str | None = None
+    """YAML file, or a name in configs/grids, whose strategies have selections of their own: each arm is then evaluated
+    once."""
     values: dict[str, Fragment] = field(default_factory=dict)
     """Task -> settings, as tasks.NAME.key=value of launch/evaluate.py."""
     examples: int = 100
     batch_size: int = 20
+    mix_tasks: bool = False
+    """Whether a batch may hold examples of several tasks, as --mix-tasks."""
+    compile: bool = True
+    """Whether a GPU compiles the decoding steps, as --compile."""
 
     def __post_init__(self) -> None:
         validate_numbers(self, {"length": COUNT, "examples": COUNT, "batch_size": COUNT}, "tasks.")
+        if bool(self.strategies) == bool(self.grid):
+            raise SettingsError("tasks needs either strategies or a grid")
+        if self.grid:
+            self.build_grid(self.grid)
+
+    def build_grid(self, name: str) -> list[Strategy]:
+        """The strategies of the grid with this name."""
+        return load_grid(name, "tasks.grid").build_strategies()
 
 
 @dataclass
@@ -222,6 +238,7 @@ class ExperimentConfig:
             check_last_tokens(study.tradeoff.last_tokens, settings_from_dict(DataConfig, self.data(name)).row_length)
         if study.tasks is not None:
             build_tasks(study.tasks.names, study.tasks.values, length=study.tasks.length)
+            # a grid has checked its own
             build_strategies(study.tasks.strategies, self.refresh(name, self.arms[study.arms[0]].selections[0]))
 
     def refresh(self, study: str, selection: str) -> RefreshConfig:

@@ -233,7 +233,7 @@ def _arm(config: ExperimentConfig, study: str, arm: str, seed: int | None) -> Jo
     reports = []
     for selection in config.arms[arm].selections:
         for kind in ("perplexity", "tasks"):
-            if getattr(config.studies[study], kind) is not None:
+            if _is_evaluated(config, study, arm, selection, kind):
                 commands.append(_evaluate(config, study, selection, kind, model, folder / f"{kind}-{selection}"))
                 reports.append(Report(commands[-1].made, study, arm, seed, selection, kind))
     if (tradeoff := config.studies[study].tradeoff) is not None:  # its grid has selections of its own
@@ -241,6 +241,14 @@ def _arm(config: ExperimentConfig, study: str, arm: str, seed: int | None) -> Jo
         reports.append(Report(commands[-1].made, study, arm, seed, config.arms[arm].selections[0], "tradeoff"))
     needs = [base_name(study), rows_name(config.data(study)["folder"])]
     return Job("/".join(folder.parts[-2:]), commands, needs, reports)
+
+
+def _is_evaluated(config: ExperimentConfig, study: str, arm: str, selection: str, kind: str) -> bool:
+    """Whether an arm is evaluated under a selection. kind: perplexity or tasks, which have one report under the first
+    selection if a grid names others."""
+    wanted = getattr(config.studies[study], kind)
+    is_first = selection == config.arms[arm].selections[0]
+    return wanted is not None and (is_first or getattr(wanted, "grid", None) is None)
 
 
 def _base(config: ExperimentConfig, study: str) -> Job:
@@ -333,6 +341,12 @@ def _evaluate(config: ExperimentConfig, study: str, selection: str, kind: str, m
         arguments += ["--last-tokens", str(settings.last_tokens), "--strides", ",".join(map(str, settings.strides))]
         return Command("evaluate.py", [*arguments, *refresh], folder / "report.json", begun=folder)
     arguments += ["--tasks", ",".join(settings.names), "--task-length", str(settings.length)]
-    arguments += ["--examples", str(settings.examples), "--strategies", ",".join(settings.strategies)]
+    arguments += ["--examples", str(settings.examples)]
+    arguments += ["--mix-tasks"] if settings.mix_tasks else []
+    arguments += [] if settings.compile else ["--no-compile"]
+    if settings.grid:
+        arguments, refresh = [*arguments, "--grid", settings.grid], []
+    else:
+        arguments += ["--strategies", ",".join(settings.strategies)]
     own = [f"tasks.{n}.{k}={json.dumps(v)}" for n, task in settings.values.items() for k, v in task.items()]
     return Command("evaluate.py", [*arguments, *refresh, *own], folder / "tasks.json", begun=folder)

@@ -109,9 +109,10 @@ def task_table(config: ExperimentConfig, study: str, entries: Entries) -> list[l
             continue
         tasks = list(dict.fromkeys(result["task"] for result in found[0]["results"]))
         for strategy in dict.fromkeys(result["decoding"] for result in found[0]["results"]):
-            scores = [_spread([100 * _score(one, task, strategy) for one in found], 1) for task in tasks]
-            lines.append([arm, selection, strategy, str(len(found)), *scores])
-    return [["arm", "selection", "strategy", "seeds", *tasks], *lines]
+            scores = [[100 * _score(one, task, strategy) for one in found] for task in tasks]
+            scores += [[fmean(own) for own in zip(*scores, strict=True)]] if len(tasks) > 1 else []
+            lines.append([arm, selection, strategy, str(len(found)), *(_spread(own, 1) for own in scores)])
+    return [["arm", "selection", "strategy", "seeds", *tasks, *(["mean"] if len(tasks) > 1 else [])], *lines]
 
 
 def _score(entry: dict[str, Any], task: str, strategy: str) -> float:

@@ -23,7 +23,7 @@ from refreshkv.train.run_folder import FREE_TO_CHANGE, flat_settings
 RESULTS_FILE, LOCK_FILE = "results.json", ".results.lock"
 PARTS = 16
 """The file keeps losses as means over this many equal parts of the scored tokens."""
-IMMATERIAL = {*FREE_TO_CHANGE, "batch_size"}
+IMMATERIAL = {*FREE_TO_CHANGE, "batch_size", "mix_tasks", "compile"}
 """Settings that change how the work is done but not its results."""
 
 
@@ -161,6 +161,7 @@ class Results:
             tasks = build_tasks(wanted.names, wanted.values, length=wanted.length)
             settings = {task.name: json.loads(json.dumps(task.settings())) for task in tasks}
             pairs = [("tasks", labels, settings), ("examples", found["settings"]["examples"], wanted.examples)]
+            pairs.append(("scores", len(found["results"]), len(tasks) * len(found["strategies"])))  # all are there
         else:
             measured = found["protocol"]
             pairs = [(name, measured[name], getattr(wanted, name)) for name in ("split", "rows")]
@@ -177,6 +178,8 @@ class Results:
         settings[entry["kind"]] = vars(getattr(config.studies[study], entry["kind"]))
         if entry["kind"] == "tradeoff":
             settings["tradeoff"] = _tradeoff_settings(config.studies[study].tradeoff)
+        if (tasks := getattr(config.studies[study], entry["kind"])) and isinstance(tasks, Tasks) and tasks.grid:
+            settings["grid"] = {one.name: one.settings for one in tasks.build_grid(tasks.grid)}
         return json.loads(json.dumps(settings))
 
 
