@@ -150,41 +150,68 @@ class RefreshLayer(PreallocatedLayer):
         if self.dropped is not None and count <= self.dropped:
             raise RuntimeError(f"{self.dropped} tokens were dropped: give them with the new ones, not {count} tokens")
 
-    def drop_steps(self, *, awaits_accept: bool = False) -> int:
+    def drop_steps(self) -> int:
         """Removes the tokens of the steps since the last block, and returns their number. The next call must be a block
-        that begins with these tokens.
-
-        awaits_accept: the block's selection waits for `accept`.
-        """
+        that begins with these tokens."""
         self._validate_attended()
         length, dropped = self.exact_length, self.length - self.exact_length
-        if awaits_accept:
-            self.forget_step(length)
-        else:  # the steps stay in `selecting_steps`
-            super().forget_step(length)
-        self.phase, self.awaits_accept = Phase.CONTINUING, awaits_accept
-        self.dropped = None if awaits_accept else dropped
+        super().forget_step(length)  # the steps stay in `selecting_steps`
+        self.phase, self.dropped = Phase.CONTINUING, dropped
         return dropped
+
+    def drop_drafts(self) -> None:
+        """Removes the tokens of the steps since the last block, whose length the host knows, so it does not wait for
+        the device. The next call must be a block; its selection waits for `accept_all`."""
+        self._validate_attended()
+        self.forget_step(self.prompt_length)
+        self.phase, self.awaits_accept, self.dropped = Phase.CONTINUING, True, None
 
     def keep_observers(self) -> None:
         """Copies the observers. Call this before steps that will be dropped, because they overwrite the observers."""
-        self._keep("kept_observers", self.observers)
+        if self.config.observation_window > 1:
+            self._keep("kept_observers", self.observers)
 
-    def accept(self, counts: Tensor, length: int, left_padding: Tensor) -> None:
-        """Makes the selection that waits since the block after `drop_steps(awaits_accept=True)`. counts (B,): how many
-        tokens of the block each row keeps; its last token is now in column `length - 1`, its first behind
-        `left_padding` (B,)."""
-        block = self.waiting
+    @staticmethod
+    def accept_all(layers: "list[RefreshLayer]", counts: Tensor, length: int, left_padding: Tensor) -> None:
+        """Ends the block after `drop_drafts` in all layers of a cache. counts (B,): how many tokens of the block each
+        row keeps; its last token is now in column `length - 1`, its first behind `left_padding` (B,).
+
+        With selecting steps the next step is one. Else the layers select at the last token.
+        """
+        config, block = layers[0].config, layers[0].waiting
         assert block is not None, "no block waits"
-        self.waiting, start = None, self.length - block.query.shape[2]
-        window = self.config.observation_window
-        before = self.kept_observers[:, :, torch.arange(start - window, start, device=counts.device) % window]
-        wanted = counts[:, None] + torch.arange(window, device=counts.device)
-        index = wanted[:, None, :, None].expand(-1, before.shape[1], -1, before.shape[3])
-        latest = torch.cat([before, block.query], dim=2).gather(2, index)
-        self.forget_step(length)
-        self.prompt_length = length
-        self._select_after_block(latest, left_padding, block.scaling, block.terms)
+        start, window = layers[0].length - block.query.shape[2], config.observation_window
+        number = torch.arange(window, device=counts.device)
+        # of the observers before the block, in their slots, and the block's queries: the last O that stay, in order
+        wanted = counts[:, None] + number
+        index = torch.where(wanted < window, (start + wanted) % window, wanted)
+        in_order = index[:, None, :, None].expand(-1, block.query.shape[1], -1, block.query.shape[3])
+        in_slots = in_order[:, :, (number - length) % window]
+        last = torch.full_like(left_padding, length - 1)
+        stride = config.select_stride
+        if stride is not None:
+            row_state = torch.stack([last, config.budgets(length - left_padding), left_padding, last + 2 - stride], 1)
+        for layer in layers:
+            block, layer.waiting = layer.waiting, None
+            assert block is not None
+            layer.forget_step(length)
+            layer.prompt_length = length
+            if window > 1:
+                queries = torch.cat([layer.kept_observers, block.query], dim=2)
+            else:
+                queries = torch.cat([block.query[:, :, :1], block.query], dim=2)  # every row keeps one
+            if stride is None:
+                latest = queries.gather(2, in_order)
+                layer._select_after_block(latest, left_padding, block.scaling, block.terms)
+                continue
+            if window > 1:
+                layer._keep("observers", queries.gather(2, in_slots))
+            if config.threshold is not None:
+                layer.mean_query.copy_(mean_query(queries.gather(2, in_order[:, :, -1:])).squeeze(1))
+            layer.row_state.copy_(row_state)
+            layer.selected.clamp_(max=length - 1)  # of dropped drafts; the next step selects anew
+            layer._start_decoding()
+            layer._join_layers()
 
     @torch.compiler.disable
     def end_block(
