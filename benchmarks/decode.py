@@ -406,7 +406,7 @@ def run_lossless(
     acceptance: float,
     ids: Tensor | None = None,
 ) -> tuple[Tensor, float, DraftCounts]:
-    """Generates `new` tokens of each batch row behind ids, or behind random tokens of the `length` that the cache holds.
+    """Generates `new` tokens of each batch row behind ids, or behind random ids for the `length` tokens in the cache.
     Returns the texts, the seconds, and what was accepted."""
     if ids is None:
         ids = torch.randint(1, model.config.vocab_size, (batch, length + 1), device=model.device)

@@ -10,6 +10,7 @@ from refreshkv import NEVER, DraftCounts, RefreshCache, RefreshConfig, decode_lo
 from refreshkv.baselines.full import FullCache
 from refreshkv.cache.row_lengths import RowLengths
 from refreshkv.generation.lossless import Rules
+from refreshkv.ops.choice import Choice
 from tests.generation.test_generate import SLIDING, left_padded, letters_tokenizer
 from tests.helpers.marks import slow_unless
 from tests.helpers.models import FAMILIES, padded_positions, random_ids, tiny_enabled, tiny_model
@@ -52,6 +53,21 @@ def test_greedy_tokens_are_those_of_full_attention(case):
     assert 0 < counts.accepted < counts.judged and counts.tokens == 12
     alone = generate(model, ids[:1], CONFIGS[config], drafts=(counts := DraftCounts()), draft_length=3)
     assert torch.equal(alone, found[:1]) and counts.rounds < 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["selecting", "paper"])
+def test_greedy_tokens_by_the_kernels_are_those_of_full_attention(config, monkeypatch):
+    """Steps, selections and blocks by Triton, whose layers share their state: on a GPU, or in the interpreter."""
+    plain, model = tiny_model(layers=2).float(), tiny_enabled(layers=2).float()
+    ids, mask = left_padded(random_ids(2, 80, seed=1), [0, 3])
+    expected = generate(plain, ids, attention_mask=mask, max_new_tokens=10)
+    monkeypatch.setattr(Choice, "uses_kernels", lambda choice, tensor: True)
+    monkeypatch.setattr(Choice, "takes_short_block", lambda choice, query, key, value: query.shape[2] < 20)
+    found = generate(
+        model, ids, CONFIGS[config], drafts=(counts := DraftCounts()), attention_mask=mask, max_new_tokens=10
+    )
+    assert torch.equal(found, expected) and 0 < counts.accepted
 
 
 @pytest.mark.slow
