@@ -41,6 +41,20 @@ class Block(NamedTuple):
     terms: SoftmaxTerms
 
 
+class KeptTokens(NamedTuple):
+    """Which tokens of a block of drafts stay, for all layers of a cache."""
+
+    length: int
+    """Tokens of the cache then; each row's last token is in column `length - 1`."""
+    left_padding: Tensor
+    """(B,) int64."""
+    latest: Tensor
+    """(B, O) int64: the last O queries, in order, among the observers before the block, in their slots, and the block's
+    queries."""
+    row_state: Tensor | None
+    """(B, 4) int64: the state of each row if the next step selects; None: the last token selects."""
+
+
 class RefreshLayer(PreallocatedLayer):
     """One full-attention layer: the keys and values of all tokens, and the layer's decisions.
 
@@ -161,7 +175,7 @@ class RefreshLayer(PreallocatedLayer):
 
     def drop_drafts(self) -> None:
         """Removes the tokens of the steps since the last block, whose length the host knows, so it does not wait for
-        the device. The next call must be a block; its selection waits for `accept_all`."""
+        the device. The next call must be a block; its selection waits for `accept`."""
         self._validate_attended()
         self.forget_step(self.prompt_length)
         self.phase, self.awaits_accept, self.dropped = Phase.CONTINUING, True, None
@@ -171,47 +185,34 @@ class RefreshLayer(PreallocatedLayer):
         if self.config.observation_window > 1:
             self._keep("kept_observers", self.observers)
 
-    @staticmethod
-    def accept_all(layers: "list[RefreshLayer]", counts: Tensor, length: int, left_padding: Tensor) -> None:
-        """Ends the block after `drop_drafts` in all layers of a cache. counts (B,): how many tokens of the block each
-        row keeps; its last token is now in column `length - 1`, its first behind `left_padding` (B,).
-
-        With selecting steps the next step is one. Else the layers select at the last token.
-        """
-        config, block = layers[0].config, layers[0].waiting
+    def accept(self, kept: KeptTokens) -> None:
+        """Ends the block after `drop_drafts`: prepares the next step, or selects at the last token that stays."""
+        block = self.waiting
         assert block is not None, "no block waits"
-        start, window = layers[0].length - block.query.shape[2], config.observation_window
-        number = torch.arange(window, device=counts.device)
-        # of the observers before the block, in their slots, and the block's queries: the last O that stay, in order
-        wanted = counts[:, None] + number
-        index = torch.where(wanted < window, (start + wanted) % window, wanted)
-        in_order = index[:, None, :, None].expand(-1, block.query.shape[1], -1, block.query.shape[3])
-        in_slots = in_order[:, :, (number - length) % window]
-        last = torch.full_like(left_padding, length - 1)
-        stride = config.select_stride
-        if stride is not None:
-            row_state = torch.stack([last, config.budgets(length - left_padding), left_padding, last + 2 - stride], 1)
-        for layer in layers:
-            block, layer.waiting = layer.waiting, None
-            assert block is not None
-            layer.forget_step(length)
-            layer.prompt_length = length
-            if window > 1:
-                queries = torch.cat([layer.kept_observers, block.query], dim=2)
-            else:
-                queries = torch.cat([block.query[:, :, :1], block.query], dim=2)  # every row keeps one
-            if stride is None:
-                latest = queries.gather(2, in_order)
-                layer._select_after_block(latest, left_padding, block.scaling, block.terms)
-                continue
-            if window > 1:
-                layer._keep("observers", queries.gather(2, in_slots))
-            if config.threshold is not None:
-                layer.mean_query.copy_(mean_query(queries.gather(2, in_order[:, :, -1:])).squeeze(1))
-            layer.row_state.copy_(row_state)
-            layer.selected.clamp_(max=length - 1)  # of dropped drafts; the next step selects anew
-            layer._start_decoding()
-            layer._join_layers()
+        self.waiting = None
+        self.forget_step(kept.length)
+        self.prompt_length = kept.length
+        if kept.row_state is None:
+            latest = self._kept_queries(block, kept.latest)
+            self._select_after_block(latest, kept.left_padding, block.scaling, block.terms)
+            return
+        window, device = self.config.observation_window, block.query.device
+        if window > 1:
+            slots = (torch.arange(window, device=device) - kept.length) % window
+            self._keep("observers", self._kept_queries(block, kept.latest[:, slots]))
+        if self.config.threshold is not None:
+            self.mean_query.copy_(mean_query(self._kept_queries(block, kept.latest[:, -1:])).squeeze(1))
+        self.row_state.copy_(kept.row_state)
+        self.selected.clamp_(max=kept.length - 1)  # of dropped drafts; the next step selects anew
+        self._start_decoding()
+        self._join_layers()
+
+    def _kept_queries(self, block: Block, numbers: Tensor) -> Tensor:
+        """Of the observers before the block, in their slots, and the block's queries those with these numbers (B, n):
+        (B, H, n, D)."""
+        before = self.kept_observers if self.config.observation_window > 1 else block.query[:, :, :1]
+        queries = torch.cat([before, block.query], dim=2)
+        return queries.gather(2, numbers[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
 
     @torch.compiler.disable
     def end_block(

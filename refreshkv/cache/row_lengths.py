@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from refreshkv.cache.layer import KeptTokens
 from refreshkv.cache.preallocated_layer import Phase
 from refreshkv.cache.refresh import RefreshCache
 from refreshkv.ops.state import PADDING
@@ -85,8 +86,24 @@ class RowLengths:
         for layer in self.layers:
             for name in ("keys", "values", *layer.score_state):
                 moves.apply(getattr(layer, name))
-        self.layers[0].accept_all(self.layers, counts, target, self.padding + target - self.lengths)
+        kept = self._kept(start, counts, target)
+        for layer in self.layers:
+            layer.accept(kept)
         self._note_starts(target)
+
+    def _kept(self, start: int, counts: Tensor, target: int) -> KeptTokens:
+        """The tokens that stay of a block that began in column `start`. With selecting steps the next step is one: that
+        costs less than a selection after the block."""
+        config, padding = self.cache.config, self.padding + target - self.lengths
+        window, stride = config.observation_window, config.select_stride
+        latest = counts[:, None] + torch.arange(window, device=counts.device)
+        latest = torch.where(latest < window, (start + latest) % window, latest)
+        if stride is None:
+            return KeptTokens(target, padding, latest, None)
+        last = torch.full_like(padding, target - 1)
+        # steps count from where the next one is a selecting step
+        row_state = torch.stack([last, config.budgets(target - padding), padding, last + 2 - stride], dim=1)
+        return KeptTokens(target, padding, latest, row_state)
 
     def _moves(self, start: int, counts: Tensor, counted: list[int]) -> Moves:
         """The moves after which each row ends at the same column, and the longest row does not move. start: first

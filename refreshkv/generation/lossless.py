@@ -3,9 +3,10 @@
     model.generate(..., past_key_values=RefreshCache(...), custom_generate=decode_lossless)
 
 A round drafts some tokens with decoding steps from the small cache. Then it removes what these steps wrote, and
-computes the drafts again as one block with full attention. It accepts drafts as long as full attention agrees, replaces
-the first other one, and selects a new small cache. The remaining keys and values are those of full attention. Batch
-rows accept different numbers of drafts (`refreshkv.cache.row_lengths`).
+computes the drafts again as one block with full attention. It accepts drafts as long as full attention agrees, and
+replaces the first other one. The remaining keys and values are those of full attention. The next round selects a new
+small cache: by its first step if the cache has selecting steps, else at the last accepted token. Batch rows accept
+different numbers of drafts (`refreshkv.cache.row_lengths`). The host waits for the device once in a round.
 
 Shapes: `B` batch rows, `T` columns of texts, `d` drafts of a round, `n = d + 1` tokens of its block, `V` vocabulary.
 """
@@ -29,7 +30,7 @@ from refreshkv.settings import SettingsError
 
 MOST_DRAFT = 16
 """Most drafts of a round, unless `draft_length` is given."""
-DRAFT_COST = 0.35
+DRAFT_COST = 0.45
 """Time of a small-cache step divided by that of a block: sets the number of drafts. Results are right for any value."""
 FIRST_ACCEPTANCE, MEMORY = 0.85, 0.9
 """The acceptance that the first round assumes, and the weight of earlier rounds in the running mean."""
