@@ -30,9 +30,9 @@ from refreshkv.settings import SettingsError
 
 MOST_DRAFT = 16
 """Most drafts of a round, unless `draft_length` is given."""
-DRAFT_COST = 0.45
+DRAFT_COST = 0.4
 """Time of a small-cache step divided by that of a block: sets the number of drafts. Results are right for any value."""
-FIRST_ACCEPTANCE, MEMORY = 0.85, 0.9
+FIRST_ACCEPTANCE, MEMORY = 0.9, 0.9
 """The acceptance that the first round assumes, and the weight of earlier rounds in the running mean."""
 BY_LOGITS_ALONE = ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta")
 """Processors of transformers, `...LogitsWarper`, that do not look at the tokens so far."""
