@@ -2,8 +2,9 @@
 
     refreshkv.generate(model, **inputs, max_new_tokens=256)
 
-The loop is `decode_ahead`, or with `lossless=True` `decode_lossless`. A model that cannot be refreshed, and ways of decoding other than greedy search and sampling
-(beams, an assistant), get the model's own `generate`, with one warning that says why.
+The loop is `decode_ahead`, or with `lossless=True` `decode_lossless`. A model that cannot be refreshed, and ways of
+decoding other than greedy search and sampling (beams, an assistant), get the model's own `generate`, with one warning
+that says why.
 """
 
 import copy
