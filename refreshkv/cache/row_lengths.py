@@ -8,6 +8,7 @@ accepted more moves tokens from the end into its padding. The last tokens of a r
 Shapes: `B` batch rows, `L` columns of the cache, `n` tokens of a block, `k` tokens that move.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -29,11 +30,15 @@ class Moves(NamedTuple):
     source: Tensor
     target: Tensor
 
-    def apply(self, buffer: Tensor) -> None:
-        """Moves the columns of a buffer (B, ..., L, D) or (B, ..., L) in place; heads, if any, are dimension 1."""
-        dim = min(2, buffer.ndim - 1)
-        content = buffer.gather(dim, _index(buffer, self.source))
-        buffer.scatter_(dim, _index(buffer, self.target), content)
+    def apply(self, buffers: Iterable[Tensor]) -> None:
+        """Moves the columns of buffers (B, ..., L, D) or (B, ..., L) in place; heads, if any, are dimension 1."""
+        indices: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        for buffer in buffers:
+            sizes = (buffer.ndim, buffer.shape[1], buffer.shape[-1])
+            if sizes not in indices:
+                indices[sizes] = _index(buffer, self.source), _index(buffer, self.target)
+            dim, (source, target) = min(2, buffer.ndim - 1), indices[sizes]
+            buffer.scatter_(dim, target, buffer.gather(dim, source))
 
 
 class RowLengths:
@@ -82,10 +87,8 @@ class RowLengths:
         moves = self._moves(start, counts, counts.tolist() if counted is None else counted)
         self.lengths = self.lengths + counts
         target = max(self.numbers)
-        moves.apply(self.order)
-        for layer in self.layers:
-            for name in ("keys", "values", *layer.score_state):
-                moves.apply(getattr(layer, name))
+        names = ("keys", "values", *self.layers[0].score_state)
+        moves.apply([self.order, *(getattr(layer, name) for layer in self.layers for name in names)])
         kept = self._kept(start, counts, target)
         for layer in self.layers:
             layer.accept(kept)

@@ -86,12 +86,15 @@ def short_block(query: Tensor, key: Tensor, value: Tensor, left_padding: Tensor 
     rows = min(MOST_ROWS, max(16, triton.next_power_of_2(group * count)))
     tiles = triton.cdiv(group * count, rows)
     splits = splits_of(pairs * tiles, query.device)
+    tile = tile_of(query)
+    if rows > 32:  # so that two programs share a multiprocessor's memory
+        tile = tile | {"num_stages": min(tile["num_stages"], 2)}
     partial = query.new_empty(batch, count, heads, splits, head_dim, dtype=torch.float32)
     highest, total = (query.new_empty(partial.shape[:-1], dtype=torch.float32) for _ in range(2))
     _attend_block[splits, pairs, tiles](
         query, key, value, left_padding, partial, highest, total,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], kv_heads, length, count, scaling * LOG2E,
-        G=group, D=head_dim, DP=padded_head(head_dim), MP=rows, PRECISION=precision(query), **tile_of(query),
+        G=group, D=head_dim, DP=padded_head(head_dim), MP=rows, PRECISION=precision(query), **tile,
     )  # fmt: skip
     output = query.new_empty(batch, count, heads, head_dim)
     _merge[batch * count * heads,](
