@@ -56,6 +56,7 @@ from refreshkv.baselines.h2o import H2OCache
 from refreshkv.baselines.snapkv import SnapKVCache
 from refreshkv.baselines.streaming import StreamingCache
 from refreshkv.cache.fetching import FetchingLayer
+from refreshkv.cache.keyword import given_cache
 from refreshkv.cache.preallocated import PreallocatedCache
 from refreshkv.cache.row_lengths import RowLengths
 from refreshkv.generation import lossless
@@ -356,7 +357,7 @@ class CapturedStep:
             with torch.cuda.graph(self.graph):
                 self.output = self.model(input_ids=self.ids, position_ids=self.positions, **settings)
         self.graph.replay()
-        for layer in settings["past_key_values"].layers:
+        for layer in given_cache(settings).layers:  # only the device knows now
             layer.known_length = None
         return self.output
 
@@ -413,7 +414,7 @@ def run_lossless(
     original, counts, begun = lossless.Rules.judge, DraftCounts(), time.perf_counter()
     lossless.Rules.judge = judge_by_coin(acceptance)
     try:
-        ids = model.generate(  # pyright: ignore[reportAttributeAccessIssue]  # as in run_generate
+        texts: Tensor = model.generate(  # pyright: ignore[reportAttributeAccessIssue]  # as in run_generate
             ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
@@ -425,11 +426,11 @@ def run_lossless(
             drafts=counts,
             compile_config=CompileConfig(dynamic=False),
         )
-        if ids.is_cuda:
+        if texts.is_cuda:
             torch.cuda.synchronize()
     finally:
         lossless.Rules.judge = original
-    return ids, time.perf_counter() - begun, counts
+    return texts, time.perf_counter() - begun, counts
 
 
 def judge_by_coin(acceptance: float) -> Callable:
