@@ -4,7 +4,8 @@
 
 The first tokens of each sequence are a prompt. The model generates --new tokens after it by decode_lossless, greedily
 or drawn at temperature 1. Drafts come from RefreshConfig.recommended(). For each text the table has the share of the
-judged drafts that full attention accepted, and the new tokens of a round. --output DIR writes acceptance.json after each batch.
+judged drafts that full attention accepted, and the new tokens of a round. --output DIR writes acceptance.json, after
+each batch.
 """
 
 import argparse
