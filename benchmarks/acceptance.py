@@ -4,7 +4,8 @@
 
 The first tokens of each sequence are a prompt. The model generates --new tokens after it by decode_lossless, greedily
 or drawn at temperature 1. Drafts come from RefreshConfig.recommended(). For each text the table has the share of the
-judged drafts that full attention accepted, and the new tokens of a round. --output DIR writes acceptance.json.
+judged drafts that full attention accepted, and the new tokens of a round. --output DIR writes acceptance.json, after
+each batch.
 """
 
 import argparse
@@ -31,17 +32,17 @@ def main() -> None:
     model = load_model(folder, "--model", dtype=dtype).to(args.device).eval()  # pyright: ignore[reportArgumentType]  # transformers' wrapper of it hides `self`
     enable(model, refresh)
     about = f"{hardware()}, torch {torch.__version__}, {time.strftime('%d %B %Y')}"
-    results = []
+    results: list[dict[str, Any]] = []
+    found = {"about": about, "settings": {**vars(args), "output": None}, "results": results}
     for data in args.data:
         prompts = read_prompts(model, folder, data, args).to(args.device)
         counts = DraftCounts()
+        results.append({})
         for batch in tqdm(prompts.split(args.batch_size), desc=Path(data).name, unit="batch"):
             write(model, batch, refresh, counts, args)
-        results.append({"data": Path(data).name, **vars(counts), "acceptance": counts.acceptance})
-        results[-1]["tokens a round"] = counts.tokens_per_round
-    save(
-        args.output, "acceptance.json", {"about": about, "settings": {**vars(args), "output": None}, "results": results}
-    )
+            results[-1] = {"data": Path(data).name, **vars(counts), "acceptance": counts.acceptance}
+            results[-1]["tokens a round"] = counts.tokens_per_round
+            save(args.output, "acceptance.json", found)
     print(about, table(results), sep="\n")
 
 

@@ -1,6 +1,6 @@
 """Prompts of stored chunks: what they lose on a real model, and the time to the first token that they save.
 
-    python benchmarks/chunks.py --loss --model DIR --data ROWS [--data ROWS] [--rows N] [--last-tokens 512] [--chunks 8]
+    python benchmarks/chunks.py --loss --model DIR --data ROWS [--data ROWS] [--rows N] [--seconds S] [--chunks 8]
     python benchmarks/chunks.py --time [--documents 8] [--document-tokens 4096] [--question-tokens 64]
 
 --loss: a prepared sequence of T tokens is a prompt of T - N and its last N tokens. The prompt is cut into equal chunks.
@@ -20,7 +20,8 @@ of random tokens follows. Milliseconds from the tokens to the first new one, med
 `load ms` is the host's time in `load_chunks`, `peak GB` the most memory of the GPU, weights included. The model has
 Llama-3.1-8B's shape and random weights; on a CPU a small one.
 
---output DIR writes chunks.json, after each sequence and each kind of prompt.
+--output DIR writes chunks.json, after each sequence and each kind of prompt. The texts take turns, and --seconds begins
+no further sequence once so many have passed, so that what is there is of use.
 """
 
 import argparse
@@ -82,6 +83,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rows", type=int, help="sequences of the test split (default: 100, or all if there are fewer)"
     )
+    parser.add_argument("--seconds", type=float, help="begin no sequence later, from the third of each text on")
     parser.add_argument("--last-tokens", type=int, default=512, help="scored tokens (default: %(default)s)")
     parser.add_argument("--chunks", type=int, default=8, help="of a prompt, the question included (default: 8)")
     parser.add_argument("--only-full", action="store_true", help="leave out the small cache after the prompt")
@@ -130,17 +132,27 @@ def measure_losses(results: dict[str, Any], args: argparse.Namespace) -> None:
     folder = model_folder(args.model)
     model = load_model(folder, "--model", dtype=getattr(torch, args.dtype)).to(args.device).eval()  # pyright: ignore[reportArgumentType]  # transformers' wrapper of it hides `self`
     enable(model, RefreshConfig.recommended(budget=args.budget))
-    store = PrefixStore(None, STORE_BYTES, model)
-    for data in args.data:
-        rows, sequences = open_split(data, "test", args.rows)
-        check_tokens(model, folder, rows, PLAIN)
-        earlier, scored = results["loss"], []
-        for row in tqdm(sequences, desc=data, unit=" rows"):
-            ids = row["input_ids"].unsqueeze(0).to(args.device)  # pyright: ignore[reportCallIssue, reportArgumentType, reportIndexIssue]
-            check_last_tokens(args.last_tokens, ids.shape[1])
-            scored.append(score(model, store, ids, args))
-            results["loss"] = earlier + loss_lines(data, scored)
+    store, began = PrefixStore(None, STORE_BYTES, model), time.perf_counter()
+    texts = {data: sequences_of(model, folder, data, args) for data in args.data}
+    scored: dict[str, list[Scored]] = {data: [] for data in texts}
+    for number in tqdm(range(max(map(len, texts.values()))), unit=" rows of each text"):
+        for data, sequences in texts.items():
+            spent = time.perf_counter() - began
+            if number >= len(sequences) or (args.seconds is not None and number > 1 and spent > args.seconds):
+                continue
+            scored[data].append(score(model, store, sequences[number].to(args.device), args))
+            results["loss"] = [line for name, found in scored.items() if found for line in loss_lines(name, found)]
             save(args.output, "chunks.json", results)
+
+
+def sequences_of(model, folder: str, data: str, args: argparse.Namespace) -> list[Tensor]:
+    """The test sequences of a text, (1, T) each."""
+    rows, sequences = open_split(data, "test", args.rows)
+    check_tokens(model, folder, rows, PLAIN)
+    found: list[Tensor] = [row["input_ids"].unsqueeze(0) for row in sequences]  # pyright: ignore[reportCallIssue, reportArgumentType, reportIndexIssue]
+    for ids in found:
+        check_last_tokens(args.last_tokens, ids.shape[1])
+    return found
 
 
 def equal_ends(length: int, chunks: int) -> tuple[int, ...]:

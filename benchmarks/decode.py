@@ -13,7 +13,8 @@ select:2:4bit (no full steps; a selecting step every 2 tokens by score keys of 4
 offloaded-select:2:4bit (refresh or select with the full keys and values in host memory; the bound leaves the bus out,
 and `fetched` is the share of the chosen tokens that the last selecting step fetched),
 lossless:2:4bit (drafts by select:2:4bit, checked by full attention; weights are random, so a coin of --acceptance
-decides how many drafts are right), streaming, h2o, snapkv; static and dynamic are transformers' own caches. `GB moved`
+decides how many drafts are right; the parts of a round are timed in a generation of their own, with a wait for the
+device after each), streaming, h2o, snapkv; static and dynamic are transformers' own caches. `GB moved`
 is what a token's step has to read. Prints a line for each, pieces of the step with --pieces, and a table at the end;
 --output DIR writes decode.json after each line, and decode.png. With --terms every case is timed three times: with the
 ordinary softmax, with attention sinks (`refresh+sinks`) and with a softcap (`refresh+softcap`); full, refresh,
@@ -26,7 +27,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -55,7 +56,9 @@ from refreshkv.baselines.h2o import H2OCache
 from refreshkv.baselines.snapkv import SnapKVCache
 from refreshkv.baselines.streaming import StreamingCache
 from refreshkv.cache.fetching import FetchingLayer
+from refreshkv.cache.keyword import given_cache
 from refreshkv.cache.preallocated import PreallocatedCache
+from refreshkv.cache.row_lengths import RowLengths
 from refreshkv.generation import lossless
 from refreshkv.ops.state import Decisions, SelectionOptions, SelectionScratch, StepOptions
 from refreshkv.ops.step import launches as decode_kernels
@@ -289,16 +292,21 @@ def time_lossless(
     torch.cuda.reset_peak_memory_stats()
     model.set_attn_implementation("refreshkv")
     new = args.stride * args.cycles
-    capacity = context + 3 * new + 8
+    capacity = context + 4 * new + 8
     cache = make_cache(model, strategy, capacity, RefreshConfig(budget=args.budget).largest_budget(context), args)
     length = fill(cache, model, batch, context, 0)
-    seconds, counts = run_lossless(model, cache, batch, length, new, args.acceptance)
+    with CapturedStep(model).used() if args.loop == "graph" else nullcontext():
+        # as many tokens before, to warm up
+        ids, warm_up, _ = run_lossless(model, cache, batch, length, new, args.acceptance)
+        ids, seconds, counts = run_lossless(model, cache, batch, length, new, args.acceptance, ids)
+        with (times := RoundTimes()).taken():
+            run_lossless(model, cache, batch, length, new // 2, args.acceptance, ids)
     bytes_full, _ = bytes_moved(model, context, batch, 0, "full", None)
     return {
         "context": context,
         "batch": batch,
         "strategy": strategy,
-        "loop": "lossless",
+        "loop": "graph" if args.loop == "graph" else "lossless",
         "tuned": False,
         "ms": round(seconds / new * 1e3, 3),
         "mean ms": round(seconds / new * 1e3, 3),
@@ -308,38 +316,121 @@ def time_lossless(
         "ms / bound": round(seconds / new / bytes_full * bandwidth, 2),
         "acceptance": round(counts.acceptance, 3),
         "tokens a round": round(counts.tokens_per_round, 2),
+        "drafts a round": round(counts.steps / counts.rounds, 2),
+        **times.medians(),
+        "warm-up, s": round(warm_up, 1),
         "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
     }
 
 
+class CapturedStep:
+    """The uncompiled step of drafts as one CUDA graph, for decode_lossless in place of the compiled step."""
+
+    def __init__(self, model: LlamaForCausalLM):
+        self.model: Any = model
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.is_warm = False
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Makes the model return this as its compiled call."""
+        self.model.get_compiled_call = lambda config: self
+        try:
+            yield
+        finally:
+            del self.model.get_compiled_call
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, **settings: Any) -> Any:
+        if not self.is_warm:  # compiles the kernels
+            self.is_warm = True
+            self.ids, self.positions = input_ids.clone(), position_ids.clone()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                output = self.model(input_ids=self.ids, position_ids=self.positions, **settings)
+            torch.cuda.current_stream().wait_stream(stream)
+            return output
+        self.ids.copy_(input_ids)
+        self.positions.copy_(position_ids)
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.output = self.model(input_ids=self.ids, position_ids=self.positions, **settings)
+        self.graph.replay()
+        for layer in given_cache(settings).layers:  # only the device knows now
+            layer.known_length = None
+        return self.output
+
+
+class RoundTimes:
+    """Milliseconds of the parts of a round, with a wait for the device after each."""
+
+    PARTS = ((lossless, "_draft"), (lossless._Passes, "block"), (RowLengths, "accept"), (lossless, "_round"))
+
+    def __init__(self):
+        self.times: dict[str, list[float]] = {}
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Measures all calls."""
+        originals = [(holder, name, getattr(holder, name)) for holder, name in self.PARTS]
+        try:
+            for holder, name, original in originals:
+                setattr(holder, name, self._timed(name.strip("_"), original))
+            yield
+        finally:
+            for holder, name, original in originals:
+                setattr(holder, name, original)
+
+    def _timed(self, name: str, work: Callable) -> Callable:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begun = time.perf_counter()
+            result = work(*args, **kwargs)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.times.setdefault(f"{name}, ms", []).append((time.perf_counter() - begun) * 1e3)
+            return result
+
+        return timed
+
+    def medians(self) -> dict[str, float]:
+        """The median of each part."""
+        return {name: round(statistics.median(times), 2) for name, times in self.times.items()}
+
+
 def run_lossless(
-    model: LlamaForCausalLM, cache: RefreshCache, batch: int, length: int, new: int, acceptance: float
-) -> tuple[float, DraftCounts]:
-    """Seconds for `new` tokens of each batch row, after as many to warm up, and what was accepted."""
-    ids = torch.randint(1, model.config.vocab_size, (batch, length + 1), device=model.device)
-    original, seconds, counts = lossless.Rules.judge, 0.0, DraftCounts()
+    model: LlamaForCausalLM,
+    cache: RefreshCache,
+    batch: int,
+    length: int,
+    new: int,
+    acceptance: float,
+    ids: Tensor | None = None,
+) -> tuple[Tensor, float, DraftCounts]:
+    """Generates `new` tokens of each batch row behind ids, or behind random ids for the `length` tokens in the cache.
+    Returns the texts, the seconds, and what was accepted."""
+    if ids is None:
+        ids = torch.randint(1, model.config.vocab_size, (batch, length + 1), device=model.device)
+    original, counts, begun = lossless.Rules.judge, DraftCounts(), time.perf_counter()
     lossless.Rules.judge = judge_by_coin(acceptance)
     try:
-        for _ in range(2):
-            counts, begun = DraftCounts(), time.perf_counter()
-            ids = model.generate(  # pyright: ignore[reportAttributeAccessIssue]  # as in run_generate
-                ids,
-                attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
-                max_new_tokens=new,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-                custom_generate=decode_lossless,
-                drafts=counts,
-                compile_config=CompileConfig(dynamic=False),
-            )
-            if ids.is_cuda:
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - begun
+        texts: Tensor = model.generate(  # pyright: ignore[reportAttributeAccessIssue]  # as in run_generate
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            custom_generate=decode_lossless,
+            drafts=counts,
+            compile_config=CompileConfig(dynamic=False),
+        )
+        if texts.is_cuda:
+            torch.cuda.synchronize()
     finally:
         lossless.Rules.judge = original
-    return seconds, counts
+    return texts, time.perf_counter() - begun, counts
 
 
 def judge_by_coin(acceptance: float) -> Callable:

@@ -32,6 +32,8 @@ from refreshkv.data.rows import load_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH = 512
+ROWS_AT_ONCE = 4
+"""Test sequences of a pass."""
 
 parser = argparse.ArgumentParser()
 parser.add_argument("output", nargs="?", help="folder for the model with the first selection's look-ahead queries")
@@ -103,10 +105,11 @@ def losses(rows: torch.Tensor, config: RefreshConfig | None) -> torch.Tensor:
     """Nats a scored token of each row (N, T), under a pattern, or under full attention: (N,)."""
     simulation = None if config is None else Simulation(rows.shape[1] - options.scored, config)
     found = []
-    for row in rows:
-        output = model(row[None], simulation=simulation, use_cache=False, logits_to_keep=options.scored + 1)
-        found.append(torch.nn.functional.cross_entropy(output.logits[0, :-1].float(), row[-options.scored :]))
-    return torch.stack(found).double()
+    for some in rows.split(ROWS_AT_ONCE):
+        output = model(some, simulation=simulation, use_cache=False, logits_to_keep=options.scored + 1)
+        logits = output.logits[:, :-1].float().transpose(1, 2)
+        found.append(torch.nn.functional.cross_entropy(logits, some[:, -options.scored :], reduction="none").mean(1))
+    return torch.cat(found).double().cpu()
 
 
 def train_queries(selection: str) -> None:
@@ -124,6 +127,7 @@ def train_queries(selection: str) -> None:
             module.float()
         trained = [part for part in model.parameters() if part.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.0)
+        began = time.monotonic()
         for step in range(options.steps):
             for group in optimizer.param_groups:  # falls to 0 in a line
                 group["lr"] = options.learning_rate * (1 - step / options.steps)
@@ -134,7 +138,9 @@ def train_queries(selection: str) -> None:
             simulation.step()
             if (step + 1) % max(1, options.steps // 15) == 0:
                 figures = "  ".join(f"{name} {value:.4f}" for name, value in simulation.report().items())
-                print(f"step {step + 1:3}  {figures}", flush=True)
+                print(
+                    f"step {step + 1:3}  {figures}  {(time.monotonic() - began) / (step + 1):.2f} s a step", flush=True
+                )
     model.eval()
 
 
@@ -144,18 +150,24 @@ tokenizer = AutoTokenizer.from_pretrained(options.model)
 train, tests = read_rows()
 order = torch.randperm(len(train))
 
-table, seconds = [], 0.0
+began = time.monotonic()
+full = {text: losses(rows, None) for text, rows in tests.items()}
+seconds = {"full attention": time.monotonic() - began}
+print(f"perplexity of the last {options.scored} of {train.shape[1]} tokens, K = {options.budget}, {options.rows} rows")
+table = [
+    "| text | selection | pattern | full attention | without | with | gap closed |",
+    "|---|---|---|---|---|---|---|",
+]
 for number, selection in enumerate(options.selection):
     began = time.monotonic()
     train_queries(selection)
-    seconds += time.monotonic() - began
+    trained = time.monotonic()
     if options.output and number == 0:
         save_look_ahead(model, options.output)
         tokenizer.save_pretrained(options.output)
     cases = [(text, name) for text in tests for name in patterns_of(selection)]
     with_queries = {case: losses(tests[case[0]], patterns_of(selection)[case[1]]) for case in cases}
     remove_look_ahead(model)
-    full = {text: losses(rows, None) for text, rows in tests.items()}
     for text, name in cases:
         before, after = losses(tests[text], patterns_of(selection)[name]), with_queries[text, name]
         gain, gap = before - after, before - full[text]
@@ -163,15 +175,13 @@ for number, selection in enumerate(options.selection):
         figures = " | ".join(f"{math.exp(found.mean()):.4f}" for found in (full[text], before, after))
         closed = f"{(gain.mean() / gap.mean()).item():.1%} +- {error.item():.1%}"
         table.append(f"| {text} | {selection} | {name} | {figures} | {closed} |")
+        print(f"{text}, {selection}, {name}: {figures}, gap closed {closed}", flush=True)
+    seconds |= {f"training, {selection}": trained - began, f"scoring, {selection}": time.monotonic() - trained}
 
-print(
-    f"\nperplexity of the last {options.scored} of {train.shape[1]} tokens, K = {options.budget}, {options.rows} rows"
-)
-print("| text | selection | pattern | full attention | without | with | gap closed |\n|---|---|---|---|---|---|---|")
-print("\n".join(table))
+print("\n" + "\n".join(table))
 memory = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if options.device.startswith("cuda") else ""
 device = torch.cuda.get_device_name() if memory else "CPU"
 print(
     f"\n{options.queries} queries of rank {options.rank}, {options.steps} steps of {options.batch} rows, seed "
-    f"{options.seed}; {device}{memory}; training {seconds:.0f} s"
+    f"{options.seed}; {device}{memory}; " + ", ".join(f"{name} {spent:.0f} s" for name, spent in seconds.items())
 )

@@ -51,16 +51,17 @@ class RunLog:
         if step % self.every == 0 or step == self.steps:
             self.say(self._line(step, known))
 
-    def evaluation(self, step: int, perplexities: dict[str, float]) -> None:
-        """Records an evaluation: strategy -> perplexity."""
+    def evaluation(self, step: int, perplexities: dict[str, float], acceptance: float | None) -> None:
+        """Records an evaluation. perplexities: by strategy; acceptance: of greedy drafts from the small cache."""
         if not self.is_writer:
             return
-        self.metrics.write(json.dumps({"step": step, "evaluation": perplexities}) + "\n")
+        accepted = {} if acceptance is None else {"acceptance": acceptance}
+        self.metrics.write(json.dumps({"step": step, "evaluation": perplexities, **accepted}) + "\n")
         self.metrics.flush()
-        self.trackers.log({f"perplexity/{name}": value for name, value in perplexities.items()}, step)
-        self.say(
-            f"step {step}  perplexity  " + "  ".join(f"{name} {value:.3f}" for name, value in perplexities.items())
-        )
+        self.trackers.log({f"perplexity/{name}": value for name, value in perplexities.items()} | accepted, step)
+        found = [f"{name} {value:.3f}" for name, value in perplexities.items()]
+        found += [f"acceptance {value:.1%}" for value in accepted.values()]
+        self.say("  ".join([f"step {step}  perplexity", *found]))
         if self.uploads:
             self.uploads.metrics(step)
 

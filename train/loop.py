@@ -65,7 +65,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
             is_last = step == training.steps
             stopped_by = None if is_last else stop.agreed(engine.device)
             if training.evaluate_every and (step % training.evaluate_every == 0 or is_last):
-                log.evaluation(step, run.evaluate(step))
+                log.evaluation(step, *run.evaluate(step))
             if step % training.save_every == 0 or is_last or stopped_by:
                 log.checkpoint(step, run.save(step))
             if stopped_by:

@@ -109,8 +109,12 @@ class Run:
             values["MFU"] = flops / seconds / job.world / peak
         return {**values, "memory GB": peak_memory()}
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Perplexity of the last `training.evaluate_tokens` tokens of validation rows, in full and in refresh mode."""
+    def evaluate(self, step: int) -> tuple[dict[str, float], float | None]:
+        """Evaluates the last `training.evaluate_tokens` tokens of validation rows, in full and in refresh mode.
+
+        Returns the perplexities by mode, and the acceptance: the share of these tokens' positions at which the most
+        likely token is the same in both modes, so that lossless decoding would accept a greedy draft.
+        """
         training, validation = self.job.config.training, self.job.prepared.validation
         self.note(f"the evaluation after step {step}")
         result = evaluate(
@@ -123,7 +127,7 @@ class Run:
             rank=self.rank,
             world=self.job.world,
         )
-        return {item.name: item.perplexity for item in result.results}
+        return {item.name: item.perplexity for item in result.results}, result.results[-1].agreement
 
     def save(self, step: int) -> Path:
         """Writes the checkpoint of a step; returns its folder."""

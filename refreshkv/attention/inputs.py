@@ -54,8 +54,8 @@ def validate_inputs(module: Any, inputs: dict[str, Any]) -> None:
             "text, call reset() first"
         )
     _refuse_packing(inputs, rows, new)
-    if isinstance(cache, PreallocatedCache) and cache.columns is not None:
-        return  # tokens that are computed again, in the columns that the cache names
+    if isinstance(cache, PreallocatedCache) and cache.inputs_are_known:
+        return  # tokens that are computed again
     past = _past_length(cache, new)
     if past is None:
         return

@@ -56,9 +56,9 @@ def queries_at(look_ahead: LookAhead, query: Tensor, rotation: Rotation, positio
 
 
 def _horizon(simulation: Simulation, length: int) -> int:
-    """Positions after a step until the next one that selects, under the fixed schedule."""
+    """Positions after a step until the next one that selects, under the fixed schedule, or to the sequence's end."""
     config = simulation.config
-    return min(config.stride, config.select_stride or length, length)
+    return min(config.stride, config.select_stride or length, length - simulation.prompt_length)
 
 
 def _evenly_spread(count: int, most: int, device: torch.device) -> Tensor:

@@ -27,8 +27,8 @@ def left_padding_mask(
             if not torch.compiler.is_compiling():
                 validate_room(0 if attention_mask is None else attention_mask.shape[1], kv_length)
             return None
-        q_offset = int(q_offset)
-        kv_length = q_offset + q_length
+        if attention_mask is not None:
+            kv_length = int(q_offset) + q_length
     if torch.compiler.is_compiling() and attention_mask is None:
         return None  # while it is traced transformers cannot see packed sequences: the attention looks at positions
     if not allow_is_causal_skip and q_length > 1:

@@ -41,6 +41,20 @@ class Block(NamedTuple):
     terms: SoftmaxTerms
 
 
+class KeptTokens(NamedTuple):
+    """Which tokens of a block of drafts stay, for all layers of a cache."""
+
+    length: int
+    """Tokens of the cache then; each row's last token is in column `length - 1`."""
+    left_padding: Tensor
+    """(B,) int64."""
+    latest: Tensor
+    """(B, O) int64: the last O queries, in order, among the observers before the block, in their slots, and the block's
+    queries."""
+    row_state: Tensor | None
+    """(B, 4) int64: the state of each row if the next step selects; None: the last token selects."""
+
+
 class RefreshLayer(PreallocatedLayer):
     """One full-attention layer: the keys and values of all tokens, and the layer's decisions.
 
@@ -150,41 +164,55 @@ class RefreshLayer(PreallocatedLayer):
         if self.dropped is not None and count <= self.dropped:
             raise RuntimeError(f"{self.dropped} tokens were dropped: give them with the new ones, not {count} tokens")
 
-    def drop_steps(self, *, awaits_accept: bool = False) -> int:
+    def drop_steps(self) -> int:
         """Removes the tokens of the steps since the last block, and returns their number. The next call must be a block
-        that begins with these tokens.
-
-        awaits_accept: the block's selection waits for `accept`.
-        """
+        that begins with these tokens."""
         self._validate_attended()
         length, dropped = self.exact_length, self.length - self.exact_length
-        if awaits_accept:
-            self.forget_step(length)
-        else:  # the steps stay in `selecting_steps`
-            super().forget_step(length)
-        self.phase, self.awaits_accept = Phase.CONTINUING, awaits_accept
-        self.dropped = None if awaits_accept else dropped
+        super().forget_step(length)  # the steps stay in `selecting_steps`
+        self.phase, self.dropped = Phase.CONTINUING, dropped
         return dropped
+
+    def drop_drafts(self) -> None:
+        """Removes the tokens of the steps since the last block, whose length the host knows, so it does not wait for
+        the device. The next call must be a block; its selection waits for `accept`."""
+        self._validate_attended()
+        self.forget_step(self.prompt_length)
+        self.phase, self.awaits_accept, self.dropped = Phase.CONTINUING, True, None
 
     def keep_observers(self) -> None:
         """Copies the observers. Call this before steps that will be dropped, because they overwrite the observers."""
-        self._keep("kept_observers", self.observers)
+        if self.config.observation_window > 1:
+            self._keep("kept_observers", self.observers)
 
-    def accept(self, counts: Tensor, length: int, left_padding: Tensor) -> None:
-        """Makes the selection that waits since the block after `drop_steps(awaits_accept=True)`. counts (B,): how many
-        tokens of the block each row keeps; its last token is now in column `length - 1`, its first behind
-        `left_padding` (B,)."""
+    def accept(self, kept: KeptTokens) -> None:
+        """Ends the block after `drop_drafts`: prepares the next step, or selects at the last token that stays."""
         block = self.waiting
         assert block is not None, "no block waits"
-        self.waiting, start = None, self.length - block.query.shape[2]
-        window = self.config.observation_window
-        before = self.kept_observers[:, :, torch.arange(start - window, start, device=counts.device) % window]
-        wanted = counts[:, None] + torch.arange(window, device=counts.device)
-        index = wanted[:, None, :, None].expand(-1, before.shape[1], -1, before.shape[3])
-        latest = torch.cat([before, block.query], dim=2).gather(2, index)
-        self.forget_step(length)
-        self.prompt_length = length
-        self._select_after_block(latest, left_padding, block.scaling, block.terms)
+        self.waiting = None
+        self.forget_step(kept.length)
+        self.prompt_length = kept.length
+        if kept.row_state is None:
+            latest = self._kept_queries(block, kept.latest)
+            self._select_after_block(latest, kept.left_padding, block.scaling, block.terms)
+            return
+        window, device = self.config.observation_window, block.query.device
+        if window > 1:
+            slots = (torch.arange(window, device=device) - kept.length) % window
+            self._keep("observers", self._kept_queries(block, kept.latest[:, slots]))
+        if self.config.threshold is not None:
+            self.mean_query.copy_(mean_query(self._kept_queries(block, kept.latest[:, -1:])).squeeze(1))
+        self.row_state.copy_(kept.row_state)
+        self.selected.clamp_(max=kept.length - 1)  # of dropped drafts; the next step selects anew
+        self._start_decoding()
+        self._join_layers()
+
+    def _kept_queries(self, block: Block, numbers: Tensor) -> Tensor:
+        """Of the observers before the block, in their slots, and the block's queries those with these numbers (B, n):
+        (B, H, n, D)."""
+        before = self.kept_observers if self.config.observation_window > 1 else block.query[:, :, :1]
+        queries = torch.cat([before, block.query], dim=2)
+        return queries.gather(2, numbers[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
 
     @torch.compiler.disable
     def end_block(

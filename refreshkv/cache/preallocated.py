@@ -67,6 +67,11 @@ class PreallocatedCache(Cache):
         return self.preallocated_layers()[0].known_length
 
     @property
+    def inputs_are_known(self) -> bool:
+        """Whether the next call's inputs need no validation, for which the host would wait for the device."""
+        return self.columns is not None
+
+    @property
     def has_prefix(self) -> bool:
         """Whether the first tokens come from `load_prefix`, and no block has followed yet."""
         return self.preallocated_layers()[0].prefix_length > 0

@@ -117,14 +117,19 @@ class RefreshCache(PreallocatedCache):
         for layer in self.refresh_layers():
             layer.keep_observers()
 
-    def verify(self) -> int:
-        """Removes the drafts, which are the tokens of all steps since the last block, and returns their number.
+    def verify(self) -> None:
+        """Removes the drafts, which are the tokens of all steps since the last block. Does not wait for the device.
 
         The next call computes the drafts again in one block. Its selection waits for `RowLengths.accept`.
         """
         self.validate_droppable()
-        dropped = [layer.drop_steps(awaits_accept=True) for layer in self.refresh_layers()]
-        return dropped[0]
+        for layer in self.refresh_layers():
+            layer.drop_drafts()
+
+    @property
+    def inputs_are_known(self) -> bool:
+        """Whether the next call is a block of drafts, whose inputs `decode_lossless` makes: they need no validation."""
+        return super().inputs_are_known or self.refresh_layers()[0].awaits_accept
 
     def validate_droppable(self) -> None:
         """Raises `NotImplementedError` where tokens cannot be forgotten, as `rectify` says."""

@@ -2,8 +2,9 @@
 
     refreshkv.generate(model, **inputs, max_new_tokens=256)
 
-The loop is `decode_ahead`. A model that cannot be refreshed, and ways of decoding other than greedy search and sampling
-(beams, an assistant), get the model's own `generate`, with one warning that says why.
+The loop is `decode_ahead`, or with `lossless=True` `decode_lossless`. A model that cannot be refreshed, and ways of
+decoding other than greedy search and sampling (beams, an assistant), get the model's own `generate`, with one warning
+that says why.
 """
 
 import copy
@@ -30,6 +31,7 @@ from refreshkv.config import RefreshConfig
 from refreshkv.errors import NotRefreshable
 from refreshkv.generation.cache_pool import CachePool, Shape
 from refreshkv.generation.decode_ahead import decode_ahead
+from refreshkv.generation.lossless import DraftCounts, decode_lossless
 from refreshkv.generation.turns import Stop, Turns
 
 DECODED_HERE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -45,6 +47,7 @@ def generate(
     refresh: RefreshConfig | None = None,
     cache_length: int | None = None,
     offload: bool = False,
+    lossless: bool | DraftCounts = False,
     stream_to: BaseStreamer | None = None,
     **settings: Any,
 ) -> Any:
@@ -67,13 +70,16 @@ def generate(
             `return_dict_in_generate=True` the output holds the cache, and the next turn of a chat takes it as
             `past_key_values`, with all tokens so far as its prompt. It is the caller's from then on.
         offload: as in `RefreshCache`.
+        lossless: True: full attention's tokens, or samples of its distribution, drafted from the small cache by
+            `decode_lossless`, which has no streamer; a `DraftCounts` is True too, and receives the counts.
         stream_to: a streamer; the same as `streamer`.
         settings: further arguments of `model.generate`, `streamer`, `stop_strings` and `tokenizer` among them. With a
             `custom_generate`, which is another loop, the model's own `generate` gets all arguments.
 
     Raises `SettingsError` if the model has no saved schedule and `refresh` is None.
     """
-    call = Call(_state(model), refresh, cache_length, offload, settings.pop("streamer", None) or stream_to)
+    streamer = settings.pop("streamer", None) or stream_to
+    call = Call(_state(model), refresh, cache_length, offload, streamer, lossless)
     if hasattr(generation_config, "_eos_token_tensor"):  # transformers prepared it: this is its `custom_generate`
         assert inputs is not None and generation_config is not None
         return _decode(model, inputs, generation_config=generation_config, call=call, **settings)
@@ -116,6 +122,14 @@ class Call:
     cache_length: int | None
     offload: bool
     streamer: BaseStreamer | None
+    lossless: bool | DraftCounts
+
+    def decode(self, model: Any, input_ids: Tensor, **settings: Any) -> Any:
+        """Decodes by the loop of this call."""
+        if self.lossless is False:
+            return decode_ahead(model, input_ids, stream_to=self.streamer, **settings)
+        drafts = None if self.lossless is True else self.lossless
+        return decode_lossless(model, input_ids, streamer=self.streamer, drafts=drafts, **settings)
 
 
 _STATES: weakref.WeakKeyDictionary[Any, ModelState] = weakref.WeakKeyDictionary()
@@ -199,7 +213,7 @@ def _taken_out(model: Any, name: str, arguments: dict[str, Any]) -> tuple[dict[s
 
 
 def _decode(model: Any, input_ids: Tensor, *, generation_config: GenerationConfig, call: Call, **keywords: Any) -> Any:
-    """The decoding method that transformers calls once everything is prepared: `decode_ahead` with a pooled cache."""
+    """The decoding method that transformers calls once everything is prepared: the call's loop with a pooled cache."""
     mode, reason = generation_config.get_generation_mode(), None
     try:
         _enable(model, call)
@@ -222,17 +236,17 @@ def _decode(model: Any, input_ids: Tensor, *, generation_config: GenerationConfi
 
 
 def _decode_from_pool(model: Any, input_ids: Tensor, call: Call, settings: dict[str, Any]) -> Any:
-    """`decode_ahead` with the caller's cache, or with one from the pool, which is then returned to it."""
+    """Decodes with the caller's cache, or with one from the pool, which is then returned to it."""
     config, given = settings["generation_config"], given_cache(settings)
     if isinstance(given, PreallocatedCache) or getattr(given, "_is_user_defined", False):
-        return decode_ahead(model, input_ids, stream_to=call.streamer, **settings)
+        return call.decode(model, input_ids, **settings)
     embeddings = settings.get("inputs_embeds")
     prompt = 0 if embeddings is None or input_ids.shape[1] else embeddings.shape[1]  # not counted by max_length
     rows = len(input_ids) if embeddings is None else len(embeddings)
     shape = Shape(rows, call.refresh or saved_config(model.config, "refresh"), call.offload)
     cache = call.state.pool.take(model.config, shape, max(config.max_length + prompt, call.cache_length or 0))
     try:
-        return decode_ahead(model, input_ids, stream_to=call.streamer, **settings | as_keyword(cache))
+        return call.decode(model, input_ids, **settings | as_keyword(cache))
     finally:
         if not config.return_dict_in_generate:  # an output that holds the cache is the caller's
             call.state.pool.give_back(shape, cache)

@@ -3,9 +3,10 @@
     model.generate(..., past_key_values=RefreshCache(...), custom_generate=decode_lossless)
 
 A round drafts some tokens with decoding steps from the small cache. Then it removes what these steps wrote, and
-computes the drafts again as one block with full attention. It accepts drafts as long as full attention agrees, replaces
-the first other one, and selects a new small cache. The remaining keys and values are those of full attention. Batch
-rows accept different numbers of drafts (`refreshkv.cache.row_lengths`).
+computes the drafts again as one block with full attention. It accepts drafts as long as full attention agrees, and
+replaces the first other one. The remaining keys and values are those of full attention. The next round selects a new
+small cache: by its first step if the cache has selecting steps, else at the last accepted token. Batch rows accept
+different numbers of drafts (`refreshkv.cache.row_lengths`). The host waits for the device once in a round.
 
 Shapes: `B` batch rows, `T` columns of texts, `d` drafts of a round, `n = d + 1` tokens of its block, `V` vocabulary.
 """
@@ -29,9 +30,9 @@ from refreshkv.settings import SettingsError
 
 MOST_DRAFT = 16
 """Most drafts of a round, unless `draft_length` is given."""
-DRAFT_COST = 0.35
+DRAFT_COST = 0.4
 """Time of a small-cache step divided by that of a block: sets the number of drafts. Results are right for any value."""
-FIRST_ACCEPTANCE, MEMORY = 0.85, 0.9
+FIRST_ACCEPTANCE, MEMORY = 0.9, 0.9
 """The acceptance that the first round assumes, and the weight of earlier rounds in the running mean."""
 BY_LOGITS_ALONE = ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta")
 """Processors of transformers, `...LogitsWarper`, that do not look at the tokens so far."""
@@ -99,9 +100,9 @@ def decode_lossless(
     rules = Rules(logits_processor, stopping_criteria, generation_config)
     texts = _Texts(input_ids, rules)
     first = rules.distribution(input_ids, texts.known, passes.prompt(input_ids)[:, None])
-    texts.add(rules.choose(first), torch.ones_like(texts.known))
+    texts.note(*texts.add(rules.choose(first), torch.ones_like(texts.known)).tolist())
     lengths, acceptance = RowLengths(cache), FIRST_ACCEPTANCE
-    while not bool(texts.has_ended.all()):
+    while not all(texts.ended):
         length = best_draft_length(acceptance) if draft_length is None else draft_length
         length = max(0, min(length, cache.capacity - cache.length - 1, texts.room))
         judged, accepted = _round(passes, texts, rules, lengths, length)
@@ -176,15 +177,14 @@ class _Passes:
         output = self.step_call(**call, **as_keyword(self.cache), use_cache=True, return_dict=True)
         return output.logits[:, -1].to(copy=True, dtype=torch.float32)
 
-    def block(self, tokens: Tensor, columns: Tensor, padding: Tensor) -> Tensor:
+    def block(self, tokens: Tensor, columns: Tensor, padding: Tensor, is_padded: bool) -> Tensor:
         """The logits (B, n, V) of tokens (B, n) in these columns (B, n) of their texts, with full attention.
 
-        padding (B,): padded columns of each row of the cache.
+        padding (B,): padded columns of each row of the cache; is_padded: whether any row has some.
         """
         inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": columns + self.offset}
-        if bool(padding.any()):
-            column = torch.arange(self.cache.length + tokens.shape[1], device=tokens.device)
-            inputs["attention_mask"] = (column >= padding[:, None]).long()
+        if is_padded:  # in the mask's prepared form, for which the host need not wait for the device
+            inputs["attention_mask"] = padding[:, None, None, None]
         output = self.model(**inputs, **as_keyword(self.cache), use_cache=True, return_dict=True)
         return output.logits.float()
 
@@ -202,7 +202,9 @@ class Rules:
         self.max_length: int | None = min(lengths, default=None)
         self.end_tokens = [rule.eos_token_id for rule in criteria if isinstance(rule, EosTokenCriteria)]
         self.others = [rule for rule in criteria if not isinstance(rule, (MaxLengthCriteria, EosTokenCriteria))]
-        self.padding: Tensor | None = getattr(config, "_pad_token_tensor", None)
+        padding: Tensor | None = getattr(config, "_pad_token_tensor", None)
+        self.padding = 0 if padding is None else int(padding)
+        """The token behind the end of a text."""
 
     def distribution(self, ids: Tensor, lengths: Tensor, logits: Tensor) -> Tensor:
         """The distribution from which tokens are chosen: processed logits, or with sampling their probabilities.
@@ -287,13 +289,16 @@ class _Texts:
         self.rules, self.ids = rules, input_ids
         self.known = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
         self.has_ended = torch.zeros_like(self.known, dtype=torch.bool)
+        self.numbers, self.ended = [input_ids.shape[1]] * len(input_ids), [False] * len(input_ids)
+        """`known` and `has_ended` for the host, once `note` was told what `add` did."""
 
     @property
     def room(self) -> int:
         """Most drafts that the shortest row can still take."""
         if self.rules.max_length is None:
             return MOST_DRAFT
-        return self.rules.max_length - int(self.known[~self.has_ended].min()) - 1
+        running = (number for number, has_ended in zip(self.numbers, self.ended, strict=True) if not has_ended)
+        return self.rules.max_length - min(running) - 1
 
     def last(self) -> Tensor:
         """The last known token of each row, (B,)."""
@@ -304,57 +309,69 @@ class _Texts:
         if tokens.shape[1] == 0:
             return self.ids
         columns = self.known[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        missing = int(columns.max()) + 1 - self.ids.shape[1]
-        filler = 0 if self.rules.padding is None else int(self.rules.padding)
-        more = self.ids.new_full((len(self.ids), max(0, missing)), filler)
+        missing = max(self.numbers) + tokens.shape[1] - self.ids.shape[1]
+        more = self.ids.new_full((len(self.ids), max(0, missing)), self.rules.padding)
         return torch.cat([self.ids, more], dim=1).scatter(1, columns, tokens)
 
     def add(self, tokens: Tensor, counts: Tensor) -> Tensor:
-        """Makes the first `counts` (B,) of tokens (B, n) final, up to where a text ends; returns how many were."""
+        """Makes the first `counts` (B,) of tokens (B, n) final, up to where a text ends.
+
+        Returns (2, B): how many were, and which texts have ended. `note` needs both before the next call.
+        """
         ids = self.followed_by(tokens)
         number = torch.arange(tokens.shape[1], device=tokens.device)
         ends = self.rules.ends(ids, self.known, tokens) & (number < counts[:, None])
         before_end = (ends.long().cumsum(dim=1) - ends.long()) == 0
         final = before_end & (number < counts[:, None]) & ~self.has_ended[:, None]
         added = final.sum(dim=1)
-        filler = 0 if self.rules.padding is None else int(self.rules.padding)
         column = torch.arange(ids.shape[1], device=ids.device)
         self.known = self.known + added
-        self.ids = torch.where(column < self.known[:, None], ids, torch.full_like(ids, filler))
+        self.ids = torch.where(column < self.known[:, None], ids, torch.full_like(ids, self.rules.padding))
         self.has_ended = self.has_ended | (ends & final).any(dim=1)
-        return added
+        return torch.stack([added, self.has_ended.long()])
+
+    def note(self, added: list[int], ended: list[int]) -> None:
+        """Notes on the host what `add` returned."""
+        self.numbers = [number + more for number, more in zip(self.numbers, added, strict=True)]
+        self.ended = [bool(flag) for flag in ended]
 
     def finished(self) -> Tensor:
         """The texts up to the end of the longest one."""
-        return self.ids[:, : int(self.known.max())]
+        return self.ids[:, : max(self.numbers)]
 
 
 def _round(passes: _Passes, texts: _Texts, rules: Rules, lengths: RowLengths, count: int) -> tuple[int, int]:
     """Drafts `count` tokens, computes them again, and keeps the accepted ones; returns how many drafts were judged and
-    accepted."""
+    accepted. The host waits for the device once."""
     column = texts.known[:, None] + torch.arange(-1, count, device=texts.known.device)
     drafts, drafted = _draft(passes, texts, rules, count)
     passes.cache.verify()
     block = torch.cat([texts.last()[:, None], drafts], dim=1)
-    logits = passes.block(block, column, lengths.padding_now)
+    logits = passes.block(block, column, lengths.padding_now, lengths.is_padded)
     wanted = rules.distribution(texts.followed_by(drafts), texts.known, logits)
     accepted, follows = rules.judge(drafts, drafted, wanted)
     new = torch.cat([drafts, follows[:, None]], dim=1).scatter(1, accepted[:, None], follows[:, None])
-    running = ~texts.has_ended
-    kept = texts.add(new, accepted + 1)
-    lengths.accept(kept)
-    judged = torch.minimum(accepted + 1, torch.full_like(accepted, count))
-    return int(judged[running].sum()), int(accepted[running].sum())
+    was_running = ~texts.has_ended
+    added = texts.add(new, accepted + 1)
+    judged = (accepted + 1).clamp(max=count)
+    report = torch.cat([added, torch.stack([judged, accepted]) * was_running])
+    counted, ended, *judgement = report.tolist()
+    texts.note(counted, ended)
+    lengths.accept(added[0], counted)
+    return sum(judgement[0]), sum(judgement[1])
 
 
 def _draft(passes: _Passes, texts: _Texts, rules: Rules, count: int) -> tuple[Tensor, Tensor]:
-    """Drafts `count` tokens of each row, (B, d), and the distributions that they were chosen from, (B, d, V)."""
+    """Drafts `count` tokens of each row, (B, d), and, if tokens are sampled, the distributions (B, d, V) that they were
+    drawn from."""
     passes.cache.begin_drafts()
     tokens, drafts, drafted = texts.last(), texts.ids[:, :0], []
     for number in range(count):
         logits = passes.step(tokens, texts.known - 1 + number)
         ids = texts.followed_by(drafts) if rules.needs_ids and number else texts.ids
-        drafted.append(rules.distribution(ids, texts.known + number, logits[:, None]))
-        drafts = torch.cat([drafts, rules.choose(drafted[-1])], dim=1)
+        distribution = rules.distribution(ids, texts.known + number, logits[:, None])
+        if rules.samples:
+            drafted.append(distribution)
+        drafts = torch.cat([drafts, rules.choose(distribution)], dim=1)
         tokens = drafts[:, -1]
     return drafts, torch.cat(drafted, dim=1) if drafted else torch.empty(0)

@@ -9,7 +9,7 @@ computes what is decided in `choice`, once, by this table (16 bits: float16 and 
 | all but `write_score_keys` | `naive` | values of another size than the keys |
 | `refresh_rows`, `select`, decoding steps | `naive` | look-ahead queries |
 | `prompt_block`: a prompt, no gradient | `rows/cudnn.py` | 256 queries or more, 16 bits, no padding, eager |
-| `short_block`: a few tokens behind many | `rows/short_block.py` | 16 bits, eager, no gradient |
+| `short_block`: a few tokens behind many | `rows/short_block.py`: Triton | 16 bits, eager, no gradient |
 | `whole_sequence`: all positions | `rows/whole_sequence.py` | at most 1/64 of it decoded, uniform, 16 bits, eager |
 | `refresh_rows`: decoded positions | `rows/after_prompt.py`, of the following four: | otherwise |
 | `rectified_rows`: decoded positions with `rectify` | `naive` | always |

@@ -109,10 +109,7 @@ class Choice:
             ("attention sinks, softcap", "Triton wherever it is named below, also in place of cuDNN; prompts by torch"),
             ("look-ahead queries", "plain PyTorch, for decoding steps, the selection and the positions after a prompt"),
             ("prompt in a cache", f"cuDNN from {FEWEST_QUERIES} tokens on, 16 bits, no padding; else torch's fastest"),
-            (
-                "a few tokens behind many",
-                "torch's memory-efficient attention, query heads and tokens together; 16 bits",
-            ),
+            ("a few tokens behind many", "Triton, which reads the keys once for all of them; 16 bits"),
             ("whole training sequence", f"one cuDNN attention if at most 1/{TAIL_SHARE} of it decodes; {uniform}"),
             ("full steps in training", f"cuDNN if Simulation.recurring; {uniform}; else Triton"),
             (

@@ -87,9 +87,12 @@ def test_lossless_decoding_is_timed_at_the_acceptance_that_is_asked_for(script):
     model, args = tiny_enabled(), argparse.Namespace(budget=0.25, stride=3, observation_window=2)
     cache = script.make_cache(model, "lossless:2:4bit", 300, 24, args)
     length = script.fill(cache, model, 2, 96, 24)
-    seconds, counts = script.run_lossless(model, cache, 2, length, 60, 0.8)
+    ids, seconds, counts = script.run_lossless(model, cache, 2, length, 60, 0.8)
     assert seconds > 0 and counts.tokens == 60
     assert abs(counts.acceptance - 0.8) < 0.15 and 2 < counts.tokens_per_round < 6
+    with (times := script.RoundTimes()).taken():
+        script.run_lossless(model, cache, 2, length, 20, 0.8, ids)
+    assert set(times.medians()) == {"draft, ms", "block, ms", "accept, ms", "round, ms"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -97,7 +100,7 @@ def test_lossless_decoding_is_timed_at_the_acceptance_that_is_asked_for(script):
     ("strategies", "options"),
     [
         ("full,refresh,lossless:2:4bit,offloaded,snapkv,static,dynamic", []),
-        ("full,refresh,similarity,select:2:4bit,h2o", ["--loop", "graph"]),
+        ("full,refresh,similarity,select:2:4bit,lossless:2:4bit,h2o", ["--loop", "graph"]),
         ("full,refresh,select:2:4bit", ["--terms"]),
     ],
 )

@@ -4,12 +4,14 @@ import itertools
 
 import pytest
 import torch
-from transformers import DynamicCache, StopStringCriteria
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, DynamicCache, StopStringCriteria
 
 from refreshkv import NEVER, DraftCounts, RefreshCache, RefreshConfig, decode_lossless
 from refreshkv.baselines.full import FullCache
 from refreshkv.cache.row_lengths import RowLengths
 from refreshkv.generation.lossless import Rules
+from refreshkv.ops.choice import Choice
 from tests.generation.test_generate import SLIDING, left_padded, letters_tokenizer
 from tests.helpers.marks import slow_unless
 from tests.helpers.models import FAMILIES, padded_positions, random_ids, tiny_enabled, tiny_model
@@ -52,6 +54,38 @@ def test_greedy_tokens_are_those_of_full_attention(case):
     assert 0 < counts.accepted < counts.judged and counts.tokens == 12
     alone = generate(model, ids[:1], CONFIGS[config], drafts=(counts := DraftCounts()), draft_length=3)
     assert torch.equal(alone, found[:1]) and counts.rounds < 12
+
+
+def test_the_draft_step_is_compiled_once():
+    """Whatever the numbers of drafts and the lengths of the rows are, and for another text too."""
+    model, ids = tiny_enabled(layers=1), random_ids(3, 20, seed=8)
+    own = {"past_key_values": RefreshCache(model.config, 100, DRAFTS), "custom_generate": decode_lossless}
+    own |= {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 12}
+    own["compile_config"] = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
+    own["compile_config"]._compile_all_devices = True
+    torch._dynamo.reset()
+    counters.clear()
+    expected = generate(tiny_model(layers=1), ids)
+    for length in (2, None, 7):
+        own["past_key_values"].reset()
+        found = model.generate(ids, draft_length=length, attention_mask=torch.ones_like(ids), **own)
+        assert torch.equal(found, expected)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["selecting", "paper"])
+def test_greedy_tokens_by_the_kernels_are_those_of_full_attention(config, monkeypatch):
+    """Steps, selections and blocks by Triton, whose layers share their state: on a GPU, or in the interpreter."""
+    plain, model = tiny_model(layers=2).float(), tiny_enabled(layers=2).float()
+    ids, mask = left_padded(random_ids(2, 80, seed=1), [0, 3])
+    expected = generate(plain, ids, attention_mask=mask, max_new_tokens=10)
+    monkeypatch.setattr(Choice, "uses_kernels", lambda choice, tensor: True)
+    monkeypatch.setattr(Choice, "takes_short_block", lambda choice, query, key, value: query.shape[2] < 20)
+    found = generate(
+        model, ids, CONFIGS[config], drafts=(counts := DraftCounts()), attention_mask=mask, max_new_tokens=10
+    )
+    assert torch.equal(found, expected) and 0 < counts.accepted
 
 
 @pytest.mark.slow

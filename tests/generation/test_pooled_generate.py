@@ -13,7 +13,7 @@ from transformers import CompileConfig, DynamicCache, GenerationConfig
 from transformers.generation import BaseStreamer
 
 import refreshkv
-from refreshkv import NEVER, RefreshCache, RefreshConfig, SettingsError
+from refreshkv import NEVER, DraftCounts, RefreshCache, RefreshConfig, SettingsError
 from refreshkv.generation.cache_pool import MOST_FREE, CachePool, Shape
 from refreshkv.generation.generate import _state
 from tests.generation.test_generate import SLIDING, letters_tokenizer
@@ -100,6 +100,18 @@ def test_a_model_is_enabled_by_its_saved_schedule_or_the_given_one():
     saved = tiny_model()
     saved.config.refreshkv = SIMILAR.to_dict()
     assert torch.equal(refreshkv.generate(saved, ids, **GREEDY), found)
+
+
+def test_lossless_tokens_are_those_of_full_attention():
+    model, ids, counts = tiny_enabled(SELECTING), random_ids(2, 40), DraftCounts()
+    expected = tiny_model().generate(ids, **GREEDY)
+    assert not torch.equal(refreshkv.generate(model, ids, **GREEDY), expected)
+    for lossless in (True, counts):
+        assert torch.equal(refreshkv.generate(model, ids, lossless=lossless, **GREEDY), expected)
+    assert counts.tokens == 12 and counts.rounds > 0 and len(pool_of(model)) == 1
+    assert torch.equal(model.generate(ids, custom_generate=refreshkv.generate, lossless=True, **GREEDY), expected)
+    with pytest.raises(SettingsError, match="does not support streamer"):
+        refreshkv.generate(model, ids, lossless=True, streamer=Collector(), **GREEDY)
 
 
 @pytest.mark.parametrize("name", ["streamer", "stream_to"])

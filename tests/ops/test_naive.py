@@ -9,7 +9,6 @@ import torch
 from refreshkv import NEVER, RefreshConfig
 from refreshkv.ops import naive, schedule
 from refreshkv.ops.naive import selection
-from refreshkv.ops.rows.short_block import short_block
 from refreshkv.ops.schedule import is_refresh, plan
 from refreshkv.ops.state import FullSteps, SelectionOptions
 from tests.helpers.reference import sequential_attention
@@ -188,13 +187,3 @@ def test_checks_are_decided_alike_a_few_at_a_time(monkeypatch):
     monkeypatch.setattr(schedule, "MAX_COSINES", 1000)
     for found, expected in zip(plan(query, 20, 2, 0.3), whole, strict=True):
         assert torch.equal(found, expected)
-
-
-def test_a_short_block_equals_the_grouped_attention():
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, heads, n, 8, generator=generator) for heads, n in ((6, 3), (2, 41), (2, 41)))
-    for padding in (None, torch.tensor([0, 13])):
-        columns, first = torch.arange(41), torch.zeros(2, dtype=torch.int64) if padding is None else padding
-        visible = (columns <= torch.arange(38, 41)[:, None]) & (columns >= first[:, None, None])
-        expected = naive.grouped_attention(query, key, value, visible[:, None], 0.3)
-        torch.testing.assert_close(short_block(query, key, value, padding, 0.3), expected)

@@ -16,7 +16,7 @@ from tests.helpers.models import random_ids, tiny_model
 pytest.importorskip("triton")
 
 from refreshkv.ops.naive.rows import selections as naive_selections
-from refreshkv.ops.rows import after_prompt, block_steps, cudnn, key_lists, partial_steps, whole_sequence
+from refreshkv.ops.rows import after_prompt, block_steps, cudnn, key_lists, partial_steps, short_block, whole_sequence
 from refreshkv.ops.rows.segments import longest_interval, segments_of
 from refreshkv.ops.selection import ranking
 
@@ -455,3 +455,23 @@ def test_torch_compile_takes_a_model_with_the_kernels_whole(monkeypatch, setting
     expected = loss_and_gradients(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(loss_and_gradients(compiled), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "heads",
+    slow_unless([(6, 2, 24, 7)], [(6, 2, 24, 7), (6, 2, 24, 1), (4, 4, 16, 17), (8, 2, 32, 16), (2, 1, 144, 5)]),
+)
+def test_a_short_block_equals_the_grouped_attention(heads, monkeypatch):
+    """Shares of the keys without any, in the padding, and at the block's end; queries of several tiles."""
+    monkeypatch.setattr(short_block, "MOST_ROWS", 16)
+    query_heads, kv_heads, head_dim, count = heads
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((query_heads, count), (kv_heads, 181), (kv_heads, 181))
+    query, key, value = (torch.randn(2, *size, head_dim, generator=generator).to(DEVICE) for size in sizes)
+    key, value = (torch.cat([part, part[:, :, :9]], dim=2)[:, :, :181] for part in (key, value))  # a part of a buffer
+    for padding in (None, torch.tensor([0, 113])):
+        columns, first = torch.arange(181), torch.zeros(2, dtype=torch.int64) if padding is None else padding
+        visible = (columns <= torch.arange(181 - count, 181)[:, None]) & (columns >= first[:, None, None])
+        expected = naive.grouped_attention(query, key, value, visible[:, None].to(DEVICE), 0.3)
+        found = short_block.short_block(query, key, value, None if padding is None else padding.to(DEVICE), 0.3)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

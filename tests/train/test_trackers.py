@@ -28,7 +28,7 @@ def log_steps(config, first, last):
     log = RunLog(config, first - 1, is_writer=True)
     for step in range(first, last + 1):
         log.step(step, VALUES[step - 1])
-    log.evaluation(last, {"full": 4.0, "refresh": 5.0})
+    log.evaluation(last, {"full": 4.0, "refresh": 5.0}, 0.9)
     log.close()
 
 
@@ -58,7 +58,7 @@ def test_tensorboard_goes_on_after_a_resume(tmp_path):
     log_steps(config, 3, 4)
     found = scalars(output)
     assert found["loss"] == [(step, pytest.approx(VALUES[step - 1]["loss"])) for step in range(1, 5)]
-    assert {"loss_partial", "tokens/s", "perplexity/full", "perplexity/refresh"} <= found.keys()
+    assert {"loss_partial", "tokens/s", "perplexity/full", "perplexity/refresh", "acceptance"} <= found.keys()
     assert foreign_file(output) is None
 
 

@@ -121,7 +121,9 @@ def test_ranks_stages_and_layouts_agree(rows, alone, tmp_path, stage, ranks, seq
     run_forked(run_settings(rows, tmp_path / "run", parallel={"sequence": sequence}, **sections), ranks=ranks)
     for step, found in losses(tmp_path / "run").items():
         assert found == pytest.approx(alone[step], abs=2e-5), f"step {step}"
-    assert '"evaluation"' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    (evaluated,) = (line for line in lines if "evaluation" in line)
+    assert set(evaluated["evaluation"]) == {"full", "refresh"} and 0 < evaluated["acceptance"] < 1
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from refreshkv.ops.naive.selection import observed_probabilities
+from refreshkv.ops.naive.selection import MAX_SCORES, observed_probabilities
 from refreshkv.ops.state import PLAIN_SOFTMAX, SoftmaxTerms
 
 
@@ -44,17 +44,23 @@ def look_ahead_divergence(
     """
     query, key, score_key = query.detach(), key.detach(), score_key.detach()
     counts = (positions >= 0) & (positions < query.shape[2] - 1)
-    total = look_ahead.new_zeros(())
-    for step in range(positions.shape[1]):
-        here = positions[:, step].clamp(min=0)
-        target = following_attention(query, key, here, left_padding, horizon, scaling, terms)
-        own = query.gather(2, here[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3]))
-        observers = torch.cat([own.to(look_ahead.dtype), look_ahead[:, :, step]], dim=2)
-        score = log_score(observers, score_key, here, left_padding, scaling, terms)
+    here, total = positions.clamp(min=0), look_ahead.new_zeros(())
+    observing = max(horizon, 1 + look_ahead.shape[3])
+    chunk = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * observing * query.shape[2]))
+    for steps in torch.arange(positions.shape[1], device=query.device).split(chunk):
+        target = following_attention(query, key, here[:, steps], left_padding, horizon, scaling, terms)
+        own = _taken(query, here[:, steps]).unsqueeze(3)  # (B, H, N, 1, D)
+        observers = torch.cat([own.to(look_ahead.dtype), look_ahead[:, :, steps]], dim=3)
+        score = log_score(observers, score_key, here[:, steps], left_padding, scaling, terms)
         divergences = torch.xlogy(target, target) - target * score.masked_fill(target == 0, 0.0)
-        divergences = divergences.sum(dim=-1).mean(dim=1)  # (B,)
-        total = total + divergences.where(counts[:, step], 0.0).sum()
+        divergences = divergences.sum(dim=-1).mean(dim=1)  # (B, N)
+        total = total + divergences.where(counts[:, steps], 0.0).sum()
     return total, counts.sum()
+
+
+def _taken(query: Tensor, columns: Tensor) -> Tensor:
+    """The queries of columns (B, n): query (B, H, T, D) -> (B, H, n, D)."""
+    return query.gather(2, columns[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
 
 
 @torch.no_grad()
@@ -67,17 +73,16 @@ def following_attention(
     scaling: float,
     terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> Tensor:
-    """The target of one step a batch row, at `positions` (B,): (B, H, T), zero after the step; arguments as above."""
+    """The target of the steps at `positions` (B, N): (B, H, N, T), zero after each step; arguments as above."""
     length = query.shape[2]
-    after = positions[:, None] + torch.arange(1, horizon + 1, device=query.device)  # (B, S)
+    after = positions[:, :, None] + torch.arange(1, horizon + 1, device=query.device)  # (B, N, S)
     exists = after < length
-    after = after.clamp(max=length - 1)
-    index = after[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-    observers = query.gather(2, index).unsqueeze(3)  # (B, H, S, 1, D)
+    after = after.clamp(max=length - 1).flatten(1)
+    observers = _taken(query, after).unsqueeze(3)  # (B, H, N * S, 1, D)
     probabilities = observed_probabilities(observers, key, after, left_padding, scaling, terms)
-    probabilities = probabilities.squeeze(4).flatten(1, 2) * exists[:, None, :, None]  # (B, H, S, T)
-    known = torch.arange(length, device=query.device) <= positions[:, None]
-    target = probabilities.sum(dim=2) * known[:, None]
+    probabilities = probabilities.squeeze(4).flatten(1, 2).unflatten(2, exists.shape[1:])  # (B, H, N, S, T)
+    known = torch.arange(length, device=query.device) <= positions.unsqueeze(-1)
+    target = (probabilities * exists[:, None, :, :, None]).sum(dim=3) * known[:, None]
     return target / target.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
 
 
@@ -89,14 +94,15 @@ def log_score(
     scaling: float,
     terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> Tensor:
-    """The logarithm of the mean softmax of observers (B, H, O, D) over the positions up to `positions` (B,): (B, H, T),
-    -inf where there is nothing to see."""
-    kv_heads, count = score_key.shape[1], observers.shape[2]
+    """The logarithm of the mean softmax of observers (B, H, N, O, D) over the positions up to `positions` (B, N):
+    (B, H, N, T), -inf where there is nothing to see."""
+    kv_heads, (steps, count) = score_key.shape[1], observers.shape[2:4]
     wide = torch.promote_types(observers.dtype, torch.float32)
-    grouped = observers.unflatten(1, (kv_heads, -1)).flatten(2, 3).to(wide)
-    logits = terms.cap(grouped @ score_key.to(wide).transpose(-1, -2) * scaling).unflatten(2, (-1, count)).flatten(1, 2)
+    grouped = observers.unflatten(1, (kv_heads, -1)).flatten(2, 4).to(wide)
+    logits = terms.cap(grouped @ score_key.to(wide).transpose(-1, -2) * scaling)
+    logits = logits.unflatten(2, (-1, steps, count)).flatten(1, 2)  # (B, H, N, O, T)
     column = torch.arange(score_key.shape[2], device=score_key.device)
-    seen = (column >= left_padding[:, None]) & (column <= positions[:, None])
-    logits = logits.masked_fill(~seen[:, None, None], torch.finfo(wide).min)
-    score = logits.log_softmax(dim=-1).logsumexp(dim=2) - math.log(count)
+    seen = (column >= left_padding[:, None, None]) & (column <= positions.unsqueeze(-1))  # (B, N, T)
+    logits = logits.masked_fill(~seen[:, None, :, None], torch.finfo(wide).min)
+    score = logits.log_softmax(dim=-1).logsumexp(dim=3) - math.log(count)
     return score.masked_fill(~seen[:, None], -torch.inf)
