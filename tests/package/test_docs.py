@@ -4,13 +4,14 @@ import json
 import re
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 RESULTS = ROOT / "docs" / "results"
-CODE, ENGLISH = "python-packages-8k", "english-prose"
+CORPORA = CODE, ENGLISH = "python-packages-8k", "english-prose"
 LINES_OF_RESULTS = {
     ("1024 = L/8", "recommended"): "ahead: select S=2 4 bits, K=1024",
     ("1024", "the paper's, full step every 10"): "paper: refresh S=10, K=1024",
@@ -49,10 +50,20 @@ def test_links_lead_somewhere(page):
     assert list(broken_links(page)) == []
 
 
-def points(entry="none/ahead"):
+def models():
+    """The results of the experiment's models, by name."""
+    return json.loads((RESULTS / "smollm2" / "results.json").read_text())
+
+
+def points(name="smollm2/none/ahead/tradeoff"):
     """The points of one of the experiment's models, by name."""
-    entries = json.loads((RESULTS / "smollm2" / "results.json").read_text())
-    return {point["name"]: point for point in entries[f"smollm2/{entry}/tradeoff"]["results"]["points"]}
+    return {point["name"]: point for point in models()[name]["results"]["points"]}
+
+
+def mean_loss(arm, strategy, text):
+    """The mean over the arm's seeds."""
+    seeds = [name for name in models() if name.startswith(f"smollm2/{arm}/")]
+    return fmean(points(name)[strategy]["losses"][text] for name in seeds)
 
 
 def percent(share, digits):
@@ -72,10 +83,10 @@ def test_the_first_table_of_the_results():
     first = {tuple(line[:2]): line[2:] for line in lines[2 : 2 + len(LINES_OF_RESULTS)]}
     assert lines[0] == ["K", "selection", "bytes read", "code", "English", "code, trained", "English, trained"]
     for line, name in LINES_OF_RESULTS.items():
-        trained = "paper/0/paper" if name.startswith("paper") else "recommended/0/ahead"
-        both = [points(entry)[name] for entry in ("none/ahead", trained)]
-        losses = [shown(point["losses"][corpus]) for point in both for corpus in (CODE, ENGLISH)]
-        assert first.pop(line) == [percent(both[0]["read"], 1), *losses]
+        untrained = points()[name]
+        trained = [mean_loss("paper" if name.startswith("paper") else "recommended", name, text) for text in CORPORA]
+        losses = [*(untrained["losses"][text] for text in CORPORA), *trained]
+        assert first.pop(line) == [percent(untrained["read"], 1), *map(shown, losses)]
     assert not first
 
 
@@ -113,8 +124,7 @@ def test_the_table_of_the_readme():
         code, english, read = rounded(f"ahead, 48 recent: select S=2 4 bits, K={size}", 1)
         text = f"K = L/{share}: {code} and {english}, reading {percent(read, digits)}"
         assert text in table["Smaller budgets"]
-    losses = points("recommended/0/ahead")["ahead: select S=2 4 bits, K=1024"]["losses"]
-    after = [percent(losses[corpus], 1) for corpus in (CODE, ENGLISH)]
+    after = [percent(mean_loss("recommended", "ahead: select S=2 4 bits, K=1024", text), 1) for text in CORPORA]
     assert "after training with the pattern {} and {}".format(*after) in table["A small loss"]
 
     speeds = json.loads((RESULTS / "decode-h200.json").read_text())
