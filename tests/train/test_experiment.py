@@ -627,10 +627,7 @@ def draw_one_of_each_kind():
             "smollm2",
             {"smollm2/none", "smollm2/plain-0"},
             "smollm2/recommended/0/ahead/tradeoff",
-            [
-                f"smollm2/{arm}-0"
-                for arm in ("whole-paper", "recommended-lora", "distilled", "strides", "chunks", "fixed")
-            ],
+            [f"smollm2/{arm}-0" for arm in ("whole-paper", "distilled", "strides", "fixed")],
         ),
     ],
 )
