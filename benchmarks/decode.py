@@ -58,7 +58,6 @@ from refreshkv.baselines.streaming import StreamingCache
 from refreshkv.cache.fetching import FetchingLayer
 from refreshkv.cache.keyword import given_cache
 from refreshkv.cache.preallocated import PreallocatedCache
-from refreshkv.cache.row_lengths import RowLengths
 from refreshkv.generation import lossless
 from refreshkv.ops.state import Decisions, SelectionOptions, SelectionScratch, StepOptions
 from refreshkv.ops.step import launches as decode_kernels
@@ -365,7 +364,7 @@ class CapturedStep:
 class RoundTimes:
     """Milliseconds of the parts of a round, with a wait for the device after each."""
 
-    PARTS = ((lossless, "_draft"), (lossless._Passes, "block"), (RowLengths, "accept"), (lossless, "_round"))
+    PARTS = ((lossless, "_draft"), (lossless._Passes, "block"), (lossless._Passes, "accept"), (lossless, "_round"))
 
     def __init__(self):
         self.times: dict[str, list[float]] = {}

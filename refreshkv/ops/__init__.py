@@ -113,7 +113,14 @@ def prompt_block(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> T
     return cudnn.prompt_block(query, key, value, scaling)
 
 
-def short_block(query: Tensor, key: Tensor, value: Tensor, left_padding: Tensor | None, scaling: float) -> Tensor:
+def short_block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    left_padding: Tensor | None,
+    scaling: float,
+    columns: Tensor | None = None,
+) -> Tensor:
     """Causal attention of a few tokens behind many, where `CHOICE.takes_short_block` is true.
 
     Args:
@@ -121,12 +128,13 @@ def short_block(query: Tensor, key: Tensor, value: Tensor, left_padding: Tensor 
         key, value: (B, Hkv, L, D), L >= n.
         left_padding: (B,) int64, None without any.
         scaling: factor of the logits.
+        columns: (n,) int64, ascending: the positions of the queries; None: the last n.
 
     Returns (B, H, n, D), without gradient.
     """
     from refreshkv.ops.rows import short_block as form
 
-    return form.short_block(query, key, value, left_padding, scaling)
+    return form.short_block(query, key, value, left_padding, scaling, columns)
 
 
 def select(
@@ -157,14 +165,14 @@ def select(
     return naive.select(query, key, steps, options, scaling, terms=terms)
 
 
-def write_score_keys(key: Tensor, codes: Tensor, scales: Tensor, first: int) -> None:
+def write_score_keys(key: Tensor, codes: Tensor, scales: Tensor, first: int | Tensor) -> None:
     """Stores the score keys of a prompt or a block of it (specification, section 10.5).
 
     Args:
         key: (B, Hkv, n, D).
         codes, scales: as in `refreshkv.ops.state.SelectingState`, of 8 or 4 bits; changed in place at the positions
             `first .. first + n - 1`.
-        first: position of the first token.
+        first: position of the first token, or a () int64 tensor, which the host does not read.
     """
     if CHOICE.uses_kernels(key):
         from refreshkv.ops.selection import score_keys as form
