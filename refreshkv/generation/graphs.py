@@ -1,6 +1,6 @@
 """CUDA graphs of calls of fixed shapes: one launch replays what the host would launch kernel by kernel."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,9 +52,13 @@ class Graphs:
 
     def __init__(self, addresses: tuple[int, ...], device: torch.device):
         self.addresses = addresses
-        self.calls: dict[Hashable, CapturedCall] = {}
+        self.calls: dict[tuple[str, int], CapturedCall] = {}
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    def run(self, key: Hashable, work: Callable, *inputs: Tensor) -> Any:
-        """The result of `work(*inputs)`, captured under this key."""
+    def captured(self) -> list[tuple[str, int]]:
+        """The keys of the calls that are captured."""
+        return [key for key, call in self.calls.items() if call.replay is not None]
+
+    def run(self, key: tuple[str, int], work: Callable, *inputs: Tensor) -> Any:
+        """The result of `work(*inputs)`, captured under this key, a name and a size."""
         return self.calls.setdefault(key, CapturedCall())(work, inputs, self.pool)

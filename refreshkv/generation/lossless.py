@@ -161,6 +161,8 @@ class _Passes:
         self.step_call = model.get_compiled_call(config.compile_config) if self.compiles else model.__call__
         self.graphs: Graphs | None = None
         """The captured blocks; None where they are not captured."""
+        self.size = 0
+        """Tokens of the last block, if it is captured."""
 
     def prompt(self, input_ids: Tensor) -> Tensor:
         """The logits (B, V) of the prompt's last token."""
@@ -197,11 +199,21 @@ class _Passes:
 
     def block(self, tokens: Tensor, columns: Tensor, lengths: RowLengths) -> Tensor:
         """The logits (B, n, V) of tokens (B, n) in these columns (B, n) of their texts, with full attention."""
-        inputs, count = (tokens, columns + self.offset), tokens.shape[1]
-        if self.graphs is not None:
-            return self.graphs.run(("block", count), partial(self._block_on_device, lengths), *inputs)
-        self.cache.verify()
-        return self._block(*inputs, lengths.padding_now if lengths.is_padded else None)
+        count = tokens.shape[1]
+        if self.graphs is None:
+            self.cache.verify()
+            return self._block(tokens, columns + self.offset, lengths.padding_now if lengths.is_padded else None)
+        self.size = self._captured_size(count, lengths)
+        tokens = torch.cat([tokens, tokens[:, -1:].expand(-1, self.size - count)], dim=1)
+        positions = columns[:, :1] + torch.arange(self.size, device=tokens.device) + self.offset
+        block = partial(self._block_on_device, lengths)
+        return self.graphs.run(("block", self.size), block, tokens, positions)[:, :count]
+
+    def _captured_size(self, count: int, lengths: RowLengths) -> int:
+        """The number of tokens of the block that computes `count` tokens: more if only a larger block is captured."""
+        assert self.graphs is not None
+        most = min(2 * count, self.cache.capacity - max(lengths.numbers))
+        return min((size for kind, size in self.graphs.captured() if count <= size <= most), default=count)
 
     def _block_on_device(self, lengths: RowLengths, tokens: Tensor, positions: Tensor) -> Tensor:
         """The same, where the host knows no lengths."""
@@ -215,12 +227,12 @@ class _Passes:
         output = self.model(**inputs, **as_keyword(self.cache), use_cache=True, return_dict=True)
         return output.logits.float()
 
-    def accept(self, counts: Tensor, count: int, lengths: RowLengths) -> None:
-        """Keeps the first `counts` (B,) tokens of each row of the last block, which had `count` tokens."""
+    def accept(self, counts: Tensor, lengths: RowLengths) -> None:
+        """Keeps the first `counts` (B,) tokens of each row of the last block."""
         if self.graphs is None:
             lengths.accept(counts)
         else:
-            self.graphs.run(("accept", count), lengths.accept, counts)
+            self.graphs.run(("accept", self.size), lengths.accept, counts)
 
 
 def can_capture(model: Any, cache: RefreshCache) -> bool:
@@ -396,7 +408,7 @@ def _round(passes: _Passes, texts: _Texts, rules: Rules, lengths: RowLengths, co
     new = torch.cat([drafts, follows[:, None]], dim=1).scatter(1, accepted[:, None], follows[:, None])
     was_running = ~texts.has_ended
     added = texts.add(new, accepted + 1)
-    passes.accept(added[0], count + 1, lengths)
+    passes.accept(added[0], lengths)
     judged = (accepted + 1).clamp(max=count)
     report = torch.cat([added, torch.stack([judged, accepted]) * was_running])
     counted, ended, *judgement = report.tolist()

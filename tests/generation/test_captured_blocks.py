@@ -85,7 +85,7 @@ def test_replayed_blocks_give_the_same_tokens(name, recorded):
         assert torch.equal(model.generate(ids, **own, **settings), expected)
         assert counts.rounds > 6 and 0 < counts.accepted < counts.judged
         own.pop("attention_mask"), own.pop("eos_token_id")
-        captured = [key for key, call in cache.graphs.calls.items() if call.replay is not None]
+        captured = cache.graphs.captured()
         assert len(recordings) == len(captured), "each of them once, for both texts"
         assert {("block", 4), ("accept", 4)} <= set(captured)
     assert cache.exact_length == cache.length and not cache.selecting_steps[:, :, 80:].any()
