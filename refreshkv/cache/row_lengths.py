@@ -8,12 +8,12 @@ accepted more moves tokens from the end into its padding. The last tokens of a r
 Shapes: `B` batch rows, `L` columns of the cache, `n` tokens of a block, `k` tokens that move.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from refreshkv import ops
 from refreshkv.cache.layer import KeptTokens
 from refreshkv.cache.preallocated_layer import Phase
 from refreshkv.cache.refresh import RefreshCache
@@ -29,16 +29,6 @@ class Moves(NamedTuple):
 
     source: Tensor
     target: Tensor
-
-    def apply(self, buffers: Iterable[Tensor]) -> None:
-        """Moves the columns of buffers (B, ..., L, D) or (B, ..., L) in place; heads, if any, are dimension 1."""
-        indices: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-        for buffer in buffers:
-            sizes = (buffer.ndim, buffer.shape[1], buffer.shape[-1])
-            if sizes not in indices:
-                indices[sizes] = _index(buffer, self.source), _index(buffer, self.target)
-            dim, (source, target) = min(2, buffer.ndim - 1), indices[sizes]
-            buffer.scatter_(dim, target, buffer.gather(dim, source))
 
 
 class RowLengths:
@@ -97,7 +87,7 @@ class RowLengths:
         self.lengths.add_(counts)
         self.end.copy_(self.lengths.max())
         names = ("keys", "values", *self.layers[0].score_state)
-        moves.apply([self.order, *(getattr(layer, name) for layer in self.layers for name in names)])
+        ops.move_tokens([*(getattr(layer, name) for layer in self.layers for name in names), self.order], *moves)
         kept = self._kept(start, counts)
         self.kept = None if self.selects_by_step else kept
         for layer in self.layers if self.selects_by_step else ():
@@ -188,13 +178,7 @@ class RowLengths:
         self.cache.row_starts = self.starts
 
 
-def _index(buffer: Tensor, columns: Tensor) -> Tensor:
-    """columns (B, k) as an index of dimension 1 of a buffer (B, L), or of dimension 2 of a buffer (B, Hkv, L, ...)."""
-    if buffer.ndim == 2:
-        return columns
-    columns = columns[:, None].expand(-1, buffer.shape[1], -1)
-    return columns if buffer.ndim == 3 else columns[..., None].expand(-1, -1, -1, buffer.shape[3])
-
-
 def _take(buffer: Tensor, columns: Tensor) -> Tensor:
-    return buffer.gather(min(2, buffer.ndim - 1), _index(buffer, columns))
+    """The columns (B, k) of a buffer (B, Hkv, L, D) or (B, Hkv, L)."""
+    columns = columns[:, None].expand(-1, buffer.shape[1], -1)
+    return buffer.gather(2, columns if buffer.ndim == 3 else columns[..., None].expand(-1, -1, -1, buffer.shape[3]))

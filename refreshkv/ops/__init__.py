@@ -21,11 +21,13 @@ computes what is decided in `choice`, once, by this table (16 bits: float16 and 
 | `step.operators.*`: decoding steps | `step/launches.py`, `selection/step.py`: Triton | always |
 | selecting steps of decoding, between the two | `step/selecting/launches.py`: Triton | with `select_stride` |
 | `write_score_keys`: a prompt's | `selection/score_keys.py`: Triton | 8 or 4 bits |
-| `copy_tokens`, `gather_tokens`: host memory | `step/transfer.py`: Triton | always |
+| `copy_tokens`, `gather_tokens`: host memory; `move_tokens` | `step/transfer.py`: Triton | always |
 
 *Uniform* means the fixed schedule without padding. Both selections are `selection/top_k.py`. Structs that operations
 take are in `state`; the schedule is in `schedule`.
 """
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -211,3 +213,19 @@ def gather_tokens(source: Tensor, index: Tensor, wanted: Tensor, target: Tensor)
     else:
         form = naive
     form.gather_tokens(source, index, wanted, target)
+
+
+def move_tokens(buffers: Sequence[Tensor], source: Tensor, target: Tensor) -> None:
+    """Moves tokens within buffers; all are read before any is written.
+
+    Args:
+        buffers: (B, Hkv, L, D), (B, Hkv, L) or (B, L), changed in place; the first is of keys.
+        source, target: (B, k) int64, the columns; a target that comes twice has the same source.
+    """
+    if CHOICE.uses_kernels(buffers[0]):
+        from refreshkv.ops.step import transfer as form
+    else:
+        form = naive
+    for buffer in buffers:
+        whole = buffer if buffer.ndim > 2 else buffer[:, None]
+        form.move_tokens(whole if whole.ndim == 4 else whole[..., None], source, target)
