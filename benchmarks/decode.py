@@ -13,8 +13,9 @@ select:2:4bit (no full steps; a selecting step every 2 tokens by score keys of 4
 offloaded-select:2:4bit (refresh or select with the full keys and values in host memory; the bound leaves the bus out,
 and `fetched` is the share of the chosen tokens that the last selecting step fetched),
 lossless:2:4bit (drafts by select:2:4bit, checked by full attention; weights are random, so a coin of --acceptance
-decides how many drafts are right; the parts of a round are timed in a generation of their own, with a wait for the
-device after each), streaming, h2o, snapkv; static and dynamic are transformers' own caches. `GB moved`
+decides how many drafts are right; the time is that of the rounds, without the prompt; the parts of a round are timed in
+a generation of their own, with a wait for the device after each), streaming, h2o, snapkv; static and dynamic are
+transformers' own caches. `GB moved`
 is what a token's step has to read. Prints a line for each, pieces of the step with --pieces, and a table at the end;
 --output DIR writes decode.json after each line, and decode.png. With --terms every case is timed three times: with the
 ordinary softmax, with attention sinks (`refresh+sinks`) and with a softcap (`refresh+softcap`); full, refresh,
@@ -287,7 +288,8 @@ def time_strategy(
 def time_lossless(
     model: LlamaForCausalLM, strategy: str, context: int, batch: int, bandwidth: float, args: argparse.Namespace
 ) -> dict[str, object]:
-    """Milliseconds a token of the slowest batch row. The bound is full attention's, which this is to beat."""
+    """Milliseconds a token of the slowest batch row, without the first token, which is the prompt's. The bound is full
+    attention's, which this is to beat."""
     forget()
     torch.cuda.reset_peak_memory_stats()
     model.set_attn_implementation("refreshkv")
@@ -302,18 +304,19 @@ def time_lossless(
         with (times := RoundTimes()).taken():
             run_lossless(model, cache, batch, length, new // 2, args.acceptance, ids)
     bytes_full, _ = bytes_moved(model, context, batch, 0, "full", None)
+    per_token = seconds / (new - 1)
     return {
         "context": context,
         "batch": batch,
         "strategy": strategy,
         "loop": "graph" if args.loop == "graph" else "lossless",
         "tuned": False,
-        "ms": round(seconds / new * 1e3, 3),
-        "mean ms": round(seconds / new * 1e3, 3),
-        "tokens/s": round(batch * new / seconds, 1),
+        "ms": round(per_token * 1e3, 3),
+        "mean ms": round(per_token * 1e3, 3),
+        "tokens/s": round(batch / per_token, 1),
         "GB moved": round(bytes_full / 1e9, 2),
         "bound ms": round(bytes_full / bandwidth * 1e3, 2),
-        "ms / bound": round(seconds / new / bytes_full * bandwidth, 2),
+        "ms / bound": round(per_token / bytes_full * bandwidth, 2),
         "acceptance": round(counts.acceptance, 3),
         "tokens a round": round(counts.tokens_per_round, 2),
         "drafts a round": round(counts.steps / counts.rounds, 2),
@@ -365,7 +368,7 @@ class CapturedStep:
 class RoundTimes:
     """Milliseconds of the parts of a round, with a wait for the device after each."""
 
-    PARTS = ((lossless, "_draft"), (lossless._Passes, "block"), (RowLengths, "accept"), (lossless, "_round"))
+    PARTS = ((lossless, "_draft"), (lossless._Passes, "block"), (lossless._Passes, "accept"), (lossless, "_round"))
 
     def __init__(self):
         self.times: dict[str, list[float]] = {}
@@ -398,6 +401,28 @@ class RoundTimes:
         return {name: round(statistics.median(times), 2) for name, times in self.times.items()}
 
 
+class TimedRows(RowLengths):
+    """Takes the time from after the prompt to the end of the last round."""
+
+    seconds = 0.0
+
+    def __init__(self, cache: RefreshCache):
+        super().__init__(cache)
+        self.begun_at = synchronized_time()
+
+    def restore(self) -> None:
+        """Stops the time."""
+        TimedRows.seconds = synchronized_time() - self.begun_at
+        super().restore()
+
+
+def synchronized_time() -> float:
+    """Seconds of the clock, once the device has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def run_lossless(
     model: LlamaForCausalLM,
     cache: RefreshCache,
@@ -408,11 +433,11 @@ def run_lossless(
     ids: Tensor | None = None,
 ) -> tuple[Tensor, float, DraftCounts]:
     """Generates `new` tokens of each batch row behind ids, or behind random ids for the `length` tokens in the cache.
-    Returns the texts, the seconds, and what was accepted."""
+    Returns the texts, the seconds of the rounds, and what was accepted."""
     if ids is None:
         ids = torch.randint(1, model.config.vocab_size, (batch, length + 1), device=model.device)
-    original, counts, begun = lossless.Rules.judge, DraftCounts(), time.perf_counter()
-    lossless.Rules.judge = judge_by_coin(acceptance)
+    original, counts = lossless.Rules.judge, DraftCounts()
+    lossless.Rules.judge, lossless.RowLengths = judge_by_coin(acceptance), TimedRows
     try:
         texts: Tensor = model.generate(  # pyright: ignore[reportAttributeAccessIssue]  # as in run_generate
             ids,
@@ -426,11 +451,9 @@ def run_lossless(
             drafts=counts,
             compile_config=CompileConfig(dynamic=False),
         )
-        if texts.is_cuda:
-            torch.cuda.synchronize()
     finally:
-        lossless.Rules.judge = original
-    return texts, time.perf_counter() - begun, counts
+        lossless.Rules.judge, lossless.RowLengths = original, RowLengths
+    return texts, TimedRows.seconds, counts
 
 
 def judge_by_coin(acceptance: float) -> Callable:

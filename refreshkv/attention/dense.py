@@ -65,7 +65,7 @@ class DenseAttention:
         elif self._is_block(query, key, value):
             return ops.prompt_block(query, key, value, self.scaling).transpose(1, 2)
         elif self._is_short_block(query, key, value):
-            output = ops.short_block(query, key, value, self.left_padding, self.scaling).transpose(1, 2)
+            output = ops.short_block(query, key, value, self.left_padding, self.scaling, self.columns).transpose(1, 2)
         else:
             output = self._masked(query, key, value)
         return _UpstreamInLayout.apply(output) if output.requires_grad else output
@@ -94,7 +94,7 @@ class DenseAttention:
         """Whether the block has few queries and many keys, so that a kernel should read the keys once for all
         queries."""
         is_plain = self.implementation == "sdpa" and not self.dropout and self.sliding_window is None
-        return is_plain and self.columns is None and CHOICE.takes_short_block(query, key, value)
+        return is_plain and CHOICE.takes_short_block(query, key, value)
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         module, config = self.module, copy(self.module.config)

@@ -44,15 +44,15 @@ class Block(NamedTuple):
 class KeptTokens(NamedTuple):
     """Which tokens of a block of drafts stay, for all layers of a cache."""
 
-    length: int
-    """Tokens of the cache then; each row's last token is in column `length - 1`."""
+    length: Tensor
+    """() int64: tokens of the cache then; each row's last token is in column `length - 1`."""
     left_padding: Tensor
     """(B,) int64."""
     latest: Tensor
     """(B, O) int64: the last O queries, in order, among the observers before the block, in their slots, and the block's
     queries."""
-    row_state: Tensor | None
-    """(B, 4) int64: the state of each row if the next step selects; None: the last token selects."""
+    row_state: Tensor
+    """(B, 4) int64: the state of each row if the next step selects."""
 
 
 class RefreshLayer(PreallocatedLayer):
@@ -132,13 +132,25 @@ class RefreshLayer(PreallocatedLayer):
             whole = one.expand(-1, -1, self.max_cache_len, -1)
             self.score_codes, self.score_scales = naive.empty_score_keys(whole, self.config.score_bits)
 
+    @torch.compiler.disable
+    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        if self.columns is None:
+            return super()._append(key_states, value_states)  # pyright: ignore[reportAttributeAccessIssue]  # disable()
+        self._validate_attended()
+        self._validate_shape(key_states, value_states)
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            buffer.index_copy_(2, self.columns, states)
+        self._store_score_keys(key_states, self.columns[0])
+        self.phase = Phase.BLOCK
+        return self.keys, self.values
+
     def _store(self, key_states: Tensor, value_states: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         stored = super()._store(key_states, value_states, start, end)
         self._store_score_keys(key_states, start)
         return stored
 
-    def _store_score_keys(self, key: Tensor, first: int) -> None:
-        """Stores the score keys of the keys (B, Hkv, n, D) from position `first` on."""
+    def _store_score_keys(self, key: Tensor, first: int | Tensor) -> None:
+        """Stores the score keys of the keys (B, Hkv, n, D) from position `first` on, a number or () int64."""
         if self.score_state:
             ops.write_score_keys(key.detach(), self.score_codes, self.score_scales, first)
 
@@ -173,11 +185,17 @@ class RefreshLayer(PreallocatedLayer):
         self.phase, self.dropped = Phase.CONTINUING, dropped
         return dropped
 
-    def drop_drafts(self) -> None:
-        """Removes the tokens of the steps since the last block, whose length the host knows, so it does not wait for
-        the device. The next call must be a block; its selection waits for `accept`."""
+    def drop_drafts(self, columns: Tensor | None = None) -> None:
+        """Removes the tokens of the steps since the last block. Does not wait for the device. The next call must be a
+        block; its selection waits for `accept`.
+
+        columns (n,) int64: those of the block's n tokens. A CUDA graph can then capture the block, which attends to the
+        whole buffers. None: the host knows where the block begins.
+        """
         self._validate_attended()
-        self.forget_step(self.prompt_length)
+        self.columns = columns
+        if columns is None:
+            self.forget_step(self.prompt_length)
         self.phase, self.awaits_accept, self.dropped = Phase.CONTINUING, True, None
 
     def keep_observers(self) -> None:
@@ -186,26 +204,38 @@ class RefreshLayer(PreallocatedLayer):
             self._keep("kept_observers", self.observers)
 
     def accept(self, kept: KeptTokens) -> None:
-        """Ends the block after `drop_drafts`: prepares the next step, or selects at the last token that stays."""
-        block = self.waiting
-        assert block is not None, "no block waits"
-        self.waiting = None
-        self.forget_step(kept.length)
-        self.prompt_length = kept.length
-        if kept.row_state is None:
-            latest = self._kept_queries(block, kept.latest)
-            self._select_after_block(latest, kept.left_padding, block.scaling, block.terms)
-            return
+        """Prepares a selecting step after the block since `drop_drafts`. The host need not know how many tokens stay;
+        `note_accepted` tells it."""
+        block = self._end_waiting()
         window, device = self.config.observation_window, block.query.device
+        self.cumulative_length.copy_(kept.length)
         if window > 1:
             slots = (torch.arange(window, device=device) - kept.length) % window
-            self._keep("observers", self._kept_queries(block, kept.latest[:, slots]))
+            self.observers.copy_(self._kept_queries(block, kept.latest[:, slots]))
+            self.keep_observers()
         if self.config.threshold is not None:
             self.mean_query.copy_(mean_query(self._kept_queries(block, kept.latest[:, -1:])).squeeze(1))
         self.row_state.copy_(kept.row_state)
         self.selected.clamp_(max=kept.length - 1)  # of dropped drafts; the next step selects anew
-        self._start_decoding()
-        self._join_layers()
+
+    def note_accepted(self, length: int) -> None:
+        """Tells the host that `length` tokens are in the cache after `accept`, and begins decoding."""
+        self.known_length = self.prompt_length = self.block_end = length
+        self.phase, self.prefix_length = Phase.DECODING, 0
+
+    def select_accepted(self, kept: KeptTokens, length: int) -> None:
+        """Ends the block since `drop_drafts` where steps do not select: selects at the last of the `length` tokens."""
+        block = self._end_waiting()
+        self.forget_step(length)
+        self.prompt_length = length
+        latest = self._kept_queries(block, kept.latest)
+        self._select_after_block(latest, kept.left_padding, block.scaling, block.terms)
+        self.keep_observers()
+
+    def _end_waiting(self) -> Block:
+        block, self.waiting = self.waiting, None
+        assert block is not None, "no block waits"
+        return block
 
     def _kept_queries(self, block: Block, numbers: Tensor) -> Tensor:
         """Of the observers before the block, in their slots, and the block's queries those with these numbers (B, n):
@@ -237,6 +267,7 @@ class RefreshLayer(PreallocatedLayer):
             )
         if self.awaits_accept:
             self.awaits_accept, self.waiting = False, Block(query.detach(), left_padding, scaling, terms)
+            self.columns = None
             return
         self._end_block(query, left_padding, scaling, terms, look_ahead)
 
@@ -401,7 +432,7 @@ class RefreshLayer(PreallocatedLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.dropped, self.waiting, self.awaits_accept = None, None, False
+        self.dropped, self.waiting, self.awaits_accept, self.columns = None, None, False, None
         if self.is_initialized:
             self.full_steps.zero_()
             if self.has_selecting_steps:

@@ -67,9 +67,16 @@ class RefreshCache(PreallocatedCache):
         self.config = refresh or saved_config(model_config, "refresh")
         make_layer = layer_kind(self.config, offload)
         super().__init__(model_config, max_cache_len, lambda: make_layer(max_cache_len, self.config))
+        self.row_tensors: dict[str, Tensor] = {}
+        """The tensors of `RowLengths`, which keep their addresses for later texts."""
+        self.graphs: Any = None
+        """The captured calls of `decode_lossless`; a copy of the cache has none."""
         layers = self.refresh_layers()
         if layers and not offload:  # offloaded layers each end their step by themselves
             layers[-1].earlier_layers = tuple(layers[:-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "graphs": None}
 
     @property
     def full_steps(self) -> Tensor:
@@ -112,24 +119,40 @@ class RefreshCache(PreallocatedCache):
         return self.refresh_layers()[0].exact_length
 
     def begin_drafts(self) -> None:
-        """Call this before steps that `verify` will remove. Errors as in `rectify`."""
+        """Call this before the first steps that `verify` will remove. Errors as in `rectify`."""
         self.validate_droppable()
         for layer in self.refresh_layers():
             layer.keep_observers()
 
-    def verify(self) -> None:
+    def verify(self, columns: Tensor | None = None) -> None:
         """Removes the drafts, which are the tokens of all steps since the last block. Does not wait for the device.
 
-        The next call computes the drafts again in one block. Its selection waits for `RowLengths.accept`.
+        The next call computes the drafts again in one block. Its selection waits for `RowLengths.accept`. columns (n,)
+        int64: those of the block's n tokens, in a call that a CUDA graph captures; None: the host knows them.
         """
         self.validate_droppable()
         for layer in self.refresh_layers():
-            layer.drop_drafts()
+            layer.drop_drafts(columns)
 
     @property
     def inputs_are_known(self) -> bool:
         """Whether the next call is a block of drafts, whose inputs `decode_lossless` makes: they need no validation."""
         return super().inputs_are_known or self.refresh_layers()[0].awaits_accept
+
+    def row_tensor(self, name: str, value: Tensor) -> Tensor:
+        """The tensor of this name with this value, at the address that it had before if its shape is the same."""
+        old = self.row_tensors.get(name)
+        if old is None or (old.shape, old.device) != (value.shape, value.device):
+            with torch.inference_mode(False):
+                self.row_tensors[name] = value.clone(memory_format=torch.contiguous_format)
+        else:
+            old.copy_(value)
+        return self.row_tensors[name]
+
+    def addresses(self) -> tuple[int, ...]:
+        """The addresses of all state of the layers, and of the rows' lengths."""
+        layers = (value for layer in self.refresh_layers() for value in vars(layer).values())
+        return tuple(value.data_ptr() for value in (*layers, *self.row_tensors.values()) if isinstance(value, Tensor))
 
     def validate_droppable(self) -> None:
         """Raises `NotImplementedError` where tokens cannot be forgotten, as `rectify` says."""

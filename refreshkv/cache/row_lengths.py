@@ -8,12 +8,12 @@ accepted more moves tokens from the end into its padding. The last tokens of a r
 Shapes: `B` batch rows, `L` columns of the cache, `n` tokens of a block, `k` tokens that move.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from refreshkv import ops
 from refreshkv.cache.layer import KeptTokens
 from refreshkv.cache.preallocated_layer import Phase
 from refreshkv.cache.refresh import RefreshCache
@@ -30,16 +30,6 @@ class Moves(NamedTuple):
     source: Tensor
     target: Tensor
 
-    def apply(self, buffers: Iterable[Tensor]) -> None:
-        """Moves the columns of buffers (B, ..., L, D) or (B, ..., L) in place; heads, if any, are dimension 1."""
-        indices: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-        for buffer in buffers:
-            sizes = (buffer.ndim, buffer.shape[1], buffer.shape[-1])
-            if sizes not in indices:
-                indices[sizes] = _index(buffer, self.source), _index(buffer, self.target)
-            dim, (source, target) = min(2, buffer.ndim - 1), indices[sizes]
-            buffer.scatter_(dim, target, buffer.gather(dim, source))
-
 
 class RowLengths:
     """The lengths of a cache's batch rows while they differ.
@@ -50,22 +40,34 @@ class RowLengths:
     def __init__(self, cache: RefreshCache):
         cache.validate_droppable()
         self.cache, self.layers = cache, cache.refresh_layers()
-        first = self.layers[0]
-        self.padding = first.row_state[:, PADDING].clone()
+        padding, length = self.layers[0].row_state[:, PADDING], cache.length
+        order = torch.arange(cache.capacity, device=padding.device).repeat(len(padding), 1)
+        self.padding = cache.row_tensor("padding", padding)
         """(B,) int64: padded columns of each row at the beginning."""
-        self.lengths = torch.full_like(self.padding, cache.length)
+        self.lengths = cache.row_tensor("lengths", torch.full_like(padding, length))
         """(B,) int64: tokens of each row, its padding at the beginning included."""
-        self.paddings: list[int] = self.padding.tolist()
-        self.numbers: list[int] = [cache.length] * len(self.paddings)
-        """`padding` and `lengths` again, for the host, which so need not wait for the device."""
-        self.order = torch.arange(cache.capacity, device=self.padding.device).repeat(len(self.padding), 1)
+        self.end = cache.row_tensor("end", torch.full_like(padding[0], length))
+        """() int64: columns of the cache that hold tokens, those of drafts not included."""
+        self.order = cache.row_tensor("order", order)
         """(B, max_cache_len): for each column of the cache, the column of its token in the text."""
-        self.starts = cache.row_starts
+        self.paddings: list[int] = padding.tolist()
+        self.numbers: list[int] = [length] * len(self.paddings)
+        """`padding` and `lengths` again, for the host, which so need not wait for the device."""
+        self.starts, self.begun = cache.row_starts, length
+        self.selects_by_step = cache.config.select_stride is not None
+        """Whether the step after a block selects, which costs less than a selection after the block."""
+        self.kept: KeptTokens | None = None
+        """What stays of a block, as long as the host does not know how many tokens these are."""
+        cache.begin_drafts()
 
     @property
     def padding_now(self) -> Tensor:
         """(B,) int64: padded columns of each row."""
-        return self.padding + self.cache.length - self.lengths
+        return self.padding + self.end - self.lengths
+
+    def columns(self, count: int) -> Tensor:
+        """(n,) int64: the columns of the next block of `count` tokens."""
+        return self.end + torch.arange(count, device=self.end.device)
 
     @property
     def is_padded(self) -> bool:
@@ -73,65 +75,70 @@ class RowLengths:
         rows = zip(self.paddings, self.numbers, strict=True)
         return any(padding + self.cache.length - number > 0 for padding, number in rows)
 
-    def accept(self, counts: Tensor, counted: list[int] | None = None) -> None:
-        """Keeps the first `counts` (B,) tokens of each row, of the block of n tokens after `RefreshCache.verify`.
-
-        0 keeps none: the row has ended. counted: the same numbers, if the host knows them; else it waits for the
-        device.
-        """
-        end = self.cache.length  # the block's
-        assert self.layers[0].waiting is not None, "no block waits"
-        start = end - self.layers[0].waiting.query.shape[2]
-        columns = torch.arange(end - start, device=counts.device)
-        self.order[:, start:end] = self.lengths[:, None] + columns
-        moves = self._moves(start, counts, counts.tolist() if counted is None else counted)
-        self.lengths = self.lengths + counts
-        target = max(self.numbers)
+    def accept(self, counts: Tensor) -> None:
+        """Keeps the first `counts` (B,) tokens of each row, of the block of n tokens after `RefreshCache.verify`; 0 if
+        the row has ended. All shapes depend on n alone, and the host does not wait for the device: a CUDA graph can
+        capture the call. `note` must follow."""
+        waiting = self.layers[0].waiting
+        assert waiting is not None, "no block waits"
+        start, columns = self.end.clone(), torch.arange(waiting.query.shape[2], device=counts.device)
+        self.order.index_copy_(1, start + columns, self.lengths[:, None] + columns)
+        moves = self._moves(start, counts, len(columns))
+        self.lengths.add_(counts)
+        self.end.copy_(self.lengths.max())
         names = ("keys", "values", *self.layers[0].score_state)
-        moves.apply([self.order, *(getattr(layer, name) for layer in self.layers for name in names)])
-        kept = self._kept(start, counts, target)
-        for layer in self.layers:
+        ops.move_tokens([*(getattr(layer, name) for layer in self.layers for name in names), self.order], *moves)
+        kept = self._kept(start, counts)
+        self.kept = None if self.selects_by_step else kept
+        for layer in self.layers if self.selects_by_step else ():
             layer.accept(kept)
-        self._note_starts(target)
 
-    def _kept(self, start: int, counts: Tensor, target: int) -> KeptTokens:
-        """The tokens that stay of a block that began in column `start`. With selecting steps the next step is one: that
-        costs less than a selection after the block."""
-        config, padding = self.cache.config, self.padding + target - self.lengths
-        window, stride = config.observation_window, config.select_stride
+    def note(self, counted: list[int]) -> None:
+        """Tells the host what `accept` kept of each row: the same numbers as its `counts`."""
+        self.numbers = [length + count for length, count in zip(self.numbers, counted, strict=True)]
+        length = max(self.numbers)
+        for layer in self.layers:
+            if self.selects_by_step:
+                layer.note_accepted(length)
+            else:
+                assert self.kept is not None, "accept comes before note"
+                layer.select_accepted(self.kept, length)
+        self._note_starts(length)
+
+    def _kept(self, start: Tensor, counts: Tensor) -> KeptTokens:
+        """The tokens that stay of a block that began in column `start` ()."""
+        config, padding = self.cache.config, self.padding_now
+        window, stride = config.observation_window, config.select_stride or 1
         latest = counts[:, None] + torch.arange(window, device=counts.device)
         latest = torch.where(latest < window, (start + latest) % window, latest)
-        if stride is None:
-            return KeptTokens(target, padding, latest, None)
-        last = torch.full_like(padding, target - 1)
+        last = (self.end - 1).expand_as(padding)
         # steps count from where the next one is a selecting step
-        row_state = torch.stack([last, config.budgets(target - padding), padding, last + 2 - stride], dim=1)
-        return KeptTokens(target, padding, latest, row_state)
+        row_state = torch.stack([last, config.budgets(self.end - padding), padding, last + 2 - stride], dim=1)
+        return KeptTokens(self.end, padding, latest, row_state)
 
-    def _moves(self, start: int, counts: Tensor, counted: list[int]) -> Moves:
-        """The moves after which each row ends at the same column, and the longest row does not move. start: first
-        column of the block; counts (B,), counted: tokens of the block that each row keeps."""
-        held = [length - padding for length, padding in zip(self.numbers, self.paddings, strict=True)]
-        self.numbers = [length + count for length, count in zip(self.numbers, counted, strict=True)]
-        target = max(self.numbers)
-        most = max(abs(target - start - count) for count in counted)
-        tail = max(TAIL, self.cache.config.recent_window)
-        tail = max(0, min(tail, min(held) - most))
-        first = self.padding + start - self.lengths  # of each row's tokens
-        shift = (target - start - counts)[:, None]  # by which the tail moves to the right, or to the left
-        number = torch.arange(tail + max(counted), device=counts.device)
+    def _moves(self, start: Tensor, counts: Tensor, most: int) -> Moves:
+        """The moves after which each row ends at the same column, and the longest row does not move.
+
+        start (): first column of the block; counts (B,): tokens of the block that each row keeps; most: tokens of the
+        block, which no row moves further than.
+        """
+        end = (self.lengths + counts).max()
+        shift = (end - start - counts)[:, None]  # by which the tail moves to the right, or to the left
+        longest_tail = max(TAIL, self.cache.config.recent_window)
+        tail = ((self.lengths - self.padding).min() - shift.abs().max()).clamp(0, longest_tail)
+        first = (self.padding + start - self.lengths)[:, None]  # of each row's tokens
+        number = torch.arange(longest_tail + most, device=counts.device)
         # an entry beyond the tail repeats the first one, the row's last token
-        number = torch.where(number < (tail + counts)[:, None], number, 0)
-        tail_to = target - 1 - number
+        number = torch.where(number < tail + counts[:, None], number, 0)
+        tail_to = end - 1 - number
         tail_from = tail_to - shift
-        number = torch.arange(most, device=counts.device)
-        gap, first = start - tail, first[:, None]
+        number, gap = torch.arange(most, device=counts.device), start - tail
         # tail to the right: the row's first tokens fill the gap before it; to the left: tokens in its way move in front
         single_from = torch.where(shift > 0, first + number, gap + shift + number)
         single_to = torch.where(shift > 0, gap + number, first + shift + number)
         moves = number < shift.abs()
         single_from = torch.where(moves, single_from, tail_from[:, :1])
-        single_to = torch.where(moves, single_to, target - 1)
+        single_to = torch.where(moves, single_to, end - 1)
         return Moves(torch.cat([tail_from, single_from], dim=1), torch.cat([tail_to, single_to], dim=1))
 
     def _note_starts(self, target: int) -> None:
@@ -159,6 +166,8 @@ class RowLengths:
         source = source.scatter(1, place, column.expand_as(place))[:, :length]
         source = torch.where(torch.arange(length, device=place.device) >= self.padding[:, None], source, 0)
         for layer in self.layers:
+            if self.selects_by_step:
+                layer.forget_step(self.begun)  # the drafts' selecting steps
             for name in ("keys", "values", *layer.score_state):
                 buffer = getattr(layer, name)
                 buffer[:, :, :length] = _take(buffer, source)
@@ -169,13 +178,7 @@ class RowLengths:
         self.cache.row_starts = self.starts
 
 
-def _index(buffer: Tensor, columns: Tensor) -> Tensor:
-    """columns (B, k) as an index of dimension 1 of a buffer (B, L), or of dimension 2 of a buffer (B, Hkv, L, ...)."""
-    if buffer.ndim == 2:
-        return columns
-    columns = columns[:, None].expand(-1, buffer.shape[1], -1)
-    return columns if buffer.ndim == 3 else columns[..., None].expand(-1, -1, -1, buffer.shape[3])
-
-
 def _take(buffer: Tensor, columns: Tensor) -> Tensor:
-    return buffer.gather(min(2, buffer.ndim - 1), _index(buffer, columns))
+    """The columns (B, k) of a buffer (B, Hkv, L, D) or (B, Hkv, L)."""
+    columns = columns[:, None].expand(-1, buffer.shape[1], -1)
+    return buffer.gather(2, columns if buffer.ndim == 3 else columns[..., None].expand(-1, -1, -1, buffer.shape[3]))

@@ -6,12 +6,15 @@ A round drafts some tokens with decoding steps from the small cache. Then it rem
 computes the drafts again as one block with full attention. It accepts drafts as long as full attention agrees, and
 replaces the first other one. The remaining keys and values are those of full attention. The next round selects a new
 small cache: by its first step if the cache has selecting steps, else at the last accepted token. Batch rows accept
-different numbers of drafts (`refreshkv.cache.row_lengths`). The host waits for the device once in a round.
+different numbers of drafts (`refreshkv.cache.row_lengths`). The host waits for the device once in a round. Where
+generate() captures the decoding step, CUDA graphs also hold the block and what accepts it, for each number of drafts
+that comes again.
 
 Shapes: `B` batch rows, `T` columns of texts, `d` drafts of a round, `n = d + 1` tokens of its block, `V` vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,16 +29,19 @@ from refreshkv.cache.keyword import as_keyword, given_cache
 from refreshkv.cache.refresh import RefreshCache
 from refreshkv.cache.row_lengths import RowLengths
 from refreshkv.generation.decode_ahead import refuse_other_modes
+from refreshkv.generation.graphs import Graphs
 from refreshkv.settings import SettingsError
 
 MOST_DRAFT = 16
 """Most drafts of a round, unless `draft_length` is given."""
-DRAFT_COST = 0.4
+DRAFT_COST = 0.45
 """Time of a small-cache step divided by that of a block: sets the number of drafts. Results are right for any value."""
 FIRST_ACCEPTANCE, MEMORY = 0.9, 0.9
 """The acceptance that the first round assumes, and the weight of earlier rounds in the running mean."""
 BY_LOGITS_ALONE = ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta")
 """Processors of transformers, `...LogitsWarper`, that do not look at the tokens so far."""
+BY_LENGTH = ("dynamic", "longrope")
+"""Rotary embeddings that the host changes with the length of a text."""
 
 
 @dataclass
@@ -102,6 +108,7 @@ def decode_lossless(
     first = rules.distribution(input_ids, texts.known, passes.prompt(input_ids)[:, None])
     texts.note(*texts.add(rules.choose(first), torch.ones_like(texts.known)).tolist())
     lengths, acceptance = RowLengths(cache), FIRST_ACCEPTANCE
+    passes.find_graphs()
     while not all(texts.ended):
         length = best_draft_length(acceptance) if draft_length is None else draft_length
         length = max(0, min(length, cache.capacity - cache.length - 1, texts.room))
@@ -150,8 +157,12 @@ class _Passes:
     # PreTrainedModel does not declare the methods that generate() calls.
     def __init__(self, model: Any, cache: RefreshCache, config: GenerationConfig, model_kwargs: dict[str, Any]):
         self.model, self.cache, self.config, self.kwargs = model, cache, config, model_kwargs
-        compiles = model._valid_auto_compile_criteria(model_kwargs, config)
-        self.step_call = model.get_compiled_call(config.compile_config) if compiles else model.__call__
+        self.compiles = model._valid_auto_compile_criteria(model_kwargs, config)
+        self.step_call = model.get_compiled_call(config.compile_config) if self.compiles else model.__call__
+        self.graphs: Graphs | None = None
+        """The captured blocks; None where they are not captured."""
+        self.size = 0
+        """Tokens of the last block, if it is captured."""
 
     def prompt(self, input_ids: Tensor) -> Tensor:
         """The logits (B, V) of the prompt's last token."""
@@ -177,16 +188,61 @@ class _Passes:
         output = self.step_call(**call, **as_keyword(self.cache), use_cache=True, return_dict=True)
         return output.logits[:, -1].to(copy=True, dtype=torch.float32)
 
-    def block(self, tokens: Tensor, columns: Tensor, padding: Tensor, is_padded: bool) -> Tensor:
-        """The logits (B, n, V) of tokens (B, n) in these columns (B, n) of their texts, with full attention.
+    def find_graphs(self) -> None:
+        """Finds the graphs that earlier calls captured for this model and cache. Call this after the prompt."""
+        if self.compiles and can_capture(self.model, self.cache):
+            weights = (*self.model.parameters(), *self.model.buffers())
+            addresses = (*(weight.data_ptr() for weight in weights), *self.cache.addresses())
+            if self.cache.graphs is None or self.cache.graphs.addresses != addresses:
+                self.cache.graphs = Graphs(addresses, self.model.device)
+            self.graphs = self.cache.graphs
 
-        padding (B,): padded columns of each row of the cache; is_padded: whether any row has some.
-        """
-        inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": columns + self.offset}
-        if is_padded:  # in the mask's prepared form, for which the host need not wait for the device
+    def block(self, tokens: Tensor, columns: Tensor, lengths: RowLengths) -> Tensor:
+        """The logits (B, n, V) of tokens (B, n) in these columns (B, n) of their texts, with full attention."""
+        count = tokens.shape[1]
+        if self.graphs is None:
+            self.cache.verify()
+            return self._block(tokens, columns + self.offset, lengths.padding_now if lengths.is_padded else None)
+        self.size = self._captured_size(count, lengths)
+        tokens = torch.cat([tokens, tokens[:, -1:].expand(-1, self.size - count)], dim=1)
+        positions = columns[:, :1] + torch.arange(self.size, device=tokens.device) + self.offset
+        block = partial(self._block_on_device, lengths)
+        return self.graphs.run(("block", self.size), block, tokens, positions)[:, :count]
+
+    def _captured_size(self, count: int, lengths: RowLengths) -> int:
+        """The number of tokens of the block that computes `count` tokens: more if only a larger block is captured."""
+        assert self.graphs is not None
+        most = min(2 * count, self.cache.capacity - max(lengths.numbers))
+        return min((size for kind, size in self.graphs.captured() if count <= size <= most), default=count)
+
+    def _block_on_device(self, lengths: RowLengths, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The same, where the host knows no lengths."""
+        self.cache.verify(lengths.columns(tokens.shape[1]))
+        return self._block(tokens, positions, lengths.padding_now)
+
+    def _block(self, tokens: Tensor, positions: Tensor, padding: Tensor | None) -> Tensor:
+        inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": positions}
+        if padding is not None:  # in the mask's prepared form, for which the host need not wait for the device
             inputs["attention_mask"] = padding[:, None, None, None]
         output = self.model(**inputs, **as_keyword(self.cache), use_cache=True, return_dict=True)
         return output.logits.float()
+
+    def accept(self, counts: Tensor, lengths: RowLengths) -> None:
+        """Keeps the first `counts` (B,) tokens of each row of the last block."""
+        if self.graphs is None:
+            lengths.accept(counts)
+        else:
+            self.graphs.run(("accept", self.size), lengths.accept, counts)
+
+
+def can_capture(model: Any, cache: RefreshCache) -> bool:
+    """Whether a CUDA graph can hold a block of drafts: the device decides everything in it."""
+    layers, calls = cache.refresh_layers(), model.refreshkv_calls
+    is_on_one_gpu = model.device.type == "cuda" and {layer.device for layer in layers} == {model.device}
+    selects_by_step = cache.config.select_stride is not None and layers[0].attends_by_kernels
+    rotations = str(getattr(model.config.get_text_config(), "rope_parameters", None))
+    is_static = getattr(model, "_can_compile_fullgraph", False) and not any(name in rotations for name in BY_LENGTH)
+    return is_on_one_gpu and selects_by_step and is_static and not calls.prompt_attention.startswith("flash")
 
 
 class Rules:
@@ -345,26 +401,25 @@ def _round(passes: _Passes, texts: _Texts, rules: Rules, lengths: RowLengths, co
     accepted. The host waits for the device once."""
     column = texts.known[:, None] + torch.arange(-1, count, device=texts.known.device)
     drafts, drafted = _draft(passes, texts, rules, count)
-    passes.cache.verify()
     block = torch.cat([texts.last()[:, None], drafts], dim=1)
-    logits = passes.block(block, column, lengths.padding_now, lengths.is_padded)
+    logits = passes.block(block, column, lengths)
     wanted = rules.distribution(texts.followed_by(drafts), texts.known, logits)
     accepted, follows = rules.judge(drafts, drafted, wanted)
     new = torch.cat([drafts, follows[:, None]], dim=1).scatter(1, accepted[:, None], follows[:, None])
     was_running = ~texts.has_ended
     added = texts.add(new, accepted + 1)
+    passes.accept(added[0], lengths)
     judged = (accepted + 1).clamp(max=count)
     report = torch.cat([added, torch.stack([judged, accepted]) * was_running])
     counted, ended, *judgement = report.tolist()
     texts.note(counted, ended)
-    lengths.accept(added[0], counted)
+    lengths.note(counted)
     return sum(judgement[0]), sum(judgement[1])
 
 
 def _draft(passes: _Passes, texts: _Texts, rules: Rules, count: int) -> tuple[Tensor, Tensor]:
     """Drafts `count` tokens of each row, (B, d), and, if tokens are sampled, the distributions (B, d, V) that they were
     drawn from."""
-    passes.cache.begin_drafts()
     tokens, drafts, drafted = texts.last(), texts.ids[:, :0], []
     for number in range(count):
         logits = passes.step(tokens, texts.known - 1 + number)

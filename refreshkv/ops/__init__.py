@@ -21,11 +21,13 @@ computes what is decided in `choice`, once, by this table (16 bits: float16 and 
 | `step.operators.*`: decoding steps | `step/launches.py`, `selection/step.py`: Triton | always |
 | selecting steps of decoding, between the two | `step/selecting/launches.py`: Triton | with `select_stride` |
 | `write_score_keys`: a prompt's | `selection/score_keys.py`: Triton | 8 or 4 bits |
-| `copy_tokens`, `gather_tokens`: host memory | `step/transfer.py`: Triton | always |
+| `copy_tokens`, `gather_tokens`: host memory; `move_tokens` | `step/transfer.py`: Triton | always |
 
 *Uniform* means the fixed schedule without padding. Both selections are `selection/top_k.py`. Structs that operations
 take are in `state`; the schedule is in `schedule`.
 """
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -113,7 +115,14 @@ def prompt_block(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> T
     return cudnn.prompt_block(query, key, value, scaling)
 
 
-def short_block(query: Tensor, key: Tensor, value: Tensor, left_padding: Tensor | None, scaling: float) -> Tensor:
+def short_block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    left_padding: Tensor | None,
+    scaling: float,
+    columns: Tensor | None = None,
+) -> Tensor:
     """Causal attention of a few tokens behind many, where `CHOICE.takes_short_block` is true.
 
     Args:
@@ -121,12 +130,13 @@ def short_block(query: Tensor, key: Tensor, value: Tensor, left_padding: Tensor 
         key, value: (B, Hkv, L, D), L >= n.
         left_padding: (B,) int64, None without any.
         scaling: factor of the logits.
+        columns: (n,) int64, ascending: the positions of the queries; None: the last n.
 
     Returns (B, H, n, D), without gradient.
     """
     from refreshkv.ops.rows import short_block as form
 
-    return form.short_block(query, key, value, left_padding, scaling)
+    return form.short_block(query, key, value, left_padding, scaling, columns)
 
 
 def select(
@@ -157,14 +167,14 @@ def select(
     return naive.select(query, key, steps, options, scaling, terms=terms)
 
 
-def write_score_keys(key: Tensor, codes: Tensor, scales: Tensor, first: int) -> None:
+def write_score_keys(key: Tensor, codes: Tensor, scales: Tensor, first: int | Tensor) -> None:
     """Stores the score keys of a prompt or a block of it (specification, section 10.5).
 
     Args:
         key: (B, Hkv, n, D).
         codes, scales: as in `refreshkv.ops.state.SelectingState`, of 8 or 4 bits; changed in place at the positions
             `first .. first + n - 1`.
-        first: position of the first token.
+        first: position of the first token, or a () int64 tensor, which the host does not read.
     """
     if CHOICE.uses_kernels(key):
         from refreshkv.ops.selection import score_keys as form
@@ -203,3 +213,19 @@ def gather_tokens(source: Tensor, index: Tensor, wanted: Tensor, target: Tensor)
     else:
         form = naive
     form.gather_tokens(source, index, wanted, target)
+
+
+def move_tokens(buffers: Sequence[Tensor], source: Tensor, target: Tensor) -> None:
+    """Moves tokens within buffers; all are read before any is written.
+
+    Args:
+        buffers: (B, Hkv, L, D), (B, Hkv, L) or (B, L), changed in place; the first is of keys.
+        source, target: (B, k) int64, the columns; a target that comes twice has the same source.
+    """
+    if CHOICE.uses_kernels(buffers[0]):
+        from refreshkv.ops.step import transfer as form
+    else:
+        form = naive
+    for buffer in buffers:
+        whole = buffer if buffer.ndim > 2 else buffer[:, None]
+        form.move_tokens(whole if whole.ndim == 4 else whole[..., None], source, target)

@@ -176,6 +176,7 @@ def test_rows_move_to_a_common_end_and_back():
         with torch.no_grad():
             model(ids[:, :6], attention_mask=mask, position_ids=where, past_key_values=cache)
         lengths.accept(counts)
+        lengths.note(counts.tolist())
         positions = positions + counts
         for row, count in enumerate(counts.tolist()):
             texts[row] += range(texts[row][-1] + 1, texts[row][-1] + 1 + count)

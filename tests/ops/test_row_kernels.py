@@ -473,5 +473,11 @@ def test_a_short_block_equals_the_grouped_attention(heads, monkeypatch):
         columns, first = torch.arange(181), torch.zeros(2, dtype=torch.int64) if padding is None else padding
         visible = (columns <= torch.arange(181 - count, 181)[:, None]) & (columns >= first[:, None, None])
         expected = naive.grouped_attention(query, key, value, visible[:, None].to(DEVICE), 0.3)
-        found = short_block.short_block(query, key, value, None if padding is None else padding.to(DEVICE), 0.3)
+        padding = None if padding is None else padding.to(DEVICE)
+        found = short_block.short_block(query, key, value, padding, 0.3)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        # the whole buffer, of which only the device knows how much is filled
+        buffers = (torch.cat([part, torch.full_like(part[:, :, :9], 1e4)], dim=2) for part in (key, value))
+        columns = torch.arange(181 - count, 181, device=DEVICE)
+        found = short_block.short_block(query, *buffers, padding, 0.3, columns)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -53,9 +53,11 @@ def test_kernel_stores_the_same_bits(tokens, head_dim, bits, dtype):
     room = torch.zeros(2, 3, tokens + 9, head_dim, device=DEVICE)
     found, expected = (naive.empty_score_keys(room, bits) for _ in range(2))
     write_score_keys(key, *found, first=5)
-    naive.write_score_keys(key, *expected, first=5)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert torch.equal(ours, theirs)
+    naive.write_score_keys(key, *expected, first=torch.tensor(5, device=DEVICE))
+    again = naive.empty_score_keys(room, bits)
+    write_score_keys(key, *again, first=torch.tensor(5, device=DEVICE))
+    for ours, theirs, same in zip(found, expected, again, strict=True):
+        assert torch.equal(ours, theirs) and torch.equal(same, theirs)
     codes, scale = naive.quantize(key, bits)
     assert torch.equal(expected[0][:, :, 5 : 5 + tokens], codes)
     assert torch.equal(expected[1][:, :, 5 : 5 + tokens], scale)

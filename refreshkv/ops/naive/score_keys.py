@@ -34,11 +34,13 @@ def empty_score_keys(keys: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return codes.new_zeros(shape), scales.new_zeros(shape[:3])
 
 
-def write_score_keys(key: Tensor, codes: Tensor, scales: Tensor, first: int) -> None:
+def write_score_keys(key: Tensor, codes: Tensor, scales: Tensor, first: int | Tensor) -> None:
     """As `refreshkv.ops.write_score_keys`."""
-    end = first + key.shape[2]
-    bits = 4 if codes.dtype == torch.uint8 else 8
-    codes[:, :, first:end], scales[:, :, first:end] = quantize(key.detach(), bits)
+    columns = first + torch.arange(key.shape[2], device=key.device)
+    for buffer, new in zip(
+        (codes, scales), quantize(key.detach(), 4 if codes.dtype == torch.uint8 else 8), strict=True
+    ):
+        buffer.index_copy_(2, columns, new)
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:

@@ -336,3 +336,11 @@ def gather_tokens(source: Tensor, index: Tensor, wanted: Tensor, target: Tensor)
     there = (wanted[:, None, None] & (index >= 0)).unsqueeze(-1)
     front = target[:, :, : index.shape[-1]]
     front.copy_(torch.where(there, found, front))
+
+
+def move_tokens(buffer: Tensor, source: Tensor, target: Tensor) -> None:
+    """As `refreshkv.ops.move_tokens`, for one buffer (B, Hkv, L, D)."""
+    source, target = (
+        part[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3]) for part in (source, target)
+    )
+    buffer.scatter_(2, target, buffer.gather(2, source))

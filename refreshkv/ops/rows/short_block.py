@@ -21,7 +21,7 @@ MOST_ROWS = 64
 
 @triton.jit(do_not_specialize=["length", "count"])
 def _attend_block(
-    query_ptr, key_ptr, value_ptr, padding_ptr, partial_ptr, highest_ptr, total_ptr,
+    query_ptr, key_ptr, value_ptr, padding_ptr, columns_ptr, partial_ptr, highest_ptr, total_ptr,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t, kv_heads, length, count, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -37,6 +37,10 @@ def _attend_block(
     query_row = query_ptr + head * query_h + number * query_t
     # [MP, DP]
     query = tl.load(query_row[:, None] + column[None, :], mask=exists[:, None] & in_head[None, :], other=0.0)
+    position = length - count + number
+    if columns_ptr is not None:
+        length = tl.load(columns_ptr + count - 1).to(tl.int32) + 1
+        position = tl.load(columns_ptr + number, mask=exists, other=0).to(tl.int32)
     padding = 0
     if padding_ptr is not None:
         padding = tl.load(padding_ptr + batch).to(tl.int32)
@@ -45,7 +49,6 @@ def _attend_block(
     last = tl.minimum(first + share, length)
     keys = key_ptr + batch * key_b + kv_head * key_h
     values = value_ptr + batch * value_b + kv_head * value_h
-    position = length - count + number
     highest = tl.full([MP], -float("inf"), tl.float32)
     total = tl.zeros([MP], tl.float32)
     result = tl.zeros([MP, DP], tl.float32)
@@ -74,8 +77,16 @@ def _merge(
 
 
 @on_its_device
-def short_block(query: Tensor, key: Tensor, value: Tensor, left_padding: Tensor | None, scaling: float) -> Tensor:
-    """query (B, H, n, D): the last n of L positions; key, value (B, Hkv, L, D); left_padding (B,) int64 or None.
+def short_block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    left_padding: Tensor | None,
+    scaling: float,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """query (B, H, n, D): the last n of L positions, or those of `columns` (n,) int64, which ascend and which the host
+    does not read; key, value (B, Hkv, L, D); left_padding (B,) int64 or None.
 
     Returns (B, H, n, D), without gradient.
     """
@@ -92,7 +103,7 @@ def short_block(query: Tensor, key: Tensor, value: Tensor, left_padding: Tensor 
     partial = query.new_empty(batch, count, heads, splits, head_dim, dtype=torch.float32)
     highest, total = (query.new_empty(partial.shape[:-1], dtype=torch.float32) for _ in range(2))
     _attend_block[splits, pairs, tiles](
-        query, key, value, left_padding, partial, highest, total,
+        query, key, value, left_padding, columns, partial, highest, total,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], kv_heads, length, count, scaling * LOG2E,
         G=group, D=head_dim, DP=padded_head(head_dim), MP=rows, PRECISION=precision(query), **tile,
     )  # fmt: skip

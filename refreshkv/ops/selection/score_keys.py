@@ -21,14 +21,15 @@ UNPACKED_ABOVE = tl.constexpr(24.0)
 code - 8."""
 
 
-def write_score_keys(key: Tensor, codes: Tensor, scales: Tensor, first: int) -> None:
+def write_score_keys(key: Tensor, codes: Tensor, scales: Tensor, first: int | Tensor) -> None:
     """`refreshkv.ops.write_score_keys` in one launch."""
     key = key if key.stride(-1) == 1 else key.contiguous()
     batch, kv_heads, tokens, head_dim = key.shape
     bits = 4 if codes.dtype == torch.uint8 else 8
+    number, pointer = (0, first) if isinstance(first, Tensor) else (first, None)
     with torch.cuda.device_of(key):
         _write_score_keys[triton.cdiv(tokens, BLOCK), batch * kv_heads](
-            key, codes, scales, *key.stride()[:3], kv_heads, tokens, first, scales.shape[2],
+            key, codes, scales, *key.stride()[:3], kv_heads, tokens, number, pointer, scales.shape[2],
             D=head_dim, DH=padded_half(head_dim), BITS=bits, PACKED=bits == 4, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
 
@@ -47,7 +48,7 @@ def quantized(key: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     codes = torch.empty(key.shape, dtype=key.dtype, device=key.device)
     scales = torch.empty(key.shape[:3], dtype=torch.float32, device=key.device)
     _write_score_keys[triton.cdiv(tokens, BLOCK), batch * kv_heads](
-        key, codes, scales, *key.stride()[:3], kv_heads, tokens, 0, tokens,
+        key, codes, scales, *key.stride()[:3], kv_heads, tokens, 0, None, tokens,
         D=head_dim, DH=padded_half(head_dim), BITS=bits, PACKED=False, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return codes, scales
@@ -88,7 +89,7 @@ def store_codes(codes, token, column, mask, low, high, D: tl.constexpr, BITS: tl
 
 @triton.jit
 def _write_score_keys(
-    key_ptr, code_ptr, scale_ptr, key_b, key_h, key_t, kv_heads, tokens, first, capacity,
+    key_ptr, code_ptr, scale_ptr, key_b, key_h, key_t, kv_heads, tokens, first, first_ptr, capacity,
     D: tl.constexpr, DH: tl.constexpr, BITS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Quantises BLOCK keys of one batch row and key/value head. PACKED: two codes of 4 bits share a byte."""
@@ -102,6 +103,8 @@ def _write_score_keys(
     low = tl.load(keys, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(keys + D // 2, mask=mask, other=0.0).to(tl.float32)
     low, high, scale = quantize_halves(low, high, BITS)
+    if first_ptr is not None:
+        first = tl.load(first_ptr).to(tl.int32)
     row = pair.to(tl.int64) * capacity
     codes = code_ptr + row * (D // 2 if PACKED else D)
     store_codes(codes, first + token, column, mask, low, high, D, 4 if PACKED else 8)

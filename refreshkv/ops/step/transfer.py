@@ -12,6 +12,9 @@ from torch import Tensor
 BLOCK = 16
 """Tokens that a program copies."""
 
+LARGEST_MOVE = 8192
+"""Numbers that a program of `_move` holds."""
+
 
 @triton.jit(do_not_specialize=["count", "source_first", "target_first"])
 def _copy(
@@ -51,6 +54,26 @@ def _gather(
     tl.store(target[:, None] + column[None, :], tl.load(source[:, None] + column[None, :], mask=mask), mask=mask)
 
 
+@triton.jit(do_not_specialize=["count"])
+def _move(
+    buffer_ptr, source_ptr, target_ptr, buffer_b, buffer_h, buffer_t, count,
+    D: tl.constexpr, DC: tl.constexpr, MP: tl.constexpr,
+):  # fmt: skip
+    """DC numbers of all `count` tokens of one batch row and head."""
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    number, column = tl.arange(0, MP), tl.program_id(0) * DC + tl.arange(0, DC)
+    exists = number < count
+    # [MP] twice
+    source = tl.load(source_ptr + batch * count + number, mask=exists, other=0)
+    target = tl.load(target_ptr + batch * count + number, mask=exists, other=0)
+    mask = exists[:, None] & (column < D)[None, :]
+    buffer = buffer_ptr + batch * buffer_b + head * buffer_h + column[None, :]
+    # [MP, DC]
+    content = tl.load(buffer + source[:, None] * buffer_t, mask=mask)
+    tl.debug_barrier()  # other warps may write what this one reads
+    tl.store(buffer + target[:, None] * buffer_t, content, mask=mask)
+
+
 def copy_tokens(source: Tensor, target: Tensor, source_first: int, target_first: int, count: int) -> None:
     """As `refreshkv.ops.copy_tokens`."""
     batch, kv_heads, _, head_dim = source.shape
@@ -74,3 +97,15 @@ def gather_tokens(source: Tensor, index: Tensor, wanted: Tensor, target: Tensor)
             source, index, wanted, target, *source.stride()[:3], *target.stride()[:3], width,
             D=head_dim, DP=triton.next_power_of_2(head_dim), BLOCK=BLOCK,
         )  # fmt: skip
+
+
+def move_tokens(buffer: Tensor, source: Tensor, target: Tensor) -> None:
+    """As `refreshkv.ops.move_tokens`, for one buffer (B, Hkv, L, D)."""
+    batch, kv_heads, _, size = buffer.shape
+    count = source.shape[1]
+    rows = triton.next_power_of_2(count)
+    columns = min(triton.next_power_of_2(size), max(4, min(32, LARGEST_MOVE // rows)))
+    with torch.cuda.device_of(buffer):
+        _move[triton.cdiv(size, columns), kv_heads, batch](
+            buffer, source.contiguous(), target.contiguous(), *buffer.stride()[:3], count, D=size, DC=columns, MP=rows
+        )
