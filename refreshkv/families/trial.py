@@ -145,7 +145,8 @@ class Trial:
         with torch.no_grad():
             simulation = Simulation(PROMPT_LENGTH, REFRESHES[0])
             positions = self._positions(torch.arange(found.shape[1])[None])  # which `generate` gives, too
-            expected = self.model(found, simulation=simulation, use_cache=False, **positions).logits.argmax(-1)
+            logits = self.model(input_ids=found, simulation=simulation, use_cache=False, **positions).logits
+        expected = logits.argmax(-1)
         if not torch.equal(found[:, PROMPT_LENGTH:], expected[:, PROMPT_LENGTH - 1 : -1]):
             raise Failed("generate() gives other tokens than the simulation predicts")
 
@@ -190,7 +191,7 @@ class Trial:
         padded = self.logits(padded=True)
         if padded[:, PADDING:].isnan().any():  # some families' own attention makes this of padding: take the row alone
             with torch.no_grad():
-                padded[1, PADDING:] = self.model(self.ids[1:, PADDING:], use_cache=False).logits[0]
+                padded[1, PADDING:] = self.model(input_ids=self.ids[1:, PADDING:], use_cache=False).logits[0]
         return logits, padded, rounding
 
     # ---- passes
@@ -199,14 +200,16 @@ class Trial:
     def logits(self, simulation: Simulation | None = None, padded: bool = False) -> Tensor:
         """Logits of one pass over all tokens, (B, T, V)."""
         keywords = {} if simulation is None else {"simulation": simulation}
-        return self.model(self.ids, use_cache=False, **keywords, **self._padding(padded, 0, TOKENS)).logits
+        return self.model(input_ids=self.ids, use_cache=False, **keywords, **self._padding(padded, 0, TOKENS)).logits
 
     @torch.no_grad()
     def _decoded(self, cache: Any, padded: bool = False) -> Tensor:
         """Logits of the prompt in one pass and of the other tokens one by one, (B, T, V)."""
         bounds = [0, *range(PROMPT_LENGTH, TOKENS + 1)]
         parts = [
-            self.model(self.ids[:, a:b], past_key_values=cache, use_cache=True, **self._padding(padded, a, b)).logits
+            self.model(
+                input_ids=self.ids[:, a:b], past_key_values=cache, use_cache=True, **self._padding(padded, a, b)
+            ).logits
             for a, b in zip(bounds, bounds[1:], strict=False)
         ]
         return torch.cat(parts, dim=1)
@@ -226,7 +229,7 @@ class Trial:
         """The next-token loss's gradient, all parameters in one vector."""
         keywords = {} if simulation is None else {"simulation": simulation}
         self.model.zero_grad()
-        logits = self.model(self.ids, use_cache=False, **keywords).logits
+        logits = self.model(input_ids=self.ids, use_cache=False, **keywords).logits
         F.cross_entropy(logits[:, :-1].flatten(0, 1), self.ids[:, 1:].flatten()).backward()
         parameters = (parameter for parameter in self.model.parameters() if parameter.grad is not None)
         return torch.cat([parameter.grad.flatten() for parameter in parameters])  # pyright: ignore[reportOptionalMemberAccess]
