@@ -5,7 +5,8 @@
 Each client is a thread that asks for one text after the other, as the threads of a server do; `transformers serve`
 calls the same function, one request at a time. Prompts are random tokens of random lengths between half of --longest
 and all of it. Requests with the longest prompt come first, to warm up. `own` is the model's own `generate` with the
-cache that transformers takes by itself, one request at a time too. The model has random weights.
+attention (sdpa) and the cache that transformers takes by itself, one request at a time too. The model has random
+weights. The first number of clients also pays for the plans that cuDNN builds for each length of a prompt.
 
 `grown MB` is what the GPU holds more after the requests than before them, `recompiled` counts the graphs that torch
 compiled after the warm-up, and `equal` (--compare) the answers whose tokens are those of one client, who asks for one
@@ -51,7 +52,7 @@ class Load:
     median_latency: float
     largest_latency: float
     peak_gb: float
-    """Largest memory of the GPU, weights included; 0 on a CPU."""
+    """Largest memory of the GPU, weights included, without what the other kind of generate holds; 0 on a CPU."""
     grown_mb: float
     """Memory of the GPU after the requests less that before them; 0 on a CPU."""
     recompiled: int
@@ -93,6 +94,7 @@ def loads(name: str, model: Any, prompts: list[Tensor], args: argparse.Namespace
     """The requests `prompts` at each concurrency, after the longest possible one."""
     ask = make_ask(name, model, args)
     longest = torch.randint(1, args.vocabulary, (1, args.longest), device=args.device)
+    others = max(0, allocated(args) - model.get_memory_footprint())
     for number in range(WARM_UPS[name]):
         began = time.perf_counter()
         ask(longest).cpu()
@@ -100,6 +102,7 @@ def loads(name: str, model: Any, prompts: list[Tensor], args: argparse.Namespace
     alone = None
     for clients in args.concurrency:
         load, answers = measure(name, ask, clients, prompts, args)
+        load.peak_gb -= others / 1e9
         if args.compare:
             alone = alone or answers
             load.equal = sum(torch.equal(tokens, known) for tokens, known in zip(answers, alone, strict=True))
@@ -108,6 +111,7 @@ def loads(name: str, model: Any, prompts: list[Tensor], args: argparse.Namespace
 
 def make_ask(name: str, model: Any, args: argparse.Namespace) -> Ask:
     """What one client calls for a text: prompt (1, P) -> new tokens (1, N)."""
+    model.set_attn_implementation("sdpa")  # `refreshkv.generate` sets its own again
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": args.new}
     turn = threading.Lock()
 
@@ -127,8 +131,7 @@ def measure(
     """What the requests took, and their new tokens, (1, N) each."""
     free_memory()
     counters.clear()
-    on_gpu = args.device.startswith("cuda")
-    held = torch.cuda.memory_allocated() if on_gpu else 0
+    on_gpu, held = args.device.startswith("cuda"), allocated(args)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
 
@@ -153,10 +156,15 @@ def measure(
         statistics.median(latencies),
         max(latencies),
         peak / 1e9,
-        (torch.cuda.memory_allocated() - held) / 1e6 if on_gpu else 0.0,
+        (allocated(args) - held) / 1e6,
         counters["stats"]["unique_graphs"],
     )
     return load, [tokens for tokens, _ in answers]
+
+
+def allocated(args: argparse.Namespace) -> int:
+    """Bytes of the GPU that tensors take; 0 on a CPU."""
+    return torch.cuda.memory_allocated() if args.device.startswith("cuda") else 0
 
 
 def table(results: list[Load]) -> str:

@@ -5,6 +5,7 @@ and measured.
     deepspeed --num_gpus 2 benchmarks/training.py --cases 131072:whole --sequence 2 --output DIR
     deepspeed --num_gpus 1 benchmarks/training.py --shape smollm2-135m --micro-batch 4 --checkpointing 0 --steps 20 \\
         --cases 8192:off,8192:drawn,8192:select
+    deepspeed --num_gpus 1 benchmarks/training.py --shape a3b-4-layers --cases 8192:off,8192:whole
     python benchmarks/training.py --table DIR
 
 A case is T:PATTERN. off: plain training. paper: the last 50 tokens partial, never refreshed. whole: P = T/2, S = 10.
@@ -75,7 +76,19 @@ TINY = {
     "num_attention_heads": 4,
 }
 TINY |= {"num_key_value_heads": 2, "vocab_size": 500, "max_position_embeddings": 1 << 20}
-SHAPES = {"llama31-8b": LLAMA, "smollm2-135m": SMOLLM2, "tiny": TINY}
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+}
+EXPERTS |= {"vocab_size": 151936, "max_position_embeddings": 1 << 20}
+"""Qwen3-30B-A3B's experts and widths, with 4 of its 48 layers and half its query heads: 3.1 billion parameters."""
+SHAPES = {"llama31-8b": LLAMA, "smollm2-135m": SMOLLM2, "a3b-4-layers": EXPERTS, "tiny": TINY}
 
 
 def main() -> None:

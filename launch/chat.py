@@ -155,7 +155,8 @@ def took(streamer: TimedStreamer, cache: RefreshCache, prompt_tokens: int, compu
     """What an answer took, as one line."""
     rate = "" if streamer.token_seconds is None else f" at {1 / streamer.token_seconds:.1f} tokens/s"
     prompt = f"{computed} of {prompt_tokens} prompt tokens computed in {streamer.prompt_seconds:.2f} s"
-    used = f"{cache.length} of {cache.capacity} tokens in the cache"
+    small = cache.config.largest_budget(prompt_tokens)
+    used = f"{cache.length} of {cache.capacity} tokens in the cache, {small} in the small one"
     return f"({streamer.new_tokens} tokens{rate}; {steps_line(cache, prompt_tokens)}; {prompt}; {used})"
 
 

@@ -55,7 +55,8 @@ SIZES: dict[str, Any] = {
     **_named("v_head_dim", 12),
     **_named("qk_rope_head_dim", 8),
     **_named("linear_num_key_heads linear_num_value_heads", 2),
-    **_named("linear_key_head_dim linear_value_head_dim", 8),
+    **_named("linear_key_head_dim linear_value_head_dim linear_head_dim", 8),
+    **_named("linear_num_heads", 4),
     **_named("mamba_d_state mamba_d_head mamba_head_dim mamba_headdim mamba_chunk_size ssm_state_size state_size", 8),
     **_named("mamba_n_heads mamba_num_heads n_mamba_heads", 8),
     **_named("mamba_n_groups mamba_ngroups n_groups", 1),
@@ -67,7 +68,9 @@ SIZES: dict[str, Any] = {
     **_named("is_decoder", True),
     **_named("rotary_dim", 4),
     **_named("image_size", 16),
-    **_named("patch_size", 8),
+    **_named("patch_size output_channels", 8),
+    **_named("hidden_size_global text_hidden_size vision_hidden_size projector_hidden_size", 32),
+    **_named("alignment_intermediate_size projection_intermediate_size", 32),
 }
 """Names of a configuration's fields -> tiny values. A field that is None by default stays so, but for `NEEDED`."""
 NEEDED = ("head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok")
@@ -88,22 +91,77 @@ LARGE_WEIGHTS = _named("initializer_range init_std", 0.2)
 EXPERTS: dict[str, Any] = {"experts_implementation": "eager"}
 """Experts one by one: the fast forms know no float64."""
 
-ROTARY_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+TWO_ROPES = {"full_attention": ROPE, "sliding_attention": ROPE}
+ROTARY_SECTIONS = {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}}
 """Time, height and width of a token's position, in heads of 8."""
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": 100},
+    "chameleon": {"vocabulary_map": {"<image>": 5}, "image_token_id": 5},
+    "chameleon_vqgan": {"base_channels": 32, "latent_channels": 32, "channel_multiplier": (1,), "num_res_blocks": 1},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2, "rope_parameters": TWO_ROPES,
+    },
+    "deepseek_ocr2_sam_vision_model": {"downsample_channels": [8, 32]},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_hidden_layers": 2},
+    "dots1": {"n_shared_experts": 1},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [16, 16], **ROTARY_SECTIONS},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+        "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "glm4v_moe_text": {"rope_parameters": {**ROTARY_SECTIONS["rope_parameters"], "partial_rotary_factor": 1.0}},
+    "glm5_next_text": {"qk_rope_head_dim": 0},
     "gpt_neo": {"attention_types": [[["global"], 2]], "num_layers": 2},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},
-    "ministral": {"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2},
+    "hunyuan_vl_text": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 1, 1]}},
+    "janus_vqgan": {
+        "base_channels": 32, "latent_channels": 32, "channel_multiplier": (1,), "num_res_blocks": 1,
+        "num_embeddings": 16, "image_token_embed_dim": 32, "num_patches": 2,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "ministral": {"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2},
+    "molmo2_adapter": {"vision_feature_layer": [0, 1]},
+    "molmo2_vision": {"image_size": [16, 16], "num_position_embeddings": 4},
+    "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": (8, 8, 8, 8), "depths": (1, 1, 1, 1)},
+    "muse_spark_text": {"moe_hidden_size": 16},
+    "phi4_multimodal_audio": {
+        "num_blocks": 1, "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32,
+    },
+    "phi4_multimodal_vision": {"crop_size": 16},
     **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), {"vision_start_token_id": VOCABULARY - 1}),
+    "qwen4_exp_text": {
+        "num_hidden_layers": 4, "hc_lowrank": 8, "ple_embed_dim": 8, "indexer_n_heads": 2, "indexer_kv_heads": 1,
+        "indexer_head_dim": 8, "indexer_budget": 16, "indexer_compress_ratio": 4,
+    },
+    "radio": {"video_temporal_patch_size": 2, "max_img_size": 32},
+    "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (16, 16)},
+    "roc_bert": {"pronunciation_vocab_size": VOCABULARY, "shape_vocab_size": VOCABULARY},
+    "siglip_vision_model": {"vision_use_head": False},
+    "step3p5": {
+        "layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2, "sliding_window": WINDOW,
+        "rope_parameters": TWO_ROPES, "mlp_layer_types": ["dense", "sparse"], "share_expert_dim": 16,
+        "num_sliding_attention_heads": 4,
+    },
+    "unlimited_ocr_sam_vision_model": {"downsample_channels": (8, 32)},
     "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "n_mamba_heads": 2,
+        "attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"], "num_hidden_layers": 2, "hybrid_layer_ids": [1],
+        "attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4, "num_query_groups": 4,
+    },
     "zaya": {"num_experts_per_tok": 1},
     **dict.fromkeys(
         (
-            "glm46v_text", "glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_omni_text", "qwen2_5_vl_text",
-            "qwen2_vl_text", "qwen3_omni_moe_text",
+            "cosmos3_edge_text", "glm46v_text", "glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_omni_text",
+            "qwen2_5_vl_text", "qwen2_vl_text", "qwen3_omni_moe_text",
         ),
         ROTARY_SECTIONS,
     ),

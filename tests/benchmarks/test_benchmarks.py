@@ -141,11 +141,14 @@ def test_requests_of_clients_are_timed_and_compared(tmp_path, monkeypatch, capsy
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import serve
 
-    saved, save = [], serve.save
+    saved, save, models, make = [], serve.save, [], serve.random_llama
+    monkeypatch.setattr(serve, "random_llama", lambda *arguments: models.append(make(*arguments)) or models[-1])
 
     def noted(folder, name, results):
         save(folder, name, results)
         saved.append([(load["generate"], load["clients"]) for load in json.loads((folder / name).read_text())])
+        by_ours = models[0].config._attn_implementation == "refreshkv"
+        assert by_ours == (results[-1]["generate"] == "refreshkv"), "each decodes with its own attention"
 
     monkeypatch.setattr(serve, "save", noted)
     options = "--longest 60 --new 4 --requests 2 --concurrency 1,2 --dtype float32 --device cpu --compare --recommended"

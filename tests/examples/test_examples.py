@@ -2,9 +2,9 @@
 
 import importlib.util
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -20,13 +20,13 @@ from tests.helpers.rows import save_rows
 pytestmark = pytest.mark.slow
 EXAMPLES = ROOT / "examples"
 LONGEST = 60
-"""Seconds."""
+"""Seconds of the processor, which other work on the machine does not lengthen."""
 
 
 def run_example(script, folder, *options):
     """Runs a script on the CPU, with one thread; its exit code and what it printed."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    began = time.monotonic()
+    began = processor_seconds()
     done = subprocess.run(
         [sys.executable, str(script), str(folder / "out"), *options],
         capture_output=True,
@@ -34,8 +34,14 @@ def run_example(script, folder, *options):
         cwd=folder,
         env=environment,
     )
-    assert time.monotonic() - began < LONGEST
+    assert processor_seconds() - began < LONGEST
     return done.returncode, done.stdout + done.stderr
+
+
+def processor_seconds():
+    """Of all processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def decodes(model):

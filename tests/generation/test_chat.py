@@ -68,7 +68,7 @@ def test_turns_stay_in_one_cache(script, folder, monkeypatch, capsys):
     assert [line for line in lines if not line.startswith("(")] == answers
     last = re.fullmatch(
         r"\((\d+) tokens at [\d.]+ tokens/s; (\d+) full, (\d+) selecting of (\d+) steps; (\d+) of (\d+) prompt tokens "
-        r"computed in [\d.]+ s; (\d+) of 300 tokens in the cache\)",
+        r"computed in [\d.]+ s; (\d+) of 300 tokens in the cache, 8 in the small one\)",
         lines[-1],
     )
     steps = length - prompt

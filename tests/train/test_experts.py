@@ -13,6 +13,7 @@ from refreshkv.train.experts import active_parameters, expert_share, multiplied_
 from refreshkv.train.flops import model_work
 from refreshkv.train.job import resolve
 from refreshkv.train.loss import CausalLossModel, LossSums
+from refreshkv.train.memory import _activations
 from refreshkv.train.preflight import report
 from refreshkv.train.shape import model_shape
 from tests.helpers.models import random_ids, tiny_enabled
@@ -83,6 +84,39 @@ A3B = {
 def test_the_forecast_of_a_large_mixture_counts_as_its_card_does():
     shape = model_shape(AutoConfig.for_model(**A3B))
     assert f"{shape.parameters / 1e9:.1f}" == "30.5" and 3.3e9 < shape.active < 3.4e9
+
+
+def kept_by_autograd(layers, **settings):
+    """Bytes that a forward pass of 512 tokens keeps for the backward pass, without weights."""
+    config = AutoConfig.for_model(**{**settings, "num_hidden_layers": layers})
+    config._attn_implementation = "sdpa"
+    if "num_experts" in settings:
+        config._experts_implementation = "grouped_mm"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+    weights, kept = {part.untyped_storage().data_ptr() for part in model.parameters()}, {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = (tensor, tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.model(torch.arange(512)[None], use_cache=False)
+    return sum(size for place, (_, size) in kept.items() if place not in weights)
+
+
+def test_the_forecast_of_what_experts_keep_is_what_autograd_keeps():
+    """An eighth as wide: bytes that a layer's experts keep beyond an MLP of the same size, in bfloat16."""
+    narrow = {"vocab_size": 512, "hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2}
+    dense = {**narrow, "model_type": "qwen3", "intermediate_size": 768, "head_dim": 32}
+    mixture = {**A3B, **narrow, "num_experts": 32, "moe_intermediate_size": 96, "head_dim": 32}
+    kept = [kept_by_autograd(2, **own) - kept_by_autograd(1, **own) for own in (dense, mixture)]
+    training = {"dtype": "bf16", "micro_batch": 1, "activation_checkpointing": False}
+    forecast = []
+    for own in (dense, {name: value for name, value in mixture.items() if name != "head_dim"}):
+        values = {"model": {"scratch": {**own, "num_hidden_layers": 1}}, "data": {"row_length": 512}}
+        values |= {"simulation": {"pattern": "off"}, "training": training}
+        forecast.append(_activations(resolve(settings_from_dict(RunConfig, values), 1, dry=True))[0])
+    assert kept[1] - kept[0] == pytest.approx(forecast[1] - forecast[0], rel=0.1) and forecast[1] > 1.5 * forecast[0]
 
 
 def test_the_forecast_of_a_small_mixture_is_what_torch_counts():
