@@ -28,7 +28,7 @@ from refreshkv.tables import column_table
 def main() -> None:
     args = read_arguments()
     refresh = RefreshConfig.recommended(budget=args.budget, recent_window=args.recent)
-    folder, dtype = model_folder(args.model), getattr(torch, args.dtype)
+    folder, dtype = model_folder(args.model, "--model"), getattr(torch, args.dtype)
     model = load_model(folder, "--model", dtype=dtype).to(args.device).eval()  # pyright: ignore[reportArgumentType]  # transformers' wrapper of it hides `self`
     enable(model, refresh)
     about = f"{hardware()}, torch {torch.__version__}, {time.strftime('%d %B %Y')}"

@@ -129,7 +129,7 @@ def about(args: argparse.Namespace) -> str:
 
 def measure_losses(results: dict[str, Any], args: argparse.Namespace) -> None:
     """Adds the table lines of each text to the results."""
-    folder = model_folder(args.model)
+    folder = model_folder(args.model, "--model")
     model = load_model(folder, "--model", dtype=getattr(torch, args.dtype)).to(args.device).eval()  # pyright: ignore[reportArgumentType]  # transformers' wrapper of it hides `self`
     enable(model, RefreshConfig.recommended(budget=args.budget))
     store, began = PrefixStore(None, STORE_BYTES, model), time.perf_counter()

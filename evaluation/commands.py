@@ -74,7 +74,7 @@ def measure_perplexity(options: argparse.Namespace, command: str, processes: Pro
     row_length = len(split[0]["input_ids"])
     check_last_tokens(options.last_tokens, row_length)
 
-    path = model_folder(name)
+    path = model_folder(name, "--model")
     model = load_placed(path, options, processes)
     check_tokens(model, path, rows, chosen_origin(options))
     config = _chosen_config(model, options)
@@ -112,7 +112,7 @@ def measure_generation(options: argparse.Namespace, command: str, processes: Pro
             f"--generate must be less than the {row_length} tokens of the sequences, whose first ones are the prompt, "
             f"got {new_tokens}"
         )
-    path = model_folder(name)
+    path = model_folder(name, "--model")
     model = load_placed(path, options, processes)
     check_tokens(model, path, rows, chosen_origin(options))
     refuse_own_settings(model)
@@ -148,7 +148,7 @@ def score_tasks(options: argparse.Namespace, command: str, processes: Processes 
     (name,) = options.model
     output = options.output or Path("reports", Path(name).resolve().name)
     tasks = open_tasks(options.tasks, options.overrides, options.task_length)
-    path = model_folder(name)
+    path = model_folder(name, "--model")
     tokenizer = load_tokenizer(path, "--model", chosen_origin(options))
     model = load_placed(path, options, processes)
     config = _chosen_config(model, options)
@@ -211,7 +211,7 @@ def sweep_thresholds(options: argparse.Namespace, command: str, processes: Proce
     output = options.output or Path("reports", f"{Path(options.model).resolve().name}-sweep")
     rows, split = open_split(options.data, options.split, options.rows)
     check_last_tokens(options.last_tokens, len(split[0]["input_ids"]))
-    path = model_folder(options.model)
+    path = model_folder(options.model, "--model")
     model = load_placed(path, options, processes)
     check_tokens(model, path, rows, chosen_origin(options))
     config = changed_config(own_config(model.config), options.overrides, budget=options.budget)

@@ -47,7 +47,7 @@ NOT_TEXT = "{} is not UTF-8 text: convert it, for example with iconv -t utf-8"
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     validate_text(options.system or "", "--system")
-    folder, origin = model_folder(options.model), chosen_origin(options)
+    folder, origin = model_folder(options.model, "MODEL"), chosen_origin(options)
     tokenizer = load_tokenizer(folder, "MODEL", origin)
     conversation = Conversation(tokenizer, options.system)
     model = load_model(folder, "MODEL", origin, dtype=options.dtype).eval()

@@ -61,7 +61,7 @@ SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": 0.0}
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     prompt = read_prompt(options.prompt_file)
-    folder, origin = model_folder(options.model), chosen_origin(options)
+    folder, origin = model_folder(options.model, "--model"), chosen_origin(options)
     tokenizer = load_tokenizer(folder, "--model", origin)
     model = load_model(folder, "--model", origin, dtype=options.dtype).eval()
     if options.ignore_generation_config:

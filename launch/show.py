@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     prompt = read_prompt(options.prompt_file)
     validate_output(options.output, options.overwrite)
-    folder, origin = model_folder(options.model), chosen_origin(options)
+    folder, origin = model_folder(options.model, "MODEL"), chosen_origin(options)
     tokenizer = load_tokenizer(folder, "MODEL", origin)
     model = load_model(folder, "MODEL", origin, dtype=options.dtype).eval()
     if options.ignore_generation_config:

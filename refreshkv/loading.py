@@ -85,13 +85,13 @@ PLAIN = Origin()
 """The main branch, without its code."""
 
 
-def model_folder(name: str) -> str:
+def model_folder(name: str, setting: str) -> str:
     """The folder of a model inside an experiment's folder (`name`/model), or else `name` itself.
 
-    Raises `SettingsError` for a checkpoint of training.
+    Raises `SettingsError`, which names `setting`, for a checkpoint of training.
     """
     folder = Path(name)
-    _validate_no_checkpoint(folder, "--model")
+    _validate_no_checkpoint(folder, setting)
     nested = (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file()
     return str(folder / "model") if nested else name
 

@@ -34,7 +34,7 @@ def sweep_grid(options: argparse.Namespace, command: str, processes: Processes =
     texts = _named(opened)
     for rows in texts.values():
         check_last_tokens(options.last_tokens, len(rows[0]["input_ids"]))
-    path = model_folder(options.model)
+    path = model_folder(options.model, "--model")
     model = load_placed(path, options, processes)
     for rows, _ in opened.values():
         check_tokens(model, path, rows, chosen_origin(options))

@@ -147,6 +147,13 @@ def large_ids(path: Path) -> None:
         stream.write_table(changed)
 
 
+def checkpoint(path: Path) -> None:
+    """The files that tell a checkpoint of training from a model."""
+    path.mkdir()
+    for name in ("manifest.json", "state.json"):
+        (path / name).write_text("{}")
+
+
 def broken_ids(path: Path) -> None:
     """A tokenizer that gives tokens which the model does not have."""
     content = json.loads(path.read_text())
@@ -713,6 +720,11 @@ def _models() -> Iterator[Case]:
     ends = {"model/generation_config.json": '{"eos_token_id": "x"}'}
     yield Case("generate: the last token is text", GENERATE, ("--model", "eos_token_id"), ends)
     users = {"generate": GENERATE, "evaluate": EVALUATE, "tasks": TASKS, "sweep": SWEEP, "suite": SUITE}
+    for name, command in {**users, "show": SHOW, "chat": CHAT}.items():
+        setting = "MODEL" if name in ("show", "chat") else "--model"
+        words = (f"error: {setting}: step holds checkpoints of training", "launch/export.py step OUT")
+        given, is_early = command.replace(" model ", " step "), name in ("generate", "show", "chat")
+        yield Case(f"{name}: a checkpoint for a model", given, words, {"step": checkpoint}, is_sample=is_early)
     trains = f"{TRAIN} model.scratch=null model.path=model data.tokenizer=model data.train_vocabulary=null"
     bad: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         "missing": (("model",), {"model": gone}),

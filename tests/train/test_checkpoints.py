@@ -290,7 +290,7 @@ def test_runs_of_earlier_versions_are_still_read(output):
 def test_a_checkpoint_is_no_model(output):
     for given in (output, step_folder(output, 4)):
         for read in (
-            model_folder,
+            lambda name: model_folder(name, "--model"),
             lambda name: load_configuration(name, "--model"),
             lambda n: load_model(n, "--model"),
         ):
