@@ -10,6 +10,7 @@ Shapes: one sequence of `P` prompt tokens.
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,10 +34,21 @@ PREFIX = "kvpress:"
 class PressStrategy(Strategy):
     """Full attention over the prompt, and what the press leaves of it afterwards."""
 
-    @property
-    def press(self) -> Any:
-        """A new press of kvpress."""
-        return _press_class(self.settings["press"])(compression_ratio=1 - self.settings["budget"])
+    def build_press(self, prompt_length: int) -> Any:
+        """A new press of kvpress that leaves int(P * budget) of a prompt's P tokens."""
+        ratio = compression_ratio(prompt_length, self.settings["budget"])
+        return _press_class(self.settings["press"])(compression_ratio=ratio)
+
+
+def compression_ratio(prompt_length: int, budget: float) -> float:
+    """The ratio r next to 1 - budget with int(P * (1 - r)) = int(P * budget).
+
+    Presses keep int(P * (1 - r)) tokens, which for r = 1 - budget is sometimes one less, or one more, by rounding.
+    """
+    ratio, kept = 1 - budget, int(prompt_length * budget)
+    while (found := int(prompt_length * (1 - ratio))) != kept:
+        ratio = math.nextafter(ratio, 0.0 if found < kept else 1.0)
+    return ratio
 
 
 def build_press(text: str, config: RefreshConfig) -> PressStrategy:
@@ -112,8 +124,8 @@ def pressed(model: PreTrainedModel, press: Any) -> Iterator[None]:
 class PressedSteps:
     """The logits of a prompt's end, and of each token behind it, from a pruned cache."""
 
-    def __init__(self, model: Any, press: Any):
-        self.model, self.press = model, press
+    def __init__(self, model: Any, strategy: PressStrategy):
+        self.model, self.strategy = model, strategy
         self.cache = _new_cache(model.config)
         self.length = 0
 
@@ -121,10 +133,10 @@ class PressedSteps:
         """ids (1, P) -> logits (1, V) of the token behind them."""
         self.length = ids.shape[1]
         try:
-            with pressed(self.model, self.press):
+            with pressed(self.model, self.strategy.build_press(self.length)):
                 return self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
         except AssertionError as error:  # how presses refuse prompts that are too short and models that do not fit
-            raise SettingsError(f"strategy={PREFIX}{type(self.press).__name__}: {error}") from None
+            raise SettingsError(f"strategy={PREFIX}{self.strategy.settings['press']}: {error}") from None
 
     def step(self, token: Tensor) -> Tensor:
         """token (1, 1) -> logits (1, V) of the next one. Its position is that of the whole text, not the cache's."""
@@ -136,7 +148,7 @@ class PressedSteps:
 @torch.no_grad()
 def scored_behind_press(model: PreTrainedModel, strategy: PressStrategy, text: Text) -> Scored:
     """Scores one continuation token by token behind a pruned prompt."""
-    meter, steps = Meter(model), PressedSteps(model, strategy.press)
+    meter, steps = Meter(model), PressedSteps(model, strategy)
     ids = torch.tensor([text.tokens], device=model.device)
     logits = [steps.prompt(ids[:, : text.prompt_length])]
     for column in range(text.prompt_length, len(text.tokens) - 1):
@@ -154,7 +166,7 @@ def press_loop(strategy: PressStrategy, spent: Callable[[HarnessCosts], None]) -
     def generate(
         model: PreTrainedModel, input_ids: Tensor, *, generation_config: GenerationConfig, **keywords: Any
     ) -> Tensor:
-        meter, steps, ids = Meter(model), PressedSteps(model, strategy.press), input_ids
+        meter, steps, ids = Meter(model), PressedSteps(model, strategy), input_ids
         logits = steps.prompt(ids)
         while True:
             scores = keywords["logits_processor"](ids, logits.float())

@@ -16,7 +16,7 @@ from refreshkv.data.tasks.words import coined_words
 from refreshkv.data.tokenizer import train_tokenizer
 from refreshkv.launch.command import FILES
 from refreshkv.settings import SettingsError
-from tests.helpers.models import decode_logits, tiny_model
+from tests.helpers.models import decode_logits, random_ids, tiny_model
 from tests.helpers.presses import kvpress_or_like
 from tests.helpers.ranks import run_ranks
 
@@ -250,6 +250,21 @@ def test_a_press_is_full_attention_without_what_it_drops(folder, hf, monkeypatch
     assert metadata["settings"] == {"press": "StreamingLLMPress", "budget": 0.5, "n_sink": "4"}
     assert metadata["cache_bytes"] > 0 and metadata["decoding_steps"] > 0
     assert metadata["strategy"] == "kvpress StreamingLLMPress"
+
+
+@pytest.mark.parametrize(
+    ("length", "budget"), [(40, 0.1), (50, 0.1), (100, 0.29), (40, 0.5), (41, 0.125), (41, 1.0)], ids=str
+)
+def test_a_press_keeps_the_budget_to_the_token(monkeypatch, length, budget):
+    """1 - (1 - budget) is not the budget: of 40 tokens 0.1 would leave 3, of 100 tokens 0.29 would leave 29."""
+    from refreshkv.evaluation.harness.presses import PressedSteps, PressStrategy
+
+    kvpress_or_like(monkeypatch)
+    strategy = PressStrategy("kvpress", {"press": "StreamingLLMPress", "budget": budget}, lambda *_: None)
+    steps = PressedSteps(tiny_model(dtype=torch.float32), strategy)
+    with torch.no_grad():
+        steps.prompt(random_ids(1, length))
+    assert [layer.keys.shape[2] for layer in steps.cache.layers] == [int(length * budget)] * len(steps.cache.layers)
 
 
 @pytest.mark.parametrize(
