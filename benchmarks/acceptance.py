@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from output import save
 from refreshkv import DraftCounts, RefreshCache, RefreshConfig, SettingsError, decode_lossless, enable
+from refreshkv.cache.keyword import as_keyword
 from refreshkv.evaluation.inputs import check_tokens, open_split
 from refreshkv.evaluation.reports import hardware
 from refreshkv.loading import PLAIN, load_model, model_folder
@@ -65,7 +66,7 @@ def write(model: Any, prompts: Tensor, refresh: RefreshConfig, counts: DraftCoun
     model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
-        past_key_values=RefreshCache(model.config, prompts.shape[1] + args.new + 64, refresh),
+        **as_keyword(RefreshCache(model.config, prompts.shape[1] + args.new + 64, refresh)),
         max_new_tokens=args.new,
         **({"do_sample": True, "top_k": 0} if args.sample else {"do_sample": False}),
         eos_token_id=None,

@@ -41,6 +41,7 @@ from measuring import SHAPE, add_shape, free_memory, random_llama
 from output import save
 from refreshkv import RefreshCache, RefreshConfig, Simulation, enable
 from refreshkv.baselines.full import FullCache
+from refreshkv.cache.keyword import as_keyword
 from refreshkv.evaluation.inputs import check_tokens, open_split
 from refreshkv.evaluation.perplexity.evaluation import check_last_tokens
 from refreshkv.evaluation.reports import hardware
@@ -189,7 +190,7 @@ def score(model, store: PrefixStore, ids: Tensor, args: argparse.Namespace) -> S
 
 def continued(model, cache: Cache, ids: Tensor, last: int) -> tuple[Tensor, Tensor]:
     """Losses and likeliest tokens, (N,) each, of the last tokens of (1, n) that follow what the cache holds."""
-    return judged(model(ids, past_key_values=cache, use_cache=True, logits_to_keep=last + 1).logits, ids, last)
+    return judged(model(ids, **as_keyword(cache), use_cache=True, logits_to_keep=last + 1).logits, ids, last)
 
 
 def judged(logits: Tensor, ids: Tensor, last: int) -> tuple[Tensor, Tensor]:
@@ -264,7 +265,7 @@ def first_token(
     began = time.perf_counter()
     reuse = None if amount is None else load_chunks(store, cache, parts[:-1], **amount)
     ids = torch.cat(parts if amount is None else parts[-1:]).unsqueeze(0).to(model.device)
-    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1).item()  # waits for the GPU
+    model(ids, **as_keyword(cache), use_cache=True, logits_to_keep=1).logits.argmax(-1).item()  # waits for the GPU
     seconds = time.perf_counter() - began
     return seconds, 0.0 if reuse is None else reuse.seconds, 0 if reuse is None else reuse.recomputed_tokens
 

@@ -57,7 +57,7 @@ from refreshkv.baselines.h2o import H2OCache
 from refreshkv.baselines.snapkv import SnapKVCache
 from refreshkv.baselines.streaming import StreamingCache
 from refreshkv.cache.fetching import FetchingLayer
-from refreshkv.cache.keyword import given_cache
+from refreshkv.cache.keyword import as_keyword, given_cache
 from refreshkv.cache.preallocated import PreallocatedCache
 from refreshkv.cache.row_lengths import RowLengths
 from refreshkv.generation import lossless
@@ -442,7 +442,7 @@ def run_lossless(
         texts: Tensor = model.generate(  # pyright: ignore[reportAttributeAccessIssue]  # as in run_generate
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **as_keyword(cache),
             max_new_tokens=new,
             do_sample=False,
             eos_token_id=None,
@@ -507,7 +507,7 @@ def run_generate(
     model.generate(  # pyright: ignore[reportAttributeAccessIssue]  # a protocol that transformers' own models miss
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **as_keyword(cache),
         max_new_tokens=steps,
         do_sample=False,
         eos_token_id=model.config.vocab_size,  # looked for, and never there
@@ -525,7 +525,7 @@ def run_graph(model: LlamaForCausalLM, cache, batch: int, length: int, steps: in
 
     def step() -> None:
         position_ids = cache.get_seq_length().clone().expand(batch, 1)
-        ids.copy_(model(ids, position_ids=position_ids, past_key_values=cache).logits[:, -1:].argmax(-1))
+        ids.copy_(model(ids, position_ids=position_ids, **as_keyword(cache)).logits[:, -1:].argmax(-1))
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -36,6 +36,7 @@ from refreshkv import RefreshCache, RefreshConfig, enable
 from refreshkv.baselines.full import FullCache
 from refreshkv.baselines.snapkv import SnapKVCache
 from refreshkv.baselines.streaming import StreamingCache
+from refreshkv.cache.keyword import as_keyword
 from refreshkv.prefix.index import NearestSentence
 from refreshkv.prefix.prompt_cache import PromptCache
 from refreshkv.prefix.recycling import Reuse, recycle, store_prompts
@@ -167,7 +168,7 @@ def answer(model, strategy: str, ids: Tensor, store: PrefixStore | None) -> tupl
     began = time.perf_counter()
     reuse = None if store is None else recycle(store, cache, ids)
     known = 0 if not reuse or not reuse.tokens else int(cache.get_seq_length())
-    logits = model(ids[:, known:], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    logits = model(ids[:, known:], **as_keyword(cache), use_cache=True, logits_to_keep=1).logits[:, -1]
     logits.argmax(-1).item()  # waits for the GPU
     return time.perf_counter() - began, reuse, logits, cache
 
@@ -179,7 +180,7 @@ def decoded(model, logits: Tensor, cache) -> tuple[list[int], Tensor]:
     for _ in range(NEW_TOKENS - 1):
         tokens.append(int(every[-1].argmax(-1)))
         step = torch.tensor([tokens[-1:]], device=model.device)
-        every.append(model(step, past_key_values=cache, use_cache=True).logits[:, -1])
+        every.append(model(step, **as_keyword(cache), use_cache=True).logits[:, -1])
     return [*tokens, int(every[-1].argmax(-1))], torch.cat(every).float()
 
 
@@ -249,7 +250,7 @@ def copied(model, ids: Tensor, store: PrefixStore) -> float:
     wait(model)
     began = time.perf_counter()
     recycle(store, cache, ids, least=1)
-    model(ids[:, -2:], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1).item()
+    model(ids[:, -2:], **as_keyword(cache), use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1).item()
     return time.perf_counter() - began
 
 
@@ -311,7 +312,7 @@ def compare_finders(model, args: argparse.Namespace) -> dict[str, object]:
 @torch.no_grad()
 def random_cache(model, ids: list[int]) -> PromptCache:
     cache = PromptCache(model.config, len(ids))
-    model(torch.tensor([ids], device=model.device), past_key_values=cache, logits_to_keep=1)
+    model(torch.tensor([ids], device=model.device), **as_keyword(cache), logits_to_keep=1)
     return cache
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from refreshkv import decode_ahead
+from refreshkv.cache.keyword import as_keyword
 from refreshkv.evaluation.strategies import Strategy
 from refreshkv.generation.inherited import without_own_settings
 
@@ -57,7 +58,7 @@ class Caches:
             self._model.generate(  # pyright: ignore[reportCallIssue]  # a mixin of the models' classes
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
+                **as_keyword(cache),
                 custom_generate=decode_ahead,
                 max_new_tokens=new_tokens,
                 eos_token_id=None,

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from refreshkv import RefreshCache, cli, enable, generate
+from refreshkv.cache.keyword import as_keyword
 from refreshkv.generation.chat import Conversation, steps_line
 from refreshkv.generation.finite import FiniteLogits
 from refreshkv.generation.inherited import forget_own_settings, refuse_own_settings, without_own_settings
@@ -126,7 +127,7 @@ def answer(
     ids = torch.tensor([tokens], device=model.device)
     try:
         with without_own_settings(model):
-            ids = generate(model, ids, past_key_values=cache, streamer=streamer, **settings)
+            ids = generate(model, ids, **as_keyword(cache), streamer=streamer, **settings)
     except KeyboardInterrupt:
         conversation.messages.pop()
         conversation.tokens = []

@@ -27,6 +27,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from refreshkv import RefreshCache, cli, decode_ahead, enable, tuned_compilation
+from refreshkv.cache.keyword import as_keyword
 from refreshkv.data.tokenizer import SpecialTokens
 from refreshkv.generation.finite import FiniteLogits
 from refreshkv.generation.inherited import forget_own_settings, refuse_own_settings, without_own_settings
@@ -173,7 +174,7 @@ def generate(
         cast(Any, model).generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **as_keyword(cache),
             custom_generate=decode_ahead,
             stream_to=streamer,
             logits_processor=[finite],

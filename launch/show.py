@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refreshkv import RefreshCache, cli, decode_ahead, enable
+from refreshkv.cache.keyword import as_keyword
 from refreshkv.config import NEVER, RefreshConfig
 from refreshkv.evaluation.caches import GREEDY
 from refreshkv.evaluation.show.page import build_page, token_texts
@@ -75,7 +76,7 @@ def record(
         output = cast(Any, model).generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **as_keyword(cache),
             custom_generate=decode_ahead,
             logits_processor=[finite, recorder],
             max_new_tokens=tokens,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from refreshkv.cache.keyword import as_keyword
 from refreshkv.cache.refresh import RefreshCache
 from refreshkv.config import RefreshConfig, Simulation
 
@@ -19,5 +20,5 @@ def decoding_difference(
     simulated = model(ids, simulation=Simulation(prompt_length, refresh), use_cache=False).logits
     cache = RefreshCache(config=model.config, refresh=refresh, max_cache_len=ids.shape[1])
     blocks = [ids[:, :prompt_length], *ids[:, prompt_length:].split(1, dim=1)]
-    decoded = [model(block, past_key_values=cache, use_cache=True).logits for block in blocks]
+    decoded = [model(block, **as_keyword(cache), use_cache=True).logits for block in blocks]
     return (torch.cat(decoded, dim=1) - simulated).abs().flatten(1).amax(dim=1), simulated.abs().max()

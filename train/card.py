@@ -64,19 +64,18 @@ ADAPTER_USAGE = """\
 These are adapters: they need their base model, {base}.
 
 ```python
+import refreshkv
 from peft import PeftModel
-from refreshkv import RefreshCache, RefreshConfig, decode_ahead, enable
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 name = "{name}"
 tokenizer = AutoTokenizer.from_pretrained(name)
 base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto"{how})
 model = PeftModel.from_pretrained(base, name).get_base_model()
-enable(model, RefreshConfig.from_dict(AutoConfig.from_pretrained(name).refreshkv))
+refresh = refreshkv.RefreshConfig.from_dict(AutoConfig.from_pretrained(name).refreshkv)
 
 inputs = tokenizer("The text to go on with", return_tensors="pt")
-cache = RefreshCache(config=model.config, max_cache_len=inputs.input_ids.shape[1] + {new_tokens})
-output = model.generate(**inputs, past_key_values=cache, custom_generate=decode_ahead, max_new_tokens={new_tokens})
+output = refreshkv.generate(model, **inputs, refresh=refresh, max_new_tokens={new_tokens})
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```"""
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, set_seed
 
 from refreshkv import decode_ahead
+from refreshkv.cache.keyword import as_keyword
 from refreshkv.evaluation.caches import GREEDY
 from refreshkv.evaluation.costs import Meter
 from refreshkv.evaluation.perplexity.losses import losses_and_likeliest
@@ -163,7 +164,7 @@ def _generate(
         ids = model.generate(  # pyright: ignore[reportCallIssue]  # a mixin of the models' classes
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
-            past_key_values=cache,
+            **as_keyword(cache),
             custom_generate=decode_ahead,
             logits_processor=[finite],
             max_new_tokens=new_tokens,

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from refreshkv import decode_ahead, enable
+from refreshkv.cache.keyword import as_keyword
 from refreshkv.config import RefreshConfig
 from refreshkv.evaluation.caches import Caches
 from refreshkv.evaluation.costs import Meter
@@ -139,7 +140,7 @@ class RefreshLM(HFLM):
             loop = {"custom_generate": decode_ahead}
             cache = self._caches.take(self.strategy, sequences, columns, _rounded(max_length))
         meter = Meter(self.model)
-        output = super()._model_generate(context, max_length, stop, past_key_values=cache, **loop, **settings)
+        output = super()._model_generate(context, max_length, stop, **as_keyword(cache), **loop, **settings)
         self._new_costs.add(costs_of_decoding(cache, sequences, columns, meter.read()[0]))
         return output
 

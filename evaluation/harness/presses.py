@@ -2,8 +2,9 @@
 what is left.
 
 Only presses that score and prune (subclasses of kvpress.ScorerPress without hooks of their own) are taken. kvpress
-0.5.5 reads a keyword that attention modules of newer transformers do not get, `cache_position`; it is handed to them
-here. Importing kvpress wraps all attention functions of transformers, so that happens only when a press is named.
+0.5.5 reads keywords that attention modules of newer transformers do not get, `cache_position` and, since transformers
+5.24, `past_key_values`; its hook gets them here. Importing kvpress wraps all attention functions of transformers, so
+that happens only when a press is named.
 
 Shapes: one sequence of `P` prompt tokens.
 """
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from refreshkv.cache.keyword import as_keyword, given_cache
 from refreshkv.config import RefreshConfig
 from refreshkv.evaluation.costs import Meter, held_bytes
 from refreshkv.evaluation.harness.costs import HarnessCosts
@@ -106,19 +108,17 @@ def validate_press(strategy: PressStrategy, model: PreTrainedModel, batch_size: 
 @contextmanager
 def pressed(model: PreTrainedModel, press: Any) -> Iterator[None]:
     """Inside the block each pass of the model is pruned by the press; it must be a prompt, from an empty cache."""
+    prune = press.forward_hook
 
-    def with_positions(module: nn.Module, args: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        columns = keywords["hidden_states"].shape[1]
-        return args, {**keywords, "cache_position": torch.arange(columns, device=keywords["hidden_states"].device)}
+    def with_older_names(module: nn.Module, args: tuple, keywords: dict[str, Any], output: Any) -> Any:
+        hidden = keywords["hidden_states"]
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        older = {"cache_position": positions, "past_key_values": given_cache(keywords)}
+        return prune(module, args, {**keywords, **older}, output)
 
-    layers: Any = model.get_decoder().layers  # pyright: ignore[reportCallIssue]
-    hooks = [layer.self_attn.register_forward_pre_hook(with_positions, with_kwargs=True) for layer in layers]
-    try:
-        with press(model):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    press.forward_hook = with_older_names  # of this press alone, which is made for one prompt
+    with press(model):
+        yield
 
 
 class PressedSteps:
@@ -134,7 +134,7 @@ class PressedSteps:
         self.length = ids.shape[1]
         try:
             with pressed(self.model, self.strategy.build_press(self.length)):
-                return self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
+                return self.model(ids, **as_keyword(self.cache), logits_to_keep=1).logits[:, -1]
         except AssertionError as error:  # how presses refuse prompts that are too short and models that do not fit
             raise SettingsError(f"strategy={PREFIX}{self.strategy.settings['press']}: {error}") from None
 
@@ -142,7 +142,7 @@ class PressedSteps:
         """token (1, 1) -> logits (1, V) of the next one. Its position is that of the whole text, not the cache's."""
         position = torch.full_like(token, self.length)
         self.length += 1
-        return self.model(token, past_key_values=self.cache, position_ids=position).logits[:, -1]
+        return self.model(token, **as_keyword(self.cache), position_ids=position).logits[:, -1]
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 from refreshkv import decode_ahead
+from refreshkv.cache.keyword import as_keyword
 from refreshkv.evaluation.caches import GREEDY, Caches
 from refreshkv.evaluation.costs import Meter, count_full_steps, count_selecting_steps, held_bytes
 from refreshkv.evaluation.strategies import Strategy
@@ -66,7 +67,7 @@ def decode_known(
         model.generate(  # pyright: ignore[reportCallIssue]  # a mixin of the models' classes
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
+            **as_keyword(cache),
             custom_generate=decode_ahead,
             logits_processor=[known],
             max_new_tokens=length - prompt_length + 1,

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refreshkv import decode_ahead
+from refreshkv.cache.keyword import as_keyword
 from refreshkv.data.tasks.task import Example, Task
 from refreshkv.evaluation.caches import GREEDY, Caches
 from refreshkv.evaluation.costs import Meter, count_full_steps, held_bytes
@@ -313,7 +314,7 @@ class AnswerGenerator:
             output = model.generate(  # pyright: ignore[reportCallIssue]  # a mixin of the models' classes
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                past_key_values=cache,
+                **as_keyword(cache),
                 custom_generate=decode_ahead,
                 logits_processor=[finite],
                 max_new_tokens=limit,

@@ -227,7 +227,7 @@ def _validate_prompt(simulation: Simulation, length: int, keys: int, left_paddin
     if left_padding is not None and bool((left_padding >= prompt).any()):
         raise SettingsError(f"prompt_length={prompt}: a row of the batch has only padding there")
     if keys != length:
-        raise ValueError("simulation=Simulation(...) takes whole rows: pass use_cache=False and no past_key_values")
+        raise ValueError("simulation=Simulation(...) takes whole rows: pass use_cache=False and no cache")
     if prompt > length:
         raise SettingsError(f"prompt_length={prompt} is outside the row of {length} tokens")
 

@@ -26,7 +26,7 @@ from refreshkv.attention.chunks import validate_layers
 from refreshkv.attention.inputs import validate_inputs, without_packing
 from refreshkv.attention.look_ahead_module import look_ahead_of, rotation_of
 from refreshkv.attention.two_streams import OTHER_LAYERS, add_stream, join_streams
-from refreshkv.cache.keyword import given_cache
+from refreshkv.cache.keyword import CACHE_NAME, given_cache
 from refreshkv.cache.preallocated import PreallocatedCache
 from refreshkv.config import Simulation, Trace
 from refreshkv.layers import RECURRENT, LayerKind
@@ -301,7 +301,7 @@ def _refuse_other_uses(module: Any, cache: Any, inputs: dict[str, Any]) -> None:
         raise ValueError(f"use_cache=False and a {type(cache).__name__} exclude each other: leave one out")
     if not has_our_cache and has_our_attention and _is_static(cache):
         raise ValueError(
-            "the refresh attention has no use for a static cache: pass past_key_values=RefreshCache(...), or for "
+            f"the refresh attention has no use for a static cache: pass {CACHE_NAME}=RefreshCache(...), or for "
             'ordinary attention model.set_attn_implementation("sdpa")'
         )
     if torch.compiler.is_compiling():  # the prompt's pass before the compiled steps was checked

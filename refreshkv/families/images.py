@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor
 
 from refreshkv.attention.enable import enable
+from refreshkv.cache.keyword import as_keyword
 from refreshkv.cache.refresh import RefreshCache
 from refreshkv.config import RefreshConfig, Simulation
 from refreshkv.families.trial import Failed, Outcome, layers_of, outcome_of_error, quiet
@@ -147,7 +148,7 @@ def _check(model: Any, name: str) -> None:
         raise Failed("the image's encoder has lost its own attention")
     for budget in (PROMPT + NEW, 6):
         config = RefreshConfig(budget=budget, stride=4)
-        tokens, logits = generate(model, name, past_key_values=RefreshCache(model.config, PROMPT + NEW, config))
+        tokens, logits = generate(model, name, **as_keyword(RefreshCache(model.config, PROMPT + NEW, config)))
         _, kinds, image = prompt_of(name)
         kinds = {key: F.pad(value, (0, NEW)) for key, value in kinds.items()}
         simulated = model(tokens, simulation=Simulation(PROMPT, config), use_cache=False, **kinds, **image).logits

@@ -31,6 +31,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from refreshkv.attention.enable import enable
+from refreshkv.cache.keyword import as_keyword
 from refreshkv.cache.refresh import RefreshCache
 from refreshkv.config import NEVER, RefreshConfig, Simulation
 from refreshkv.families.tiny import EXPERTS, VOCABULARY, tiny_model
@@ -141,7 +142,7 @@ class Trial:
         generated: Any = self.model.generate  # pyright: ignore[reportCallIssue]  # declared in a mixin
         cache = RefreshCache(self.model.config, TOKENS, REFRESHES[0])
         prompt = self.ids[:1, :PROMPT_LENGTH]
-        found = generated(prompt, past_key_values=cache, max_new_tokens=4, do_sample=False, eos_token_id=-1)
+        found = generated(prompt, **as_keyword(cache), max_new_tokens=4, do_sample=False, eos_token_id=-1)
         with torch.no_grad():
             simulation = Simulation(PROMPT_LENGTH, REFRESHES[0])
             positions = self._positions(torch.arange(found.shape[1])[None])  # which `generate` gives, too
@@ -208,7 +209,7 @@ class Trial:
         bounds = [0, *range(PROMPT_LENGTH, TOKENS + 1)]
         parts = [
             self.model(
-                input_ids=self.ids[:, a:b], past_key_values=cache, use_cache=True, **self._padding(padded, a, b)
+                input_ids=self.ids[:, a:b], **as_keyword(cache), use_cache=True, **self._padding(padded, a, b)
             ).logits
             for a, b in zip(bounds, bounds[1:], strict=False)
         ]

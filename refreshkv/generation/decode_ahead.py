@@ -53,7 +53,7 @@ def decode_ahead(
             `streamer=` gets the prompt only, and an `assistant_model=` is not used. Pass stop strings as
             `stopping_criteria=[StopStringCriteria(tokenizer, [...])]`.
         run_ahead: whether to queue the next step before it is known whether the text has ended; None: on a GPU only. It
-            has no effect if `past_key_values` is not croppable (offloaded caches, sliding windows) or a cache of
+            has no effect if the cache is not croppable (offloaded caches, sliding windows) or a cache of
             transformers: the host then waits for each step, unless only the number of tokens ends the text.
 
     Raises `ValueError` for beams, encoder-decoder models and parameters that are spread over processes, and

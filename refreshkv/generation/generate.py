@@ -67,8 +67,8 @@ def generate(
         generation_config: as in `model.generate`.
         refresh: schedule and selection; None: those saved with the model.
         cache_length: least capacity of the cache in tokens, for later and longer texts. With
-            `return_dict_in_generate=True` the output holds the cache, and the next turn of a chat takes it as
-            `past_key_values`, with all tokens so far as its prompt. It is the caller's from then on.
+            `return_dict_in_generate=True` the output holds the cache, and the next turn of a chat takes it under the
+            same name, with all tokens so far as its prompt. It is the caller's from then on.
         offload: as in `RefreshCache`.
         lossless: True: full attention's tokens, or samples of its distribution, drafted from the small cache by
             `decode_lossless`, which has no streamer; a `DraftCounts` is True too, and receives the counts.

@@ -25,7 +25,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from refreshkv.cache.keyword import as_keyword, given_cache
+from refreshkv.cache.keyword import CACHE_NAME, as_keyword, given_cache
 from refreshkv.cache.refresh import RefreshCache
 from refreshkv.cache.row_lengths import RowLengths
 from refreshkv.generation.decode_ahead import refuse_other_modes
@@ -85,7 +85,7 @@ def decode_lossless(
     """Greedy search or sampling, given as `custom_generate` to `generate()`, which calls it.
 
     Greedy tokens equal those of full attention, up to rounding that depends on how many tokens are computed at a time;
-    samples have full attention's distribution (speculative sampling). Needs `past_key_values=RefreshCache(...)`, best
+    samples have full attention's distribution (speculative sampling). Needs a `RefreshCache`, best
     with `RefreshConfig.recommended(...)`. Logits processors and stopping criteria see each row by itself and must
     depend on their arguments alone. Afterwards the cache holds full attention's keys and values of the tokens up to the
     end of the shortest row, without the last ones; the next call computes the rest.
@@ -139,7 +139,7 @@ def best_draft_length(acceptance: float) -> int:
 def _validated_cache(cache: Any, config: GenerationConfig, streamer: BaseStreamer | None) -> RefreshCache:
     if not isinstance(cache, RefreshCache):
         raise SettingsError(
-            "decode_lossless drafts from a small cache: pass past_key_values=RefreshCache(config=model.config, ...)"
+            f"decode_lossless drafts from a small cache: pass {CACHE_NAME}=RefreshCache(config=model.config, ...)"
         )
     if cache.config.rectify:
         raise SettingsError("decode_lossless computes all drafts again by itself: set rectify=False")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
+from refreshkv.cache.keyword import as_keyword
 from refreshkv.cache.preallocated import PreallocatedCache
 from refreshkv.cache.preallocated_layer import Phase, PreallocatedLayer
 from refreshkv.ops.state import PLAIN_SOFTMAX, SoftmaxTerms
@@ -70,7 +71,7 @@ def blend(
     """
     cache = BlendingCache(model.config, states, columns)
     positions = columns.unsqueeze(0)
-    model.base_model(input_ids=ids[:, columns], position_ids=positions, past_key_values=cache, use_cache=True)
+    model.base_model(input_ids=ids[:, columns], position_ids=positions, **as_keyword(cache), use_cache=True)
     return [(layer.keys, layer.values) for layer in cache.preallocated_layers()]
 
 
@@ -119,7 +120,7 @@ def _values_under_full_attention(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The judged layer's values (1, Hkv, L, D) of all tokens (1, L) under full attention."""
     cache = _UpToJudgedLayer()
     try:
-        model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model.base_model(input_ids=ids, **as_keyword(cache), use_cache=True)
     except _Reached:
         return cache.judged
     raise AssertionError("the pass did not come to the judged layer")

@@ -18,6 +18,7 @@ from transformers import Cache
 
 from refreshkv.attention.chunks import validate_layers
 from refreshkv.attention.model_call import NAME
+from refreshkv.cache.keyword import as_keyword
 from refreshkv.cache.refresh import RefreshCache
 from refreshkv.config import RefreshConfig
 from refreshkv.generation.decode_ahead import decode_ahead
@@ -82,7 +83,7 @@ def generate_from_chunks(
     load_chunks(store, cache, chunks, first=first, changed=changed)
     settings = {"attention_mask": torch.ones_like(ids), "custom_generate": decode_ahead, **settings}
     generate: Any = model.generate
-    return generate(ids, past_key_values=cache, max_new_tokens=max_new_tokens, **settings)
+    return generate(ids, **as_keyword(cache), max_new_tokens=max_new_tokens, **settings)
 
 
 def load_chunks(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from refreshkv.cache.keyword import as_keyword
 from refreshkv.prefix.entry import DamagedEntry, Entry, device_name
 from refreshkv.prefix.fill import validate_takes_prefix
 from refreshkv.prefix.index import BLOCK
@@ -146,7 +147,7 @@ def _compute_rest(store: PrefixStore, cache: PromptCache, ids: Tensor, mask: Ten
         input_ids=ids[:, known:],
         attention_mask=mask,
         position_ids=(mask.cumsum(dim=-1) - 1).clamp(min=0)[:, known:],
-        past_key_values=cache,
+        **as_keyword(cache),
         use_cache=True,
         logits_to_keep=1,
     )

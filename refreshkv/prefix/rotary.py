@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from refreshkv.cache.keyword import as_keyword
 from refreshkv.settings import SettingsError
 
 PROBE_TOKENS, PROBE_START = 8, 997
@@ -106,6 +107,6 @@ def _keys_of_probe(model: PreTrainedModel, start: int) -> list[Tensor]:
     ids = torch.arange(PROBE_TOKENS, device=model.device).unsqueeze(0) * 7 % vocabulary
     positions = torch.arange(start, start + PROBE_TOKENS, device=model.device).unsqueeze(0)
     cache = DynamicCache()
-    model.base_model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    model.base_model(input_ids=ids, position_ids=positions, **as_keyword(cache), use_cache=True)
     layers: list[Any] = cache.layers
     return [layer.keys for layer in layers]

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from refreshkv.attention.enable import attention_modules
+from refreshkv.cache.keyword import as_keyword
 from refreshkv.checksums import digest
 from refreshkv.identity import changes, first_difference, identity
 from refreshkv.layers import layer_kinds
@@ -141,7 +142,7 @@ class PrefixStore:
             return known
         began, tokens = time.perf_counter(), torch.from_numpy(ids).to(self.model.device).unsqueeze(0)
         cache = PromptCache(self.model.config, len(ids))
-        self.model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        self.model.base_model(input_ids=tokens, **as_keyword(cache), use_cache=True)
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return self.put(ids, cache, seconds=time.perf_counter() - began)

@@ -226,7 +226,7 @@ class TrainingSimulation:
         if self._is_teaching or decoder is not self._decoder or not decoder.training or _is_given(kwargs):
             return args, kwargs
         if given_cache(kwargs) is not None:
-            raise ValueError("a simulated training pass takes whole sequences: pass no past_key_values")
+            raise ValueError("a simulated training pass takes whole sequences: pass no cache")
         inputs = kwargs.get("input_ids", args[0] if args else None)
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         assert inputs is not None, "transformers refuses a call with neither"

@@ -10,6 +10,7 @@ import refreshkv
 from refreshkv import RefreshCache, RefreshConfig, Simulation, Trace
 from refreshkv.attention import function as attention
 from refreshkv.attention.function import refresh_attention
+from refreshkv.cache.keyword import CACHE_NAME
 from refreshkv.ops import naive
 from refreshkv.settings import SettingsError
 from tests.helpers import literal
@@ -147,7 +148,7 @@ def test_packed_rows_are_refused():
 
 
 def test_a_static_cache_is_refused():
-    with pytest.raises(ValueError, match=r"no use for a static cache: pass past_key_values=RefreshCache"):
+    with pytest.raises(ValueError, match=f"no use for a static cache: pass {CACHE_NAME}=RefreshCache"):
         tiny_enabled(FIXED).generate(random_ids(1, 20), max_new_tokens=3, cache_implementation="static")
 
 

@@ -9,6 +9,7 @@ from transformers import CompileConfig, DynamicCache, StopStringCriteria
 
 from refreshkv import NEVER, DraftCounts, RefreshCache, RefreshConfig, decode_lossless
 from refreshkv.baselines.full import FullCache
+from refreshkv.cache.keyword import CACHE_NAME
 from refreshkv.cache.row_lengths import RowLengths
 from refreshkv.generation.lossless import Rules
 from refreshkv.ops.choice import Choice
@@ -269,7 +270,7 @@ def test_what_lossless_decoding_cannot_do_is_refused():
     def cache(config=DRAFTS, **settings):
         return RefreshCache(model.config, 40, config, **settings)
 
-    refused("pass past_key_values=RefreshCache", past_key_values=FullCache(model.config, 40))
+    refused(f"pass {CACHE_NAME}=RefreshCache", past_key_values=FullCache(model.config, 40))
     refused("set rectify=False", past_key_values=cache(RefreshConfig(rectify=True)))
     refused("offload=False", past_key_values=cache(offload=True))
     refused("draft_length must be a whole number", past_key_values=cache(), draft_length=0)

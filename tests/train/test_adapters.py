@@ -1,9 +1,12 @@
 """Adapters in our own loop: only they are trained and saved, resumed exactly, merged, exported; 4-bit base models."""
 
 import json
+import re
 import shutil
 import signal
 import time
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -95,7 +98,7 @@ def test_checkpoints_hold_the_trained_weights_alone(trained, base):
 
 
 @torch.no_grad()
-def test_both_exports_are_the_trained_model(trained, base, tmp_path):
+def test_both_exports_are_the_trained_model(trained, base, tmp_path, monkeypatch):
     adapted = adapted_model(find_checkpoint(trained))
     ids = random_ids(2, 40)
     expected = adapted(ids).logits
@@ -117,6 +120,18 @@ def test_both_exports_are_the_trained_model(trained, base, tmp_path):
     assert str(base) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "library_name: peft" in card and "PeftModel" in card and "adapter rank" in card
+    monkeypatch.chdir(tmp_path)
+    run_snippet(card.replace('"BASE"', repr(str(base))))
+
+
+def run_snippet(card):
+    """Runs the usage example of a model card; it writes more tokens, and transformers warns of no older name."""
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "`past_key_values`", FutureWarning)
+        exec(snippet, names)
+    assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
 
 
 def test_another_base_model_is_refused(rows, trained, tmp_path):
