@@ -13,7 +13,8 @@ from refreshkv.prefix.backend_folder import FolderBackend
 from refreshkv.reading import refuse_special_files
 from refreshkv.settings import SettingsError
 from refreshkv.train.card import _prepared_splits
-from refreshkv.train.experiment.jobs import _prepared_settings
+from refreshkv.train.experiment.jobs import Command, Job, _prepared_settings
+from refreshkv.train.experiment.running import run_jobs
 from refreshkv.train.export_folder import is_export
 from refreshkv.train.public_files import public_run
 from refreshkv.train.run_folder import foreign_file, read_run, read_state, run_id
@@ -29,6 +30,11 @@ def no_patience(monkeypatch):
     monkeypatch.setattr("refreshkv.reading.SECONDS_FOR_A_WRITER", 1000.0)
 
 
+def run_job(folder):
+    job = Job("study/base", [Command("train.py", [], folder / "made")])
+    run_jobs([job], [""], folder, folder / "logs", 10.0, print)
+
+
 def lock(folder):
     with locked_run(folder):
         pass
@@ -39,6 +45,7 @@ REFUSED = {
     "run.yaml": read_run,
     "state.json": read_state,
     ".training": lock,
+    "logs/study-base.log": run_job,
     "public.yaml": lambda folder: public_run(folder / "public.yaml"),
     "look_ahead.safetensors": lambda folder: load_look_ahead(tiny_model(), folder),
     "store.json": lambda folder: FolderBackend(folder, {}, "--prefix-store"),
@@ -69,6 +76,12 @@ def test_pipes_are_refused_in_one_line(tmp_path, name):
         REFUSED[name](with_pipe(tmp_path, name))
     assert name.partition("/")[0] in str(raised.value) and "\n" not in str(raised.value)
     assert (tmp_path / name).is_fifo()
+
+
+def test_a_folder_in_place_of_a_log_is_refused(tmp_path):
+    (tmp_path / "logs/study-base.log").mkdir(parents=True)
+    with pytest.raises(SettingsError, match="output: .*study-base.log is a folder"):
+        run_job(tmp_path)
 
 
 @pytest.mark.parametrize("name", TAKEN_FOR_ABSENT)

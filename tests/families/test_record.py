@@ -9,6 +9,7 @@ from transformers.models.auto import configuration_auto, modeling_auto
 from transformers.utils.generic import ModelOutput
 
 from refreshkv import RefreshCache
+from refreshkv.cache.keyword import as_keyword
 from refreshkv.families.images import MODELS
 from refreshkv.families.record import PAGE, load_record, markdown_page, outcomes_of, summary, text_table
 from refreshkv.families.tiny import families
@@ -93,7 +94,9 @@ def test_such_a_family_that_gives_other_numbers_fails(newcomer, monkeypatch, cap
     assert "newcomer: fails  decoding and simulating" in capsys.readouterr().out
 
 
-def with_other_logits(model, input_ids, position_ids=None, past_key_values=None, **keywords):
-    keywords |= {"position_ids": position_ids, "past_key_values": past_key_values}
+def with_other_logits(model, input_ids, position_ids=None, past_key_values=None, cache=None, **keywords):
+    """Has the cache under both names, for a name that `forward` does not have is not given to it."""
+    given = past_key_values if cache is None else cache
+    keywords |= {"position_ids": position_ids, **as_keyword(given)}
     logits: Any = LlamaForCausalLM.forward(model, input_ids, **keywords).logits
-    return ModelOutput(logits=logits * 1.1 if isinstance(past_key_values, RefreshCache) else logits)
+    return ModelOutput(logits=logits * 1.1 if isinstance(given, RefreshCache) else logits)

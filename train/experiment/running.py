@@ -14,6 +14,8 @@ from types import FrameType
 from tqdm import tqdm
 
 from refreshkv.cli import PARENT
+from refreshkv.reading import refuse_special_files
+from refreshkv.settings import SettingsError
 from refreshkv.train.experiment.jobs import Job
 
 POLL = 0.2
@@ -105,7 +107,10 @@ def run_jobs(
         logs: folder of the jobs' logs.
         seconds: time after which training runs are asked to save a checkpoint and exit.
         on_done: called with each job that is done.
+
+    Raises `SettingsError`, before any job starts, if the place of a log is taken by what is no file.
     """
+    _validate_logs(jobs, logs)
     outcome, waiting, running = Outcome(), list(jobs), []
     end = time.monotonic() + seconds
     with tqdm(total=len(jobs), unit=" jobs") as bar:
@@ -183,10 +188,22 @@ def _start_ready(
         if is_held_up and count > 0:
             continue
         own = free[:count]
-        log = logs / f"{job.name.replace('/', '-').replace(' ', '-')}.log"
-        running.append(RunningJob(job, own, list(dict.fromkeys(devices[slot] for slot in own)), launch, log))
+        given = list(dict.fromkeys(devices[slot] for slot in own))
+        running.append(RunningJob(job, own, given, launch, _log_file(job, logs)))
         waiting = [other for other in waiting if other is not job]
     return waiting
+
+
+def _log_file(job: Job, logs: Path) -> Path:
+    return logs / f"{job.name.replace('/', '-').replace(' ', '-')}.log"
+
+
+def _validate_logs(jobs: list[Job], logs: Path) -> None:
+    """Refuses folders, pipes and devices: opening a pipe would wait for a reader."""
+    for log in (_log_file(job, logs) for job in jobs):
+        refuse_special_files(log, "output")
+        if log.is_dir():
+            raise SettingsError(f"output: {log} is a folder, and a job writes its log there: move it away")
 
 
 def _environments(devices: list[str]) -> list[dict[str, str]]:
