@@ -21,7 +21,7 @@ from refreshkv.cache.preallocated_layer import Phase
 from refreshkv.config import NEVER, RefreshConfig
 from refreshkv.ops import naive
 from refreshkv.ops.choice import CHOICE
-from refreshkv.ops.state import TAIL, NearState
+from refreshkv.ops.state import SORTED_RANKS, NearState
 from refreshkv.ops.step.operators import fetching_step
 from refreshkv.settings import SettingsError
 
@@ -64,7 +64,7 @@ class FetchingLayer(RefreshLayer):
     def serves(config: RefreshConfig) -> bool:
         """Whether the layer can follow a configuration's schedule."""
         selects = config.select_stride is not None and config.score_bits < 16
-        return selects and config.stride >= NEVER and config.step_options().longest_segment <= TAIL
+        return selects and config.stride >= NEVER and config.step_options().longest_segment <= SORTED_RANKS
 
     def _new_buffer(self, like: Tensor) -> Tensor:
         if like.is_cuda and not CHOICE.uses_kernels(like):

@@ -19,7 +19,7 @@ from refreshkv.ops.schedule import mean_query
 from refreshkv.ops.state import (
     LAST_FULL,
     PLAIN_SOFTMAX,
-    TAIL,
+    SORTED_RANKS,
     Decisions,
     FullSteps,
     LayerState,
@@ -74,7 +74,7 @@ class RefreshLayer(PreallocatedLayer):
         super().__init__(max_cache_len)
         self.config = config
         self.last_queries = config.observation_window
-        self.drops_many = config.step_options().longest_segment > TAIL
+        self.drops_many = config.step_options().longest_segment > SORTED_RANKS
         """Whether the queue may drop more ranks before the next full step than the kernels sort at a time."""
         self.width = min(config.largest_budget(max_cache_len), max_cache_len)
         self.has_selecting_steps = config.select_stride is not None

@@ -19,7 +19,7 @@ from refreshkv.cache.preallocated_layer import Phase
 from refreshkv.cache.refresh import RefreshCache
 from refreshkv.ops.state import PADDING
 
-TAIL = 64
+ORDERED_TOKENS = 64
 """Tokens at a row's end that stay in order, at least; more if `recent_window` says so."""
 
 
@@ -124,7 +124,7 @@ class RowLengths:
         """
         end = (self.lengths + counts).max()
         shift = (end - start - counts)[:, None]  # by which the tail moves to the right, or to the left
-        longest_tail = max(TAIL, self.cache.config.recent_window)
+        longest_tail = max(ORDERED_TOKENS, self.cache.config.recent_window)
         tail = ((self.lengths - self.padding).min() - shift.abs().max()).clamp(0, longest_tail)
         first = (self.padding + start - self.lengths)[:, None]  # of each row's tokens
         number = torch.arange(longest_tail + most, device=counts.device)

@@ -21,7 +21,7 @@ ENTRIES_USED = LAST_FULL
 UNBOUNDED = 2**31 - 1
 """More steps than any text has."""
 
-TAIL = 16
+SORTED_RANKS = 16
 """How many of the lowest ranks the kernels of a decoding step sort at a time: a queue drops them one by one."""
 
 

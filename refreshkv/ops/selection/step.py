@@ -168,10 +168,10 @@ def _choose_from_parts(
 
 
 @triton.jit
-def _order_tail(selected, chosen, size, tail, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+def _order_tail(selected, chosen, size, tail, BLOCK: tl.constexpr, SORTED_RANKS: tl.constexpr):
     """Moves the `tail` lowest of `size` entries to the end, in order of rank; the others keep their own order."""
-    number = tl.arange(0, TAIL)
-    lowest = tl.zeros([TAIL], tl.int64)
+    number = tl.arange(0, SORTED_RANKS)
+    lowest = tl.zeros([SORTED_RANKS], tl.int64)
     reached = tl.full([], -1, tl.int64)
     for nth in range(tail):  # each round finds the next one up
         following = tl.full([], BEYOND, tl.int64)
@@ -209,10 +209,10 @@ def _select(
     full_ptr, flag_ptr, now_ptr, then_ptr, kv_heads, capacity, width, room, margin,
     D: tl.constexpr, DP: tl.constexpr, SIMILARITY: tl.constexpr,
     SAMPLE: tl.constexpr, BITS: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
-    TAIL: tl.constexpr, LAST_RANKS: tl.constexpr, SELECTS: tl.constexpr,
+    SORTED_RANKS: tl.constexpr, LAST_RANKS: tl.constexpr, SELECTS: tl.constexpr,
 ):  # fmt: skip
     """Ends a step of one batch row and key/value head: selects if it was full, else puts the ranks that drop next in
-    order, TAIL at a time. A selecting step (SELECTS) has kept its own choice, in any order.
+    order, SORTED_RANKS at a time. A selecting step (SELECTS) has kept its own choice, in any order.
 
     PARTS programs share the row's positions; the one that arrives last completes the selection.
     """
@@ -257,16 +257,16 @@ def _select(
                 # [DP]
                 mean = tl.load(now_ptr + batch * D + column, mask=column < D, other=0.0)
                 tl.store(then_ptr + batch * D + column, mean, mask=column < D)
-    elif ((LAST_RANKS == TAIL) | (SELECTS and LAST_RANKS > 0)) & (part == 0):
+    elif ((LAST_RANKS == SORTED_RANKS) | (SELECTS and LAST_RANKS > 0)) & (part == 0):
         last_full = tl.load(row_state + LAST_FULL).to(tl.int32)
         since = tl.load(length_ptr).to(tl.int32) - 1 - last_full
         whole = tl.minimum(budget, last_full + 1 - padding)
         size = _ranks_left(last_full, budget, padding, since)
-        if (whole > size) & ((whole - size) % TAIL == 0):
-            tail = tl.minimum(size, TAIL)
+        if (whole > size) & ((whole - size) % SORTED_RANKS == 0):
+            tail = tl.minimum(size, SORTED_RANKS)
         if SELECTS:
             if since == 0:
                 tail = tl.minimum(size, LAST_RANKS)
     if tail > 0:
         tl.debug_barrier()
-        _order_tail(selected, chosen, size, tail, BLOCK, TAIL)
+        _order_tail(selected, chosen, size, tail, BLOCK, SORTED_RANKS)

@@ -16,7 +16,7 @@ from refreshkv.ops.state import (
     ENTRIES_USED,
     PARTIAL_STEPS,
     PLAIN_SOFTMAX,
-    TAIL,
+    SORTED_RANKS,
     CompactState,
     Decisions,
     LayerState,
@@ -318,7 +318,7 @@ def select(scratch: SelectionScratch, length: Tensor, decisions: Decisions, opti
         scratch.rankings, candidates, stage, counts, scratch.arrived, selected, ranking, row_state, length,
         scratch.full, full_steps, scratch.now, mean_query,
         kv_heads, capacity, selected.shape[2], room, selection.MARGIN,
-        D=head_dim, DP=padded_head(head_dim), SIMILARITY=options.threshold is not None, TAIL=TAIL,
+        D=head_dim, DP=padded_head(head_dim), SIMILARITY=options.threshold is not None, SORTED_RANKS=SORTED_RANKS,
         LAST_RANKS=last_ranks(options), SELECTS=options.select_stride is not None, num_warps=selection.WARPS, **sizes,
     )  # fmt: skip
 
@@ -353,8 +353,8 @@ def _observed_scores(state: LayerState, full: Tensor, splits: int, scaling: floa
 def last_ranks(options: StepOptions) -> int:
     """How many of the lowest ranks a selection keeps in order at a time."""
     if options.select_stride is not None:  # the queue drops none at the first step of a segment, and then one a step
-        return min(max(options.longest_segment - 2, 0), TAIL)
-    return min(options.longest_segment, TAIL)
+        return min(max(options.longest_segment - 2, 0), SORTED_RANKS)
+    return min(options.longest_segment, SORTED_RANKS)
 
 
 def _unit_stride(*tensors: Tensor) -> list[Tensor]:
