@@ -70,6 +70,11 @@ recorded, following = [], {}
 
 def attention(module, query, key, value, attention_mask, **settings):
     """Full attention, which leaves each layer's tensors in `recorded`; after the prompt, what `following` says."""
+    for name, term in {"softcap": "a softcap", "s_aux": "sinks"}.items():
+        if settings.get(name) is not None:
+            raise SystemExit(
+                f"--model {options.model}: its attention has {term}, which LESS lacks: choose another model"
+            )
     output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     if following:
         late = torch.arange(key.shape[2] - options.scored, key.shape[2], device=key.device)

@@ -15,6 +15,7 @@ from refreshkv import RefreshConfig
 from refreshkv.attention.look_ahead import look_ahead_modules
 from refreshkv.parity import decoding_difference
 from tests.helpers.jobs import ROOT
+from tests.helpers.models import random_ids, tiny_model
 from tests.helpers.rows import save_rows
 
 pytestmark = pytest.mark.slow
@@ -102,6 +103,18 @@ def test_less_takes_prepared_rows_and_several_budgets_and_seeds(rows, tmp_path):
     assert len({line[5] for line in lines}) == 4, "budgets and seeds have kernels of their own"
     names = {f"out-{budget}-{seed}.safetensors" for budget in (24, 12) for seed in (0, 1)}
     assert {file.name for file in tmp_path.glob("*.safetensors")} == names
+
+
+@pytest.mark.parametrize(("family", "term"), [("gemma2", "a softcap"), ("gpt_oss", "sinks")])
+def test_less_refuses_other_softmaxes(family, term, tmp_path):
+    """Full attention without the term would be learned, and be taken for the model's own."""
+    tiny_model(family=family, dtype=torch.float32).save_pretrained(tmp_path / "model")
+    sequences = random_ids(6, 64).tolist()
+    save_rows(tmp_path / "rows", {"train": sequences[:4], "validation": sequences[4:5], "test": sequences[5:]}, 61)
+    options = ["--model", "model", "--data", "rows", "--steps", "1", "--scored", "16", "--rows", "1"]
+    code, printed = run_example(EXAMPLES / "less.py", tmp_path, *options)
+    assert code == 1 and printed.strip().splitlines()[-1].startswith(f"--model model: its attention has {term}")
+    assert "Traceback" not in printed and not (tmp_path / "out.safetensors").exists()
 
 
 def test_look_ahead_queries_are_compared_and_saved(rows, tmp_path):
