@@ -13,10 +13,11 @@ def use_exact_linear_attention(monkeypatch, model):
     layers = [module.linear_attn for module in model.modules() if hasattr(module, "linear_attn")]
     forward = type(layers[0]).forward
 
-    def token_by_token(layer, hidden_states, cache_params=None, attention_mask=None, **kwargs):
+    def token_by_token(layer, hidden_states, cache_params=None, cache=None, attention_mask=None, **kwargs):
+        cache = cache_params if cache is None else cache  # its name up to transformers 5.23
         if attention_mask is not None:
             hidden_states = hidden_states * attention_mask[..., None].to(hidden_states.dtype)
-        cache = DynamicCache(config=model.config) if cache_params is None else cache_params
+        cache = DynamicCache(config=model.config) if cache is None else cache
         return torch.cat([forward(layer, token, cache, None) for token in hidden_states.split(1, dim=1)], dim=1)
 
     monkeypatch.setattr(type(layers[0]), "forward", token_by_token)

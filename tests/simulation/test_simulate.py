@@ -196,7 +196,7 @@ def test_refusals():
         model(input_ids=ids, attention_mask=mask)
     with pytest.raises(ValueError, match="packed sequences"):
         model(input_ids=ids, position_ids=torch.cat([torch.arange(20), torch.arange(20)]).expand(2, -1))
-    with pytest.raises(ValueError, match="pass no past_key_values"):
+    with pytest.raises(ValueError, match="pass no cache"):
         model(input_ids=ids, past_key_values=object())
     simulation.remove()
     with pytest.raises(SettingsError, match="takes a transformers model or a peft model around one, got Sequential"):
