@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from refreshkv.folders import make_folder, validate_folder
+from refreshkv.reading import read_own_json
 from refreshkv.settings import SettingsError
 
 ROWS_FILE = "rows.jsonl"
@@ -96,8 +97,8 @@ def _is_ours(file: Path) -> bool:
             with file.open(encoding="utf-8") as lines:
                 first = lines.readline()
             return not first.endswith("\n") or "key" in json.loads(first)
-        return file.suffix == ".json" and {"command", "versions"} <= set(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return file.suffix == ".json" and {"command", "versions"} <= set(read_own_json(file, "--output"))
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 

@@ -16,7 +16,13 @@ from refreshkv.simulation.padding import LeftPadding
 from refreshkv.simulation.settings import SimulationConfig
 from refreshkv.simulation.simulate import TrainingSimulation, simulate
 
-PACKING = ("sample_packing", "eval_sample_packing", "pretraining_sample_concatenation")
+PACKING = (
+    "sample_packing",
+    "eval_sample_packing",
+    "pretraining_sample_concatenation",
+    "batch_flattening",
+    "dpo_padding_free",
+)
 """Settings of axolotl that put several sequences into a row."""
 
 COLLATORS = ("data_collator", "eval_data_collator", "bench_data_collator")
@@ -55,10 +61,10 @@ class RefreshPlugin(BasePlugin):
     def pre_model_load(self, cfg: Any) -> None:
         """Refuses settings that cannot be simulated, before anything is loaded."""
         for name in PACKING:
-            if cfg.get(name):
+            if value := cfg.get(name):
                 raise SettingsError(
-                    f"{name}: true puts several sequences into a row, which would see each other in the simulation: "
-                    f"set {name}: false"
+                    f"{name}: {str(value).lower()} puts several sequences into a row, which would see each other in "
+                    f"the simulation: set {name}: false"
                 )
         _section(cfg)
 

@@ -267,6 +267,16 @@ def made_up_report(perplexities, before=None):
     return build_report(evaluation, measured, "org/model", {"dtype": "float32"}, "the command", before)
 
 
+@pytest.mark.parametrize("name", ["report.json", "rows.jsonl"])
+@pytest.mark.parametrize("content", [b"{}\n", b"3\n", b"not JSON\n", b"\xff\n", b"[" * 100_000 + b"\n"], ids=range(5))
+def test_another_ones_files_are_not_replaced(tmp_path, name, content):
+    """Whatever is in them, numbers and brackets 100,000 deep too."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SettingsError, match=f"{name}, which no evaluation has written: move it away") as raised:
+        open_output(tmp_path, FILES, overwrite=True)
+    assert "\n" not in str(raised.value) and (tmp_path / name).read_bytes() == content
+
+
 def test_report_files_and_tables(tmp_path):
     before, (own, notes) = made_up_report([4, 6, 8]), (tmp_path / "own", tmp_path / "own" / "notes.txt")
     open_output(own, FILES, overwrite=False)

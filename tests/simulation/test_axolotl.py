@@ -52,10 +52,22 @@ def test_what_the_plugin_does_to_a_model_and_a_trainer(plugin):
     assert torch.equal(model(input_ids=ids).logits, other(input_ids=ids, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("name", ["sample_packing", "eval_sample_packing", "pretraining_sample_concatenation"])
-def test_packing_is_refused(plugin, name):
-    with pytest.raises(SettingsError, match=f"^{name}: true puts several sequences into a row.* set {name}: false$"):
-        plugin.pre_model_load({name: True})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sample_packing", True),
+        ("eval_sample_packing", True),
+        ("pretraining_sample_concatenation", True),
+        ("batch_flattening", True),
+        ("batch_flattening", "auto"),
+        ("dpo_padding_free", True),
+    ],
+)
+def test_packing_is_refused(plugin, name, value):
+    words = f"^{name}: {str(value).lower()} puts several sequences into a row.* set {name}: false$"
+    with pytest.raises(SettingsError, match=words):
+        plugin.pre_model_load({name: value})
+    plugin.pre_model_load({name: False})
 
 
 def test_unknown_settings_are_refused(plugin):
