@@ -117,14 +117,14 @@ def _kv_heads(module: Any) -> int:
 
 
 def _validate_frequencies(model: PreTrainedModel) -> None:
-    """Refuses rotary embeddings whose frequencies depend on the length: look-ahead queries use fixed frequencies."""
+    """Refuses rotary embeddings whose frequencies depend on the length: those of look-ahead queries are fixed."""
     parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     kinds = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
     changing = [kind.get("rope_type") for kind in kinds if kind.get("rope_type") in CHANGING_FREQUENCIES]
     if changing:
         raise NotRefreshable(
-            f"look-ahead: the frequencies of this model's rotary embedding ({changing[0]}) change with the length of "
-            "the text; use it without look-ahead"
+            f"look-ahead: the model's rotary embedding ({changing[0]}) changes its frequencies with the length of the "
+            "text, and those of look-ahead queries are fixed: use the model without look-ahead"
         )
 
 
@@ -161,6 +161,6 @@ def _find_frequencies(model: PreTrainedModel) -> None:
         tolerance = max(torch.finfo(part.dtype).eps for part in (query, torch.zeros(1))) ** 0.5
         if not (before - before[:, :, :1]).abs().max() <= tolerance * before.abs().max():
             raise NotRefreshable(
-                f"look-ahead: the query of layer {number} before the rotary embedding cannot be found, because the "
-                "layer turns its queries in another way, or not at all; use the model without look-ahead"
+                f"look-ahead: layer {number} rotates its queries in another way than look-ahead queries do, or not at "
+                "all: use the model without look-ahead"
             )

@@ -54,13 +54,13 @@ class LookAhead(nn.Module):
         kv_heads, queries = self.offsets.shape
         if query.shape[1] % kv_heads:
             raise SettingsError(
-                f"the layer has look-ahead queries for {kv_heads} key/value heads and was called with "
-                f"{query.shape[1]} query heads: with look-ahead, parallel.sequence must be 1"
+                f"parallel.sequence: the layer has look-ahead queries for {kv_heads} key/value heads and was called "
+                f"with {query.shape[1]} query heads: set parallel.sequence=1"
             )
         if rotation.cos.shape[-1] != query.shape[-1]:
             raise NotRefreshable(
-                f"look-ahead: this model turns {rotation.cos.shape[-1]} of the {query.shape[-1]} dimensions of a head "
-                "only, which look-ahead queries do not follow; use the model without look-ahead"
+                f"look-ahead: the model gives its layers {rotation.cos.shape[-1]} cosines for the {query.shape[-1]} "
+                "dimensions of a head, and look-ahead queries need one for each: use the model without look-ahead"
             )
         cos, sin = (part[:, None].to(wide) for part in rotation)  # (B or 1, 1, N, D)
         query = query.to(wide)
@@ -99,7 +99,7 @@ def rotation_of(keywords: dict[str, Any]) -> Rotation:
     embeddings = keywords.get("position_embeddings")
     if not isinstance(embeddings, tuple) or len(embeddings) != 2 or any(part.dim() != 3 for part in embeddings):
         raise NotRefreshable(
-            "look-ahead: this model gives its layers no cosines and sines of a rotary embedding, so their queries "
-            "before it cannot be found; use the model without look-ahead"
+            "look-ahead: the model gives its layers no cosines and sines of a rotary embedding, and look-ahead queries "
+            "need them: use the model without look-ahead"
         )
     return Rotation(*embeddings)

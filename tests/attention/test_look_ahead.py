@@ -156,10 +156,10 @@ def test_saved_queries_come_back_with_the_model(tmp_path):
 @pytest.mark.parametrize(
     "family, message",
     [
-        ("nanochat", "turns its queries in another way"),
-        ("stablelm", "of the 8 dimensions"),
-        ("gpt_oss", "of the 8 dimensions"),
-        ("qwen3_next", "of the 8 dimensions"),
+        ("nanochat", "layer 0 rotates its queries in another way"),
+        ("stablelm", "2 cosines for the 8 dimensions of a head"),
+        ("gpt_oss", "4 cosines for the 8 dimensions of a head"),
+        ("qwen3_next", "2 cosines for the 8 dimensions of a head"),
     ],
 )
 def test_a_query_that_cannot_be_turned_back_is_refused(family, message):
