@@ -29,6 +29,7 @@ from refreshkv.attention.two_streams import OTHER_LAYERS, add_stream, join_strea
 from refreshkv.cache.keyword import CACHE_NAME, given_cache
 from refreshkv.cache.preallocated import PreallocatedCache
 from refreshkv.config import Simulation, Trace
+from refreshkv.errors import NotRefreshable
 from refreshkv.layers import RECURRENT, LayerKind
 from refreshkv.settings import SettingsError
 
@@ -139,10 +140,19 @@ class ModelCalls:
         )
 
     def note(self, layer: int) -> None:
-        """Counts a layer whose attention follows the running call's simulation or cache."""
+        """Counts a layer whose attention follows the running call's simulation or cache.
+
+        Raises `NotRefreshable` for a layer that runs twice in a call with a cache: the second run would read the keys
+        and values of the first.
+        """
         if torch.compiler.is_compiling():
             _note_traced(self.number, layer)
         elif (call := self.innermost()) is not None:
+            if call.uses_cache and layer in call.layers:
+                raise NotRefreshable(
+                    f"layer {layer} runs more than once in each pass of the model, and {type(call.cache).__name__} "
+                    "holds keys and values of one run: use a cache of transformers for models that repeat layers"
+                )
             call.layers.add(layer)
 
     def end(self, owner: Any, is_complete: bool) -> None:

@@ -8,6 +8,8 @@ import torch
 
 import refreshkv
 from refreshkv import RefreshCache, RefreshConfig, Simulation, Trace
+from refreshkv.cache.keyword import as_keyword
+from refreshkv.errors import NotRefreshable
 from tests.helpers.models import FAMILIES, random_ids, tiny_enabled, tiny_model
 
 CONFIG = RefreshConfig(budget=6, stride=4)
@@ -150,6 +152,17 @@ def test_layers_that_take_no_part_are_refused(way):
     with pytest.raises(RuntimeError, match=r"layers \[1\] of LlamaForCausalLM took no part in") as caught:
         model(ids, **settings[way])
     assert "\n" not in str(caught.value) and not running(model)
+
+
+def test_layers_that_run_twice_are_refused_with_a_cache():
+    """As in Dory of transformers 5.24: the second run would decode from the keys and values of the first."""
+    model, ids = tiny_enabled(layers=3), random_ids(2, 30)
+    once = model.model.layers[1].forward
+    model.model.layers[1].forward = lambda hidden_states, **kwargs: once(once(hidden_states, **kwargs), **kwargs)
+    with pytest.raises(NotRefreshable, match="^layer 1 runs more than once in each pass of the model") as caught:
+        model(ids, **as_keyword(RefreshCache(model.config, 200)))
+    assert "\n" not in str(caught.value) and not running(model)
+    assert model(ids, use_cache=False).logits.isfinite().all()
 
 
 def test_a_cache_that_checkpointing_takes_away_is_refused():
