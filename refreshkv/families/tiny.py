@@ -39,7 +39,7 @@ def _named(names: str, value: Any) -> dict[str, Any]:
 
 SIZES: dict[str, Any] = {
     **_named("hidden_size d_model n_embd dim embed_dim word_embed_dim embedding_size emb_dim out_hidden_size", 32),
-    **_named("vocab_size vocab_size_per_layer_input text_vocab_size", VOCABULARY),
+    **_named("vocab_size vocab_size_per_layer_input text_vocab_size unpadded_vocab_size", VOCABULARY),
     **_named("intermediate_size ffn_dim n_inner ffn_hidden_size mlp_dim d_ff decoder_ffn_dim encoder_ffn_dim", 48),
     **_named("num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads", 4),
     **_named("num_key_value_heads num_kv_heads swa_num_key_value_heads num_global_key_value_heads", 2),
