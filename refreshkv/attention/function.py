@@ -80,8 +80,9 @@ def refresh_attention(
     dense = DenseAttention(module, left_padding, factor, dropout, sliding_window, prompt_attention, kwargs, terms)
     if sliding_window is not None or (simulation is None and refresh_cache is None):
         return dense(query, key, value), None
-    _begin_layer(module, query, dropout, left_padding, kwargs)
+    _validate(query, dropout, left_padding, kwargs)
     if simulation is not None:
+        module.refreshkv_calls.note(module.layer_idx)
         if simulation.config.rectify:
             _validate_streams(simulation, average_heads, rotation)
             return simulate_streams(dense, query, key, value, simulation, trace), None
@@ -90,6 +91,7 @@ def refresh_attention(
     layer: Any = refresh_cache.layers[module.layer_idx]
     if not torch.compiler.is_compiling():
         layer.validate_attention(query, key, value)
+    module.refreshkv_calls.note(module.layer_idx)
     changes = _changes_of(layer, terms, module, query, rotation)
     if layer.is_decoding:
         return layer.step(query, key, value, factor, **changes), None
@@ -107,14 +109,6 @@ def _validate_module(module: Any, kwargs: dict[str, Any]) -> None:
     causal = (kwargs.get("is_causal"), getattr(module, "is_causal", None), getattr(module.config, "is_causal", None))
     if any(value is False for value in causal):
         raise ValueError("the refresh attention is causal: is_causal=False is not supported")
-
-
-def _begin_layer(
-    module: Any, query: Tensor, dropout: float, left_padding: Tensor | None, kwargs: dict[str, Any]
-) -> None:
-    """Refuses arguments that simulations and caches do not support, and notes that the layer takes part in the call."""
-    _validate(query, dropout, left_padding, kwargs)
-    module.refreshkv_calls.note(module.layer_idx)
 
 
 def _changes_of(
