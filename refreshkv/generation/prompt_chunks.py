@@ -30,7 +30,7 @@ def announce_chunks(model: PreTrainedModel) -> None:
 def _prepare_inputs(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Tells the cache if the tokens are a chunk of a prompt, then calls the model's own method."""
     cache = given_cache(kwargs)
-    # transformers (5.17 to 5.23) passes `next_sequence_length` except for a chunk of a prompt. Releases that pass
+    # transformers (5.17 to 5.24) passes `next_sequence_length` except for a chunk of a prompt. Releases that pass
     # `is_first_iteration` set it for a chunk.
     is_chunk = "next_sequence_length" not in kwargs and kwargs.get("is_first_iteration", True)
     if is_chunk and isinstance(cache, PreallocatedCache):
