@@ -88,15 +88,7 @@ def refresh_attention(
             return simulate_streams(dense, query, key, value, simulation, trace), None
         return _simulate(dense, query, key, value, simulation, trace, average_heads, rotation), None
     assert refresh_cache is not None
-    layer: Any = refresh_cache.layers[module.layer_idx]
-    if not torch.compiler.is_compiling():
-        layer.validate_attention(query, key, value)
-    module.refreshkv_calls.note(module.layer_idx)
-    changes = _changes_of(layer, terms, module, query, rotation)
-    if layer.is_decoding:
-        return layer.step(query, key, value, factor, **changes), None
-    block: Any = _prompt_block  # torch.compiler.disable hides its signature
-    return block(dense, query, key, value, layer, changes), None
+    return _through_cache(dense, query, key, value, refresh_cache, rotation), None
 
 
 def _validate_module(module: Any, kwargs: dict[str, Any]) -> None:
@@ -180,6 +172,27 @@ def _prompt(dense: DenseAttention, query: Tensor, key: Tensor, value: Tensor, si
     if simulation.chunks is None:
         return dense(query, key, value)
     return chunked_prompt(dense, query, key, value, simulation)
+
+
+def _through_cache(
+    dense: DenseAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: PreallocatedCache,
+    rotation: Rotation | None,
+) -> Tensor:
+    """Attention of a prompt's block or of a decoding step: query (B, H, T, D) -> (B, T, H, D)."""
+    module: Any = dense.module
+    layer: Any = cache.layers[module.layer_idx]
+    if not torch.compiler.is_compiling():
+        layer.validate_attention(query, key, value)
+    module.refreshkv_calls.note(module.layer_idx)
+    changes = _changes_of(layer, dense.terms, module, query, rotation)
+    if layer.is_decoding:
+        return layer.step(query, key, value, dense.scaling, **changes)
+    block: Any = _prompt_block  # torch.compiler.disable hides its signature
+    return block(dense, query, key, value, layer, changes)
 
 
 @torch.compiler.disable
