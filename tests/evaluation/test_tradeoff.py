@@ -173,12 +173,13 @@ def test_bad_grids_are_refused_by_name(selections, part, message):
         Grid(selections, [values]).build_strategies()
 
 
-@pytest.mark.parametrize("name", ["selections", "recommend"])
-def test_our_own_grids_load(name):
+@pytest.mark.parametrize(
+    ("name", "budget", "recent"), [("selections", 1024, 192), ("recommend", 0.125, 192), ("pooling", 256, 48)]
+)
+def test_our_own_grids_load(name, budget, recent):
     built = load_settings(Grid, find_config(name, ("grids",))).build_strategies()
     assert built[0].is_full and len(built) > 20
-    recommended = RefreshConfig.recommended(budget=1024 if name == "selections" else 0.125)
-    assert recommended in [item.config for item in built]
+    assert RefreshConfig.recommended(budget=budget, recent_window=recent) in [item.config for item in built]
 
 
 def test_the_comparison_of_selections_is_whole():
