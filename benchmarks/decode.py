@@ -389,9 +389,7 @@ class RoundTimes:
         def timed(*args: Any, **kwargs: Any) -> Any:
             begun = time.perf_counter()
             result = work(*args, **kwargs)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.times.setdefault(f"{name}, ms", []).append((time.perf_counter() - begun) * 1e3)
+            self.times.setdefault(f"{name}, ms", []).append((synchronized_time() - begun) * 1e3)
             return result
 
         return timed

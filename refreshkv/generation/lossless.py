@@ -216,7 +216,7 @@ class _Passes:
         return min((size for kind, size in self.graphs.captured() if count <= size <= most), default=count)
 
     def _block_on_device(self, lengths: RowLengths, tokens: Tensor, positions: Tensor) -> Tensor:
-        """The same, where the host knows no lengths."""
+        """The logits of the block, whose columns and padding are on the device: the host does not wait for them."""
         self.cache.verify(lengths.columns(tokens.shape[1]))
         return self._block(tokens, positions, lengths.padding_now)
 
