@@ -26,7 +26,7 @@ def _rank(
     BEFORE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr,
 ):  # fmt: skip
     """Ranks one share of the positions of one batch row and key/value head, (B, Hkv, L) int32, and counts the positions
-    of each bin, (B, Hkv, BINS) int32. The scores before pooling, (B, Hkv, L) float32, stay in memory."""
+    of each bin, (B, Hkv, BINS) int32. Pooling reads the scores, (B, Hkv, L) float32, from memory."""
     part, pair = tl.program_id(0), tl.program_id(1)
     batch = (pair // kv_heads).to(tl.int64)
     position = tl.load(selecting_ptr + batch)
@@ -56,36 +56,47 @@ def _rank(
         MARGIN: tl.constexpr = (BEFORE + 15) // 16 * 16
         scored = tl.maximum(begin - MARGIN, 0)
         scored_end = tl.where(begin < end, tl.minimum(end + AHEAD, position + 1), scored)
-        for start in range(scored, scored_end, BLOCK):
-            token = start + tl.arange(0, BLOCK)
-            score = tl.zeros([BLOCK], tl.float32)
-            for observer in tl.static_range(OBSERVERS):
-                best = tl.full([BLOCK], -float("inf"), tl.float32)
-                for member in tl.static_range(G):
-                    shift = tl.sum(tl.where(row == observer * G + member, lse, 0.0), 0)
-                    logits = logits_row + (observer * G + member) * room
-                    # [BLOCK]
-                    best = tl.maximum(best, tl.load(logits + token) - shift)
-                score += tl.exp2(best)
-            if OBSERVERS > 1:
-                score = tl.div_rn(score, tl.zeros([BLOCK], tl.float32) + present)
-            exists = (token >= padding) & (token < scored_end)
-            tl.store(scores + token, score, mask=exists)
-        tl.debug_barrier()  # windows read what other threads wrote
+        if POOL > 1:
+            for start in range(scored, scored_end, BLOCK):
+                token = start + tl.arange(0, BLOCK)
+                score = _scores(logits_row, token, lse, row, present, room, G, OBSERVERS, BLOCK)
+                tl.store(scores + token, score, mask=(token >= padding) & (token < scored_end))
+            tl.debug_barrier()  # windows read what other threads wrote
         top = top_bin(reach, tl.load(row_ptr + batch * ROW_COLUMNS + BUDGET).to(tl.int32), BIN_BITS)
         counts = tl.zeros([BINS], tl.int32)
         for start in range(begin, end, BLOCK):
             token = start + tl.arange(0, BLOCK)
             exists = (token >= padding) & (token < end)
-            best = tl.zeros([BLOCK], tl.float32)
-            for away in tl.static_range(-BEFORE, POOL - BEFORE):
-                near = token + away
-                near_exists = (near >= padding) & (near < scored_end)
-                # [BLOCK]
-                best = tl.maximum(best, tl.load(scores + near, mask=near_exists, other=0.0))
+            if POOL > 1:
+                best = tl.zeros([BLOCK], tl.float32)
+                for away in tl.static_range(-BEFORE, POOL - BEFORE):
+                    near = token + away
+                    near_exists = (near >= padding) & (near < scored_end)
+                    # [BLOCK]
+                    best = tl.maximum(best, tl.load(scores + near, mask=near_exists, other=0.0))
+            else:
+                best = _scores(logits_row, token, lse, row, present, room, G, OBSERVERS, BLOCK)
             preferred = (token > position - recent) | (token - padding < sinks)
             ranking = best.to(tl.int32, bitcast=True) + tl.where(preferred, PREFERRED, 0)
             ranking = tl.where(token == position, FIRST, ranking)
             tl.store(rankings + token, ranking, mask=exists)
             counts += tl.histogram(bin_of(ranking, top, BINS, FINE, BIN_BITS), BINS, mask=exists)
         tl.atomic_add(histogram_ptr + pair * BINS + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
+
+
+@triton.jit
+def _scores(logits_row, token, lse, row, present, room, G: tl.constexpr, OBSERVERS: tl.constexpr, BLOCK: tl.constexpr):
+    """The scores [BLOCK] of some positions before pooling: the group's highest probability, the mean over the observing
+    queries, of which so many are `present`. lse: that of each row of logits, whose number is in `row` [MP]."""
+    score = tl.zeros([BLOCK], tl.float32)
+    for observer in tl.static_range(OBSERVERS):
+        best = tl.full([BLOCK], -float("inf"), tl.float32)
+        for member in tl.static_range(G):
+            shift = tl.sum(tl.where(row == observer * G + member, lse, 0.0), 0)
+            logits = logits_row + (observer * G + member) * room
+            # [BLOCK]
+            best = tl.maximum(best, tl.load(logits + token) - shift)
+        score += tl.exp2(best)
+    if OBSERVERS > 1:
+        score = tl.div_rn(score, tl.zeros([BLOCK], tl.float32) + present)
+    return score
