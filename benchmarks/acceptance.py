@@ -3,9 +3,9 @@
     python benchmarks/acceptance.py --model DIR_OR_HUB_ID --data ROWS [--data ROWS] [--rows 16] [--new 256] [--sample]
 
 The first tokens of each sequence are a prompt. The model generates --new tokens after it by decode_lossless, greedily
-or drawn at temperature 1. Drafts come from RefreshConfig.recommended(). For each text the table has the share of the
-judged drafts that full attention accepted, and the new tokens of a round. --output DIR writes acceptance.json, after
-each batch.
+or drawn at temperature 1. Drafts come from RefreshConfig.recommended(select_stride=2). For each text the table has the
+share of the judged drafts that full attention accepted, and the new tokens of a round. --output DIR writes
+acceptance.json, after each batch.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from refreshkv.tables import column_table
 
 def main() -> None:
     args = read_arguments()
-    refresh = RefreshConfig.recommended(budget=args.budget, recent_window=args.recent)
+    refresh = RefreshConfig.recommended(budget=args.budget, select_stride=args.select_stride)
     folder, dtype = model_folder(args.model, "--model"), getattr(torch, args.dtype)
     model = load_model(folder, "--model", dtype=dtype).to(args.device).eval()  # pyright: ignore[reportArgumentType]  # transformers' wrapper of it hides `self`
     enable(model, refresh)
@@ -96,7 +96,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=7680, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=256, help="tokens that are written after it")
     parser.add_argument("--budget", type=int, default=1024, help="tokens of the small cache")
-    parser.add_argument("--recent", type=int, default=192, help="the last tokens, which are always kept")
+    parser.add_argument("--select-stride", type=int, default=2, help="tokens that a selection serves")
     parser.add_argument("--sample", action="store_true", help="draw tokens at temperature 1 instead of the likeliest")
     parser.add_argument("--draft-length", type=int, help="drafts of a round (default: by the acceptance so far)")
     parser.add_argument("--seed", type=int, default=0)

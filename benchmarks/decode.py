@@ -118,6 +118,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=0.125, help="a fraction of the context, or whole tokens if > 1")
     parser.add_argument("--acceptance", type=float, default=0.95, help="of drafts (default: %(default)s)")
     parser.add_argument("--observation-window", type=int, default=1)
+    parser.add_argument("--pool-kernel", type=int, default=RefreshConfig.pool_kernel)
+    parser.add_argument("--recommended", action="store_true", help="select as the recommended settings do")
     parser.add_argument("--cycles", type=int, default=5, help="strides that are timed, after two to warm up")
     parser.add_argument("--terms", action="store_true", help="with attention sinks and with a softcap as well")
     parser.add_argument("--pieces", action="store_true", help="time the launches of a step one by one as well")
@@ -161,8 +163,8 @@ def _add_keyword(keyword: dict[str, Any], module: torch.nn.Module, args: tuple, 
 
 
 def refresh_config(args: argparse.Namespace, threshold: float | None = None) -> RefreshConfig:
-    window = args.observation_window
-    return RefreshConfig(budget=args.budget, stride=args.stride, threshold=threshold, observation_window=window)
+    selection = {"observation_window": args.observation_window, "pool_kernel": args.pool_kernel}
+    return RefreshConfig(budget=args.budget, stride=args.stride, threshold=threshold, **selection)
 
 
 def selecting_config(strategy: str, args: argparse.Namespace) -> RefreshConfig | None:
@@ -171,7 +173,8 @@ def selecting_config(strategy: str, args: argparse.Namespace) -> RefreshConfig |
     if found is None:
         return None
     stride, bits = int(found["stride"]), int(found["bits"])
-    return replace(refresh_config(args), stride=NEVER, select_stride=stride, score_bits=cast(Any, bits))
+    config = RefreshConfig.recommended(budget=args.budget) if args.recommended else refresh_config(args)
+    return replace(config, stride=NEVER, select_stride=stride, score_bits=cast(Any, bits))
 
 
 def is_ours(strategy: str) -> bool:

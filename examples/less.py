@@ -192,7 +192,7 @@ for name, rows in tests.items():
 model = refreshkv.enable(model, RefreshConfig())
 for name, rows in tests.items():
     for budget in options.budget:
-        selection = RefreshConfig.recommended(budget=budget, recent_window=min(192, budget // 5))
+        selection = RefreshConfig.recommended(budget=budget)
         recommended[name, budget] = losses(rows, simulation=Simulation(rows.shape[1] - options.scored, selection))
 
 print(f"\nperplexity of the last {options.scored} of {train.shape[1]} tokens as a ratio to full attention's")

@@ -20,12 +20,10 @@ NEVER = 2**31 - 1
 `never` in YAML and in config.json."""
 RECOMMENDED: dict[str, Any] = {
     "stride": "never",
-    "select_stride": 2,
+    "select_stride": 1,
     "score_bits": 4,
     "pool_ahead": True,
-    "pool_kernel": 10,
-    "observation_window": 4,
-    "recent_window": 192,
+    "pool_kernel": None,
 }
 """What `RefreshConfig.recommended` changes in the paper's settings. docs/results.md says how it was chosen."""
 PRESETS = {"paper": {}, "recommended": RECOMMENDED}
@@ -48,8 +46,9 @@ class RefreshConfig:
     threshold: float | None = None
     """Similarity schedule: a decision step is full if the cosine between the layer's mean query now and at its last
     full step is at most this. None: fixed schedule."""
-    pool_kernel: int = 7
-    """Width of the max-pooling over neighbouring positions' scores (>= 1; odd, unless `pool_ahead`)."""
+    pool_kernel: int | None = 7
+    """Width of the max-pooling over neighbouring positions' scores (>= 1; odd, unless `pool_ahead`). None, with
+    `pool_ahead`: the number of steps that a selection serves, `select_stride` or else `stride`."""
     observation_window: int = 1
     """Number of last queries whose scores are averaged for the selection (>= 1)."""
     recent_window: int = 0
@@ -73,15 +72,16 @@ class RefreshConfig:
             object.__setattr__(self, name, value)
         _validate_budget(self.budget)
         validate_whole("stride", self.stride, 1)
-        validate_whole("pool_kernel", self.pool_kernel, 1)
+        if self.pool_kernel is not None:
+            validate_whole("pool_kernel", self.pool_kernel, 1)
         validate_whole("observation_window", self.observation_window, 1)
         validate_whole("recent_window", self.recent_window, 0)
         validate_whole("sink_tokens", self.sink_tokens, 0)
         self._validate_selecting()
-        if self.pool_kernel % 2 == 0 and not self.pool_ahead:
+        if not self.pool_ahead and (self.pool_kernel is None or self.pool_kernel % 2 == 0):
             raise SettingsError(
                 f"pool_kernel must be odd so that it is centred, got {self.pool_kernel}; with pool_ahead=True it may "
-                "be even"
+                "be even, or null"
             )
         if not (self.threshold is None or _is_finite(self.threshold)):
             raise SettingsError(f"threshold must be a cosine or null for the fixed schedule, got {self.threshold!r}")
@@ -110,9 +110,9 @@ class RefreshConfig:
     def recommended(cls, **changes: Any) -> "RefreshConfig":
         """The settings that lose least for the bytes they read, by measurements on a real model (docs/results.md).
 
-        A selecting step at every second token, by keys of 4 bits, and no full steps. `changes` are further settings,
-        such as `budget=1024`. Measured with K = 1024: the last 192 tokens are always kept, so smaller budgets want a
-        smaller `recent_window`, such as K / 5. The defaults of the class stay the paper's.
+        Every token selects its K keys by its own query and keys of 4 bits; there are no full steps. `changes` are
+        further settings, such as `budget=1024`. With `select_stride=2` a selection serves two tokens, which takes less
+        time and loses more. The defaults of the class stay the paper's.
         """
         return cls(**{**RECOMMENDED, **changes})
 
@@ -141,10 +141,18 @@ class RefreshConfig:
         """The budget K of a batch row without padding: `budgets` for one length, without a tensor."""
         return math.ceil(self.budget * prompt_length) if isinstance(self.budget, float) else self.budget
 
+    @property
+    def pool_width(self) -> int:
+        """Positions of a pooling window: `pool_kernel`, or the steps that a selection serves."""
+        if self.pool_kernel is not None:
+            return self.pool_kernel
+        served = self.select_stride or self.stride
+        return 1 if served == NEVER else served
+
     def selection_options(self) -> SelectionOptions:
         """The settings of the selection, as the operations take them."""
         windows = (self.observation_window, self.recent_window, self.sink_tokens)
-        return SelectionOptions(self.pool_kernel, *windows, self.pool_ahead)
+        return SelectionOptions(self.pool_width, *windows, self.pool_ahead)
 
     def step_options(self) -> StepOptions:
         """The settings of a decoding step, as the operations take them."""

@@ -118,11 +118,11 @@ def test_the_recommended_settings():
         "budget": 0.125,
         "stride": "never",
         "threshold": None,
-        "pool_kernel": 10,
-        "observation_window": 4,
-        "recent_window": 192,
+        "pool_kernel": None,
+        "observation_window": 1,
+        "recent_window": 0,
         "sink_tokens": 0,
-        "select_stride": 2,
+        "select_stride": 1,
         "score_bits": 4,
         "pool_ahead": True,
         "rectify": False,
@@ -132,6 +132,19 @@ def test_the_recommended_settings():
     assert RefreshConfig.from_dict("recommended") == RefreshConfig.from_dict({"preset": "recommended"}) == config
     assert RefreshConfig.from_dict("paper") == RefreshConfig()
     assert RefreshConfig.from_dict(config.to_dict()) == config
+
+
+def test_pooling_over_the_steps_that_a_selection_serves():
+    """pool_kernel=None: `select_stride`, or else `stride`; one step of a selection that is never renewed."""
+
+    def width(**settings):
+        return RefreshConfig(pool_ahead=True, pool_kernel=None, **settings).selection_options().pool_kernel
+
+    assert (width(), width(stride=7), width(stride=NEVER)) == (10, 7, 1)
+    assert [width(stride=NEVER, select_stride=stride) for stride in (1, 2, 5)] == [1, 2, 5]
+    assert width(stride=10, select_stride=3) == 3
+    assert RefreshConfig.recommended(select_stride=2).selection_options().pool_kernel == 2
+    assert "pool_kernel must be odd" in refusal(RefreshConfig, pool_kernel=None)
 
 
 def test_presets_in_files_and_on_command_lines(tmp_path):

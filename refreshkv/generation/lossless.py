@@ -85,10 +85,10 @@ def decode_lossless(
     """Greedy search or sampling, given as `custom_generate` to `generate()`, which calls it.
 
     Greedy tokens equal those of full attention, up to rounding that depends on how many tokens are computed at a time;
-    samples have full attention's distribution (speculative sampling). Needs a `RefreshCache`, best
-    with `RefreshConfig.recommended(...)`. Logits processors and stopping criteria see each row by itself and must
-    depend on their arguments alone. Afterwards the cache holds full attention's keys and values of the tokens up to the
-    end of the shortest row, without the last ones; the next call computes the rest.
+    samples have full attention's distribution (speculative sampling). Needs a `RefreshCache`, best with
+    `RefreshConfig.recommended(select_stride=2)`. Logits processors and stopping criteria see each row by itself and
+    must depend on their arguments alone. Afterwards the cache holds full attention's keys and values of the tokens up
+    to the end of the shortest row, without the last ones; the next call computes the rest.
 
     Args:
         draft_length: drafts of each round; None: chosen by the acceptance so far.

@@ -59,6 +59,8 @@ SELECTING = [
     (17, RefreshConfig(budget=2, select_stride=7, score_bits=16, stride=NEVER)),
     (1, RefreshConfig(budget=0.9, select_stride=2, score_bits=8, stride=5)),
     (9, RefreshConfig(budget=6, select_stride=2, score_bits=4, stride=7)),
+    (17, RefreshConfig.recommended(budget=6)),
+    (17, RefreshConfig.recommended(budget=6, select_stride=3, stride=7)),
     (
         20,
         RefreshConfig(

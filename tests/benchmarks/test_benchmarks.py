@@ -16,6 +16,9 @@ from tests.helpers.models import tiny_enabled, tiny_model
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SHAPE = "--layers 2 --hidden 128 --intermediate 256 --heads 4 --kv-heads 2 --vocabulary 512".split()
 
+SELECTION = {"budget": 0.25, "stride": 3, "observation_window": 2, "pool_kernel": 7, "recommended": False}
+"""Arguments of benchmarks/decode.py."""
+
 
 @pytest.fixture
 def script(monkeypatch):
@@ -45,7 +48,7 @@ def script(monkeypatch):
 @pytest.mark.parametrize("context", [96, 40])
 def test_a_filled_cache_decodes(script, strategy, context):
     model = tiny_enabled()
-    args = argparse.Namespace(budget=0.25, stride=3, observation_window=2)
+    args = argparse.Namespace(**SELECTION)
     model.set_attn_implementation("refreshkv" if script.is_ours(strategy) else "sdpa")
     cache = script.make_cache(model, strategy, context + 9, context // 4, args)
     length = script.fill(cache, model, 2, context, context // 4)
@@ -84,7 +87,7 @@ def test_strategies_without_terms_are_not_timed_with_them(script, strategy, monk
 
 
 def test_lossless_decoding_is_timed_at_the_acceptance_that_is_asked_for(script):
-    model, args = tiny_enabled(), argparse.Namespace(budget=0.25, stride=3, observation_window=2)
+    model, args = tiny_enabled(), argparse.Namespace(**SELECTION)
     cache = script.make_cache(model, "lossless:2:4bit", 300, 24, args)
     length = script.fill(cache, model, 2, 96, 24)
     ids, seconds, counts = script.run_lossless(model, cache, 2, length, 60, 0.8)
@@ -121,9 +124,7 @@ def test_the_acceptance_of_a_model_on_its_texts(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import acceptance
 
-    options = (
-        "--split validation --rows 3 --batch-size 2 --prompt 30 --new 12 --budget 28 --recent 2 --dtype float32".split()
-    )
+    options = "--split validation --rows 3 --batch-size 2 --prompt 30 --new 12 --budget 28 --dtype float32".split()
     folders = ["--model", str(tmp_path / "model"), "--data", str(rows), "--output", str(tmp_path)]
     for drawn in ([], ["--sample"]):
         monkeypatch.setattr(sys, "argv", ["acceptance.py", *options, *folders, *drawn])

@@ -174,12 +174,11 @@ def test_bad_grids_are_refused_by_name(selections, part, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "budget", "recent"), [("selections", 1024, 192), ("recommend", 0.125, 192), ("pooling", 256, 48)]
+    ("name", "budget"), [("selections", 1024), ("recommend", 0.125), ("tasks", 0.125), ("generation", 256)]
 )
-def test_our_own_grids_load(name, budget, recent):
+def test_our_own_grids_have_the_recommended_settings(name, budget):
     built = load_settings(Grid, find_config(name, ("grids",))).build_strategies()
-    assert built[0].is_full and len(built) > 20
-    assert RefreshConfig.recommended(budget=budget, recent_window=recent) in [item.config for item in built]
+    assert built[0].is_full and RefreshConfig.recommended(budget=budget) in [item.config for item in built]
 
 
 def test_the_comparison_of_selections_is_whole():
@@ -188,18 +187,21 @@ def test_the_comparison_of_selections_is_whole():
     configs = [item.config for item in built]
     names = {item.name for item in built}
 
-    def recommended(**changes):
-        return RefreshConfig.recommended(**{"budget": 1024, **changes})
+    def ahead(select_stride=2, score_bits=4, **changes):
+        own = {"pool_kernel": 10, "observation_window": 4, "recent_window": 192, "budget": 1024, **changes}
+        return RefreshConfig.recommended(select_stride=select_stride, score_bits=score_bits, **own)
 
     for stride in (1, 2, 3, 5, 10):
-        assert all(recommended(select_stride=stride, score_bits=bits) in configs for bits in (16, 8, 4))
-    assert all(recommended(observation_window=observers) in configs for observers in (1, 2, 4, 8, 16))
+        assert all(ahead(stride, bits) in configs for bits in (16, 8, 4))
+        assert RefreshConfig.recommended(budget=1024, select_stride=stride) in configs
+    assert all(ahead(observation_window=observers) in configs for observers in (1, 2, 4, 8, 16))
     for pool in ({}, {"pool_ahead": True, "pool_kernel": 10}):
         assert RefreshConfig(budget=1024, stride=10, **pool) in configs
     thresholds = {config.threshold for config in configs if config} - {None}
     assert len(thresholds) >= 4 and {0.5, 0.85, 0.95} <= thresholds
     for budget in (256, 512, 1024, 2048):
-        assert RefreshConfig(budget=budget, stride=10) in configs and recommended(budget=budget) in configs
+        assert RefreshConfig(budget=budget, stride=10) in configs and ahead(budget=budget) in configs
+        assert all(RefreshConfig.recommended(budget=budget, select_stride=stride) in configs for stride in (1, 2))
         evicting = {name for name in names if name.endswith(f", K={budget}") and ":" not in name}
         assert len(evicting) == 4, "StreamingLLM, H2O, SnapKV as in the paper and as its authors have it"
 
@@ -216,13 +218,18 @@ def test_budgets_of_equal_bytes_read_what_the_papers_selection_reads():
         assert theirs - 0.002 < with_scales <= theirs
 
 
-def test_small_budgets_of_our_grid_have_a_small_recent_window():
+def test_the_grid_of_small_budgets():
+    """The recommended settings by the width that pool_kernel=None stands for; small budgets keep few recent tokens."""
     built = {
         item.name: item.config for item in load_settings(Grid, find_config("budgets", ("grids",))).build_strategies()
     }
-    assert built["ahead: select S=2 4 bits, K=1024"] == RefreshConfig.recommended(budget=1024)
-    small = RefreshConfig.recommended(budget=256, recent_window=48)
-    assert built["ahead, 48 recent: select S=2 4 bits, K=256"] == small
+    recommended = RefreshConfig.recommended(budget=256)
+    own = built["own query: select S=1 4 bits, K=256"]
+    assert own.step_options()._replace(selection=own.selection_options()._replace(pool_ahead=True)) == (
+        recommended.step_options()
+    )
+    assert (own.stride, own.score_bits) == (recommended.stride, recommended.score_bits)
+    assert built["ahead, 48 recent: select S=2 4 bits, K=256"].recent_window == 48
     assert built["paper: refresh S=10, K=256"] == RefreshConfig(budget=256)
 
 

@@ -96,7 +96,7 @@ def test_greedy_tokens_of_many_long_texts():
     plain, model = tiny_model(**settings), tiny_enabled(**settings)
     for batch in range(8):
         ids, mask = left_padded(random_ids(8, 40, seed=batch), PADDINGS if batch % 2 else [0] * 8)
-        cache = RefreshCache(model.config, 600, RefreshConfig.recommended(budget=24, recent_window=5))
+        cache = RefreshCache(model.config, 600, RefreshConfig.recommended(budget=24, select_stride=2))
         own = {"attention_mask": mask, "do_sample": False, "eos_token_id": None, "max_new_tokens": 512}
         found = model.generate(ids, past_key_values=cache, custom_generate=decode_lossless, **own)
         assert torch.equal(found, plain.generate(ids, pad_token_id=0, **own))

@@ -625,9 +625,9 @@ def draw_one_of_each_kind():
         ("plain-share", {"small/mixed25-2"}, "small/none/paper/perplexity", []),
         (
             "smollm2",
-            {"smollm2/none", "smollm2/plain-0"},
-            "smollm2/recommended/0/ahead/tradeoff",
-            [f"smollm2/{arm}-0" for arm in ("whole-paper", "distilled", "strides", "every-token", "fixed")],
+            {"smollm2/none", "smollm2/plain-0", "every-second/every-second-lora-0"},
+            "smollm2/recommended/2/own/tradeoff",
+            [f"smollm2/{arm}-0" for arm in ("whole-paper", "distilled", "fixed", "no-plain", "strides")],
         ),
     ],
 )
