@@ -7,10 +7,11 @@ import pytest
 
 from refreshkv.config import RefreshConfig
 from refreshkv.data.tasks.rows import training_tasks
-from refreshkv.settings import load_settings
+from refreshkv.settings import load_settings, settings_from_dict
 from refreshkv.simulation.draw import draw_simulation
-from refreshkv.train.config import RunConfig
+from refreshkv.train.config import RunConfig, SimulationConfig
 from refreshkv.train.deepspeed_json import read_deepspeed_json, zero_stage
+from refreshkv.train.experiment.config import ExperimentConfig
 from refreshkv.train.validation import setting_warnings, validate_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,10 +75,11 @@ def test_recipes_of_ours_differ_in_the_pattern_and_the_selection_alone(name):
     paper, ours = (load_settings(RunConfig, ROOT / "configs" / f"{name}-8k{kind}.yaml") for kind in ("", "-whole"))
     assert ours.data == paper.data and ours.model == paper.model
     assert {**vars(ours.training), "output": None} == {**vars(paper.training), "output": None}
-    windows = {"observation_window": 4, "recent_window": 192, "pool_kernel": 31}
-    assert ours.refresh == RefreshConfig(budget=2048, stride=10, **windows)
-    assert ours.simulation.pattern == "whole" and ours.simulation.strides == [5, 10, 15, 25, 50]
+    assert ours.refresh == RefreshConfig.recommended(budget=1024)
+    experiment = load_settings(ExperimentConfig, ROOT / "configs/experiments/smollm2.yaml")
+    measured = experiment.run_settings("smollm2", "recommended", 0, "models/smollm2-135m", "runs")
+    assert ours.simulation == settings_from_dict(SimulationConfig, measured["simulation"])
     drawn = [draw_simulation(ours.simulation, ours.refresh, 8192, 0, step) for step in range(500)]
     assert 95 < sum(simulation is None for simulation in drawn) < 155 and ours.simulation.plain_share == 0.25
     drawn = [simulation.prompt_length for simulation in drawn if simulation is not None]
-    assert min(drawn) < 2300 and max(drawn) > 7900 and 4900 < sum(drawn) / len(drawn) < 5300
+    assert 2048 <= min(drawn) < 2300 and max(drawn) > 7900 and 4900 < sum(drawn) / len(drawn) < 5300
