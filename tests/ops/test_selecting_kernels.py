@@ -68,6 +68,7 @@ def test_search_equals_resolving(monkeypatch, windows):
     monkeypatch.setattr(threshold, "FEWEST_CANDIDATES", 16)
     monkeypatch.setattr(threshold, "MOST_CANDIDATES", 16)
     monkeypatch.setattr(shares, "RANKED", 64)
+    monkeypatch.setattr(shares, "COLLECTED", 64)
     config = RefreshConfig(budget=60, stride=NEVER, select_stride=1, score_bits=4, **windows)
     compare((300, 2, 2, 2, 16, 33, config))
 

@@ -57,7 +57,9 @@ def rank(
     """
     batch, kv_heads, rows, room = scratch.logits.shape
     splits, group = scratch.highest.shape[3], rows // options.observation_window
-    parts = shares.parts_of(batch * kv_heads, room - shares.RANKED, options.pool_kernel)
+    parts = shares.parts_of(
+        batch * kv_heads, room - shares.COLLECTED, options.pool_kernel, shares.RANKED, shares.RANK_PROGRAMS
+    )
     ranking._rank[parts, batch * kv_heads](
         scratch.logits, scratch.highest, scratch.total, state.row_state, scratch.selecting, scratch.scores,
         scratch.rankings, scratch.histogram, kv_heads, room, splits, options.recent_window, options.sink_tokens,
@@ -80,10 +82,11 @@ def find_threshold(
     """
     batch, kv_heads, room = scratch.rankings.shape
     candidates, group = scratch.candidates.shape[3], scratch.logits.shape[2] // options.observation_window
-    threshold._find_threshold[shares.parts_of(batch * kv_heads, room - shares.RANKED, 1), batch * kv_heads](
+    parts = shares.parts_of(batch * kv_heads, room - shares.COLLECTED, 1, shares.COLLECTED, shares.THRESHOLD_PROGRAMS)
+    threshold._find_threshold[parts, batch * kv_heads](
         state.row_state, scratch.selecting, scratch.rankings, scratch.histogram, scratch.counters, scratch.candidates,
         scratch.choices, kv_heads, room, float(group * options.pool_kernel),
-        BINS=bins.BINS, FINE=bins.FINE, BIN_BITS=bins.BIN_BITS, CANDIDATES=candidates, BLOCK=shares.RANKED,
+        BINS=bins.BINS, FINE=bins.FINE, BIN_BITS=bins.BIN_BITS, CANDIDATES=candidates, BLOCK=shares.COLLECTED,
         SEARCHED=threshold.SEARCHED, num_warps=warps or threshold.warps_of(candidates),
     )  # fmt: skip
 

@@ -6,13 +6,13 @@ Shapes: `L` tokens the cache has room for, `N` entries of a tile.
 import triton
 import triton.language as tl
 
-RANKED = 1024
-"""Positions that a program of `_rank` or `_find_threshold` takes at once."""
+RANKED, COLLECTED = 512, 1024
+"""Positions that a program of `_rank`, and of `_find_threshold`, takes at once; the second number is not smaller."""
 
 MOST_PARTS = 64
 """Most programs of `_rank`, and of `_find_threshold`, that share a batch row and key/value head."""
 
-CHOOSE_PROGRAMS = 528
+RANK_PROGRAMS, THRESHOLD_PROGRAMS = 1056, 528
 """Programs of `_rank`, and of `_find_threshold`, that a GPU runs at once."""
 
 RUN = 64
@@ -20,15 +20,15 @@ RUN = 64
 all programs share the stretches of a row where many positions are chosen."""
 
 
-def parts_of(pairs: int, capacity: int, pool_kernel: int) -> int:
+def parts_of(pairs: int, capacity: int, pool_kernel: int, tile: int, programs: int) -> int:
     """Programs of `_rank`, or of `_find_threshold`, for each of `pairs` batch rows and key/value heads.
 
     There are enough of them for each to take its share, and what the pooling windows reach beyond it, as one tile,
-    unless MOST_PARTS or CHOOSE_PROGRAMS limits them.
+    unless MOST_PARTS or `programs` limits them.
     """
     reach = 16 * triton.cdiv(pool_kernel, 16) + 16
-    wanted = triton.cdiv(capacity, max(RANKED - reach, 16))
-    return max(1, min(wanted, MOST_PARTS, CHOOSE_PROGRAMS // pairs))
+    wanted = triton.cdiv(capacity, max(tile - reach, 16))
+    return max(1, min(wanted, MOST_PARTS, programs // pairs))
 
 
 def list_room(capacity: int, splits: int) -> int:

@@ -93,4 +93,4 @@ class SelectingScratch(NamedTuple):
 
 def room_of(capacity: int) -> int:
     """L': the tokens of a row of logits, scores or rankings, for a cache with room for `capacity` tokens."""
-    return triton.cdiv(capacity, 16) * 16 + shares.RANKED
+    return triton.cdiv(capacity, 16) * 16 + shares.COLLECTED
