@@ -80,7 +80,7 @@ def refresh_attention(
     dense = DenseAttention(module, left_padding, factor, dropout, sliding_window, prompt_attention, kwargs, terms)
     if sliding_window is not None or (simulation is None and refresh_cache is None):
         return dense(query, key, value), None
-    _validate(query, dropout, left_padding, kwargs)
+    _validate(dropout, kwargs)
     if simulation is not None:
         module.refreshkv_calls.note(module.layer_idx)
         if simulation.config.rectify:
@@ -211,21 +211,13 @@ def _prompt_block(
     return output
 
 
-def _validate(query: Tensor, dropout: float, left_padding: Tensor | None, kwargs: dict[str, Any]) -> None:
+def _validate(dropout: float, kwargs: dict[str, Any]) -> None:
     """Refuses arguments that simulations and caches do not support."""
     if dropout:
         raise ValueError(f"attention dropout ({dropout}) is not simulated: set model.config.attention_dropout to 0")
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"models whose attention uses {name} are not supported")
-    if torch.compiler.is_compiling() and query.shape[2] > 1 and kwargs.get("position_ids") is not None:
-        consecutive = kwargs["position_ids"].diff(dim=-1) == 1
-        if left_padding is not None:
-            columns = torch.arange(consecutive.shape[-1], device=consecutive.device)
-            consecutive = consecutive | (columns < left_padding[:, None])
-        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]  # has no public name
-            consecutive.all(), "packed sequences are not supported: give each row one sequence"
-        )
 
 
 def _validate_prompt(simulation: Simulation, length: int, keys: int, left_padding: Tensor | None) -> None:

@@ -5,10 +5,14 @@ ones, and silently omits outputs that an attention does not return. So a hook ch
 tokens, mask, positions and cache must agree in length, each batch row must be one sequence, and outputs that the
 attention cannot return are refused.
 
+While torch.compile traces a pass, the values of tensors are not known. Shapes are checked then, and the compiled code
+asserts that each row is one sequence. The hook does so itself, and leaves nothing to the attention: torch may trace the
+hook and run the attention uncompiled, after a graph break at its recompile limit.
+
 Shapes: `B` batch rows, `n` tokens of the call, `L` tokens with the cached ones.
 """
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +36,14 @@ NOT_RETURNED = {
 def validate_inputs(module: Any, inputs: dict[str, Any]) -> None:
     """Refuses a call of `module` if its inputs (name -> value) disagree; notes in the cache how its rows begin.
 
-    Raises `ValueError`. In a decoding step it reads no values from a GPU, so the host does not wait.
+    Raises `ValueError`; compiled code raises `RuntimeError`. In a decoding step it reads no values from a GPU, so the
+    host does not wait. A compiled decoding step is not checked: the prompt's pass was.
     """
+    tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    has_tokens = isinstance(tokens, Tensor) and tokens.ndim >= 2
+    is_compiling = torch.compiler.is_compiling()
+    if is_compiling and has_tokens and tokens.shape[1] == 1:
+        return
     if getattr(module.config, "is_causal", True) is False:
         raise ValueError("the refresh attention is causal: config.is_causal=False is not supported")
     for name, way_out in NOT_RETURNED.items():
@@ -44,8 +54,7 @@ def validate_inputs(module: Any, inputs: dict[str, Any]) -> None:
             raise ValueError(
                 f"{name} is not supported by the refresh attention, which has no weights to show: {way_out}"
             )
-    tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
-    if not isinstance(tokens, Tensor) or tokens.ndim < 2:
+    if not has_tokens:
         return  # the model itself says what is wrong
     (rows, new), cache = tokens.shape[:2], given_cache(inputs)
     if new == 0:
@@ -56,14 +65,18 @@ def validate_inputs(module: Any, inputs: dict[str, Any]) -> None:
     _refuse_packing(inputs, rows, new)
     if isinstance(cache, PreallocatedCache) and cache.inputs_are_known:
         return  # tokens that are computed again
-    past = _past_length(cache, new)
-    if past is None:
-        return
     mask = inputs.get("attention_mask")
     mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+    past = _past_length(cache, new, mask)
+    if past is None:
+        return
     _validate_mask_shape(mask, rows, new, past)
-    hidden = _hidden(mask, past + new)
-    starts = _validate_positions(inputs.get("position_ids"), hidden, rows, new, past)
+    hidden, positions = _hidden(mask, past + new), inputs.get("position_ids")
+    if positions is not None and positions.ndim == 2:  # those of images, (3, B, n), are not checked
+        _validate_positions(positions, hidden, rows, new, past)
+    if is_compiling:
+        return
+    starts = _row_starts(positions, hidden, rows, new, past)
     if isinstance(cache, PreallocatedCache) and cache.has_own_layers:  # these change before a full layer can refuse
         validate_room(past + new, cache.capacity)
     if starts is not None and isinstance(cache, PreallocatedCache):
@@ -75,11 +88,17 @@ def without_packing(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name not in PACKING}
 
 
-def _past_length(cache: Any, new: int) -> int | None:
-    """Tokens in the cache; None if only the device knows, and the host should not wait for it."""
+def _past_length(cache: Any, new: int, mask: Any) -> int | None:
+    """Tokens in the cache; None if only the device knows, and the host should not wait for it.
+
+    In a compiled pass through a `PreallocatedCache` it is what the mask says, and 0 without one: torch would compile
+    the pass again for each length that the host counts.
+    """
     if cache is None:
         return 0
     if isinstance(cache, PreallocatedCache):
+        if torch.compiler.is_compiling():
+            return max(0, mask.shape[1] - new) if isinstance(mask, Tensor) and mask.ndim == 2 else 0
         return cache.length if new > 1 else cache.known_length
     length = cache.get_seq_length() if isinstance(cache, Cache) else None
     return length if isinstance(length, int) else None
@@ -118,43 +137,52 @@ def _refuse_packing(inputs: dict[str, Any], rows: int, new: int) -> None:
         if value is None:
             continue
         if name.startswith("max_length"):
-            is_packed = int(value) != new
+            is_whole = value == new
         elif name == "seq_idx":
-            is_packed = bool((value != value[..., :1]).any())
+            is_whole = (value == value[..., :1]).all()
         else:
-            is_packed = value.tolist() != list(range(0, rows * new + 1, new))
-        if is_packed:
-            _refuse_packed_rows(f"{name} cuts rows into several sequences")
+            starts = torch.arange(0, rows * new + 1, new, device=value.device)
+            is_whole = value.shape == starts.shape and (value == starts).all()
+        _require_whole_rows(is_whole, f"{name} cuts rows into several sequences")
 
 
-def _refuse_packed_rows(found: str) -> NoReturn:
-    raise ValueError(f"{found}: packed sequences and custom masks are not supported: give each row one sequence")
+def _require_whole_rows(is_whole: Tensor | bool, otherwise: str) -> None:
+    """Refuses packed rows, which `otherwise` describes, unless `is_whole`: at once, or in the compiled code if torch
+    traces this and the value is a tensor."""
+    message = f"{otherwise}: packed sequences and custom masks are not supported: give each row one sequence"
+    if isinstance(is_whole, Tensor) and torch.compiler.is_compiling():
+        torch._assert_async(is_whole, message)  # pyright: ignore[reportPrivateImportUsage]  # has no public name
+    elif not bool(is_whole):
+        raise ValueError(message)
 
 
-def _validate_positions(
-    positions: Tensor | None, hidden: Tensor | None, rows: int, new: int, past: int
-) -> list[RowStart] | None:
-    """Refuses positions that do not count up by one within a row; returns how the rows begin.
-
-    positions: (B or 1, n), or None for the model's own, which count columns. Positions of images, (3, B, n), are not
-    checked. Returns None where the host would have to wait for the device.
-    """
-    if positions is not None and positions.ndim != 2:
-        return None
-    if positions is not None and (positions.shape[0] not in (1, rows) or positions.shape[1] != new):
+def _validate_positions(positions: Tensor, hidden: Tensor | None, rows: int, new: int, past: int) -> None:
+    """Refuses positions, (B or 1, n), that do not count up by one within a row."""
+    if positions.shape[0] not in (1, rows) or positions.shape[1] != new:
         raise ValueError(
             f"position_ids have shape {tuple(positions.shape)} for {rows} rows of {new} tokens that a cache of {past} "
             "does not hold: give one position for each, and to begin another text, call reset() first"
         )
+    if new == 1:
+        return
+    follows = positions.diff(dim=-1) == 1
+    if hidden is not None:
+        follows = follows | hidden[:, past:-1].to(follows.device)
+    _require_whole_rows(follows.all(), "position_ids do not count up by one within a row")
+
+
+def _row_starts(
+    positions: Tensor | None, hidden: Tensor | None, rows: int, new: int, past: int
+) -> list[RowStart] | None:
+    """How the rows begin, by positions (B or 1, n), or None for the model's own, which count columns.
+
+    Returns None for positions of images, (3, B, n), and where the host would have to wait for the device.
+    """
+    if positions is not None and positions.ndim != 2:
+        return None
     on_device = any(tensor is not None and tensor.device.type != "cpu" for tensor in (positions, hidden))
     if on_device and new == 1:
         return None
-    if positions is not None and new > 1:
-        follows = positions.diff(dim=-1) == 1
-        if hidden is not None:
-            follows = follows | hidden[:, past:-1].to(follows.device)
-        if not bool(follows.all()):
-            _refuse_packed_rows("position_ids do not count up by one within a row")
     if hidden is not None and bool((hidden.int().diff(dim=-1) > 0).any()):
         return None  # the mask function refuses other padding than that on the left
     last = [past + new - 1] * rows if positions is None else positions[:, -1].expand(rows).tolist()

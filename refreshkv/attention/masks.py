@@ -30,7 +30,7 @@ def left_padding_mask(
         if attention_mask is not None:
             kv_length = int(q_offset) + q_length
     if torch.compiler.is_compiling() and attention_mask is None:
-        return None  # while it is traced transformers cannot see packed sequences: the attention looks at positions
+        return None  # while it is traced transformers cannot see packed sequences: `validate_inputs` does
     if not allow_is_causal_skip and q_length > 1:
         raise ValueError(
             "packed sequences and custom masks are not supported: give each batch row one sequence; images "

@@ -314,11 +314,10 @@ def _refuse_other_uses(module: Any, cache: Any, inputs: dict[str, Any]) -> None:
             f"the refresh attention has no use for a static cache: pass {CACHE_NAME}=RefreshCache(...), or for "
             'ordinary attention model.set_attn_implementation("sdpa")'
         )
-    if torch.compiler.is_compiling():  # the prompt's pass before the compiled steps was checked
-        if not has_our_attention and (has_our_cache or inputs.get("simulation") is not None):
-            raise RuntimeError(NOT_OURS)
-        return
-    if has_our_cache:
+    is_compiling = torch.compiler.is_compiling()
+    if is_compiling and not has_our_attention and (has_our_cache or inputs.get("simulation") is not None):
+        raise RuntimeError(NOT_OURS)
+    if has_our_cache and not is_compiling:  # the prompt's pass before the compiled steps was checked
         _validate_layers(cache, module.refreshkv_calls.kinds)
         cache.begin_pass()
     if has_our_cache or has_our_attention:
