@@ -45,6 +45,9 @@ TRACED: defaultdict[int, set[int]] = defaultdict(set)
 """From the number of a `ModelCalls` to the layers that torch.compile traced with the refresh attention: compiled code
 runs no Python, so it cannot count them in each call."""
 
+TRACED_THREAD = 0
+"""The thread of a call that compiled code opened; no thread has this number."""
+
 _NUMBERS = itertools.count()
 
 KEYWORDS = ("simulation", "refresh", "trace")
@@ -102,11 +105,18 @@ class ModelCalls:
         self.__init__(**state)
 
     def innermost(self) -> ModelCall | None:
-        """The innermost call that runs in this thread."""
+        """The innermost call that runs in this thread.
+
+        Code that torch.compile traces cannot ask for its thread, so there it is the innermost call of all. A call may
+        be opened by compiled code and read by uncompiled code, or the other way round: after a graph break each part
+        of a pass may have reached torch's recompile limit.
+        """
         if not self.running:  # also what a compiled decoding step finds
             return None
-        thread = _thread()
-        return next((call for call in reversed(self.running) if call.thread == thread), None)
+        if torch.compiler.is_compiling():
+            return self.running[-1]
+        threads = (threading.get_ident(), TRACED_THREAD)
+        return next((call for call in reversed(self.running) if call.thread in threads), None)
 
     def begin(self, call: ModelCall) -> None:
         """Opens a call, unless the call around it has the same simulation, trace and use of a cache."""
@@ -351,4 +361,4 @@ def _position_embeddings(keywords: dict[str, Any]) -> Tensor | None:
 
 
 def _thread() -> int:
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+    return TRACED_THREAD if torch.compiler.is_compiling() else threading.get_ident()
