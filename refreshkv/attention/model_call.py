@@ -182,7 +182,7 @@ class ModelCalls:
             raise RuntimeError(
                 f"layers {missing} of {type(owner).__name__} took no part in {what}: their attention does not go "
                 "through the attention interface in this pass; with activation checkpointing and a cache, call "
-                "model.eval() first, and if layers are compiled one by one, compile the whole model instead"
+                "model.eval() first"
             )
 
 

@@ -1,5 +1,7 @@
 """Situations of a call, each in all forms in which its inputs may come: the same verdict for each form."""
 
+import re
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -222,3 +224,39 @@ def test_a_compiled_simulation_takes_padding():
         torch.testing.assert_close(found[PADDED.bool()], expected[PADDED.bool()], rtol=0, atol=1e-12)
         with pytest.raises((ValueError, RuntimeError), match="packed sequences"):
             compiled(IDS, **{**inputs, "position_ids": RESTARTING})
+
+
+def hook_compiled():
+    """A model whose hooks are compiled, and whose layers are not: as after torch's recompile limit."""
+    torch._dynamo.reset()
+    model = tiny_enabled(CONFIG)
+    for layer in model.model.layers:
+        layer.forward = torch.compiler.disable(layer.forward)
+    return model, torch.compile(model, backend="eager")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("simulation", [None, Simulation(10, CONFIG)], ids=["plain", "simulated"])
+@pytest.mark.parametrize("situation", REFUSED)
+def test_refused_by_compiled_code_too(situation, simulation):
+    model, compiled = hook_compiled()
+    compiled(IDS, simulation=simulation, position_ids=POSITIONS)
+    for inputs in REFUSED[situation]:
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            compiled(IDS, simulation=simulation, **inputs)
+        words = {"packed": "packed sequences|4D mask", "lengths": r"attention_mask has \d+|position_ids have shape"}
+        assert re.search(words.get(situation, "is not supported by the refresh attention"), str(caught.value)), inputs
+        assert not model.refreshkv_calls.running
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("simulation", [None, Simulation(10, CONFIG)], ids=["plain", "simulated"])
+def test_accepted_by_compiled_code_too(simulation):
+    _, compiled = hook_compiled()
+    for situation, forms in ACCEPTED.items():
+        real = PADDED.bool() if situation == "left padding" else ONES.bool()
+        for inputs in forms:
+            found, expected = (run(IDS, simulation=simulation, **inputs).logits[real] for run in (compiled, MODEL))
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
