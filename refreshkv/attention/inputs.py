@@ -40,9 +40,8 @@ def validate_inputs(module: Any, inputs: dict[str, Any]) -> None:
     host does not wait. A compiled decoding step is not checked: the prompt's pass was.
     """
     tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
-    has_tokens = isinstance(tokens, Tensor) and tokens.ndim >= 2
     is_compiling = torch.compiler.is_compiling()
-    if is_compiling and has_tokens and tokens.shape[1] == 1:
+    if is_compiling and isinstance(tokens, Tensor) and tokens.ndim >= 2 and tokens.shape[1] == 1:
         return
     if getattr(module.config, "is_causal", True) is False:
         raise ValueError("the refresh attention is causal: config.is_causal=False is not supported")
@@ -54,7 +53,7 @@ def validate_inputs(module: Any, inputs: dict[str, Any]) -> None:
             raise ValueError(
                 f"{name} is not supported by the refresh attention, which has no weights to show: {way_out}"
             )
-    if not has_tokens:
+    if not isinstance(tokens, Tensor) or tokens.ndim < 2:
         return  # the model itself says what is wrong
     (rows, new), cache = tokens.shape[:2], given_cache(inputs)
     if new == 0:
@@ -67,7 +66,8 @@ def validate_inputs(module: Any, inputs: dict[str, Any]) -> None:
         return  # tokens that are computed again
     mask = inputs.get("attention_mask")
     mask = mask.get("full_attention") if isinstance(mask, dict) else mask
-    past = _past_length(cache, new, mask)
+    is_traced_block = is_compiling and isinstance(cache, PreallocatedCache)
+    past = _masked_length(mask, new) if is_traced_block else _past_length(cache, new)
     if past is None:
         return
     _validate_mask_shape(mask, rows, new, past)
@@ -88,17 +88,17 @@ def without_packing(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name not in PACKING}
 
 
-def _past_length(cache: Any, new: int, mask: Any) -> int | None:
-    """Tokens in the cache; None if only the device knows, and the host should not wait for it.
+def _masked_length(mask: Any, new: int) -> int:
+    """Tokens in the cache as the mask says, and 0 without one: for each length that the host counts torch would compile
+    the pass again."""
+    return max(0, mask.shape[1] - new) if isinstance(mask, Tensor) and mask.ndim == 2 else 0
 
-    In a compiled pass through a `PreallocatedCache` it is what the mask says, and 0 without one: torch would compile
-    the pass again for each length that the host counts.
-    """
+
+def _past_length(cache: Any, new: int) -> int | None:
+    """Tokens in the cache; None if only the device knows, and the host should not wait for it."""
     if cache is None:
         return 0
     if isinstance(cache, PreallocatedCache):
-        if torch.compiler.is_compiling():
-            return max(0, mask.shape[1] - new) if isinstance(mask, Tensor) and mask.ndim == 2 else 0
         return cache.length if new > 1 else cache.known_length
     length = cache.get_seq_length() if isinstance(cache, Cache) else None
     return length if isinstance(length, int) else None
