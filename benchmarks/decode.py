@@ -119,7 +119,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--acceptance", type=float, default=0.95, help="of drafts (default: %(default)s)")
     parser.add_argument("--observation-window", type=int, default=1)
     parser.add_argument("--pool-kernel", type=int, default=RefreshConfig.pool_kernel)
-    parser.add_argument("--recommended", action="store_true", help="select as the recommended settings do")
+    parser.add_argument(
+        "--recommended", action="store_true", help="selecting strategies with RefreshConfig.recommended()"
+    )
     parser.add_argument("--cycles", type=int, default=5, help="strides that are timed, after two to warm up")
     parser.add_argument("--terms", action="store_true", help="with attention sinks and with a softcap as well")
     parser.add_argument("--pieces", action="store_true", help="time the launches of a step one by one as well")
@@ -132,6 +134,8 @@ def read_arguments() -> argparse.Namespace:
     for strategy in args.strategies.split(",") if args.terms else ():
         if strategy.partition(":")[0] not in TAKE_TERMS:  # static and dynamic would ignore the terms
             parser.error(f"--terms: {strategy} takes no sinks and no softcap: leave it out of --strategies")
+    if args.recommended and (args.observation_window, args.pool_kernel) != (1, RefreshConfig.pool_kernel):
+        parser.error("--recommended brings its own selection: leave out --observation-window and --pool-kernel")
     if args.quick:
         args.layers, args.cases, args.cycles = 4, "4096:1,8192:4", 2
     args.budget = int(args.budget) if args.budget > 1 else args.budget

@@ -4,8 +4,9 @@
     python examples/look_ahead.py --model DIR --data ROWS --data ROWS2 --train ROWS3 --budget 1024 --scored 512 \\
         --selection paper windows --steps 100 --batch 1 --measured-steps 4 --rows 16 --device cuda --dtype bfloat16
 
-Each selection gets queries of its own: the paper's, and one with windows that suit old selections. Without --data, the
-text is NumPy's own tests, which the model of `base/` has not read: every fifth file is for the comparison.
+Each selection gets queries of its own: the paper's, and one with windows, for a selection that serves many tokens.
+Without --data, the text is NumPy's own tests, which the model of `base/` has not read: every fifth file is for the
+comparison.
 """
 
 import argparse
@@ -79,7 +80,7 @@ def rows_of(files: list[Path]) -> torch.Tensor:
 
 
 def windows_of(selection: str) -> dict:
-    """What a selection changes in the paper's settings: windows that suit old selections, smaller for small budgets."""
+    """What a selection changes in the paper's settings: windows that are smaller for small budgets."""
     if selection == "paper":
         return {}
     recent = min(192, options.budget // 5)

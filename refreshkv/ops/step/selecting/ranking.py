@@ -86,8 +86,8 @@ def _rank(
 
 @triton.jit
 def _scores(logits_row, token, lse, row, present, room, G: tl.constexpr, OBSERVERS: tl.constexpr, BLOCK: tl.constexpr):
-    """The scores [BLOCK] of some positions before pooling: the group's highest probability, the mean over the observing
-    queries, of which so many are `present`. lse: that of each row of logits, whose number is in `row` [MP]."""
+    """The scores [BLOCK] of some positions before pooling: the group's highest probability, averaged over the observing
+    queries. present: how many of these there are; lse [MP]: of each row of logits; row [MP]: the rows' numbers."""
     score = tl.zeros([BLOCK], tl.float32)
     for observer in tl.static_range(OBSERVERS):
         best = tl.full([BLOCK], -float("inf"), tl.float32)

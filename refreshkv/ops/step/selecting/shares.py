@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 RANKED, COLLECTED = 512, 1024
-"""Positions that a program of `_rank`, and of `_find_threshold`, takes at once; the second number is not smaller."""
+"""Positions that a program of `_rank`, and of `_find_threshold`, takes at once. The second is the larger: `room_of`
+leaves room for it."""
 
 MOST_PARTS = 64
 """Most programs of `_rank`, and of `_find_threshold`, that share a batch row and key/value head."""
