@@ -74,6 +74,9 @@ def test_search_equals_resolving(monkeypatch, windows):
 
 
 @pytest.mark.slow
-def test_several_blocks_and_programs():
-    config = RefreshConfig(budget=300, stride=NEVER, select_stride=1, score_bits=4)
+@pytest.mark.parametrize("pool_kernel", [7, 2])
+def test_several_blocks_and_programs(pool_kernel):
+    config = RefreshConfig(
+        budget=300, stride=NEVER, select_stride=1, score_bits=4, pool_ahead=True, pool_kernel=pool_kernel
+    )
     compare((2200, 2, 2, 1, 16, 33, config))

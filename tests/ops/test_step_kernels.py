@@ -61,6 +61,10 @@ SELECTING = {
         *(20, 7, 2, 2, 16, 5),
         RefreshConfig(budget=8, stride=NEVER, select_stride=2, score_bits=4),
     ),
+    "pooled over two": (
+        *(33, 5, 2, 2, 16, 5),
+        RefreshConfig(budget=8, stride=NEVER, select_stride=2, score_bits=4, pool_ahead=True, pool_kernel=2),
+    ),
     "beside full steps": (
         *(20, 13, 3, 1, 24, 5),
         RefreshConfig(budget=9, stride=6, select_stride=4, score_bits=8, pool_ahead=True, pool_kernel=4),

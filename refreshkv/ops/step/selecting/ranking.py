@@ -15,7 +15,10 @@ from refreshkv.ops.selection.top_k import FIRST, PREFERRED
 from refreshkv.ops.step.selecting.bins import bin_of, top_bin
 from refreshkv.ops.step.selecting.scoring import LEAST
 from refreshkv.ops.step.selecting.shares import share
-from refreshkv.ops.tiles import BUDGET, PADDING, ROW_COLUMNS, load_sinks, with_sink
+from refreshkv.ops.tiles import BUDGET, PADDING, ROW_COLUMNS, begin_after_last_launch, load_sinks, with_sink
+
+COMPUTED_ANEW = 3
+"""Largest pooling window whose scores are computed anew for each position; those of larger ones go through memory."""
 
 
 @triton.jit
@@ -24,9 +27,12 @@ def _rank(
     kv_heads, room, splits, recent, sinks, reach, sink_ptr,
     G: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, OBSERVERS: tl.constexpr, POOL: tl.constexpr,
     BEFORE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr,
+    KEEPS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Ranks one share of the positions of one batch row and key/value head, (B, Hkv, L) int32, and counts the positions
-    of each bin, (B, Hkv, BINS) int32. Pooling reads the scores, (B, Hkv, L) float32, from memory."""
+    of each bin, (B, Hkv, BINS) int32. KEEPS: it writes the scores, (B, Hkv, L) float32, and pools them from memory;
+    else it computes each score anew in every window that holds it."""
+    begin_after_last_launch(OVERLAPS)
     part, pair = tl.program_id(0), tl.program_id(1)
     batch = (pair // kv_heads).to(tl.int64)
     position = tl.load(selecting_ptr + batch)
@@ -56,7 +62,7 @@ def _rank(
         MARGIN: tl.constexpr = (BEFORE + 15) // 16 * 16
         scored = tl.maximum(begin - MARGIN, 0)
         scored_end = tl.where(begin < end, tl.minimum(end + AHEAD, position + 1), scored)
-        if POOL > 1:
+        if KEEPS:
             for start in range(scored, scored_end, BLOCK):
                 token = start + tl.arange(0, BLOCK)
                 score = _scores(logits_row, token, lse, row, present, room, G, OBSERVERS, BLOCK)
@@ -67,15 +73,18 @@ def _rank(
         for start in range(begin, end, BLOCK):
             token = start + tl.arange(0, BLOCK)
             exists = (token >= padding) & (token < end)
-            if POOL > 1:
-                best = tl.zeros([BLOCK], tl.float32)
-                for away in tl.static_range(-BEFORE, POOL - BEFORE):
-                    near = token + away
-                    near_exists = (near >= padding) & (near < scored_end)
-                    # [BLOCK]
-                    best = tl.maximum(best, tl.load(scores + near, mask=near_exists, other=0.0))
-            else:
-                best = _scores(logits_row, token, lse, row, present, room, G, OBSERVERS, BLOCK)
+            best = tl.zeros([BLOCK], tl.float32)
+            for away in tl.static_range(-BEFORE, POOL - BEFORE):
+                near = token + away
+                near_exists = (near >= padding) & (near < scored_end)
+                # [BLOCK]
+                if KEEPS:
+                    score = tl.load(scores + near, mask=near_exists, other=0.0)
+                else:
+                    if POOL > 1:
+                        near = tl.minimum(tl.maximum(near, padding), position)
+                    score = _scores(logits_row, near, lse, row, present, room, G, OBSERVERS, BLOCK)
+                best = tl.maximum(best, tl.where(near_exists, score, 0.0))
             preferred = (token > position - recent) | (token - padding < sinks)
             ranking = best.to(tl.int32, bitcast=True) + tl.where(preferred, PREFERRED, 0)
             ranking = tl.where(token == position, FIRST, ranking)
