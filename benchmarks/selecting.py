@@ -1,6 +1,6 @@
 """The kernels of a selecting step of decoding, microseconds a layer, beside those of a partial and of a full step.
 
-    python benchmarks/selecting.py [--cases 32768:1,131072:1,32768:8,16384:32] [--bits 4] [--heads 32] ...
+    python benchmarks/selecting.py [--cases 32768:1,131072:1,32768:8,16384:32] [--bits 4] [--pool-kernel 2] ...
 
 A case is CONTEXT:BATCH. Keys, values and queries are random; each layer has its own, so that they do not all stay in
 the L2 cache. Times are medians of CUDA graph replays over all layers. `partial step` are the same launches at a step
@@ -28,8 +28,6 @@ from refreshkv.tables import column_table
 SHAPE = {"layers": 32, "heads": 32, "kv-heads": 8, "head-dim": 128}
 """Llama-3.1-8B's."""
 
-SELECTION = SelectionOptions(pool_kernel=7, observation_window=1, recent_window=0, sink_tokens=0)
-
 LARGEST_CACHES = 40e9
 """Bytes of keys and values of all layers: fewer layers where they would be more."""
 
@@ -55,13 +53,13 @@ class Case:
     scratch: SelectingScratch
     output: Tensor
     scaling: float
+    selection: SelectionOptions
 
     def selecting(self, layer: Layer, select_stride: int = 1) -> launches.Selecting:
-        return launches.Selecting(layer.chosen, self.scratch, step_options(select_stride))
+        return launches.Selecting(layer.chosen, self.scratch, self.step_options(select_stride))
 
-
-def step_options(select_stride: int | None, stride: int = NEVER) -> StepOptions:
-    return StepOptions(stride, None, SELECTION, select_stride)
+    def step_options(self, select_stride: int | None, stride: int = NEVER) -> StepOptions:
+        return StepOptions(stride, None, self.selection, select_stride)
 
 
 def make_case(context: int, batch: int, args: argparse.Namespace, device: str = "cuda") -> Case:
@@ -97,7 +95,8 @@ def make_case(context: int, batch: int, args: argparse.Namespace, device: str = 
         layers.append(Layer(token, state, chosen, scratch))
     output = torch.empty(batch, 1, args.heads, args.head_dim, device=device, dtype=torch.bfloat16)
     scratch = SelectingScratch.empty(layers[0].state.keys, layers[0].state.observers)
-    return Case(layers, length, length.clone(), scratch, output, args.head_dim**-0.5)
+    selection = SelectionOptions(args.pool_kernel, 1, 0, 0, pool_ahead=True)
+    return Case(layers, length, length.clone(), scratch, output, args.head_dim**-0.5, selection)
 
 
 def score(case: Case, layer: Layer, select_stride: int = 1) -> launches.Shares:
@@ -110,12 +109,12 @@ def score(case: Case, layer: Layer, select_stride: int = 1) -> launches.Shares:
 def rank(case: Case, layer: Layer) -> None:
     """Ranks the last layer's logits once more."""
     case.scratch.histogram.zero_()
-    selecting.rank(layer.state, case.scratch, SELECTION)
+    selecting.rank(layer.state, case.scratch, case.selection)
 
 
 def find_threshold(case: Case, layer: Layer) -> None:
     case.scratch.counters.zero_()
-    selecting.find_threshold(layer.state, case.scratch, SELECTION)
+    selecting.find_threshold(layer.state, case.scratch, case.selection)
 
 
 def attend(case: Case, layer: Layer) -> None:
@@ -124,20 +123,20 @@ def attend(case: Case, layer: Layer) -> None:
 
 def finish(case: Case, layer: Layer, shares: launches.Shares, used: launches.Selecting | None) -> None:
     state = layer.state._replace(length=case.counter)
-    launches.finish(shares, case.output, state, shares.logits, SELECTION, layer.scratch, used)
+    launches.finish(shares, case.output, state, shares.logits, case.selection, layer.scratch, used)
 
 
 def whole_step(case: Case, layer: Layer, select_stride: int = 1) -> None:
     shares = score(case, layer, select_stride)
     used = case.selecting(layer, select_stride)
-    selecting.choose_and_attend(layer.token[0], layer.state, case.scratch, SELECTION, case.scaling)
+    selecting.choose_and_attend(layer.token[0], layer.state, case.scratch, case.selection, case.scaling)
     finish(case, layer, shares, used)
 
 
 def plain_step(case: Case, layer: Layer, stride: int) -> None:
     """A full step if stride is 1, else a partial one, of a cache without selecting steps; without the selection at the
     step's end."""
-    options = step_options(None, stride)
+    options = case.step_options(None, stride)
     shares = launches.attend(*layer.token, layer.state, case.scaling, options=options, scratch=layer.scratch)
     finish(case, layer, shares, None)
 
@@ -185,6 +184,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="32768:1,131072:1,32768:8,16384:32")
     parser.add_argument("--bits", type=int, default=4, choices=(16, 8, 4))
+    parser.add_argument(
+        "--pool-kernel", type=int, default=1, help="positions of a pooling window (default: %(default)s)"
+    )
     for name, size in SHAPE.items():
         parser.add_argument(f"--{name}", type=int, default=size)
     args = parser.parse_args()
