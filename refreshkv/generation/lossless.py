@@ -6,9 +6,12 @@ A round drafts some tokens with decoding steps from the small cache. Then it rem
 computes the drafts again as one block with full attention. It accepts drafts as long as full attention agrees, and
 replaces the first other one. The remaining keys and values are those of full attention. The next round selects a new
 small cache: by its first step if the cache has selecting steps, else at the last accepted token. Batch rows accept
-different numbers of drafts (`refreshkv.cache.row_lengths`). The host waits for the device once in a round. Where
-generate() captures the decoding step, CUDA graphs also hold the block and what accepts it, for each number of drafts
-that comes again.
+different numbers of drafts (`refreshkv.cache.row_lengths`).
+
+The host waits for the device once in a round. If the cache has selecting steps, the next round's first step is queued
+before that, so the device has work meanwhile; where all texts turn out to have ended, this step is forgotten like other
+drafts. Where generate() captures the decoding step, CUDA graphs also hold the block and what accepts it, for each
+number of drafts that comes again.
 
 Shapes: `B` batch rows, `T` columns of texts, `d` drafts of a round, `n = d + 1` tokens of its block, `V` vocabulary.
 """
@@ -30,6 +33,7 @@ from refreshkv.cache.refresh import RefreshCache
 from refreshkv.cache.row_lengths import RowLengths
 from refreshkv.generation.decode_ahead import refuse_other_modes
 from refreshkv.generation.graphs import Graphs
+from refreshkv.generation.host_copy import HostCopy
 from refreshkv.settings import SettingsError
 
 MOST_DRAFT = 16
@@ -111,8 +115,11 @@ def decode_lossless(
     passes.find_graphs()
     while not all(texts.ended):
         length = best_draft_length(acceptance) if draft_length is None else draft_length
-        length = max(0, min(length, cache.capacity - cache.length - 1, texts.room))
-        judged, accepted = _round(passes, texts, rules, lengths, length)
+        room = min(cache.capacity - max(lengths.numbers) - 1, texts.room)
+        length = max(0, min(length, room))
+        # whatever is accepted of `length` drafts and one more token, there is room for another draft
+        runs_ahead = lengths.selects_by_step and room - (length + 1) >= 1
+        judged, accepted = _round(passes, texts, rules, lengths, length, runs_ahead)
         counts.judged, counts.accepted = counts.judged + judged, counts.accepted + accepted
         counts.rounds, counts.steps = counts.rounds + 1, counts.steps + length
         if judged:
@@ -163,6 +170,8 @@ class _Passes:
         """The captured blocks; None where they are not captured."""
         self.size = 0
         """Tokens of the last block, if it is captured."""
+        self.queued: Tensor | None = None
+        """The logits of the step that `queue_step` queued, until `first_step`."""
 
     def prompt(self, input_ids: Tensor) -> Tensor:
         """The logits (B, V) of the prompt's last token."""
@@ -187,6 +196,18 @@ class _Passes:
         call = {"input_ids": tokens[:, None].contiguous(), "position_ids": columns[:, None] + self.offset}
         output = self.step_call(**call, **as_keyword(self.cache), use_cache=True, return_dict=True)
         return output.logits[:, -1].to(copy=True, dtype=torch.float32)
+
+    def queue_step(self, texts: "_Texts") -> None:
+        """Queues the step of each row's last known token, which is the next round's first one."""
+        self.queued = self.step(texts.last(), texts.known - 1)
+
+    def first_step(self, texts: "_Texts") -> Tensor:
+        """The logits (B, V) of the step of each row's last known token."""
+        if self.queued is None:
+            self.queue_step(texts)
+        logits, self.queued = self.queued, None
+        assert logits is not None
+        return logits
 
     def find_graphs(self) -> None:
         """Finds the graphs that earlier calls captured for this model and cache. Call this after the prompt."""
@@ -396,9 +417,11 @@ class _Texts:
         return self.ids[:, : max(self.numbers)]
 
 
-def _round(passes: _Passes, texts: _Texts, rules: Rules, lengths: RowLengths, count: int) -> tuple[int, int]:
+def _round(
+    passes: _Passes, texts: _Texts, rules: Rules, lengths: RowLengths, count: int, runs_ahead: bool
+) -> tuple[int, int]:
     """Drafts `count` tokens, computes them again, and keeps the accepted ones; returns how many drafts were judged and
-    accepted. The host waits for the device once."""
+    accepted. The host waits for the device once; runs_ahead: with the next round's first step queued behind."""
     column = texts.known[:, None] + torch.arange(-1, count, device=texts.known.device)
     drafts, drafted = _draft(passes, texts, rules, count)
     block = torch.cat([texts.last()[:, None], drafts], dim=1)
@@ -410,23 +433,28 @@ def _round(passes: _Passes, texts: _Texts, rules: Rules, lengths: RowLengths, co
     added = texts.add(new, accepted + 1)
     passes.accept(added[0], lengths)
     judged = (accepted + 1).clamp(max=count)
-    report = torch.cat([added, torch.stack([judged, accepted]) * was_running])
-    counted, ended, *judgement = report.tolist()
+    report = HostCopy(torch.cat([added, torch.stack([judged, accepted]) * was_running]))
+    if runs_ahead:
+        lengths.begin_steps()
+        passes.queue_step(texts)
+    counted, ended, *judgement = report.wait()[0].tolist()
     texts.note(counted, ended)
-    lengths.note(counted)
+    lengths.note(counted, steps=int(runs_ahead and not all(ended)))
     return sum(judgement[0]), sum(judgement[1])
 
 
 def _draft(passes: _Passes, texts: _Texts, rules: Rules, count: int) -> tuple[Tensor, Tensor]:
     """Drafts `count` tokens of each row, (B, d), and, if tokens are sampled, the distributions (B, d, V) that they were
     drawn from."""
-    tokens, drafts, drafted = texts.last(), texts.ids[:, :0], []
+    drafts, drafted = texts.ids[:, :0], []
     for number in range(count):
-        logits = passes.step(tokens, texts.known - 1 + number)
+        if number == 0:
+            logits = passes.first_step(texts)
+        else:
+            logits = passes.step(drafts[:, -1], texts.known - 1 + number)
         ids = texts.followed_by(drafts) if rules.needs_ids and number else texts.ids
         distribution = rules.distribution(ids, texts.known + number, logits[:, None])
         if rules.samples:
             drafted.append(distribution)
         drafts = torch.cat([drafts, rules.choose(distribution)], dim=1)
-        tokens = drafts[:, -1]
     return drafts, torch.cat(drafted, dim=1) if drafted else torch.empty(0)
