@@ -42,6 +42,8 @@ DRAFT_COST = 0.45
 """Time of a small-cache step divided by that of a block: sets the number of drafts. Results are right for any value."""
 FIRST_ACCEPTANCE, MEMORY = 0.9, 0.9
 """The acceptance that the first round assumes, and the weight of earlier rounds in the running mean."""
+MORE_COLUMNS = 512
+"""Columns by which the texts' tensor grows, at least."""
 BY_LOGITS_ALONE = ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta")
 """Processors of transformers, `...LogitsWarper`, that do not look at the tokens so far."""
 BY_LENGTH = ("dynamic", "longrope")
@@ -359,7 +361,7 @@ def _groups(lengths: Tensor) -> list[tuple[list[int], int]]:
 class _Texts:
     """The texts so far. ids (B, T); known (B,): columns of each row that are final; has_ended (B,) bool.
 
-    The last known token of a row is not in the cache.
+    Columns behind the known ones hold drafts, or anything. The last known token of a row is not in the cache.
     """
 
     def __init__(self, input_ids: Tensor, rules: Rules):
@@ -381,29 +383,27 @@ class _Texts:
         """The last known token of each row, (B,)."""
         return self.ids.gather(1, self.known[:, None] - 1).squeeze(1)
 
-    def followed_by(self, tokens: Tensor) -> Tensor:
-        """The ids with tokens (B, n) behind each row's known ones."""
-        if tokens.shape[1] == 0:
-            return self.ids
-        columns = self.known[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+    def write(self, tokens: Tensor) -> None:
+        """Writes tokens (B, n) behind each row's known ones."""
         missing = max(self.numbers) + tokens.shape[1] - self.ids.shape[1]
-        more = self.ids.new_full((len(self.ids), max(0, missing)), self.rules.padding)
-        return torch.cat([self.ids, more], dim=1).scatter(1, columns, tokens)
+        if missing > 0:
+            more = self.ids.new_zeros(len(self.ids), max(missing, MORE_COLUMNS))
+            self.ids = torch.cat([self.ids, more], dim=1)
+        columns = self.known[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        self.ids.scatter_(1, columns, tokens)
 
     def add(self, tokens: Tensor, counts: Tensor) -> Tensor:
         """Makes the first `counts` (B,) of tokens (B, n) final, up to where a text ends.
 
         Returns (2, B): how many were, and which texts have ended. `note` needs both before the next call.
         """
-        ids = self.followed_by(tokens)
+        self.write(tokens)
         number = torch.arange(tokens.shape[1], device=tokens.device)
-        ends = self.rules.ends(ids, self.known, tokens) & (number < counts[:, None])
+        ends = self.rules.ends(self.ids, self.known, tokens) & (number < counts[:, None])
         before_end = (ends.long().cumsum(dim=1) - ends.long()) == 0
         final = before_end & (number < counts[:, None]) & ~self.has_ended[:, None]
         added = final.sum(dim=1)
-        column = torch.arange(ids.shape[1], device=ids.device)
         self.known = self.known + added
-        self.ids = torch.where(column < self.known[:, None], ids, torch.full_like(ids, self.rules.padding))
         self.has_ended = self.has_ended | (ends & final).any(dim=1)
         return torch.stack([added, self.has_ended.long()])
 
@@ -413,8 +413,10 @@ class _Texts:
         self.ended = [bool(flag) for flag in ended]
 
     def finished(self) -> Tensor:
-        """The texts up to the end of the longest one."""
-        return self.ids[:, : max(self.numbers)]
+        """The texts up to the end of the longest one, with padding behind the others."""
+        ids = self.ids[:, : max(self.numbers)]
+        column = torch.arange(ids.shape[1], device=ids.device)
+        return ids.masked_fill(column >= self.known[:, None], self.rules.padding)
 
 
 def _round(
@@ -422,11 +424,13 @@ def _round(
 ) -> tuple[int, int]:
     """Drafts `count` tokens, computes them again, and keeps the accepted ones; returns how many drafts were judged and
     accepted. The host waits for the device once; runs_ahead: with the next round's first step queued behind."""
-    column = texts.known[:, None] + torch.arange(-1, count, device=texts.known.device)
-    drafts, drafted = _draft(passes, texts, rules, count)
+    columns = texts.known[:, None] + torch.arange(-1, count, device=texts.known.device)
+    drafts, drafted = _draft(passes, texts, rules, columns)
     block = torch.cat([texts.last()[:, None], drafts], dim=1)
-    logits = passes.block(block, column, lengths)
-    wanted = rules.distribution(texts.followed_by(drafts), texts.known, logits)
+    logits = passes.block(block, columns, lengths)
+    if rules.needs_ids:
+        texts.write(drafts)
+    wanted = rules.distribution(texts.ids, texts.known, logits)
     accepted, follows = rules.judge(drafts, drafted, wanted)
     new = torch.cat([drafts, follows[:, None]], dim=1).scatter(1, accepted[:, None], follows[:, None])
     was_running = ~texts.has_ended
@@ -443,18 +447,19 @@ def _round(
     return sum(judgement[0]), sum(judgement[1])
 
 
-def _draft(passes: _Passes, texts: _Texts, rules: Rules, count: int) -> tuple[Tensor, Tensor]:
-    """Drafts `count` tokens of each row, (B, d), and, if tokens are sampled, the distributions (B, d, V) that they were
-    drawn from."""
-    drafts, drafted = texts.ids[:, :0], []
-    for number in range(count):
+def _draft(passes: _Passes, texts: _Texts, rules: Rules, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Drafts a token of each row behind all but the last of columns (B, d + 1), which begin with the last known one:
+    (B, d), and, if tokens are sampled, the distributions (B, d, V) that they were drawn from."""
+    drafts, drafted = [texts.ids[:, :0]], []
+    for number in range(columns.shape[1] - 1):
         if number == 0:
             logits = passes.first_step(texts)
         else:
-            logits = passes.step(drafts[:, -1], texts.known - 1 + number)
-        ids = texts.followed_by(drafts) if rules.needs_ids and number else texts.ids
-        distribution = rules.distribution(ids, texts.known + number, logits[:, None])
+            logits = passes.step(drafts[-1].squeeze(1), columns[:, number])
+        if rules.needs_ids:
+            texts.write(torch.cat(drafts, dim=1))
+        distribution = rules.distribution(texts.ids, texts.known + number, logits[:, None])
         if rules.samples:
             drafted.append(distribution)
-        drafts = torch.cat([drafts, rules.choose(distribution)], dim=1)
-    return drafts, torch.cat(drafted, dim=1) if drafted else torch.empty(0)
+        drafts.append(rules.choose(distribution))
+    return torch.cat(drafts, dim=1), torch.cat(drafted, dim=1) if drafted else torch.empty(0)
