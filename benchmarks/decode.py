@@ -14,12 +14,11 @@ offloaded-select:2:4bit (refresh or select with the full keys and values in host
 and `fetched` is the share of the chosen tokens that the last selecting step fetched),
 lossless:2:4bit (drafts by select:2:4bit, checked by full attention; weights are random, so a coin of --acceptance
 decides how many drafts are right; the time is that of the rounds, without the prompt; the parts of a round are timed in
-a generation of their own, with a wait for the device after each), streaming, h2o, snapkv; static and dynamic are
-transformers' own caches. `GB moved`
-is what a token's step has to read. Prints a line for each, pieces of the step with --pieces, and a table at the end;
---output DIR writes decode.json after each line, and decode.png. With --terms every case is timed three times: with the
-ordinary softmax, with attention sinks (`refresh+sinks`) and with a softcap (`refresh+softcap`); full, refresh,
-similarity and select take them.
+a generation of their own, on the device: `queue_step` is the first step of the next round, and `draft` the others),
+streaming, h2o, snapkv; static and dynamic are transformers' own caches. `GB moved` is what a token's step has to read.
+Prints a line for each, pieces of the step with --pieces, and a table at the end; --output DIR writes decode.json after
+each line, and decode.png. With --terms every case is timed three times: with the ordinary softmax, with attention sinks
+(`refresh+sinks`) and with a softcap (`refresh+softcap`); full, refresh, similarity and select take them.
 """
 
 import argparse
@@ -327,6 +326,7 @@ def time_lossless(
         "acceptance": round(counts.acceptance, 3),
         "tokens a round": round(counts.tokens_per_round, 2),
         "drafts a round": round(counts.steps / counts.rounds, 2),
+        "a round, ms": round(seconds / counts.rounds * 1e3, 2),
         **times.medians(),
         "warm-up, s": round(warm_up, 1),
         "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
@@ -373,12 +373,19 @@ class CapturedStep:
 
 
 class RoundTimes:
-    """Milliseconds of the parts of a round, with a wait for the device after each."""
+    """Milliseconds of the parts of a round: on the device, which the host does not wait for, from the end of what was
+    queued before a part to the end of what the part queues."""
 
-    PARTS = ((lossless, "_draft"), (lossless._Passes, "block"), (lossless._Passes, "accept"), (lossless, "_round"))
+    PARTS = (
+        (lossless, "_draft"),
+        (lossless._Passes, "block"),
+        (lossless._Passes, "accept"),
+        (lossless._Passes, "queue_step"),
+        (lossless, "_round"),
+    )
 
     def __init__(self):
-        self.times: dict[str, list[float]] = {}
+        self.marks: dict[str, list[tuple[Mark, Mark]]] = {}
 
     @contextmanager
     def taken(self) -> Iterator[None]:
@@ -394,16 +401,36 @@ class RoundTimes:
 
     def _timed(self, name: str, work: Callable) -> Callable:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            begun = time.perf_counter()
+            begin = Mark()
             result = work(*args, **kwargs)
-            self.times.setdefault(f"{name}, ms", []).append((synchronized_time() - begun) * 1e3)
+            self.marks.setdefault(f"{name}, ms", []).append((begin, Mark()))
             return result
 
         return timed
 
     def medians(self) -> dict[str, float]:
         """The median of each part."""
-        return {name: round(statistics.median(times), 2) for name, times in self.times.items()}
+        synchronized_time()
+        return {
+            name: round(statistics.median(begin.milliseconds_to(end) for begin, end in marks), 2)
+            for name, marks in self.marks.items()
+        }
+
+
+class Mark:
+    """A point in the device's work; without a GPU in the host's."""
+
+    def __init__(self):
+        self.seconds = time.perf_counter()
+        self.event = torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else None
+        if self.event is not None:
+            self.event.record()
+
+    def milliseconds_to(self, later: "Mark") -> float:
+        """The time until a later mark. The device must have passed both."""
+        if self.event is None or later.event is None:
+            return (later.seconds - self.seconds) * 1e3
+        return self.event.elapsed_time(later.event)
 
 
 class TimedRows(RowLengths):

@@ -218,9 +218,14 @@ class RefreshLayer(PreallocatedLayer):
         self.row_state.copy_(kept.row_state)
         self.selected.clamp_(max=kept.length - 1)  # of dropped drafts; the next step selects anew
 
-    def note_accepted(self, length: int) -> None:
-        """Tells the host that `length` tokens are in the cache after `accept`, and begins decoding."""
-        self.known_length = self.prompt_length = self.block_end = length
+    def begin_uncounted_steps(self) -> None:
+        """Begins decoding after `accept`, before the host knows how many tokens stayed. `note_accepted` must follow."""
+        self.known_length, self.phase = None, Phase.DECODING
+
+    def note_accepted(self, length: int, steps: int = 0) -> None:
+        """Tells the host that `length` tokens were in the cache after `accept` and `steps` decoding steps have come
+        since, and begins decoding."""
+        self.known_length, self.prompt_length, self.block_end = length + steps, length, length
         self.phase, self.prefix_length = Phase.DECODING, 0
 
     def select_accepted(self, kept: KeptTokens, length: int) -> None:

@@ -93,13 +93,22 @@ class RowLengths:
         for layer in self.layers if self.selects_by_step else ():
             layer.accept(kept)
 
-    def note(self, counted: list[int]) -> None:
-        """Tells the host what `accept` kept of each row: the same numbers as its `counts`."""
+    def begin_steps(self) -> None:
+        """Lets decoding steps follow `accept` before `note`, where steps select. There must be room for them."""
+        assert self.selects_by_step, "the small cache is selected in `note`"
+        for layer in self.layers:
+            layer.begin_uncounted_steps()
+
+    def note(self, counted: list[int], steps: int = 0) -> None:
+        """Tells the host what `accept` kept of each row: the same numbers as its `counts`.
+
+        steps: decoding steps since `begin_steps`. A last one that `restore` is to take back does not count.
+        """
         self.numbers = [length + count for length, count in zip(self.numbers, counted, strict=True)]
         length = max(self.numbers)
         for layer in self.layers:
             if self.selects_by_step:
-                layer.note_accepted(length)
+                layer.note_accepted(length, steps)
             else:
                 assert self.kept is not None, "accept comes before note"
                 layer.select_accepted(self.kept, length)
@@ -156,8 +165,9 @@ class RowLengths:
 
     def restore(self) -> None:
         """Puts all tokens back in order. The cache then holds as many as the shortest row has, minus those whose
-        queries the next selection needs; the rest must follow as a block of a prompt."""
-        window, now = self.cache.config.observation_window, self.cache.length
+        queries the next selection needs; the rest must follow as a block of a prompt, which selects. So nothing stays
+        of what steps since the last block wrote."""
+        window, now = self.cache.config.observation_window, max(self.numbers)
         length = max(1, min(self.numbers) - (window - 1))
         column = torch.arange(now, device=self.order.device)
         is_token = column >= self.padding_now[:, None]

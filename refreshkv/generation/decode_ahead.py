@@ -25,6 +25,7 @@ from transformers.utils.generic import ModelOutput
 from refreshkv.cache.keyword import as_keyword, given_cache
 from refreshkv.cache.preallocated import PreallocatedCache
 from refreshkv.cache.preallocated_layer import validate_room
+from refreshkv.generation.host_copy import HostCopy
 
 
 def decode_ahead(
@@ -266,20 +267,12 @@ class _Report:
     """A step's tokens and whether any sequence goes on, copied to the host; nothing waits until `deliver`."""
 
     def __init__(self, goes_on: Tensor, tokens: Tensor, invalid: Tensor | None):
-        device = tokens.device
-        # Only copies from a GPU to pinned memory have an event that says when they are done.
-        self.values = [
-            None if value is None else value.to("cpu", non_blocking=device.type == "cuda")
-            for value in (goes_on, tokens, invalid)
-        ]
-        self.arrival = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        self.copy = HostCopy(goes_on, tokens, *(() if invalid is None else (invalid,)))
 
     def deliver(self, streamer: BaseStreamer | None) -> bool:
         """Waits for the step and streams its tokens; returns whether all sequences have ended."""
-        if self.arrival is not None:
-            self.arrival.synchronize()
-        goes_on, tokens, invalid = self.values
-        if invalid is not None and bool(invalid):
+        goes_on, tokens, *invalid = self.copy.wait()
+        if any(bool(flag) for flag in invalid):
             raise RuntimeError(
                 "the probabilities to sample from are not numbers: the model's logits are infinite or nan"
             )

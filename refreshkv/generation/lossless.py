@@ -6,9 +6,12 @@ A round drafts some tokens with decoding steps from the small cache. Then it rem
 computes the drafts again as one block with full attention. It accepts drafts as long as full attention agrees, and
 replaces the first other one. The remaining keys and values are those of full attention. The next round selects a new
 small cache: by its first step if the cache has selecting steps, else at the last accepted token. Batch rows accept
-different numbers of drafts (`refreshkv.cache.row_lengths`). The host waits for the device once in a round. Where
-generate() captures the decoding step, CUDA graphs also hold the block and what accepts it, for each number of drafts
-that comes again.
+different numbers of drafts (`refreshkv.cache.row_lengths`).
+
+The host waits for the device once in a round. If the cache has selecting steps, the next round's first step is queued
+before that, so the device has work meanwhile; where all texts turn out to have ended, this step is forgotten like other
+drafts. Where generate() captures the decoding step, CUDA graphs also hold the block and what accepts it, for each
+number of drafts that comes again.
 
 Shapes: `B` batch rows, `T` columns of texts, `d` drafts of a round, `n = d + 1` tokens of its block, `V` vocabulary.
 """
@@ -30,6 +33,7 @@ from refreshkv.cache.refresh import RefreshCache
 from refreshkv.cache.row_lengths import RowLengths
 from refreshkv.generation.decode_ahead import refuse_other_modes
 from refreshkv.generation.graphs import Graphs
+from refreshkv.generation.host_copy import HostCopy
 from refreshkv.settings import SettingsError
 
 MOST_DRAFT = 16
@@ -38,6 +42,8 @@ DRAFT_COST = 0.45
 """Time of a small-cache step divided by that of a block: sets the number of drafts. Results are right for any value."""
 FIRST_ACCEPTANCE, MEMORY = 0.9, 0.9
 """The acceptance that the first round assumes, and the weight of earlier rounds in the running mean."""
+MORE_COLUMNS = 512
+"""Columns by which the texts' tensor grows, at least."""
 BY_LOGITS_ALONE = ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta")
 """Processors of transformers, `...LogitsWarper`, that do not look at the tokens so far."""
 BY_LENGTH = ("dynamic", "longrope")
@@ -111,8 +117,11 @@ def decode_lossless(
     passes.find_graphs()
     while not all(texts.ended):
         length = best_draft_length(acceptance) if draft_length is None else draft_length
-        length = max(0, min(length, cache.capacity - cache.length - 1, texts.room))
-        judged, accepted = _round(passes, texts, rules, lengths, length)
+        room = min(cache.capacity - max(lengths.numbers) - 1, texts.room)
+        length = max(0, min(length, room))
+        # whatever is accepted of `length` drafts and one more token, there is room for another draft
+        runs_ahead = lengths.selects_by_step and room - (length + 1) >= 1
+        judged, accepted = _round(passes, texts, rules, lengths, length, runs_ahead)
         counts.judged, counts.accepted = counts.judged + judged, counts.accepted + accepted
         counts.rounds, counts.steps = counts.rounds + 1, counts.steps + length
         if judged:
@@ -163,6 +172,8 @@ class _Passes:
         """The captured blocks; None where they are not captured."""
         self.size = 0
         """Tokens of the last block, if it is captured."""
+        self.queued: Tensor | None = None
+        """The logits of the step that `queue_step` queued, until `first_step`."""
 
     def prompt(self, input_ids: Tensor) -> Tensor:
         """The logits (B, V) of the prompt's last token."""
@@ -187,6 +198,18 @@ class _Passes:
         call = {"input_ids": tokens[:, None].contiguous(), "position_ids": columns[:, None] + self.offset}
         output = self.step_call(**call, **as_keyword(self.cache), use_cache=True, return_dict=True)
         return output.logits[:, -1].to(copy=True, dtype=torch.float32)
+
+    def queue_step(self, texts: "_Texts") -> None:
+        """Queues the step of each row's last known token, which is the next round's first one."""
+        self.queued = self.step(texts.last(), texts.known - 1)
+
+    def first_step(self, texts: "_Texts") -> Tensor:
+        """The logits (B, V) of the step of each row's last known token."""
+        if self.queued is None:
+            self.queue_step(texts)
+        logits, self.queued = self.queued, None
+        assert logits is not None
+        return logits
 
     def find_graphs(self) -> None:
         """Finds the graphs that earlier calls captured for this model and cache. Call this after the prompt."""
@@ -338,7 +361,7 @@ def _groups(lengths: Tensor) -> list[tuple[list[int], int]]:
 class _Texts:
     """The texts so far. ids (B, T); known (B,): columns of each row that are final; has_ended (B,) bool.
 
-    The last known token of a row is not in the cache.
+    Columns behind the known ones hold drafts, or anything. The last known token of a row is not in the cache.
     """
 
     def __init__(self, input_ids: Tensor, rules: Rules):
@@ -360,29 +383,27 @@ class _Texts:
         """The last known token of each row, (B,)."""
         return self.ids.gather(1, self.known[:, None] - 1).squeeze(1)
 
-    def followed_by(self, tokens: Tensor) -> Tensor:
-        """The ids with tokens (B, n) behind each row's known ones."""
-        if tokens.shape[1] == 0:
-            return self.ids
-        columns = self.known[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+    def write(self, tokens: Tensor) -> None:
+        """Writes tokens (B, n) behind each row's known ones."""
         missing = max(self.numbers) + tokens.shape[1] - self.ids.shape[1]
-        more = self.ids.new_full((len(self.ids), max(0, missing)), self.rules.padding)
-        return torch.cat([self.ids, more], dim=1).scatter(1, columns, tokens)
+        if missing > 0:
+            more = self.ids.new_zeros(len(self.ids), max(missing, MORE_COLUMNS))
+            self.ids = torch.cat([self.ids, more], dim=1)
+        columns = self.known[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        self.ids.scatter_(1, columns, tokens)
 
     def add(self, tokens: Tensor, counts: Tensor) -> Tensor:
         """Makes the first `counts` (B,) of tokens (B, n) final, up to where a text ends.
 
         Returns (2, B): how many were, and which texts have ended. `note` needs both before the next call.
         """
-        ids = self.followed_by(tokens)
+        self.write(tokens)
         number = torch.arange(tokens.shape[1], device=tokens.device)
-        ends = self.rules.ends(ids, self.known, tokens) & (number < counts[:, None])
+        ends = self.rules.ends(self.ids, self.known, tokens) & (number < counts[:, None])
         before_end = (ends.long().cumsum(dim=1) - ends.long()) == 0
         final = before_end & (number < counts[:, None]) & ~self.has_ended[:, None]
         added = final.sum(dim=1)
-        column = torch.arange(ids.shape[1], device=ids.device)
         self.known = self.known + added
-        self.ids = torch.where(column < self.known[:, None], ids, torch.full_like(ids, self.rules.padding))
         self.has_ended = self.has_ended | (ends & final).any(dim=1)
         return torch.stack([added, self.has_ended.long()])
 
@@ -392,41 +413,53 @@ class _Texts:
         self.ended = [bool(flag) for flag in ended]
 
     def finished(self) -> Tensor:
-        """The texts up to the end of the longest one."""
-        return self.ids[:, : max(self.numbers)]
+        """The texts up to the end of the longest one, with padding behind the others."""
+        ids = self.ids[:, : max(self.numbers)]
+        column = torch.arange(ids.shape[1], device=ids.device)
+        return ids.masked_fill(column >= self.known[:, None], self.rules.padding)
 
 
-def _round(passes: _Passes, texts: _Texts, rules: Rules, lengths: RowLengths, count: int) -> tuple[int, int]:
+def _round(
+    passes: _Passes, texts: _Texts, rules: Rules, lengths: RowLengths, count: int, runs_ahead: bool
+) -> tuple[int, int]:
     """Drafts `count` tokens, computes them again, and keeps the accepted ones; returns how many drafts were judged and
-    accepted. The host waits for the device once."""
-    column = texts.known[:, None] + torch.arange(-1, count, device=texts.known.device)
-    drafts, drafted = _draft(passes, texts, rules, count)
+    accepted. The host waits for the device once; runs_ahead: with the next round's first step queued behind."""
+    columns = texts.known[:, None] + torch.arange(-1, count, device=texts.known.device)
+    drafts, drafted = _draft(passes, texts, rules, columns)
     block = torch.cat([texts.last()[:, None], drafts], dim=1)
-    logits = passes.block(block, column, lengths)
-    wanted = rules.distribution(texts.followed_by(drafts), texts.known, logits)
+    logits = passes.block(block, columns, lengths)
+    if rules.needs_ids:
+        texts.write(drafts)
+    wanted = rules.distribution(texts.ids, texts.known, logits)
     accepted, follows = rules.judge(drafts, drafted, wanted)
     new = torch.cat([drafts, follows[:, None]], dim=1).scatter(1, accepted[:, None], follows[:, None])
     was_running = ~texts.has_ended
     added = texts.add(new, accepted + 1)
     passes.accept(added[0], lengths)
     judged = (accepted + 1).clamp(max=count)
-    report = torch.cat([added, torch.stack([judged, accepted]) * was_running])
-    counted, ended, *judgement = report.tolist()
+    report = HostCopy(torch.cat([added, torch.stack([judged, accepted]) * was_running]))
+    if runs_ahead:
+        lengths.begin_steps()
+        passes.queue_step(texts)
+    counted, ended, *judgement = report.wait()[0].tolist()
     texts.note(counted, ended)
-    lengths.note(counted)
+    lengths.note(counted, steps=int(runs_ahead and not all(ended)))
     return sum(judgement[0]), sum(judgement[1])
 
 
-def _draft(passes: _Passes, texts: _Texts, rules: Rules, count: int) -> tuple[Tensor, Tensor]:
-    """Drafts `count` tokens of each row, (B, d), and, if tokens are sampled, the distributions (B, d, V) that they were
-    drawn from."""
-    tokens, drafts, drafted = texts.last(), texts.ids[:, :0], []
-    for number in range(count):
-        logits = passes.step(tokens, texts.known - 1 + number)
-        ids = texts.followed_by(drafts) if rules.needs_ids and number else texts.ids
-        distribution = rules.distribution(ids, texts.known + number, logits[:, None])
+def _draft(passes: _Passes, texts: _Texts, rules: Rules, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Drafts a token of each row behind all but the last of columns (B, d + 1), which begin with the last known one:
+    (B, d), and, if tokens are sampled, the distributions (B, d, V) that they were drawn from."""
+    drafts, drafted = [texts.ids[:, :0]], []
+    for number in range(columns.shape[1] - 1):
+        if number == 0:
+            logits = passes.first_step(texts)
+        else:
+            logits = passes.step(drafts[-1].squeeze(1), columns[:, number])
+        if rules.needs_ids:
+            texts.write(torch.cat(drafts, dim=1))
+        distribution = rules.distribution(texts.ids, texts.known + number, logits[:, None])
         if rules.samples:
             drafted.append(distribution)
-        drafts = torch.cat([drafts, rules.choose(distribution)], dim=1)
-        tokens = drafts[:, -1]
-    return drafts, torch.cat(drafted, dim=1) if drafted else torch.empty(0)
+        drafts.append(rules.choose(distribution))
+    return torch.cat(drafts, dim=1), torch.cat(drafted, dim=1) if drafted else torch.empty(0)

@@ -10,9 +10,12 @@ from transformers import CompileConfig, DynamicCache, StopStringCriteria
 from refreshkv import NEVER, DraftCounts, RefreshCache, RefreshConfig, decode_lossless
 from refreshkv.baselines.full import FullCache
 from refreshkv.cache.keyword import CACHE_NAME
+from refreshkv.cache.preallocated_layer import Phase
 from refreshkv.cache.row_lengths import RowLengths
+from refreshkv.generation import lossless
 from refreshkv.generation.lossless import Rules
 from refreshkv.ops.choice import Choice
+from refreshkv.ops.state import PADDING
 from tests.generation.test_generate import SLIDING, left_padded, letters_tokenizer
 from tests.helpers.marks import slow_unless
 from tests.helpers.models import FAMILIES, padded_positions, random_ids, tiny_enabled, tiny_model
@@ -136,6 +139,75 @@ def test_the_cache_goes_on_with_a_further_turn():
         assert torch.equal(found.sequences, expected) and found.past_key_values is cache
         assert text.shape[1] - 3 <= cache.length == cache.exact_length < expected.shape[1]
         text = torch.cat([expected, random_ids(2, turn, seed=turn)], dim=1)
+
+
+def state_of(cache):
+    """Everything of the cache that later calls read; the next block replaces the decisions."""
+    length, found = cache.length, []
+    for layer in cache.layers:
+        names = ("keys", "values", *layer.score_state)
+        found += [getattr(layer, name)[:, :, :length] for name in names]
+        found += [layer.full_steps, layer.selecting_steps, layer.row_state[:, PADDING], layer.cumulative_length]
+        assert layer.known_length == layer.prompt_length == layer.prefix_length == length
+        assert layer.phase is Phase.FILLED
+    return [tensor.clone() for tensor in (*found, cache.tokens)], cache.row_starts
+
+
+def watched(call, monkeypatch):
+    """What `call()` returns, with the steps from the small cache and how many of them were queued ahead."""
+    steps = {"step": 0, "queue_step": 0, "first_step": 0}
+
+    def counted(name, original):
+        def counting(*args):
+            steps[name] += 1
+            return original(*args)
+
+        return counting
+
+    with monkeypatch.context() as patch:
+        for name in steps:
+            patch.setattr(lossless._Passes, name, counted(name, getattr(lossless._Passes, name)))
+        return call(), steps
+
+
+@pytest.mark.parametrize("case", ["all end", "one row", "sampling", "room", "length"])
+def test_the_step_queued_ahead_changes_nothing(case, monkeypatch):
+    """Tokens, counts, random numbers and the cache are those of rounds whose report the host reads first."""
+    plain, model = tiny_model(), tiny_enabled()
+    ids, mask = left_padded(random_ids(4, 20, seed=2), PADDINGS[:4])
+    if case == "one row":
+        ids, mask = ids[:1], mask[:1]
+    free = generate(plain, ids, attention_mask=mask, max_new_tokens=24)[:, 20:]
+    settings = {"do_sample": case == "sampling", "temperature": 1.5, "pad_token_id": 0}
+    settings |= {"max_new_tokens": 60, "eos_token_id": [int(row[9 + number]) for number, row in enumerate(free)]}
+    if case in ("room", "length"):
+        settings |= {"max_new_tokens": 24, "eos_token_id": None}
+    capacity = 20 + 24 if case == "room" else 100
+
+    def run():
+        torch.manual_seed(4)
+        cache, counts = RefreshCache(model.config, capacity, DRAFTS), DraftCounts()
+        own = {"past_key_values": cache, "custom_generate": decode_lossless, "drafts": counts}
+        found = model.generate(ids, attention_mask=mask, **own, **settings)
+        seen = (found, torch.get_rng_state(), *state_of(cache)[0])
+        return cache, counts, seen, state_of(cache)[1]
+
+    (cache, counts, seen, starts), steps = watched(run, monkeypatch)
+    surplus = 0 if case in ("room", "length") else 1
+    assert steps["step"] == counts.steps + surplus and steps["first_step"] < counts.rounds + surplus
+    original = lossless._round
+    monkeypatch.setattr(lossless, "_round", lambda *args: original(*args[:-1], False))
+    (_, expected_counts, expected, expected_starts), waiting = watched(run, monkeypatch)
+    assert waiting["step"] == counts.steps
+    assert counts == expected_counts and starts == expected_starts
+    assert all(torch.equal(one, other) for one, other in zip(seen, expected, strict=True))
+    monkeypatch.undo()
+    if case != "room":
+        text = torch.cat([seen[0], random_ids(len(ids), 3)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(ids), text.shape[1] - 20)], dim=1)
+        own = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 8, "attention_mask": mask}
+        found = model.generate(text, past_key_values=cache, custom_generate=decode_lossless, **own)
+        assert torch.equal(found, plain.generate(text, **own))
 
 
 @torch.no_grad()

@@ -1,0 +1,20 @@
+"""Copies of tensors for the host, which waits for them, and not for what the device does after them."""
+
+import torch
+from torch import Tensor
+
+
+class HostCopy:
+    """A copy of tensors of one device to the host; begun now, finished in `wait`."""
+
+    def __init__(self, *tensors: Tensor):
+        device = tensors[0].device
+        # only copies from a GPU to pinned memory have an event that says when they are done
+        self.copies = [tensor.to("cpu", non_blocking=device.type == "cuda") for tensor in tensors]
+        self.arrival = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+    def wait(self) -> list[Tensor]:
+        """Waits for the tensors, and returns them."""
+        if self.arrival is not None:
+            self.arrival.synchronize()
+        return self.copies
