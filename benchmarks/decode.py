@@ -116,6 +116,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--stride", type=int, default=10)
     parser.add_argument("--budget", type=float, default=0.125, help="a fraction of the context, or whole tokens if > 1")
     parser.add_argument("--acceptance", type=float, default=0.95, help="of drafts (default: %(default)s)")
+    parser.add_argument("--compile-blocks", action="store_true", help="of lossless decoding, too")
     parser.add_argument("--observation-window", type=int, default=1)
     parser.add_argument("--pool-kernel", type=int, default=RefreshConfig.pool_kernel)
     parser.add_argument(
@@ -305,10 +306,11 @@ def time_lossless(
     length = fill(cache, model, batch, context, 0)
     with CapturedStep(model).used() if args.loop == "graph" else nullcontext():
         # as many tokens before, to warm up
-        ids, warm_up, _ = run_lossless(model, cache, batch, length, new, args.acceptance)
-        ids, seconds, counts = run_lossless(model, cache, batch, length, new, args.acceptance, ids)
+        run = partial(run_lossless, model, cache, batch, length, compile_blocks=args.compile_blocks)
+        ids, warm_up, _ = run(new, args.acceptance)
+        ids, seconds, counts = run(new, args.acceptance, ids)
         with (times := RoundTimes()).taken():
-            run_lossless(model, cache, batch, length, new // 2, args.acceptance, ids)
+            run(new // 2, args.acceptance, ids)
     bytes_full, _ = bytes_moved(model, context, batch, 0, "full", None)
     per_token = seconds / (new - 1)
     return {
@@ -328,6 +330,7 @@ def time_lossless(
         "drafts a round": round(counts.steps / counts.rounds, 2),
         "a round, ms": round(seconds / counts.rounds * 1e3, 2),
         **times.medians(),
+        "compiled blocks": args.compile_blocks,
         "warm-up, s": round(warm_up, 1),
         "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
     }
@@ -463,6 +466,7 @@ def run_lossless(
     new: int,
     acceptance: float,
     ids: Tensor | None = None,
+    compile_blocks: bool = False,
 ) -> tuple[Tensor, float, DraftCounts]:
     """Generates `new` tokens of each batch row behind ids, or behind random ids for the `length` tokens in the cache.
     Returns the texts, the seconds of the rounds, and what was accepted."""
@@ -481,6 +485,7 @@ def run_lossless(
             pad_token_id=0,
             custom_generate=decode_lossless,
             drafts=counts,
+            compile_blocks=compile_blocks,
             compile_config=CompileConfig(dynamic=False),
         )
     finally:

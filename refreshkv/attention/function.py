@@ -191,6 +191,10 @@ def _through_cache(
     changes = _changes_of(layer, dense.terms, module, query, rotation)
     if layer.is_decoding:
         return layer.step(query, key, value, dense.scaling, **changes)
+    if torch.compiler.is_compiling() and layer.stores_compiled_block:
+        if changes:
+            raise SettingsError("compile_blocks=True does not follow attention sinks, nor a softcap: leave it out")
+        return layer.compiled_block(query, key, value, dense.left_padding, dense.scaling)
     block: Any = _prompt_block  # torch.compiler.disable hides its signature
     return block(dense, query, key, value, layer, changes)
 

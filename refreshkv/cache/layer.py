@@ -162,6 +162,8 @@ class RefreshLayer(PreallocatedLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.config.rectify:
             self._validate_rectified(key_states.shape[2])
+        if torch.compiler.is_compiling() and key_states.shape[2] > 1 and self.stores_compiled_block:
+            return key_states, value_states  # `compiled_block` stores them
         return super().update(key_states, value_states, *args, **kwargs)
 
     def _validate_rectified(self, count: int) -> None:
@@ -271,10 +273,27 @@ class RefreshLayer(PreallocatedLayer):
                 "use generate(), or take them off the model with remove_look_ahead(model)"
             )
         if self.awaits_accept:
-            self.awaits_accept, self.waiting = False, Block(query.detach(), left_padding, scaling, terms)
-            self.columns = None
+            self._await_accept(Block(query.detach(), left_padding, scaling, terms))
             return
         self._end_block(query, left_padding, scaling, terms, look_ahead)
+
+    @property
+    def stores_compiled_block(self) -> bool:
+        """Whether `compiled_block` computes the next block, if the model is compiled."""
+        return self.awaits_accept and self.columns is not None
+
+    def compiled_block(self, query: Tensor, key: Tensor, value: Tensor, left_padding: Tensor, scaling: float) -> Tensor:
+        """The compiled attention of a block of drafts, which it also stores in the columns of `drop_drafts`: query
+        (B, H, n, D), key and value (B, Hkv, n, D) of the block -> (B, n, H, D)."""
+        assert self.columns is not None, "a compiled block has its columns from drop_drafts"
+        codes, scales = (self.score_codes, self.score_scales) if self.score_state else (None, None)
+        buffers = (self.keys, self.values, codes, scales)
+        output = ops.stored_block(query, key, value, buffers, self.columns, left_padding, scaling)
+        self._await_accept(Block(query, left_padding, scaling, PLAIN_SOFTMAX))
+        return output
+
+    def _await_accept(self, block: Block) -> None:
+        self.awaits_accept, self.waiting, self.columns = False, block, None
 
     def _end_block(
         self, query: Tensor, left_padding: Tensor, scaling: float, terms: SoftmaxTerms, look_ahead: Tensor | None

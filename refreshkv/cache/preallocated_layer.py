@@ -59,6 +59,8 @@ class PreallocatedLayer(CacheLayerMixin):
     """Whether the layer's selection supports look-ahead queries; None: its selection does not depend on them."""
     takes_other_values = False
     """Whether values may have another size than keys."""
+    stores_compiled_block = False
+    """Whether the layer's next block, in a compiled model, is one of drafts (`RefreshLayer.compiled_block`)."""
     last_queries = 1
     """How many tokens of a prompt must follow a prefix from `load_prefix`, because the layer needs their queries."""
     columns: Tensor | None = None

@@ -31,6 +31,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from refreshkv.cache.keyword import CACHE_NAME, as_keyword, given_cache
 from refreshkv.cache.refresh import RefreshCache
 from refreshkv.cache.row_lengths import RowLengths
+from refreshkv.generation.compiled_block import block_inputs, compiled_block
 from refreshkv.generation.decode_ahead import refuse_other_modes
 from refreshkv.generation.graphs import Graphs
 from refreshkv.generation.host_copy import HostCopy
@@ -86,6 +87,7 @@ def decode_lossless(
     synced_gpus: bool = False,
     draft_length: int | None = None,
     drafts: DraftCounts | None = None,
+    compile_blocks: bool = False,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Greedy search or sampling, given as `custom_generate` to `generate()`, which calls it.
@@ -99,14 +101,15 @@ def decode_lossless(
     Args:
         draft_length: drafts of each round; None: chosen by the acceptance so far.
         drafts: receives the counts.
+        compile_blocks: compile the blocks too where CUDA graphs hold them; the first one then takes as long again as
+            the first compiled step. Not for models with attention sinks or a softcap.
 
     Returns (B, P + new), or the output that `return_dict_in_generate` asks for, without scores. Raises `SettingsError`
     for other caches, and for outputs that are not recorded.
     """
     refuse_other_modes(model, generation_config, synced_gpus, name="decode_lossless")
     cache = _validated_cache(given_cache(model_kwargs), generation_config, streamer)
-    if draft_length is not None and (isinstance(draft_length, bool) or draft_length < 1):
-        raise SettingsError(f"draft_length must be a whole number >= 1 or None, got {draft_length!r}")
+    _validate_draft_length(draft_length)
     counts = DraftCounts() if drafts is None else drafts
     passes = _Passes(model, cache, generation_config, model_kwargs)
     rules = Rules(logits_processor, stopping_criteria, generation_config)
@@ -114,7 +117,7 @@ def decode_lossless(
     first = rules.distribution(input_ids, texts.known, passes.prompt(input_ids)[:, None])
     texts.note(*texts.add(rules.choose(first), torch.ones_like(texts.known)).tolist())
     lengths, acceptance = RowLengths(cache), FIRST_ACCEPTANCE
-    passes.find_graphs()
+    passes.find_graphs(compile_blocks)
     while not all(texts.ended):
         length = best_draft_length(acceptance) if draft_length is None else draft_length
         room = min(cache.capacity - max(lengths.numbers) - 1, texts.room)
@@ -130,12 +133,9 @@ def decode_lossless(
     counts.tokens += ids.shape[1] - input_ids.shape[1]
     lengths.restore()
     cache.tokens = ids[:, : cache.length]
-    if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(
-            sequences=ids,  # pyright: ignore[reportArgumentType]  # declared as torch.LongTensor
-            **as_keyword(cache),
-        )
-    return ids
+    sequences: Any = ids  # declared as torch.LongTensor
+    as_dict = generation_config.return_dict_in_generate
+    return GenerateDecoderOnlyOutput(sequences=sequences, **as_keyword(cache)) if as_dict else ids
 
 
 def best_draft_length(acceptance: float) -> int:
@@ -143,6 +143,11 @@ def best_draft_length(acceptance: float) -> int:
     share = min(acceptance, 0.999)
     gains = [(1 - share ** (n + 1)) / (1 - share) / (1 + DRAFT_COST * n) for n in range(1, MOST_DRAFT + 1)]
     return 1 + gains.index(max(gains))
+
+
+def _validate_draft_length(length: int | None) -> None:
+    if length is not None and (isinstance(length, bool) or length < 1):
+        raise SettingsError(f"draft_length must be a whole number >= 1 or None, got {length!r}")
 
 
 def _validated_cache(cache: Any, config: GenerationConfig, streamer: BaseStreamer | None) -> RefreshCache:
@@ -172,6 +177,8 @@ class _Passes:
         """The captured blocks; None where they are not captured."""
         self.size = 0
         """Tokens of the last block, if it is captured."""
+        self.compiled_block: Any = None
+        """The compiled call of blocks; None: they are not compiled."""
         self.queued: Tensor | None = None
         """The logits of the step that `queue_step` queued, until `first_step`."""
 
@@ -211,14 +218,23 @@ class _Passes:
         assert logits is not None
         return logits
 
-    def find_graphs(self) -> None:
-        """Finds the graphs that earlier calls captured for this model and cache. Call this after the prompt."""
+    def find_graphs(self, compile_blocks: bool) -> None:
+        """Finds the graphs that earlier calls captured for this model and cache. Call this after the prompt.
+
+        compile_blocks: whether the blocks in graphs are compiled.
+        """
         if self.compiles and can_capture(self.model, self.cache):
             weights = (*self.model.parameters(), *self.model.buffers())
             addresses = (*(weight.data_ptr() for weight in weights), *self.cache.addresses())
             if self.cache.graphs is None or self.cache.graphs.addresses != addresses:
                 self.cache.graphs = Graphs(addresses, self.model.device)
             self.graphs = self.cache.graphs
+            self.compiled_block = compiled_block(self.model) if compile_blocks else None
+
+    @property
+    def kind(self) -> str:
+        """Begins the names of the graphs: what accepts a compiled block reads the tensors of that block."""
+        return "" if self.compiled_block is None else "compiled "
 
     def block(self, tokens: Tensor, columns: Tensor, lengths: RowLengths) -> Tensor:
         """The logits (B, n, V) of tokens (B, n) in these columns (B, n) of their texts, with full attention."""
@@ -230,32 +246,32 @@ class _Passes:
         tokens = torch.cat([tokens, tokens[:, -1:].expand(-1, self.size - count)], dim=1)
         positions = columns[:, :1] + torch.arange(self.size, device=tokens.device) + self.offset
         block = partial(self._block_on_device, lengths)
-        return self.graphs.run(("block", self.size), block, tokens, positions)[:, :count]
+        return self.graphs.run((f"{self.kind}block", self.size), block, tokens, positions)[:, :count]
 
     def _captured_size(self, count: int, lengths: RowLengths) -> int:
         """The number of tokens of the block that computes `count` tokens: more if only a larger block is captured."""
         assert self.graphs is not None
         most = min(2 * count, self.cache.capacity - max(lengths.numbers))
-        return min((size for kind, size in self.graphs.captured() if count <= size <= most), default=count)
+        sizes = [size for name, size in self.graphs.captured() if name == f"{self.kind}block"]
+        return min((size for size in sizes if count <= size <= most), default=count)
 
     def _block_on_device(self, lengths: RowLengths, tokens: Tensor, positions: Tensor) -> Tensor:
         """The logits of the block, whose columns and padding are on the device: the host does not wait for them."""
-        self.cache.verify(lengths.columns(tokens.shape[1]))
-        return self._block(tokens, positions, lengths.padding_now)
+        columns = lengths.columns(tokens.shape[1])
+        self.cache.verify(columns)
+        if self.compiled_block is None or len(columns) == 1:
+            return self._block(tokens, positions, lengths.padding_now)
+        return self.compiled_block(tokens, positions, lengths.padding_now, columns, self.cache)
 
     def _block(self, tokens: Tensor, positions: Tensor, padding: Tensor | None) -> Tensor:
-        inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": positions}
-        if padding is not None:  # in the mask's prepared form, for which the host need not wait for the device
-            inputs["attention_mask"] = padding[:, None, None, None]
-        output = self.model(**inputs, **as_keyword(self.cache), use_cache=True, return_dict=True)
-        return output.logits.float()
+        return self.model(**block_inputs(tokens, positions, padding, self.cache)).logits.float()
 
     def accept(self, counts: Tensor, lengths: RowLengths) -> None:
         """Keeps the first `counts` (B,) tokens of each row of the last block."""
         if self.graphs is None:
             lengths.accept(counts)
         else:
-            self.graphs.run(("accept", self.size), lengths.accept, counts)
+            self.graphs.run((f"{self.kind}accept", self.size), lengths.accept, counts)
 
 
 def can_capture(model: Any, cache: RefreshCache) -> bool:

@@ -167,6 +167,32 @@ def select(
     return naive.select(query, key, steps, options, scaling, terms=terms)
 
 
+def stored_block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    buffers: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    columns: Tensor,
+    left_padding: Tensor,
+    scaling: float,
+) -> Tensor:
+    """Causal attention of a block of tokens that it first stores; compiled models take it without a break.
+
+    Args:
+        query: (B, H, n, D).
+        key, value: (B, Hkv, n, D), of the block.
+        buffers: keys and values (B, Hkv, L, D), and the codes and scales of their score keys or None; changed in place.
+        columns: (n,) int64, ascending: where the block's tokens stand.
+        left_padding: (B,) int64.
+        scaling: factor of the logits.
+
+    Returns (B, n, H, D), without gradient.
+    """
+    from refreshkv.ops.rows import stored_block as form
+
+    return form.stored_block(query, key, value, *buffers, columns, left_padding, scaling)
+
+
 def write_score_keys(key: Tensor, codes: Tensor, scales: Tensor, first: int | Tensor) -> None:
     """Stores the score keys of a prompt or a block of it (specification, section 10.5).
 

@@ -13,6 +13,7 @@ from refreshkv.cache.keyword import CACHE_NAME
 from refreshkv.cache.preallocated_layer import Phase
 from refreshkv.cache.row_lengths import RowLengths
 from refreshkv.generation import lossless
+from refreshkv.generation.compiled_block import block_inputs, compiled_block
 from refreshkv.generation.lossless import Rules
 from refreshkv.ops.choice import Choice
 from refreshkv.ops.state import PADDING
@@ -75,6 +76,46 @@ def test_the_draft_step_is_compiled_once():
         found = model.generate(ids, draft_length=length, attention_mask=torch.ones_like(ids), **own)
         assert torch.equal(found, expected)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by", ["torch", pytest.param("kernels", marks=pytest.mark.slow)])
+def test_a_compiled_block_is_that_of_the_model(by, monkeypatch):
+    """Logits and cache, with one compilation for all numbers of tokens and no break."""
+    model, text = tiny_enabled(layers=1).float(), random_ids(3, 30, seed=7)
+    if by == "kernels":
+        monkeypatch.setattr(Choice, "uses_kernels", lambda choice, tensor: True)
+        monkeypatch.setattr(Choice, "takes_short_block", lambda choice, query, key, value: query.shape[2] < 20)
+    mask = torch.ones_like(text)
+    mask[1, :5] = 0
+
+    def plain(tokens, positions, padding, columns, cache):
+        return model(**block_inputs(tokens, positions, padding, cache)).logits.float()
+
+    def blocks(call):
+        cache, found = RefreshCache(model.config, 100, DRAFTS), []
+        model(text, attention_mask=mask, position_ids=padded_positions(mask), past_key_values=cache)
+        lengths, next_positions = RowLengths(cache), mask.sum(1)
+        for count in (4, 6, 3):
+            columns, positions = lengths.columns(count), next_positions[:, None] + torch.arange(count)
+            cache.verify(columns)
+            found.append(call(random_ids(3, count, seed=count), positions, lengths.padding_now, columns, cache))
+            kept = torch.tensor([count, count - 1, 1])
+            lengths.accept(kept)
+            lengths.note(kept.tolist())
+            next_positions = next_positions + kept
+            layer = cache.layers[0]
+            found += [layer.keys.clone(), layer.values.clone(), layer.score_codes.clone(), layer.observers.clone()]
+        return found
+
+    torch._dynamo.reset()
+    counters.clear()
+    expected, found = blocks(plain), blocks(compiled_block(model, backend="eager"))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    captured = counters["stats"]["calls_captured"]
+    assert captured > 0 and not counters["graph_break"]
+    blocks(compiled_block(model, backend="eager"))
+    assert counters["stats"]["calls_captured"] == captured
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ def exact_products():
 def generate(model, cache, ids, mask, **settings):
     own = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 60, "attention_mask": mask}
     cache.reset()
-    return model.generate(ids, past_key_values=cache, custom_generate=decode_lossless, **own, **settings)
+    return model.generate(ids, past_key_values=cache, custom_generate=decode_lossless, **own | settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -42,12 +42,23 @@ def test_captured_blocks_give_the_same_tokens(name, dtype, monkeypatch):
         assert {("block", 4), ("accept", 4)} <= set(cache.graphs.captured())
 
 
-def test_compiled_steps_and_captured_blocks_give_full_attention_s_tokens():
+@pytest.mark.parametrize("compile_blocks", [False, True])
+def test_compiled_steps_and_captured_blocks_give_full_attention_s_tokens(compile_blocks):
     plain, model = (make(layers=2, dtype=torch.float32, head_dim=16).cuda() for make in (tiny_model, tiny_enabled))
     ids, mask = (part.cuda() for part in left_padded(random_ids(4, 100), [0, 3, 0, 40]))
     own = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 60}
     expected = plain.generate(ids, attention_mask=mask, **own)
     cache = RefreshCache(model.config, 200, CONFIGS["4 bits"])
     for _ in range(2):
-        assert torch.equal(generate(model, cache, ids, mask), expected)
-    assert cache.graphs.captured()
+        assert torch.equal(generate(model, cache, ids, mask, compile_blocks=compile_blocks), expected)
+    assert {name.startswith("compiled") for name, _ in cache.graphs.captured()} == {compile_blocks}
+    # all texts end while the next round's first step is queued
+    own["eos_token_id"] = [int(row[20 + number]) for number, row in enumerate(expected[:, 100:])]
+    expected = plain.generate(ids, attention_mask=mask, **own)
+    settings = {"eos_token_id": own["eos_token_id"], "compile_blocks": compile_blocks}
+    assert torch.equal(generate(model, cache, ids, mask, **settings), expected)
+    text = torch.cat([expected, random_ids(4, 3, seed=3).cuda()], dim=1)
+    mask = torch.cat([mask, mask.new_ones(4, text.shape[1] - 100)], dim=1)
+    own |= {"max_new_tokens": 20, "eos_token_id": None, "attention_mask": mask}
+    found = model.generate(text, past_key_values=cache, custom_generate=decode_lossless, **own)
+    assert torch.equal(found, plain.generate(text, **own))
