@@ -137,7 +137,8 @@ class RefreshCache(PreallocatedCache):
     @property
     def inputs_are_known(self) -> bool:
         """Whether the next call is a block of drafts, whose inputs `decode_lossless` makes: they need no validation."""
-        return super().inputs_are_known or self.refresh_layers()[0].awaits_accept
+        # in this order: torch 2.11 cannot trace a property of super()
+        return self.refresh_layers()[0].awaits_accept or super().inputs_are_known
 
     def row_tensor(self, name: str, value: Tensor) -> Tensor:
         """The tensor of this name with this value, at the address that it had before if its shape is the same."""

@@ -36,9 +36,6 @@ SAME_IN_ALL_THREADS = {"enable_fp_fusion": False}
 product into the addition and get another last bit; then positions with the same score, as pooling makes them, would no
 longer tie."""
 
-HOPPER = 9
-"""The major compute capability of H100 and H200."""
-
 TILES = {
     "full_forward": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     "full_backward_query": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
@@ -102,6 +99,9 @@ Four programs then share the 65536 registers of a multiprocessor. Without a limi
 after each small change; two or three programs then take 2 to 36 % longer.
 """
 
+HOPPER = 9
+"""The major compute capability of H100 and H200."""
+
 
 def register_limit(dtype: torch.dtype, head_dim: int, device: torch.device) -> dict[str, int]:
     """The compiler option of a forward kernel of partial steps that keeps to `PARTIAL_REGISTERS`.
@@ -114,27 +114,6 @@ def register_limit(dtype: torch.dtype, head_dim: int, device: torch.device) -> d
     if limited and torch.cuda.get_device_capability(device)[0] == HOPPER:
         return {"maxnreg": PARTIAL_REGISTERS}
     return {}
-
-
-def overlap(tensor: Tensor) -> dict[str, bool]:
-    """The compiler options of a decoding kernel whose programs come to the GPU while the launch before it still runs:
-    on Hopper GPUs and later. The kernel must call `begin_after_last_launch`."""
-    is_nvidia = tensor.is_cuda and torch.version.hip is None
-    if is_nvidia and torch.cuda.get_device_capability(tensor.device)[0] >= HOPPER:
-        return {"OVERLAPS": True, "launch_pdl": True}
-    return {"OVERLAPS": False}
-
-
-@triton.jit
-def begin_after_last_launch(OVERLAPS: tl.constexpr):
-    """Lets the programs of the next launch come to the GPU, and waits for the end of the launch before this one.
-
-    Every program calls this before it reads or writes memory, also one that has nothing to do: a launch waits for the
-    one before it alone, which must not end before what came earlier.
-    """
-    if OVERLAPS:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
 
 def padded_head(head_dim: int) -> int:

@@ -27,7 +27,6 @@ from refreshkv.ops.tiles import (
     PADDING,
     PROMPT_LENGTH,
     ROW_COLUMNS,
-    begin_after_last_launch,
     capped,
     load_sinks,
     padded_head,
@@ -145,12 +144,11 @@ def _attend(
     OBSERVERS: tl.constexpr, MODE: tl.constexpr, SIMILARITY: tl.constexpr, STORE: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, SELECTS: tl.constexpr, DH: tl.constexpr, MR: tl.constexpr,
     BITS: tl.constexpr, BINS: tl.constexpr, SCORED: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
-    ATTENDS: tl.constexpr, CAP: tl.constexpr, OVERLAPS: tl.constexpr,
+    ATTENDS: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """One share of the keys of one batch row and key/value head: its maximum and sum (B, H, N), its output
     (B, H, N, D). At selecting steps the logits of the share by the score keys instead. Without ATTENDS, other steps of
     a cache with selecting steps only store the token."""
-    begin_after_last_launch(OVERLAPS)
     split, pair = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
@@ -318,13 +316,12 @@ def _finish(
     kv_heads, capacity, room, splits, chosen_splits, list_room, width, recent, sinks,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr, POOL: tl.constexpr,
     BEFORE: tl.constexpr, RANK: tl.constexpr, OBSERVED: tl.constexpr, BLOCK: tl.constexpr,
-    SELECTS: tl.constexpr, CNP: tl.constexpr, ORDERED: tl.constexpr, OVERLAPS: tl.constexpr,
+    SELECTS: tl.constexpr, CNP: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     """The first G programs of a batch row and key/value head merge the shares of one query head each, in fixed order.
     The others, where the step is full, rank the positions of the cache, (B, Hkv, L) int32: the recent window and the
     sinks first, then the pooled score's own bits, which order as the float >= 0 does. Where it is a selecting one, they
     keep its choice."""
-    begin_after_last_launch(OVERLAPS)
     part, pair = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
     heads = kv_heads * G

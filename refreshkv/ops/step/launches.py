@@ -33,7 +33,7 @@ from refreshkv.ops.step import observers as observing
 from refreshkv.ops.step.selecting import bins, scoring
 from refreshkv.ops.step.selecting.launches import choose_and_attend
 from refreshkv.ops.step.selecting.state import SelectingScratch
-from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, cap_of, overlap, padded_head, precision, sinks_of
+from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, cap_of, padded_head, precision, sinks_of
 
 RANKING_PROGRAMS = 1024
 """About how many programs rank the positions of all batch rows."""
@@ -238,7 +238,7 @@ def attend(
         MODE=mode.value, SIMILARITY=threshold is not None, STORE=store, PRECISION=precision(query),
         SELECTS=selecting is not None, DH=padded_half(head_dim), MR=max(8, triton.next_power_of_2(group * observers)),
         BITS=bits, BINS=bins.BINS, ASM=scoring.unpacks_by_ptx(query), ATTENDS=attends,
-        CAP=cap_of(terms), **scoring.tile_of(query, bits), **attention.tile_of(query), **overlap(query),
+        CAP=cap_of(terms), **scoring.tile_of(query, bits), **attention.tile_of(query),
     )  # fmt: skip
     return shares
 
@@ -282,7 +282,7 @@ def finish(
         RANK=scratch is not None, OBSERVED=options.observation_window > 1, BLOCK=attention.RANKED,
         SELECTS=selecting is not None, CNP=max(2, triton.next_power_of_2(_list_sizes(selecting)[0])),
         ORDERED=selecting is not None and last_ranks(selecting.options) > 0,
-        num_warps=4, **SAME_IN_ALL_THREADS, **overlap(output),
+        num_warps=4, **SAME_IN_ALL_THREADS,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from refreshkv.ops.step.selecting.shares import place_in_list
 from refreshkv.ops.step.selecting.threshold import CHOICE_COLUMNS, LIMIT, THRESHOLD
-from refreshkv.ops.tiles import PADDING, ROW_COLUMNS, begin_after_last_launch, capped
+from refreshkv.ops.tiles import PADDING, ROW_COLUMNS, capped
 
 PROGRAMS_PER_PROCESSOR = 4
 """Programs of `_attend_to_chosen` for each multiprocessor: all run at once."""
@@ -27,7 +27,7 @@ def _attend_to_chosen(
     partial_ptr, highest_ptr, total_ptr, query_b, query_h, kv_heads, capacity, ranking_room, list_room, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, RUN: tl.constexpr, LISTED: tl.constexpr,
     LIST_STAGES: tl.constexpr, ATTENDS: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Attends to one share of the chosen positions of one batch row and key/value head: maximum and sum (B, H, N),
     output (B, H, N, D).
@@ -35,7 +35,6 @@ def _attend_to_chosen(
     A share is every N-th run of RUN positions. The program first lists the chosen ones in its own part of the memory
     (B, Hkv, N, .), and counts them (B, Hkv, N). Without ATTENDS it does no more.
     """
-    begin_after_last_launch(OVERLAPS)
     split, pair = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads

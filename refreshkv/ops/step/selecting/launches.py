@@ -12,7 +12,7 @@ from refreshkv.ops.state import PLAIN_SOFTMAX, LayerState, SelectionOptions, Sof
 from refreshkv.ops.step.attention import tile_of
 from refreshkv.ops.step.selecting import attention, bins, ranking, shares, threshold
 from refreshkv.ops.step.selecting.state import SelectingScratch
-from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, cap_of, overlap, padded_head, precision, sinks_of
+from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, cap_of, padded_head, precision, sinks_of
 
 
 def choose_and_attend(
@@ -68,7 +68,6 @@ def rank(
         OBSERVERS=options.observation_window, POOL=options.pool_kernel, BEFORE=options.pooled_before,
         BLOCK=shares.RANKED, BINS=bins.BINS, FINE=bins.FINE, BIN_BITS=bins.BIN_BITS,
         KEEPS=options.pool_kernel > ranking.COMPUTED_ANEW, num_warps=warps, **SAME_IN_ALL_THREADS,
-        **overlap(scratch.logits),
     )  # fmt: skip
 
 
@@ -88,7 +87,7 @@ def find_threshold(
         state.row_state, scratch.selecting, scratch.rankings, scratch.histogram, scratch.counters, scratch.candidates,
         scratch.choices, kv_heads, room, float(group * options.pool_kernel),
         BINS=bins.BINS, FINE=bins.FINE, BIN_BITS=bins.BIN_BITS, CANDIDATES=candidates, BLOCK=shares.COLLECTED,
-        SEARCHED=threshold.SEARCHED, num_warps=warps or threshold.warps_of(candidates), **overlap(scratch.rankings),
+        SEARCHED=threshold.SEARCHED, num_warps=warps or threshold.warps_of(candidates),
     )  # fmt: skip
 
 
@@ -115,5 +114,5 @@ def attend(
         *query.stride()[:2], kv_heads, capacity, scratch.rankings.shape[2], list_room, scaling * LOG2E,
         G=group, D=head_dim, DP=padded_head(head_dim), MP=max(16, triton.next_power_of_2(group)), RUN=shares.RUN,
         LISTED=min(attention.MOST_LISTED, triton.next_power_of_2(list_room)), LIST_STAGES=attention.LIST_STAGES,
-        PRECISION=precision(query), ATTENDS=attends, CAP=cap_of(terms), **tile_of(query), **overlap(query),
+        PRECISION=precision(query), ATTENDS=attends, CAP=cap_of(terms), **tile_of(query),
     )  # fmt: skip

@@ -15,7 +15,7 @@ from refreshkv.ops.selection.top_k import FIRST, PREFERRED
 from refreshkv.ops.step.selecting.bins import bin_of, top_bin
 from refreshkv.ops.step.selecting.scoring import LEAST
 from refreshkv.ops.step.selecting.shares import share
-from refreshkv.ops.tiles import BUDGET, PADDING, ROW_COLUMNS, begin_after_last_launch, load_sinks, with_sink
+from refreshkv.ops.tiles import BUDGET, PADDING, ROW_COLUMNS, load_sinks, with_sink
 
 COMPUTED_ANEW = 3
 """Largest pooling window whose scores are computed anew for each position; those of larger ones go through memory."""
@@ -27,12 +27,11 @@ def _rank(
     kv_heads, room, splits, recent, sinks, reach, sink_ptr,
     G: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, OBSERVERS: tl.constexpr, POOL: tl.constexpr,
     BEFORE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr,
-    KEEPS: tl.constexpr, OVERLAPS: tl.constexpr,
+    KEEPS: tl.constexpr,
 ):  # fmt: skip
     """Ranks one share of the positions of one batch row and key/value head, (B, Hkv, L) int32, and counts the positions
     of each bin, (B, Hkv, BINS) int32. KEEPS: it writes the scores, (B, Hkv, L) float32, and pools them from memory;
     else it computes each score anew in every window that holds it."""
-    begin_after_last_launch(OVERLAPS)
     part, pair = tl.program_id(0), tl.program_id(1)
     batch = (pair // kv_heads).to(tl.int64)
     position = tl.load(selecting_ptr + batch)

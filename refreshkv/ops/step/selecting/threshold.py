@@ -16,7 +16,7 @@ import triton.language as tl
 from refreshkv.ops.selection.top_k import HIGHEST
 from refreshkv.ops.step.selecting.bins import bounds_of_bin, top_bin
 from refreshkv.ops.step.selecting.shares import place_in_list, share
-from refreshkv.ops.tiles import BUDGET, PADDING, ROW_COLUMNS, begin_after_last_launch
+from refreshkv.ops.tiles import BUDGET, PADDING, ROW_COLUMNS
 
 FEWEST_CANDIDATES, MOST_CANDIDATES = 1024, 8192
 """Bounds of the room for candidates; if a row has more, the threshold is searched in the whole row."""
@@ -35,13 +35,12 @@ THRESHOLD, LIMIT, CHOICE_COLUMNS = tl.constexpr(0), tl.constexpr(1), tl.constexp
 def _find_threshold(
     row_ptr, selecting_ptr, ranking_ptr, histogram_ptr, counter_ptr, candidate_ptr, choice_ptr, kv_heads, room, reach,
     BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
-    SEARCHED: tl.constexpr, OVERLAPS: tl.constexpr,
+    SEARCHED: tl.constexpr,
 ):  # fmt: skip
     """Finds the choice of one batch row and key/value head, (B, Hkv, 2) int32: its threshold and limit.
 
     The candidates are written by several programs, so the last one reads them past its L1 cache.
     """
-    begin_after_last_launch(OVERLAPS)
     part, pair = tl.program_id(0), tl.program_id(1)
     parts = tl.num_programs(0)
     batch = (pair // kv_heads).to(tl.int64)
