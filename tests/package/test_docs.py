@@ -90,16 +90,42 @@ def test_the_first_table_of_the_results():
     assert not first
 
 
+def beginning_of_the_results():
+    return (ROOT / "docs" / "results.md").read_text().split("\n## ")[0]
+
+
 def test_long_generation_in_the_results():
-    text = " ".join((ROOT / "docs" / "results.md").read_text().split("\n## ")[0].split())
-    table = (RESULTS / "generation-untrained" / "generation.md").read_text()
+    text = " ".join(beginning_of_the_results().split())
+    table = (RESULTS / "generation-trained-english" / "generation.md").read_text()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:2] == "| "]
     found = {(line[0].split(":")[0], line[1]): line[2].split(" ")[0] for line in cells if "K=256" not in line[0]}
     greedy = [found[name, "greedy"] for name in ("recommended", "paper", "full")]
-    of_two = "is {} with the selection that was recommended before (a choice for two tokens by four observers), "
-    assert (of_two + "{} with the paper's and {} with full").format(*greedy) in text
+    assert "is {} with the recommended selection, {} with the paper's and {} with full".format(*greedy) in text
     drawn = [f"{float(found[name, 'sampled']):.1f}" for name in ("recommended", "paper", "full")]
     assert "{}, {} and {} with drawn tokens".format(*drawn) in text
+
+
+TASK_STRATEGIES = (
+    "full",
+    "recommended: select S=1 4 bits, K=0.125",
+    "recommended: select S=2 4 bits, K=0.125",
+    "paper: refresh S=10, K=0.125",
+    "StreamingLLM, K=0.125",
+)
+"""Of results.json, in the order of the table of tasks."""
+
+
+def task_means(length):
+    """The strategies' mean scores in percent at a length in thousands of tokens, before any further training."""
+    lines = (RESULTS / "smollm2-tasks" / "tables.md").read_text().split(f"## tasks-{length}k")[1].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| none")]
+    means = {line[2]: line[-1] for line in cells[: len(TASK_STRATEGIES)]}
+    return [means[name] for name in TASK_STRATEGIES]
+
+
+@pytest.mark.parametrize("length", [4, 8])
+def test_the_tasks_of_the_results(length):
+    assert f"| {length}K | {' | '.join(task_means(length))} |" in beginning_of_the_results()
 
 
 def table_of_the_readme():
@@ -110,7 +136,7 @@ def table_of_the_readme():
 def test_the_table_of_the_readme():
     """Its figures are those of docs/results, rounded."""
     table, measured = table_of_the_readme(), points()
-    assert len(table) == 5
+    assert len(table) == 6
 
     def rounded(name, digits):
         point = measured[name]
@@ -133,6 +159,9 @@ def test_the_table_of_the_readme():
         text = f"K = L/{share}: {code} and {english}, reading {percent(read, 0)}, {after(size)}"
         assert text in table["Smaller budgets"]
     assert after(1024) in table["A small loss"]
+    full, recommended, _, paper, streaming = task_means(8)
+    assert f"full attention {full} %, the recommended settings {recommended} %, the paper's {paper} %" in table["Tasks"]
+    assert f"StreamingLLM {streaming} %" in table["Tasks"]
 
     speeds = json.loads((RESULTS / "decode-h200.json").read_text())
     ms = {(line["context"], line["batch"], line["strategy"]): line["ms"] for line in speeds}

@@ -627,8 +627,9 @@ def draw_one_of_each_kind():
             "smollm2",
             {"smollm2/none", "smollm2/plain-0", "every-second/every-second-lora-0"},
             "smollm2/recommended/2/own/tradeoff",
-            [f"smollm2/{arm}-0" for arm in ("whole-paper", "distilled", "fixed", "no-plain", "strides")],
+            [],
         ),
+        ("smollm2-tasks", {"tasks-8k/base", "tasks-4k/recommended-0"}, "tasks-8k/recommended/0/own/tasks", []),
     ],
 )
 def test_the_figures_of_the_repository(tmp_path, monkeypatch, name, planned, known, left):
