@@ -3,9 +3,9 @@
     python benchmarks/acceptance.py --model DIR_OR_HUB_ID --data ROWS [--data ROWS] [--rows 16] [--new 256] [--sample]
 
 The first tokens of each sequence are a prompt. The model generates --new tokens after it by decode_lossless, greedily
-or drawn at temperature 1. Drafts come from RefreshConfig.recommended(select_stride=2). For each text the table has the
-share of the judged drafts that full attention accepted, and the new tokens of a round. --output DIR writes
-acceptance.json, after each batch.
+or drawn at temperature 1. Drafts come from RefreshConfig.recommended(), with selections that serve --select-stride
+tokens. For each text the table has the share of the judged drafts that full attention accepted, and the new tokens of a
+round. --output DIR writes acceptance.json, after each batch.
 """
 
 import argparse

@@ -94,7 +94,7 @@ def decode_lossless(
 
     Greedy tokens equal those of full attention, up to rounding that depends on how many tokens are computed at a time;
     samples have full attention's distribution (speculative sampling). Needs a `RefreshCache`, best with
-    `RefreshConfig.recommended(select_stride=2)`. Logits processors and stopping criteria see each row by itself and
+    `RefreshConfig.recommended(select_stride=8)`. Logits processors and stopping criteria see each row by itself and
     must depend on their arguments alone. Afterwards the cache holds full attention's keys and values of the tokens up
     to the end of the shortest row, without the last ones; the next call computes the rest.
 
