@@ -116,7 +116,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--stride", type=int, default=10)
     parser.add_argument("--budget", type=float, default=0.125, help="a fraction of the context, or whole tokens if > 1")
     parser.add_argument("--acceptance", type=float, default=0.95, help="of drafts (default: %(default)s)")
-    parser.add_argument("--compile-blocks", action="store_true", help="of lossless decoding, too")
+    parser.add_argument("--compile-blocks", action="store_true", help="compile the blocks of lossless decoding too")
     parser.add_argument("--observation-window", type=int, default=1)
     parser.add_argument("--pool-kernel", type=int, default=RefreshConfig.pool_kernel)
     parser.add_argument(
@@ -136,6 +136,8 @@ def read_arguments() -> argparse.Namespace:
             parser.error(f"--terms: {strategy} takes no sinks and no softcap: leave it out of --strategies")
     if args.recommended and (args.observation_window, args.pool_kernel) != (1, RefreshConfig.pool_kernel):
         parser.error("--recommended brings its own selection: leave out --observation-window and --pool-kernel")
+    if args.compile_blocks and "lossless" not in args.strategies:
+        parser.error("--compile-blocks is about lossless decoding: add a strategy such as lossless:8:4bit")
     if args.quick:
         args.layers, args.cases, args.cycles = 4, "4096:1,8192:4", 2
     args.budget = int(args.budget) if args.budget > 1 else args.budget
@@ -376,8 +378,8 @@ class CapturedStep:
 
 
 class RoundTimes:
-    """Milliseconds of the parts of a round: on the device, which the host does not wait for, from the end of what was
-    queued before a part to the end of what the part queues."""
+    """Milliseconds of each part of a round on the device, between two events: before the part queues its work, and
+    after. The host does not wait."""
 
     PARTS = (
         (lossless, "_draft"),

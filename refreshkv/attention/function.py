@@ -185,15 +185,13 @@ def _through_cache(
     """Attention of a prompt's block or of a decoding step: query (B, H, T, D) -> (B, T, H, D)."""
     module: Any = dense.module
     layer: Any = cache.layers[module.layer_idx]
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not layer.stores_compiled_block:
         layer.validate_attention(query, key, value)
     module.refreshkv_calls.note(module.layer_idx)
     changes = _changes_of(layer, dense.terms, module, query, rotation)
     if layer.is_decoding:
         return layer.step(query, key, value, dense.scaling, **changes)
-    if torch.compiler.is_compiling() and layer.stores_compiled_block:
-        if changes:
-            raise SettingsError("compile_blocks=True does not follow attention sinks, nor a softcap: leave it out")
+    if layer.stores_compiled_block:
         return layer.compiled_block(query, key, value, dense.left_padding, dense.scaling)
     block: Any = _prompt_block  # torch.compiler.disable hides its signature
     return block(dense, query, key, value, layer, changes)

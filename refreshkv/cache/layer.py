@@ -100,6 +100,8 @@ class RefreshLayer(PreallocatedLayer):
         """Number of this layer in `joint`."""
         self.has_look_ahead = False
         """Whether the layer has look-ahead queries; plain PyTorch then computes the steps."""
+        self.has_terms = False
+        """Whether the softmax of the last block had sinks or a softcap."""
 
     def __setstate__(self, state: dict) -> None:
         """Restores a copy: where the original has slices of the joint state, pickle makes separate tensors."""
@@ -162,7 +164,7 @@ class RefreshLayer(PreallocatedLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.config.rectify:
             self._validate_rectified(key_states.shape[2])
-        if torch.compiler.is_compiling() and key_states.shape[2] > 1 and self.stores_compiled_block:
+        if self.stores_compiled_block:
             return key_states, value_states  # `compiled_block` stores them
         return super().update(key_states, value_states, *args, **kwargs)
 
@@ -187,15 +189,15 @@ class RefreshLayer(PreallocatedLayer):
         self.phase, self.dropped = Phase.CONTINUING, dropped
         return dropped
 
-    def drop_drafts(self, columns: Tensor | None = None) -> None:
+    def drop_drafts(self, columns: Tensor | None = None, compiled: bool = False) -> None:
         """Removes the tokens of the steps since the last block. Does not wait for the device. The next call must be a
         block; its selection waits for `accept`.
 
         columns (n,) int64: those of the block's n tokens. A CUDA graph can then capture the block, which attends to the
-        whole buffers. None: the host knows where the block begins.
+        whole buffers. None: the host knows where the block begins. compiled: whether the block is compiled.
         """
         self._validate_attended()
-        self.columns = columns
+        self.columns, self.stores_compiled_block = columns, compiled
         if columns is None:
             self.forget_step(self.prompt_length)
         self.phase, self.awaits_accept, self.dropped = Phase.CONTINUING, True, None
@@ -266,7 +268,7 @@ class RefreshLayer(PreallocatedLayer):
         the block's queries; left_padding (B,) int64; terms: changes of the softmax; look_ahead (B, H, m, D): the
         look-ahead queries of its last token.
         """
-        self.has_look_ahead = look_ahead is not None
+        self.has_look_ahead, self.has_terms = look_ahead is not None, not terms.is_plain
         if self.has_look_ahead and (self.awaits_accept or self.config.rectify):
             raise SettingsError(
                 "look-ahead queries are not followed by lossless decoding, nor by rectify=True: set rectify=False and "
@@ -277,14 +279,11 @@ class RefreshLayer(PreallocatedLayer):
             return
         self._end_block(query, left_padding, scaling, terms, look_ahead)
 
-    @property
-    def stores_compiled_block(self) -> bool:
-        """Whether `compiled_block` computes the next block, if the model is compiled."""
-        return self.awaits_accept and self.columns is not None
-
     def compiled_block(self, query: Tensor, key: Tensor, value: Tensor, left_padding: Tensor, scaling: float) -> Tensor:
-        """The compiled attention of a block of drafts, which it also stores in the columns of `drop_drafts`: query
-        (B, H, n, D), key and value (B, Hkv, n, D) of the block -> (B, n, H, D)."""
+        """Stores a block of drafts in the columns of `drop_drafts`, and computes its attention; for compiled models.
+
+        query (B, H, n, D), key and value (B, Hkv, n, D): the block's -> (B, n, H, D).
+        """
         assert self.columns is not None, "a compiled block has its columns from drop_drafts"
         codes, scales = (self.score_codes, self.score_scales) if self.score_state else (None, None)
         buffers = (self.keys, self.values, codes, scales)
@@ -294,6 +293,7 @@ class RefreshLayer(PreallocatedLayer):
 
     def _await_accept(self, block: Block) -> None:
         self.awaits_accept, self.waiting, self.columns = False, block, None
+        self.stores_compiled_block = False
 
     def _end_block(
         self, query: Tensor, left_padding: Tensor, scaling: float, terms: SoftmaxTerms, look_ahead: Tensor | None
@@ -457,6 +457,7 @@ class RefreshLayer(PreallocatedLayer):
     def reset(self) -> None:
         super().reset()
         self.dropped, self.waiting, self.awaits_accept, self.columns = None, None, False, None
+        self.stores_compiled_block = False
         if self.is_initialized:
             self.full_steps.zero_()
             if self.has_selecting_steps:

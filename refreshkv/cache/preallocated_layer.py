@@ -60,7 +60,7 @@ class PreallocatedLayer(CacheLayerMixin):
     takes_other_values = False
     """Whether values may have another size than keys."""
     stores_compiled_block = False
-    """Whether the layer's next block, in a compiled model, is one of drafts (`RefreshLayer.compiled_block`)."""
+    """Whether the next block is one of drafts and compiled (`RefreshLayer.compiled_block`)."""
     last_queries = 1
     """How many tokens of a prompt must follow a prefix from `load_prefix`, because the layer needs their queries."""
     columns: Tensor | None = None

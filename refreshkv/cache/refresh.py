@@ -124,15 +124,16 @@ class RefreshCache(PreallocatedCache):
         for layer in self.refresh_layers():
             layer.keep_observers()
 
-    def verify(self, columns: Tensor | None = None) -> None:
+    def verify(self, columns: Tensor | None = None, compiled: bool = False) -> None:
         """Removes the drafts, which are the tokens of all steps since the last block. Does not wait for the device.
 
         The next call computes the drafts again in one block. Its selection waits for `RowLengths.accept`. columns (n,)
-        int64: those of the block's n tokens, in a call that a CUDA graph captures; None: the host knows them.
+        int64: those of the block's n tokens, in a call that a CUDA graph captures; None: the host knows them. compiled:
+        whether that call is compiled; it needs columns.
         """
         self.validate_droppable()
         for layer in self.refresh_layers():
-            layer.drop_drafts(columns)
+            layer.drop_drafts(columns, compiled)
 
     @property
     def inputs_are_known(self) -> bool:

@@ -102,7 +102,7 @@ class RowLengths:
     def note(self, counted: list[int], steps: int = 0) -> None:
         """Tells the host what `accept` kept of each row: the same numbers as its `counts`.
 
-        steps: decoding steps since `begin_steps`. A last one that `restore` is to take back does not count.
+        steps: decoding steps since `begin_steps`; 0 if `restore` follows.
         """
         self.numbers = [length + count for length, count in zip(self.numbers, counted, strict=True)]
         length = max(self.numbers)
@@ -165,8 +165,8 @@ class RowLengths:
 
     def restore(self) -> None:
         """Puts all tokens back in order. The cache then holds as many as the shortest row has, minus those whose
-        queries the next selection needs; the rest must follow as a block of a prompt, which selects. So nothing stays
-        of what steps since the last block wrote."""
+        queries the next selection needs; the rest must follow as a block of a prompt. That block selects anew, so
+        later calls never read what earlier steps selected."""
         window, now = self.cache.config.observation_window, max(self.numbers)
         length = max(1, min(self.numbers) - (window - 1))
         column = torch.arange(now, device=self.order.device)

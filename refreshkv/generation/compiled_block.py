@@ -22,10 +22,11 @@ def block_inputs(tokens: Tensor, positions: Tensor, padding: Tensor | None, cach
 
 
 def compiled_block(model: Any, backend: str = "inductor") -> Callable[..., Tensor]:
-    """The compiled call of a block of at least two tokens, after `RefreshCache.verify(columns)`: takes tokens (B, n),
-    positions (B, n), the rows' padding (B,), columns (n,) and the cache; returns logits (B, n, V) float32.
+    """The compiled call of a block of at least two tokens.
 
-    It captures no CUDA graph of its own, so one can hold it.
+    It takes tokens (B, n), positions (B, n), the rows' padding (B,), columns (n,) and the cache, after
+    `RefreshCache.verify(columns, compiled=True)`, and returns logits (B, n, V) float32. It captures no CUDA graph of
+    its own, so one can hold it.
     """
     call = torch.compile(model.__call__, fullgraph=True, dynamic=False, backend=backend)
 

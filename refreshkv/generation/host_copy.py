@@ -1,4 +1,4 @@
-"""Copies of tensors for the host, which waits for them, and not for what the device does after them."""
+"""Copies tensors to the host. The host waits for the copy only, not for later work of the device."""
 
 import torch
 from torch import Tensor

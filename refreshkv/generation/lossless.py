@@ -9,13 +9,15 @@ small cache: by its first step if the cache has selecting steps, else at the las
 different numbers of drafts (`refreshkv.cache.row_lengths`).
 
 The host waits for the device once in a round. If the cache has selecting steps, the next round's first step is queued
-before that, so the device has work meanwhile; where all texts turn out to have ended, this step is forgotten like other
-drafts. Where generate() captures the decoding step, CUDA graphs also hold the block and what accepts it, for each
-number of drafts that comes again.
+before that, so the device has work meanwhile. If all texts have ended, the cache drops this step as it drops drafts.
+
+Where generate() captures the decoding step, CUDA graphs also hold the block and what accepts it, for each number of
+drafts that comes again.
 
 Shapes: `B` batch rows, `T` columns of texts, `d` drafts of a round, `n = d + 1` tokens of its block, `V` vocabulary.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,7 +64,7 @@ class DraftCounts:
     rounds: int = 0
     """Blocks with full attention after the prompt."""
     steps: int = 0
-    """Steps from the small cache."""
+    """Steps from the small cache, without a last one that was queued in vain."""
     tokens: int = 0
     """New tokens of the longest row."""
 
@@ -101,8 +103,8 @@ def decode_lossless(
     Args:
         draft_length: drafts of each round; None: chosen by the acceptance so far.
         drafts: receives the counts.
-        compile_blocks: compile the blocks too where CUDA graphs hold them; the first one then takes as long again as
-            the first compiled step. Not for models with attention sinks or a softcap.
+        compile_blocks: compile the blocks as well. CUDA graphs must hold them, and their attention must be `sdpa`; not
+            for models with attention sinks or a softcap. The first block then takes as long as the first compiled step.
 
     Returns (B, P + new), or the output that `return_dict_in_generate` asks for, without scores. Raises `SettingsError`
     for other caches, and for outputs that are not recorded.
@@ -122,7 +124,8 @@ def decode_lossless(
         length = best_draft_length(acceptance) if draft_length is None else draft_length
         room = min(cache.capacity - max(lengths.numbers) - 1, texts.room)
         length = max(0, min(length, room))
-        # whatever is accepted of `length` drafts and one more token, there is room for another draft
+        # the cache has room for one more draft, whatever is accepted; if the shortest row ends, the last round may
+        # leave this step unused
         runs_ahead = lengths.selects_by_step and room - (length + 1) >= 1
         judged, accepted = _round(passes, texts, rules, lengths, length, runs_ahead)
         counts.judged, counts.accepted = counts.judged + judged, counts.accepted + accepted
@@ -221,7 +224,7 @@ class _Passes:
     def find_graphs(self, compile_blocks: bool) -> None:
         """Finds the graphs that earlier calls captured for this model and cache. Call this after the prompt.
 
-        compile_blocks: whether the blocks in graphs are compiled.
+        compile_blocks: compile the blocks before they are captured.
         """
         if self.compiles and can_capture(self.model, self.cache):
             weights = (*self.model.parameters(), *self.model.buffers())
@@ -229,11 +232,27 @@ class _Passes:
             if self.cache.graphs is None or self.cache.graphs.addresses != addresses:
                 self.cache.graphs = Graphs(addresses, self.model.device)
             self.graphs = self.cache.graphs
-            self.compiled_block = compiled_block(self.model) if compile_blocks else None
+        if compile_blocks:
+            self._validate_compiled_blocks()
+            self.compiled_block = compiled_block(self.model)
+
+    def _validate_compiled_blocks(self) -> None:
+        attention = self.model.refreshkv_calls.prompt_attention
+        if self.graphs is None:
+            raise SettingsError(
+                "compile_blocks=True compiles the blocks in CUDA graphs, and here are none: leave it out"
+            )
+        if attention != "sdpa":
+            raise SettingsError(
+                f"compile_blocks=True computes sdpa, and the prompt's attention is {attention}: leave it out"
+            )
+        if any(layer.has_terms for layer in self.cache.refresh_layers()):
+            raise SettingsError("compile_blocks=True does not follow attention sinks, nor a softcap: leave it out")
 
     @property
     def kind(self) -> str:
-        """Begins the names of the graphs: what accepts a compiled block reads the tensors of that block."""
+        """Prefix of the graphs' names. Compiled and other blocks have graphs of their own, because `accept` reads
+        tensors of the block that it was captured after."""
         return "" if self.compiled_block is None else "compiled "
 
     def block(self, tokens: Tensor, columns: Tensor, lengths: RowLengths) -> Tensor:
@@ -258,10 +277,11 @@ class _Passes:
     def _block_on_device(self, lengths: RowLengths, tokens: Tensor, positions: Tensor) -> Tensor:
         """The logits of the block, whose columns and padding are on the device: the host does not wait for them."""
         columns = lengths.columns(tokens.shape[1])
-        self.cache.verify(columns)
-        if self.compiled_block is None or len(columns) == 1:
-            return self._block(tokens, positions, lengths.padding_now)
-        return self.compiled_block(tokens, positions, lengths.padding_now, columns, self.cache)
+        compiled = self.compiled_block is not None and len(columns) > 1
+        self.cache.verify(columns, compiled)
+        if compiled:
+            return self.compiled_block(tokens, positions, lengths.padding_now, columns, self.cache)
+        return self._block(tokens, positions, lengths.padding_now)
 
     def _block(self, tokens: Tensor, positions: Tensor, padding: Tensor | None) -> Tensor:
         return self.model(**block_inputs(tokens, positions, padding, self.cache)).logits.float()
@@ -391,7 +411,7 @@ class _Texts:
     def room(self) -> int:
         """Most drafts that the shortest row can still take."""
         if self.rules.max_length is None:
-            return MOST_DRAFT
+            return sys.maxsize
         running = (number for number, has_ended in zip(self.numbers, self.ended, strict=True) if not has_ended)
         return self.rules.max_length - min(running) - 1
 
@@ -439,7 +459,7 @@ def _round(
     passes: _Passes, texts: _Texts, rules: Rules, lengths: RowLengths, count: int, runs_ahead: bool
 ) -> tuple[int, int]:
     """Drafts `count` tokens, computes them again, and keeps the accepted ones; returns how many drafts were judged and
-    accepted. The host waits for the device once; runs_ahead: with the next round's first step queued behind."""
+    accepted. The host waits for the device once; with `runs_ahead` it queues the next round's first step before."""
     columns = texts.known[:, None] + torch.arange(-1, count, device=texts.known.device)
     drafts, drafted = _draft(passes, texts, rules, columns)
     block = torch.cat([texts.last()[:, None], drafts], dim=1)
@@ -464,8 +484,8 @@ def _round(
 
 
 def _draft(passes: _Passes, texts: _Texts, rules: Rules, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Drafts a token of each row behind all but the last of columns (B, d + 1), which begin with the last known one:
-    (B, d), and, if tokens are sampled, the distributions (B, d, V) that they were drawn from."""
+    """Drafts d tokens of each row. columns (B, d + 1): the column of each row's last known token, then those of its
+    drafts. Returns the drafts (B, d) and, in sampling, the distributions (B, d, V) that they were drawn from."""
     drafts, drafted = [texts.ids[:, :0]], []
     for number in range(columns.shape[1] - 1):
         if number == 0:

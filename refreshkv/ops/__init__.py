@@ -10,6 +10,7 @@ computes what is decided in `choice`, once, by this table (16 bits: float16 and 
 | `refresh_rows`, `select`, decoding steps | `naive` | look-ahead queries |
 | `prompt_block`: a prompt, no gradient | `rows/cudnn.py` | 256 queries or more, 16 bits, no padding, eager |
 | `short_block`: a few tokens behind many | `rows/short_block.py`: Triton | 16 bits, eager, no gradient |
+| `stored_block`: a block of drafts in a compiled model | `rows/stored_block.py`: `short_block` or torch's | always |
 | `whole_sequence`: all positions | `rows/whole_sequence.py` | at most 1/64 of it decoded, uniform, 16 bits, eager |
 | `refresh_rows`: decoded positions | `rows/after_prompt.py`, of the following four: | otherwise |
 | `rectified_rows`: decoded positions with `rectify` | `naive` | always |
@@ -176,7 +177,8 @@ def stored_block(
     left_padding: Tensor,
     scaling: float,
 ) -> Tensor:
-    """Causal attention of a block of tokens that it first stores; compiled models take it without a break.
+    """Stores the keys and values of a block of tokens, then computes the block's causal attention. It does not break
+    the graph of a compiled model.
 
     Args:
         query: (B, H, n, D).

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from refreshkv import NEVER, DraftCounts, RefreshCache, RefreshConfig, decode_lossless
 from refreshkv.generation import graphs, lossless
+from refreshkv.generation.compiled_block import block_inputs
 from tests.generation.test_generate import left_padded
 from tests.generation.test_lossless import DRAFTS, PADDINGS
 from tests.helpers.models import random_ids, tiny_enabled, tiny_model
@@ -68,9 +69,19 @@ def recorded(monkeypatch):
     return install
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_replayed_blocks_give_the_same_tokens(name, recorded):
+def as_compiled(model):
+    """`compiled_block` without torch.compile, which refuses to work under a recording: the same operators."""
+
+    def run(tokens, positions, padding, columns, cache):
+        return model(**block_inputs(tokens, positions, padding, cache)).logits.float()
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "compiles"), [*((name, False) for name in CONFIGS), ("4 bits, observers", True)])
+def test_replayed_blocks_give_the_same_tokens(name, compiles, recorded, monkeypatch):
     """In two texts from one cache, whose rows accept different numbers and end at different times."""
+    monkeypatch.setattr(lossless, "compiled_block", as_compiled)
     plain, model = tiny_model(layers=2), tiny_enabled(layers=2)
     cache = RefreshCache(model.config, 130, CONFIGS[name])
     recordings = recorded(model, cache)
@@ -82,12 +93,14 @@ def test_replayed_blocks_give_the_same_tokens(name, recorded):
         expected, counts = plain.generate(ids, **own), DraftCounts()
         cache.reset()
         settings = {"past_key_values": cache, "custom_generate": decode_lossless, "draft_length": 3, "drafts": counts}
+        settings["compile_blocks"] = compiles
         assert torch.equal(model.generate(ids, **own, **settings), expected)
         assert counts.rounds > 6 and 0 < counts.accepted < counts.judged
         own.pop("attention_mask"), own.pop("eos_token_id")
         captured = cache.graphs.captured()
         assert len(recordings) == len(captured), "each of them once, for both texts"
-        assert {("block", 4), ("accept", 4)} <= set(captured)
+        kind = "compiled " if compiles else ""
+        assert {(f"{kind}block", 4), (f"{kind}accept", 4)} <= set(captured)
     assert cache.exact_length == cache.length and not cache.selecting_steps[:, :, 80:].any()
 
 

@@ -98,7 +98,7 @@ def test_a_compiled_block_is_that_of_the_model(by, monkeypatch):
         lengths, next_positions = RowLengths(cache), mask.sum(1)
         for count in (4, 6, 3):
             columns, positions = lengths.columns(count), next_positions[:, None] + torch.arange(count)
-            cache.verify(columns)
+            cache.verify(columns, compiled=call is not plain)
             found.append(call(random_ids(3, count, seed=count), positions, lengths.padding_now, columns, cache))
             kept = torch.tensor([count, count - 1, 1])
             lengths.accept(kept)
@@ -387,6 +387,7 @@ def test_what_lossless_decoding_cannot_do_is_refused():
     refused("set rectify=False", past_key_values=cache(RefreshConfig(rectify=True)))
     refused("offload=False", past_key_values=cache(offload=True))
     refused("draft_length must be a whole number", past_key_values=cache(), draft_length=0)
+    refused("in CUDA graphs, and here are none", past_key_values=cache(), compile_blocks=True)
     refused("does not support output_scores", past_key_values=cache(), return_dict_in_generate=True, output_scores=True)
     refused("greedy search and sampling", past_key_values=cache(), num_beams=2)
     used = cache()

@@ -74,8 +74,9 @@ def test_search_equals_resolving(monkeypatch, windows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pool_kernel", [7, 2])
-def test_several_blocks_and_programs(pool_kernel):
+@pytest.mark.parametrize(("pool_kernel", "long_row"), [(7, 65536), (2, 1000)])
+def test_several_blocks_and_programs(pool_kernel, long_row, monkeypatch):
+    monkeypatch.setattr(shares, "LONG_ROW", long_row)
     config = RefreshConfig(
         budget=300, stride=NEVER, select_stride=1, score_bits=4, pool_ahead=True, pool_kernel=pool_kernel
     )

@@ -1,5 +1,5 @@
-"""A block of drafts of one layer as an operator, so that torch.compile sees no break: it stores the block's keys and
-values, and attends to all before.
+"""Stores the keys and values of a block of tokens, then computes the block's causal attention: one operator, which does
+not break a compiled graph.
 
 Shapes: `B` batch rows, `n` tokens of the block, `H` query heads, `Hkv` key/value heads, `D` head size, `L` columns.
 """

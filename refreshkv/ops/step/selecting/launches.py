@@ -82,11 +82,13 @@ def find_threshold(
     """
     batch, kv_heads, room = scratch.rankings.shape
     candidates, group = scratch.candidates.shape[3], scratch.logits.shape[2] // options.observation_window
-    parts = shares.parts_of(batch * kv_heads, room - shares.COLLECTED, 1, shares.COLLECTED, shares.THRESHOLD_PROGRAMS)
+    capacity = room - shares.COLLECTED
+    tile = shares.collected_of(capacity)
+    parts = shares.parts_of(batch * kv_heads, capacity, 1, tile, shares.THRESHOLD_PROGRAMS)
     threshold._find_threshold[parts, batch * kv_heads](
         state.row_state, scratch.selecting, scratch.rankings, scratch.histogram, scratch.counters, scratch.candidates,
         scratch.choices, kv_heads, room, float(group * options.pool_kernel),
-        BINS=bins.BINS, FINE=bins.FINE, BIN_BITS=bins.BIN_BITS, CANDIDATES=candidates, BLOCK=shares.COLLECTED,
+        BINS=bins.BINS, FINE=bins.FINE, BIN_BITS=bins.BIN_BITS, CANDIDATES=candidates, BLOCK=tile,
         SEARCHED=threshold.SEARCHED, num_warps=warps or threshold.warps_of(candidates),
     )  # fmt: skip
 

@@ -10,6 +10,10 @@ RANKED, COLLECTED = 512, 1024
 """Positions that a program of `_rank`, and of `_find_threshold`, takes at once. The second is the larger: `room_of`
 leaves room for it."""
 
+LONG_ROW, COLLECTED_OF_LONG = 65536, 4096
+"""A row with more positions is long, and `_find_threshold` then takes so many at once: one tile for each program, whose
+place in the list of candidates one atomic addition gives."""
+
 MOST_PARTS = 64
 """Most programs of `_rank`, and of `_find_threshold`, that share a batch row and key/value head."""
 
@@ -30,6 +34,11 @@ def parts_of(pairs: int, capacity: int, pool_kernel: int, tile: int, programs: i
     reach = 16 * triton.cdiv(pool_kernel, 16) + 16
     wanted = triton.cdiv(capacity, max(tile - reach, 16))
     return max(1, min(wanted, MOST_PARTS, programs // pairs))
+
+
+def collected_of(capacity: int) -> int:
+    """Positions that a program of `_find_threshold` takes at once, in a cache with room for `capacity` tokens."""
+    return COLLECTED_OF_LONG if capacity > LONG_ROW else COLLECTED
 
 
 def list_room(capacity: int, splits: int) -> int:

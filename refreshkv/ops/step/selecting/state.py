@@ -27,7 +27,8 @@ class SelectingScratch(NamedTuple):
     total: Tensor
     """(B, Hkv, R, N) float32: the sum of each share, relative to its maximum."""
     scores: Tensor
-    """(B, Hkv, L') float32: the scores before pooling."""
+    """(B, Hkv, L') float32: the scores before pooling; written for wide pooling windows alone
+    (`ranking.COMPUTED_ANEW`)."""
     rankings: Tensor
     """(B, Hkv, L') int32: the ranking of each position, the higher the better."""
     histogram: Tensor
