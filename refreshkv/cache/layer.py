@@ -92,6 +92,7 @@ class RefreshLayer(PreallocatedLayer):
         """The last block, as long as its selection waits for `accept`."""
         self.awaits_accept = False
         """Whether the next block's selection waits for `accept`."""
+        self.stores_compiled_block = False
         self.earlier_layers: tuple[RefreshLayer, ...] = ()
         """In the last layer of a cache: the layers before it, with which it may share a `JointState`. Other layers do
         not refer to later ones: a reference cycle would keep the buffers until Python's garbage collector finds it."""

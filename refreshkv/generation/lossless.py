@@ -277,11 +277,11 @@ class _Passes:
     def _block_on_device(self, lengths: RowLengths, tokens: Tensor, positions: Tensor) -> Tensor:
         """The logits of the block, whose columns and padding are on the device: the host does not wait for them."""
         columns = lengths.columns(tokens.shape[1])
-        compiled = self.compiled_block is not None and len(columns) > 1
-        self.cache.verify(columns, compiled)
-        if compiled:
-            return self.compiled_block(tokens, positions, lengths.padding_now, columns, self.cache)
-        return self._block(tokens, positions, lengths.padding_now)
+        compiled = self.compiled_block if len(columns) > 1 else None
+        self.cache.verify(columns, compiled is not None)
+        if compiled is None:
+            return self._block(tokens, positions, lengths.padding_now)
+        return compiled(tokens, positions, lengths.padding_now, columns, self.cache)
 
     def _block(self, tokens: Tensor, positions: Tensor, padding: Tensor | None) -> Tensor:
         return self.model(**block_inputs(tokens, positions, padding, self.cache)).logits.float()
