@@ -11,7 +11,8 @@ text may end early as far as the loops know, but never does.
 Strategies: full, refresh (fixed schedule), similarity (the same full steps, decided by comparing queries),
 select:2:4bit (no full steps; a selecting step every 2 tokens by score keys of 4 bits, or other numbers), offloaded and
 offloaded-select:2:4bit (refresh or select with the full keys and values in host memory; the bound leaves the bus out,
-and `fetched` is the share of the chosen tokens that the last selecting step fetched),
+and `fetched` is the share of the chosen tokens that the last selecting step fetched; with --alike successive choices
+have more tokens in common),
 lossless:2:4bit (drafts by select:2:4bit, checked by full attention; weights are random, so a coin of --acceptance
 decides how many drafts are right; the time is that of the rounds, without the prompt; the parts of a round are timed in
 a generation of their own, on the device: `queue_step` is the first step of the next round, and `draft` the others),
@@ -90,11 +91,11 @@ def main() -> None:
         for strategy, terms in [(name, terms) for name in args.strategies.split(",") for terms in timed_terms(args)]:
             time_it = time_lossless if strategy.startswith("lossless") else time_strategy
             try:
-                with added_terms(model, terms):
+                with added_terms(model, terms), alike_queries(model, args.alike):
                     result = time_it(model, strategy, context, batch, bandwidth, args)
             except torch.OutOfMemoryError:
                 result = {"context": context, "batch": batch, "strategy": strategy, "ms": None}
-            result["strategy"] = strategy + terms
+            result |= {"strategy": strategy + terms, **({"alike": args.alike} if args.alike else {})}
             results.append(result)
             print(json.dumps(result), flush=True)
             forget()
@@ -124,6 +125,9 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--cycles", type=int, default=5, help="strides that are timed, after two to warm up")
     parser.add_argument("--terms", action="store_true", help="with attention sinks and with a softcap as well")
+    parser.add_argument(
+        "--alike", type=float, default=0.0, help="share of each query that is the same for all tokens (default: none)"
+    )
     parser.add_argument("--pieces", action="store_true", help="time the launches of a step one by one as well")
     add_shape(parser, SHAPE)
     parser.add_argument("--quick", action="store_true", help="4 layers, 4K and 8K contexts: does everything run?")
@@ -162,6 +166,27 @@ def added_terms(model: LlamaForCausalLM, terms: str) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def alike_queries(model: LlamaForCausalLM, share: float) -> Iterator[None]:
+    """Makes this share of each layer's queries, in squares, one vector for all tokens, before the rotary embedding.
+    Successive choices then have tokens in common, as those of trained models do."""
+    handles = []
+    for layer in cast(Any, model.model.layers) if share else ():
+        weight = layer.self_attn.q_proj.weight
+        usual = weight.float().std() * weight.shape[1] ** 0.5  # of a query, whose input has a mean square of 1
+        same = (torch.randn(weight.shape[0], device=weight.device) * usual * share**0.5).to(weight.dtype)
+        handles.append(layer.self_attn.q_proj.register_forward_hook(partial(_make_alike, same, (1 - share) ** 0.5)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _make_alike(same: Tensor, rest: float, module: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return same + rest * output
 
 
 def _add_keyword(keyword: dict[str, Any], module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -78,6 +78,22 @@ def test_the_softmax_is_timed_with_terms(script):
     assert all((found - plain).abs().max() > 1e-3 for found in (sinks, softcap))
 
 
+@torch.no_grad()
+def test_queries_are_made_alike(script):
+    model = tiny_enabled()
+    project = model.model.layers[0].self_attn.q_proj
+    hidden = torch.randn(1, 50, project.in_features, dtype=project.weight.dtype)
+    plain, likeness = project(hidden), []
+    for share in (0.0, 0.9, 1.0):
+        with script.alike_queries(model, share):
+            query = project(hidden)
+        assert 0.5 < query.std() / plain.std() < 2
+        mean = query.mean(dim=1)
+        likeness.append((mean.square().sum() / query.square().sum(dim=-1).mean()).item())
+    assert likeness[0] < 0.1 < 0.8 < likeness[1] < 0.99 < likeness[2]
+    assert torch.equal(project(hidden), plain)
+
+
 @pytest.mark.parametrize("strategy", ["static", "snapkv", "offloaded-select:2:4bit"])
 def test_strategies_without_terms_are_not_timed_with_them(script, strategy, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["decode.py", "--terms", "--strategies", f"full,select:2:4bit,{strategy}"])
