@@ -28,7 +28,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -155,34 +155,27 @@ def timed_terms(args: argparse.Namespace) -> tuple[str, ...]:
 @contextmanager
 def added_terms(model: LlamaForCausalLM, terms: str) -> Iterator[None]:
     """Gives every layer's softmax random sinks, or a softcap, as the attention of gpt-oss and of Gemma 2 does."""
-    handles = []
-    for layer in cast(Any, model.model.layers) if terms else ():
-        sinks = torch.randn(model.config.num_attention_heads, device=model.device, dtype=model.dtype)
-        keyword = {"s_aux": sinks} if terms == "+sinks" else {"softcap": SOFTCAP}
-        hook = partial(_add_keyword, keyword)
-        handles.append(layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
+    with ExitStack() as hooks:
+        for layer in cast(Any, model.model.layers) if terms else ():
+            sinks = torch.randn(model.config.num_attention_heads, device=model.device, dtype=model.dtype)
+            keyword = {"s_aux": sinks} if terms == "+sinks" else {"softcap": SOFTCAP}
+            hook = partial(_add_keyword, keyword)
+            hooks.enter_context(layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def alike_queries(model: LlamaForCausalLM, share: float) -> Iterator[None]:
-    """Makes this share of each layer's queries, in squares, one vector for all tokens, before the rotary embedding.
-    Successive choices then have tokens in common, as those of trained models do."""
-    handles = []
-    for layer in cast(Any, model.model.layers) if share else ():
-        weight = layer.self_attn.q_proj.weight
-        usual = weight.float().std() * weight.shape[1] ** 0.5  # of a query, whose input has a mean square of 1
-        same = (torch.randn(weight.shape[0], device=weight.device) * usual * share**0.5).to(weight.dtype)
-        handles.append(layer.self_attn.q_proj.register_forward_hook(partial(_make_alike, same, (1 - share) ** 0.5)))
-    try:
+    """Mixes into the queries of each layer, before the rotary embedding, one vector that is the same for all tokens. It
+    makes up this share of their mean square. Successive choices then have tokens in common, as in trained models."""
+    with ExitStack() as hooks:
+        for layer in cast(Any, model.model.layers) if share else ():
+            project = layer.self_attn.q_proj
+            rows, inputs = project.weight.shape
+            size = project.weight.float().std() * inputs**0.5  # of a query's numbers: a norm makes its inputs of size 1
+            same = (torch.randn(rows, device=model.device) * size * share**0.5).to(model.dtype)
+            hooks.enter_context(project.register_forward_hook(partial(_make_alike, same, (1 - share) ** 0.5)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _make_alike(same: Tensor, rest: float, module: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -440,7 +433,7 @@ class RoundTimes:
 
     def medians(self) -> dict[str, float]:
         """The median of each part."""
-        synchronized_time()
+        synchronized_time()  # the device has passed all marks
         return {
             name: round(statistics.median(begin.milliseconds_to(end) for begin, end in marks), 2)
             for name, marks in self.marks.items()

@@ -13,6 +13,7 @@ from torch import Tensor
 from refreshkv import ops
 from refreshkv.cache.joint_state import JointState, join_layers
 from refreshkv.cache.preallocated_layer import Phase, PreallocatedLayer
+from refreshkv.cache.stored_block import stored_block
 from refreshkv.config import RefreshConfig
 from refreshkv.ops import naive
 from refreshkv.ops.schedule import mean_query
@@ -276,7 +277,7 @@ class RefreshLayer(PreallocatedLayer):
                 "use generate(), or take them off the model with remove_look_ahead(model)"
             )
         if self.awaits_accept:
-            self._await_accept(Block(query.detach(), left_padding, scaling, terms))
+            self._end_drafts(Block(query.detach(), left_padding, scaling, terms))
             return
         self._end_block(query, left_padding, scaling, terms, look_ahead)
 
@@ -288,12 +289,13 @@ class RefreshLayer(PreallocatedLayer):
         assert self.columns is not None, "a compiled block has its columns from drop_drafts"
         codes, scales = (self.score_codes, self.score_scales) if self.score_state else (None, None)
         buffers = (self.keys, self.values, codes, scales)
-        output = ops.stored_block(query, key, value, buffers, self.columns, left_padding, scaling)
-        self._await_accept(Block(query, left_padding, scaling, PLAIN_SOFTMAX))
+        output = stored_block(query, key, value, *buffers, self.columns, left_padding, scaling)
+        self._end_drafts(Block(query, left_padding, scaling, PLAIN_SOFTMAX))
         return output
 
-    def _await_accept(self, block: Block) -> None:
-        self.awaits_accept, self.waiting, self.columns = False, block, None
+    def _end_drafts(self, waiting: Block | None) -> None:
+        """Undoes what `drop_drafts` announced: the block has come, or the cache forgets it."""
+        self.awaits_accept, self.waiting, self.columns = False, waiting, None
         self.stores_compiled_block = False
 
     def _end_block(
@@ -457,8 +459,8 @@ class RefreshLayer(PreallocatedLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.dropped, self.waiting, self.awaits_accept, self.columns = None, None, False, None
-        self.stores_compiled_block = False
+        self.dropped = None
+        self._end_drafts(None)
         if self.is_initialized:
             self.full_steps.zero_()
             if self.has_selecting_steps:

@@ -10,7 +10,6 @@ computes what is decided in `choice`, once, by this table (16 bits: float16 and 
 | `refresh_rows`, `select`, decoding steps | `naive` | look-ahead queries |
 | `prompt_block`: a prompt, no gradient | `rows/cudnn.py` | 256 queries or more, 16 bits, no padding, eager |
 | `short_block`: a few tokens behind many | `rows/short_block.py`: Triton | 16 bits, eager, no gradient |
-| `stored_block`: a block of drafts in a compiled model | `rows/stored_block.py`: `short_block` or torch's | always |
 | `whole_sequence`: all positions | `rows/whole_sequence.py` | at most 1/64 of it decoded, uniform, 16 bits, eager |
 | `refresh_rows`: decoded positions | `rows/after_prompt.py`, of the following four: | otherwise |
 | `rectified_rows`: decoded positions with `rectify` | `naive` | always |
@@ -166,33 +165,6 @@ def select(
 
         return ranking.select(query, key, steps, options, scaling, terms=terms)
     return naive.select(query, key, steps, options, scaling, terms=terms)
-
-
-def stored_block(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    buffers: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    columns: Tensor,
-    left_padding: Tensor,
-    scaling: float,
-) -> Tensor:
-    """Stores the keys and values of a block of tokens, then computes the block's causal attention. It does not break
-    the graph of a compiled model.
-
-    Args:
-        query: (B, H, n, D).
-        key, value: (B, Hkv, n, D), of the block.
-        buffers: keys and values (B, Hkv, L, D), and the codes and scales of their score keys or None; changed in place.
-        columns: (n,) int64, ascending: where the block's tokens stand.
-        left_padding: (B,) int64.
-        scaling: factor of the logits.
-
-    Returns (B, n, H, D), without gradient.
-    """
-    from refreshkv.ops.rows import stored_block as form
-
-    return form.stored_block(query, key, value, *buffers, columns, left_padding, scaling)
 
 
 def write_score_keys(key: Tensor, codes: Tensor, scales: Tensor, first: int | Tensor) -> None:

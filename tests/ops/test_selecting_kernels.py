@@ -74,10 +74,8 @@ def test_search_equals_resolving(monkeypatch, windows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pool_kernel", "long_row"), [(7, 65536), (2, 1000)])
-def test_several_blocks_and_programs(pool_kernel, long_row, monkeypatch):
+@pytest.mark.parametrize(("pooling", "long_row"), [({}, 65536), ({"pool_ahead": True, "pool_kernel": 2}, 1000)])
+def test_several_blocks_and_programs(pooling, long_row, monkeypatch):
     monkeypatch.setattr(shares, "LONG_ROW", long_row)
-    config = RefreshConfig(
-        budget=300, stride=NEVER, select_stride=1, score_bits=4, pool_ahead=True, pool_kernel=pool_kernel
-    )
+    config = RefreshConfig(budget=300, stride=NEVER, select_stride=1, score_bits=4, **pooling)
     compare((2200, 2, 2, 1, 16, 33, config))

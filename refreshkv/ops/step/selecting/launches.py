@@ -58,7 +58,7 @@ def rank(
     batch, kv_heads, rows, room = scratch.logits.shape
     splits, group = scratch.highest.shape[3], rows // options.observation_window
     parts = shares.parts_of(
-        batch * kv_heads, room - shares.COLLECTED, options.pool_kernel, shares.RANKED, shares.RANK_PROGRAMS
+        batch * kv_heads, state.keys.shape[2], options.pool_kernel, shares.RANKED, shares.RANK_PROGRAMS
     )
     ranking._rank[parts, batch * kv_heads](
         scratch.logits, scratch.highest, scratch.total, state.row_state, scratch.selecting, scratch.scores,
@@ -82,7 +82,7 @@ def find_threshold(
     """
     batch, kv_heads, room = scratch.rankings.shape
     candidates, group = scratch.candidates.shape[3], scratch.logits.shape[2] // options.observation_window
-    capacity = room - shares.COLLECTED
+    capacity = state.keys.shape[2]
     tile = shares.collected_of(capacity)
     parts = shares.parts_of(batch * kv_heads, capacity, 1, tile, shares.THRESHOLD_PROGRAMS)
     threshold._find_threshold[parts, batch * kv_heads](

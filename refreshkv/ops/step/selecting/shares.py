@@ -11,8 +11,8 @@ RANKED, COLLECTED = 512, 1024
 leaves room for it."""
 
 LONG_ROW, COLLECTED_OF_LONG = 65536, 4096
-"""A row with more positions is long, and `_find_threshold` then takes so many at once: one tile for each program, whose
-place in the list of candidates one atomic addition gives."""
+"""Positions of a row above which a program of `_find_threshold` takes more at once, and how many it then takes. It
+adds to the row's counter once for each tile."""
 
 MOST_PARTS = 64
 """Most programs of `_rank`, and of `_find_threshold`, that share a batch row and key/value head."""

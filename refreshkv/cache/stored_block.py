@@ -1,5 +1,5 @@
-"""Stores the keys and values of a block of tokens, then computes the block's causal attention: one operator, which does
-not break a compiled graph.
+"""A block of drafts in a compiled model: one operator stores its keys and values and computes its attention, so that
+the graph of the model does not break.
 
 Shapes: `B` batch rows, `n` tokens of the block, `H` query heads, `Hkv` key/value heads, `D` head size, `L` columns.
 """
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refreshkv.ops import naive
+from refreshkv import ops
 from refreshkv.ops.choice import CHOICE
 
 
@@ -25,19 +25,25 @@ def stored_block(
     left_padding: Tensor,
     scaling: float,
 ) -> Tensor:
-    """`refreshkv.ops.stored_block` with flat arguments."""
+    """Stores the keys and values of a block of tokens, then computes the block's causal attention.
+
+    Args:
+        query: (B, H, n, D).
+        key, value: (B, Hkv, n, D), of the block.
+        keys, values: (B, Hkv, L, D), changed in place.
+        codes, scales: of the score keys of 8 or 4 bits, changed in place; None with 16 bits.
+        columns: (n,) int64, ascending: where the block's tokens stand.
+        left_padding: (B,) int64.
+        scaling: factor of the logits.
+
+    Returns (B, n, H, D), without gradient.
+    """
     for buffer, new in ((keys, key), (values, value)):
         buffer.index_copy_(2, columns, new)
     if codes is not None and scales is not None:
-        if CHOICE.uses_kernels(key):
-            from refreshkv.ops.selection import score_keys as form  # imports Triton, which some machines lack
-        else:
-            form = naive
-        form.write_score_keys(key, codes, scales, columns[0])
+        ops.write_score_keys(key, codes, scales, columns[0])
     if CHOICE.takes_short_block(query, keys, values):
-        from refreshkv.ops.rows import short_block  # as above
-
-        output = short_block.short_block(query, keys, values, left_padding, scaling, columns)
+        output = ops.short_block(query, keys, values, left_padding, scaling, columns)
     else:
         column = torch.arange(keys.shape[2], device=keys.device)
         visible = (column <= columns[:, None]) & (column >= left_padding[:, None, None, None])
