@@ -6,12 +6,15 @@ A case is CONTEXT:BATCH. Keys, values and queries are random; each layer has its
 the L2 cache. Times are medians of CUDA graph replays over all layers. `partial step` are the same launches at a step
 that is not a selecting one, `mean` is that of both; `plain` are steps of a cache without selecting steps. The table at
 the end also has the least times that the memory's bandwidth allows: `bound` for the score keys of the launch before it,
-or for the chosen keys and values. Needs a GPU; tests/ops/test_selecting_kernels.py tests the kernels without one.
+or for the chosen keys and values. `together` is the launch between the first and the last, `rank` its first stage.
+Needs a GPU; tests/ops/test_selecting_kernels.py tests the kernels without one.
 """
 
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +24,7 @@ from refreshkv import NEVER
 from refreshkv.ops import naive, write_score_keys
 from refreshkv.ops.state import LayerState, SelectingState, SelectionOptions, SelectionScratch, StepOptions
 from refreshkv.ops.step import launches
+from refreshkv.ops.step.selecting import attention
 from refreshkv.ops.step.selecting import launches as selecting
 from refreshkv.ops.step.selecting.state import SelectingScratch
 from refreshkv.tables import column_table
@@ -106,19 +110,12 @@ def score(case: Case, layer: Layer, select_stride: int = 1) -> launches.Shares:
     )
 
 
-def rank(case: Case, layer: Layer) -> None:
-    """Ranks the last layer's logits once more."""
-    case.scratch.histogram.zero_()
-    selecting.rank(layer.state, case.scratch, case.selection)
-
-
-def find_threshold(case: Case, layer: Layer) -> None:
+def launch(case: Case, layer: Layer, first: int, last: int) -> None:
+    """Makes the stages from `first` to `last` of the launch between the first and the last of a step once more, by the
+    last scores."""
     case.scratch.counters.zero_()
-    selecting.find_threshold(layer.state, case.scratch, case.selection)
-
-
-def attend(case: Case, layer: Layer) -> None:
-    selecting.attend(layer.token[0], layer.state, case.scratch, case.scaling)
+    case.scratch.histogram.zero_()
+    selecting.launch(layer.token[0], layer.state, case.scratch, case.selection, case.scaling, first, last)
 
 
 def finish(case: Case, layer: Layer, shares: launches.Shares, used: launches.Selecting | None) -> None:
@@ -155,20 +152,21 @@ def per_layer(case: Case, work: Callable[[Case, Layer], object], repeat: int = 9
 
 def time_case(context: int, batch: int, args: argparse.Namespace) -> dict[str, object]:
     case = make_case(context, batch, args)
-    zeros = per_layer(case, lambda case, layer: case.scratch.counters.zero_())
+    counters = per_layer(case, lambda case, layer: case.scratch.counters.zero_())
+    histogram = per_layer(case, lambda case, layer: case.scratch.histogram.zero_())
     bandwidth = args.bandwidth
     tokens = batch * args.kv_heads * context
     score_bytes = tokens * (args.head_dim * args.bits / 8 + (4 if args.bits < 16 else 0))
-    result = {
+    result: dict[str, Any] = {
         "case": f"{context // 1024}K,{batch}",
         "layers": len(case.layers),
         "score": per_layer(case, score),
         "bound": round(score_bytes / bandwidth * 1e6, 1),
     }
     shares = score(case, case.layers[0])
-    result["rank"] = round(per_layer(case, rank) - zeros, 2)
-    result["threshold"] = round(per_layer(case, find_threshold) - zeros, 2)
-    result["attend"] = per_layer(case, attend)
+    cleared = counters + histogram
+    for name, first, last in (("rank", attention.RANK, attention.RANK), ("together", attention.RANK, attention.ATTEND)):
+        result[name] = round(per_layer(case, partial(launch, first=first.value, last=last.value)) - cleared, 2)
     result["bound "] = round(tokens / 8 * args.head_dim * 4 / bandwidth * 1e6, 1)
     used = case.selecting(case.layers[0])
     result["finish"] = per_layer(case, lambda case, layer: finish(case, layer, shares, used))

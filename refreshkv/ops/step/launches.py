@@ -299,7 +299,7 @@ def _choice_buffers(selecting: Selecting | None, state: LayerState, unused: Tens
 
 def _list_sizes(selecting: Selecting | None) -> tuple[int, int]:
     """How many lists of chosen positions there are for a batch row and key/value head, and the room of each."""
-    return (1, 1) if selecting is None else (selecting.scratch.listed.shape[2], selecting.scratch.listed.shape[3])
+    return (1, 1) if selecting is None else (selecting.scratch.listed.shape[2], selecting.scratch.listed.shape[4])
 
 
 def select(scratch: SelectionScratch, length: Tensor, decisions: Decisions, options: StepOptions) -> None:

@@ -1,5 +1,4 @@
-"""The histogram of a row's rankings: `_rank` counts the positions of each bin, `_find_threshold` reads which bin holds
-the threshold.
+"""The first histogram of a row's rankings, which says in which bin the threshold is.
 
 A bin is a range of the upper bits of a ranking. The highest possible threshold gives the first bin its place, so that
 the bins are narrow where the threshold mostly lies.
@@ -10,13 +9,17 @@ import triton.language as tl
 
 from refreshkv.ops.selection.top_k import HIGHEST
 
-BINS = 256
-"""Bins of a row. The last one counts the rankings above the highest possible threshold."""
+BINS = 64
+"""Bins of a row. The last one counts the rankings above the highest possible threshold. Counting takes the more
+instructions the more bins there are; the second histogram makes up for their width."""
 
-FINE = 160
-"""Bins below that one which are an eighth of a power of two wide each; the rest are half a power of two wide."""
+FINE = 44
+"""Bins below that one which are a quarter of a power of two wide each."""
 
-BIN_BITS = 20
+COARSE_BITS = 3
+"""The rest are wider by so many powers of two."""
+
+BIN_BITS = 21
 """Lower bits of a ranking, which a fine bin does not tell apart."""
 
 
@@ -29,20 +32,22 @@ def top_bin(reach, budget, BIN_BITS: tl.constexpr):
 
 
 @triton.jit
-def bin_of(ranking, top, BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr):
+def bin_of(ranking, top, BINS: tl.constexpr, FINE: tl.constexpr, COARSE_BITS: tl.constexpr, BIN_BITS: tl.constexpr):
     """Maps rankings to their bins, higher rankings to higher bins: bin BINS - 1 holds those above `top`, the FINE bins
-    below it have one value of the upper bits each, the others four."""
+    below it have one value of the upper bits each, the others 2 to the COARSE_BITS."""
     below = top - (ranking >> BIN_BITS)
-    below = tl.where(below < FINE, below, FINE + ((below - FINE) >> 2))
+    below = tl.where(below < FINE, below, FINE + ((below - FINE) >> COARSE_BITS))
     return tl.minimum(tl.maximum(BINS - 2 - below, 0), BINS - 1)
 
 
 @triton.jit
-def bounds_of_bin(number, top, BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr):
+def bounds_of_bin(
+    number, top, BINS: tl.constexpr, FINE: tl.constexpr, COARSE_BITS: tl.constexpr, BIN_BITS: tl.constexpr
+):
     """The rankings `low .. high - 1` of bin `number`: the inverse of `bin_of`."""
     below = BINS - 2 - number
-    coarse = below >= FINE
-    below = tl.where(coarse, FINE + (below - FINE) * 4, below)
-    low = tl.maximum(top - below - tl.where(coarse, 3, 0), 0) << BIN_BITS
+    is_coarse = below >= FINE
+    below = tl.where(is_coarse, FINE + ((below - FINE) << COARSE_BITS), below)
+    low = tl.maximum(top - below - tl.where(is_coarse, (1 << COARSE_BITS) - 1, 0), 0) << BIN_BITS
     high = tl.where(number == BINS - 1, HIGHEST, (top - below + 1) << BIN_BITS)
     return tl.where(number == 0, 0, low), high

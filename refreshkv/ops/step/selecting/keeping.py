@@ -29,7 +29,7 @@ def keep_choice(
     for own in range(part, lists, parts):
         first = tl.sum(tl.where(number < own, counts, 0), 0)
         count = tl.sum(tl.where(number == own, counts, 0), 0)
-        listed = list_ptr + (pair.to(tl.int64) * lists + own) * list_room
+        listed = list_ptr + (pair.to(tl.int64) * lists + own) * (3 * list_room)
         for start in range(0, count, BLOCK):
             entry = start + tl.arange(0, BLOCK)
             # [BLOCK]

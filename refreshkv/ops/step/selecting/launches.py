@@ -1,10 +1,12 @@
-"""The launches of a selecting step between the first and the last of every step: fixed size, chosen by shapes alone.
+"""What a selecting step launches between the first and the last launch of every step: fixed size, chosen by shapes
+alone.
 
 The host reads nothing. Programs of batch rows for which the step is not a selecting one end at once.
 
-Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `M` shares of the chosen positions.
+Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size.
 """
 
+import torch
 import triton
 from torch import Tensor
 
@@ -13,6 +15,11 @@ from refreshkv.ops.step.attention import tile_of
 from refreshkv.ops.step.selecting import attention, bins, ranking, shares, threshold
 from refreshkv.ops.step.selecting.state import SelectingScratch
 from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, cap_of, padded_head, precision, sinks_of
+
+WARPS, REGISTERS, SHARED_MEMORY = 4, 128, 56 * 1024
+"""Warps of a program that does all stages, the registers of a thread, and most bytes of shared memory: so
+PROGRAMS_PER_PROCESSOR of them run at once on a multiprocessor of Hopper GPUs. `_choose_and_attend` needs no more for
+16-bit caches and heads up to 128."""
 
 
 def choose_and_attend(
@@ -25,7 +32,8 @@ def choose_and_attend(
     attends: bool = True,
     terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> None:
-    """Three launches: ranks the positions by their logits, finds the threshold, and attends to the chosen ones.
+    """Ranks the positions by their logits, finds the best ones and attends to them: one launch where all its programs
+    run at once, else one for each stage.
 
     Args:
         query: (B, H, 1, D), the token's; its last dimension is contiguous.
@@ -36,85 +44,59 @@ def choose_and_attend(
         attends: whether to attend to them, or only to list them.
         terms: the softmax's.
     """
-    rank(state, scratch, options, terms=terms)
-    find_threshold(state, scratch, options)
-    attend(query, state, scratch, scaling, attends=attends, terms=terms)
+    stages = [stage.value for stage in (attention.RANK, attention.LIST, attention.NARROW, attention.ATTEND)]
+    for first, last in [(stages[0], stages[-1])] if run_at_once(query) else zip(stages, stages, strict=True):
+        launch(query, state, scratch, options, scaling, first, last, attends=attends, terms=terms)
 
 
-def rank(
-    state: LayerState,
-    scratch: SelectingScratch,
-    options: SelectionOptions,
-    warps: int = 4,
-    *,
-    terms: SoftmaxTerms = PLAIN_SOFTMAX,
-) -> None:
-    """The second launch of a step: writes the rankings of all positions, and counts them.
-
-    Args:
-        state, scratch, options, terms: as in `choose_and_attend`.
-        warps: of each program.
-    """
-    batch, kv_heads, rows, room = scratch.logits.shape
-    splits, group = scratch.highest.shape[3], rows // options.observation_window
-    parts = shares.parts_of(
-        batch * kv_heads, state.keys.shape[2], options.pool_kernel, shares.RANKED, shares.RANK_PROGRAMS
-    )
-    ranking._rank[parts, batch * kv_heads](
-        scratch.logits, scratch.highest, scratch.total, state.row_state, scratch.selecting, scratch.scores,
-        scratch.rankings, scratch.histogram, kv_heads, room, splits, options.recent_window, options.sink_tokens,
-        float(group * options.pool_kernel), sinks_of(terms),
-        G=group, MP=triton.next_power_of_2(rows), NP=max(2, triton.next_power_of_2(splits)),
-        OBSERVERS=options.observation_window, POOL=options.pool_kernel, BEFORE=options.pooled_before,
-        BLOCK=shares.RANKED, BINS=bins.BINS, FINE=bins.FINE, BIN_BITS=bins.BIN_BITS,
-        KEEPS=options.pool_kernel > ranking.COMPUTED_ANEW, num_warps=warps, **SAME_IN_ALL_THREADS,
-    )  # fmt: skip
+def run_at_once(query: Tensor) -> bool:
+    """True if all programs of `_choose_and_attend` run at once, so that they can wait for each other."""
+    if not isinstance(attention._choose_and_attend, triton.JITFunction):
+        return False  # Triton's interpreter runs one after the other
+    if not query.is_cuda or torch.version.hip is not None or query.element_size() != 2 or query.shape[-1] > 128:
+        return False
+    properties = torch.cuda.get_device_properties(query.device)
+    memory = attention.PROGRAMS_PER_PROCESSOR * SHARED_MEMORY
+    return properties.major >= 9 and properties.shared_memory_per_multiprocessor >= memory
 
 
-def find_threshold(
-    state: LayerState, scratch: SelectingScratch, options: SelectionOptions, warps: int | None = None
-) -> None:
-    """The third launch of a step: writes which positions are chosen.
-
-    Args:
-        state, scratch, options: as in `choose_and_attend`.
-        warps: of each program; by the number of candidates if None.
-    """
-    batch, kv_heads, room = scratch.rankings.shape
-    candidates, group = scratch.candidates.shape[3], scratch.logits.shape[2] // options.observation_window
-    capacity = state.keys.shape[2]
-    tile = shares.collected_of(capacity)
-    parts = shares.parts_of(batch * kv_heads, capacity, 1, tile, shares.THRESHOLD_PROGRAMS)
-    threshold._find_threshold[parts, batch * kv_heads](
-        state.row_state, scratch.selecting, scratch.rankings, scratch.histogram, scratch.counters, scratch.candidates,
-        scratch.choices, kv_heads, room, float(group * options.pool_kernel),
-        BINS=bins.BINS, FINE=bins.FINE, BIN_BITS=bins.BIN_BITS, CANDIDATES=candidates, BLOCK=tile,
-        SEARCHED=threshold.SEARCHED, num_warps=warps or threshold.warps_of(candidates),
-    )  # fmt: skip
-
-
-def attend(
+def launch(
     query: Tensor,
     state: LayerState,
     scratch: SelectingScratch,
+    options: SelectionOptions,
     scaling: float,
+    first: int,
+    last: int,
     *,
     attends: bool = True,
     terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> None:
-    """The fourth launch of a step: lists the chosen positions and attends to them, in shares.
-
-    Args as in `choose_and_attend`.
-    """
+    """One launch of the stages `first` to `last` of `_choose_and_attend`; the other arguments as above."""
     batch, heads, _, head_dim = query.shape
     kv_heads, capacity = state.keys.shape[1:3]
-    splits, list_room = scratch.listed.shape[2:]
-    group = heads // kv_heads
-    attention._attend_to_chosen[splits, batch * kv_heads](
-        query, state.keys, state.values, state.row_state, scratch.selecting, scratch.rankings, scratch.choices,
-        scratch.listed, scratch.counts, scratch.partial, scratch.chosen_highest, scratch.chosen_total,
-        *query.stride()[:2], kv_heads, capacity, scratch.rankings.shape[2], list_room, scaling * LOG2E,
-        G=group, D=head_dim, DP=padded_head(head_dim), MP=max(16, triton.next_power_of_2(group)), RUN=shares.RUN,
-        LISTED=min(attention.MOST_LISTED, triton.next_power_of_2(list_room)), LIST_STAGES=attention.LIST_STAGES,
-        PRECISION=precision(query), ATTENDS=attends, CAP=cap_of(terms), **tile_of(query),
+    rows, logit_splits = scratch.highest.shape[2:]
+    splits, _, list_room = scratch.listed.shape[2:]
+    group, pool_kernel = heads // kv_heads, options.pool_kernel
+    tile = tile_of(query)
+    if first < last:
+        # where there are more programs than run at once, each has a row for itself, and waits for nobody
+        tile = tile | {"num_warps": WARPS, "maxnreg": REGISTERS, "launch_cooperative_grid": splits > 1}
+    listed_tile = min(attention.LISTED_AT_ONCE, triton.next_power_of_2(list_room))
+    near_tile = min(max(attention.FEWEST_NEAR, triton.next_power_of_2(list_room // 20)), attention.MOST_NEAR)
+    attention._choose_and_attend[splits, batch * kv_heads](
+        query, state.keys, state.values, state.row_state, scratch.selecting, scratch.logits, scratch.highest,
+        scratch.total, scratch.scores, scratch.rankings, scratch.histogram, scratch.counters, scratch.finalists,
+        scratch.choices, scratch.listed, scratch.counts, scratch.near_counts, scratch.partial, scratch.chosen_highest,
+        scratch.chosen_total, sinks_of(terms), *query.stride()[:2], kv_heads, capacity, scratch.rankings.shape[2],
+        logit_splits, list_room, options.recent_window, options.sink_tokens, float(group * pool_kernel),
+        scaling * LOG2E,
+        FIRST=first, LAST=last, G=group, D=head_dim, DP=padded_head(head_dim),
+        MP=max(16, triton.next_power_of_2(group)), ROWS=triton.next_power_of_2(rows),
+        NP=max(2, triton.next_power_of_2(logit_splits)), OBSERVERS=options.observation_window, POOL=pool_kernel,
+        BEFORE=options.pooled_before, KEEPS=pool_kernel > ranking.COMPUTED_ANEW, BLOCK=shares.RANKED,
+        REST=min(shares.REST, shares.RANKED), BINS=bins.BINS, FINE=bins.FINE, COARSE_BITS=bins.COARSE_BITS,
+        BIN_BITS=bins.BIN_BITS, MOST=scratch.finalists.shape[3], SEARCHED=threshold.SEARCHED, RUN=shares.RUN,
+        LISTED_TILE=listed_tile, NEAR_TILE=near_tile, LIST_STAGES=attention.LIST_STAGES, ATTENDS=attends,
+        PRECISION=precision(query), CAP=cap_of(terms), **tile, **SAME_IN_ALL_THREADS,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The second kernel of a selecting step: it turns logits into rankings of the positions.
+"""The first part of `_choose_and_attend`: it turns logits into rankings of the positions.
 
 A ranking is an integer of 31 bits, the higher the better; equal ones go to the lower position. It is the bits of the
 pooled score, a float32 >= 0, which order like the number. Sinks and recent positions come before all others, and the
@@ -15,96 +15,166 @@ from refreshkv.ops.selection.top_k import FIRST, PREFERRED
 from refreshkv.ops.step.selecting.bins import bin_of, top_bin
 from refreshkv.ops.step.selecting.scoring import LEAST
 from refreshkv.ops.step.selecting.shares import share
-from refreshkv.ops.tiles import BUDGET, PADDING, ROW_COLUMNS, load_sinks, with_sink
+from refreshkv.ops.tiles import load_sinks, with_sink
 
 COMPUTED_ANEW = 3
 """Largest pooling window whose scores are computed anew for each position; those of larger ones go through memory."""
 
 
 @triton.jit
-def _rank(
-    logit_ptr, highest_ptr, total_ptr, row_ptr, selecting_ptr, score_ptr, ranking_ptr, histogram_ptr,
-    kv_heads, room, splits, recent, sinks, reach, sink_ptr,
-    G: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, OBSERVERS: tl.constexpr, POOL: tl.constexpr,
-    BEFORE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, FINE: tl.constexpr, BIN_BITS: tl.constexpr,
-    KEEPS: tl.constexpr,
-):  # fmt: skip
-    """Ranks one share of the positions of one batch row and key/value head, (B, Hkv, L) int32, and counts the positions
-    of each bin, (B, Hkv, BINS) int32. KEEPS: it writes the scores, (B, Hkv, L) float32, and pools them from memory;
-    else it computes each score anew in every window that holds it."""
-    part, pair = tl.program_id(0), tl.program_id(1)
-    batch = (pair // kv_heads).to(tl.int64)
-    position = tl.load(selecting_ptr + batch)
-    if position >= 0:
-        padding = tl.load(row_ptr + batch * ROW_COLUMNS + PADDING).to(tl.int32)
-        row, number = tl.arange(0, MP), tl.arange(0, NP)
-        pair_row = pair.to(tl.int64) * (G * OBSERVERS)
-        inside = (row < G * OBSERVERS)[:, None] & (number < splits)[None, :]
-        place = (pair_row + row)[:, None] * splits + number[None, :]
-        # [MP, NP] twice
-        highest = tl.load(highest_ptr + place, mask=inside, other=-float("inf"))
-        total = tl.load(total_ptr + place, mask=inside, other=0.0)
-        top = tl.maximum(tl.max(highest, 1), LEAST)
-        total = tl.sum(total * tl.exp2(highest - top[:, None]), 1)
-        lse = top + tl.log2(tl.where(total > 0.0, total, 1.0))  # LEAST for a row that sees nothing
-        if sink_ptr is not None:
-            head = pair % kv_heads * G + row % G
-            lse = with_sink(lse, load_sinks(sink_ptr, head, row < G * OBSERVERS))
-
-        logits_row = logit_ptr + pair_row * room
-        scores = score_ptr + pair.to(tl.int64) * room
-        rankings = ranking_ptr + pair.to(tl.int64) * room
-        present = tl.minimum(position + 1 - padding, OBSERVERS).to(tl.float32)
-        begin, end = share(padding, position + 1, part, tl.num_programs(0))
-        # pooling windows reach beyond the share; the neighbouring program computes the same scores there
-        AHEAD: tl.constexpr = POOL - 1 - BEFORE
-        MARGIN: tl.constexpr = (BEFORE + 15) // 16 * 16
-        scored = tl.maximum(begin - MARGIN, 0)
-        scored_end = tl.where(begin < end, tl.minimum(end + AHEAD, position + 1), scored)
-        if KEEPS:
-            for start in range(scored, scored_end, BLOCK):
-                token = start + tl.arange(0, BLOCK)
-                score = _scores(logits_row, token, lse, row, present, room, G, OBSERVERS, BLOCK)
-                tl.store(scores + token, score, mask=(token >= padding) & (token < scored_end))
-            tl.debug_barrier()  # windows read what other threads wrote
-        top = top_bin(reach, tl.load(row_ptr + batch * ROW_COLUMNS + BUDGET).to(tl.int32), BIN_BITS)
-        counts = tl.zeros([BINS], tl.int32)
-        for start in range(begin, end, BLOCK):
-            token = start + tl.arange(0, BLOCK)
-            exists = (token >= padding) & (token < end)
-            best = tl.zeros([BLOCK], tl.float32)
-            for away in tl.static_range(-BEFORE, POOL - BEFORE):
-                near = token + away
-                near_exists = (near >= padding) & (near < scored_end)
-                # [BLOCK]
-                if KEEPS:
-                    score = tl.load(scores + near, mask=near_exists, other=0.0)
-                else:
-                    if POOL > 1:
-                        near = tl.minimum(tl.maximum(near, padding), position)
-                    score = _scores(logits_row, near, lse, row, present, room, G, OBSERVERS, BLOCK)
-                best = tl.maximum(best, tl.where(near_exists, score, 0.0))
-            preferred = (token > position - recent) | (token - padding < sinks)
-            ranking = best.to(tl.int32, bitcast=True) + tl.where(preferred, PREFERRED, 0)
-            ranking = tl.where(token == position, FIRST, ranking)
-            tl.store(rankings + token, ranking, mask=exists)
-            counts += tl.histogram(bin_of(ranking, top, BINS, FINE, BIN_BITS), BINS, mask=exists)
-        tl.atomic_add(histogram_ptr + pair * BINS + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
+def load_sums(highest_ptr, total_ptr, pair, splits, ROWS: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr):
+    """The maximum and the sum of each share of the logits: (MP, NP) twice."""
+    row, number = tl.arange(0, MP), tl.arange(0, NP)
+    inside = (row < ROWS)[:, None] & (number < splits)[None, :]
+    place = (pair.to(tl.int64) * ROWS + row)[:, None] * splits + number[None, :]
+    # [MP, NP] twice
+    highest = tl.load(highest_ptr + place, mask=inside, other=-float("inf"))
+    total = tl.load(total_ptr + place, mask=inside, other=0.0)
+    return highest, total
 
 
 @triton.jit
-def _scores(logits_row, token, lse, row, present, room, G: tl.constexpr, OBSERVERS: tl.constexpr, BLOCK: tl.constexpr):
-    """The scores [BLOCK] of some positions before pooling: the group's highest probability, averaged over the observing
-    queries. present: how many of these there are; lse [MP]: of each row of logits; row [MP]: the rows' numbers."""
-    score = tl.zeros([BLOCK], tl.float32)
+def rank_share(
+    logits_row, highest, total, scores, rankings, histogram, pair, position, padding, budget, part, parts, kv_heads,
+    room, recent, sinks, reach, sink_ptr,
+    G: tl.constexpr, MP: tl.constexpr, OBSERVERS: tl.constexpr, POOL: tl.constexpr, BEFORE: tl.constexpr,
+    BLOCK: tl.constexpr, REST: tl.constexpr, BINS: tl.constexpr, FINE: tl.constexpr, COARSE_BITS: tl.constexpr,
+    BIN_BITS: tl.constexpr, KEEPS: tl.constexpr,
+):  # fmt: skip
+    """Ranks one share of the positions of one batch row and key/value head, (L,) int32, and counts the positions of
+    each bin, (BINS,) int32: up to 15 of those before the row's first one are counted in bin 0 too. Tiles have BLOCK
+    positions, the last ones REST.
+
+    highest, total: what `load_sums` gives. KEEPS: it writes the scores, (L,) float32, and pools them from memory; else
+    it computes each score anew in every window that holds it.
+    """
+    row = tl.arange(0, MP)
+    top = tl.maximum(tl.max(highest, 1), LEAST)
+    total = tl.sum(total * tl.exp2(highest - top[:, None]), 1)
+    lse = top + tl.log2(tl.where(total > 0.0, total, 1.0))  # LEAST for a row that sees nothing
+    if sink_ptr is not None:
+        head = pair % kv_heads * G + row % G
+        lse = with_sink(lse, load_sinks(sink_ptr, head, row < G * OBSERVERS))
+
+    present = tl.minimum(position + 1 - padding, OBSERVERS).to(tl.float32)
+    begin, end = share(padding, position + 1, part, parts)
+    # pooling windows reach beyond the share; the neighbouring program computes the same scores there
+    AHEAD: tl.constexpr = POOL - 1 - BEFORE
+    MARGIN: tl.constexpr = (BEFORE + 15) // 16 * 16
+    scored = tl.maximum(begin - MARGIN, 0)
+    scored_end = tl.where(begin < end, tl.minimum(end + AHEAD, position + 1), scored)
+    if KEEPS:
+        for start in range(scored, scored_end, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            score = _scores(logits_row + start, tl.arange(0, BLOCK), lse, row, present, room, G, OBSERVERS)
+            tl.store(scores + token, score, mask=(token >= padding) & (token < scored_end))
+        tl.debug_barrier()  # windows read what other threads wrote
+    top = top_bin(reach, budget, BIN_BITS)
+    counts = tl.zeros([BINS], tl.int32)
+    whole_end = begin + tl.maximum(end - begin, 0) // BLOCK * BLOCK
+    for start in range(begin, whole_end, BLOCK):
+        counts += _rank_tile(
+            logits_row, scores, rankings, lse, row, present, room, start, padding, end, scored_end, position, recent,
+            sinks, top, G, OBSERVERS, POOL, BEFORE, BINS, FINE, COARSE_BITS, BIN_BITS, KEEPS, BLOCK, True,
+        )  # fmt: skip
+    for start in range(whole_end, end, REST):
+        counts += _rank_tile(
+            logits_row, scores, rankings, lse, row, present, room, start, padding, end, scored_end, position, recent,
+            sinks, top, G, OBSERVERS, POOL, BEFORE, BINS, FINE, COARSE_BITS, BIN_BITS, KEEPS, REST, False,
+        )  # fmt: skip
+    tl.atomic_add(histogram + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
+
+
+@triton.jit
+def _rank_tile(
+    logits_row, scores, rankings, lse, row, present, room, start, padding, end, scored_end, position, recent, sinks,
+    top, G: tl.constexpr, OBSERVERS: tl.constexpr, POOL: tl.constexpr, BEFORE: tl.constexpr, BINS: tl.constexpr,
+    FINE: tl.constexpr, COARSE_BITS: tl.constexpr, BIN_BITS: tl.constexpr, KEEPS: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Ranks a tile of BLOCK positions, of which WHOLE says that all are before `end`; returns how many are in each
+    bin, (BINS,)."""
+    # [BLOCK / 4, 4], of which the last dimension is in one thread
+    lane = tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    token = start + lane
+    if (POOL == 2) & (BEFORE == 1):
+        # logits of positions before the row's first one are -inf, as far as tiles begin before it
+        best = _log_scores(logits_row + start, lane, lse, row, present, room, G, OBSERVERS)
+        first = tl.arange(0, BLOCK // 4) * 4
+        left = _log_scores(logits_row + start - 1, first, lse, row, present, room, G, OBSERVERS)
+        best = _pooled_with_left(best, tl.where(start + first > padding, left, -float("inf")), BLOCK // 4)
+    else:
+        best = tl.full([BLOCK // 4, 4], -float("inf"), tl.float32)
+        for away in tl.static_range(-BEFORE, POOL - BEFORE):
+            near_exists = (token + away >= padding) & (token + away < scored_end)
+            if KEEPS:
+                # [BLOCK / 4, 4]
+                score = tl.load(scores + start + away + lane, mask=near_exists, other=0.0)
+            else:
+                score = _log_scores(logits_row + start + away, lane, lse, row, present, room, G, OBSERVERS)
+            best = tl.maximum(best, tl.where(near_exists & (token >= padding), score, -float("inf")))
+    if (OBSERVERS == 1) & (not KEEPS):
+        best = tl.exp2(best)
+    ranking = best.to(tl.int32, bitcast=True)
+    if recent + sinks > 0:
+        preferred = (token > position - recent) | (token - padding < sinks)
+        ranking += tl.where(preferred & (token >= padding), PREFERRED, 0)
+    if WHOLE:
+        if position < start + BLOCK:
+            ranking = tl.where(token == position, FIRST, ranking)
+        tl.store(rankings + start + lane, ranking)
+        number = bin_of(ranking, top, BINS, FINE, COARSE_BITS, BIN_BITS)
+        return tl.histogram(tl.reshape(number, [BLOCK]), BINS)
+    else:
+        ranking = tl.where(token == position, FIRST, ranking)
+        tl.store(rankings + start + lane, ranking, mask=token < end)
+        number = bin_of(ranking, top, BINS, FINE, COARSE_BITS, BIN_BITS)
+        return tl.histogram(tl.reshape(number, [BLOCK]), BINS, mask=tl.reshape(token < end, [BLOCK]))
+
+
+@triton.jit
+def _pooled_with_left(best, left, N: tl.constexpr):
+    """The maximum of each number (N, 4) and the one to its left; left (N,): those to the left of the first column."""
+    even, odd = tl.split(tl.reshape(best, [N, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    even = tl.join(tl.maximum(first, left), tl.maximum(third, second))
+    odd = tl.join(tl.maximum(second, first), tl.maximum(fourth, third))
+    return tl.reshape(tl.join(even, odd), [N, 4])
+
+
+@triton.jit
+def _log_scores(logits, lane, lse, row, present, room, G: tl.constexpr, OBSERVERS: tl.constexpr):
+    """`_scores`, or of a single observer their logarithms of base 2, which order alike."""
+    if OBSERVERS == 1:
+        return _best_logits(logits, lane, lse, row, 0, room, G)
+    else:
+        return _scores(logits, lane, lse, row, present, room, G, OBSERVERS)
+
+
+@triton.jit
+def _scores(logits, lane, lse, row, present, room, G: tl.constexpr, OBSERVERS: tl.constexpr):
+    """The scores of some positions before pooling, in the shape of `lane`: the group's highest probability, averaged
+    over the observing queries.
+
+    logits: the first of the positions in the first row of logits; lane: the positions' numbers from there; lse [MP]: of
+    each row; row [MP]: the rows' numbers; present: how many observing queries there are. Before the first row and
+    behind each there is memory for a tile's positions that do not exist.
+    """
+    score = tl.zeros(lane.shape, tl.float32)
     for observer in tl.static_range(OBSERVERS):
-        best = tl.full([BLOCK], -float("inf"), tl.float32)
-        for member in tl.static_range(G):
-            shift = tl.sum(tl.where(row == observer * G + member, lse, 0.0), 0)
-            logits = logits_row + (observer * G + member) * room
-            # [BLOCK]
-            best = tl.maximum(best, tl.load(logits + token) - shift)
-        score += tl.exp2(best)
+        score += tl.exp2(_best_logits(logits, lane, lse, row, observer * G, room, G))
     if OBSERVERS > 1:
-        score = tl.div_rn(score, tl.zeros([BLOCK], tl.float32) + present)
+        score = tl.div_rn(score, tl.zeros(lane.shape, tl.float32) + present)
     return score
+
+
+@triton.jit
+def _best_logits(logits, lane, lse, row, first: tl.constexpr, room, G: tl.constexpr):
+    """The highest of G rows of logits from `first` on, less their log-sum-exps. Arguments as in `_scores`."""
+    best = tl.full(lane.shape, -float("inf"), tl.float32)
+    for member in tl.static_range(G):
+        shift = tl.sum(tl.where(row == first + member, lse, 0.0), 0)
+        # as lane
+        best = tl.maximum(best, tl.load(logits + (first + member) * room + lane) - shift)
+    return best

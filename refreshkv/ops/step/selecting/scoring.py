@@ -24,8 +24,8 @@ from refreshkv.ops.step.selecting.shares import share
 from refreshkv.ops.step.selecting.threshold import COUNTERS
 from refreshkv.ops.tiles import capped
 
-TILE = {"SCORED": 128, "STAGES": 5}
-"""Score keys that `score_share` takes at once, and tiles that it loads ahead, for 16-bit caches."""
+TILE = {"SCORED": 128, "STAGES": 3}
+"""Score keys of a tile of `score_share`, and tiles that it loads ahead, for 16-bit caches."""
 
 WIDE_TILE = {"SCORED": 128, "STAGES": 3}
 """The same where the keys themselves are the score keys: two programs share a multiprocessor's memory."""
@@ -49,13 +49,20 @@ def score_share(
     of log 2, and their maximum and sum, (B, Hkv, R, N).
 
     query_ptr, key_ptr: the batch row's queries, and the token's own key. The first program also scores the token
-    itself, and clears the histogram and the counters for the launches that follow. CAP: as in `tiles.capped`.
+    itself, and clears the histograms and the counters for the launches that follow. CAP: as in `tiles.capped`.
+
+    A tile of products has MR columns, 8 at least. If the rows of logits are half as many or fewer, a tile takes two
+    tiles of score keys: the queries stand in its left half for the first one, and in its right half for the second.
     """
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
-    row, column = tl.arange(0, MR), tl.arange(0, DH)
+    TWO: tl.constexpr = 2 * G * OBSERVERS <= MR
+    HALF: tl.constexpr = MR // 2 if TWO else MR
+    place, column = tl.arange(0, MR), tl.arange(0, DH)
+    row, is_right = place % HALF, place >= HALF
+    exists = row < G * OBSERVERS
     head = kv_head * G + row % G
     sees = position - (OBSERVERS - 1) + row // G
-    is_row = (row < G * OBSERVERS) & (sees >= padding)
+    is_row = exists & (sees >= padding)
     in_half = column < D // 2
     own_query = query_ptr + head * query_h
     slots = observer_ptr + (batch * kv_heads * G + head) * (OBSERVERS * D) + (tl.maximum(sees, 0) % OBSERVERS) * D
@@ -66,7 +73,7 @@ def score_share(
     pair_row = pair.to(tl.int64) * (G * OBSERVERS)
     codes = code_ptr + pair.to(tl.int64) * capacity * (D // 2 if BITS == 4 else D)
     token_scales = token_scale_ptr + pair.to(tl.int64) * capacity
-    logits_row = logit_ptr + pair_row * room
+    logits_row = logit_ptr + (pair_row + row) * room
     own_logit = tl.full([MR], -float("inf"), tl.float32)
     if split == 0:
         low, high, token_scale = own_score_key(key_ptr, D, DH, BITS)
@@ -74,13 +81,13 @@ def score_share(
         dot = tl.sum(low_query.to(tl.float32) * low, 1) + tl.sum(high_query.to(tl.float32) * high, 1)
         if BITS < 16:
             dot = dot * tl.sum(token_scale, 0)
-        own_logit = tl.where(sees >= position, capped(dot * scale, CAP), -float("inf"))
-        tl.store(logits_row + row.to(tl.int64) * room + position, own_logit, mask=row < G * OBSERVERS)
-        tl.store(histogram_ptr + pair * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        own_logit = tl.where((sees >= position) & (place < HALF), capped(dot * scale, CAP), -float("inf"))
+        tl.store(logits_row + position, own_logit, mask=exists & (place < HALF))
+        tl.store(histogram_ptr + pair * (2 * BINS) + tl.arange(0, 2 * BINS), tl.zeros([2 * BINS], tl.int32))
         tl.store(counter_ptr + COUNTERS * pair + tl.arange(0, COUNTERS), tl.zeros([COUNTERS], tl.int32))
 
     first, last = share(padding, position, split, splits)
-    # [SCORED, MR] twice: one running softmax for each row of the tile; they are merged once, after the loop
+    # [SCORED, MR] twice: one running softmax for each number of the tile; they are merged once, after the loop
     highest = tl.full([SCORED, MR], LEAST, tl.float32)
     total = tl.zeros([SCORED, MR], tl.float32)
     # [1, MR]: what unpacking adds to each product
@@ -88,32 +95,55 @@ def score_share(
     if (BITS == 4) & ASM:
         both = tl.sum(low_query.to(tl.float32), 1) + tl.sum(high_query.to(tl.float32), 1)
         above += UNPACKED_ABOVE * both[None, :]
-    low_query, high_query = tl.trans(low_query), tl.trans(high_query)
-    logits_row += row.to(tl.int64)[None, :] * room
-    for start in tl.range(first, last, SCORED, num_stages=STAGES):
+    left_low, left_high = tl.trans(low_query), tl.trans(high_query)
+    if TWO:
+        right_low = tl.where(is_right[None, :], left_low, 0.0)
+        right_high = tl.where(is_right[None, :], left_high, 0.0)
+        left_low = tl.where(is_right[None, :], 0.0, left_low)
+        left_high = tl.where(is_right[None, :], 0.0, left_high)
+    for start in tl.range(first, last, SCORED * (2 if TWO else 1), num_stages=STAGES):
         token = start + tl.arange(0, SCORED)
         known = tl.minimum(token, position)
         logits = tl.zeros([SCORED, MR], tl.float32) - above
         # [SCORED, DH] twice
         low, high = load_score_halves(codes, known, D, DH, BITS, low_query.dtype, ASM)
-        logits = tl.dot(low, low_query, logits, input_precision=PRECISION)
-        logits = tl.dot(high, high_query, logits, input_precision=PRECISION)
+        logits = tl.dot(low, left_low, logits, input_precision=PRECISION)
+        logits = tl.dot(high, left_high, logits, input_precision=PRECISION)
+        if TWO:
+            known_right = tl.minimum(token + SCORED, position)
+            # [SCORED, DH] twice
+            low, high = load_score_halves(codes, known_right, D, DH, BITS, low_query.dtype, ASM)
+            logits = tl.dot(low, right_low, logits, input_precision=PRECISION)
+            logits = tl.dot(high, right_high, logits, input_precision=PRECISION)
         if BITS == 16:
             logits = logits * scale
         else:
             # [SCORED]
-            logits = logits * (tl.load(token_scales + known) * scale)[:, None]
+            token_scale = (tl.load(token_scales + known) * scale)[:, None]
+            if TWO:
+                # [SCORED]
+                scale_right = (tl.load(token_scales + known_right) * scale)[:, None]
+                token_scale = tl.where(is_right[None, :], scale_right, token_scale)
+            logits = logits * token_scale
         logits = capped(logits, CAP)
-        visible = (token >= padding)[:, None] & (token < last)[:, None]
+        # [SCORED, MR]: the tokens of the products
+        token = token[:, None] + tl.where(is_right, SCORED, 0)[None, :]
+        visible = (token >= padding) & (token < last)
         if OBSERVERS > 1:
-            visible = visible & (token[:, None] <= sees[None, :])
+            visible = visible & (token <= sees[None, :])
         logits = tl.where(visible, logits, -float("inf"))
-        tl.store(logits_row + token[:, None], logits, mask=(row < G * OBSERVERS)[None, :] & (token < last)[:, None])
-        higher = tl.maximum(highest, logits)
-        total = total * tl.exp2(highest - higher) + tl.exp2(logits - higher)
-        highest = higher
+        tl.store(logits_row[None, :] + token, logits, mask=exists[None, :] & (token < last))
+        # of the two terms of a running softmax, the higher one weighs 1
+        weight = tl.exp2(-tl.abs(logits - highest))
+        total = tl.where(logits > highest, total * weight + 1.0, total + weight)
+        highest = tl.maximum(highest, logits)
     top = tl.maximum(tl.max(highest, 0), own_logit)
     total = tl.sum(total * tl.exp2(highest - top[None, :]), 0) + tl.exp2(own_logit - top)
+    if TWO:
+        both = tl.reshape(top, [2, HALF])
+        top = tl.max(both, 0)
+        total = tl.sum(tl.reshape(total, [2, HALF]) * tl.exp2(both - top[None, :]), 0)
+    row = tl.arange(0, HALF)
     place = (pair_row + row) * splits + split
     tl.store(highest_ptr + place, top, mask=row < G * OBSERVERS)
     tl.store(total_ptr + place, total, mask=row < G * OBSERVERS)

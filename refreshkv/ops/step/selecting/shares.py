@@ -6,43 +6,19 @@ Shapes: `L` tokens the cache has room for, `N` entries of a tile.
 import triton
 import triton.language as tl
 
-RANKED, COLLECTED = 512, 1024
-"""Positions that a program of `_rank`, and of `_find_threshold`, takes at once. The second is the larger: `room_of`
-leaves room for it."""
+RANKED = 1024
+"""Positions that a program of `_choose_and_attend` ranks at once. `room_of` leaves room for as many."""
 
-LONG_ROW, COLLECTED_OF_LONG = 65536, 4096
-"""Positions of a row above which a program of `_find_threshold` takes more at once, and how many it then takes. It
-adds to the row's counter once for each tile."""
-
-MOST_PARTS = 64
-"""Most programs of `_rank`, and of `_find_threshold`, that share a batch row and key/value head."""
-
-RANK_PROGRAMS, THRESHOLD_PROGRAMS = 1056, 528
-"""Programs of `_rank`, and of `_find_threshold`, that a GPU runs at once."""
+REST = 256
+"""Positions that it ranks or lists at once where the last tile would not be whole."""
 
 RUN = 64
-"""Neighbouring positions that `_attend_to_chosen` gives to the same program. Runs go to the programs in turn, so that
+"""Neighbouring positions that one program of `_choose_and_attend` lists. Runs go to the programs in turn, so that
 all programs share the stretches of a row where many positions are chosen."""
 
 
-def parts_of(pairs: int, capacity: int, pool_kernel: int, tile: int, programs: int) -> int:
-    """Programs of `_rank`, or of `_find_threshold`, for each of `pairs` batch rows and key/value heads.
-
-    There are enough of them for each to take its share, and what the pooling windows reach beyond it, as one tile,
-    unless MOST_PARTS or `programs` limits them.
-    """
-    reach = 16 * triton.cdiv(pool_kernel, 16) + 16
-    wanted = triton.cdiv(capacity, max(tile - reach, 16))
-    return max(1, min(wanted, MOST_PARTS, programs // pairs))
-
-
-def collected_of(capacity: int) -> int:
-    """Positions that a program of `_find_threshold` takes at once, in a cache with room for `capacity` tokens."""
-    return COLLECTED_OF_LONG if capacity > LONG_ROW else COLLECTED
-
-
 def list_room(capacity: int, splits: int) -> int:
-    """Most positions that one of `splits` programs of `_attend_to_chosen` goes through: the room of its list."""
+    """Most positions that one of `splits` programs of `_choose_and_attend` lists: the room of its list."""
     return triton.cdiv(triton.cdiv(capacity, RUN) + 1, splits) * RUN
 
 
@@ -60,8 +36,8 @@ def share(first, end, part, parts):
 
 @triton.jit
 def place_in_list(taken):
-    """The slots of the entries taken, (N, 4) bool, in a list that keeps their order: (N, 4), and how many are taken."""
-    taken = taken.to(tl.int32)
+    """The slots of the entries taken, (N, 4) int32 of zeros and ones, in a list that keeps their order: (N, 4), and how
+    many are taken. Of two lists at once where the halves of the integers count one each."""
     of_line = tl.sum(taken, 1)
     before = tl.cumsum(of_line, 0) - of_line
     return before[:, None] + tl.cumsum(taken, 1) - taken, tl.sum(of_line, 0)

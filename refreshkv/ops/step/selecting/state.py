@@ -2,7 +2,7 @@
 
 Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `L` tokens the cache has room for, `L'` a
 few more, so that the last tile may be read whole, `N` shares of the positions, `M` of the attention to the chosen ones,
-`O` observing queries, `R = O * H / Hkv` rows of logits, `C` candidates.
+`O` observing queries, `R = O * H / Hkv` rows of logits, `F` finalists.
 """
 
 from typing import NamedTuple
@@ -14,6 +14,9 @@ from torch import Tensor
 from refreshkv.ops.step import attention as every_step
 from refreshkv.ops.step.selecting import attention, bins, shares, threshold
 
+FREE = 64
+"""Numbers in memory before the logits that are read but not used, where pooling windows begin before the first row."""
+
 
 class SelectingScratch(NamedTuple):
     """What the launches of a selecting step hand on to each other; layers that follow one another may share it."""
@@ -21,7 +24,7 @@ class SelectingScratch(NamedTuple):
     selecting: Tensor
     """(B,) int32: the step's position where it is a selecting step, else -1."""
     logits: Tensor
-    """(B, Hkv, R, L') float32, in units of log 2."""
+    """(B, Hkv, R, L') float32, in units of log 2. FREE numbers in memory lie before them."""
     highest: Tensor
     """(B, Hkv, R, N) float32: the maximum of each share of the logits."""
     total: Tensor
@@ -32,17 +35,21 @@ class SelectingScratch(NamedTuple):
     rankings: Tensor
     """(B, Hkv, L') int32: the ranking of each position, the higher the better."""
     histogram: Tensor
-    """(B, Hkv, BINS) int32: how many positions rank within each bin."""
+    """(B, Hkv, 2, BINS) int32: how many positions rank within each bin, and how many candidates within each part of the
+    bin that holds the threshold."""
     counters: Tensor
-    """(B, Hkv, 2) int32, by the columns of `threshold.py`."""
-    candidates: Tensor
-    """(B, Hkv, 2, C) int32: the candidates' positions, and their rankings."""
+    """(B, Hkv, 4) int32, by the columns of `threshold.py`."""
+    finalists: Tensor
+    """(B, Hkv, 2, F) int32: the finalists' positions, and their rankings."""
     choices: Tensor
     """(B, Hkv, 2) int32, by the columns of `threshold.py`: what the step chose."""
     listed: Tensor
-    """(B, Hkv, M, .) int32: the positions that each program of `_attend_to_chosen` attends to."""
+    """(B, Hkv, M, 3, .) int32: the positions that each program of `_choose_and_attend` attends to, the candidates in
+    its share, and their rankings."""
     counts: Tensor
-    """(B, Hkv, M) int32: how many these are."""
+    """(B, Hkv, M) int32: to how many positions it attends."""
+    near_counts: Tensor
+    """(B, Hkv, M) int32: how many candidates there are in its share; written for another launch alone."""
     partial: Tensor
     """(B, H, M, D) float32: the output of each share of the attention; that of an empty share is undefined."""
     chosen_highest: Tensor
@@ -63,19 +70,21 @@ class SelectingScratch(NamedTuple):
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(batch, *shape, dtype=dtype, device=device)
 
+        logits = torch.empty(FREE + batch * kv_heads * rows * room, dtype=torch.float32, device=device)[FREE:]
         return cls(
             selecting=buffer(),
-            logits=buffer(kv_heads, rows, room, dtype=torch.float32),
+            logits=logits.view(batch, kv_heads, rows, room),
             highest=buffer(kv_heads, rows, splits, dtype=torch.float32),
             total=buffer(kv_heads, rows, splits, dtype=torch.float32),
             scores=buffer(kv_heads, room, dtype=torch.float32),
             rankings=buffer(kv_heads, room),
-            histogram=buffer(kv_heads, bins.BINS),
+            histogram=buffer(kv_heads, 2, bins.BINS),
             counters=buffer(kv_heads, threshold.COUNTERS.value),
-            candidates=buffer(kv_heads, 2, threshold.candidates_of(capacity)),
+            finalists=buffer(kv_heads, 2, threshold.MOST_FINALISTS),
             choices=buffer(kv_heads, threshold.CHOICE_COLUMNS.value),
-            listed=buffer(kv_heads, chosen_splits, shares.list_room(capacity, chosen_splits)),
+            listed=buffer(kv_heads, chosen_splits, 3, shares.list_room(capacity, chosen_splits)),
             counts=buffer(kv_heads, chosen_splits),
+            near_counts=buffer(kv_heads, chosen_splits),
             partial=buffer(heads, chosen_splits, head_dim, dtype=torch.float32),
             chosen_highest=buffer(heads, chosen_splits, dtype=torch.float32),
             chosen_total=buffer(heads, chosen_splits, dtype=torch.float32),
@@ -94,4 +103,4 @@ class SelectingScratch(NamedTuple):
 
 def room_of(capacity: int) -> int:
     """L': the tokens of a row of logits, scores or rankings, for a cache with room for `capacity` tokens."""
-    return triton.cdiv(capacity, 16) * 16 + shares.COLLECTED
+    return triton.cdiv(capacity, 16) * 16 + shares.RANKED
