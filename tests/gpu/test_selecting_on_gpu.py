@@ -31,12 +31,12 @@ def test_one_launch_equals_one_for_each_stage(name, dtype, monkeypatch):
     block = [drawn(generator, heads, prompt, head_dim, dtype) for heads in (8, 2, 2)]
     padding = torch.tensor([0, 37], device="cuda")
     layers = [prompted_layer(*block, padding, config, prompt + 20) for _ in range(2)]
-    assert stages.run_at_once(block[0])
+    assert stages.run_at_once(block[0], 2)
     for step in range(12):
         token = [drawn(generator, heads, 1, head_dim, dtype) for heads in (8, 2, 2)]
         outputs = []
         for layer, together in zip(layers, (True, False), strict=True):
-            monkeypatch.setattr(stages, "run_at_once", lambda query, together=together: together)
+            monkeypatch.setattr(stages, "run_at_once", lambda *_, together=together: together)
             options = (config.step_options(), head_dim**-0.5)
             outputs.append(launches.decode_step(*token, layer.state(), *options, layer.selecting_state()))
         torch.testing.assert_close(*outputs, rtol=0, atol=0, msg=lambda text, step=step: f"{step}: {text}")

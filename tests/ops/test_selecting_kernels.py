@@ -94,7 +94,7 @@ WINDOWS = {
 @pytest.mark.parametrize("name", slow_unless(["as recommended"], WINDOWS))
 def test_one_launch_does_all_stages(name, monkeypatch):
     """Programs that wait for each other, several to a row, as on a GPU that runs them all at once."""
-    monkeypatch.setattr(stages, "run_at_once", lambda query: True)
+    monkeypatch.setattr(stages, "run_at_once", lambda *_: True)
     if name == "search":
         monkeypatch.setattr(threshold, "MOST_FINALISTS", 1)
     config = RefreshConfig(budget=30, stride=NEVER, select_stride=2, score_bits=4, **WINDOWS[name])

@@ -207,12 +207,12 @@ def _list_share(
     for start in tl.range(0, whole, TILE, num_stages=STAGES):
         count, near = _list_tile(
             rankings, listed, list_room, low, high, position, padding, split, splits, base, start, own,
-            count, near, RUN, TILE,
+            count, near, RUN, TILE, True,
         )  # fmt: skip
     for start in range(whole, own, REST):
         count, near = _list_tile(
             rankings, listed, list_room, low, high, position, padding, split, splits, base, start, own,
-            count, near, RUN, REST,
+            count, near, RUN, REST, False,
         )  # fmt: skip
     tl.debug_barrier()  # from here on, threads read entries that others have listed
     return count, near
@@ -221,16 +221,19 @@ def _list_share(
 @triton.jit
 def _list_tile(
     rankings, listed, list_room, low, high, position, padding, split, splits, base, start, own, count, near,
-    RUN: tl.constexpr, TILE: tl.constexpr,
+    RUN: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The part of `_list_share` for TILE positions, the `start`-th of the share and those after it, when `count` and
-    `near` are listed; returns how many are then."""
+    `near` are listed; returns how many are then. WHOLE: the share, of `own` positions, has all of them."""
     # [TILE / 4]: of four neighbours, which are of one run
     number = start + tl.arange(0, TILE // 4) * 4
+    is_own = number < own
+    if not WHOLE:
+        number = tl.minimum(number, own - 4)  # the next runs of the share may lie beyond the row's memory
     token = base + (number // RUN * splits + split) * RUN + number % RUN
     token = token[:, None] + tl.arange(0, 4)[None, :]
-    exists = (number < own)[:, None] & (token >= padding) & (token <= position)
-    # [TILE / 4, 4]: the row has room for the tile's last positions; a mask would load them one by one
+    exists = is_own[:, None] & (token >= padding) & (token <= position)
+    # [TILE / 4, 4]: the row has room for the run's last positions; a mask would load them one by one
     ranking = tl.where(exists, tl.load(rankings + token, cache_modifier=".cg"), -1)
     is_above, is_near = ranking >= high, (ranking >= low) & (ranking < high)
     # both in one scan: a tile has fewer than 2^16

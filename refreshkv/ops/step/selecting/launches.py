@@ -19,7 +19,10 @@ from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, cap_of, padded_head,
 WARPS, REGISTERS, SHARED_MEMORY = 4, 128, 56 * 1024
 """Warps of a program that does all stages, the registers of a thread, and most bytes of shared memory: so
 PROGRAMS_PER_PROCESSOR of them run at once on a multiprocessor of Hopper GPUs. `_choose_and_attend` needs no more for
-16-bit caches and heads up to 128."""
+16-bit caches, heads up to 128 and groups up to LARGEST_GROUP."""
+
+LARGEST_GROUP = 32
+"""Query heads of a group."""
 
 
 def choose_and_attend(
@@ -45,15 +48,19 @@ def choose_and_attend(
         terms: the softmax's.
     """
     stages = [stage.value for stage in (attention.RANK, attention.LIST, attention.NARROW, attention.ATTEND)]
-    for first, last in [(stages[0], stages[-1])] if run_at_once(query) else zip(stages, stages, strict=True):
+    for first, last in (
+        [(stages[0], stages[-1])] if run_at_once(query, state.keys.shape[1]) else zip(stages, stages, strict=True)
+    ):
         launch(query, state, scratch, options, scaling, first, last, attends=attends, terms=terms)
 
 
-def run_at_once(query: Tensor) -> bool:
+def run_at_once(query: Tensor, kv_heads: int) -> bool:
     """True if all programs of `_choose_and_attend` run at once, so that they can wait for each other."""
     if not isinstance(attention._choose_and_attend, triton.JITFunction):
         return False  # Triton's interpreter runs one after the other
     if not query.is_cuda or torch.version.hip is not None or query.element_size() != 2 or query.shape[-1] > 128:
+        return False
+    if query.shape[1] // kv_heads > LARGEST_GROUP:
         return False
     properties = torch.cuda.get_device_properties(query.device)
     memory = attention.PROGRAMS_PER_PROCESSOR * SHARED_MEMORY

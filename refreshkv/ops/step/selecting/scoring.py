@@ -51,11 +51,12 @@ def score_share(
     query_ptr, key_ptr: the batch row's queries, and the token's own key. The first program also scores the token
     itself, and clears the histograms and the counters for the launches that follow. CAP: as in `tiles.capped`.
 
-    A tile of products has MR columns, 8 at least. If the rows of logits are half as many or fewer, a tile takes two
-    tiles of score keys: the queries stand in its left half for the first one, and in its right half for the second.
+    A tile of products has MR columns, 8 at least. Where half of them hold all R rows, a tile is of two tiles of score
+    keys: queries in its left half for the first, in its right half for the second, and zeros in their place. Two tiles
+    of 16-bit score keys would take too much memory.
     """
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
-    TWO: tl.constexpr = 2 * G * OBSERVERS <= MR
+    TWO: tl.constexpr = (BITS < 16) & (2 * G * OBSERVERS <= MR)
     HALF: tl.constexpr = MR // 2 if TWO else MR
     place, column = tl.arange(0, MR), tl.arange(0, DH)
     row, is_right = place % HALF, place >= HALF
