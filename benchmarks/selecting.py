@@ -110,11 +110,16 @@ def score(case: Case, layer: Layer, select_stride: int = 1) -> launches.Shares:
     )
 
 
+def clear(case: Case, layer: Layer) -> None:
+    """Clears what the first launch of a selecting step clears."""
+    case.scratch.counters.zero_()
+    case.scratch.histogram.zero_()
+
+
 def launch(case: Case, layer: Layer, first: int, last: int) -> None:
     """Makes the stages from `first` to `last` of the launch between the first and the last of a step once more, by the
     last scores."""
-    case.scratch.counters.zero_()
-    case.scratch.histogram.zero_()
+    clear(case, layer)
     selecting.launch(layer.token[0], layer.state, case.scratch, case.selection, case.scaling, first, last)
 
 
@@ -152,8 +157,6 @@ def per_layer(case: Case, work: Callable[[Case, Layer], object], repeat: int = 9
 
 def time_case(context: int, batch: int, args: argparse.Namespace) -> dict[str, object]:
     case = make_case(context, batch, args)
-    counters = per_layer(case, lambda case, layer: case.scratch.counters.zero_())
-    histogram = per_layer(case, lambda case, layer: case.scratch.histogram.zero_())
     bandwidth = args.bandwidth
     tokens = batch * args.kv_heads * context
     score_bytes = tokens * (args.head_dim * args.bits / 8 + (4 if args.bits < 16 else 0))
@@ -164,7 +167,7 @@ def time_case(context: int, batch: int, args: argparse.Namespace) -> dict[str, o
         "bound": round(score_bytes / bandwidth * 1e6, 1),
     }
     shares = score(case, case.layers[0])
-    cleared = counters + histogram
+    cleared = per_layer(case, clear)
     for name, first, last in (("rank", attention.RANK, attention.RANK), ("together", attention.RANK, attention.ATTEND)):
         result[name] = round(per_layer(case, partial(launch, first=first.value, last=last.value)) - cleared, 2)
     result["bound "] = round(tokens / 8 * args.head_dim * 4 / bandwidth * 1e6, 1)

@@ -25,7 +25,7 @@ from refreshkv.ops.step.selecting.threshold import (
     resolve,
     search,
 )
-from refreshkv.ops.tiles import BUDGET, PADDING, ROW_COLUMNS, capped
+from refreshkv.ops.tiles import BUDGET, PADDING, ROW_COLUMNS, attend
 
 PROGRAMS_PER_PROCESSOR = 4
 """Programs of `_choose_and_attend` for each multiprocessor: all run at once."""
@@ -257,6 +257,17 @@ def _count_candidates(near_rankings, near, low, high, histogram, BINS: tl.conste
 
 
 @triton.jit
+def _load_candidates(near_listed, list_room, near, start, TILE: tl.constexpr):
+    """TILE candidates of a share from the `start`-th on: which exist, their tokens and their rankings, (TILE / 4, 4)
+    each; -1 is the ranking of those that do not."""
+    line = start + tl.arange(0, TILE // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    # [TILE / 4, 4] twice
+    token = tl.load(near_listed + line, mask=line < near, other=0)
+    ranking = tl.load(near_listed + list_room + line, mask=line < near, other=-1)
+    return line < near, token, ranking
+
+
+@triton.jit
 def _list_finalists(
     listed, near_listed, list_room, count, near, low, high, finalists, counters, MOST: tl.constexpr, TILE: tl.constexpr
 ):
@@ -264,10 +275,7 @@ def _list_finalists(
     many these are then. Those that rank in `low .. high - 1` go into the row's list, with their rankings, as far as
     there is room."""
     for start in range(0, near, TILE):
-        line = start + tl.arange(0, TILE // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
-        # [TILE / 4, 4] twice
-        token = tl.load(near_listed + line, mask=line < near, other=0)
-        ranking = tl.load(near_listed + list_room + line, mask=line < near, other=-1)
+        _, token, ranking = _load_candidates(near_listed, list_room, near, start, TILE)
         is_above, is_near = ranking >= high, (ranking >= low) & (ranking < high)
         slot, taken = place_in_list(is_above.to(tl.int32) + (is_near.to(tl.int32) << 16))
         tl.store(listed + count + (slot & 0xFFFF), token, mask=is_above)
@@ -283,12 +291,9 @@ def _list_chosen(listed, near_listed, list_room, count, near, high, threshold, l
     """Lists the chosen ones of the candidates of a share that rank below `high` behind the `count` positions listed;
     returns how many these are then."""
     for start in range(0, near, TILE):
-        line = start + tl.arange(0, TILE // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
-        # [TILE / 4, 4] twice
-        token = tl.load(near_listed + line, mask=line < near, other=0)
-        ranking = tl.load(near_listed + list_room + line, mask=line < near, other=-1)
+        exists, token, ranking = _load_candidates(near_listed, list_room, near, start, TILE)
         is_chosen = (ranking > threshold) | ((ranking == threshold) & (token <= limit))
-        is_chosen = is_chosen & (ranking < high) & (line < near)
+        is_chosen = is_chosen & (ranking < high) & exists
         slot, taken = place_in_list(is_chosen.to(tl.int32))
         tl.store(listed + count + slot, token, mask=is_chosen)
         count += taken
@@ -313,13 +318,7 @@ def _attend_to_listed(
         # [BLOCK_N, DP] twice
         key = tl.load(keys + place, mask=here, other=0.0)
         value = tl.load(values + place, mask=here, other=0.0)
-        # [MP, BLOCK_N]
-        logits = capped(tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale, CAP)
-        logits = tl.where(exists[None, :], logits, -float("inf"))
-        higher = tl.maximum(highest, tl.max(logits, 1))
-        weight = tl.exp2(logits - higher[:, None])
-        shrink = tl.exp2(highest - higher)
-        total = total * shrink + tl.sum(weight, 1)
-        result = result * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
-        highest = higher
+        highest, total, result = attend(
+            query, key, value, exists[None, :], highest, total, result, scale, PRECISION, CAP
+        )
     return highest, total, result

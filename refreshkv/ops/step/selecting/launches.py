@@ -48,9 +48,10 @@ def choose_and_attend(
         terms: the softmax's.
     """
     stages = [stage.value for stage in (attention.RANK, attention.LIST, attention.NARROW, attention.ATTEND)]
-    for first, last in (
-        [(stages[0], stages[-1])] if run_at_once(query, state.keys.shape[1]) else zip(stages, stages, strict=True)
-    ):
+    spans = [(stage, stage) for stage in stages]
+    if run_at_once(query, state.keys.shape[1]):
+        spans = [(stages[0], stages[-1])]
+    for first, last in spans:
         launch(query, state, scratch, options, scaling, first, last, attends=attends, terms=terms)
 
 

@@ -1,4 +1,4 @@
-"""The first part of `_choose_and_attend`: it turns logits into rankings of the positions.
+"""The first stage of `_choose_and_attend`: it turns logits into rankings of the positions.
 
 A ranking is an integer of 31 bits, the higher the better; equal ones go to the lower position. It is the bits of the
 pooled score, a float32 >= 0, which order like the number. Sinks and recent positions come before all others, and the
