@@ -246,13 +246,14 @@ def _list_tile(
 
 @triton.jit
 def _count_candidates(near_rankings, near, low, high, histogram, BINS: tl.constexpr, TILE: tl.constexpr):
-    """Adds the candidates of a share, `near` of them, to the row's second histogram."""
+    """Adds the candidates of a share, `near` of them, to the row's second histogram, and to its lowest bin what the
+    last tile lacks."""
     counts = tl.zeros([BINS], tl.int32)
     for start in range(0, near, TILE):
         entry = start + tl.arange(0, TILE)
         # [TILE]
-        ranking = tl.load(near_rankings + entry, mask=entry < near, other=0)
-        counts += tl.histogram(part_of(ranking, low, high, BINS), BINS, mask=entry < near)
+        ranking = tl.load(near_rankings + entry, mask=entry < near, other=low)
+        counts += tl.histogram(part_of(ranking, low, high, BINS), BINS)
     tl.atomic_add(histogram + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
 
 

@@ -42,8 +42,8 @@ def rank_share(
     BIN_BITS: tl.constexpr, KEEPS: tl.constexpr,
 ):  # fmt: skip
     """Ranks one share of the positions of one batch row and key/value head, (L,) int32, and counts the positions of
-    each bin, (BINS,) int32: up to 15 of those before the row's first one are counted in bin 0 too. Tiles have BLOCK
-    positions, the last ones REST.
+    each bin, (BINS,) int32. Tiles have BLOCK positions, the last ones REST; those of a tile that are not the share's are
+    counted in bin 0.
 
     highest, total: what `load_sums` gives. KEEPS: it writes the scores, (L,) float32, and pools them from memory; else
     it computes each score anew in every window that holds it.
@@ -123,13 +123,14 @@ def _rank_tile(
         if position < start + BLOCK:
             ranking = tl.where(token == position, FIRST, ranking)
         tl.store(rankings + start + lane, ranking)
-        number = bin_of(ranking, top, BINS, FINE, COARSE_BITS, BIN_BITS)
-        return tl.histogram(tl.reshape(number, [BLOCK]), BINS)
     else:
         ranking = tl.where(token == position, FIRST, ranking)
         tl.store(rankings + start + lane, ranking, mask=token < end)
-        number = bin_of(ranking, top, BINS, FINE, COARSE_BITS, BIN_BITS)
-        return tl.histogram(tl.reshape(number, [BLOCK]), BINS, mask=tl.reshape(token < end, [BLOCK]))
+    number = bin_of(ranking, top, BINS, FINE, COARSE_BITS, BIN_BITS)
+    if not WHOLE:
+        # in place of a mask: Triton 3.6 reorders the entries and their mask each in another way, after a reshape
+        number = tl.where(token < end, number, 0)
+    return tl.histogram(tl.reshape(number, [BLOCK]), BINS)
 
 
 @triton.jit

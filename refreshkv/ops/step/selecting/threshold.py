@@ -38,8 +38,7 @@ def find_bin(
 ):  # fmt: skip
     """`low, high, above, within`: the threshold of a row of `count` positions is in `low .. high - 1`; so many
     positions rank above, and so many there. All are above if the budget takes them all."""
-    bins_above, above, within = _last_bin(histogram, budget, BINS)
-    within = tl.where(bins_above == BINS - 1, count - above, within)  # bin 0 counts positions before the row's first
+    bins_above, above, within = _last_bin(histogram, budget, count, BINS)
     low, high = bounds_of_bin(
         BINS - 1 - bins_above, top_bin(reach, budget, BIN_BITS), BINS, FINE, COARSE_BITS, BIN_BITS
     )
@@ -52,7 +51,7 @@ def find_bin(
 def find_part(histogram, budget, low, high, above, within, BINS: tl.constexpr):
     """As `find_bin`, from what that returns and the second histogram: one of BINS parts of the bin."""
     if within > 0:
-        parts_above, more, within = _last_bin(histogram, budget - above, BINS)
+        parts_above, more, within = _last_bin(histogram, budget - above, within, BINS)
         above += more
         size = tl.cdiv(high - low, BINS)
         low += (BINS - 1 - parts_above) * size
@@ -67,9 +66,9 @@ def part_of(ranking, low, high, BINS: tl.constexpr):
 
 
 @triton.jit
-def _last_bin(histogram, wanted, BINS: tl.constexpr):
-    """How many bins lie above the one that holds the `wanted`-th best, how many positions are in those, and how many in
-    that one."""
+def _last_bin(histogram, wanted, total, BINS: tl.constexpr):
+    """How many bins lie above the one that holds the `wanted`-th best of `total` positions, how many of these are in
+    those, and how many in that one. The lowest bin may count more than there are."""
     number = tl.arange(0, BINS)
     # [BINS], the highest bin first: other programs have added to it
     counts = tl.load(histogram + BINS - 1 - number, cache_modifier=".cg")
@@ -78,7 +77,8 @@ def _last_bin(histogram, wanted, BINS: tl.constexpr):
     # the last bin that too few positions reach, and how many do, in one number: one reduction
     last_above = tl.max(tl.where(reached < wanted, ((number + 1).to(tl.int64) << 32) + reached, 0), 0)
     bins_above, above = (last_above >> 32).to(tl.int32), last_above.to(tl.int32)
-    return bins_above, above, tl.sum(tl.where(number == bins_above, counts, 0), 0)
+    within = tl.sum(tl.where(number == bins_above, counts, 0), 0)
+    return bins_above, above, tl.where(bins_above == BINS - 1, total - above, within)
 
 
 @triton.jit
