@@ -17,9 +17,10 @@ lossless:2:4bit (drafts by select:2:4bit, checked by full attention; weights are
 decides how many drafts are right; the time is that of the rounds, without the prompt; the parts of a round are timed in
 a generation of their own, on the device: `queue_step` is the first step of the next round, and `draft` the others),
 streaming, h2o, snapkv; static and dynamic are transformers' own caches. `GB moved` is what a token's step has to read.
-Prints a line for each, pieces of the step with --pieces, and a table at the end; --output DIR writes decode.json after
-each line, and decode.png. With --terms every case is timed three times: with the ordinary softmax, with attention sinks
-(`refresh+sinks`) and with a softcap (`refresh+softcap`); full, refresh, similarity and select take them.
+Prints a line for each, with --kernels where the time of its steps goes, by torch's profiler, and a table of all at the
+end; --output DIR writes decode.json after each line, and decode.png. With --terms every case is timed three times: with
+the ordinary softmax, with attention sinks (`refresh+sinks`) and with a softcap (`refresh+softcap`); full, refresh,
+similarity and select take them.
 """
 
 import argparse
@@ -35,11 +36,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, CompileConfig, DynamicCache, LlamaForCausalLM, LogitsProcessor, StaticCache
 
-from measuring import SHAPE, add_shape, copy_bandwidth, free_memory, milliseconds, random_llama
+from kernel_times import KernelTimes
+from measuring import SHAPE, add_shape, copy_bandwidth, free_memory, random_llama
 from output import pyplot, save
 from refreshkv import (
     NEVER,
@@ -61,9 +62,6 @@ from refreshkv.cache.keyword import as_keyword, given_cache
 from refreshkv.cache.preallocated import PreallocatedCache
 from refreshkv.cache.row_lengths import RowLengths
 from refreshkv.generation import lossless
-from refreshkv.ops.state import Decisions, SelectionOptions, SelectionScratch, StepOptions
-from refreshkv.ops.step import launches as decode_kernels
-from refreshkv.ops.step.operators import select_step
 from refreshkv.tables import column_table
 
 CASES = "32768:1,32768:8,131072:1,16384:32"
@@ -100,9 +98,6 @@ def main() -> None:
             print(json.dumps(result), flush=True)
             forget()
             save(args.output, "decode.json", results)
-        if args.pieces:
-            print(json.dumps(time_pieces(model, context, batch, args)), flush=True)
-            forget()
     print(table(results))
     if args.output:
         plot(results, args.output / "decode.png")
@@ -128,7 +123,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--alike", type=float, default=0.0, help="share of each query that is the same for all tokens (default: none)"
     )
-    parser.add_argument("--pieces", action="store_true", help="time the launches of a step one by one as well")
+    parser.add_argument("--kernels", action="store_true", help="where the time of --stride further steps goes")
     add_shape(parser, SHAPE)
     parser.add_argument("--quick", action="store_true", help="4 layers, 4K and 8K contexts: does everything run?")
     parser.add_argument("--output", type=Path, help="folder for decode.json and decode.png")
@@ -142,6 +137,8 @@ def read_arguments() -> argparse.Namespace:
         parser.error("--recommended brings its own selection: leave out --observation-window and --pool-kernel")
     if args.compile_blocks and "lossless" not in args.strategies:
         parser.error("--compile-blocks is about lossless decoding: add a strategy such as lossless:8:4bit")
+    if args.kernels and "lossless" in args.strategies:
+        parser.error("--kernels does not follow lossless decoding, whose parts are timed anyway: leave one of them out")
     if args.quick:
         args.layers, args.cases, args.cycles = 4, "4096:1,8192:4", 2
     args.budget = int(args.budget) if args.budget > 1 else args.budget
@@ -269,20 +266,24 @@ def time_strategy(
     period = stride if selecting is None or selecting.select_stride is None else selecting.select_stride
     budget = RefreshConfig(budget=args.budget).largest_budget(context)
     model.set_attn_implementation("refreshkv" if is_ours(strategy) else "sdpa")
-    cache = make_cache(model, strategy, context + steps + 8, budget, args)
+    clock = Clock(steps, args.stride if args.kernels else 0)
+    cache = make_cache(model, strategy, context + clock.marks + 8, budget, args)
     length = fill(cache, model, batch, context, budget)
     begun = time.perf_counter()
     loop = loop_of(strategy, args.loop)
     if loop == "graph":
-        times = run_graph(model, cache, batch, length, steps)
+        run_graph(model, cache, batch, length, clock)
     else:
-        times = run_generate(model, cache, batch, length, steps, args.tuned, decode_ahead if loop == "ahead" else None)
+        run_generate(model, cache, batch, length, clock, args.tuned, decode_ahead if loop == "ahead" else None)
+    times = clock.times()
     seconds = time.perf_counter() - begun
     # times[j] is that of step j + 2 after the prompt; two strides warm up
     timed = [(step, ms) for step, ms in enumerate(times, start=2) if step > 2 * stride]
     timed = timed[: len(timed) // period * period]
     long = [ms for step, ms in timed if step % period == 0]
     partial = [ms for step, ms in timed if step % period != 0]
+    if clock.kernels is not None:
+        print(clock.kernels.table(clock.recorded), flush=True)
     refreshes = strategy in REFRESHING or selecting is not None
     bytes_long, bytes_partial = bytes_moved(model, context, batch, budget, strategy, selecting)
     mean_bytes = (bytes_long + (period - 1) * bytes_partial) / period if refreshes else bytes_long
@@ -540,32 +541,44 @@ def loop_of(strategy: str, asked: str | None) -> str:
 
 
 class Clock(LogitsProcessor):
-    """Marks when each step's logits are there."""
+    """Marks when each step's logits are there, `steps` times; the kernels of `recorded` further steps are recorded."""
 
-    def __init__(self):
+    def __init__(self, steps: int, recorded: int = 0):
+        self.steps, self.recorded = steps, recorded
+        self.kernels = KernelTimes() if recorded else None
         self.events: list[torch.cuda.Event] = []
+
+    @property
+    def marks(self) -> int:
+        """How many marks a run has: a step lies between two of them."""
+        return self.steps + (self.recorded + 1 if self.recorded else 0)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.events.append(torch.cuda.Event(enable_timing=True))
         self.events[-1].record()
+        if self.kernels is not None and len(self.events) == self.marks - self.recorded:
+            self.kernels.start()
+        elif self.kernels is not None and len(self.events) == self.marks:
+            self.kernels.stop()
         return scores
 
     def times(self) -> list[float]:
+        """Milliseconds of the steps between the first marks."""
         torch.cuda.synchronize()
-        return [first.elapsed_time(second) for first, second in zip(self.events, self.events[1:], strict=False)]
+        events = self.events[: self.steps]
+        return [first.elapsed_time(second) for first, second in zip(events, events[1:], strict=False)]
 
 
 def run_generate(
-    model: LlamaForCausalLM, cache, batch: int, length: int, steps: int, tuned: bool, loop: Callable | None
-) -> list[float]:
-    clock = Clock()
+    model: LlamaForCausalLM, cache, batch: int, length: int, clock: Clock, tuned: bool, loop: Callable | None
+) -> None:
     compiled = tuned_compilation() if tuned else CompileConfig(dynamic=False)
     ids = torch.randint(0, model.config.vocab_size, (batch, length + 1), device="cuda")
     model.generate(  # pyright: ignore[reportAttributeAccessIssue]  # a protocol that transformers' own models miss
         ids,
         attention_mask=torch.ones_like(ids),
         **as_keyword(cache),
-        max_new_tokens=steps,
+        max_new_tokens=clock.marks,
         do_sample=False,
         eos_token_id=model.config.vocab_size,  # looked for, and never there
         pad_token_id=0,
@@ -573,11 +586,10 @@ def run_generate(
         logits_processor=[clock],
         compile_config=None if isinstance(cache, DynamicCache) else compiled,
     )
-    return clock.times()
 
 
 @torch.no_grad()
-def run_graph(model: LlamaForCausalLM, cache, batch: int, length: int, steps: int) -> list[float]:
+def run_graph(model: LlamaForCausalLM, cache, batch: int, length: int, clock: Clock) -> None:
     ids = torch.randint(0, model.config.vocab_size, (batch, 1), device="cuda")
 
     def step() -> None:
@@ -592,12 +604,10 @@ def run_graph(model: LlamaForCausalLM, cache, batch: int, length: int, steps: in
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    clock = Clock()
     clock(ids, ids)
-    for _ in range(steps - 1):
+    for _ in range(clock.marks - 1):
         graph.replay()
         clock(ids, ids)
-    return clock.times()
 
 
 def bytes_moved(
@@ -621,90 +631,6 @@ def bytes_moved(
         return weights + token * budget + heads * score_key * context, weights + token * budget
     whole = budget if strategy in ("streaming", "h2o", "snapkv") else context
     return weights + token * whole, weights + token * budget
-
-
-@torch.no_grad()
-def time_pieces(model: LlamaForCausalLM, context: int, batch: int, args: argparse.Namespace) -> dict[str, object]:
-    """Microseconds of each launch, per layer, each layer with its own cache as in a step."""
-    model.set_attn_implementation("refreshkv")
-    cache = RefreshCache(model.config, context + 64, refresh_config(args))
-    fill(cache, model, batch, context, 0)
-    heads, kv_heads, head_dim = head_shape(model)
-    scaling = head_dim**-0.5
-    query, key, value = (
-        torch.randn(batch, count, 1, head_dim, device="cuda", dtype=torch.bfloat16)
-        for count in (heads, kv_heads, kv_heads)
-    )
-    output = query.new_empty(batch, 1, heads, head_dim)
-    frozen = torch.tensor(context, device="cuda")
-
-    def options(stride: int, threshold: float | None = None) -> StepOptions:
-        return StepOptions(stride, threshold, SelectionOptions(7, 1, 0, 0))
-
-    def attend(layer, stride: int, threshold: float | None = None, scratch: SelectionScratch | None = None):
-        state, used = layer.state()._replace(length=frozen), scratch or stack.scratch.of(layer.number)
-        settings = {"options": options(stride, threshold), "scratch": used}
-        return decode_kernels.attend(query, key, value, state, scaling, **settings), used
-
-    def apart(stride: int):
-        """Of the first layer, with scratch that no later launch writes to."""
-        scratch = SelectionScratch.empty((batch,), *layers[0].keys.shape[1:], device=output.device)
-        return attend(layers[0], stride, scratch=scratch)
-
-    def finish(layer, shares, scratch) -> None:
-        state = layer.state()._replace(length=counter)
-        decode_kernels.finish(shares, output, state, shares.logits, options(1).selection, scratch)
-
-    def select(stride: int) -> float:
-        """After a step of this stride."""
-        for layer in layers:
-            finish(layer, *attend(layer, stride))
-
-        def launch(stack) -> None:
-            stack.scratch.arrived.zero_()  # in a step by the first launch
-            decisions = Decisions(*(getattr(stack, name) for name in Decisions._fields))
-            select_step(stack.scratch, frozen, decisions, options(10))
-
-        return round(per_layer([stack], launch) / len(layers), 2)
-
-    # any: transformers annotates the layers as its own
-    layers, counter = cast(list[Any], cache.layers), torch.zeros((), dtype=torch.int64, device="cuda")
-    stack = layers[0].joint
-    whole, small = apart(1), apart(NEVER)
-    finish(layers[0], *whole)
-    rankings = whole[1].rankings
-    return {
-        "pieces, us a layer": f"{context}:{batch}",
-        "attend, full": per_layer(layers, lambda layer: attend(layer, 1)),
-        "attend, partial": per_layer(layers, lambda layer: attend(layer, NEVER)),
-        "attend, similar": per_layer(layers, lambda layer: attend(layer, 1, -2.0)),
-        "finish, full": per_layer(layers, lambda layer: finish(layer, *whole)),
-        "finish, partial": per_layer(layers, lambda layer: finish(layer, *small)),
-        "select, full": select(1),
-        "select, partial": select(NEVER),
-        "torch.topk": per_layer(layers, lambda layer: rankings.topk(layer.selected.shape[2])),
-        "linear layers": per_layer(model.model.layers, lambda layer: linear_layers(layer, batch)),
-    }
-
-
-def linear_layers(layer, batch: int) -> None:
-    hidden = torch.empty(batch, layer.self_attn.q_proj.in_features, device="cuda", dtype=torch.bfloat16)
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        F.linear(hidden, getattr(layer.self_attn, name).weight)
-    F.linear(hidden, layer.mlp.gate_proj.weight)
-    F.linear(F.linear(hidden, layer.mlp.up_proj.weight), layer.mlp.down_proj.weight)
-
-
-def per_layer(layers, work: Callable) -> float:
-    """Median of graph replays over all layers, microseconds each."""
-    for layer in layers[:2]:
-        work(layer)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for layer in layers:
-            work(layer)
-    return round(milliseconds(graph.replay, 7) * 1e3 / len(layers), 2)
 
 
 def forget() -> None:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ def script(monkeypatch):
     import decode
 
     yield decode
-    sys.modules.pop("decode")
+    for name in ("decode", "kernel_times"):
+        sys.modules.pop(name)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +116,48 @@ def test_lossless_decoding_is_timed_at_the_acceptance_that_is_asked_for(script):
     assert set(times.medians()) == {f"{part}, ms" for part in ("draft", "block", "accept", "queue_step", "round")}
 
 
+def test_kernels_are_recorded_after_the_timed_steps(script, monkeypatch):
+    calls, mark = [], torch.ones(())
+
+    class Event:
+        def __init__(self, enable_timing):
+            calls.append("mark")
+
+        def record(self):
+            self.number = calls.count("mark")
+
+        def elapsed_time(self, later):
+            return later.number - self.number
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(
+        script,
+        "KernelTimes",
+        lambda: SimpleNamespace(start=lambda: calls.append("start"), stop=lambda: calls.append("stop")),
+    )
+    clock = script.Clock(steps=3, recorded=2)
+    for _ in range(clock.marks):
+        clock(mark, mark)
+    assert calls == ["mark"] * 4 + ["start"] + ["mark"] * 2 + ["stop"]
+    assert clock.times() == [1, 1]
+    assert script.Clock(steps=3).marks == 3
+
+
+def test_times_of_kernels(script, monkeypatch):
+    """Runs that overlap leave no idle time; the kernels beyond the longest are one line."""
+    kernel_times = sys.modules["kernel_times"]
+    runs = [("copy", 10.0, 14.0), ("sum", 0.0, 4.0), ("sum", 13.0, 20.0), ("mean", 11.0, 12.0)]
+
+    def table():
+        return [line.split() for line in kernel_times.kernel_table(runs, 2).splitlines()[1:]]
+
+    longest = ["sum", "1.0", "5.5"]
+    assert table()[:3] == [longest, ["copy", "0.5", "2.0"], ["mean", "0.5", "0.5"]]
+    monkeypatch.setattr(kernel_times, "MOST_KERNELS", 1)
+    assert table() == [longest, ["others", "1.0", "2.5"], ["idle", "3.0"]]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
     ("strategies", "options"),
@@ -121,6 +165,7 @@ def test_lossless_decoding_is_timed_at_the_acceptance_that_is_asked_for(script):
         ("full,refresh,lossless:2:4bit,offloaded,snapkv,static,dynamic", []),
         ("full,refresh,similarity,select:2:4bit,lossless:2:4bit,h2o", ["--loop", "graph"]),
         ("full,refresh,select:2:4bit", ["--terms"]),
+        ("full,select:2:4bit", ["--kernels"]),
     ],
 )
 def test_it_runs_to_the_table(tmp_path, strategies, options):
