@@ -58,6 +58,10 @@ MANY_PROGRAMS = 512
 SHARED_MEMORY = {"partial_backward_128": 147456, "partial_backward_256": 229376}
 """Bytes of shared memory that the largest tiles need, more than some GPUs have."""
 
+BLACKWELL = 10
+"""The major compute capability of B200. Its tensor cores have a memory of their own, in which the largest tiles do not
+fit under every version of Triton."""
+
 
 def on_its_device(operation: Callable) -> Callable:
     """Makes an operation launch its kernels on the GPU of its first tensor.
@@ -77,7 +81,8 @@ def fits(kernel: str, device: torch.device) -> bool:
     """True if the tiles of a kernel in `SHARED_MEMORY` fit the device."""
     if device.type != "cuda":
         return True
-    return SHARED_MEMORY[kernel] <= torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    gpu = torch.cuda.get_device_properties(device)
+    return gpu.major != BLACKWELL and SHARED_MEMORY[kernel] <= gpu.shared_memory_per_block_optin
 
 
 def block_sizes(kernel: str, query: Tensor) -> dict[str, int]:

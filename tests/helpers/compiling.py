@@ -50,8 +50,16 @@ GPUS = {
         shared_memory_per_multiprocessor=233472,
         shared_memory_per_block_optin=232448,
     ),
+    100: SimpleNamespace(
+        major=10,
+        minor=0,
+        multi_processor_count=148,
+        shared_memory_per_multiprocessor=233472,
+        shared_memory_per_block_optin=232448,
+    ),
 }
-"""What torch says of a GPU of each architecture. 86: a GeForce 3090, with a 4090's shared memory; 90: an H200."""
+"""What torch says of a GPU of each architecture. 86: a GeForce 3090, with a 4090's shared memory; 90: an H200; 100: a
+B200."""
 
 ASK_ABOUT_THE_GPU = (
     (stages, "run_at_once"),
@@ -228,7 +236,8 @@ CASES: dict[str, Callable[[], None]] = {
     "decode: H2O and full attention": decode_compact,
     "decode: a block of drafts": read_drafts,
     "train: full steps": lambda: train({"stride": 10}),
-    "train: long intervals": lambda: train({"stride": 50, "observation_window": 4}),
+    "train: intervals of 30": lambda: train({"stride": 30}),
+    "train: intervals of 50, observers": lambda: train({"stride": 50, "observation_window": 4}),
     "train: selecting steps": lambda: train({"stride": NEVER, "select_stride": 5, "score_bits": 4}),
     "train: float32": lambda: train({"stride": 10, "select_stride": 5}, dtype=torch.float32),
     "train: heads of 256": lambda: train({"stride": 10, "select_stride": 5, "score_bits": 4}, head_dim=256),
@@ -237,7 +246,8 @@ CASES: dict[str, Callable[[], None]] = {
 
 
 def report(kernel: Any) -> dict[str, Any]:
-    """What a compiled kernel takes: bytes of shared memory of a program, its warps, and registers of a thread."""
+    """What a compiled kernel takes: bytes of shared memory of a program, its warps, and registers of a thread. Triton
+    puts a trap in the place of some kernels that do not fit."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -252,6 +262,7 @@ def report(kernel: Any) -> dict[str, Any]:
         "warps": kernel.metadata.num_warps,
         "registers": int(registers[1]),
         "cooperative": bool(getattr(kernel.metadata, "launch_cooperative_grid", False)),
+        "traps": "trap;" in kernel.asm["ptx"],
         "masked histograms": len(re.findall(r"tt\.histogram %\w+, %", kernel.asm["ttgir"])),
     }
 
