@@ -88,9 +88,11 @@ def fits(kernel: str, device: torch.device) -> bool:
 def block_sizes(kernel: str, query: Tensor) -> dict[str, int]:
     """The tiles of a kernel, smaller for float32 and for wide heads, which would not fit the shared memory."""
     sizes = dict(TILES[kernel])
-    if query.element_size() * padded_head(query.shape[-1]) > 256:
-        sizes |= {"BLOCK_M": min(sizes["BLOCK_M"], 32), "BLOCK_N": min(sizes["BLOCK_N"], 32), "num_stages": 1}
-        sizes["num_warps"] = 4
+    row = query.element_size() * padded_head(query.shape[-1])  # bytes
+    if row > 256:
+        largest = 32 if row <= 512 else 16
+        sizes |= {"BLOCK_M": min(sizes["BLOCK_M"], largest), "BLOCK_N": min(sizes["BLOCK_N"], largest)}
+        sizes |= {"num_stages": 1, "num_warps": 4}
     if "WIDTH" in sizes:
         sizes["WIDTH"] = min(sizes["WIDTH"], padded_head(query.shape[-1]))
     return sizes

@@ -231,6 +231,7 @@ CASES: dict[str, Callable[[], None]] = {
     "decode: float16": lambda: decode(SELECTING, dtype=torch.float16),
     "decode: float32": lambda: decode(SELECTING, dtype=torch.float32),
     "decode: heads of 256": lambda: decode(SELECTING, head_dim=256),
+    "decode: float32, heads of 256": lambda: decode(SELECTING, head_dim=256, dtype=torch.float32),
     "decode: similarity": lambda: decode({"stride": 10, "threshold": 0.5, "observation_window": 2}),
     "decode: offloaded": decode_offloaded,
     "decode: H2O and full attention": decode_compact,
@@ -241,6 +242,9 @@ CASES: dict[str, Callable[[], None]] = {
     "train: selecting steps": lambda: train({"stride": NEVER, "select_stride": 5, "score_bits": 4}),
     "train: float32": lambda: train({"stride": 10, "select_stride": 5}, dtype=torch.float32),
     "train: heads of 256": lambda: train({"stride": 10, "select_stride": 5, "score_bits": 4}, head_dim=256),
+    "train: float32, heads of 256": lambda: train(
+        {"stride": 10, "select_stride": 5}, head_dim=256, dtype=torch.float32
+    ),
     "train: heads of 64, groups of 3": lambda: train({"stride": 10, "select_stride": 5}, group=3, head_dim=64),
 }
 

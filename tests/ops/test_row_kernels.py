@@ -65,6 +65,9 @@ CASES = {
             budget=0.4, stride=6, select_stride=4, score_bits=4, observation_window=2, sink_tokens=1, pool_ahead=True
         ), 5,
     ),
+    "heads of 256": (
+        2, 63, 20, 2, 1, 256, RefreshConfig(budget=8, stride=10, select_stride=3, score_bits=4), 5,
+    ),
     "selecting at every step by 8 bits": (
         1, 40, 17, 2, 1, 16, RefreshConfig(budget=5, stride=NEVER, select_stride=1, score_bits=8, pool_kernel=1), 0,
     ),

@@ -97,6 +97,10 @@ SELECTING = {
         *(33, 3, 2, 1, 128, 7),
         RefreshConfig(budget=9, stride=NEVER, select_stride=1, score_bits=4, observation_window=2),
     ),
+    "heads of 256": (
+        *(33, 4, 2, 1, 256, 7),
+        RefreshConfig(budget=9, stride=3, select_stride=2, score_bits=4),
+    ),
     "every query's own top": (
         *(33, 3, 1, 1, 24, 7),
         RefreshConfig(budget=5, stride=NEVER, select_stride=1, score_bits=4, pool_kernel=1),

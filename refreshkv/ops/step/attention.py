@@ -415,6 +415,8 @@ def splits_of(pairs: int, device: torch.device, per_processor: int = PROGRAMS_PE
 
 def tile_of(query: Tensor) -> dict[str, int]:
     """The tile of `_attend`: smaller for float32 and for wide heads, whose tiles fill the shared memory."""
-    if query.element_size() * padded_head(query.shape[-1]) > 256:
-        return {"BLOCK_N": 32, "num_warps": 8 if query.element_size() == 4 else 4, "num_stages": 2}
+    row = query.element_size() * padded_head(query.shape[-1])  # bytes
+    if row > 256:
+        warps = 8 if query.element_size() == 4 else 4
+        return {"BLOCK_N": 32 if row <= 512 else 16, "num_warps": warps, "num_stages": 2}
     return TILE
