@@ -1,6 +1,5 @@
 """Where the time of steps goes on the GPU: the kernels that ran, by torch's profiler."""
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -38,11 +37,12 @@ def kernel_table(runs: Iterable[tuple[str, float, float]], steps: int) -> str:
     """A table of runs, each a kernel's name and when it began and ended, in microseconds: the longest in all first.
     `idle` is the time in which no kernel ran."""
     times: dict[str, list[float]] = defaultdict(list)
-    busy_until, idle = math.inf, 0.0
-    for name, begin, end in sorted(runs, key=lambda run: run[1]):
+    ordered = sorted(runs, key=lambda run: run[1])
+    busy_until, idle = ordered[0][1] if ordered else 0.0, 0.0
+    for name, begin, end in ordered:
         times[name].append(end - begin)
         idle += max(0.0, begin - busy_until)
-        busy_until = end if busy_until == math.inf else max(busy_until, end)
+        busy_until = max(busy_until, end)
     longest = sorted(times, key=lambda name: -sum(times[name]))
     lines = [[name[:LONGEST_NAME], *_per_step(times[name], steps)] for name in longest[:MOST_KERNELS]]
     others = [time for name in longest[MOST_KERNELS:] for time in times[name]]

@@ -58,9 +58,9 @@ MANY_PROGRAMS = 512
 SHARED_MEMORY = {"partial_backward_128": 147456, "partial_backward_256": 229376}
 """Bytes of shared memory that the largest tiles need, more than some GPUs have."""
 
-BLACKWELL = 10
-"""The major compute capability of B200. Its tensor cores have a memory of their own, in which the largest tiles do not
-fit under every version of Triton."""
+HOPPER, BLACKWELL = 9, 10
+"""The major compute capabilities of H100 and H200, and of B200. A B200's tensor cores have a memory of their own, in
+which the largest tiles do not fit under every version of Triton."""
 
 
 def on_its_device(operation: Callable) -> Callable:
@@ -88,14 +88,20 @@ def fits(kernel: str, device: torch.device) -> bool:
 def block_sizes(kernel: str, query: Tensor) -> dict[str, int]:
     """The tiles of a kernel, smaller for float32 and for wide heads, which would not fit the shared memory."""
     sizes = dict(TILES[kernel])
-    row = query.element_size() * padded_head(query.shape[-1])  # bytes
-    if row > 256:
-        largest = 32 if row <= 512 else 16
-        sizes |= {"BLOCK_M": min(sizes["BLOCK_M"], largest), "BLOCK_N": min(sizes["BLOCK_N"], largest)}
+    if most := most_at_once(query):
+        sizes |= {"BLOCK_M": min(sizes["BLOCK_M"], most), "BLOCK_N": min(sizes["BLOCK_N"], most)}
         sizes |= {"num_stages": 1, "num_warps": 4}
     if "WIDTH" in sizes:
         sizes["WIDTH"] = min(sizes["WIDTH"], padded_head(query.shape[-1]))
     return sizes
+
+
+def most_at_once(query: Tensor) -> int | None:
+    """Most rows or keys of a tile where a head takes more than 256 bytes, as float32 and wide heads do; else None."""
+    head = query.element_size() * padded_head(query.shape[-1])
+    if head <= 256:
+        return None
+    return 32 if head <= 512 else 16
 
 
 PARTIAL_REGISTERS = 128
@@ -105,9 +111,6 @@ to 128.
 Four programs then share the 65536 registers of a multiprocessor. Without a limit ptxas takes 150 to 190, another number
 after each small change; two or three programs then take 2 to 36 % longer.
 """
-
-HOPPER = 9
-"""The major compute capability of H100 and H200."""
 
 
 def register_limit(dtype: torch.dtype, head_dim: int, device: torch.device) -> dict[str, int]:
@@ -283,6 +286,12 @@ def attend(
     """
     # [M, N]
     logits = capped(tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale, CAP)
+    return attend_by_logits(logits, value, visible, highest, total, result, PRECISION)
+
+
+@triton.jit
+def attend_by_logits(logits, value, visible, highest, total, result, PRECISION: tl.constexpr):
+    """As `attend`, from the tile's logits [M, N]."""
     if visible is not None:
         logits = tl.where(visible, logits, -float("inf"))
     higher = tl.maximum(highest, tl.max(logits, 1))

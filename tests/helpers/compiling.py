@@ -12,11 +12,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,31 +35,19 @@ from refreshkv.ops.step import attention, launches
 from refreshkv.ops.step.selecting import launches as stages
 from refreshkv.ops.step.selecting import scoring
 
-GPUS = {
-    86: SimpleNamespace(
-        major=8,
-        minor=6,
-        multi_processor_count=84,
-        shared_memory_per_multiprocessor=102400,
-        shared_memory_per_block_optin=101376,
-    ),
-    90: SimpleNamespace(
-        major=9,
-        minor=0,
-        multi_processor_count=132,
-        shared_memory_per_multiprocessor=233472,
-        shared_memory_per_block_optin=232448,
-    ),
-    100: SimpleNamespace(
-        major=10,
-        minor=0,
-        multi_processor_count=148,
-        shared_memory_per_multiprocessor=233472,
-        shared_memory_per_block_optin=232448,
-    ),
-}
-"""What torch says of a GPU of each architecture. 86: a GeForce 3090, with a 4090's shared memory; 90: an H200; 100: a
-B200."""
+
+class Gpu(NamedTuple):
+    """What torch says of a GPU, by torch's names."""
+
+    major: int
+    minor: int
+    multi_processor_count: int
+    shared_memory_per_multiprocessor: int
+    shared_memory_per_block_optin: int
+
+
+GPUS = {86: Gpu(8, 6, 84, 102400, 101376), 90: Gpu(9, 0, 132, 233472, 232448), 100: Gpu(10, 0, 148, 233472, 232448)}
+"""By architecture. 86: a GeForce 3090, with a 4090's shared memory; 90: an H200; 100: a B200."""
 
 ASK_ABOUT_THE_GPU = (
     (stages, "run_at_once"),
@@ -102,9 +90,9 @@ class Driver:
         return True
 
 
-@contextmanager
-def compiled_instead(architecture: int) -> Iterator[dict[str, Any]]:
-    """Compiles kernels where they would be launched; yields them by their hash."""
+def compile_instead(architecture: int) -> dict[str, Any]:
+    """Compiles kernels where they would be launched, for the rest of this process; returns where to find them by their
+    hash."""
     kernels, run = {}, JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
@@ -121,8 +109,7 @@ def compiled_instead(architecture: int) -> Iterator[dict[str, Any]]:
     for module, name in ASK_ABOUT_THE_GPU:
         setattr(module, name, asked_on_the_gpu(getattr(module, name)))
     JITFunction.run = compile_only
-    yield kernels
-    JITFunction.run = run
+    return kernels
 
 
 def asked_on_the_gpu(question: Callable) -> Callable:
@@ -160,11 +147,12 @@ def decode(
     head_dim: int = 128,
     dtype: torch.dtype = torch.bfloat16,
     terms: bool = False,
+    offload: bool = False,
 ) -> None:
-    """A step of decoding."""
+    """A step of decoding; with `offload`, keys and values are in host memory."""
     config = RefreshConfig(**{"budget": 64, "stride": NEVER} | settings)
     heads = (2 * group, 2, 2)
-    layer = RefreshLayer(2**15, config)
+    layer = (FetchingLayer if offload else RefreshLayer)(2**15, config)
     query, key, value = (empty(2, count, 9, head_dim, dtype=dtype).zero_() for count in heads)
     layer.update(key, value)
     layer.end_block(query, torch.tensor([0, 3]), head_dim**-0.5)
@@ -172,20 +160,11 @@ def decode(
         token = [empty(2, count, 1, head_dim, dtype=dtype) for count in heads]
         changed = SoftmaxTerms(torch.empty(heads[0], dtype=dtype), 50.0) if terms else PLAIN_SOFTMAX
         state, chosen = without_numbers(layer.state()), without_numbers(layer.selecting_state())
-        launches.decode_step(*token, state, config.step_options(), head_dim**-0.5, chosen, changed)
-
-
-def decode_offloaded() -> None:
-    """A step with keys and values in host memory."""
-    config = RefreshConfig(budget=64, stride=NEVER, **SELECTING)
-    layer = FetchingLayer(2**15, config)
-    query, key, value = (empty(2, heads, 9, 128).zero_() for heads in (8, 2, 2))
-    layer.update(key, value)
-    layer.end_block(query, torch.tensor([0, 3]), 0.1)
-    with NO_NUMBERS:
-        token = [empty(2, heads, 1, 128) for heads in (8, 2, 2)]
-        state, chosen, near = map(without_numbers, (layer.state(), layer.selecting_state(), layer.near()))
-        launches.fetching_step(*token, state, chosen, near, config.step_options(), 0.1)
+        last = (config.step_options(), head_dim**-0.5)
+        if offload:
+            launches.fetching_step(*token, state, chosen, without_numbers(layer.near()), *last)
+        else:
+            launches.decode_step(*token, state, *last, chosen, changed)
 
 
 def decode_compact() -> None:
@@ -233,7 +212,7 @@ CASES: dict[str, Callable[[], None]] = {
     "decode: heads of 256": lambda: decode(SELECTING, head_dim=256),
     "decode: float32, heads of 256": lambda: decode(SELECTING, head_dim=256, dtype=torch.float32),
     "decode: similarity": lambda: decode({"stride": 10, "threshold": 0.5, "observation_window": 2}),
-    "decode: offloaded": decode_offloaded,
+    "decode: offloaded": lambda: decode(SELECTING, offload=True),
     "decode: H2O and full attention": decode_compact,
     "decode: a block of drafts": read_drafts,
     "train: full steps": lambda: train({"stride": 10}),
@@ -273,12 +252,12 @@ def report(kernel: Any) -> dict[str, Any]:
 
 def main(architecture: str, *names: str) -> None:
     """Prints what each kernel of these cases takes."""
-    with compiled_instead(int(architecture)) as kernels:
-        for name in names:
-            kernels.clear()
-            CASES[name]()
-            for kernel in kernels.values():
-                print(json.dumps({"case": name, **report(kernel)}), flush=True)
+    kernels = compile_instead(int(architecture))
+    for name in names:
+        kernels.clear()
+        CASES[name]()
+        for kernel in kernels.values():
+            print(json.dumps({"case": name, **report(kernel)}), flush=True)
 
 
 if __name__ == "__main__":

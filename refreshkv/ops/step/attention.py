@@ -27,9 +27,10 @@ from refreshkv.ops.tiles import (
     PADDING,
     PROMPT_LENGTH,
     ROW_COLUMNS,
+    attend_by_logits,
     capped,
     load_sinks,
-    padded_head,
+    most_at_once,
     with_sink,
 )
 
@@ -122,14 +123,7 @@ def _walk(
         if STORE:
             place = row.to(tl.int64)[:, None] * line + token[None, :]
             tl.store(logits_row + place, logits, mask=(row < G)[:, None] & exists[None, :])
-        logits = tl.where(exists[None, :], logits, -float("inf"))
-        higher = tl.maximum(highest, tl.max(logits, 1))
-        safe = tl.where(higher == -float("inf"), 0.0, higher)  # for a row that has seen nothing yet
-        weight = tl.exp2(logits - safe[:, None])
-        shrink = tl.exp2(highest - safe)
-        total = total * shrink + tl.sum(weight, 1)
-        result = result * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
-        highest = higher
+        highest, total, result = attend_by_logits(logits, value, exists[None, :], highest, total, result, PRECISION)
     return highest, total, result
 
 
@@ -415,8 +409,6 @@ def splits_of(pairs: int, device: torch.device, per_processor: int = PROGRAMS_PE
 
 def tile_of(query: Tensor) -> dict[str, int]:
     """The tile of `_attend`: smaller for float32 and for wide heads, whose tiles fill the shared memory."""
-    row = query.element_size() * padded_head(query.shape[-1])  # bytes
-    if row > 256:
-        warps = 8 if query.element_size() == 4 else 4
-        return {"BLOCK_N": 32 if row <= 512 else 16, "num_warps": warps, "num_stages": 2}
+    if most := most_at_once(query):
+        return {"BLOCK_N": most, "num_warps": 8 if query.element_size() == 4 else 4, "num_stages": 2}
     return TILE

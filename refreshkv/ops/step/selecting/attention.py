@@ -246,8 +246,8 @@ def _list_tile(
 
 @triton.jit
 def _count_candidates(near_rankings, near, low, high, histogram, BINS: tl.constexpr, TILE: tl.constexpr):
-    """Adds the candidates of a share, `near` of them, to the row's second histogram, and to its lowest bin what the
-    last tile lacks."""
+    """Adds the candidates of a share, `near` of them, to the row's second histogram. Its lowest bin also counts the
+    places of the last tile that no candidate takes."""
     counts = tl.zeros([BINS], tl.int32)
     for start in range(0, near, TILE):
         entry = start + tl.arange(0, TILE)

@@ -42,8 +42,8 @@ def rank_share(
     BIN_BITS: tl.constexpr, KEEPS: tl.constexpr,
 ):  # fmt: skip
     """Ranks one share of the positions of one batch row and key/value head, (L,) int32, and counts the positions of
-    each bin, (BINS,) int32. Tiles have BLOCK positions, the last ones REST; those of a tile that the share lacks are
-    counted in bin 0.
+    each bin, (BINS,) int32. Tiles have BLOCK positions, the last ones REST. Bin 0 also counts a tile's positions before
+    the row's first one and behind the share.
 
     highest, total: what `load_sums` gives. KEEPS: it writes the scores, (L,) float32, and pools them from memory; else
     it computes each score anew in every window that holds it.
@@ -128,7 +128,7 @@ def _rank_tile(
         tl.store(rankings + start + lane, ranking, mask=token < end)
     number = bin_of(ranking, top, BINS, FINE, COARSE_BITS, BIN_BITS)
     if not WHOLE:
-        # in place of a mask: after a reshape Triton (3.6 to 3.9) reorders the entries, and their mask in another way
+        # not by a mask: after a reshape, Triton (3.6 to 3.9) orders a histogram's mask in another way than its entries
         number = tl.where(token < end, number, 0)
     return tl.histogram(tl.reshape(number, [BLOCK]), BINS)
 
