@@ -40,7 +40,7 @@ from torch import Tensor
 from transformers import Cache, CompileConfig, DynamicCache, LlamaForCausalLM, LogitsProcessor, StaticCache
 
 from kernel_times import KernelTimes
-from measuring import SHAPE, add_shape, copy_bandwidth, free_memory, random_llama
+from measuring import SHAPE, add_shape, copy_bandwidth, free_memory, random_llama, use_streams
 from output import pyplot, save
 from refreshkv import (
     NEVER,
@@ -81,6 +81,7 @@ def main() -> None:
     args = read_arguments()
     model = random_llama(args, "cuda", torch.bfloat16)
     enable(model, refresh_config(args))
+    use_streams()
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     results = []

@@ -11,6 +11,9 @@ from refreshkv.tables import column_table
 LONGEST_NAME, MOST_KERNELS = 70, 20
 """Characters of a kernel's name, and kernels of a table."""
 
+LONGEST_PAUSE = 20.0
+"""Microseconds: the GPU itself pauses for less between two kernels; in longer pauses it waits for the host."""
+
 
 class KernelTimes:
     """Records what runs on the GPU from `start` to `stop`."""
@@ -34,19 +37,21 @@ class KernelTimes:
 
 
 def kernel_table(runs: Iterable[tuple[str, float, float]], steps: int) -> str:
-    """A table of runs, each a kernel's name and when it began and ended, in microseconds: the longest in all first.
-    `idle` is the time in which no kernel ran."""
+    """A table of runs, each a kernel's name and when it began and ended, in microseconds: the longest in all first. Its
+    last two lines are the pauses, in which no kernel ran."""
     times: dict[str, list[float]] = defaultdict(list)
     ordered = sorted(runs, key=lambda run: run[1])
-    busy_until, idle = ordered[0][1] if ordered else 0.0, 0.0
+    busy_until, pauses = ordered[0][1] if ordered else 0.0, []
     for name, begin, end in ordered:
         times[name].append(end - begin)
-        idle += max(0.0, begin - busy_until)
+        pauses += [begin - busy_until] if begin > busy_until else []
         busy_until = max(busy_until, end)
     longest = sorted(times, key=lambda name: -sum(times[name]))
     lines = [[name[:LONGEST_NAME], *_per_step(times[name], steps)] for name in longest[:MOST_KERNELS]]
     others = [time for name in longest[MOST_KERNELS:] for time in times[name]]
-    lines += [["others", *_per_step(others, steps)], ["idle", "", f"{idle / steps:.1f}"]]
+    lines.append(["others", *_per_step(others, steps)])
+    lines.append(["short pauses", *_per_step([pause for pause in pauses if pause <= LONGEST_PAUSE], steps)])
+    lines.append(["longer pauses", *_per_step([pause for pause in pauses if pause > LONGEST_PAUSE], steps)])
     return column_table([["kernel", "runs a step", "us a step"], *lines])
 
 

@@ -56,6 +56,15 @@ def milliseconds(work: Callable[[], object], repeat: int, head_start: int = 0) -
     return statistics.median(times)
 
 
+def use_streams(count: int = 8) -> None:
+    """Uses so many streams. Once a process has used more than about five, the GPU takes longer to begin each kernel,
+    and what is timed first would seem faster than what follows (docs/results.md)."""
+    for _ in range(count):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.zeros(1, device="cuda").add_(1)
+    torch.cuda.synchronize()
+
+
 def free_memory() -> None:
     """Gives back what nothing uses any more."""
     gc.collect()

@@ -6,7 +6,7 @@ A case is CONTEXT:BATCH. Keys, values and queries are random; each layer has its
 the L2 cache. Times are medians of CUDA graph replays over all layers. `partial step` are the same launches at a step
 that is not a selecting one, `mean` is that of both; `plain` are steps of a cache without selecting steps. The table at
 the end also has the least times that the memory's bandwidth allows: `bound` for the score keys of the launch before it,
-or for the chosen keys and values. `together` is the launch between the first and the last, `rank` its first stage.
+or for the chosen keys and values. `together` is the second launch, `rank` and `finish` its first and its last stage.
 Needs a GPU; tests/ops/test_selecting_kernels.py tests the kernels without one.
 """
 
@@ -24,9 +24,10 @@ from refreshkv import NEVER
 from refreshkv.ops import naive, write_score_keys
 from refreshkv.ops.state import LayerState, SelectingState, SelectionOptions, SelectionScratch, StepOptions
 from refreshkv.ops.step import launches
+from refreshkv.ops.step.finishing import Ending, Shares
 from refreshkv.ops.step.selecting import attention
 from refreshkv.ops.step.selecting import launches as selecting
-from refreshkv.ops.step.selecting.state import SelectingScratch
+from refreshkv.ops.step.selecting.state import Selecting, SelectingScratch
 from refreshkv.tables import column_table
 
 SHAPE = {"layers": 32, "heads": 32, "kv-heads": 8, "head-dim": 128}
@@ -59,8 +60,8 @@ class Case:
     scaling: float
     selection: SelectionOptions
 
-    def selecting(self, layer: Layer, select_stride: int = 1) -> launches.Selecting:
-        return launches.Selecting(layer.chosen, self.scratch, self.step_options(select_stride))
+    def selecting(self, layer: Layer, select_stride: int = 1) -> Selecting:
+        return Selecting(layer.chosen, self.scratch, self.step_options(select_stride))
 
     def step_options(self, select_stride: int | None, stride: int = NEVER) -> StepOptions:
         return StepOptions(stride, None, self.selection, select_stride)
@@ -103,7 +104,7 @@ def make_case(context: int, batch: int, args: argparse.Namespace, device: str = 
     return Case(layers, length, length.clone(), scratch, output, args.head_dim**-0.5, selection)
 
 
-def score(case: Case, layer: Layer, select_stride: int = 1) -> launches.Shares:
+def score(case: Case, layer: Layer, select_stride: int = 1) -> Shares:
     used = case.selecting(layer, select_stride)
     return launches.attend(
         *layer.token, layer.state, case.scaling, options=used.options, scratch=layer.scratch, selecting=used
@@ -116,23 +117,21 @@ def clear(case: Case, layer: Layer) -> None:
     case.scratch.histogram.zero_()
 
 
-def launch(case: Case, layer: Layer, first: int, last: int) -> None:
-    """Makes the stages from `first` to `last` of the launch between the first and the last of a step once more, by the
-    last scores."""
+def ending(case: Case, layer: Layer, shares: Shares, select_stride: int = 1) -> tuple:
+    """The arguments of the second launch of a step."""
+    state, used = layer.state._replace(length=case.counter), case.selecting(layer, select_stride)
+    return layer.token[0], state, used, Ending(shares, layer.scratch, shares.total, case.output), case.scaling
+
+
+def launch(case: Case, layer: Layer, shares: Shares, first: int, last: int) -> None:
+    """Makes the stages from `first` to `last` of the second launch of a step once more, by the last scores."""
     clear(case, layer)
-    selecting.launch(layer.token[0], layer.state, case.scratch, case.selection, case.scaling, first, last)
-
-
-def finish(case: Case, layer: Layer, shares: launches.Shares, used: launches.Selecting | None) -> None:
-    state = layer.state._replace(length=case.counter)
-    launches.finish(shares, case.output, state, shares.logits, case.selection, layer.scratch, used)
+    selecting.launch(*ending(case, layer, shares), (first, last))
 
 
 def whole_step(case: Case, layer: Layer, select_stride: int = 1) -> None:
     shares = score(case, layer, select_stride)
-    used = case.selecting(layer, select_stride)
-    selecting.choose_and_attend(layer.token[0], layer.state, case.scratch, case.selection, case.scaling)
-    finish(case, layer, shares, used)
+    selecting.choose_and_attend(*ending(case, layer, shares, select_stride))
 
 
 def plain_step(case: Case, layer: Layer, stride: int) -> None:
@@ -140,7 +139,8 @@ def plain_step(case: Case, layer: Layer, stride: int) -> None:
     step's end."""
     options = case.step_options(None, stride)
     shares = launches.attend(*layer.token, layer.state, case.scaling, options=options, scratch=layer.scratch)
-    finish(case, layer, shares, None)
+    state = layer.state._replace(length=case.counter)
+    launches.finish(shares, case.output, state, shares.logits, case.selection, layer.scratch)
 
 
 def per_layer(case: Case, work: Callable[[Case, Layer], object], repeat: int = 9) -> float:
@@ -168,11 +168,10 @@ def time_case(context: int, batch: int, args: argparse.Namespace) -> dict[str, o
     }
     shares = score(case, case.layers[0])
     cleared = per_layer(case, clear)
-    for name, first, last in (("rank", attention.RANK, attention.RANK), ("together", attention.RANK, attention.ATTEND)):
-        result[name] = round(per_layer(case, partial(launch, first=first.value, last=last.value)) - cleared, 2)
+    rank, finish = attention.RANK.value, attention.FINISH.value
+    for name, first, last in (("rank", rank, rank), ("together", rank, finish), ("finish", finish, finish)):
+        result[name] = round(per_layer(case, partial(launch, shares=shares, first=first, last=last)) - cleared, 2)
     result["bound "] = round(tokens / 8 * args.head_dim * 4 / bandwidth * 1e6, 1)
-    used = case.selecting(case.layers[0])
-    result["finish"] = per_layer(case, lambda case, layer: finish(case, layer, shares, used))
     result["selecting step"] = per_layer(case, whole_step)
     result["partial step"] = per_layer(case, lambda case, layer: whole_step(case, layer, 7))
     result["plain partial"] = per_layer(case, lambda case, layer: plain_step(case, layer, NEVER))

@@ -419,9 +419,13 @@ class RefreshLayer(PreallocatedLayer):
         return LayerState(*(getattr(self, name) for name in names))
 
     def state_changed_by_step(self, length: int) -> tuple[str, ...]:
-        # Only these steps may select. A step overwrites the oldest observer, which no later step looks at.
-        selects = self._is_decision_step(length) or self._is_at_select_stride(length)
-        return ("row_state", "selected", "ranking", "mean_query") if selects else ()
+        # Only these steps may select. A step overwrites the oldest observer, which no later step looks at. The rankings
+        # are read only where ranks are put in order, and the mean query only to decide.
+        decides = self._is_decision_step(length)
+        if not (decides or self._is_at_select_stride(length)):
+            return ()
+        ranking = ("ranking",) if self.config.step_options().last_ranks > 0 else ()
+        return ("row_state", "selected", *ranking, *(("mean_query",) if decides else ()))
 
     def _is_decision_step(self, position: int) -> bool:
         """Whether the schedule decides at the step that processes the token at `position`."""

@@ -89,6 +89,13 @@ class StepOptions(NamedTuple):
         stride = self.stride if self.threshold is None else UNBOUNDED
         return min(stride, UNBOUNDED if self.select_stride is None else self.select_stride)
 
+    @property
+    def last_ranks(self) -> int:
+        """How many of the lowest ranks a selection keeps in order at a time."""
+        if self.select_stride is not None:  # the queue drops none at the first step of a segment, and then one a step
+            return min(max(self.longest_segment - 2, 0), SORTED_RANKS)
+        return min(self.longest_segment, SORTED_RANKS)
+
 
 PARTIAL_STEPS = StepOptions(UNBOUNDED, None, SelectionOptions(1, 1, 0, 0))
 """No step is full or selecting."""

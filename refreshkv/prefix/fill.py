@@ -3,6 +3,7 @@
 Shapes: `B` batch rows, `Hkv` key/value heads, `D` head size.
 """
 
+import functools
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -59,7 +60,7 @@ def fill_cache(cache: Cache, prefix: HostPrefix, devices: list[torch.device]) ->
     On a GPU, layers with buffers are copied to on a stream of its own, and the first attention of each layer waits for
     that layer's copy only: layer 0 computes while the others are still being copied.
     """
-    streams = {device: torch.cuda.Stream(device) for device in set(devices) if device.type == "cuda"}
+    streams = {device: copy_stream(device) for device in set(devices) if device.type == "cuda"}
     buffered = {
         number: layer
         for number, (layer, device) in enumerate(zip(cache.layers, devices, strict=False))
@@ -78,6 +79,13 @@ def fill_cache(cache: Cache, prefix: HostPrefix, devices: list[torch.device]) ->
     if first is not None:  # the model asks for this layer's length before its attention waits
         assert first.copies is not None  # `wait_for` recorded it
         torch.cuda.current_stream(first.device).wait_event(first.copies)
+
+
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a GPU for all such copies. Once a process has used more than about five streams, the GPU takes 0.3
+    to 0.6 microseconds longer to begin each kernel (docs/results.md)."""
+    return torch.cuda.Stream(device)
 
 
 def _keys_values(prefix: HostPrefix, number: int, device: torch.device, columns: int) -> tuple[Tensor, Tensor]:

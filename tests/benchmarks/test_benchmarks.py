@@ -145,7 +145,7 @@ def test_kernels_are_recorded_after_the_timed_steps(script, monkeypatch):
 
 
 def test_times_of_kernels(script, monkeypatch):
-    """Runs that overlap leave no idle time; the kernels beyond the longest are one line."""
+    """Runs that overlap leave no pause; the kernels beyond the longest are one line."""
     kernel_times = sys.modules["kernel_times"]
     runs = [("copy", 10.0, 14.0), ("sum", 0.0, 4.0), ("sum", 13.0, 20.0), ("mean", 11.0, 12.0)]
 
@@ -155,7 +155,10 @@ def test_times_of_kernels(script, monkeypatch):
     longest = ["sum", "1.0", "5.5"]
     assert table()[:3] == [longest, ["copy", "0.5", "2.0"], ["mean", "0.5", "0.5"]]
     monkeypatch.setattr(kernel_times, "MOST_KERNELS", 1)
-    assert table() == [longest, ["others", "1.0", "2.5"], ["idle", "3.0"]]
+    short, longer = ["short", "pauses"], ["longer", "pauses"]
+    assert table() == [longest, ["others", "1.0", "2.5"], [*short, "0.5", "3.0"], [*longer, "0.0", "0.0"]]
+    runs.append(("late", 60.0, 61.0))
+    assert table()[2:] == [[*short, "0.5", "3.0"], [*longer, "0.5", "20.0"]]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -27,6 +27,7 @@ pytest.importorskip("triton")
 
 from refreshkv.ops.selection import step as decode_selection
 from refreshkv.ops.step import attention as decode_attention
+from refreshkv.ops.step import finishing
 from refreshkv.ops.step import launches as decode_kernels
 
 KERNELS = SimpleNamespace(uses_kernels=lambda tensor: True)
@@ -283,7 +284,7 @@ def test_selection_whatever_the_brackets(monkeypatch, name, sample, candidates, 
     monkeypatch.setattr(decode_selection, "CANDIDATES", candidates)
     monkeypatch.setattr(decode_selection, "MARGIN", margin)
     monkeypatch.setattr(decode_selection, "BLOCK", 16)
-    monkeypatch.setattr(decode_attention, "RANKED", 16)
+    monkeypatch.setattr(finishing, "RANKED", 16)
     monkeypatch.setattr(decode_kernels, "RANKING_PROGRAMS", 4)
     compare(CASES[name])
 

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.ops.step.attention import merge_shares, splits_of, tile_of
+from refreshkv.ops.step.attention import splits_of, tile_of
+from refreshkv.ops.step.finishing import merge_shares
 from refreshkv.ops.tiles import LOG2E, attend, on_its_device, padded_head, precision
 
 MOST_ROWS = 64
@@ -73,7 +74,7 @@ def _merge(
 ):  # fmt: skip
     """Merges the shares of one query into its output [D]."""
     row = tl.program_id(0).to(tl.int64)
-    merge_shares(partial_ptr, highest_ptr, total_ptr, None, output_ptr, row, 0, splits, D, DP, NP)
+    merge_shares(partial_ptr, highest_ptr, total_ptr, None, output_ptr, row, 0, 0, 0, splits, 1, D, 1, DP, NP)
 
 
 @on_its_device

@@ -2,12 +2,11 @@
 
 Two launches of fixed size, whatever is decided. `_attend` splits the keys of a batch row among programs: each decides
 from device memory whether the step is full, and writes a softmax over its share of the keys; the first one also writes
-the token's key and value into the cache. `_finish` merges the shares and, at full steps, ranks the positions for the
-selection.
+the token's key and value into the cache. The second launch merges the shares and, at full steps, ranks the positions
+for the selection (`finishing.py`).
 
-A cache with selecting steps (SELECTS) has three more launches between the two, `refreshkv.ops.step.selecting`. Where
-the step is a selecting one, `_attend` scores the positions in place of attending to them, and `_finish` merges what the
-launches between attended to, and keeps their choice.
+For a cache with selecting steps (SELECTS) the second launch is that of `refreshkv.ops.step.selecting`. Where the step
+is a selecting one, `_attend` scores the positions in place of attending to them.
 
 Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `G = H / Hkv`, `D` head size, `L` tokens the cache has
 room for, `L'` a few more, `W` slots of a selection, `N` splits, `O` observing queries.
@@ -18,8 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.ops.selection.top_k import PREFERRED
-from refreshkv.ops.step.selecting.keeping import keep_choice
 from refreshkv.ops.step.selecting.scoring import score_share, store_own_score_key
 from refreshkv.ops.tiles import (
     BUDGET,
@@ -29,9 +26,7 @@ from refreshkv.ops.tiles import (
     ROW_COLUMNS,
     attend_by_logits,
     capped,
-    load_sinks,
     most_at_once,
-    with_sink,
 )
 
 REFRESH, FULL, COMPACT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -42,13 +37,10 @@ PROGRAMS_PER_PROCESSOR = 2
 """Programs of `_attend` for each multiprocessor: its tiles leave room for so many, so that all run at once."""
 
 LARGEST_SPLIT = 128
-"""Most splits of a batch row; `_finish` holds that many partial results at once."""
+"""Most splits of a batch row; what merges them holds that many partial results at once."""
 
 TILE = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
 """Keys that `_attend` takes at once, for 16-bit caches and heads up to 128."""
-
-RANKED = 1024
-"""Positions that a program of `_finish` ranks at once."""
 
 
 @triton.jit
@@ -269,135 +261,6 @@ def _attend_share(
     tl.store(total_ptr + place, total, mask=row < G)
     if own | (first < last):
         tl.store(partial_ptr + place[:, None] * D + column[None, :], result, mask=mask)
-
-
-@triton.jit
-def merge_shares(
-    partial_ptr, highest_ptr, total_ptr, sink_ptr, output_ptr, head, member, splits,
-    D: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr,
-):  # fmt: skip
-    """Merges the shares of one query head, in fixed order, and its sink, if there are sinks, into its output [D].
-
-    head: its number among all batch rows' heads; partial (B, H, N, D), highest and total (B, H, N), output
-    (B, 1, H, D). member: the head's number among those of its batch row; sinks (H,).
-    """
-    number, column = tl.arange(0, NP), tl.arange(0, DP)
-    # [NP] twice
-    highest = tl.load(highest_ptr + head * splits + number, mask=number < splits, other=-float("inf"))
-    total = tl.load(total_ptr + head * splits + number, mask=number < splits, other=0.0)
-    weight = tl.exp2(highest - tl.max(highest, 0))
-    there = (highest > -float("inf"))[:, None] & (column < D)[None, :]
-    # [NP, DP]
-    result = tl.load(partial_ptr + (head * splits + number)[:, None] * D + column[None, :], mask=there, other=0.0)
-    result = tl.sum(result * weight[:, None], 0)
-    total = tl.sum(total * weight, 0)
-    if sink_ptr is not None:
-        top = tl.max(highest, 0)
-        sink = load_sinks(sink_ptr, member, None)
-        higher = tl.maximum(top, sink)
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.exp2(sink - higher)
-        result = result * shrink
-    result = result / total
-    tl.store(output_ptr + head * D + column, result.to(output_ptr.dtype.element_ty), mask=column < D)
-
-
-@triton.jit
-def _finish(
-    partial_ptr, highest_ptr, total_ptr, output_ptr, length_ptr, row_ptr, full_ptr, logit_ptr, score_ptr, ranking_ptr,
-    selecting_ptr, chosen_partial_ptr, chosen_highest_ptr, chosen_total_ptr, list_ptr, count_ptr, chosen_ranking_ptr,
-    selected_ptr, kept_ranking_ptr, flag_ptr, sink_ptr,
-    kv_heads, capacity, room, splits, chosen_splits, list_room, width, recent, sinks,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr, POOL: tl.constexpr,
-    BEFORE: tl.constexpr, RANK: tl.constexpr, OBSERVED: tl.constexpr, BLOCK: tl.constexpr,
-    SELECTS: tl.constexpr, CNP: tl.constexpr, ORDERED: tl.constexpr,
-):  # fmt: skip
-    """The first G programs of a batch row and key/value head merge the shares of one query head each, in fixed order.
-    The others, where the step is full, rank the positions of the cache, (B, Hkv, L) int32: the recent window and the
-    sinks first, then the pooled score's own bits, which order as the float >= 0 does. Where it is a selecting one, they
-    keep its choice."""
-    part, pair = tl.program_id(0), tl.program_id(1)
-    batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
-    heads = kv_heads * G
-    number = tl.arange(0, NP)
-    if SELECTS:
-        selecting = tl.load(selecting_ptr + batch)
-    if part < G:
-        head = batch * heads + kv_head * G + part
-        if SELECTS:
-            if selecting >= 0:
-                merge_shares(
-                    chosen_partial_ptr, chosen_highest_ptr, chosen_total_ptr, sink_ptr, output_ptr, head,
-                    kv_head * G + part, chosen_splits, D, DP, CNP,
-                )  # fmt: skip
-            else:
-                merge_shares(
-                    partial_ptr, highest_ptr, total_ptr, sink_ptr, output_ptr, head, kv_head * G + part, splits, D, DP,
-                    NP,
-                )  # fmt: skip
-        else:
-            merge_shares(
-                partial_ptr, highest_ptr, total_ptr, sink_ptr, output_ptr, head, kv_head * G + part, splits, D, DP,
-                NP,
-            )  # fmt: skip
-        if (part == 0) & (pair == 0):
-            tl.store(length_ptr, tl.load(length_ptr) + 1)
-    elif RANK:
-        position = tl.load(full_ptr + batch)
-        if position >= 0:
-            member = tl.arange(0, GP)
-            head = batch * heads + kv_head * G + member
-            inside = (member < G)[:, None] & (number < splits)[None, :]
-            place = head[:, None] * splits + number[None, :]
-            # [GP, NP] twice
-            highest = tl.load(highest_ptr + place, mask=inside, other=-float("inf"))
-            total = tl.load(total_ptr + place, mask=inside, other=0.0)
-            top = tl.max(highest, 1)
-            top = tl.where(member < G, top, 0.0)
-            total = tl.sum(total * tl.exp2(highest - top[:, None]), 1)
-            lse = top + tl.log2(tl.where(member < G, total, 1.0))
-            if sink_ptr is not None:
-                lse = with_sink(lse, load_sinks(sink_ptr, kv_head * G + member, member < G))
-            padding = tl.load(row_ptr + batch * ROW_COLUMNS + PADDING).to(tl.int32)
-            line = room if SELECTS else capacity  # of logits
-            rows = logit_ptr + (batch * heads + kv_head * G) * line
-            scores = score_ptr + pair.to(tl.int64) * capacity
-            rankings = ranking_ptr + pair.to(tl.int64) * capacity
-            first = padding // BLOCK * BLOCK
-            step = (tl.num_programs(0) - G) * BLOCK
-            for start in range(first + (part - G) * BLOCK, position + 1, step):
-                token = start + tl.arange(0, BLOCK)
-                if OBSERVED:
-                    best = tl.zeros([BLOCK], tl.float32)
-                    for away in tl.static_range(-BEFORE, POOL - BEFORE):
-                        near = token + away
-                        near_exists = (near >= padding) & (near <= position)
-                        # [BLOCK]
-                        best = tl.maximum(best, tl.load(scores + near, mask=near_exists, other=0.0))
-                else:
-                    best = tl.full([BLOCK], -float("inf"), tl.float32)
-                    for group in range(G):
-                        shift = tl.sum(tl.where(member == group, lse, 0.0), 0)
-                        logits = rows + group * line
-                        for away in tl.static_range(-BEFORE, POOL - BEFORE):
-                            near = token + away
-                            near_exists = (near >= padding) & (near <= position)
-                            # [BLOCK]
-                            logit = tl.load(logits + near, mask=near_exists, other=-float("inf"))
-                            best = tl.maximum(best, logit - shift)
-                    best = tl.exp2(best)
-                preferred = (token > position - recent) | (token - padding < sinks)
-                ranking = best.to(tl.int32, bitcast=True) + tl.where(preferred, PREFERRED, 0)
-                tl.store(rankings + token, ranking, mask=(token >= padding) & (token <= position))
-        if SELECTS:
-            if selecting >= 0:
-                keep_choice(
-                    list_ptr, count_ptr, chosen_ranking_ptr, selected_ptr, kept_ranking_ptr, pair, part - G,
-                    tl.num_programs(0) - G, chosen_splits, list_room, room, width, BLOCK, CNP, ORDERED,
-                )  # fmt: skip
-                if (part == G) & (kv_head == 0):
-                    tl.store(row_ptr + batch * ROW_COLUMNS + LAST_FULL, selecting.to(tl.int64))
-                    tl.store(flag_ptr + batch * capacity + selecting, tl.full([], 1, tl.int1))
 
 
 def splits_of(pairs: int, device: torch.device, per_processor: int = PROGRAMS_PER_PROCESSOR) -> int:

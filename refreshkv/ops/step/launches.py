@@ -4,8 +4,6 @@ Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `
 entries of a compact cache.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
@@ -27,12 +25,13 @@ from refreshkv.ops.state import (
     SoftmaxTerms,
     StepOptions,
 )
-from refreshkv.ops.step import attention, transfer
+from refreshkv.ops.step import attention, finishing, transfer
 from refreshkv.ops.step import near as placing
 from refreshkv.ops.step import observers as observing
+from refreshkv.ops.step.finishing import Ending, Shares
 from refreshkv.ops.step.selecting import bins, scoring
 from refreshkv.ops.step.selecting.launches import choose_and_attend
-from refreshkv.ops.step.selecting.state import SelectingScratch
+from refreshkv.ops.step.selecting.state import Selecting, SelectingScratch
 from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, cap_of, padded_head, precision, sinks_of
 
 RANKING_PROGRAMS = 1024
@@ -116,10 +115,12 @@ def attend_and_rank(
     scores = shares.logits
     if options.selection.observation_window > 1:
         scores = _observed_scores(state, scratch.full, shares.splits, scaling, terms)
-    if selecting is not None:
-        choose_and_attend(query, state, selecting.scratch, options.selection, scaling, attends=attends, terms=terms)
     output = query.new_empty(query.shape[0], 1, *query.shape[1::2])
-    finish(shares, output, state, scores, options.selection, scratch, selecting, sinks=sinks_of(terms))
+    if selecting is None:
+        finish(shares, output, state, scores, options.selection, scratch, sinks=sinks_of(terms))
+    else:
+        ending = Ending(shares, scratch, scores, output)
+        choose_and_attend(query, state, selecting, ending, scaling, attends=attends, terms=terms)
     return output
 
 
@@ -167,29 +168,6 @@ def _undecided(keys: Tensor, values: Tensor, length: Tensor, row_state: Tensor) 
     """The state of a cache that never selects; the kernels do not read what stands in the other fields."""
     unread = {"selected": row_state, "ranking": row_state, "mean_query": row_state, "full_steps": row_state}
     return LayerState(keys, values, length, row_state, observers=keys, **unread)
-
-
-class Selecting(NamedTuple):
-    """What the launches of a step need besides, if the cache has selecting steps."""
-
-    state: SelectingState
-    scratch: SelectingScratch
-    options: StepOptions
-
-
-class Shares:
-    """What `attend` writes for `finish`: the output, maximum and sum of each share of the keys."""
-
-    def __init__(self, query: Tensor, splits: int, logits: Tensor | None):
-        batch, heads, _, head_dim = query.shape
-
-        def buffer(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=query.device)
-
-        self.splits = splits
-        self.partial = buffer(batch, heads, splits, head_dim)
-        self.highest, self.total = buffer(batch, heads, splits), buffer(batch, heads, splits)
-        self.logits = self.total if logits is None else logits
 
 
 def attend(
@@ -260,46 +238,25 @@ def finish(
     scores: Tensor,
     options: SelectionOptions | None = None,
     scratch: SelectionScratch | None = None,
-    selecting: Selecting | None = None,
     sinks: Tensor | None = None,
 ) -> None:
-    """The last launch: merges the shares into output (B, 1, H, D) and counts the token. With `options` and `scratch`
-    it ranks the positions of full batch rows, from the logits (B, H, L) of a single observer, or from the `scores`
-    (B, Hkv, L) of several; with `selecting` it keeps the choice of the batch rows that had a selecting step. sinks:
-    (H,), of the softmax."""
+    """The last launch of a step of a cache without selecting steps: merges the shares into output (B, 1, H, D) and
+    counts the token. With `options` and `scratch` it ranks the positions of full batch rows, from the logits (B, H, L)
+    of a single observer, or from the `scores` (B, Hkv, L) of several. sinks: (H,), of the softmax."""
     batch, kv_heads, capacity, head_dim = state.keys.shape
     group = output.shape[2] // kv_heads
     full, rankings = (shares.total,) * 2 if scratch is None else (scratch.full, scratch.rankings)
     options = options or SelectionOptions(1, 1, 0, 0)
-    programs = min(triton.cdiv(capacity, attention.RANKED), max(1, RANKING_PROGRAMS // (batch * kv_heads)))
-    attention._finish[group + (0 if scratch is None else programs), batch * kv_heads](
+    programs = min(triton.cdiv(capacity, finishing.RANKED), max(1, RANKING_PROGRAMS // (batch * kv_heads)))
+    finishing._finish[group + (0 if scratch is None else programs), batch * kv_heads](
         shares.partial, shares.highest, shares.total, output, state.length, state.row_state, full, shares.logits,
-        scores, rankings, *_choice_buffers(selecting, state, shares.total), sinks, kv_heads, capacity,
-        shares.logits.shape[-1], shares.splits, *_list_sizes(selecting), state.selected.shape[-1],
-        options.recent_window, options.sink_tokens,
+        scores, rankings, sinks, kv_heads, capacity, shares.logits.shape[-1], shares.splits, options.recent_window,
+        options.sink_tokens,
         G=group, GP=triton.next_power_of_2(group), D=head_dim, DP=padded_head(head_dim),
         NP=max(2, triton.next_power_of_2(shares.splits)), POOL=options.pool_kernel, BEFORE=options.pooled_before,
-        RANK=scratch is not None, OBSERVED=options.observation_window > 1, BLOCK=attention.RANKED,
-        SELECTS=selecting is not None, CNP=max(2, triton.next_power_of_2(_list_sizes(selecting)[0])),
-        ORDERED=selecting is not None and last_ranks(selecting.options) > 0,
+        RANK=scratch is not None, OBSERVED=options.observation_window > 1, BLOCK=finishing.RANKED,
         num_warps=4, **SAME_IN_ALL_THREADS,
     )  # fmt: skip
-
-
-def _choice_buffers(selecting: Selecting | None, state: LayerState, unused: Tensor) -> tuple[Tensor, ...]:
-    """The buffers of what a selecting step chose, and of where `_finish` keeps it."""
-    if selecting is None:
-        return (unused,) * 10
-    scratch, flags = selecting.scratch, selecting.state.selecting_steps
-    assert flags is not None
-    shares = (scratch.partial, scratch.chosen_highest, scratch.chosen_total)
-    lists = (scratch.listed, scratch.counts, scratch.rankings)
-    return (scratch.selecting, *shares, *lists, state.selected, state.ranking, flags)
-
-
-def _list_sizes(selecting: Selecting | None) -> tuple[int, int]:
-    """How many lists of chosen positions there are for a batch row and key/value head, and the room of each."""
-    return (1, 1) if selecting is None else (selecting.scratch.listed.shape[2], selecting.scratch.listed.shape[4])
 
 
 def select(scratch: SelectionScratch, length: Tensor, decisions: Decisions, options: StepOptions) -> None:
@@ -319,7 +276,7 @@ def select(scratch: SelectionScratch, length: Tensor, decisions: Decisions, opti
         scratch.full, full_steps, scratch.now, mean_query,
         kv_heads, capacity, selected.shape[2], room, selection.MARGIN,
         D=head_dim, DP=padded_head(head_dim), SIMILARITY=options.threshold is not None, SORTED_RANKS=SORTED_RANKS,
-        LAST_RANKS=last_ranks(options), SELECTS=options.select_stride is not None, num_warps=selection.WARPS, **sizes,
+        LAST_RANKS=options.last_ranks, SELECTS=options.select_stride is not None, num_warps=selection.WARPS, **sizes,
     )  # fmt: skip
 
 
@@ -348,13 +305,6 @@ def _observed_scores(state: LayerState, full: Tensor, splits: int, scaling: floa
         BLOCK_N=32 if small else 128, **shared, **SAME_IN_ALL_THREADS,
     )  # fmt: skip
     return scores
-
-
-def last_ranks(options: StepOptions) -> int:
-    """How many of the lowest ranks a selection keeps in order at a time."""
-    if options.select_stride is not None:  # the queue drops none at the first step of a segment, and then one a step
-        return min(max(options.longest_segment - 2, 0), SORTED_RANKS)
-    return min(options.longest_segment, SORTED_RANKS)
 
 
 def _unit_stride(*tensors: Tensor) -> list[Tensor]:

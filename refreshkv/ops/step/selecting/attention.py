@@ -1,16 +1,19 @@
-"""The kernel of a selecting step between the first and the last of every step: it ranks the positions, and lists the
-best ones and attends to them, in shares.
+"""The second kernel of a step of a cache with selecting steps. At a selecting step it ranks the positions, lists the
+best ones and attends to them, in shares. At every step it merges the shares and counts the token.
 
 Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `G = H / Hkv`, padded to MP, `D` head size, padded to
-DP, `L` tokens the cache has room for, `N` shares.
+DP, `L` tokens the cache has room for, `L'` a few more, `W` slots of a selection, `N` shares.
 """
 
 import triton
 import triton.language as tl
 
+from refreshkv.ops.step.finishing import merge_shares, rank_positions
+from refreshkv.ops.step.selecting.keeping import keep_choice
 from refreshkv.ops.step.selecting.ranking import load_sums, rank_share
 from refreshkv.ops.step.selecting.shares import place_in_list
 from refreshkv.ops.step.selecting.threshold import (
+    ATTENDED,
     CHOICE_COLUMNS,
     COUNTED,
     COUNTERS,
@@ -25,12 +28,12 @@ from refreshkv.ops.step.selecting.threshold import (
     resolve,
     search,
 )
-from refreshkv.ops.tiles import BUDGET, PADDING, ROW_COLUMNS, attend
+from refreshkv.ops.tiles import BUDGET, LAST_FULL, PADDING, ROW_COLUMNS, attend
 
 PROGRAMS_PER_PROCESSOR = 4
 """Programs of `_choose_and_attend` for each multiprocessor: all run at once."""
 
-RANK, LIST, NARROW, ATTEND = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+RANK, LIST, NARROW, ATTEND, FINISH = (tl.constexpr(number) for number in range(5))
 """The stages of `_choose_and_attend`."""
 
 LISTED_AT_ONCE = 1024
@@ -48,16 +51,20 @@ logits are distributed normally, and an eighth of the positions is chosen."""
 def _choose_and_attend(
     query_ptr, keys_ptr, values_ptr, row_ptr, selecting_ptr, logit_ptr, logit_highest_ptr, logit_total_ptr, score_ptr,
     ranking_ptr, histogram_ptr, counter_ptr, finalist_ptr, choice_ptr, list_ptr, count_ptr, near_count_ptr,
-    partial_ptr, highest_ptr, total_ptr, sink_ptr, query_b, query_h, kv_heads, capacity, room, logit_splits, list_room,
-    recent, sinks, reach, scale,
+    partial_ptr, highest_ptr, total_ptr, sink_ptr, step_partial_ptr, step_highest_ptr, step_total_ptr, output_ptr,
+    length_ptr, selected_ptr, kept_ranking_ptr, flag_ptr, full_ptr, full_score_ptr, full_ranking_ptr,
+    query_b, query_h, kv_heads, capacity, room, width, step_splits, list_room, recent, sinks, reach, scale,
     FIRST: tl.constexpr, LAST: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr,
-    ROWS: tl.constexpr, NP: tl.constexpr, OBSERVERS: tl.constexpr, POOL: tl.constexpr, BEFORE: tl.constexpr,
-    KEEPS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, BINS: tl.constexpr, FINE: tl.constexpr,
-    COARSE_BITS: tl.constexpr, BIN_BITS: tl.constexpr, MOST: tl.constexpr, SEARCHED: tl.constexpr, RUN: tl.constexpr,
-    LISTED_TILE: tl.constexpr, NEAR_TILE: tl.constexpr, LIST_STAGES: tl.constexpr, ATTENDS: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr,
+    ROWS: tl.constexpr, SNP: tl.constexpr, NP: tl.constexpr, OBSERVERS: tl.constexpr, POOL: tl.constexpr,
+    BEFORE: tl.constexpr, KEEPS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, BINS: tl.constexpr,
+    FINE: tl.constexpr, COARSE_BITS: tl.constexpr, BIN_BITS: tl.constexpr, MOST: tl.constexpr, SEARCHED: tl.constexpr,
+    RUN: tl.constexpr, LISTED_TILE: tl.constexpr, NEAR_TILE: tl.constexpr, LIST_STAGES: tl.constexpr,
+    ATTENDS: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, MERGED: tl.constexpr, HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr, GP: tl.constexpr, FULL_STEPS: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
-    """Does the stages FIRST to LAST for one share of a batch row and key/value head:
+    """Does the stages FIRST to LAST for one share of a batch row and key/value head; at other than selecting steps only
+    the last one:
 
     - RANK: writes the rankings of its positions, and counts them in the row's first histogram.
     - LIST: lists its positions above the bin that holds the threshold, and its candidates, which are in the bin, and
@@ -66,6 +73,9 @@ def _choose_and_attend(
       finalists, in the row's list.
     - ATTEND: finds the threshold among the row's finalists, lists its own chosen ones, and attends to all that it has
       listed: maximum and sum (B, H, N), output (B, H, N, D). Without ATTENDS it only completes the list.
+    - FINISH: merges the shares into HEADS outputs and COLUMNS of their columns at a time, with ATTENDS; those of
+      `_attend` where the step is not a selecting one. A selecting step keeps its list as a part of the selection
+      (B, Hkv, W); a full one (FULL_STEPS) ranks positions. One program counts the token.
 
     A stage needs what all programs of the row did in the stage before. Where one launch does several, each program
     waits for the others, so all of them must run at once; while it waits it attends to what is listed already.
@@ -78,111 +88,146 @@ def _choose_and_attend(
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
     position = tl.load(selecting_ptr + batch)
     if FIRST <= RANK:  # on their way while the position is
-        sums_highest, sums = load_sums(logit_highest_ptr, logit_total_ptr, pair, logit_splits, G * OBSERVERS, ROWS, NP)
-    if position >= 0:
-        padding = tl.load(row_ptr + batch * ROW_COLUMNS + PADDING).to(tl.int32)
-        budget = tl.load(row_ptr + batch * ROW_COLUMNS + BUDGET).to(tl.int32)
-        rankings = ranking_ptr + pair.to(tl.int64) * room
-        histograms = histogram_ptr + pair * (2 * BINS)
-        counters = counter_ptr + COUNTERS * pair
-        own = pair.to(tl.int64) * splits + split
-        listed = list_ptr + own * (3 * list_room)
-        near_listed = listed + list_room
-        finalists = finalist_ptr + pair.to(tl.int64) * (2 * MOST)
-        if FIRST <= RANK:
-            rank_share(
-                logit_ptr + pair.to(tl.int64) * (G * OBSERVERS) * room, sums_highest, sums,
-                score_ptr + pair.to(tl.int64) * room, rankings, histograms, pair, position, padding, budget, split,
-                splits, kv_heads, room, recent, sinks, reach, sink_ptr,
-                G, ROWS, OBSERVERS, POOL, BEFORE, BLOCK, REST, BINS, FINE, COARSE_BITS, BIN_BITS, KEEPS,
-            )  # fmt: skip
-        if LAST >= LIST:
+        sums_highest, sums = load_sums(logit_highest_ptr, logit_total_ptr, pair, step_splits, G * OBSERVERS, ROWS, SNP)
+    if FIRST <= ATTEND:
+        if position >= 0:
+            padding = tl.load(row_ptr + batch * ROW_COLUMNS + PADDING).to(tl.int32)
+            budget = tl.load(row_ptr + batch * ROW_COLUMNS + BUDGET).to(tl.int32)
+            rankings = ranking_ptr + pair.to(tl.int64) * room
+            histograms = histogram_ptr + pair * (2 * BINS)
+            counters = counter_ptr + COUNTERS * pair
+            own = pair.to(tl.int64) * splits + split
+            listed = list_ptr + own * (3 * list_room)
+            near_listed = listed + list_room
+            finalists = finalist_ptr + pair.to(tl.int64) * (2 * MOST)
             if FIRST <= RANK:
-                _arrive(counters + RANKED)
-                _wait(counters + RANKED, splits)
-            low, high, above, within = find_bin(
-                histograms, budget, position + 1 - padding, reach, BINS, FINE, COARSE_BITS, BIN_BITS
-            )
-            if FIRST <= LIST:
-                count, near = _list_share(
-                    rankings, listed, list_room, low, high, position, padding, split, splits, RUN,
-                    LISTED_TILE, REST, LIST_STAGES,
+                rank_share(
+                    logit_ptr + pair.to(tl.int64) * (G * OBSERVERS) * room, sums_highest, sums,
+                    score_ptr + pair.to(tl.int64) * room, rankings, histograms, pair, position, padding, budget, split,
+                    splits, kv_heads, room, recent, sinks, reach, sink_ptr,
+                    G, ROWS, OBSERVERS, POOL, BEFORE, BLOCK, REST, BINS, FINE, COARSE_BITS, BIN_BITS, KEEPS,
                 )  # fmt: skip
-                _count_candidates(near_listed + list_room, near, low, high, histograms + BINS, BINS, NEAR_TILE)
-            else:
-                count, near = tl.load(count_ptr + own), tl.load(near_count_ptr + own)
-        if LAST == LIST:
-            tl.store(count_ptr + own, count)
-            tl.store(near_count_ptr + own, near)
-        if (LAST >= ATTEND) & ATTENDS:
-            row, column = tl.arange(0, MP), tl.arange(0, DP)
-            mask = (row < G)[:, None] & (column < D)[None, :]
-            queries = query_ptr + batch * query_b + (kv_head * G + row)[:, None] * query_h + column[None, :]
-            # [MP, DP]
-            query = tl.load(queries, mask=mask, other=0.0)
-            keys = keys_ptr + pair.to(tl.int64) * capacity * D
-            values = values_ptr + pair.to(tl.int64) * capacity * D
-            highest = tl.full([MP], -float("inf"), tl.float32)
-            total = tl.zeros([MP], tl.float32)
-            result = tl.zeros([MP, DP], tl.float32)
-        if LAST >= NARROW:
-            attended = count * 0
-            if FIRST <= LIST:
-                _arrive(counters + COUNTED)
-                if ATTENDS:
-                    # whole tiles only: the rest goes with those that follow
-                    attended = count // BLOCK_N * BLOCK_N
-                    highest, total, result = _attend_to_listed(
-                        query, keys, values, listed, count * 0, attended, highest, total, result, scale, D, DP,
-                        BLOCK_N, PRECISION, CAP,
-                    )  # fmt: skip
-                _wait(counters + COUNTED, splits)
-            low, high, above, within = find_part(histograms + BINS, budget, low, high, above, within, BINS)
-            if FIRST <= NARROW:
-                count = _list_finalists(
-                    listed, near_listed, list_room, count, near, low, high, finalists, counters, MOST, NEAR_TILE
+            if LAST >= LIST:
+                if FIRST <= RANK:
+                    _arrive(counters + RANKED)
+                    _wait(counters + RANKED, splits)
+                low, high, above, within = find_bin(
+                    histograms, budget, position + 1 - padding, reach, BINS, FINE, COARSE_BITS, BIN_BITS
                 )
-        if LAST == NARROW:
-            tl.store(count_ptr + own, count)
-        if LAST >= ATTEND:
-            if FIRST <= NARROW:
-                _arrive(counters + LISTED)
+                if FIRST <= LIST:
+                    count, near = _list_share(
+                        rankings, listed, list_room, low, high, position, padding, split, splits, RUN,
+                        LISTED_TILE, REST, LIST_STAGES,
+                    )  # fmt: skip
+                    _count_candidates(near_listed + list_room, near, low, high, histograms + BINS, BINS, NEAR_TILE)
+                else:
+                    count, near = tl.load(count_ptr + own), tl.load(near_count_ptr + own)
+            if LAST == LIST:
+                tl.store(count_ptr + own, count)
+                tl.store(near_count_ptr + own, near)
+            if (LAST >= ATTEND) & ATTENDS:
+                row, column = tl.arange(0, MP), tl.arange(0, DP)
+                mask = (row < G)[:, None] & (column < D)[None, :]
+                queries = query_ptr + batch * query_b + (kv_head * G + row)[:, None] * query_h + column[None, :]
+                # [MP, DP]
+                query = tl.load(queries, mask=mask, other=0.0)
+                keys = keys_ptr + pair.to(tl.int64) * capacity * D
+                values = values_ptr + pair.to(tl.int64) * capacity * D
+                highest = tl.full([MP], -float("inf"), tl.float32)
+                total = tl.zeros([MP], tl.float32)
+                result = tl.zeros([MP, DP], tl.float32)
+            if LAST >= NARROW:
+                attended = count * 0
+                if FIRST <= LIST:
+                    _arrive(counters + COUNTED)
+                    if ATTENDS:
+                        # whole tiles only: the rest goes with those that follow
+                        attended = count // BLOCK_N * BLOCK_N
+                        highest, total, result = _attend_to_listed(
+                            query, keys, values, listed, count * 0, attended, highest, total, result, scale, D, DP,
+                            BLOCK_N, PRECISION, CAP,
+                        )  # fmt: skip
+                    _wait(counters + COUNTED, splits)
+                low, high, above, within = find_part(histograms + BINS, budget, low, high, above, within, BINS)
+                if FIRST <= NARROW:
+                    count = _list_finalists(
+                        listed, near_listed, list_room, count, near, low, high, finalists, counters, MOST, NEAR_TILE
+                    )
+            if LAST == NARROW:
+                tl.store(count_ptr + own, count)
+            if LAST >= ATTEND:
+                if FIRST <= NARROW:
+                    _arrive(counters + LISTED)
+                    if ATTENDS:
+                        whole = count // BLOCK_N * BLOCK_N
+                        highest, total, result = _attend_to_listed(
+                            query, keys, values, listed, attended, whole, highest, total, result, scale, D, DP, BLOCK_N,
+                            PRECISION, CAP,
+                        )  # fmt: skip
+                        attended = whole
+                    _wait(counters + LISTED, splits)
+                threshold, limit = low - 1, position
+                if within > MOST:
+                    threshold, limit = search(rankings, padding, position, budget, low, high, SEARCHED)
+                elif within > 0:
+                    threshold, limit = resolve(finalists, within, budget - above, low, high, position, MOST)
+                if split == 0:
+                    tl.store(choice_ptr + CHOICE_COLUMNS * pair + THRESHOLD, threshold)
+                    tl.store(choice_ptr + CHOICE_COLUMNS * pair + LIMIT, limit)
+                count = _list_chosen(listed, near_listed, list_room, count, near, high, threshold, limit, NEAR_TILE)
+                tl.store(count_ptr + own, count)
                 if ATTENDS:
-                    whole = count // BLOCK_N * BLOCK_N
+                    tl.debug_barrier()  # a thread reads entries that others have listed
                     highest, total, result = _attend_to_listed(
-                        query, keys, values, listed, attended, whole, highest, total, result, scale, D, DP, BLOCK_N,
+                        query, keys, values, listed, attended, count, highest, total, result, scale, D, DP, BLOCK_N,
                         PRECISION, CAP,
                     )  # fmt: skip
-                    attended = whole
-                _wait(counters + LISTED, splits)
-            threshold, limit = low - 1, position
-            if within > MOST:
-                threshold, limit = search(rankings, padding, position, budget, low, high, SEARCHED)
-            elif within > 0:
-                threshold, limit = resolve(finalists, within, budget - above, low, high, position, MOST)
-            if split == 0:
-                tl.store(choice_ptr + CHOICE_COLUMNS * pair + THRESHOLD, threshold)
-                tl.store(choice_ptr + CHOICE_COLUMNS * pair + LIMIT, limit)
-            count = _list_chosen(listed, near_listed, list_room, count, near, high, threshold, limit, NEAR_TILE)
-            tl.store(count_ptr + own, count)
-            if ATTENDS:
-                tl.debug_barrier()  # a thread reads entries that others have listed
-                highest, total, result = _attend_to_listed(
-                    query, keys, values, listed, attended, count, highest, total, result, scale, D, DP, BLOCK_N,
-                    PRECISION, CAP,
+                    place = (batch * kv_heads * G + kv_head * G + row) * splits + split
+                    tl.store(highest_ptr + place, highest, mask=row < G)
+                    tl.store(total_ptr + place, total, mask=row < G)
+                    if count > 0:
+                        tl.store(partial_ptr + place[:, None] * D + column[None, :], result, mask=mask)
+                if LAST >= FINISH:
+                    _arrive(counters + ATTENDED)
+                    _wait(counters + ATTENDED, splits)
+    if LAST >= FINISH:
+        if ATTENDS:
+            merged_ptr, merged_highest_ptr, merged_total_ptr, merged = partial_ptr, highest_ptr, total_ptr, splits
+            if position < 0:
+                merged_ptr, merged_highest_ptr, merged_total_ptr = step_partial_ptr, step_highest_ptr, step_total_ptr
+                merged = step_splits
+            HEAD_TILES: tl.constexpr = (G + HEADS - 1) // HEADS
+            for part in range(split, HEAD_TILES * (DP // COLUMNS), splits):
+                merge_shares(
+                    merged_ptr, merged_highest_ptr, merged_total_ptr, sink_ptr, output_ptr, pair * G, kv_head * G,
+                    part % HEAD_TILES * HEADS, part // HEAD_TILES * COLUMNS, merged, G, D, HEADS, COLUMNS, MERGED,
                 )  # fmt: skip
-                place = (batch * kv_heads * G + kv_head * G + row) * splits + split
-                tl.store(highest_ptr + place, highest, mask=row < G)
-                tl.store(total_ptr + place, total, mask=row < G)
-                if count > 0:
-                    tl.store(partial_ptr + place[:, None] * D + column[None, :], result, mask=mask)
+        if position >= 0:
+            keep_choice(
+                list_ptr, count_ptr, ranking_ptr, selected_ptr, kept_ranking_ptr, pair, split, splits, list_room, room,
+                width, BLOCK, NP, ORDERED,
+            )  # fmt: skip
+            if (split == 0) & (kv_head == 0):
+                tl.store(row_ptr + batch * ROW_COLUMNS + LAST_FULL, position.to(tl.int64))
+                tl.store(flag_ptr + batch * capacity + position, tl.full([], 1, tl.int1))
+        elif FULL_STEPS:
+            full_position = tl.load(full_ptr + batch)
+            if full_position >= 0:
+                left_padding = tl.load(row_ptr + batch * ROW_COLUMNS + PADDING).to(tl.int32)
+                rank_positions(
+                    step_highest_ptr, step_total_ptr, logit_ptr, full_score_ptr, full_ranking_ptr, sink_ptr, pair,
+                    kv_head, full_position, left_padding, split, splits, capacity, room, step_splits, recent, sinks,
+                    G, GP, SNP, POOL, BEFORE, OBSERVERS > 1, BLOCK,
+                )  # fmt: skip
+        if (split == 0) & (pair == 0):
+            tl.store(length_ptr, tl.load(length_ptr) + 1)
 
 
 @triton.jit
 def _arrive(counter):
     """Counts this program, once what its threads have written is there for those that `_wait` for it."""
     tl.debug_barrier()
-    tl.atomic_add(counter, 1, sem="acq_rel")
+    tl.atomic_add(counter, 1, sem="release")
 
 
 @triton.jit

@@ -1,19 +1,19 @@
-"""What a selecting step launches between the first and the last launch of every step: fixed size, chosen by shapes
-alone.
+"""The second launch of a step of a cache with selecting steps: fixed size, chosen by shapes alone.
 
-The host reads nothing. Programs of batch rows for which the step is not a selecting one end at once.
+The host reads nothing.
 
-Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size.
+Shapes: `B` batch rows, `H` query heads, `Hkv` key/value heads, `D` head size, `L` tokens the cache has room for.
 """
 
 import torch
 import triton
 from torch import Tensor
 
-from refreshkv.ops.state import PLAIN_SOFTMAX, LayerState, SelectionOptions, SoftmaxTerms
+from refreshkv.ops.state import PLAIN_SOFTMAX, UNBOUNDED, LayerState, SoftmaxTerms
 from refreshkv.ops.step.attention import tile_of
+from refreshkv.ops.step.finishing import Ending
 from refreshkv.ops.step.selecting import attention, bins, ranking, shares, threshold
-from refreshkv.ops.step.selecting.state import SelectingScratch
+from refreshkv.ops.step.selecting.state import Selecting
 from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, cap_of, padded_head, precision, sinks_of
 
 WARPS, REGISTERS, SHARED_MEMORY = 4, 128, 56 * 1024
@@ -25,34 +25,42 @@ LARGEST_GROUP = 32
 """Query heads of a group."""
 
 
+MERGED_AT_ONCE = 4096
+"""Most numbers of shares that a program merges at once, so that they fit the registers."""
+
+FEWEST_COLUMNS = 32
+"""Fewest columns of an output that a program merges."""
+
+
 def choose_and_attend(
     query: Tensor,
     state: LayerState,
-    scratch: SelectingScratch,
-    options: SelectionOptions,
+    selecting: Selecting,
+    ending: Ending,
     scaling: float,
     *,
     attends: bool = True,
     terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> None:
-    """Ranks the positions by their logits, finds the best ones and attends to them: one launch where all its programs
-    run at once, else one for each stage.
+    """Ends a step. At a selecting step it ranks the positions by their logits, finds the best ones, attends to them and
+    keeps them as the selection: one launch where all its programs run at once, else one for each stage.
 
     Args:
         query: (B, H, 1, D), the token's; its last dimension is contiguous.
-        state: the layer's state, which holds the token already.
-        scratch: what the first launch of the step wrote; afterwards the choice, and the shares of the attention.
-        options: how positions rank.
+        state: the layer's state, which holds the token already; its length, row_state, selected and ranking change.
+        selecting: what the cache has for selecting steps; its scratch holds what the first launch of the step wrote,
+            and afterwards the choice.
+        ending: what else the first launch left, and where this one writes.
         scaling: factor of the logits.
-        attends: whether to attend to them, or only to list them.
+        attends: whether to attend to the chosen positions and to write the output, or only to keep them.
         terms: the softmax's.
     """
-    stages = [stage.value for stage in (attention.RANK, attention.LIST, attention.NARROW, attention.ATTEND)]
-    spans = [(stage, stage) for stage in stages]
+    stages = (attention.RANK, attention.LIST, attention.NARROW, attention.ATTEND, attention.FINISH)
+    spans = [(stage.value, stage.value) for stage in stages]
     if run_at_once(query, state.keys.shape[1]):
-        spans = [(stages[0], stages[-1])]
-    for first, last in spans:
-        launch(query, state, scratch, options, scaling, first, last, attends=attends, terms=terms)
+        spans = [(spans[0][0], spans[-1][0])]
+    for span in spans:
+        launch(query, state, selecting, ending, scaling, span, attends=attends, terms=terms)
 
 
 def run_at_once(query: Tensor, kv_heads: int) -> bool:
@@ -71,40 +79,62 @@ def run_at_once(query: Tensor, kv_heads: int) -> bool:
 def launch(
     query: Tensor,
     state: LayerState,
-    scratch: SelectingScratch,
-    options: SelectionOptions,
+    selecting: Selecting,
+    ending: Ending,
     scaling: float,
-    first: int,
-    last: int,
+    span: tuple[int, int],
     *,
     attends: bool = True,
     terms: SoftmaxTerms = PLAIN_SOFTMAX,
 ) -> None:
-    """One launch of the stages `first` to `last` of `_choose_and_attend`; the other arguments as above."""
+    """One launch of the stages of `_choose_and_attend` from span[0] to span[1]; the other arguments as above."""
     batch, heads, _, head_dim = query.shape
     kv_heads, capacity = state.keys.shape[1:3]
-    rows, logit_splits = scratch.highest.shape[2:]
-    splits, _, list_room = scratch.listed.shape[2:]
-    group, pool_kernel = heads // kv_heads, options.pool_kernel
+    own, options, step = selecting.scratch, selecting.options, ending.shares
+    selection, flags = options.selection, selecting.state.selecting_steps
+    assert flags is not None
+    splits, _, list_room = own.listed.shape[2:]
+    group, pool_kernel = heads // kv_heads, selection.pool_kernel
     tile = tile_of(query)
-    if first < last:
+    if span[0] < span[1]:
         # where there are more programs than run at once, each has a row for itself, and waits for nobody
         tile = tile | {"num_warps": WARPS, "maxnreg": REGISTERS, "launch_cooperative_grid": splits > 1}
     listed_tile = min(attention.LISTED_AT_ONCE, triton.next_power_of_2(list_room))
     near_tile = min(max(attention.FEWEST_NEAR, triton.next_power_of_2(list_room // 20)), attention.MOST_NEAR)
     attention._choose_and_attend[splits, batch * kv_heads](
-        query, state.keys, state.values, state.row_state, scratch.selecting, scratch.logits, scratch.highest,
-        scratch.total, scratch.scores, scratch.rankings, scratch.histogram, scratch.counters, scratch.finalists,
-        scratch.choices, scratch.listed, scratch.counts, scratch.near_counts, scratch.partial, scratch.chosen_highest,
-        scratch.chosen_total, sinks_of(terms), *query.stride()[:2], kv_heads, capacity, scratch.rankings.shape[2],
-        logit_splits, list_room, options.recent_window, options.sink_tokens, float(group * pool_kernel),
-        scaling * LOG2E,
-        FIRST=first, LAST=last, G=group, D=head_dim, DP=padded_head(head_dim),
-        MP=max(16, triton.next_power_of_2(group)), ROWS=triton.next_power_of_2(rows),
-        NP=max(2, triton.next_power_of_2(logit_splits)), OBSERVERS=options.observation_window, POOL=pool_kernel,
-        BEFORE=options.pooled_before, KEEPS=pool_kernel > ranking.COMPUTED_ANEW, BLOCK=shares.RANKED,
+        query, state.keys, state.values, state.row_state, own.selecting, own.logits, own.highest, own.total, own.scores,
+        own.rankings, own.histogram, own.counters, own.finalists, own.choices, own.listed, own.counts, own.near_counts,
+        own.partial, own.chosen_highest, own.chosen_total, sinks_of(terms), step.partial, step.highest, step.total,
+        ending.output, state.length, state.selected, state.ranking, flags, ending.scratch.full, ending.scores,
+        ending.scratch.rankings,
+        *query.stride()[:2], kv_heads, capacity, own.rankings.shape[2], state.selected.shape[2], step.splits, list_room,
+        selection.recent_window, selection.sink_tokens, float(group * pool_kernel), scaling * LOG2E,
+        FIRST=span[0], LAST=span[1], G=group, D=head_dim, DP=padded_head(head_dim),
+        MP=max(16, triton.next_power_of_2(group)), ROWS=triton.next_power_of_2(own.highest.shape[2]),
+        SNP=padded(step.splits), NP=padded(splits), OBSERVERS=selection.observation_window, POOL=pool_kernel,
+        BEFORE=selection.pooled_before, KEEPS=pool_kernel > ranking.COMPUTED_ANEW, BLOCK=shares.RANKED,
         REST=min(shares.REST, shares.RANKED), BINS=bins.BINS, FINE=bins.FINE, COARSE_BITS=bins.COARSE_BITS,
-        BIN_BITS=bins.BIN_BITS, MOST=scratch.finalists.shape[3], SEARCHED=threshold.SEARCHED, RUN=shares.RUN,
+        BIN_BITS=bins.BIN_BITS, MOST=own.finalists.shape[3], SEARCHED=threshold.SEARCHED, RUN=shares.RUN,
         LISTED_TILE=listed_tile, NEAR_TILE=near_tile, LIST_STAGES=attention.LIST_STAGES, ATTENDS=attends,
-        PRECISION=precision(query), CAP=cap_of(terms), **tile, **SAME_IN_ALL_THREADS,
+        PRECISION=precision(query), CAP=cap_of(terms), **merged_tile(splits, step.splits, group, padded_head(head_dim)),
+        GP=triton.next_power_of_2(group), FULL_STEPS=options.threshold is not None or options.stride < UNBOUNDED,
+        ORDERED=options.last_ranks > 0, **tile, **SAME_IN_ALL_THREADS,
     )  # fmt: skip
+
+
+def padded(splits: int) -> int:
+    """The size of a tile of so many shares."""
+    return max(2, triton.next_power_of_2(splits))
+
+
+def merged_tile(splits: int, step_splits: int, group: int, head_dim: int) -> dict[str, int]:
+    """The tile of shares that a program merges: of how many query heads of a group, and how many of their columns.
+    There are tiles for all `splits` programs, and few more."""
+    merged, heads, columns = max(padded(splits), padded(step_splits)), 1, head_dim
+    while heads * splits < group and 2 * heads * merged * columns <= MERGED_AT_ONCE:
+        heads *= 2
+    while columns > FEWEST_COLUMNS and (
+        heads * merged * columns > MERGED_AT_ONCE or group * (head_dim // columns) < heads * splits
+    ):
+        columns //= 2
+    return {"MERGED": merged, "HEADS": heads, "COLUMNS": columns}

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from refreshkv.ops.state import SelectingState, StepOptions
 from refreshkv.ops.step import attention as every_step
 from refreshkv.ops.step.selecting import attention, bins, shares, threshold
 
@@ -38,7 +39,7 @@ class SelectingScratch(NamedTuple):
     """(B, Hkv, 2, BINS) int32: how many positions rank within each bin, and how many candidates within each part of the
     bin that holds the threshold."""
     counters: Tensor
-    """(B, Hkv, 4) int32, by the columns of `threshold.py`."""
+    """(B, Hkv, 8) int32, by the columns of `threshold.py`."""
     finalists: Tensor
     """(B, Hkv, 2, F) int32: the finalists' positions, and their rankings."""
     choices: Tensor
@@ -99,6 +100,14 @@ class SelectingScratch(NamedTuple):
         least, limit = self.choices.unsqueeze(-1).unbind(2)
         exists = (token >= left_padding[:, None, None]) & (token <= self.selecting[:, None, None])
         return exists & ((self.rankings > least) | ((self.rankings == least) & (token <= limit)))
+
+
+class Selecting(NamedTuple):
+    """What the launches of a step need besides, if the cache has selecting steps."""
+
+    state: SelectingState
+    scratch: SelectingScratch
+    options: StepOptions
 
 
 def room_of(capacity: int) -> int:

@@ -23,9 +23,12 @@ MOST_FINALISTS = 512
 SEARCHED = 4096
 """Positions taken at once where the whole row is searched."""
 
-RANKED, COUNTED, FINALISTS, LISTED, COUNTERS = (tl.constexpr(number) for number in range(5))
-"""Columns of the counters (B, Hkv, 4) of a row, and how many there are: programs that have ranked their share, programs
-that have counted their candidates, finalists that have a place in the list, and programs that have listed theirs."""
+RANKED, COUNTED, FINALISTS, LISTED, ATTENDED = (tl.constexpr(number) for number in range(5))
+"""Columns of the counters of a row: programs that have ranked their share, programs that have counted their candidates,
+finalists that have a place in the list, programs that have listed theirs, and programs that have attended."""
+
+COUNTERS = tl.constexpr(8)
+"""Columns, some of them free, because Triton's ranges have powers of two."""
 
 THRESHOLD, LIMIT, CHOICE_COLUMNS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """Columns of a choice (B, Hkv, 2): the threshold, and the last position chosen of those that rank at it."""
