@@ -119,7 +119,7 @@ class Choice:
             ("selection in training", "Triton, one program for a full or selecting step"),
             ("decoding steps", "Triton; selections of all layers in one launch, several programs for a row"),
             ("keys and values in host memory", "Triton, over the bus"),
-            ("selecting steps in decoding", "Triton, three launches more a layer; 4-bit score keys by PTX on Hopper"),
+            ("selecting steps in decoding", "Triton, two launches a layer on Hopper; 4-bit score keys by PTX there"),
         ]
 
 

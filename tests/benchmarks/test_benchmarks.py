@@ -201,6 +201,26 @@ def test_the_acceptance_of_a_model_on_its_texts(tmp_path, monkeypatch, capsys):
         acceptance.main()
 
 
+def test_how_far_thresholds_move(tmp_path, monkeypatch, capsys):
+    """Wider brackets hold more; where all keys are equal, any holds all."""
+    rows = make_rows(tmp_path)
+    tiny_model(vocab_size=VOCABULARY).save_pretrained(tmp_path / "model")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import thresholds
+
+    options = "--split validation --rows 2 --tokens 12 --budget 8".split()
+    folders = ["--model", str(tmp_path / "model"), "--data", str(rows), "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["thresholds.py", *options, *folders])
+    thresholds.main()
+    result = json.loads((tmp_path / "thresholds.json").read_text())["results"][0]
+    for kind in ("found", "positions"):
+        shares = [result[f"{kind} {width:g}"] for width in thresholds.WIDTHS]
+        assert shares == sorted(shares) and 0 < shares[0] and shares[-1] <= 1
+    assert f"{result['found 0.5']:.1%}" in capsys.readouterr().out
+    watch = thresholds.Watch(thresholds.read_arguments())
+    assert watch.compare(torch.randn(1, 4, 12, 8), torch.ones(1, 2, 40, 8), 0.3).tolist() == [1.0] * 8
+
+
 def test_requests_of_clients_are_timed_and_compared(tmp_path, monkeypatch, capsys):
     """Ours come first, and the file holds each line as soon as it is measured."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))

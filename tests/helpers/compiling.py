@@ -206,6 +206,7 @@ CASES: dict[str, Callable[[], None]] = {
     "decode: observers, windows": lambda: decode(
         SELECTING | {"observation_window": 4, "recent_window": 8, "sink_tokens": 4}
     ),
+    "decode: beside full steps": lambda: decode(SELECTING | {"stride": 10}),
     "decode: sinks and a softcap": lambda: decode(SELECTING, terms=True),
     "decode: float16": lambda: decode(SELECTING, dtype=torch.float16),
     "decode: float32": lambda: decode(SELECTING, dtype=torch.float32),

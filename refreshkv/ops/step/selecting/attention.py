@@ -8,8 +8,7 @@ DP, `L` tokens the cache has room for, `L'` a few more, `W` slots of a selection
 import triton
 import triton.language as tl
 
-from refreshkv.ops.step.finishing import merge_shares, rank_positions
-from refreshkv.ops.step.selecting.keeping import keep_choice
+from refreshkv.ops.step.selecting.finishing import keep_choice, mark_selecting, merge_part, rank_full_step
 from refreshkv.ops.step.selecting.ranking import load_sums, rank_share
 from refreshkv.ops.step.selecting.shares import place_in_list
 from refreshkv.ops.step.selecting.threshold import (
@@ -28,7 +27,7 @@ from refreshkv.ops.step.selecting.threshold import (
     resolve,
     search,
 )
-from refreshkv.ops.tiles import BUDGET, LAST_FULL, PADDING, ROW_COLUMNS, attend
+from refreshkv.ops.tiles import BUDGET, PADDING, ROW_COLUMNS, attend
 
 PROGRAMS_PER_PROCESSOR = 4
 """Programs of `_choose_and_attend` for each multiprocessor: all run at once."""
@@ -192,33 +191,23 @@ def _choose_and_attend(
                     _wait(counters + ATTENDED, splits)
     if LAST >= FINISH:
         if ATTENDS:
-            merged_ptr, merged_highest_ptr, merged_total_ptr, merged = partial_ptr, highest_ptr, total_ptr, splits
-            if position < 0:
-                merged_ptr, merged_highest_ptr, merged_total_ptr = step_partial_ptr, step_highest_ptr, step_total_ptr
-                merged = step_splits
-            HEAD_TILES: tl.constexpr = (G + HEADS - 1) // HEADS
-            for part in range(split, HEAD_TILES * (DP // COLUMNS), splits):
-                merge_shares(
-                    merged_ptr, merged_highest_ptr, merged_total_ptr, sink_ptr, output_ptr, pair * G, kv_head * G,
-                    part % HEAD_TILES * HEADS, part // HEAD_TILES * COLUMNS, merged, G, D, HEADS, COLUMNS, MERGED,
-                )  # fmt: skip
+            merge_part(
+                partial_ptr, highest_ptr, total_ptr, step_partial_ptr, step_highest_ptr, step_total_ptr, sink_ptr,
+                output_ptr, position, pair, kv_head, split, splits, step_splits, G, D, DP, HEADS, COLUMNS, MERGED,
+            )  # fmt: skip
         if position >= 0:
             keep_choice(
                 list_ptr, count_ptr, ranking_ptr, selected_ptr, kept_ranking_ptr, pair, split, splits, list_room, room,
                 width, BLOCK, NP, ORDERED,
             )  # fmt: skip
             if (split == 0) & (kv_head == 0):
-                tl.store(row_ptr + batch * ROW_COLUMNS + LAST_FULL, position.to(tl.int64))
-                tl.store(flag_ptr + batch * capacity + position, tl.full([], 1, tl.int1))
+                mark_selecting(row_ptr, flag_ptr, batch, position, capacity)
         elif FULL_STEPS:
-            full_position = tl.load(full_ptr + batch)
-            if full_position >= 0:
-                left_padding = tl.load(row_ptr + batch * ROW_COLUMNS + PADDING).to(tl.int32)
-                rank_positions(
-                    step_highest_ptr, step_total_ptr, logit_ptr, full_score_ptr, full_ranking_ptr, sink_ptr, pair,
-                    kv_head, full_position, left_padding, split, splits, capacity, room, step_splits, recent, sinks,
-                    G, GP, SNP, POOL, BEFORE, OBSERVERS > 1, BLOCK,
-                )  # fmt: skip
+            rank_full_step(
+                full_ptr, row_ptr, step_highest_ptr, step_total_ptr, logit_ptr, full_score_ptr, full_ranking_ptr,
+                sink_ptr, pair, kv_heads, split, splits, capacity, room, step_splits, recent, sinks, G, GP, SNP, POOL,
+                BEFORE, OBSERVERS > 1, BLOCK,
+            )  # fmt: skip
         if (split == 0) & (pair == 0):
             tl.store(length_ptr, tl.load(length_ptr) + 1)
 
