@@ -41,10 +41,12 @@ def kernel_table(runs: Iterable[tuple[str, float, float]], steps: int) -> str:
     last two lines are the pauses, in which no kernel ran."""
     times: dict[str, list[float]] = defaultdict(list)
     ordered = sorted(runs, key=lambda run: run[1])
-    busy_until, pauses = ordered[0][1] if ordered else 0.0, []
+    busy_until = ordered[0][1] if ordered else 0.0
+    pauses = []
     for name, begin, end in ordered:
         times[name].append(end - begin)
-        pauses += [begin - busy_until] if begin > busy_until else []
+        if begin > busy_until:
+            pauses.append(begin - busy_until)
         busy_until = max(busy_until, end)
     longest = sorted(times, key=lambda name: -sum(times[name]))
     lines = [[name[:LONGEST_NAME], *_per_step(times[name], steps)] for name in longest[:MOST_KERNELS]]

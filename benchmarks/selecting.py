@@ -126,7 +126,7 @@ def ending(case: Case, layer: Layer, shares: Shares, select_stride: int = 1) -> 
 def launch(case: Case, layer: Layer, shares: Shares, first: int, last: int) -> None:
     """Makes the stages from `first` to `last` of the second launch of a step once more, by the last scores."""
     clear(case, layer)
-    selecting.launch(*ending(case, layer, shares), (first, last))
+    selecting.launch(*ending(case, layer, shares), span=(first, last))
 
 
 def whole_step(case: Case, layer: Layer, select_stride: int = 1) -> None:

@@ -177,13 +177,8 @@ def cap_slope(logits, CAP: tl.constexpr):
 
 @triton.jit
 def load_sinks(sink_ptr, head, exists):
-    """The sinks of query heads, of any shape, in units of log 2; 0 where a head does not exist. exists: None if all
-    do."""
-    if exists is None:
-        sink = tl.load(sink_ptr + head)
-    else:
-        sink = tl.load(sink_ptr + head, mask=exists, other=0.0)
-    return sink.to(tl.float32) * LOG2_OF_E
+    """The sinks of query heads, of any shape, in units of log 2; 0 where a head does not exist."""
+    return tl.load(sink_ptr + head, mask=exists, other=0.0).to(tl.float32) * LOG2_OF_E
 
 
 @triton.jit

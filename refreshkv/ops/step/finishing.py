@@ -14,7 +14,7 @@ from torch import Tensor
 
 from refreshkv.ops.selection.top_k import PREFERRED
 from refreshkv.ops.state import SelectionScratch
-from refreshkv.ops.tiles import PADDING, ROW_COLUMNS, load_sinks, with_sink
+from refreshkv.ops.tiles import PADDING, ROW_COLUMNS, add_sinks, load_sinks, with_sink
 
 RANKED = 1024
 """Positions that a program ranks at once at full steps."""
@@ -79,14 +79,9 @@ def merge_shares(
     )
     result = tl.where((highest > -float("inf"))[:, :, None], result, 0.0)  # that of an empty share is undefined
     result = tl.sum(result * weight[:, :, None], 1)
-    total = tl.where(is_head, tl.sum(total * weight, 1), 1.0)
-    if sink_ptr is not None:
-        sink = load_sinks(sink_ptr, first_sink + member, is_head)
-        higher = tl.maximum(top, sink)
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.exp2(sink - higher)
-        result = result * shrink[:, None]
-    result = (result / total[:, None]).to(output_ptr.dtype.element_ty)
+    total = tl.sum(total * weight, 1)
+    _, total, result = add_sinks(sink_ptr, first_sink + member, is_head, top, total, result)
+    result = (result / tl.where(is_head, total, 1.0)[:, None]).to(output_ptr.dtype.element_ty)
     tl.store(output_ptr + head[:, None] * D + column[None, :], result, mask=is_head[:, None] & in_head[None, :])
 
 
