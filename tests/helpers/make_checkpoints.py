@@ -36,11 +36,15 @@ ROW_LENGTH, STEPS, VOCABULARY = 48, 3, 300
 REFRESH = RefreshConfig(budget=8, stride=4, observation_window=2, recent_window=2, sink_tokens=1)
 
 
-def run_config(folder: Path, stage: int, dtype: str, tied: bool) -> RunConfig:
-    """The settings of a case; its DeepSpeed JSON is written to `folder`."""
+def write_deepspeed_json(folder: Path, stage: int) -> None:
+    """Makes a case's folder, with the DeepSpeed JSON that its settings name. One rank does, before the others read."""
+    folder.mkdir(parents=True)
     zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
-    deepspeed_json = folder / "deepspeed.json"
-    deepspeed_json.write_text(json.dumps({"zero_optimization": zero}))
+    (folder / "deepspeed.json").write_text(json.dumps({"zero_optimization": zero}))
+
+
+def run_config(folder: Path, dtype: str, tied: bool) -> RunConfig:
+    """The settings of a case."""
     scratch = {
         "model_type": "llama",
         "vocab_size": VOCABULARY,
@@ -58,7 +62,7 @@ def run_config(folder: Path, stage: int, dtype: str, tied: bool) -> RunConfig:
     }
     training = TrainingConfig(
         output=str(folder),
-        deepspeed=str(deepspeed_json),
+        deepspeed=str(folder / "deepspeed.json"),
         dtype=dtype,
         steps=10,
         global_batch=2,
@@ -71,7 +75,7 @@ def run_config(folder: Path, stage: int, dtype: str, tied: bool) -> RunConfig:
 
 
 def train_case(folder: Path, rank: int, world: int, stage: int, dtype: str, tied: bool, tokenizer) -> None:
-    config = run_config(folder, stage, dtype, tied)
+    config = run_config(folder, dtype, tied)
     job = resolve(config, world, dry=True)
     engine = build_engine(CausalLossModel(build_model(job), "chunked"), job)
     for step in range(STEPS):
@@ -99,7 +103,8 @@ def main(folder: Path, cases: tuple[str, ...] = tuple(CASES)) -> None:
     tokenizer = train_tokenizer(texts, VOCABULARY)
     for case in cases:
         stage, dtype, tied = CASES[case]
-        (folder / case).mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            write_deepspeed_json(folder / case, stage)
         dist.barrier()
         train_case(folder / case, rank, world, stage, dtype, tied, tokenizer)
     dist.destroy_process_group()

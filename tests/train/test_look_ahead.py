@@ -101,8 +101,11 @@ def test_our_loss_is_that_of_simulate():
     assert plain.look_ahead == 0 and plain.objective.item() == pytest.approx(plain.total.item(), rel=1e-6)
 
 
-def run_config(folder, frozen=False, **training):
+def write_deepspeed_json(folder):
     (folder / "deepspeed.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+
+
+def run_config(folder, frozen=False, **training):
     return RunConfig(
         model=ModelConfig(scratch={**SCRATCH, "bos_token_id": 0, "eos_token_id": 0}),
         data=DataConfig(folder=str(folder / "rows"), row_length=LENGTH),
@@ -126,7 +129,9 @@ def train(folder):
     rank, world = init_processes()
     for frozen in (False, True):
         own = folder / f"frozen-{frozen}"
-        own.mkdir(exist_ok=True)
+        if rank == 0:
+            own.mkdir()
+            write_deepspeed_json(own)
         torch.distributed.barrier()
         config = run_config(own, frozen)
         config.training.global_batch = world
@@ -214,6 +219,7 @@ def test_a_model_with_queries_is_not_trained_without_them(tmp_path):
     model = add_look_ahead(tiny_enabled(dtype=torch.float32))
     refreshkv.save_look_ahead(model, tmp_path / "model")
     assert look_ahead_weights(model)
+    write_deepspeed_json(tmp_path)
     config = run_config(tmp_path)
     config.model = ModelConfig(path=str(tmp_path / "model"))
     config.training.look_ahead = None
