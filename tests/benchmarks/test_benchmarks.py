@@ -201,6 +201,21 @@ def test_the_acceptance_of_a_model_on_its_texts(tmp_path, monkeypatch, capsys):
         acceptance.main()
 
 
+def test_more_streams_are_timed_beside_the_first(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import streams
+
+    lines = streams.table([(2, 1.4, 1.41), (7, 1.7, 1.71)], kernels=300).splitlines()
+    assert lines[1].split() == ["2", "1.400", "1.410", "0.00"] and lines[2].split() == ["7", "1.700", "1.710", "1.00"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_streams_are_used_one_after_another():
+    command = [sys.executable, str(BENCHMARKS / "streams.py"), "--streams", "3", "--kernels", "30"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.split()[0] for line in printed[-3:]] == ["2", "3", "4"]
+
+
 def test_how_far_thresholds_move(tmp_path, monkeypatch, capsys):
     """Wider brackets hold more; where all keys are equal, any holds all."""
     rows = make_rows(tmp_path)
