@@ -20,17 +20,15 @@ from tqdm import tqdm
 from output import save
 from refreshkv import DraftCounts, RefreshCache, RefreshConfig, SettingsError, decode_lossless, enable
 from refreshkv.cache.keyword import as_keyword
-from refreshkv.evaluation.inputs import check_tokens, open_split
 from refreshkv.evaluation.reports import hardware
-from refreshkv.loading import PLAIN, load_model, model_folder
 from refreshkv.tables import column_table
+from texts import add_texts, open_model, read_sequences
 
 
 def main() -> None:
     args = read_arguments()
     refresh = RefreshConfig.recommended(budget=args.budget, select_stride=args.select_stride)
-    folder, dtype = model_folder(args.model, "--model"), getattr(torch, args.dtype)
-    model = load_model(folder, "--model", dtype=dtype).to(args.device).eval()  # pyright: ignore[reportArgumentType]  # transformers' wrapper of it hides `self`
+    folder, model = open_model(args, getattr(torch, args.dtype))
     enable(model, refresh)
     about = f"{hardware()}, torch {torch.__version__}, {time.strftime('%d %B %Y')}"
     results: list[dict[str, Any]] = []
@@ -50,9 +48,7 @@ def main() -> None:
 def read_prompts(model: Any, folder: str, data: str, args: argparse.Namespace) -> Tensor:
     """The first tokens of the prepared sequences, (rows, P). Raises `SettingsError` if the sequences are shorter than
     --prompt, or have other tokens than the model in `folder`."""
-    rows, sequences = open_split(data, args.split, args.rows)
-    check_tokens(model, folder, rows, PLAIN)
-    ids = torch.as_tensor(sequences[:]["input_ids"])
+    ids = read_sequences(model, folder, data, args.split, args.rows)
     if not 1 <= args.prompt <= ids.shape[1]:
         raise SettingsError(
             f"--prompt={args.prompt}: the sequences of {data} have {ids.shape[1]} tokens: ask for fewer"
@@ -88,10 +84,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or hub id")
-    parser.add_argument("--data", required=True, action="append", help="folder of prepared sequences; may come again")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--rows", type=int, default=16, help="sequences of each text")
+    add_texts(parser, rows=16)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=7680, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=256, help="tokens that are written after it")

@@ -42,13 +42,12 @@ from output import save
 from refreshkv import RefreshCache, RefreshConfig, Simulation, enable
 from refreshkv.baselines.full import FullCache
 from refreshkv.cache.keyword import as_keyword
-from refreshkv.evaluation.inputs import check_tokens, open_split
 from refreshkv.evaluation.perplexity.evaluation import check_last_tokens
 from refreshkv.evaluation.reports import hardware
-from refreshkv.loading import PLAIN, load_model, model_folder
 from refreshkv.prefix.chunks import load_chunks
 from refreshkv.prefix.store import PrefixStore
 from refreshkv.tables import column_table
+from texts import open_model, read_sequences
 
 SMALL = {"layers": 4, "hidden": 512, "intermediate": 1536, "heads": 8, "kv_heads": 2, "vocabulary": 4096}
 """The model's shape on a CPU."""
@@ -130,8 +129,7 @@ def about(args: argparse.Namespace) -> str:
 
 def measure_losses(results: dict[str, Any], args: argparse.Namespace) -> None:
     """Adds the table lines of each text to the results."""
-    folder = model_folder(args.model, "--model")
-    model = load_model(folder, "--model", dtype=getattr(torch, args.dtype)).to(args.device).eval()  # pyright: ignore[reportArgumentType]  # transformers' wrapper of it hides `self`
+    folder, model = open_model(args, getattr(torch, args.dtype))
     enable(model, RefreshConfig.recommended(budget=args.budget))
     store, began = PrefixStore(None, STORE_BYTES, model), time.perf_counter()
     texts = {data: sequences_of(model, folder, data, args) for data in args.data}
@@ -148,12 +146,9 @@ def measure_losses(results: dict[str, Any], args: argparse.Namespace) -> None:
 
 def sequences_of(model, folder: str, data: str, args: argparse.Namespace) -> list[Tensor]:
     """The test sequences of a text, (1, T) each."""
-    rows, sequences = open_split(data, "test", args.rows)
-    check_tokens(model, folder, rows, PLAIN)
-    found: list[Tensor] = [row["input_ids"].unsqueeze(0) for row in sequences]  # pyright: ignore[reportCallIssue, reportArgumentType, reportIndexIssue]
-    for ids in found:
-        check_last_tokens(args.last_tokens, ids.shape[1])
-    return found
+    ids = read_sequences(model, folder, data, "test", args.rows)
+    check_last_tokens(args.last_tokens, ids.shape[1])
+    return list(ids.split(1))
 
 
 def equal_ends(length: int, chunks: int) -> tuple[int, ...]:

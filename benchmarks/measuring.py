@@ -60,9 +60,16 @@ def use_streams(count: int = 8) -> None:
     """Uses so many streams. Once a process has used more than about five, the GPU takes longer to begin each kernel,
     and what is timed first would seem faster than what follows (docs/results.md)."""
     for _ in range(count):
-        with torch.cuda.stream(torch.cuda.Stream()):
-            torch.zeros(1, device="cuda").add_(1)
+        used_stream()
+
+
+def used_stream() -> torch.cuda.Stream:
+    """A stream that has done an addition."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.zeros(1, device="cuda").add_(1)
     torch.cuda.synchronize()
+    return stream
 
 
 def free_memory() -> None:

@@ -8,9 +8,11 @@ replayed on the default stream and on the one that was used last. `us a kernel` 
 
 import argparse
 import time
+from collections.abc import Callable
 
 import torch
 
+from measuring import used_stream
 from refreshkv.tables import column_table
 
 
@@ -28,15 +30,12 @@ def main() -> None:
     lines = []
     for used in range(2, args.streams + 2):
         lines.append((used, replay_ms(graph, torch.cuda.default_stream()), replay_ms(graph, stream)))
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            torch.zeros(10, device="cuda").add_(1)
-        torch.cuda.synchronize()
+        stream = used_stream()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%d %B %Y')}")
     print(table(lines, args.kernels))
 
 
-def make_work(kernels: int):
+def make_work(kernels: int) -> Callable[[], None]:
     """A function that launches about so many kernels: products of small matrices with weights, and what follows them.
     It has run once."""
     weights = [torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(8)]

@@ -22,11 +22,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from output import save
 from refreshkv import RefreshConfig
-from refreshkv.evaluation.inputs import check_tokens, open_split
 from refreshkv.evaluation.reports import hardware
-from refreshkv.loading import PLAIN, load_model, model_folder
 from refreshkv.ops.naive import selection
 from refreshkv.tables import column_table
+from texts import add_texts, open_model, read_sequences
 
 WIDTHS = (0.25, 0.5, 1.0, 2.0)
 """Powers of two on either side of a guess."""
@@ -38,18 +37,16 @@ NAME = "thresholds"
 
 def main() -> None:
     args = read_arguments()
-    folder = model_folder(args.model, "--model")
-    model = load_model(folder, "--model", dtype=torch.float32).to(args.device).eval()  # pyright: ignore[reportArgumentType]  # transformers' wrapper of it hides `self`
+    folder, model = open_model(args, torch.float32)
     watch = Watch(args)
     AttentionInterface.register(NAME, watch.attention)
     model.set_attn_implementation(NAME)
     about = f"{hardware()}, torch {torch.__version__}, {time.strftime('%d %B %Y')}"
     results: list[dict[str, Any]] = []
     for data in args.data:
-        rows, sequences = open_split(data, args.split, args.rows)
-        check_tokens(model, folder, rows, PLAIN)
+        sequences = read_sequences(model, folder, data, args.split, args.rows)
         watch.shares = []
-        for row in tqdm(torch.as_tensor(sequences[:]["input_ids"]), desc=Path(data).name, unit="sequence"):
+        for row in tqdm(sequences, desc=Path(data).name, unit="sequence"):
             with torch.no_grad():
                 model.base_model(row[None].to(args.device), use_cache=False)
         shares = torch.stack(watch.shares).mean(dim=0).tolist()
@@ -101,10 +98,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or hub id")
-    parser.add_argument("--data", required=True, action="append", help="folder of prepared sequences; may come again")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--rows", type=int, default=4, help="sequences of each text")
+    add_texts(parser, rows=4)
     parser.add_argument("--tokens", type=int, default=64, help="last tokens of each sequence, each of which selects")
     parser.add_argument("--apart", type=int, default=2, help="tokens from one selecting step to the next")
     parser.add_argument("--budget", type=int, default=1024, help="positions that a step chooses")

@@ -77,6 +77,8 @@ class RefreshLayer(PreallocatedLayer):
         self.last_queries = config.observation_window
         self.drops_many = config.step_options().longest_segment > SORTED_RANKS
         """Whether the queue may drop more ranks before the next full step than the kernels sort at a time."""
+        self.reads_rankings = config.step_options().last_ranks > 0
+        """Whether ranks are put in order, by the rankings, after the step that made the selection."""
         self.width = min(config.largest_budget(max_cache_len), max_cache_len)
         self.has_selecting_steps = config.select_stride is not None
         self.score_state = ("score_codes", "score_scales") if config.score_bits < 16 else ()
@@ -424,7 +426,7 @@ class RefreshLayer(PreallocatedLayer):
         decides = self._is_decision_step(length)
         if not (decides or self._is_at_select_stride(length)):
             return ()
-        ranking = ("ranking",) if self.config.step_options().last_ranks > 0 else ()
+        ranking = ("ranking",) if self.reads_rankings else ()
         return ("row_state", "selected", *ranking, *(("mean_query",) if decides else ()))
 
     def _is_decision_step(self, position: int) -> bool:

@@ -131,6 +131,11 @@ def padded_head(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+def padded_splits(splits: int) -> int:
+    """The number of splits of a batch row rounded up to a power of two, at least 2: the size of a tile."""
+    return max(2, triton.next_power_of_2(splits))
+
+
 def precision(query: Tensor) -> str:
     """The precision of `tl.dot`: float32 tiles are multiplied exactly, never in tf32."""
     return "ieee" if query.dtype == torch.float32 else "tf32"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from refreshkv.ops.step.attention import splits_of, tile_of
 from refreshkv.ops.step.finishing import merge_shares
-from refreshkv.ops.tiles import LOG2E, attend, on_its_device, padded_head, precision
+from refreshkv.ops.tiles import LOG2E, attend, on_its_device, padded_head, padded_splits, precision
 
 MOST_ROWS = 64
 """Queries that a program takes; more of them read the keys once more."""
@@ -111,6 +111,6 @@ def short_block(
     output = query.new_empty(batch, count, heads, head_dim)
     _merge[batch * count * heads,](
         partial, highest, total, output, splits,
-        D=head_dim, DP=padded_head(head_dim), NP=max(2, triton.next_power_of_2(splits)), num_warps=2,
+        D=head_dim, DP=padded_head(head_dim), NP=padded_splits(splits), num_warps=2,
     )  # fmt: skip
     return output.transpose(1, 2)

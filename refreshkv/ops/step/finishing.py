@@ -86,7 +86,25 @@ def merge_shares(
 
 
 @triton.jit
-def rank_positions(
+def rank_full_step(
+    full_ptr, row_ptr, highest_ptr, total_ptr, logit_ptr, score_ptr, ranking_ptr, sink_ptr, pair, kv_heads, part, parts,
+    capacity, line, splits, recent, sinks,
+    G: tl.constexpr, GP: tl.constexpr, NP: tl.constexpr, POOL: tl.constexpr, BEFORE: tl.constexpr,
+    OBSERVED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`_rank_positions`, if the batch row's step is a full one."""
+    batch = pair // kv_heads
+    position = tl.load(full_ptr + batch)
+    if position >= 0:
+        padding = tl.load(row_ptr + batch * ROW_COLUMNS + PADDING).to(tl.int32)
+        _rank_positions(
+            highest_ptr, total_ptr, logit_ptr, score_ptr, ranking_ptr, sink_ptr, pair, pair % kv_heads, position,
+            padding, part, parts, capacity, line, splits, recent, sinks, G, GP, NP, POOL, BEFORE, OBSERVED, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _rank_positions(
     highest_ptr, total_ptr, logit_ptr, score_ptr, ranking_ptr, sink_ptr, pair, kv_head, position, padding, part, parts,
     capacity, line, splits, recent, sinks,
     G: tl.constexpr, GP: tl.constexpr, NP: tl.constexpr, POOL: tl.constexpr, BEFORE: tl.constexpr,
@@ -146,22 +164,19 @@ def _finish(
     BEFORE: tl.constexpr, RANK: tl.constexpr, OBSERVED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The last launch of a step of a cache without selecting steps; it also counts the token. The first G programs of a
-    batch row and key/value head merge the shares of one query head each; the others rank positions if it is full."""
+    batch row and key/value head merge the shares of one query head each; the others rank positions if the row's step is
+    full."""
     part, pair = tl.program_id(0), tl.program_id(1)
-    batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
     if part < G:
         merge_shares(
-            partial_ptr, highest_ptr, total_ptr, sink_ptr, output_ptr, pair * G, kv_head * G, part, 0, splits,
+            partial_ptr, highest_ptr, total_ptr, sink_ptr, output_ptr, pair * G, pair % kv_heads * G, part, 0, splits,
             G, D, 1, DP, NP,
         )  # fmt: skip
         if (part == 0) & (pair == 0):
             tl.store(length_ptr, tl.load(length_ptr) + 1)
     elif RANK:
-        position = tl.load(full_ptr + batch)
-        if position >= 0:
-            padding = tl.load(row_ptr + batch * ROW_COLUMNS + PADDING).to(tl.int32)
-            rank_positions(
-                highest_ptr, total_ptr, logit_ptr, score_ptr, ranking_ptr, sink_ptr, pair, kv_head, position, padding,
-                part - G, tl.num_programs(0) - G, capacity, line, splits, recent, sinks,
-                G, GP, NP, POOL, BEFORE, OBSERVED, BLOCK,
-            )  # fmt: skip
+        rank_full_step(
+            full_ptr, row_ptr, highest_ptr, total_ptr, logit_ptr, score_ptr, ranking_ptr, sink_ptr, pair, kv_heads,
+            part - G, tl.num_programs(0) - G, capacity, line, splits, recent, sinks, G, GP, NP, POOL, BEFORE, OBSERVED,
+            BLOCK,
+        )  # fmt: skip

@@ -32,7 +32,7 @@ from refreshkv.ops.step.finishing import Ending, Shares
 from refreshkv.ops.step.selecting import bins, scoring
 from refreshkv.ops.step.selecting.launches import choose_and_attend
 from refreshkv.ops.step.selecting.state import Selecting, SelectingScratch
-from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, cap_of, padded_head, precision, sinks_of
+from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, cap_of, padded_head, padded_splits, precision, sinks_of
 
 RANKING_PROGRAMS = 1024
 """About how many programs rank the positions of all batch rows."""
@@ -253,7 +253,7 @@ def finish(
         scores, rankings, sinks, kv_heads, capacity, shares.logits.shape[-1], shares.splits, options.recent_window,
         options.sink_tokens,
         G=group, GP=triton.next_power_of_2(group), D=head_dim, DP=padded_head(head_dim),
-        NP=max(2, triton.next_power_of_2(shares.splits)), POOL=options.pool_kernel, BEFORE=options.pooled_before,
+        NP=padded_splits(shares.splits), POOL=options.pool_kernel, BEFORE=options.pooled_before,
         RANK=scratch is not None, OBSERVED=options.observation_window > 1, BLOCK=finishing.RANKED,
         num_warps=4, **SAME_IN_ALL_THREADS,
     )  # fmt: skip
@@ -301,7 +301,7 @@ def _observed_scores(state: LayerState, full: Tensor, splits: int, scaling: floa
     observing._observer_scores[programs, pairs](
         observers, keys, row_state, full, highest, total, scores, kv_heads, capacity, splits, scaling * LOG2E,
         sinks_of(terms),
-        GP=max(16, triton.next_power_of_2(group)), NP=max(2, triton.next_power_of_2(splits)), OBSERVERS=window,
+        GP=max(16, triton.next_power_of_2(group)), NP=padded_splits(splits), OBSERVERS=window,
         BLOCK_N=32 if small else 128, **shared, **SAME_IN_ALL_THREADS,
     )  # fmt: skip
     return scores

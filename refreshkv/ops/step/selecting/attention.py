@@ -8,7 +8,8 @@ DP, `L` tokens the cache has room for, `L'` a few more, `W` slots of a selection
 import triton
 import triton.language as tl
 
-from refreshkv.ops.step.selecting.finishing import keep_choice, mark_selecting, merge_part, rank_full_step
+from refreshkv.ops.step.finishing import rank_full_step
+from refreshkv.ops.step.selecting.finishing import keep_choice, mark_selecting, merge_part
 from refreshkv.ops.step.selecting.ranking import load_sums, rank_share
 from refreshkv.ops.step.selecting.shares import place_in_list
 from refreshkv.ops.step.selecting.threshold import (
@@ -58,12 +59,11 @@ def _choose_and_attend(
     BEFORE: tl.constexpr, KEEPS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, BINS: tl.constexpr,
     FINE: tl.constexpr, COARSE_BITS: tl.constexpr, BIN_BITS: tl.constexpr, MOST: tl.constexpr, SEARCHED: tl.constexpr,
     RUN: tl.constexpr, LISTED_TILE: tl.constexpr, NEAR_TILE: tl.constexpr, LIST_STAGES: tl.constexpr,
-    ATTENDS: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, MERGED: tl.constexpr, HEADS: tl.constexpr,
-    COLUMNS: tl.constexpr, GP: tl.constexpr, FULL_STEPS: tl.constexpr, ORDERED: tl.constexpr,
+    ATTENDS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, MERGED: tl.constexpr,
+    HEADS: tl.constexpr, COLUMNS: tl.constexpr, GP: tl.constexpr, FULL_STEPS: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
-    """Does the stages FIRST to LAST for one share of a batch row and key/value head; at other than selecting steps only
-    the last one:
+    """Does the stages FIRST to LAST for one share of a batch row and key/value head. Where the step is not a selecting
+    one, there is the last stage only.
 
     - RANK: writes the rankings of its positions, and counts them in the row's first histogram.
     - LIST: lists its positions above the bin that holds the threshold, and its candidates, which are in the bin, and
@@ -72,9 +72,9 @@ def _choose_and_attend(
       finalists, in the row's list.
     - ATTEND: finds the threshold among the row's finalists, lists its own chosen ones, and attends to all that it has
       listed: maximum and sum (B, H, N), output (B, H, N, D). Without ATTENDS it only completes the list.
-    - FINISH: merges the shares into HEADS outputs and COLUMNS of their columns at a time, with ATTENDS; those of
-      `_attend` where the step is not a selecting one. A selecting step keeps its list as a part of the selection
-      (B, Hkv, W); a full one (FULL_STEPS) ranks positions. One program counts the token.
+    - FINISH: with ATTENDS, it merges the shares, HEADS outputs and COLUMNS of their columns at a time. The shares are
+      those of `_attend` where the step is not a selecting one. At a selecting step it keeps its list as a part of the
+      selection (B, Hkv, W), at a full one (FULL_STEPS) it ranks positions. One program counts the token.
 
     A stage needs what all programs of the row did in the stage before. Where one launch does several, each program
     waits for the others, so all of them must run at once; while it waits it attends to what is listed already.

@@ -8,8 +8,8 @@ to NP.
 import triton
 import triton.language as tl
 
-from refreshkv.ops.step.finishing import merge_shares, rank_positions
-from refreshkv.ops.tiles import LAST_FULL, PADDING, ROW_COLUMNS
+from refreshkv.ops.step.finishing import merge_shares
+from refreshkv.ops.tiles import LAST_FULL, ROW_COLUMNS
 
 
 @triton.jit
@@ -30,24 +30,6 @@ def merge_part(
         merge_shares(
             partial_ptr, highest_ptr, total_ptr, sink_ptr, output_ptr, pair * G, kv_head * G,
             part % HEAD_TILES * HEADS, part // HEAD_TILES * COLUMNS, merged, G, D, HEADS, COLUMNS, MERGED,
-        )  # fmt: skip
-
-
-@triton.jit
-def rank_full_step(
-    full_ptr, row_ptr, highest_ptr, total_ptr, logit_ptr, score_ptr, ranking_ptr, sink_ptr, pair, kv_heads, part, parts,
-    capacity, room, splits, recent, sinks,
-    G: tl.constexpr, GP: tl.constexpr, NP: tl.constexpr, POOL: tl.constexpr, BEFORE: tl.constexpr,
-    OBSERVED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """`rank_positions`, if the batch row's step is a full one."""
-    batch = pair // kv_heads
-    position = tl.load(full_ptr + batch)
-    if position >= 0:
-        padding = tl.load(row_ptr + batch * ROW_COLUMNS + PADDING).to(tl.int32)
-        rank_positions(
-            highest_ptr, total_ptr, logit_ptr, score_ptr, ranking_ptr, sink_ptr, pair, pair % kv_heads, position,
-            padding, part, parts, capacity, room, splits, recent, sinks, G, GP, NP, POOL, BEFORE, OBSERVED, BLOCK,
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from refreshkv.ops.step.attention import tile_of
 from refreshkv.ops.step.finishing import Ending
 from refreshkv.ops.step.selecting import attention, bins, ranking, shares, threshold
 from refreshkv.ops.step.selecting.state import Selecting
-from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, cap_of, padded_head, precision, sinks_of
+from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, cap_of, padded_head, padded_splits, precision, sinks_of
 
 WARPS, REGISTERS, SHARED_MEMORY = 4, 128, 56 * 1024
 """Warps of a program that does all stages, the registers of a thread, and most bytes of shared memory: so
@@ -23,7 +23,6 @@ PROGRAMS_PER_PROCESSOR of them run at once on a multiprocessor of Hopper GPUs. `
 
 LARGEST_GROUP = 32
 """Query heads of a group."""
-
 
 MERGED_AT_ONCE = 4096
 """Most numbers of shares that a program merges at once, so that they fit the registers."""
@@ -106,31 +105,27 @@ def launch(
         own.rankings, own.histogram, own.counters, own.finalists, own.choices, own.listed, own.counts, own.near_counts,
         own.partial, own.chosen_highest, own.chosen_total, sinks_of(terms), step.partial, step.highest, step.total,
         ending.output, state.length, state.selected, state.ranking, flags, ending.scratch.full, ending.scores,
-        ending.scratch.rankings,
-        *query.stride()[:2], kv_heads, capacity, own.rankings.shape[2], state.selected.shape[2], step.splits, list_room,
+        ending.scratch.rankings, *query.stride()[:2], kv_heads, capacity, own.rankings.shape[2],
+        state.selected.shape[2], step.splits, list_room,
         selection.recent_window, selection.sink_tokens, float(group * pool_kernel), scaling * LOG2E,
         FIRST=span[0], LAST=span[1], G=group, D=head_dim, DP=padded_head(head_dim),
         MP=max(16, triton.next_power_of_2(group)), ROWS=triton.next_power_of_2(own.highest.shape[2]),
-        SNP=padded(step.splits), NP=padded(splits), OBSERVERS=selection.observation_window, POOL=pool_kernel,
-        BEFORE=selection.pooled_before, KEEPS=pool_kernel > ranking.COMPUTED_ANEW, BLOCK=shares.RANKED,
-        REST=min(shares.REST, shares.RANKED), BINS=bins.BINS, FINE=bins.FINE, COARSE_BITS=bins.COARSE_BITS,
-        BIN_BITS=bins.BIN_BITS, MOST=own.finalists.shape[3], SEARCHED=threshold.SEARCHED, RUN=shares.RUN,
-        LISTED_TILE=listed_tile, NEAR_TILE=near_tile, LIST_STAGES=attention.LIST_STAGES, ATTENDS=attends,
-        PRECISION=precision(query), CAP=cap_of(terms), **merged_tile(splits, step.splits, group, padded_head(head_dim)),
+        SNP=padded_splits(step.splits), NP=padded_splits(splits), OBSERVERS=selection.observation_window,
+        POOL=pool_kernel, BEFORE=selection.pooled_before, KEEPS=pool_kernel > ranking.COMPUTED_ANEW,
+        BLOCK=shares.RANKED, REST=min(shares.REST, shares.RANKED), BINS=bins.BINS, FINE=bins.FINE,
+        COARSE_BITS=bins.COARSE_BITS, BIN_BITS=bins.BIN_BITS, MOST=own.finalists.shape[3],
+        SEARCHED=threshold.SEARCHED, RUN=shares.RUN, LISTED_TILE=listed_tile, NEAR_TILE=near_tile,
+        LIST_STAGES=attention.LIST_STAGES, ATTENDS=attends, PRECISION=precision(query), CAP=cap_of(terms),
+        **merged_tile(splits, step.splits, group, padded_head(head_dim)),
         GP=triton.next_power_of_2(group), FULL_STEPS=options.threshold is not None or options.stride < UNBOUNDED,
         ORDERED=options.last_ranks > 0, **tile, **SAME_IN_ALL_THREADS,
     )  # fmt: skip
 
 
-def padded(splits: int) -> int:
-    """The size of a tile of so many shares."""
-    return max(2, triton.next_power_of_2(splits))
-
-
 def merged_tile(splits: int, step_splits: int, group: int, head_dim: int) -> dict[str, int]:
-    """The tile of shares that a program merges: of how many query heads of a group, and how many of their columns.
-    There are tiles for all `splits` programs, and few more."""
-    merged, heads, columns = max(padded(splits), padded(step_splits)), 1, head_dim
+    """The tile of shares that a program merges: of how many query heads of a group, and how many of their columns. A
+    row's outputs have about as many tiles as the row has programs, `splits`."""
+    merged, heads, columns = padded_splits(max(splits, step_splits)), 1, head_dim
     while heads * splits < group and 2 * heads * merged * columns <= MERGED_AT_ONCE:
         heads *= 2
     while columns > FEWEST_COLUMNS and (
