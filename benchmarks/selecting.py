@@ -99,8 +99,9 @@ def make_case(context: int, batch: int, args: argparse.Namespace, device: str = 
         scratch = SelectionScratch.empty((batch,), args.kv_heads, capacity, args.head_dim, keys.device)
         layers.append(Layer(token, state, chosen, scratch))
     output = torch.empty(batch, 1, args.heads, args.head_dim, device=device, dtype=torch.bfloat16)
-    scratch = SelectingScratch.empty(layers[0].state.keys, layers[0].state.observers)
     selection = SelectionOptions(args.pool_kernel, 1, 0, 0, pool_ahead=True)
+    options = StepOptions(NEVER, None, selection, 1)
+    scratch = SelectingScratch.empty(layers[0].state.keys, layers[0].state.observers, options)
     return Case(layers, length, length.clone(), scratch, output, args.head_dim**-0.5, selection)
 
 

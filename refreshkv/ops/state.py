@@ -84,6 +84,11 @@ class StepOptions(NamedTuple):
         return self.stride, self.threshold, *self.selection, self.select_stride
 
     @property
+    def has_full_steps(self) -> bool:
+        """Whether steps after the prompt may be full."""
+        return self.threshold is not None or self.stride < UNBOUNDED
+
+    @property
     def longest_segment(self) -> int:
         """Most steps from one selection to the next."""
         stride = self.stride if self.threshold is None else UNBOUNDED

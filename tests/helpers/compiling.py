@@ -51,7 +51,7 @@ GPUS = {86: Gpu(8, 6, 84, 102400, 101376), 90: Gpu(9, 0, 132, 233472, 232448), 1
 
 ASK_ABOUT_THE_GPU = (
     (stages, "run_at_once"),
-    (scoring, "unpacks_by_ptx"),
+    (scoring, "takes_ptx"),
     (attention, "splits_of"),
     (short_block, "splits_of"),
     (partial_steps, "fits"),

@@ -3,6 +3,7 @@
 `test_step_kernels.py` compares whole steps with the naive form.
 """
 
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -15,9 +16,13 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from refreshkv.ops.naive import score_keys
+from refreshkv.ops.state import SelectionScratch
 from refreshkv.ops.step import launches
 from refreshkv.ops.step.selecting import launches as stages
 from refreshkv.ops.step.selecting import shares, threshold
+from refreshkv.ops.step.selecting import state as selecting_state
+from refreshkv.ops.step.selecting.state import Selecting, SelectingScratch
 from tests.helpers.interpreter import all_at_once
 from tests.helpers.marks import slow_tuples_unless, slow_unless
 from tests.ops import test_step_kernels
@@ -42,16 +47,97 @@ def test_ties_go_to_the_lower_position(value, finalists, budget, monkeypatch):
         assert layer.selected[row, 0].sort().values.tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bits", "head_dim", "group", "observers", "scale"),
+    slow_tuples_unless(
+        [(torch.bfloat16, 4, 128, 4, 1, 1.0), (torch.float16, 8, 48, 3, 3, 100.0)],
+        [
+            (torch.bfloat16, 4, 128, 4, 1, 1.0),
+            (torch.bfloat16, 4, 64, 3, 2, 1e-20),
+            (torch.bfloat16, 8, 128, 7, 1, 1e20),
+            (torch.float16, 8, 48, 3, 3, 100.0),
+            (torch.float16, 4, 256, 1, 1, 1.0),
+        ],
+    ),
+)
+@pytest.mark.parametrize("narrow", [False, True])
+def test_logits_of_bytes(dtype, bits, head_dim, group, observers, scale, narrow, monkeypatch):
+    """Products of whole numbers are those of the queries, but for a ten-thousandth of the logits' spread or two; logits
+    of 16 bits are rounded besides."""
+    monkeypatch.setattr(selecting_state, "second_cache", lambda device: 0 if narrow else 2**30)
+    tolerance = 1e-4 if dtype == torch.bfloat16 else 2e-4
+    generator = torch.Generator().manual_seed(0)
+    kept = {"score_bits": bits, "observation_window": observers, "pool_kernel": 1}
+    config = RefreshConfig(budget=9, stride=NEVER, select_stride=1, **kept)
+    block = [drawn(generator, heads, 300, head_dim, dtype) for heads in (2 * group, 2, 2)]
+    padding = torch.tensor([0, 5], device=DEVICE)
+    block[0] = block[0] * scale
+    layer = prompted_layer(*block, padding, config, 310)
+    token = [drawn(generator, heads, 1, head_dim, dtype) for heads in (2 * group, 2, 2)]
+    token[0] = token[0] * scale
+    options = config.step_options()
+    scratch = SelectingScratch.empty(layer.keys, layer.observers, options)
+    selecting = Selecting(layer.selecting_state(), scratch, options)
+    step = SelectionScratch.empty((2,), 2, 310, head_dim, layer.keys.device)
+    launches.attend(*token, layer.state(), 1 / scale, options=options, scratch=step, selecting=selecting)
+    queries = torch.cat([block[0], token[0]], 2)[:, :, -observers:].double()
+    keys = score_keys.dequantize(layer.score_codes, layer.score_scales).double()[:, :, :301]
+    expected = queries.unflatten(1, (2, group)) @ keys.unsqueeze(2).mT / scale / math.log(2)
+    assert scratch.logits.dtype == (torch.float16 if narrow else torch.float32)
+    middle = scratch.middle.unsqueeze(-1).double() if narrow else torch.zeros(2, 2, observers * group, 1, device=DEVICE)
+    found = scratch.logits[..., :301].double() + middle
+    found, middle = (x.unflatten(2, (observers, group)).transpose(2, 3) for x in (found, middle))
+    for number in range(observers):
+        sees = 301 - observers + number + 1
+        for row, first in enumerate(padding.tolist()):
+            wanted, ours = (x[row, :, :, number, first:sees] for x in (expected, found))
+            rounded = (wanted - middle[row, :, :, number]).abs() * 2**-11 if narrow else 0.0
+            assert ((ours - wanted).abs() <= tolerance * wanted.std() + rounded).all()
+            assert not narrow or (middle[row, :, :, number, 0] - wanted.mean(-1)).abs().max() < wanted.std() / 3
+            assert (found[row, :, :, number, sees:] == -math.inf).all()
+
+
+@pytest.mark.parametrize("dtype", slow_unless([torch.bfloat16], [torch.bfloat16, torch.float16]))
+@pytest.mark.parametrize("sinks", slow_unless([0], [0, 3]))
+def test_choices_of_16_bit_caches(dtype, sinks):
+    """What a step chooses scores as high as what it leaves, but for half a percent: logits are rounded to 16 bits."""
+    generator = torch.Generator().manual_seed(1)
+    settings = {"score_bits": 4, "pool_kernel": 2, "pool_ahead": True, "sink_tokens": sinks}
+    config = RefreshConfig(budget=90, stride=NEVER, select_stride=1, **settings)
+    block = [drawn(generator, heads, 700, 64, dtype) for heads in (6, 2, 2)]
+    block[1] += 3.0  # logits are far from 0, and alike for all positions
+    padding = [0, 5]
+    layer = prompted_layer(*block, torch.tensor(padding, device=DEVICE), config, 703)
+    for position in range(700, 702):
+        query, key, value = (drawn(generator, heads, 1, 64, dtype) for heads in (6, 2, 2))
+        launches.decode_step(query, key, value, layer.state(), config.step_options(), 0.125, layer.selecting_state())
+        keys = score_keys.dequantize(layer.score_codes, layer.score_scales).double()[:, :, : position + 1]
+        logits = (query.double().unflatten(1, (2, 3)) @ keys.unsqueeze(2).mT).squeeze(3) * 0.125
+        for row, first in enumerate(padding):
+            scores = logits[row, ..., first:].softmax(-1).amax(1)
+            scores[:, 1:] = torch.maximum(scores[:, 1:], scores[:, :-1].clone())
+            scores[:, :sinks], scores[:, -1] = 1.0, 1.0
+            kept = layer.selected[row, :, :90].long() - first
+            chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, kept, True)
+            assert (chosen.sum(1) == 90).all()
+            least = scores.masked_fill(~chosen, 1.0).amin(1)
+            assert (scores.masked_fill(chosen, 0.0).amax(1) < least * 1.005).all()
+
+
 @triton.jit
-def resolve(finalists, numbers, choice, MOST: tl.constexpr):
+def resolve(finalists, numbers, choice, MOST: tl.constexpr, FEW: tl.constexpr):
     count, keep, low, high = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2), tl.load(numbers + 3)
-    least, limit = threshold.resolve(finalists, count, keep, low, high, tl.load(numbers + 4), MOST)
+    if count <= FEW:
+        least, limit = threshold.resolve_few(finalists, count, keep, MOST, FEW)
+    else:
+        least, limit = threshold.resolve(finalists, count, keep, low, high, tl.load(numbers + 4), MOST)
     tl.store(choice, least)
     tl.store(choice + 1, limit)
 
 
 @pytest.mark.parametrize("spread", [1, 2, 3, 5, 40, 2**20, 2**24])
-def test_finalists_are_resolved_exactly(spread):
+@pytest.mark.parametrize("few", [1, 64])
+def test_finalists_are_resolved_exactly(spread, few):
     """Rankings of which few or many differ, against a sort."""
     generator, low, places = torch.Generator().manual_seed(spread), 1000, 500
     for count, keep in ((1, 1), (2, 1), (40, 7), (40, 40), (64, 63)):
@@ -59,7 +145,7 @@ def test_finalists_are_resolved_exactly(spread):
         positions = torch.randperm(places, generator=generator)[:64]
         numbers = torch.tensor([count, keep, low, low + spread, places], dtype=torch.int32, device=DEVICE)
         finalists, choice = torch.cat([positions, rankings]).int().to(DEVICE), torch.zeros_like(numbers)
-        resolve[1,](finalists, numbers, choice, MOST=64)
+        resolve[1,](finalists, numbers, choice, MOST=64, FEW=few)
         least, limit = choice[:2].tolist()
         pairs = list(zip((-rankings[:count]).tolist(), positions[:count].tolist(), strict=True))
         expected = {position for _, position in sorted(pairs)[:keep]}

@@ -13,12 +13,11 @@ from torch import Tensor
 BLOCK = 64
 """Keys that a program of `_write_score_keys` quantises at once."""
 
+ABOVE = tl.constexpr(8)
+"""What codes of 4 bits are stored above their values, so that a half of a byte holds them."""
+
 ROUND = tl.constexpr(12582912.0)
 """1.5 * 2^23: added to a float32 below 2^22 it leaves no fraction, so adding and subtracting rounds half to even."""
-
-UNPACKED_ABOVE = tl.constexpr(24.0)
-"""What is to be subtracted from codes of 4 bits that PTX instructions unpack: 16 + code, where the code stands for
-code - 8."""
 
 
 def write_score_keys(key: Tensor, codes: Tensor, scales: Tensor, first: int | Tensor) -> None:
@@ -79,7 +78,7 @@ def quantize_halves(low, high, BITS: tl.constexpr):
 def store_codes(codes, token, column, mask, low, high, D: tl.constexpr, BITS: tl.constexpr):
     """Stores codes low, high (N, DH) of the tokens (N,) of one batch row and head; mask (N, DH)."""
     if BITS == 4:
-        byte = (low + 8.0).to(tl.int32) | ((high + 8.0).to(tl.int32) << 4)
+        byte = (low + ABOVE).to(tl.int32) | ((high + ABOVE).to(tl.int32) << 4)
         tl.store(codes + token.to(tl.int64)[:, None] * (D // 2) + column[None, :], byte.to(tl.uint8), mask=mask)
     else:
         place = token.to(tl.int64)[:, None] * D + column[None, :]
@@ -112,71 +111,60 @@ def _write_score_keys(
 
 
 @triton.jit
-def load_score_halves(
-    codes, token, D: tl.constexpr, DH: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr
-):
+def load_score_halves(codes, token, D: tl.constexpr, DH: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
     """Loads the codes of tokens (N,) as numbers of type `dtype`, or with 16 bits the keys: two halves (N, DH), whose
-    columns from D / 2 on are finite but have no meaning. All tokens must exist.
+    columns from D / 2 on are finite but have no meaning. All tokens must exist."""
+    # [N, DH] twice
+    if BITS == 4:
+        byte = _load_half(codes + token[:, None] * (D // 2), D, DH, BITS)
+        return _number(byte & 15, dtype), _number(byte >> 4, dtype)
+    else:
+        place = codes + token[:, None] * D
+        return _load_half(place, D, DH, BITS).to(dtype), _load_half(place + D // 2, D, DH, BITS).to(dtype)
 
-    ASM: PTX instructions unpack codes of 4 bits to bfloat16, four bytes at a time; the numbers are then too large by
-    UNPACKED_ABOVE.
-    """
+
+@triton.jit
+def load_code_halves(codes, token, D: tl.constexpr, DH: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Loads the codes of tokens (N,) as int8, of 4 bits plus ABOVE: two halves (N, DH), as `load_score_halves` does.
+    ASM: PTX instructions unpack four bytes at once."""
+    # [N, DH] twice
+    if BITS == 4:
+        byte = _load_half(codes + token[:, None] * (D // 2), D, DH, BITS)
+        if ASM:
+            low = tl.inline_asm_elementwise(
+                "and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [byte], dtype=tl.int8, is_pure=True, pack=4
+            )
+            high = tl.inline_asm_elementwise(
+                "{ .reg .b32 moved; shr.u32 moved, $1, 4; and.b32 $0, moved, 0x0F0F0F0F; }",
+                "=r,r", [byte], dtype=tl.int8, is_pure=True, pack=4,
+            )  # fmt: skip
+            return low, high
+        else:
+            return (byte & 15).to(tl.int8), (byte >> 4).to(tl.int8)
+    else:
+        place = codes + token[:, None] * D
+        return _load_half(place, D, DH, BITS), _load_half(place + D // 2, D, DH, BITS)
+
+
+@triton.jit
+def _load_half(place, D: tl.constexpr, DH: tl.constexpr, BITS: tl.constexpr):
+    """D / 2 numbers of each token, the first one at `place` (N, 1): (N, DH)."""
+    # keys of 16 bits are read again, by the attention
+    POLICY: tl.constexpr = "evict_first" if BITS < 16 else ""
     column = tl.arange(0, DH)
     if DH > D // 2:
         # the padding repeats a column, for a mask would be applied byte by byte; queries are 0 there
         column = tl.minimum(column, D // 2 - 1)
-    if BITS == 4:
-        # [N, DH]
-        byte = tl.load(codes + token[:, None] * (D // 2) + column[None, :], eviction_policy="evict_first")
-        if ASM:
-            low, high = _unpack_by_ptx(byte)
-        else:
-            low, high = _number(byte & 15, dtype), _number(byte >> 4, dtype)
-    else:
-        place = codes + token[:, None] * D + column[None, :]
-        # [N, DH] twice
-        low, high = tl.load(place).to(dtype), tl.load(place + D // 2).to(dtype)
-    return low, high
+    return tl.load(place + column[None, :], eviction_policy=POLICY)
 
 
 @triton.jit
 def _number(code, dtype: tl.constexpr):
-    """Codes 0 .. 15 (uint8) minus 8. The code is put into the mantissa of a power of two: conversions are slow."""
+    """Codes 0 .. 15 (uint8) minus ABOVE. The code is put into the mantissa of a power of two: conversions are slow."""
     if dtype == tl.bfloat16:
         number = (code.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0  # 128 + code
     elif dtype == tl.float16:
         number = (code.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1032.0  # 1024 + code
     else:
-        number = code.to(dtype) - 8.0
+        number = code.to(dtype) - ABOVE
     return number.to(dtype)
-
-
-@triton.jit
-def _unpack_by_ptx(byte):
-    """`_number` of the low and of the high half of each byte, in bfloat16, plus UNPACKED_ABOVE: 16 + code, whose
-    mantissa begins with the code."""
-    low = tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 code;
-        shl.b32 code, $2, 3;
-        lop3.b32 code, code, 0x78787878, 0x80808080, 0xEA;
-        prmt.b32 $0, code, 0x41414141, 0x4140;
-        prmt.b32 $1, code, 0x41414141, 0x4342;
-        }
-        """,
-        "=&r,=&r,r", [byte], dtype=tl.bfloat16, is_pure=True, pack=4,
-    )  # fmt: skip
-    high = tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 code;
-        shr.u32 code, $2, 1;
-        lop3.b32 code, code, 0x78787878, 0x80808080, 0xEA;
-        prmt.b32 $0, code, 0x41414141, 0x4140;
-        prmt.b32 $1, code, 0x41414141, 0x4342;
-        }
-        """,
-        "=&r,=&r,r", [byte], dtype=tl.bfloat16, is_pure=True, pack=4,
-    )  # fmt: skip
-    return low, high

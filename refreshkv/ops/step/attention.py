@@ -123,14 +123,15 @@ def _walk(
 def _attend(
     query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, length_ptr, row_ptr, slot_ptr, selected_ptr, then_ptr,
     observer_ptr, full_ptr, now_ptr, arrived_ptr, logit_ptr, partial_ptr, highest_ptr, total_ptr,
-    code_ptr, token_scale_ptr, selecting_ptr, histogram_ptr, counter_ptr, score_highest_ptr, score_total_ptr,
+    code_ptr, token_scale_ptr, selecting_ptr, histogram_ptr, counter_ptr, middle_ptr, score_highest_ptr,
+    score_total_ptr,
     query_b, query_h, key_b, key_h, value_b, value_h, kv_heads, capacity, room, width, stride, select_stride, threshold,
     scale,
     G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr,
     OBSERVERS: tl.constexpr, MODE: tl.constexpr, SIMILARITY: tl.constexpr, STORE: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, SELECTS: tl.constexpr, DH: tl.constexpr, MR: tl.constexpr,
-    BITS: tl.constexpr, BINS: tl.constexpr, SCORED: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
-    ATTENDS: tl.constexpr, CAP: tl.constexpr,
+    BITS: tl.constexpr, BINS: tl.constexpr, SCORED: tl.constexpr, BYTES: tl.constexpr, ASM: tl.constexpr,
+    STAGES: tl.constexpr, ATTENDS: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """One share of the keys of one batch row and key/value head: its maximum and sum (B, H, N), its output
     (B, H, N, D). At selecting steps the logits of the share by the score keys instead. Without ATTENDS, other steps of
@@ -208,8 +209,9 @@ def _attend(
         if selecting:
             score_share(
                 query_ptr, key_ptr, code_ptr, token_scale_ptr, observer_ptr, histogram_ptr, counter_ptr, logit_ptr,
-                score_highest_ptr, score_total_ptr, query_h, kv_heads, capacity, room, scale, pair, position, padding,
-                split, splits, G, D, DH, MR, OBSERVERS, BITS, BINS, SCORED, PRECISION, ASM, STAGES, CAP,
+                middle_ptr, score_highest_ptr, score_total_ptr, query_h, kv_heads, capacity, room, scale, pair,
+                position, padding, split, splits, G, D, DH, MR, OBSERVERS, BITS, BINS, SCORED, PRECISION, BYTES, ASM,
+                STAGES, CAP,
             )  # fmt: skip
         elif ATTENDS:
             _attend_share(

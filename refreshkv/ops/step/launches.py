@@ -9,7 +9,6 @@ import triton
 from torch import Tensor
 
 from refreshkv.ops.selection import step as selection
-from refreshkv.ops.selection.score_keys import padded_half
 from refreshkv.ops.state import (
     ENTRIES_USED,
     PARTIAL_STEPS,
@@ -109,7 +108,7 @@ def attend_and_rank(
     selecting = None
     if options.select_stride is not None:
         assert chosen is not None
-        selecting = Selecting(chosen, SelectingScratch.empty(state.keys, state.observers), options)
+        selecting = Selecting(chosen, SelectingScratch.empty(state.keys, state.observers, options), options)
     kind = {"options": options, "scratch": scratch, "selecting": selecting, "attends": attends}
     shares = attend(query, key, value, state, scaling, terms=terms, **kind)
     scores = shares.logits
@@ -195,7 +194,7 @@ def attend(
     mode, stride, threshold, observers = attention.FULL if slots is None else attention.COMPACT, 1, None, 1
     if options is not None:
         mode, stride, threshold, observers = attention.REFRESH, *options[:2], options.selection.observation_window
-        store = observers == 1
+        store = observers == 1 and (selecting is None or options.has_full_steps)
     if selecting is not None:
         logits = selecting.scratch.logits
     else:
@@ -214,9 +213,8 @@ def attend(
         G=group, H=heads, D=head_dim, HP=triton.next_power_of_2(heads), DP=padded_head(head_dim),
         MP=max(16, triton.next_power_of_2(group)), OBSERVERS=observers,
         MODE=mode.value, SIMILARITY=threshold is not None, STORE=store, PRECISION=precision(query),
-        SELECTS=selecting is not None, DH=padded_half(head_dim), MR=max(8, triton.next_power_of_2(group * observers)),
-        BITS=bits, BINS=bins.BINS, ASM=scoring.unpacks_by_ptx(query), ATTENDS=attends,
-        CAP=cap_of(terms), **scoring.tile_of(query, bits), **attention.tile_of(query),
+        SELECTS=selecting is not None, BITS=bits, BINS=bins.BINS, ASM=scoring.takes_ptx(query), ATTENDS=attends,
+        CAP=cap_of(terms), **scoring.tile_of(query, bits, group * observers), **attention.tile_of(query),
     )  # fmt: skip
     return shares
 
@@ -224,11 +222,12 @@ def attend(
 def _score_buffers(selecting: Selecting | None, keys: Tensor, unused: Tensor) -> tuple[Tensor, ...]:
     """The buffers of the score keys and of what `_attend` writes for the launches of a selecting step."""
     if selecting is None:
-        return (unused,) * 7
+        return (unused,) * 8
     codes, scales, _ = selecting.state
     scratch = selecting.scratch
     stored = (keys if codes is None else codes, unused if scales is None else scales)
-    return (*stored, scratch.selecting, scratch.histogram, scratch.counters, scratch.highest, scratch.total)
+    written = (scratch.selecting, scratch.histogram, scratch.counters, scratch.middle, scratch.highest, scratch.total)
+    return (*stored, *written)
 
 
 def finish(

@@ -26,6 +26,7 @@ from refreshkv.ops.step.selecting.threshold import (
     find_part,
     part_of,
     resolve,
+    resolve_few,
     search,
 )
 from refreshkv.ops.tiles import BUDGET, PADDING, ROW_COLUMNS, attend
@@ -49,18 +50,19 @@ logits are distributed normally, and an eighth of the positions is chosen."""
 
 @triton.jit
 def _choose_and_attend(
-    query_ptr, keys_ptr, values_ptr, row_ptr, selecting_ptr, logit_ptr, logit_highest_ptr, logit_total_ptr, score_ptr,
-    ranking_ptr, histogram_ptr, counter_ptr, finalist_ptr, choice_ptr, list_ptr, count_ptr, near_count_ptr,
+    query_ptr, keys_ptr, values_ptr, row_ptr, selecting_ptr, logit_ptr, middle_ptr, logit_highest_ptr, logit_total_ptr,
+    score_ptr, ranking_ptr, histogram_ptr, counter_ptr, finalist_ptr, choice_ptr, list_ptr, count_ptr, near_count_ptr,
     partial_ptr, highest_ptr, total_ptr, sink_ptr, step_partial_ptr, step_highest_ptr, step_total_ptr, output_ptr,
     length_ptr, selected_ptr, kept_ranking_ptr, flag_ptr, full_ptr, full_score_ptr, full_ranking_ptr,
     query_b, query_h, kv_heads, capacity, room, width, step_splits, list_room, recent, sinks, reach, scale,
     FIRST: tl.constexpr, LAST: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr,
     ROWS: tl.constexpr, SNP: tl.constexpr, NP: tl.constexpr, OBSERVERS: tl.constexpr, POOL: tl.constexpr,
     BEFORE: tl.constexpr, KEEPS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, BINS: tl.constexpr,
-    FINE: tl.constexpr, COARSE_BITS: tl.constexpr, BIN_BITS: tl.constexpr, MOST: tl.constexpr, SEARCHED: tl.constexpr,
-    RUN: tl.constexpr, LISTED_TILE: tl.constexpr, NEAR_TILE: tl.constexpr, LIST_STAGES: tl.constexpr,
-    ATTENDS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, MERGED: tl.constexpr,
-    HEADS: tl.constexpr, COLUMNS: tl.constexpr, GP: tl.constexpr, FULL_STEPS: tl.constexpr, ORDERED: tl.constexpr,
+    FINE: tl.constexpr, COARSE_BITS: tl.constexpr, BIN_BITS: tl.constexpr, MOST: tl.constexpr, FEW: tl.constexpr,
+    SEARCHED: tl.constexpr, RUN: tl.constexpr, LISTED_TILE: tl.constexpr, NEAR_TILE: tl.constexpr,
+    LIST_STAGES: tl.constexpr, ATTENDS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    CAP: tl.constexpr, MERGED: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, GP: tl.constexpr,
+    FULL_STEPS: tl.constexpr, ORDERED: tl.constexpr, PREFERS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Does the stages FIRST to LAST for one share of a batch row and key/value head. Where the step is not a selecting
     one, there is the last stage only.
@@ -101,10 +103,11 @@ def _choose_and_attend(
             finalists = finalist_ptr + pair.to(tl.int64) * (2 * MOST)
             if FIRST <= RANK:
                 rank_share(
-                    logit_ptr + pair.to(tl.int64) * (G * OBSERVERS) * room, sums_highest, sums,
+                    logit_ptr + pair.to(tl.int64) * (G * OBSERVERS) * room, middle_ptr, sums_highest, sums,
                     score_ptr + pair.to(tl.int64) * room, rankings, histograms, pair, position, padding, budget, split,
                     splits, kv_heads, room, recent, sinks, reach, sink_ptr,
                     G, ROWS, OBSERVERS, POOL, BEFORE, BLOCK, REST, BINS, FINE, COARSE_BITS, BIN_BITS, KEEPS,
+                    PREFERS, ASM,
                 )  # fmt: skip
             if LAST >= LIST:
                 if FIRST <= RANK:
@@ -168,8 +171,10 @@ def _choose_and_attend(
                 threshold, limit = low - 1, position
                 if within > MOST:
                     threshold, limit = search(rankings, padding, position, budget, low, high, SEARCHED)
-                elif within > 0:
+                elif within > FEW:
                     threshold, limit = resolve(finalists, within, budget - above, low, high, position, MOST)
+                elif within > 0:
+                    threshold, limit = resolve_few(finalists, within, budget - above, MOST, FEW)
                 if split == 0:
                     tl.store(choice_ptr + CHOICE_COLUMNS * pair + THRESHOLD, threshold)
                     tl.store(choice_ptr + CHOICE_COLUMNS * pair + LIMIT, limit)

@@ -36,7 +36,7 @@ def bin_of(ranking, top, BINS: tl.constexpr, FINE: tl.constexpr, COARSE_BITS: tl
     """Maps rankings to their bins, higher rankings to higher bins: bin BINS - 1 holds those above `top`, the FINE bins
     below it have one value of the upper bits each, the others 2 to the COARSE_BITS."""
     below = top - (ranking >> BIN_BITS)
-    below = tl.where(below < FINE, below, FINE + ((below - FINE) >> COARSE_BITS))
+    below = tl.minimum(below, FINE + ((below - FINE) >> COARSE_BITS))  # the second is the lower one from FINE on
     return tl.minimum(tl.maximum(BINS - 2 - below, 0), BINS - 1)
 
 

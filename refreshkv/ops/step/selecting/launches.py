@@ -9,10 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
-from refreshkv.ops.state import PLAIN_SOFTMAX, UNBOUNDED, LayerState, SoftmaxTerms
+from refreshkv.ops.state import PLAIN_SOFTMAX, LayerState, SoftmaxTerms
 from refreshkv.ops.step.attention import tile_of
 from refreshkv.ops.step.finishing import Ending
-from refreshkv.ops.step.selecting import attention, bins, ranking, shares, threshold
+from refreshkv.ops.step.selecting import attention, bins, ranking, scoring, shares, threshold
 from refreshkv.ops.step.selecting.state import Selecting
 from refreshkv.ops.tiles import LOG2E, SAME_IN_ALL_THREADS, cap_of, padded_head, padded_splits, precision, sinks_of
 
@@ -101,11 +101,11 @@ def launch(
     listed_tile = min(attention.LISTED_AT_ONCE, triton.next_power_of_2(list_room))
     near_tile = min(max(attention.FEWEST_NEAR, triton.next_power_of_2(list_room // 20)), attention.MOST_NEAR)
     attention._choose_and_attend[splits, batch * kv_heads](
-        query, state.keys, state.values, state.row_state, own.selecting, own.logits, own.highest, own.total, own.scores,
-        own.rankings, own.histogram, own.counters, own.finalists, own.choices, own.listed, own.counts, own.near_counts,
-        own.partial, own.chosen_highest, own.chosen_total, sinks_of(terms), step.partial, step.highest, step.total,
-        ending.output, state.length, state.selected, state.ranking, flags, ending.scratch.full, ending.scores,
-        ending.scratch.rankings, *query.stride()[:2], kv_heads, capacity, own.rankings.shape[2],
+        query, state.keys, state.values, state.row_state, own.selecting, own.logits, own.middle, own.highest, own.total,
+        own.scores, own.rankings, own.histogram, own.counters, own.finalists, own.choices, own.listed, own.counts,
+        own.near_counts, own.partial, own.chosen_highest, own.chosen_total, sinks_of(terms), step.partial, step.highest,
+        step.total, ending.output, state.length, state.selected, state.ranking, flags, ending.scratch.full,
+        ending.scores, ending.scratch.rankings, *query.stride()[:2], kv_heads, capacity, own.rankings.shape[2],
         state.selected.shape[2], step.splits, list_room,
         selection.recent_window, selection.sink_tokens, float(group * pool_kernel), scaling * LOG2E,
         FIRST=span[0], LAST=span[1], G=group, D=head_dim, DP=padded_head(head_dim),
@@ -114,11 +114,13 @@ def launch(
         POOL=pool_kernel, BEFORE=selection.pooled_before, KEEPS=pool_kernel > ranking.COMPUTED_ANEW,
         BLOCK=shares.RANKED, REST=min(shares.REST, shares.RANKED), BINS=bins.BINS, FINE=bins.FINE,
         COARSE_BITS=bins.COARSE_BITS, BIN_BITS=bins.BIN_BITS, MOST=own.finalists.shape[3],
-        SEARCHED=threshold.SEARCHED, RUN=shares.RUN, LISTED_TILE=listed_tile, NEAR_TILE=near_tile,
-        LIST_STAGES=attention.LIST_STAGES, ATTENDS=attends, PRECISION=precision(query), CAP=cap_of(terms),
+        FEW=threshold.FEW_FINALISTS, SEARCHED=threshold.SEARCHED, RUN=shares.RUN, LISTED_TILE=listed_tile,
+        NEAR_TILE=near_tile, LIST_STAGES=attention.LIST_STAGES, ATTENDS=attends, PRECISION=precision(query),
+        CAP=cap_of(terms),
         **merged_tile(splits, step.splits, group, padded_head(head_dim)),
-        GP=triton.next_power_of_2(group), FULL_STEPS=options.threshold is not None or options.stride < UNBOUNDED,
-        ORDERED=options.last_ranks > 0, **tile, **SAME_IN_ALL_THREADS,
+        GP=triton.next_power_of_2(group), FULL_STEPS=options.has_full_steps,
+        ORDERED=options.last_ranks > 0, PREFERS=selection.recent_window + selection.sink_tokens > 0,
+        ASM=scoring.takes_ptx(query), **tile, **SAME_IN_ALL_THREADS,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from refreshkv.ops.selection.top_k import FIRST, PREFERRED
 from refreshkv.ops.step.selecting.bins import bin_of, top_bin
+from refreshkv.ops.step.selecting.counting import count, counted, zero_counters
 from refreshkv.ops.step.selecting.scoring import LEAST
 from refreshkv.ops.step.selecting.shares import share
 from refreshkv.ops.tiles import load_sinks, with_sink
@@ -35,18 +36,19 @@ def load_sums(highest_ptr, total_ptr, pair, splits, ROWS: tl.constexpr, MP: tl.c
 
 @triton.jit
 def rank_share(
-    logits_row, highest, total, scores, rankings, histogram, pair, position, padding, budget, part, parts, kv_heads,
-    room, recent, sinks, reach, sink_ptr,
+    logits_row, middle_ptr, highest, total, scores, rankings, histogram, pair, position, padding, budget, part, parts,
+    kv_heads, room, recent, sinks, reach, sink_ptr,
     G: tl.constexpr, MP: tl.constexpr, OBSERVERS: tl.constexpr, POOL: tl.constexpr, BEFORE: tl.constexpr,
     BLOCK: tl.constexpr, REST: tl.constexpr, BINS: tl.constexpr, FINE: tl.constexpr, COARSE_BITS: tl.constexpr,
-    BIN_BITS: tl.constexpr, KEEPS: tl.constexpr,
+    BIN_BITS: tl.constexpr, KEEPS: tl.constexpr, PREFERS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Ranks one share of the positions of one batch row and key/value head, (L,) int32, and counts the positions of
     each bin, (BINS,) int32. Tiles have BLOCK positions, the last ones REST. Bin 0 also counts a tile's positions before
-    the row's first one and behind the share.
+    the row's first one and behind the share. ASM: PTX instructions count.
 
-    highest, total: what `load_sums` gives. KEEPS: it writes the scores, (L,) float32, and pools them from memory; else
-    it computes each score anew in every window that holds it.
+    middle_ptr: (B, Hkv, R), what is to be added to logits of 16 bits. highest, total: what `load_sums` gives. KEEPS: it
+    writes the scores, (L,) float32, and pools them from memory; else it computes each score anew in every window that
+    holds it. PREFERS: there are sinks or a recent window.
     """
     row = tl.arange(0, MP)
     top = tl.maximum(tl.max(highest, 1), LEAST)
@@ -55,6 +57,8 @@ def rank_share(
     if sink_ptr is not None:
         head = pair % kv_heads * G + row % G
         lse = with_sink(lse, load_sinks(sink_ptr, head, row < G * OBSERVERS))
+    if logits_row.dtype.element_ty == tl.float16:
+        lse -= tl.load(middle_ptr + pair.to(tl.int64) * (G * OBSERVERS) + row, mask=row < G * OBSERVERS, other=0.0)
 
     present = tl.minimum(position + 1 - padding, OBSERVERS).to(tl.float32)
     begin, end = share(padding, position + 1, part, parts)
@@ -71,17 +75,33 @@ def rank_share(
         tl.debug_barrier()  # windows read what other threads wrote
     top = top_bin(reach, budget, BIN_BITS)
     counts = tl.zeros([BINS], tl.int32)
+    if ASM:
+        counters = zero_counters(2 * BINS)
+        rest_counters = counters + 4 * BINS
     whole_end = begin + tl.maximum(end - begin, 0) // BLOCK * BLOCK
     for start in range(begin, whole_end, BLOCK):
-        counts += _rank_tile(
+        number = _rank_tile(
             logits_row, scores, rankings, lse, row, present, room, start, padding, end, scored_end, position, recent,
-            sinks, top, G, OBSERVERS, POOL, BEFORE, BINS, FINE, COARSE_BITS, BIN_BITS, KEEPS, BLOCK, True,
+            sinks, top, G, OBSERVERS, POOL, BEFORE, BINS, FINE, COARSE_BITS, BIN_BITS, KEEPS, PREFERS, BLOCK, True,
         )  # fmt: skip
+        if ASM:
+            count(counters, number)
+        else:
+            counts += tl.histogram(tl.reshape(number, [BLOCK]), BINS)
     for start in range(whole_end, end, REST):
-        counts += _rank_tile(
+        number = _rank_tile(
             logits_row, scores, rankings, lse, row, present, room, start, padding, end, scored_end, position, recent,
-            sinks, top, G, OBSERVERS, POOL, BEFORE, BINS, FINE, COARSE_BITS, BIN_BITS, KEEPS, REST, False,
+            sinks, top, G, OBSERVERS, POOL, BEFORE, BINS, FINE, COARSE_BITS, BIN_BITS, KEEPS, PREFERS, REST, False,
         )  # fmt: skip
+        # not by a mask: after a reshape, Triton (3.6 to 3.9) orders a histogram's mask in another way than its entries
+        number = tl.where(start + _lane(REST) < end, number, 0)
+        if ASM:
+            count(rest_counters, number)
+        else:
+            counts += tl.histogram(tl.reshape(number, [REST]), BINS)
+    if ASM:
+        counts = counted(counters, whole_end - begin, BINS)
+        counts += counted(rest_counters, tl.cdiv(tl.maximum(end - whole_end, 0), REST) * REST, BINS)
     tl.atomic_add(histogram + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
 
 
@@ -89,20 +109,19 @@ def rank_share(
 def _rank_tile(
     logits_row, scores, rankings, lse, row, present, room, start, padding, end, scored_end, position, recent, sinks,
     top, G: tl.constexpr, OBSERVERS: tl.constexpr, POOL: tl.constexpr, BEFORE: tl.constexpr, BINS: tl.constexpr,
-    FINE: tl.constexpr, COARSE_BITS: tl.constexpr, BIN_BITS: tl.constexpr, KEEPS: tl.constexpr, BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
+    FINE: tl.constexpr, COARSE_BITS: tl.constexpr, BIN_BITS: tl.constexpr, KEEPS: tl.constexpr, PREFERS: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Ranks a tile of BLOCK positions, of which WHOLE says that all are before `end`; returns how many are in each
-    bin, (BINS,)."""
-    # [BLOCK / 4, 4], of which the last dimension is in one thread
-    lane = tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    """Ranks a tile of BLOCK positions, of which WHOLE says that all are before `end`; returns their bins,
+    (BLOCK / 4, 4)."""
+    lane = _lane(BLOCK)
     token = start + lane
     if (POOL == 2) & (BEFORE == 1):
         # logits of positions before the row's first one are -inf, as far as tiles begin before it
         best = _log_scores(logits_row + start, lane, lse, row, present, room, G, OBSERVERS)
-        first = tl.arange(0, BLOCK // 4) * 4
+        first = tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 1)[None, :]
         left = _log_scores(logits_row + start - 1, first, lse, row, present, room, G, OBSERVERS)
-        best = _pooled_with_left(best, tl.where(start + first > padding, left, -float("inf")), BLOCK // 4)
+        best = _pooled_with_left(best, tl.max(tl.where(start + first > padding, left, -float("inf")), 1), BLOCK // 4)
     else:
         best = tl.full([BLOCK // 4, 4], -float("inf"), tl.float32)
         for away in tl.static_range(-BEFORE, POOL - BEFORE):
@@ -116,7 +135,7 @@ def _rank_tile(
     if (OBSERVERS == 1) & (not KEEPS):
         best = tl.exp2(best)
     ranking = best.to(tl.int32, bitcast=True)
-    if recent + sinks > 0:
+    if PREFERS:
         preferred = (token > position - recent) | (token - padding < sinks)
         ranking += tl.where(preferred & (token >= padding), PREFERRED, 0)
     if WHOLE:
@@ -126,11 +145,13 @@ def _rank_tile(
     else:
         ranking = tl.where(token == position, FIRST, ranking)
         tl.store(rankings + start + lane, ranking, mask=token < end)
-    number = bin_of(ranking, top, BINS, FINE, COARSE_BITS, BIN_BITS)
-    if not WHOLE:
-        # not by a mask: after a reshape, Triton (3.6 to 3.9) orders a histogram's mask in another way than its entries
-        number = tl.where(token < end, number, 0)
-    return tl.histogram(tl.reshape(number, [BLOCK]), BINS)
+    return bin_of(ranking, top, BINS, FINE, COARSE_BITS, BIN_BITS)
+
+
+@triton.jit
+def _lane(BLOCK: tl.constexpr):
+    """The numbers of a tile's positions, (BLOCK / 4, 4), of which the last dimension is in one thread."""
+    return tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
 
 
 @triton.jit
@@ -177,5 +198,5 @@ def _best_logits(logits, lane, lse, row, first: tl.constexpr, room, G: tl.conste
     for member in tl.static_range(G):
         shift = tl.sum(tl.where(row == first + member, lse, 0.0), 0)
         # as lane
-        best = tl.maximum(best, tl.load(logits + (first + member) * room + lane) - shift)
+        best = tl.maximum(best, tl.load(logits + (first + member) * room + lane).to(tl.float32) - shift)
     return best

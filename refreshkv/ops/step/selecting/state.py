@@ -18,6 +18,9 @@ from refreshkv.ops.step.selecting import attention, bins, shares, threshold
 FREE = 64
 """Numbers in memory before the logits that are read but not used, where pooling windows begin before the first row."""
 
+LARGEST_IN_CACHE = 0.5
+"""Most of the L2 cache that logits of 32 bits may take."""
+
 
 class SelectingScratch(NamedTuple):
     """What the launches of a selecting step hand on to each other; layers that follow one another may share it."""
@@ -25,7 +28,9 @@ class SelectingScratch(NamedTuple):
     selecting: Tensor
     """(B,) int32: the step's position where it is a selecting step, else -1."""
     logits: Tensor
-    """(B, Hkv, R, L') float32, in units of log 2. FREE numbers in memory lie before them."""
+    """(B, Hkv, R, L') float32 or float16 (`logit_type`), in units of log 2. FREE numbers in memory lie before them."""
+    middle: Tensor
+    """(B, Hkv, R) float32: what is to be added to logits of 16 bits."""
     highest: Tensor
     """(B, Hkv, R, N) float32: the maximum of each share of the logits."""
     total: Tensor
@@ -59,7 +64,7 @@ class SelectingScratch(NamedTuple):
     """(B, H, M) float32: the sum of each share, relative to its maximum."""
 
     @classmethod
-    def empty(cls, keys: Tensor, observers: Tensor) -> "SelectingScratch":
+    def empty(cls, keys: Tensor, observers: Tensor, options: StepOptions) -> "SelectingScratch":
         """Uninitialised memory for a cache with such keys (B, Hkv, L, D) and observers (B, H, O, D)."""
         batch, kv_heads, capacity, head_dim = keys.shape
         heads, window, device = *observers.shape[1:3], observers.device
@@ -71,10 +76,12 @@ class SelectingScratch(NamedTuple):
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(batch, *shape, dtype=dtype, device=device)
 
-        logits = torch.empty(FREE + batch * kv_heads * rows * room, dtype=torch.float32, device=device)[FREE:]
+        kind = logit_type(keys, rows, options)
+        logits = torch.empty(FREE + batch * kv_heads * rows * room, dtype=kind, device=device)[FREE:]
         return cls(
             selecting=buffer(),
             logits=logits.view(batch, kv_heads, rows, room),
+            middle=buffer(kv_heads, rows, dtype=torch.float32),
             highest=buffer(kv_heads, rows, splits, dtype=torch.float32),
             total=buffer(kv_heads, rows, splits, dtype=torch.float32),
             scores=buffer(kv_heads, room, dtype=torch.float32),
@@ -108,6 +115,24 @@ class Selecting(NamedTuple):
     state: SelectingState
     scratch: SelectingScratch
     options: StepOptions
+
+
+def logit_type(keys: Tensor, rows: int, options: StepOptions) -> torch.dtype:
+    """The type of the logits of a cache with such keys (B, Hkv, L, D), and so many rows of logits of a key/value head.
+
+    float16 for 16-bit caches whose logits would fill more than half of the GPU's L2 cache in float32. Full steps store
+    logits by the keys themselves, in float32.
+    """
+    batch, kv_heads, capacity, _ = keys.shape
+    if keys.element_size() != 2 or options.has_full_steps:
+        return torch.float32
+    is_large = 4 * batch * kv_heads * rows * capacity > LARGEST_IN_CACHE * second_cache(keys.device)
+    return torch.float16 if is_large else torch.float32
+
+
+def second_cache(device: torch.device) -> int:
+    """Bytes of a GPU's L2 cache; of one on the CPU, where Triton's interpreter runs, none."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
 def room_of(capacity: int) -> int:

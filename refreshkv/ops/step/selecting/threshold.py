@@ -20,6 +20,9 @@ from refreshkv.ops.step.selecting.bins import bounds_of_bin, top_bin
 MOST_FINALISTS = 512
 """Room for the finalists; if a row has more, the threshold is searched in the whole row."""
 
+FEW_FINALISTS = 64
+"""So many finalists are compared with each other at once."""
+
 SEARCHED = 4096
 """Positions taken at once where the whole row is searched."""
 
@@ -82,6 +85,21 @@ def _last_bin(histogram, wanted, total, BINS: tl.constexpr):
     bins_above, above = (last_above >> 32).to(tl.int32), last_above.to(tl.int32)
     within = tl.sum(tl.where(number == bins_above, counts, 0), 0)
     return bins_above, above, tl.where(bins_above == BINS - 1, total - above, within)
+
+
+@triton.jit
+def resolve_few(finalists, count, keep, MOST: tl.constexpr, FEW: tl.constexpr):
+    """The ranking and the position of the `keep`-th best of `count` finalists, FEW at most, which are listed in any
+    order: the threshold and its limit."""
+    entry = tl.arange(0, FEW)
+    # [FEW] twice: other programs have written some of them
+    ranking = tl.load(finalists + MOST + entry, mask=entry < count, other=-1, cache_modifier=".cg")
+    token = tl.load(finalists + entry, mask=entry < count, other=0, cache_modifier=".cg")
+    ties_before = (ranking[None, :] == ranking[:, None]) & (token[None, :] < token[:, None])
+    better = tl.sum(((ranking[None, :] > ranking[:, None]) | ties_before).to(tl.int32), 1)
+    # the one that has so many better ones, as one number: one reduction
+    last = tl.max(tl.where((better == keep - 1) & (entry < count), (ranking.to(tl.int64) << 32) + token, 0), 0)
+    return (last >> 32).to(tl.int32), last.to(tl.int32)
 
 
 @triton.jit
