@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from refreshkv.ops.step.finishing import rank_full_step
+from refreshkv.ops.step.selecting.counting import count_each, counted, zero_counters
 from refreshkv.ops.step.selecting.finishing import keep_choice, mark_selecting, merge_part
 from refreshkv.ops.step.selecting.ranking import load_sums, rank_share
 from refreshkv.ops.step.selecting.shares import place_in_list
@@ -107,7 +108,7 @@ def _choose_and_attend(
                     score_ptr + pair.to(tl.int64) * room, rankings, histograms, pair, position, padding, budget, split,
                     splits, kv_heads, room, recent, sinks, reach, sink_ptr,
                     G, ROWS, OBSERVERS, POOL, BEFORE, BLOCK, REST, BINS, FINE, COARSE_BITS, BIN_BITS, KEEPS,
-                    PREFERS, ASM,
+                    PREFERS, RUN, ASM,
                 )  # fmt: skip
             if LAST >= LIST:
                 if FIRST <= RANK:
@@ -121,7 +122,7 @@ def _choose_and_attend(
                         rankings, listed, list_room, low, high, position, padding, split, splits, RUN,
                         LISTED_TILE, REST, LIST_STAGES,
                     )  # fmt: skip
-                    _count_candidates(near_listed + list_room, near, low, high, histograms + BINS, BINS, NEAR_TILE)
+                    _count_candidates(near_listed + list_room, near, low, high, histograms + BINS, BINS, NEAR_TILE, ASM)
                 else:
                     count, near = tl.load(count_ptr + own), tl.load(near_count_ptr + own)
             if LAST == LIST:
@@ -245,13 +246,11 @@ def _list_share(
     whole = own // TILE * TILE
     for start in tl.range(0, whole, TILE, num_stages=STAGES):
         count, near = _list_tile(
-            rankings, listed, list_room, low, high, position, padding, split, splits, base, start, own,
-            count, near, RUN, TILE, True,
+            rankings, listed, list_room, low, high, split, splits, base, start, own, count, near, RUN, TILE, True,
         )  # fmt: skip
     for start in range(whole, own, REST):
         count, near = _list_tile(
-            rankings, listed, list_room, low, high, position, padding, split, splits, base, start, own,
-            count, near, RUN, REST, False,
+            rankings, listed, list_room, low, high, split, splits, base, start, own, count, near, RUN, REST, False,
         )  # fmt: skip
     tl.debug_barrier()  # from here on, threads read entries that others have listed
     return count, near
@@ -259,7 +258,7 @@ def _list_share(
 
 @triton.jit
 def _list_tile(
-    rankings, listed, list_room, low, high, position, padding, split, splits, base, start, own, count, near,
+    rankings, listed, list_room, low, high, split, splits, base, start, own, count, near,
     RUN: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The part of `_list_share` for TILE positions, the `start`-th of the share and those after it, when `count` and
@@ -271,28 +270,39 @@ def _list_tile(
         number = tl.minimum(number, own - 4)  # the next runs of the share may lie beyond the row's memory
     token = base + (number // RUN * splits + split) * RUN + number % RUN
     token = token[:, None] + tl.arange(0, 4)[None, :]
-    exists = is_own[:, None] & (token >= padding) & (token <= position)
-    # [TILE / 4, 4]: the row has room for the run's last positions; a mask would load them one by one
-    ranking = tl.where(exists, tl.load(rankings + token, cache_modifier=".cg"), -1)
-    is_above, is_near = ranking >= high, (ranking >= low) & (ranking < high)
+    # [TILE / 4, 4]: -1 where a run has no position; a mask would load them one by one
+    ranking = tl.load(rankings + token, cache_modifier=".cg")
+    if not WHOLE:
+        ranking = tl.where(is_own[:, None], ranking, -1)
+    is_above = ranking >= high
     # both in one scan: a tile has fewer than 2^16
-    slot, taken = place_in_list(is_above.to(tl.int32) + (is_near.to(tl.int32) << 16))
+    slot, taken = place_in_list(tl.where(is_above, 1, tl.where(ranking >= low, 1 << 16, 0)))
     slot = tl.where(is_above, count + (slot & 0xFFFF), list_room + near + (slot >> 16))
     tl.store(listed + slot, token, mask=ranking >= low)
-    tl.store(listed + list_room + slot, ranking, mask=is_near)
+    tl.store(listed + list_room + slot, ranking, mask=(ranking >= low) & (ranking < high))
     return count + (taken & 0xFFFF), near + (taken >> 16)
 
 
 @triton.jit
-def _count_candidates(near_rankings, near, low, high, histogram, BINS: tl.constexpr, TILE: tl.constexpr):
+def _count_candidates(
+    near_rankings, near, low, high, histogram, BINS: tl.constexpr, TILE: tl.constexpr, ASM: tl.constexpr
+):
     """Adds the candidates of a share, `near` of them, to the row's second histogram. Its lowest bin also counts the
-    places of the last tile that no candidate takes."""
+    places of the last tile that no candidate takes. ASM: PTX instructions count."""
     counts = tl.zeros([BINS], tl.int32)
+    if ASM:
+        counters = zero_counters(BINS)
     for start in range(0, near, TILE):
         entry = start + tl.arange(0, TILE)
         # [TILE]
         ranking = tl.load(near_rankings + entry, mask=entry < near, other=low)
-        counts += tl.histogram(part_of(ranking, low, high, BINS), BINS)
+        number = part_of(ranking, low, high, BINS)
+        if ASM:
+            count_each(counters, number)
+        else:
+            counts += tl.histogram(number, BINS)
+    if ASM:
+        counts = counted(counters, tl.cdiv(near, TILE) * TILE, BINS)
     tl.atomic_add(histogram + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def zero_counters(BINS: tl.constexpr):
-    """The address of BINS counters, a power of two and 128 at most, that are zero. A program may call this once."""
+    """The address of BINS counters, a power of two and 128 at most, that are zero; each call has others."""
     tl.static_assert(BINS <= 128)
     address = tl.inline_asm_elementwise(
         "{ .shared .align 16 .b32 counters[128]; mov.u32 $0, counters; }",
@@ -24,7 +24,7 @@ def zero_counters(BINS: tl.constexpr):
 
 
 @triton.jit
-def count(address, number):
+def count_each(address, number):
     """Adds one to the counter of each number. Tensors of different shapes need different counters."""
     tl.inline_asm_elementwise(
         "red.shared.add.u32 [$1], 1; mov.u32 $0, 0;",

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from refreshkv.ops.selection.top_k import FIRST, PREFERRED
 from refreshkv.ops.step.selecting.bins import bin_of, top_bin
-from refreshkv.ops.step.selecting.counting import count, counted, zero_counters
+from refreshkv.ops.step.selecting.counting import count_each, counted, zero_counters
 from refreshkv.ops.step.selecting.scoring import LEAST
 from refreshkv.ops.step.selecting.shares import share
 from refreshkv.ops.tiles import load_sinks, with_sink
@@ -40,7 +40,7 @@ def rank_share(
     kv_heads, room, recent, sinks, reach, sink_ptr,
     G: tl.constexpr, MP: tl.constexpr, OBSERVERS: tl.constexpr, POOL: tl.constexpr, BEFORE: tl.constexpr,
     BLOCK: tl.constexpr, REST: tl.constexpr, BINS: tl.constexpr, FINE: tl.constexpr, COARSE_BITS: tl.constexpr,
-    BIN_BITS: tl.constexpr, KEEPS: tl.constexpr, PREFERS: tl.constexpr, ASM: tl.constexpr,
+    BIN_BITS: tl.constexpr, KEEPS: tl.constexpr, PREFERS: tl.constexpr, RUN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Ranks one share of the positions of one batch row and key/value head, (L,) int32, and counts the positions of
     each bin, (BINS,) int32. Tiles have BLOCK positions, the last ones REST. Bin 0 also counts a tile's positions before
@@ -48,7 +48,8 @@ def rank_share(
 
     middle_ptr: (B, Hkv, R), what is to be added to logits of 16 bits. highest, total: what `load_sums` gives. KEEPS: it
     writes the scores, (L,) float32, and pools them from memory; else it computes each score anew in every window that
-    holds it. PREFERS: there are sinks or a recent window.
+    holds it. PREFERS: there are sinks or a recent window. Where the row's first and last runs of RUN positions reach
+    beyond it, the ranking is -1.
     """
     row = tl.arange(0, MP)
     top = tl.maximum(tl.max(highest, 1), LEAST)
@@ -85,7 +86,7 @@ def rank_share(
             sinks, top, G, OBSERVERS, POOL, BEFORE, BINS, FINE, COARSE_BITS, BIN_BITS, KEEPS, PREFERS, BLOCK, True,
         )  # fmt: skip
         if ASM:
-            count(counters, number)
+            count_each(counters, number)
         else:
             counts += tl.histogram(tl.reshape(number, [BLOCK]), BINS)
     for start in range(whole_end, end, REST):
@@ -96,13 +97,21 @@ def rank_share(
         # not by a mask: after a reshape, Triton (3.6 to 3.9) orders a histogram's mask in another way than its entries
         number = tl.where(start + _lane(REST) < end, number, 0)
         if ASM:
-            count(rest_counters, number)
+            count_each(rest_counters, number)
         else:
             counts += tl.histogram(tl.reshape(number, [REST]), BINS)
     if ASM:
         counts = counted(counters, whole_end - begin, BINS)
         counts += counted(rest_counters, tl.cdiv(tl.maximum(end - whole_end, 0), REST) * REST, BINS)
     tl.atomic_add(histogram + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
+    tl.debug_barrier()  # tiles have written the first of these
+    in_run = tl.arange(0, RUN)
+    if part == 0:
+        token = padding // RUN * RUN + in_run
+        tl.store(rankings + token, tl.full([RUN], -1, tl.int32), mask=token < padding)
+    if part == parts - 1:
+        token = position // RUN * RUN + in_run
+        tl.store(rankings + token, tl.full([RUN], -1, tl.int32), mask=token > position)
 
 
 @triton.jit

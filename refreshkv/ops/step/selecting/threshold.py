@@ -59,16 +59,24 @@ def find_part(histogram, budget, low, high, above, within, BINS: tl.constexpr):
     if within > 0:
         parts_above, more, within = _last_bin(histogram, budget - above, within, BINS)
         above += more
-        size = tl.cdiv(high - low, BINS)
+        size = 1 << _part_bits(low, high, BINS)
         low += (BINS - 1 - parts_above) * size
-        high = tl.minimum(high - low, size) + low
+        high = low + tl.minimum(size, high - low)  # int32 may not hold low + size
     return low, high, above, within
 
 
 @triton.jit
 def part_of(ranking, low, high, BINS: tl.constexpr):
     """Maps rankings in `low .. high - 1` to the parts that `find_part` finds."""
-    return (ranking - low) // tl.cdiv(high - low, BINS)
+    return (ranking - low) >> _part_bits(low, high, BINS)
+
+
+@triton.jit
+def _part_bits(low, high, BINS: tl.constexpr):
+    """The size of a part of `low .. high - 1`, as a power of two: the least so that BINS of them hold it."""
+    size = tl.cdiv(high - low, BINS)
+    bits = (size.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # the exponent of a float32
+    return bits + tl.where((1 << bits) < size, 1, 0)
 
 
 @triton.jit
