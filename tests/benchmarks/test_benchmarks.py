@@ -232,8 +232,29 @@ def test_how_far_thresholds_move(tmp_path, monkeypatch, capsys):
         shares = [result[f"{kind} {width:g}"] for width in thresholds.WIDTHS]
         assert shares == sorted(shares) and 0 < shares[0] and shares[-1] <= 1
     assert f"{result['found 0.5']:.1%}" in capsys.readouterr().out
-    watch = thresholds.Watch(thresholds.read_arguments())
-    assert watch.compare(torch.randn(1, 4, 12, 8), torch.ones(1, 2, 40, 8), 0.3).tolist() == [1.0] * 8
+    same = thresholds.compare_thresholds(torch.randn(1, 4, 12, 8), torch.ones(1, 2, 40, 8), 0.3, apart=2, budget=8)
+    assert same.tolist() == [1.0] * 8
+
+
+def test_what_rounding_changes(tmp_path, monkeypatch, capsys):
+    """It changes few choices; coarser numbers would change more."""
+    rows = make_rows(tmp_path)
+    tiny_model(vocab_size=VOCABULARY).save_pretrained(tmp_path / "model")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import rounding
+
+    options = "--split validation --rows 2 --tokens 12 --budget 8".split()
+    folders = ["--model", str(tmp_path / "model"), "--data", str(rows), "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["rounding.py", *options, *folders])
+    rounding.main()
+    result = json.loads((tmp_path / "rounding.json").read_text())["results"][0]
+    assert set(result) == {"data", *rounding.COLUMNS} and f"{result['4 bits']:.3%}" in capsys.readouterr().out
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, heads, 700, 32, generator=generator) for heads in (6, 2))
+    queries, logits, bits = rounding.differing(query[:, :, -40:], key, 0.4, budget=90).tolist()
+    assert queries <= logits < 0.005 < bits < 0.5
+    query = torch.tensor([3.0, -1.0, 2**-13 + 2**-15]).bfloat16().float()
+    assert rounding.rounded_queries(query).tolist() == [3.0, -1.0, 2**-13]
 
 
 def test_requests_of_clients_are_timed_and_compared(tmp_path, monkeypatch, capsys):

@@ -54,7 +54,7 @@ def key_lists(plan: Plan, segments: Segments, selected: Tensor, length: int, pos
             *segments[:3], selected, plan.budgets, plan.left_padding, within, masks, entries, counts,
             anchors, segments.count, segments.full, width, length, plan.prompt_length, first, positions, blocks, room,
             RANKS=min(RANKS, triton.next_power_of_2(width)), TOKENS=min(TOKENS, triton.next_power_of_2(length)),
-            num_warps=8,
+            CLEARS=first + chunk < blocks, num_warps=8,
         )  # fmt: skip
     return lists
 
@@ -82,9 +82,10 @@ def _bits(low, high):
 def _list_keys(
     anchor_ptr, start_ptr, latest_ptr, selected_ptr, budget_ptr, padding_ptr, within_ptr, mask_ptr, entry_ptr,
     count_ptr, anchors, intervals, full, width, length, prompt, first_block, positions, blocks, room,
-    RANKS: tl.constexpr, TOKENS: tl.constexpr,
+    RANKS: tl.constexpr, TOKENS: tl.constexpr, CLEARS: tl.constexpr,
 ):  # fmt: skip
-    """The list of one block. Its masks are put together by position, in memory that is zero before and afterwards."""
+    """The list of one block. Its masks are put together by position, in memory that is zero before and, if it CLEARS
+    it, afterwards."""
     block, kv_head, batch = first_block + tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     pair = batch * tl.num_programs(1) + kv_head
     masks = mask_ptr + (pair * tl.num_programs(0) + tl.program_id(0)) * length
@@ -128,6 +129,7 @@ def _list_keys(
         place = count + tl.cumsum(listed.to(tl.int32), 0) - 1
         tl.store(tokens + place, token, mask=listed)
         tl.store(tokens + room + place, mask, mask=listed)
-        tl.store(masks + token, tl.zeros([TOKENS], tl.int32), mask=listed)
+        if CLEARS:
+            tl.store(masks + token, tl.zeros([TOKENS], tl.int32), mask=listed)
         count += tl.sum(listed.to(tl.int32), 0)
     tl.store(count_ptr + row, count)
