@@ -71,8 +71,8 @@ def rounded_queries(query: Tensor) -> Tensor:
 def narrow(logits: Tensor) -> Tensor:
     """As `score_share` stores logits (.., N, T) in float16: each step's relative to their mean over a sample."""
     steps, length = logits.shape[-2:]
-    apart = torch.arange(length - steps, length, device=logits.device) // SAMPLED.value
-    sampled = apart[:, None] * torch.arange(SAMPLED.value, device=logits.device)
+    positions = torch.arange(length - steps, length, device=logits.device)
+    sampled = positions[:, None] * torch.arange(SAMPLED.value, device=logits.device) // SAMPLED.value
     middle = logits.gather(-1, sampled.expand(*logits.shape[:-2], -1, -1)).mean(-1, keepdim=True)
     return (logits - middle).half().float() + middle
 

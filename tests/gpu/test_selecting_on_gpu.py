@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from refreshkv.ops.step.selecting import launches as stages
+from refreshkv.ops.step.selecting import state as selecting_state
 
 CASES = {
     "short": (700, 64, {}),
@@ -23,7 +24,10 @@ CASES = {
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CASES)
-def test_one_launch_equals_one_for_each_stage(name, dtype, monkeypatch):
+@pytest.mark.parametrize("narrow", [False, True])
+def test_one_launch_equals_one_for_each_stage(narrow, name, dtype, monkeypatch):
+    """With logits of 32 bits, and of 16."""
+    monkeypatch.setattr(selecting_state, "l2_bytes", lambda device: 0 if narrow else 2**40)
     prompt, head_dim, selection = CASES[name]
     settings = {"pool_ahead": True, "pool_kernel": 2, **selection}
     config = RefreshConfig(budget=prompt // 8, stride=NEVER, select_stride=2, score_bits=4, **settings)

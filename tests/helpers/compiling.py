@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import triton
@@ -34,6 +35,7 @@ from refreshkv.ops.state import PLAIN_SOFTMAX, CompactState, SoftmaxTerms
 from refreshkv.ops.step import attention, launches
 from refreshkv.ops.step.selecting import launches as stages
 from refreshkv.ops.step.selecting import scoring
+from refreshkv.ops.step.selecting import state as selecting_state
 
 
 class Gpu(NamedTuple):
@@ -44,15 +46,21 @@ class Gpu(NamedTuple):
     multi_processor_count: int
     shared_memory_per_multiprocessor: int
     shared_memory_per_block_optin: int
+    L2_cache_size: int
 
 
-GPUS = {86: Gpu(8, 6, 84, 102400, 101376), 90: Gpu(9, 0, 132, 233472, 232448), 100: Gpu(10, 0, 148, 233472, 232448)}
+GPUS = {
+    86: Gpu(8, 6, 84, 102400, 101376, 6 * 2**20),
+    90: Gpu(9, 0, 132, 233472, 232448, 50 * 2**20),
+    100: Gpu(10, 0, 148, 233472, 232448, 126 * 2**20),
+}
 """By architecture. 86: a GeForce 3090, with a 4090's shared memory; 90: an H200; 100: a B200."""
 
 ASK_ABOUT_THE_GPU = (
     (stages, "run_at_once"),
     (scoring, "takes_ptx"),
     (attention, "splits_of"),
+    (selecting_state, "l2_bytes"),
     (short_block, "splits_of"),
     (partial_steps, "fits"),
     (partial_steps, "register_limit"),
@@ -64,6 +72,9 @@ NO_NUMBERS = FakeTensorMode()
 """Its tensors have shapes and types only."""
 
 SELECTING: dict[str, Any] = {"select_stride": 2, "score_bits": 4, "pool_kernel": 2, "pool_ahead": True}
+
+RESERVED = 1024
+"""Bytes of a multiprocessor's shared memory that each program takes besides its own, which cuobjdump includes."""
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -148,15 +159,17 @@ def decode(
     dtype: torch.dtype = torch.bfloat16,
     terms: bool = False,
     offload: bool = False,
+    large: bool = False,
 ) -> None:
-    """A step of decoding; with `offload`, keys and values are in host memory."""
+    """A step of decoding; with `offload`, keys and values are in host memory, and if `large`, logits have 16 bits, as
+    those of many batch rows."""
     config = RefreshConfig(**{"budget": 64, "stride": NEVER} | settings)
     heads = (2 * group, 2, 2)
     layer = (FetchingLayer if offload else RefreshLayer)(2**15, config)
     query, key, value = (empty(2, count, 9, head_dim, dtype=dtype).zero_() for count in heads)
     layer.update(key, value)
     layer.end_block(query, torch.tensor([0, 3]), head_dim**-0.5)
-    with NO_NUMBERS:
+    with NO_NUMBERS, patch.object(selecting_state, "LARGEST_IN_CACHE", 0.0 if large else 1.0):
         token = [empty(2, count, 1, head_dim, dtype=dtype) for count in heads]
         changed = SoftmaxTerms(torch.empty(heads[0], dtype=dtype), 50.0) if terms else PLAIN_SOFTMAX
         state, chosen = without_numbers(layer.state()), without_numbers(layer.selecting_state())
@@ -201,10 +214,14 @@ def train(settings: dict[str, Any], group: int = 4, head_dim: int = 128, dtype: 
 
 CASES: dict[str, Callable[[], None]] = {
     "decode: recommended for two tokens": lambda: decode(SELECTING),
+    "decode: large, recommended for two tokens": lambda: decode(SELECTING, large=True),
+    "decode: large, 16 bits, recommended": lambda: decode(
+        SELECTING | {"select_stride": 1, "score_bits": 16, "pool_kernel": 1}, large=True
+    ),
     "decode: 8 bits, wide pooling": lambda: decode(SELECTING | {"score_bits": 8, "pool_kernel": 7}, 1, 64),
     "decode: groups of 32, 16 bits": lambda: decode(SELECTING | {"score_bits": 16}, 32),
     "decode: observers, windows": lambda: decode(
-        SELECTING | {"observation_window": 4, "recent_window": 8, "sink_tokens": 4}
+        SELECTING | {"observation_window": 4, "recent_window": 8, "sink_tokens": 4}, large=True
     ),
     "decode: beside full steps": lambda: decode(SELECTING | {"stride": 10}),
     "decode: sinks and a softcap": lambda: decode(SELECTING, terms=True),
@@ -239,10 +256,11 @@ def report(kernel: Any) -> dict[str, Any]:
             [TOOLS / "cuobjdump", "-res-usage", file.name], check=True, capture_output=True, text=True
         ).stdout
     registers = re.search(r"REG:(\d+)", usage)
-    assert registers is not None, usage
+    static = re.search(r"SHARED:(\d+)", usage)
+    assert registers is not None and static is not None, usage
     return {
         "kernel": kernel.metadata.name,
-        "shared": kernel.metadata.shared,
+        "shared": kernel.metadata.shared + max(int(static[1]) - RESERVED, 0),
         "warps": kernel.metadata.num_warps,
         "registers": int(registers[1]),
         "cooperative": bool(getattr(kernel.metadata, "launch_cooperative_grid", False)),

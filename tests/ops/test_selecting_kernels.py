@@ -64,7 +64,7 @@ def test_ties_go_to_the_lower_position(value, finalists, budget, monkeypatch):
 def test_logits_of_bytes(dtype, bits, head_dim, group, observers, scale, narrow, monkeypatch):
     """Products of whole numbers are those of the queries, but for a ten-thousandth of the logits' spread or two; logits
     of 16 bits are rounded besides."""
-    monkeypatch.setattr(selecting_state, "second_cache", lambda device: 0 if narrow else 2**30)
+    monkeypatch.setattr(selecting_state, "l2_bytes", lambda device: 0 if narrow else 2**30)
     tolerance = 1e-4 if dtype == torch.bfloat16 else 2e-4
     generator = torch.Generator().manual_seed(0)
     kept = {"score_bits": bits, "observation_window": observers, "pool_kernel": 1}
@@ -93,14 +93,16 @@ def test_logits_of_bytes(dtype, bits, head_dim, group, observers, scale, narrow,
             wanted, ours = (x[row, :, :, number, first:sees] for x in (expected, found))
             rounded = (wanted - middle[row, :, :, number]).abs() * 2**-11 if narrow else 0.0
             assert ((ours - wanted).abs() <= tolerance * wanted.std() + rounded).all()
-            assert not narrow or (middle[row, :, :, number, 0] - wanted.mean(-1)).abs().max() < wanted.std() / 3
+            assert not narrow or (middle[row, :, :, number, 0] - wanted.mean(-1)).abs().max() < wanted.std() / 2
             assert (found[row, :, :, number, sees:] == -math.inf).all()
 
 
 @pytest.mark.parametrize("dtype", slow_unless([torch.bfloat16], [torch.bfloat16, torch.float16]))
-@pytest.mark.parametrize("sinks", slow_unless([0], [0, 3]))
-def test_choices_of_16_bit_caches(dtype, sinks):
-    """What a step chooses scores as high as what it leaves, but for half a percent: logits are rounded to 16 bits."""
+@pytest.mark.parametrize(("sinks", "narrow"), slow_tuples_unless([(3, True)], [(0, False), (0, True), (3, True)]))
+def test_choices_of_16_bit_caches(dtype, sinks, narrow, monkeypatch):
+    """What a step chooses scores as high as what it leaves, but for half a percent; with logits of 32 bits but for a
+    thousandth."""
+    monkeypatch.setattr(selecting_state, "l2_bytes", lambda device: 0 if narrow else 2**30)
     generator = torch.Generator().manual_seed(1)
     settings = {"score_bits": 4, "pool_kernel": 2, "pool_ahead": True, "sink_tokens": sinks}
     config = RefreshConfig(budget=90, stride=NEVER, select_stride=1, **settings)
@@ -121,7 +123,42 @@ def test_choices_of_16_bit_caches(dtype, sinks):
             chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, kept, True)
             assert (chosen.sum(1) == 90).all()
             least = scores.masked_fill(~chosen, 1.0).amin(1)
-            assert (scores.masked_fill(chosen, 0.0).amax(1) < least * 1.005).all()
+            assert (scores.masked_fill(chosen, 0.0).amax(1) < least * (1.005 if narrow else 1.001)).all()
+
+
+@pytest.mark.parametrize(
+    ("budget", "towering"),
+    slow_tuples_unless([(400, False), (9, True)], [(400, False), (400, True), (9, False), (9, True)]),
+)
+def test_whatever_the_memory_holds(budget, towering, monkeypatch):
+    """Positions that do not exist are not chosen, whatever was in memory; nor do logits of 16 bits that are far above
+    the others keep sinks and the step's own position out."""
+    empty = SelectingScratch.empty
+
+    def filled(*args):
+        scratch = empty(*args)
+        for tensor in scratch:
+            tensor.fill_(math.nan if tensor.is_floating_point() else 0x7FFFFFF0)
+        return scratch
+
+    monkeypatch.setattr(SelectingScratch, "empty", filled)
+    monkeypatch.setattr(selecting_state, "l2_bytes", lambda device: 0)
+    generator = torch.Generator().manual_seed(2)
+    settings = {"score_bits": 8, "pool_kernel": 1, "sink_tokens": 2}
+    config = RefreshConfig(budget=budget, stride=NEVER, select_stride=1, **settings)
+    query, key, value = (drawn(generator, heads, 300, 64, torch.float16) for heads in (4, 2, 2))
+    padding = torch.tensor([0, 37], device=DEVICE)
+    token = [drawn(generator, heads, 1, 64, torch.float16) for heads in (4, 2, 2)]
+    if towering:
+        key[:, :, [0, 37, 38, 200]], token[0] = 300.0, token[0].abs() * 60
+    layer = prompted_layer(query, key, value, padding, config, 310)
+    launches.decode_step(*token, layer.state(), config.step_options(), 0.125, layer.selecting_state())
+    for row, first in enumerate(padding.tolist()):
+        size = min(budget, 301 - first)
+        for head in layer.selected[row, :, :size].tolist():
+            assert len(set(head)) == size and {first, first + 1, 300} <= set(head)
+            assert first <= min(head) and max(head) == 300
+            assert not towering or 200 in head
 
 
 @triton.jit

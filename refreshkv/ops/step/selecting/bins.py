@@ -10,8 +10,8 @@ import triton.language as tl
 from refreshkv.ops.selection.top_k import HIGHEST
 
 BINS = 64
-"""Bins of a row. The last one counts the rankings above the highest possible threshold. Counting takes the more
-instructions the more bins there are; the second histogram makes up for their width."""
+"""Bins of a row, 64 at most (`counting.zero_counters`). The last one counts the rankings above the highest possible
+threshold. The second histogram makes up for their width."""
 
 FINE = 44
 """Bins below that one which are a quarter of a power of two wide each."""

@@ -208,4 +208,6 @@ def _best_logits(logits, lane, lse, row, first: tl.constexpr, room, G: tl.conste
         shift = tl.sum(tl.where(row == first + member, lse, 0.0), 0)
         # as lane
         best = tl.maximum(best, tl.load(logits + (first + member) * room + lane).to(tl.float32) - shift)
+    if logits.dtype.element_ty == tl.float16:
+        best = tl.minimum(best, 0.0)  # rounding must not make a probability larger than 1
     return best

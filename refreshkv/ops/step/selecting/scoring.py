@@ -41,7 +41,7 @@ FLOAT32_TILE = {"SCORED": 64, "STAGES": 2}
 """The same for float32 caches and for wide heads, whose tiles are larger."""
 
 SAMPLED = tl.constexpr(64)
-"""Positions of a row whose mean logits of 16 bits are relative to."""
+"""So many positions of a row are sampled; logits of 16 bits are relative to their mean."""
 
 LEAST = tl.constexpr(-1e30)
 """Where a maximum of logits begins: not at -inf, for the difference of two of those is not a number."""
@@ -69,7 +69,7 @@ def score_share(
     codes = code_ptr + pair.to(tl.int64) * capacity * (D // 2 if BITS == 4 else D)
     token_scales = token_scale_ptr + pair.to(tl.int64) * capacity
     if NARROW:  # on their way while the queries are
-        sampled = padding + tl.arange(0, SAMPLED) * ((position - padding) // SAMPLED)
+        sampled = padding + tl.arange(0, SAMPLED) * (position - padding) // SAMPLED
         sample = _load_score_keys(codes, token_scales, sampled, query_ptr.dtype.element_ty, D, DH, BITS, BYTES, ASM)
     # [PARTS * MR, DH] twice: with BYTES every query twice
     low_query, high_query = _observing_queries(

@@ -39,7 +39,8 @@ class SelectingScratch(NamedTuple):
     """(B, Hkv, L') float32: the scores before pooling; written for wide pooling windows alone
     (`ranking.COMPUTED_ANEW`)."""
     rankings: Tensor
-    """(B, Hkv, L') int32: the ranking of each position, the higher the better."""
+    """(B, Hkv, L') int32: the ranking of each position, the higher the better; -1 where the row's first and last runs
+    of `shares.RUN` positions reach beyond the row."""
     histogram: Tensor
     """(B, Hkv, 2, BINS) int32: how many positions rank within each bin, and how many candidates within each part of the
     bin that holds the threshold."""
@@ -76,7 +77,7 @@ class SelectingScratch(NamedTuple):
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(batch, *shape, dtype=dtype, device=device)
 
-        kind = logit_type(keys, rows, options)
+        kind = logit_type(keys, rows, options, device)
         logits = torch.empty(FREE + batch * kv_heads * rows * room, dtype=kind, device=device)[FREE:]
         return cls(
             selecting=buffer(),
@@ -117,8 +118,9 @@ class Selecting(NamedTuple):
     options: StepOptions
 
 
-def logit_type(keys: Tensor, rows: int, options: StepOptions) -> torch.dtype:
-    """The type of the logits of a cache with such keys (B, Hkv, L, D), and so many rows of logits of a key/value head.
+def logit_type(keys: Tensor, rows: int, options: StepOptions, device: torch.device) -> torch.dtype:
+    """The type of the logits on `device` of a cache with such keys (B, Hkv, L, D), which may be elsewhere, and so many
+    rows of logits of a key/value head.
 
     float16 for 16-bit caches whose logits would fill more than half of the GPU's L2 cache in float32. Full steps store
     logits by the keys themselves, in float32.
@@ -126,12 +128,12 @@ def logit_type(keys: Tensor, rows: int, options: StepOptions) -> torch.dtype:
     batch, kv_heads, capacity, _ = keys.shape
     if keys.element_size() != 2 or options.has_full_steps:
         return torch.float32
-    is_large = 4 * batch * kv_heads * rows * capacity > LARGEST_IN_CACHE * second_cache(keys.device)
+    is_large = 4 * batch * kv_heads * rows * capacity > LARGEST_IN_CACHE * l2_bytes(device)
     return torch.float16 if is_large else torch.float32
 
 
-def second_cache(device: torch.device) -> int:
-    """Bytes of a GPU's L2 cache; of one on the CPU, where Triton's interpreter runs, none."""
+def l2_bytes(device: torch.device) -> int:
+    """Bytes of a GPU's L2 cache; 0 for a CPU, where Triton's interpreter runs."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 

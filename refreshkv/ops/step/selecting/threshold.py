@@ -6,7 +6,7 @@ numbers are the whole choice of a batch row and key/value head.
 The first histogram of the rankings says which bin holds the threshold (`find_bin`); the positions in that bin are the
 *candidates*. The second one, of the candidates, says which part of the bin holds it (`find_part`); those in that part
 are the *finalists*. The programs that share the row list them; each then finds the same threshold among them
-(`resolve`) or, if the list has no room for all, in the whole row (`search`).
+(`resolve_few`, or `resolve` where they are many) or, if the list has no room for all, in the whole row (`search`).
 
 Shapes: `B` batch rows, `Hkv` key/value heads, `F` finalists.
 """
