@@ -11,7 +11,7 @@ import triton.language as tl
 def zero_counters(BINS: tl.constexpr):
     """The address of BINS counters, a power of two and 128 at most, that are zero; each call has others."""
     tl.static_assert(BINS <= 128)
-    # a program's other shared memory begins behind these, aligned to 16 bytes only: not enough for asynchronous products
+    # the program's other shared memory lies behind them, aligned to 16 bytes: too few for asynchronous matrix products
     address = tl.inline_asm_elementwise(
         "{ .shared .align 16 .b32 counters[128]; mov.u32 $0, counters; }",
         "=r", [], dtype=tl.int32, is_pure=False, pack=1,
