@@ -128,6 +128,7 @@ def _rank_tile(
     if (POOL == 2) & (BEFORE == 1):
         # logits of positions before the row's first one are -inf, as far as tiles begin before it
         best = _log_scores(logits_row + start, lane, lse, row, present, room, G, OBSERVERS)
+        # [BLOCK / 4, 1]: with two dimensions, as the tile, threads need not exchange it
         first = tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 1)[None, :]
         left = _log_scores(logits_row + start - 1, first, lse, row, present, room, G, OBSERVERS)
         best = _pooled_with_left(best, tl.max(tl.where(start + first > padding, left, -float("inf")), 1), BLOCK // 4)
