@@ -1,6 +1,7 @@
 """The benchmark of decoding: its caches are filled as a prompt would fill them, and it runs to the table."""
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -216,18 +217,22 @@ def test_streams_are_used_one_after_another():
     assert [line.split()[0] for line in printed[-3:]] == ["2", "3", "4"]
 
 
-def test_how_far_thresholds_move(tmp_path, monkeypatch, capsys):
-    """Wider brackets hold more; where all keys are equal, any holds all."""
+def compared_choices(name, tmp_path, monkeypatch):
+    """A benchmark that compares choices on a model, and what it measured: a tiny model, two short sequences."""
     rows = make_rows(tmp_path)
     tiny_model(vocab_size=VOCABULARY).save_pretrained(tmp_path / "model")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import thresholds
-
     options = "--split validation --rows 2 --tokens 12 --budget 8".split()
     folders = ["--model", str(tmp_path / "model"), "--data", str(rows), "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["thresholds.py", *options, *folders])
-    thresholds.main()
-    result = json.loads((tmp_path / "thresholds.json").read_text())["results"][0]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *options, *folders])
+    benchmark = importlib.import_module(name)
+    benchmark.main()
+    return benchmark, json.loads((tmp_path / f"{name}.json").read_text())["results"][0]
+
+
+def test_how_far_thresholds_move(tmp_path, monkeypatch, capsys):
+    """Wider brackets hold more; where all keys are equal, any holds all."""
+    thresholds, result = compared_choices("thresholds", tmp_path, monkeypatch)
     for kind in ("found", "positions"):
         shares = [result[f"{kind} {width:g}"] for width in thresholds.WIDTHS]
         assert shares == sorted(shares) and 0 < shares[0] and shares[-1] <= 1
@@ -238,16 +243,7 @@ def test_how_far_thresholds_move(tmp_path, monkeypatch, capsys):
 
 def test_what_rounding_changes(tmp_path, monkeypatch, capsys):
     """It changes few choices; coarser numbers would change more."""
-    rows = make_rows(tmp_path)
-    tiny_model(vocab_size=VOCABULARY).save_pretrained(tmp_path / "model")
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import rounding
-
-    options = "--split validation --rows 2 --tokens 12 --budget 8".split()
-    folders = ["--model", str(tmp_path / "model"), "--data", str(rows), "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["rounding.py", *options, *folders])
-    rounding.main()
-    result = json.loads((tmp_path / "rounding.json").read_text())["results"][0]
+    rounding, result = compared_choices("rounding", tmp_path, monkeypatch)
     assert set(result) == {"data", *rounding.COLUMNS} and f"{result['4 bits']:.3%}" in capsys.readouterr().out
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, heads, 700, 32, generator=generator) for heads in (6, 2))

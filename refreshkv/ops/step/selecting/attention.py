@@ -289,20 +289,13 @@ def _count_candidates(
 ):
     """Adds the candidates of a share, `near` of them, to the row's second histogram. Its lowest bin also counts the
     places of the last tile that no candidate takes. ASM: PTX instructions count."""
-    counts = tl.zeros([BINS], tl.int32)
-    if ASM:
-        counters = zero_counters(BINS)
+    counters = zero_counters(BINS, ASM)
     for start in range(0, near, TILE):
         entry = start + tl.arange(0, TILE)
         # [TILE]
         ranking = tl.load(near_rankings + entry, mask=entry < near, other=low)
-        number = part_of(ranking, low, high, BINS)
-        if ASM:
-            count_each(counters, number)
-        else:
-            counts += tl.histogram(number, BINS)
-    if ASM:
-        counts = counted(counters, tl.cdiv(near, TILE) * TILE, BINS)
+        counters = count_each(counters, part_of(ranking, low, high, BINS), BINS, ASM)
+    counts = counted(counters, tl.cdiv(near, TILE) * TILE, BINS, ASM)
     tl.atomic_add(histogram + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
 
 

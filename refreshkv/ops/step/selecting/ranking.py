@@ -75,20 +75,14 @@ def rank_share(
             tl.store(scores + token, score, mask=(token >= padding) & (token < scored_end))
         tl.debug_barrier()  # windows read what other threads wrote
     top = top_bin(reach, budget, BIN_BITS)
-    counts = tl.zeros([BINS], tl.int32)
-    if ASM:
-        counters = zero_counters(2 * BINS)
-        rest_counters = counters + 4 * BINS
+    counters, rest_counters = zero_counters(BINS, ASM), zero_counters(BINS, ASM)
     whole_end = begin + tl.maximum(end - begin, 0) // BLOCK * BLOCK
     for start in range(begin, whole_end, BLOCK):
         number = _rank_tile(
             logits_row, scores, rankings, lse, row, present, room, start, padding, end, scored_end, position, recent,
             sinks, top, G, OBSERVERS, POOL, BEFORE, BINS, FINE, COARSE_BITS, BIN_BITS, KEEPS, PREFERS, BLOCK, True,
         )  # fmt: skip
-        if ASM:
-            count_each(counters, number)
-        else:
-            counts += tl.histogram(tl.reshape(number, [BLOCK]), BINS)
+        counters = count_each(counters, number, BINS, ASM)
     for start in range(whole_end, end, REST):
         number = _rank_tile(
             logits_row, scores, rankings, lse, row, present, room, start, padding, end, scored_end, position, recent,
@@ -96,15 +90,11 @@ def rank_share(
         )  # fmt: skip
         # not by a mask: after a reshape, Triton (3.6 to 3.9) orders a histogram's mask in another way than its entries
         number = tl.where(start + _lane(REST) < end, number, 0)
-        if ASM:
-            count_each(rest_counters, number)
-        else:
-            counts += tl.histogram(tl.reshape(number, [REST]), BINS)
-    if ASM:
-        counts = counted(counters, whole_end - begin, BINS)
-        counts += counted(rest_counters, tl.cdiv(tl.maximum(end - whole_end, 0), REST) * REST, BINS)
+        rest_counters = count_each(rest_counters, number, BINS, ASM)
+    counts = counted(counters, whole_end - begin, BINS, ASM)
+    counts += counted(rest_counters, tl.cdiv(tl.maximum(end - whole_end, 0), REST) * REST, BINS, ASM)
     tl.atomic_add(histogram + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
-    tl.debug_barrier()  # tiles have written the first of these
+    tl.debug_barrier()  # tiles have written some of these rankings
     in_run = tl.arange(0, RUN)
     if part == 0:
         token = padding // RUN * RUN + in_run

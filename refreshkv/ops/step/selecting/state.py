@@ -19,7 +19,7 @@ FREE = 64
 """Numbers in memory before the logits that are read but not used, where pooling windows begin before the first row."""
 
 LARGEST_IN_CACHE = 0.5
-"""Most of the L2 cache that logits of 32 bits may take."""
+"""The largest share of the L2 cache that logits of 32 bits may take."""
 
 
 class SelectingScratch(NamedTuple):

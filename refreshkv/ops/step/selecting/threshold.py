@@ -73,7 +73,7 @@ def part_of(ranking, low, high, BINS: tl.constexpr):
 
 @triton.jit
 def _part_bits(low, high, BINS: tl.constexpr):
-    """The size of a part of `low .. high - 1`, as a power of two: the least so that BINS of them hold it."""
+    """The exponent of the size of a part: the least power of two of which BINS hold `low .. high - 1`."""
     size = tl.cdiv(high - low, BINS)
     bits = (size.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # the exponent of a float32
     return bits + tl.where((1 << bits) < size, 1, 0)
