@@ -3,17 +3,21 @@ and measured.
 
     deepspeed --num_gpus 2 benchmarks/training.py --cases 8192:off,8192:paper,32768:off,32768:whole --output DIR
     deepspeed --num_gpus 2 benchmarks/training.py --cases 131072:whole --sequence 2 --output DIR
-    deepspeed --num_gpus 1 benchmarks/training.py --shape smollm2-135m --micro-batch 4 --checkpointing 0 --steps 20 \\
-        --cases 8192:off,8192:drawn,8192:select
+    deepspeed --num_gpus 1 benchmarks/training.py --shape smollm2-135m --micro-batch 8 --checkpointing 0 --steps 20 \\
+        --kernels liger --deepspeed-json configs/deepspeed/zero0.json \\
+        --cases 8192:off,8192:whole,8192:drawn,8192:select,8192:recommended
     deepspeed --num_gpus 1 benchmarks/training.py --shape a3b-4-layers --cases 8192:off,8192:whole
     python benchmarks/training.py --table DIR
 
 A case is T:PATTERN. off: plain training. paper: the last 50 tokens partial, never refreshed. whole: P = T/2, S = 10.
 drawn: each step draws P from T/4 to T - 50 and S from 5, 10, 25 and 50. select: P = T/2, a selecting step every second
-token by keys of 4 bits, no full ones. K is 2048, or T/8 if that is less. --micro-batch rows per group of --sequence
-GPUs, ZeRO 3, bfloat16, by default all layers recomputed and the settings of configs/deepspeed/zero3.json. Steps are
-those of launch/train.py, optimizer included. Rows are random tokens, or real ones of a folder from launch/prepare.py
-with --rows.
+token by keys of 4 bits, no full ones. recommended: the simulation of configs/llama31-8b-8k-whole.yaml, each token
+selects; a step draws P, K from three, and in a quarter of the cases plain training. K is at most 2048 and T/8.
+
+--micro-batch rows per group of --sequence GPUs, ZeRO 3, bfloat16, by default all layers recomputed and the settings of
+configs/deepspeed/zero3.json. Steps are those of launch/train.py, optimizer included. Rows are random tokens, or real
+ones of a folder from launch/prepare.py with --rows. A time is the median of the steps; where they draw, it is the mean,
+after each draw was taken once untimed.
 """
 
 import argparse
@@ -190,7 +194,12 @@ def run_config(args: argparse.Namespace, length: int, pattern: str, world: int, 
     simulation["whole"] = {"pattern": "whole", "prompt_length": length // 2, "stride": 10}
     simulation["drawn"] = {"prompt_length": [length // 4, length - 50], "stride": [5, 10, 25, 50]}
     simulation["select"] = {"prompt_length": length // 2, "stride": "never", "select_stride": 2}
-    refresh = {"budget": min(2048, length // 8), "select_stride": 2, "score_bits": 4}
+    budget = min(2048, length // 8)
+    simulation["recommended"] = {"stride": "never", "select_stride": 1, "plain_share": 0.25}
+    simulation["recommended"] |= {"budget": [budget, budget // 2, budget // 4]}
+    refresh = {"budget": budget, "select_stride": 2, "score_bits": 4}
+    if pattern == "recommended":
+        refresh = {"budget": budget, "preset": "recommended"}
     training = {
         "deepspeed": args.deepspeed_json,
         "dtype": "bf16" if device.type == "cuda" else "fp32",
@@ -206,7 +215,7 @@ def run_config(args: argparse.Namespace, length: int, pattern: str, world: int, 
 
 
 def measure(engine, config: RunConfig, args: argparse.Namespace, rank: int, world: int) -> tuple[float, float]:
-    """Median seconds of a step, and the largest peak of any GPU in bytes."""
+    """Seconds of a step (the median; the mean where steps draw) and the largest peak of any GPU in bytes."""
     length, is_cuda = config.data.row_length, engine.device.type == "cuda"
     batches = batches_of(engine, config, args, rank, world)
     if is_cuda:
@@ -214,17 +223,20 @@ def measure(engine, config: RunConfig, args: argparse.Namespace, rank: int, worl
         torch.cuda.reset_peak_memory_stats()
     if config.simulation.pattern == "off" and not engine.global_steps:
         mock_step(engine, batches[0], config)
+    simulations = [draw_simulation(config.simulation, config.refresh, length, 0, step) for step in range(len(batches))]
+    steps = list(zip(batches, simulations, strict=True))
+    draws = any(simulation != simulations[0] for simulation in simulations)
     times = []
-    for step, batch in enumerate(batches):
+    for batch, simulation in steps + steps if draws else steps:  # what a draw compiles is compiled in the first pass
         began = time.perf_counter()
-        simulation = draw_simulation(config.simulation, config.refresh, length, 0, step)
         train_step(engine, [batch], simulation, args.sequence)  # ends with the loss on the host
         if is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     peak = torch.tensor(float(torch.cuda.max_memory_allocated() if is_cuda else 0), device=engine.device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    return statistics.median(times[1:]), float(peak)
+    average = statistics.mean if draws else statistics.median
+    return average(times[-args.steps :]), float(peak)
 
 
 def batches_of(engine, config: RunConfig, args: argparse.Namespace, rank: int, world: int) -> list[Batch]:

@@ -49,7 +49,10 @@ def left_padding_mask(
         return None
     columns = torch.arange(mask.shape[1], device=mask.device)
     if not bool((mask == (columns >= padding[:, None])).all()):
-        raise ValueError('only left padding is supported: set tokenizer.padding_side = "left"')
+        raise ValueError(
+            'only left padding is supported: set tokenizer.padding_side = "left"; without attention_mask, generate() '
+            "takes each padding token of a text for padding: give it attention_mask=torch.ones_like(input_ids)"
+        )
     if bool((padding >= mask.shape[1]).any()):
         raise ValueError(
             "a batch row is padding only: each needs at least one token, in the first chunk of a prompt too"

@@ -192,6 +192,17 @@ def test_prompts_given_as_embeddings():
     assert torch.equal(new, generate(model, ids, SIMILAR)[:, 20:])
 
 
+def test_a_padding_token_inside_a_text_needs_a_mask():
+    """Without one transformers takes the token for padding; a generated text may contain it too."""
+    model, ids = tiny_enabled(), random_ids(2, 20)
+    ids[0, 8] = model.generation_config.pad_token_id
+    with pytest.raises(ValueError, match=r"attention_mask=torch\.ones_like\(input_ids\)"):
+        generate(model, ids, FIXED, attention_mask=None)
+    output = generate(model, ids, FIXED, return_dict_in_generate=True, output_logits=True)
+    expected = simulated_logits(model, output.sequences, 20, FIXED)
+    torch.testing.assert_close(torch.stack(output.logits, dim=1), expected.float(), rtol=0, atol=1e-5)
+
+
 def test_bfloat16():
     model, ids = tiny_enabled(dtype=torch.bfloat16), random_ids(2, 20)
     cache = RefreshCache(model.config, 40, SIMILAR)
