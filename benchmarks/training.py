@@ -11,8 +11,8 @@ and measured.
 
 A case is T:PATTERN. off: plain training. paper: the last 50 tokens partial, never refreshed. whole: P = T/2, S = 10.
 drawn: each step draws P from T/4 to T - 50 and S from 5, 10, 25 and 50. select: P = T/2, a selecting step every second
-token by keys of 4 bits, no full ones. recommended: the simulation of configs/llama31-8b-8k-whole.yaml, each token
-selects; a step draws P, K from three, and in a quarter of the cases plain training. K is at most 2048 and T/8.
+token by keys of 4 bits, no full ones. recommended: the simulation of configs/llama31-8b-8k-whole.yaml, in which each
+token selects, a quarter of the steps is plain, and the others draw P and one of three K. K is at most 2048 and T/8.
 
 --micro-batch rows per group of --sequence GPUs, ZeRO 3, bfloat16, by default all layers recomputed and the settings of
 configs/deepspeed/zero3.json. Steps are those of launch/train.py, optimizer included. Rows are random tokens, or real
