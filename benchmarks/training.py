@@ -16,8 +16,8 @@ token selects, a quarter of the steps is plain, and the others draw P and one of
 
 --micro-batch rows per group of --sequence GPUs, ZeRO 3, bfloat16, by default all layers recomputed and the settings of
 configs/deepspeed/zero3.json. Steps are those of launch/train.py, optimizer included. Rows are random tokens, or real
-ones of a folder from launch/prepare.py with --rows. A time is the median of the steps; where they draw, it is the mean,
-after each draw was taken once untimed.
+ones of a folder from launch/prepare.py with --rows. A case's time is the median of its steps. Where steps draw, it is
+their mean, and all of them run once before they are timed.
 """
 
 import argparse
@@ -37,6 +37,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 import refreshkv
+from refreshkv import Simulation
 from refreshkv.attention import sequence_parallel
 from refreshkv.data.rows import load_rows
 from refreshkv.settings import settings_from_dict
@@ -166,9 +167,10 @@ def build(args: argparse.Namespace, job: Job, device: torch.device):
 def result(engine, job: Job, args: argparse.Namespace, rank: int, rate: float) -> dict:
     """Measures one case; what was measured and what was predicted, by the names of the table's columns."""
     config, world, length = job.config, job.world, job.config.data.row_length
-    seconds, memory = measure(engine, config, args, rank, world)
-    drawn = [draw_simulation(config.simulation, config.refresh, length, 0, 1 + step) for step in range(args.steps)]
-    flops = [step_flops(job.shape.work, config.training.global_batch, length, simulation) for simulation in drawn]
+    steps = range(1 + args.steps)  # the first is not timed
+    simulations = [draw_simulation(config.simulation, config.refresh, length, 0, step) for step in steps]
+    seconds, memory = measure(engine, config, simulations, args, rank, world)
+    flops = [step_flops(job.shape.work, config.training.global_batch, length, timed) for timed in simulations[1:]]
     peak = peak_flops(engine.device, config.training.dtype)
     return {
         "GPUs": world,
@@ -214,20 +216,22 @@ def run_config(args: argparse.Namespace, length: int, pattern: str, world: int, 
     return settings_from_dict(RunConfig, values)
 
 
-def measure(engine, config: RunConfig, args: argparse.Namespace, rank: int, world: int) -> tuple[float, float]:
-    """Seconds of a step (the median; the mean where steps draw) and the largest peak of any GPU in bytes."""
-    length, is_cuda = config.data.row_length, engine.device.type == "cuda"
+def measure(
+    engine, config: RunConfig, simulations: list[Simulation | None], args: argparse.Namespace, rank: int, world: int
+) -> tuple[float, float]:
+    """Takes a training step with each of `simulations`, twice if they differ. Returns the seconds of a step without the
+    first one (the median, or the mean if they differ) and the largest peak of any GPU in bytes."""
+    is_cuda = engine.device.type == "cuda"
     batches = batches_of(engine, config, args, rank, world)
     if is_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     if config.simulation.pattern == "off" and not engine.global_steps:
         mock_step(engine, batches[0], config)
-    simulations = [draw_simulation(config.simulation, config.refresh, length, 0, step) for step in range(len(batches))]
     steps = list(zip(batches, simulations, strict=True))
-    draws = any(simulation != simulations[0] for simulation in simulations)
+    differ = any(simulation != simulations[0] for simulation in simulations)
     times = []
-    for batch, simulation in steps + steps if draws else steps:  # what a draw compiles is compiled in the first pass
+    for batch, simulation in steps + steps if differ else steps:  # the first pass compiles what each simulation needs
         began = time.perf_counter()
         train_step(engine, [batch], simulation, args.sequence)  # ends with the loss on the host
         if is_cuda:
@@ -235,7 +239,7 @@ def measure(engine, config: RunConfig, args: argparse.Namespace, rank: int, worl
         times.append(time.perf_counter() - began)
     peak = torch.tensor(float(torch.cuda.max_memory_allocated() if is_cuda else 0), device=engine.device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    average = statistics.mean if draws else statistics.median
+    average = statistics.mean if differ else statistics.median
     return average(times[-args.steps :]), float(peak)
 
 

@@ -193,7 +193,7 @@ def test_prompts_given_as_embeddings():
 
 
 def test_a_padding_token_inside_a_text_needs_a_mask():
-    """Without one transformers takes the token for padding; a generated text may contain it too."""
+    """Without a mask, transformers takes the token for padding. A model may generate it too."""
     model, ids = tiny_enabled(), random_ids(2, 20)
     ids[0, 8] = model.generation_config.pad_token_id
     with pytest.raises(ValueError, match=r"attention_mask=torch\.ones_like\(input_ids\)"):
